@@ -1,0 +1,75 @@
+"""The batch contract, as one table.
+
+A slot is one row of S tokens and the `patch_rows` rows of L patches that hold its images: N = B * patch_rows, and patch
+rows b * patch_rows ... belong to token row b. Every shape is fixed for a run. Letters: B slots, S tokens, N patch rows,
+L patches a row, D values a patch (patch_size * patch_size * 3), T the three of (t, h, w).
+
+The packer allocates from this table, context parallel slices the S dims, pipeline parallel chunks the B and N dims.
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+IGNORE = -100  # a label where no loss is due
+
+
+class Field(NamedTuple):
+    dtype: str  # numpy and torch share these names
+    dims: str  # one letter a dimension
+    padding: int  # the value where there is nothing
+
+
+FIELDS = {
+    "tokens": Field("int64", "BS", 0),  # padding value: the pad id of the tokenizer, see `padding_value`
+    "labels": Field("int64", "BS", IGNORE),
+    "positions": Field("int32", "BS", 0),
+    "document_ids": Field("int32", "BS", -1),
+    "pixel_values": Field("uint8", "NLD", 0),
+    "grid_thw": Field("int32", "NLT", -1),
+    "visual_index": Field("int64", "BS", -1),
+}
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """Sizes of one batch. `of` gives the shape of a field."""
+
+    slots: int
+    seq_len: int
+    patch_rows: int
+    patches_per_row: int
+    patch_size: int
+
+    def of(self, name: str) -> tuple[int, ...]:
+        sizes = {
+            "B": self.slots,
+            "S": self.seq_len,
+            "N": self.slots * self.patch_rows,
+            "L": self.patches_per_row,
+            "D": self.patch_size * self.patch_size * 3,
+            "T": 3,
+        }
+        return tuple(sizes[letter] for letter in FIELDS[name].dims)
+
+
+@dataclass
+class Delivered:
+    """One sample (or piece of a long one) as it reached a slot; for reports, validation and inspection. Plain data."""
+
+    slot: int  # number of the slot among the G of a step
+    row: int  # token row inside the batch
+    document: int  # its value in document_ids
+    source: str
+    shard: str
+    key: str
+    image_sizes: list[tuple[int, int]] = field(default_factory=list)  # (height, width) in pixels before resizing
+
+
+@dataclass
+class Batch:
+    """One microbatch. `tensors` follows FIELDS; `counts` are host integers, so that nothing asks the device for them:
+    tokens (not padding), loss_tokens (label >= 0), patches (not padding), images, and samples/SOURCE, tokens/SOURCE."""
+
+    tensors: dict
+    counts: dict[str, int]
+    samples: list[Delivered]

@@ -1,0 +1,53 @@
+"""The sections that the vision-language experiment adds to a job: [data], its sources, [validation.sources], [encoder]."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torchtitan.config.job import JobConfig, Validation
+
+
+@dataclass
+class Source:
+    name: str = ""  # how reports and metrics call it; empty: the format's name
+    format: str = ""  # a key of experiments.vlm.data.formats.FORMATS
+    path: str = ""  # a file, glob, brace range or folder, local or remote (fsspec), or embedded:WORLD/SPLIT
+    weight: float = 1.0  # share of the mixture
+    shuffle: bool = True  # permute shards each epoch and samples inside windows of shuffle_buffer
+    shuffle_buffer: int = 1024  # samples of a shard that are permuted among each other
+    repeat: bool = True  # start a new epoch when it runs dry; False: the others go on without it
+    chat_template: str = "chatml"  # conversations: chatml, llama3, or a Jinja file (a tokenizer_config.json too)
+
+
+@dataclass
+class Data:
+    sources: list[Source] = field(default_factory=list)  # the mixture, [[data.sources]]
+    weight_by: Literal["samples", "tokens"] = "samples"  # what a source's weight counts
+    epochs: int = 0  # end after every sample was delivered this many times; 0: training.steps alone decides
+    patches_per_row: int = 1024  # L, patches a row; about seq_len times the mixture's patches per token
+    patch_rows: int = 1  # rows of L patches for each slot
+    max_patches_per_image: int = 1024  # no image gets more patches than this
+    min_patches_per_image: int = 4  # smaller images are enlarged to about this many
+    patch_size: int = 16  # pixels a side
+    spatial_merge_size: int = 2  # m: m * m patches become one visual token
+    resize: Literal["native", "square"] = "native"  # native: keep the aspect ratio; square: squeeze, as fixed-size encoders do
+    packing_buffer_size: int = 256  # samples that wait for a slot where they fit, per slot
+    long_documents: Literal["split", "truncate", "drop"] = "split"  # what becomes of a document longer than a slot
+    num_workers: int = 0  # processes a rank that plan and decode; 0: inside the trainer
+    decode_threads: int = 1  # threads per worker that decode and resize
+    prefetch: int = 2  # steps that are ready before the trainer asks
+    max_bad_fraction: float = 1.0  # stop when a source has more bad samples than this (after 1,000); 1.0: off
+    cache_folder: str = ""  # embedded data and remote shards; empty: ~/.cache/torchtitan-vlm
+    allow_private_urls: bool = False  # fetch images from private, loopback and link-local addresses too
+    url_timeout_s: float = 5.0  # for an image given by its address
+    resume_changed_data: bool = False  # resume although the data's configuration changed; its order starts anew
+
+
+@dataclass
+class VLMValidation(Validation):
+    sources: list[Source] = field(default_factory=list)  # held-out data, [[validation.sources]]
+
+
+@dataclass
+class VLMJobConfig(JobConfig):
+    data: Data = field(default_factory=Data)
+    validation: VLMValidation = field(default_factory=VLMValidation)

@@ -1,0 +1,168 @@
+"""Every option of a training job, one dataclass per TOML section.
+
+The comment after a field is its `--help` text, and its default lives here alone. Names follow torchtitan's TOML files.
+An experiment adds sections of its own by subclassing `JobConfig` (see experiments/vlm/config.py). Imports no torch, so
+that a typo is told at once.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass
+class Job:
+    config_file: str | None = None  # TOML file to read; the last one given wins
+    dump_folder: str = "./outputs"  # everything a run writes goes below this folder
+    description: str = ""  # a note for people, printed at the start
+    print_config: bool = False  # print the resolved configuration before the run starts
+    dry_run: bool = False  # validate, build on the meta device, read one batch, print sizes, train nothing
+
+
+@dataclass
+class Profiling:
+    enable_profiling: bool = False  # write torch profiler traces
+    save_traces_folder: str = "profile_traces"  # below dump_folder
+    profile_freq: int = 10  # steps between two traces
+    enable_memory_snapshot: bool = False  # write CUDA memory snapshots every profile_freq steps
+    save_memory_snapshot_folder: str = "memory_snapshot"  # below dump_folder
+
+
+@dataclass
+class Metrics:
+    log_freq: int = 10  # steps between two printed lines
+    enable_tensorboard: bool = False  # write TensorBoard event files
+    save_tb_folder: str = "tb"  # below dump_folder
+    enable_wandb: bool = False  # log to Weights & Biases (WANDB_MODE=offline works)
+    disable_color_printing: bool = False  # plain console lines; always plain when no terminal is attached
+    save_plot: bool = True  # draw curves.png into dump_folder when the run ends
+
+
+@dataclass
+class Model:
+    name: str = "vlm"  # which experiment: a key of the table in experiments/__main__.py
+    flavor: str = "debugmodel"  # which size: a row of the experiment's flavors
+    tokenizer_path: str = "assets/tokenizer"  # a tokenizer.model (tiktoken) or tokenizer.json, or the folder that holds one
+    attention_backend: Literal["auto", "flex", "sdpa"] = "auto"  # auto: flex on GPU, sdpa on CPU
+
+
+@dataclass
+class Optimizer:
+    name: Literal["AdamW", "Muon"] = "AdamW"  # Muon: matrices by Muon at muon_lr, the rest by AdamW at lr
+    lr: float = 8e-4  # peak learning rate of AdamW
+    muon_lr: float = 0.02  # peak learning rate of Muon, scaled by sqrt(max(1, out / in)) per matrix
+    muon_momentum: float = 0.95  # Nesterov momentum of Muon
+    beta1: float = 0.9  # AdamW
+    beta2: float = 0.95  # AdamW
+    eps: float = 1e-8  # AdamW
+    weight_decay: float = 0.1  # decoupled; not applied to vectors (norms, biases)
+    implementation: Literal["auto", "fused", "foreach", "for-loop"] = "auto"  # AdamW kernels; auto: fused where available
+
+
+@dataclass
+class LRScheduler:
+    warmup_steps: int = 200  # optimizer steps of linear warm-up; cut to a fifth of training.steps where that is less
+    decay_ratio: float | None = None  # share of the steps spent in decay; unset: all after warm-up
+    decay_type: Literal["linear", "sqrt", "cosine"] = "linear"  # shape of the decay
+    min_lr_factor: float = 0.0  # the learning rate ends at this share of its peak
+
+
+@dataclass
+class Training:
+    dataset: str = ""  # format of a single source (cc12m, obelics, text, ...); on the command line replaces data.sources
+    dataset_path: str = ""  # its files: a file, glob, brace range or folder
+    local_batch_size: int = 8  # B, slots a rank takes per forward
+    global_batch_size: int = -1  # G, slots per optimizer step; -1: B * data-parallel degree
+    seq_len: int = 2048  # S, tokens a slot
+    max_norm: float = 1.0  # gradients are clipped to this global norm; 0: not clipped
+    steps: int = 10000  # optimizer steps
+    mixed_precision_param: Literal["float32", "bfloat16"] = "bfloat16"  # dtype of parameters in forward and backward
+    mixed_precision_reduce: Literal["float32", "bfloat16"] = "float32"  # dtype of gradient reductions
+    enable_cpu_offload: bool = False  # keep parameters, gradients and optimizer state in host memory
+    loss_chunk_tokens: int = 4096  # tokens whose logits exist at one time
+    gc_freq: int = 50  # steps between two garbage collections; none in between
+    freeze: list[str] = field(default_factory=list)  # parts that do not train: encoder, projector, decoder
+
+
+@dataclass
+class Parallelism:
+    data_parallel_replicate_degree: int = 1  # HSDP: copies of the sharded model
+    data_parallel_shard_degree: int = -1  # FSDP2; -1: what is left of the world size
+    fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"  # default: always, but never under pipeline
+    tensor_parallel_degree: int = 1  # with sequence parallel and vocabulary-parallel loss
+    enable_async_tensor_parallel: bool = False  # overlap TP collectives with matmuls; needs compile and GPUs
+    context_parallel_degree: int = 1  # ranks that share each sequence
+    context_parallel_method: Literal["allgather", "ulysses"] = "allgather"  # gathered keys and values, or all-to-all of heads
+    context_parallel_load_balance: bool = True  # deal blocks of a slot by attention cost, not in order
+    pipeline_parallel_degree: int = 1  # ranks that share the layers
+    pipeline_parallel_schedule: str = "1F1B"  # GPipe, 1F1B, Interleaved1F1B, InterleavedZeroBubble, ZBVZeroBubble
+    pipeline_parallel_microbatch_size: int = 1  # slots per microbatch
+    pipeline_parallel_split_points: list[int] = field(default_factory=list)  # first decoder layer of each later stage; empty: by cost
+    pipeline_parallel_encoder_stage: bool = False  # the encoder is a stage of its own
+    encoder_sharing: Literal["auto", "on", "off"] = "auto"  # ranks of a CP x TP group encode each its share of the rows
+    encoder_tensor_parallel: bool = False  # shard the encoder's heads over TP instead of sharing its rows
+
+
+@dataclass
+class Checkpoint:
+    enable: bool = False  # save every `interval`, on the last step and on SIGTERM or SIGINT; resume from the latest
+    folder: str = "checkpoint"  # below dump_folder
+    interval: int = 500  # steps between two checkpoints
+    initial_load_path: str = ""  # start from this checkpoint when the run has none of its own
+    initial_load_model_only: bool = True  # of initial_load_path take the weights alone
+    load_step: int = -1  # resume from this step; -1: the latest complete one
+    async_mode: Literal["disabled", "async"] = "disabled"  # async: training goes on while the checkpoint is written
+    keep_latest_k: int = 10  # older ones are deleted; 0: keep all
+    exclude_from_loading: list[str] = field(default_factory=list)  # of optimizer, lr_scheduler, data, train_state
+    last_save_model_only: bool = False  # the last checkpoint holds the weights alone
+
+
+@dataclass
+class ActivationCheckpoint:
+    mode: Literal["none", "selective", "full"] = "none"  # for the decoder
+    selective_ac_option: str = "op"  # "op": keep matmuls and attention; an integer n: recompute every n-th layer
+    encoder_mode: Literal["none", "selective", "full"] = "none"  # the same for the encoder
+
+
+@dataclass
+class Compile:
+    enable: bool = False  # torch.compile each block of both towers
+    cuda_graphs: bool = False  # capture the whole step in CUDA graphs (GPU)
+
+
+@dataclass
+class Comm:
+    init_timeout_seconds: int = 300  # for the first collectives
+    train_timeout_seconds: int = 100  # after the first step; a hang then names the stuck rank
+    trace_buf_size: int = 20000  # entries of the flight recorder; 0: off
+
+
+@dataclass
+class Validation:
+    enable: bool = False  # evaluate on validation.sources
+    freq: int = 100  # steps between two evaluations; the last step is always evaluated
+    steps: int = -1  # batches per evaluation; -1: the held-out split once
+    controls: bool = False  # after the last step evaluate with blanked and with shuffled images too
+
+
+@dataclass
+class Debug:
+    seed: int = 0  # of weights and data
+    deterministic: bool = False  # deterministic kernels; slower on GPU
+
+
+@dataclass
+class JobConfig:
+    job: Job = field(default_factory=Job)
+    profiling: Profiling = field(default_factory=Profiling)
+    metrics: Metrics = field(default_factory=Metrics)
+    model: Model = field(default_factory=Model)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
+    training: Training = field(default_factory=Training)
+    parallelism: Parallelism = field(default_factory=Parallelism)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
+    compile: Compile = field(default_factory=Compile)
+    comm: Comm = field(default_factory=Comm)
+    validation: Validation = field(default_factory=Validation)
+    debug: Debug = field(default_factory=Debug)
