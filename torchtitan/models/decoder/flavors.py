@@ -6,15 +6,7 @@ option of the job, never a row here.
 
 from dataclasses import dataclass
 
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """Llama 3.1's stretching of low frequencies (wavelengths above `original_context / low_freq_factor` by `factor`)."""
-
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_context: int = 8192
+from torchtitan.layers.rope_scaling import RopeScaling
 
 
 @dataclass(frozen=True)
@@ -41,9 +33,7 @@ def _llama(dim: int, layers: int, heads: int, mlp_dim: int, factor: float, tied:
 
 
 def _qwen2(dim: int, layers: int, heads: int, kv_heads: int, mlp_dim: int, tied: bool, vocab_size: int = 151936) -> DecoderConfig:
-    return DecoderConfig(
-        dim, layers, heads, kv_heads, dim // heads, mlp_dim, vocab_size, 1000000.0, tied_embeddings=tied, qkv_bias=True
-    )
+    return DecoderConfig(dim, layers, heads, kv_heads, dim // heads, mlp_dim, vocab_size, 1000000.0, tied_embeddings=tied, qkv_bias=True)
 
 
 def _qwen3(dim: int, layers: int, heads: int, mlp_dim: int, tied: bool) -> DecoderConfig:

@@ -1,0 +1,103 @@
+"""A native-resolution vision-language model: SigLIP2 -> projector -> placed among the token embeddings -> decoder.
+
+Unusual here: every shape is fixed, images or not. Visual tokens reach their places by a gather inside the slot, so the device
+never waits for the host, and a batch without images runs the same code on padding.
+
+Letters: B slots, S tokens, N patch rows (a slot owns N / B of them), L patches, C values a patch, D width of the decoder,
+V visual tokens of a slot.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from experiments.vlm.model import vit
+from experiments.vlm.model.flavors import ProjectorConfig, VLMConfig
+from torchtitan.layers.init import Fill, constant, fan_in, initialise
+from torchtitan.layers.masks import Mask
+from torchtitan.models.decoder import model as decoder
+
+
+class Projector(nn.Module):
+    """m * m neighbouring patches become one visual token (pixel unshuffle), then two linear maps with a GELU between.
+
+    The loader puts the patches of a visual token beside each other, so merging is a view.
+    """
+
+    def __init__(self, config: ProjectorConfig, encoder_dim: int, merge_size: int, dim: int):
+        super().__init__()
+        self.merged = merge_size**2
+        width = encoder_dim * self.merged
+        self.norm = nn.LayerNorm(width) if config.layer_norm else nn.Identity()
+        self.linear_1 = nn.Linear(width, config.hidden_dim)
+        self.linear_2 = nn.Linear(config.hidden_dim, dim)
+
+    def forward(self, x_NLD: Tensor) -> Tensor:
+        """[N, L, encoder dim] -> [N, L / m^2, D]."""
+        merged = x_NLD.unflatten(1, (-1, self.merged)).flatten(2)
+        return self.linear_2(F.gelu(self.linear_1(self.norm(merged))))
+
+
+def place_visual_tokens(h_BSD: Tensor, visual_BVD: Tensor, visual_index_BS: Tensor) -> Tensor:
+    """Visual token `visual_index` of the slot where it is >= 0, the text embedding elsewhere. Fixed shape, no synchronisation."""
+    S, V = h_BSD.shape[1], visual_BVD.shape[1]
+    is_visual_BS1 = (visual_index_BS >= 0)[..., None]
+    # Text reads rows in turn and throws them away: all of it on row 0 would pile its gradient on one address.
+    spread_S = torch.arange(S, device=h_BSD.device) % V
+    row_BS1 = torch.where(is_visual_BS1, visual_index_BS[..., None], spread_S[:, None])
+    picked_BSD = visual_BVD.gather(1, row_BS1.expand_as(h_BSD))
+    return torch.where(is_visual_BS1, picked_BSD.to(h_BSD.dtype), h_BSD)
+
+
+class VLM(nn.Module):
+    """Parts are `encoder`, `projector` and `decoder`. A pipeline stage holds some; what it lacks is None."""
+
+    def __init__(self, config: VLMConfig, vocab_size: int, merge_size: int, backend: str, loss_chunk: int):
+        super().__init__()
+        self.config = config
+        self.encoder: vit.VisionEncoder | None = vit.VisionEncoder(config.encoder, backend)
+        self.projector: Projector | None = Projector(config.projector, config.encoder.dim, merge_size, config.decoder.dim)
+        self.decoder = decoder.Decoder(config.decoder, vocab_size, backend, loss_chunk)
+
+    def encode(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
+        """uint8 [N, L, C] and int32 [N, L, 3] -> visual tokens [N, L / m^2, D]."""
+        assert self.encoder is not None and self.projector is not None
+        return self.projector(self.encoder(pixel_values, grid_thw))
+
+    def embed(self, tokens: Tensor, pixel_values: Tensor, grid_thw: Tensor, visual_index: Tensor) -> Tensor:
+        """Token embeddings with the visual tokens in their places, [B, S, D]."""
+        assert self.decoder.tok_embeddings is not None
+        visual_BVD = self.encode(pixel_values, grid_thw).unflatten(0, (tokens.shape[0], -1)).flatten(1, 2)
+        return place_visual_tokens(self.decoder.tok_embeddings(tokens), visual_BVD, visual_index)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        document_ids: Tensor,
+        pixel_values: Tensor,
+        grid_thw: Tensor,
+        visual_index: Tensor,
+        labels: Tensor | None = None,
+        per_token: bool = False,
+    ) -> Tensor:
+        """A batch (experiments/vlm/batch.py) to its summed loss, float32 [1]; without labels to logits [B, S, V].
+
+        `per_token`: negative log-likelihood and correctness of each label instead, float32 [B, S, 2].
+        """
+        h_BSD = self.embed(tokens, pixel_values, grid_thw, visual_index)
+        mask = Mask(segments=document_ids, causal=True)
+        return self.decoder(h_BSD, positions, mask, labels, per_token)
+
+    def init_weights(self, seed: int) -> None:
+        """Deterministic from `seed`, whatever the sharding; call it once parameters have storage."""
+        self.decoder.tie_weights()
+        initialise(self, self._initial_weight, seed)
+
+    def _initial_weight(self, name: str) -> Fill:
+        part, _, rest = name.partition(".")
+        if part == "decoder":
+            return decoder.initial_weight(rest, self.config.decoder)
+        if part == "encoder":
+            return vit.initial_weight(rest, self.config.encoder)
+        return constant(0.0) if rest.endswith("bias") else constant(1.0) if "norm" in rest else fan_in()

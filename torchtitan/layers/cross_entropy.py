@@ -1,0 +1,99 @@
+"""Cross-entropy that never holds all logits: T tokens at a time chunks of them, gradients made in the same pass.
+
+At a vocabulary of 128k the logits of one slot of 8192 tokens are 4 GB in float32, and autograd would keep them twice.
+Here a chunk's logits give its loss and its gradients at once and are gone. With a vocabulary split over ranks (tensor
+parallel) each rank holds its V / n columns and three small sums per chunk cross the group.
+
+Letters: T tokens, D width, V vocabulary (this rank's share).
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+IGNORE = -100
+
+
+class _Chunk:
+    """Log-sum-exp and label logit of one chunk over the whole vocabulary."""
+
+    def __init__(self, h_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, group: dist.ProcessGroup | None):
+        self.group = group
+        self.logits_TV = (h_TD @ weight_VD.T).float()
+        self.valid_T = labels_T != IGNORE
+        first = dist.get_rank(group) * weight_VD.shape[0] if group else 0
+        # A label of another rank's columns, or none, must not index out of range: it reads column 0 and is masked.
+        local_T = labels_T - first
+        self.here_T = self.valid_T & (local_T >= 0) & (local_T < weight_VD.shape[0])
+        self.column_T1 = local_T.where(self.here_T, 0)[:, None]
+        self.highest_T = self._reduce(self.logits_TV.amax(-1), dist.ReduceOp.MAX)
+        # In place: a second copy of the logits is what this file exists to avoid.
+        label_T = self.logits_TV.gather(-1, self.column_T1)[:, 0]
+        self.label_T = self._reduce(label_T.where(self.here_T, 0.0))
+        self.exp_TV = self.logits_TV.sub_(self.highest_T[:, None]).exp_()
+        self.sum_T = self._reduce(self.exp_TV.sum(-1))
+
+    def _reduce(self, x: Tensor, op=dist.ReduceOp.SUM) -> Tensor:
+        if self.group:
+            dist.all_reduce(x, op, self.group)
+        return x
+
+    def nll_T(self) -> Tensor:
+        return (self.highest_T + self.sum_T.log() - self.label_T).where(self.valid_T, 0.0)
+
+    def correct_T(self) -> Tensor:
+        """The label is the most likely token: its logit equals the highest."""
+        return self.valid_T & (self.label_T == self.highest_T)
+
+    def dlogits_TV(self) -> Tensor:
+        """Softmax minus one-hot, in place of the exponentials; zero where no loss is due."""
+        scale_T = torch.where(self.valid_T, 1.0 / self.sum_T, 0.0)
+        d_TV = self.exp_TV.mul_(scale_T[:, None])
+        return d_TV.scatter_add_(-1, self.column_T1, -self.here_T.float()[:, None])
+
+
+class _CrossEntropySum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h_TD, weight_VD, labels_T, chunk, group, keep_grads):
+        loss = h_TD.new_zeros(1, dtype=torch.float32)
+        dh_TD = torch.empty_like(h_TD) if keep_grads and ctx.needs_input_grad[0] else None
+        dw_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if keep_grads and ctx.needs_input_grad[1] else None
+        for start in range(0, h_TD.shape[0], chunk):
+            part = slice(start, start + chunk)
+            piece = _Chunk(h_TD[part], weight_VD, labels_T[part], group)
+            loss += piece.nll_T().sum()
+            if dh_TD is None and dw_VD is None:
+                continue
+            d_TV = piece.dlogits_TV().to(h_TD.dtype)
+            if dh_TD is not None:
+                torch.mm(d_TV, weight_VD, out=dh_TD[part])
+            if dw_VD is not None:
+                dw_VD += d_TV.T @ h_TD[part]
+        ctx.save_for_backward(dh_TD, dw_VD)
+        ctx.weight_dtype = weight_VD.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        dh_TD, dw_VD = ctx.saved_tensors
+        dh_TD = None if dh_TD is None else dh_TD * grad.to(dh_TD.dtype)
+        dw_VD = None if dw_VD is None else (dw_VD * grad).to(ctx.weight_dtype)
+        return dh_TD, dw_VD, None, None, None, None
+
+
+def cross_entropy_sum(h_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, chunk: int, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Sum over labels != -100 of -log softmax(h @ weight.T)[label], float32 [1]; `chunk` tokens' logits exist at a time.
+
+    With `group`, `weight_VD` is this rank's share of the rows and the gradient of `h_TD` is this rank's part of a sum.
+    """
+    return _CrossEntropySum.apply(h_TD, weight_VD, labels_T, chunk, group, torch.is_grad_enabled())
+
+
+@torch.no_grad()
+def token_scores(h_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, chunk: int, group: dist.ProcessGroup | None = None) -> Tensor:
+    """float32 [T, 2]: negative log-likelihood of each label and whether it is the most likely token; 0 where there is none."""
+    scores = []
+    for start in range(0, h_TD.shape[0], chunk):
+        piece = _Chunk(h_TD[start : start + chunk], weight_VD, labels_T[start : start + chunk], group)
+        scores.append(torch.stack((piece.nll_T(), piece.correct_T().float()), -1))
+    return torch.cat(scores)
