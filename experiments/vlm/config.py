@@ -51,3 +51,6 @@ class VLMValidation(Validation):
 class VLMJobConfig(JobConfig):
     data: Data = field(default_factory=Data)
     validation: VLMValidation = field(default_factory=VLMValidation)
+
+    def use_single_source(self) -> None:
+        self.data.sources = []

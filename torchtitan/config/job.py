@@ -166,3 +166,6 @@ class JobConfig:
     comm: Comm = field(default_factory=Comm)
     validation: Validation = field(default_factory=Validation)
     debug: Debug = field(default_factory=Debug)
+
+    def use_single_source(self) -> None:
+        """Called when training.dataset or its path came on the command line: forget any other list of training data."""
