@@ -54,3 +54,8 @@ class VLMJobConfig(JobConfig):
 
     def use_single_source(self) -> None:
         self.data.sources = []
+
+    def training_sources(self) -> list[Source]:
+        """What to train on: [[data.sources]], or the single source of training.dataset and training.dataset_path."""
+        single = Source(format=self.training.dataset, path=self.training.dataset_path)
+        return [single] if single.format or single.path else self.data.sources

@@ -1,7 +1,63 @@
-"""Every cross-check of a job that knows nothing of images."""
+"""Every cross-check of a job that knows nothing of images, so that a wrong job is told before anything is built.
+
+`check` runs them all. What a model or an experiment adds (heads that tensor parallel divides, patches) is checked beside
+it: torchtitan/models/decoder/check.py, experiments/vlm/check.py. Imports no torch.
+"""
 
 import difflib
-from collections.abc import Iterable
+import importlib.util
+import math
+import operator
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torchtitan.config.devices import visible_gpus
+from torchtitan.config.job import JobConfig, Parallelism
+
+# What a number may be. The text is both the rule and what the error says: " or " between ranges, ", " inside one.
+RANGES = {
+    "profiling.profile_freq": ">= 1",
+    "metrics.log_freq": ">= 1",
+    "optimizer.lr": "> 0",
+    "optimizer.muon_lr": "> 0",
+    "optimizer.muon_momentum": ">= 0, < 1",
+    "optimizer.beta1": ">= 0, < 1",
+    "optimizer.beta2": ">= 0, < 1",
+    "optimizer.eps": "> 0",
+    "optimizer.weight_decay": ">= 0",
+    "lr_scheduler.warmup_steps": ">= 0",
+    "lr_scheduler.decay_ratio": "> 0, <= 1",
+    "lr_scheduler.min_lr_factor": ">= 0, <= 1",
+    "training.local_batch_size": ">= 1",
+    "training.global_batch_size": "-1 or >= 1",
+    "training.seq_len": ">= 2",
+    "training.max_norm": ">= 0",
+    "training.steps": ">= 1",
+    "training.loss_chunk_tokens": ">= 1",
+    "training.gc_freq": ">= 1",
+    "parallelism.data_parallel_replicate_degree": ">= 1",
+    "parallelism.data_parallel_shard_degree": "-1 or >= 1",
+    "parallelism.tensor_parallel_degree": ">= 1",
+    "parallelism.context_parallel_degree": ">= 1",
+    "parallelism.pipeline_parallel_degree": ">= 1",
+    "parallelism.pipeline_parallel_microbatch_size": ">= 1",
+    "checkpoint.interval": ">= 1",
+    "checkpoint.load_step": "-1 or >= 0",
+    "checkpoint.keep_latest_k": ">= 0",
+    "comm.init_timeout_seconds": ">= 1",
+    "comm.train_timeout_seconds": ">= 1",
+    "comm.trace_buf_size": ">= 0",
+    "validation.freq": ">= 1",
+    "validation.steps": "-1 or >= 1",
+    "debug.seed": ">= 0",
+}
+COMPARISONS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
+# Stages each rank holds (interleaved schedules: at least; split points may ask for more).
+STAGES_PER_RANK = {"GPipe": 1, "1F1B": 1, "Interleaved1F1B": 2, "InterleavedZeroBubble": 2, "ZBVZeroBubble": 2}
+NOT_LOADED = ("optimizer", "lr_scheduler", "data", "train_state")
+BALANCE_BLOCKS = 4  # context parallel deals this many blocks of a slot to each rank
 
 
 class ConfigError(ValueError):
@@ -13,3 +69,200 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     known = list(known)
     close = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"
+
+
+def require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class Degrees:
+    """Sizes of the mesh, all resolved; their product is the world size."""
+
+    dp_replicate: int
+    dp_shard: int
+    cp: int
+    tp: int
+    pp: int
+
+    @property
+    def dp(self) -> int:
+        return self.dp_replicate * self.dp_shard
+
+
+@dataclass(frozen=True)
+class BatchSizes:
+    local: int  # B, slots a rank takes per forward
+    global_: int  # G, slots per optimizer step
+    accumulation: int  # forwards per optimizer step
+
+
+def check(job: JobConfig, world_size: int) -> None:
+    """Raises ConfigError for the first thing that is wrong."""
+    check_ranges(job, RANGES)
+    sizes = degrees(job.parallelism, world_size)
+    check_paths(job)
+    check_devices(job)
+    check_loading(job)
+    check_selective(job)
+    resolve_batch(job, world_size)
+    check_sequence(job, sizes)
+    check_pipeline(job, sizes)
+
+
+def check_ranges(job: Any, ranges: Mapping[str, str]) -> None:
+    """`ranges`: "section.field" -> what it may be, as in RANGES. None is always allowed."""
+    for key, allowed in ranges.items():
+        section, field = key.split(".")
+        value = getattr(getattr(job, section), field)
+        require(value is None or is_allowed(value, allowed), f"{key} = {value}: must be {allowed}")
+
+
+def is_allowed(value: float, allowed: str) -> bool:
+    """Whether a number satisfies a rule as in RANGES. Infinity and NaN never do."""
+    return math.isfinite(value) and any(all(_holds(value, condition) for condition in arm.split(", ")) for arm in allowed.split(" or "))
+
+
+def _holds(value: float, condition: str) -> bool:
+    sign, _, bound = condition.rpartition(" ")
+    return COMPARISONS[sign](value, float(bound)) if sign else value == float(bound)
+
+
+def degrees(parallelism: Parallelism, world_size: int) -> Degrees:
+    """The mesh for `world_size` processes, with -1 replaced by what is left. ConfigError if they do not multiply to it."""
+    p = parallelism
+    others = {
+        "data_parallel_replicate_degree": p.data_parallel_replicate_degree,
+        "context_parallel_degree": p.context_parallel_degree,
+        "tensor_parallel_degree": p.tensor_parallel_degree,
+        "pipeline_parallel_degree": p.pipeline_parallel_degree,
+    }
+    rest = math.prod(others.values())
+    shard = max(1, world_size // rest) if p.data_parallel_shard_degree == -1 else p.data_parallel_shard_degree
+    asked = others | {"data_parallel_shard_degree": p.data_parallel_shard_degree}
+    named = " * ".join(f"parallelism.{name} ({degree})" for name, degree in asked.items() if degree != 1)
+    require(
+        rest * shard == world_size,
+        f"{named or 'all parallel degrees (1)'} must multiply to the number of processes ({world_size}): change them, or NGPU",
+    )
+    return Degrees(p.data_parallel_replicate_degree, shard, p.context_parallel_degree, p.tensor_parallel_degree, p.pipeline_parallel_degree)
+
+
+def resolve_batch(job: JobConfig, world_size: int) -> BatchSizes:
+    """B, G and the accumulation steps between them. ConfigError unless G = B * data-parallel degree * a whole number."""
+    dp, local, asked = degrees(job.parallelism, world_size).dp, job.training.local_batch_size, job.training.global_batch_size
+    at_once = local * dp
+    total = at_once if asked == -1 else asked
+    fitting = max(1, total // at_once) * at_once
+    require(
+        total % at_once == 0,
+        f"training.global_batch_size = {asked} is not a multiple of training.local_batch_size ({local}) * data-parallel "
+        f"degree ({dp}): use {fitting} or {fitting + at_once}",
+    )
+    return BatchSizes(local, total, total // at_once)
+
+
+def check_paths(job: JobConfig) -> None:
+    folder, tokenizer = Path(job.job.dump_folder), Path(job.model.tokenizer_path)
+    require(bool(job.job.dump_folder) and (folder.is_dir() or not folder.exists()), f"job.dump_folder = {folder}: is not a folder")
+    for key in ("profiling.save_traces_folder", "profiling.save_memory_snapshot_folder", "metrics.save_tb_folder", "checkpoint.folder"):
+        section, field = key.split(".")
+        below = getattr(getattr(job, section), field)
+        inside = bool(below) and not Path(below).is_absolute() and ".." not in Path(below).parts
+        require(inside, f"{key} = {below!r}: must be a path below job.dump_folder, without a leading / and ..")
+    require(tokenizer.exists(), f"model.tokenizer_path = {tokenizer}: no such file or folder (looked from {Path.cwd()})")
+    if tokenizer.is_dir():
+        holds_one = any((tokenizer / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
+        require(holds_one, f"model.tokenizer_path = {tokenizer}: holds neither tokenizer.model nor tokenizer.json")
+
+
+def check_devices(job: JobConfig) -> None:
+    """What needs a GPU, a compiler pass or a package that is not there."""
+    p = job.parallelism
+    if p.enable_async_tensor_parallel:
+        needs = "parallelism.enable_async_tensor_parallel needs"
+        require(p.tensor_parallel_degree > 1, f"{needs} parallelism.tensor_parallel_degree > 1")
+        require(job.compile.enable, f"{needs} compile.enable")
+    needs_gpu = {
+        "parallelism.enable_async_tensor_parallel": p.enable_async_tensor_parallel,
+        "compile.cuda_graphs": job.compile.cuda_graphs,
+        "profiling.enable_memory_snapshot": job.profiling.enable_memory_snapshot,
+        "training.enable_cpu_offload": job.training.enable_cpu_offload,
+        "model.attention_backend = flex (it has no backward on CPU; use auto or sdpa)": job.model.attention_backend == "flex",
+    }
+    for key, wanted in needs_gpu.items():
+        require(not wanted or visible_gpus() > 0, f"{key} needs a GPU, and none is visible")
+    has_wandb = importlib.util.find_spec("wandb") is not None
+    require(not job.metrics.enable_wandb or has_wandb, "metrics.enable_wandb needs the package wandb: pip install wandb")
+
+
+def check_loading(job: JobConfig) -> None:
+    c, path = job.checkpoint, job.checkpoint.initial_load_path
+    require(not path or "://" in path or Path(path).exists(), f"checkpoint.initial_load_path = {path}: no such folder")
+    for name in c.exclude_from_loading:
+        require(name in NOT_LOADED, f"checkpoint.exclude_from_loading = {name}: is no part{did_you_mean(name, NOT_LOADED)}")
+    require(c.enable or c.load_step == -1, f"checkpoint.load_step = {c.load_step} needs checkpoint.enable")
+    require(c.enable or not c.last_save_model_only, "checkpoint.last_save_model_only needs checkpoint.enable")
+    v = job.validation
+    require(v.enable or not v.controls, "validation.controls needs validation.enable")
+
+
+def check_selective(job: JobConfig) -> None:
+    option = job.activation_checkpoint.selective_ac_option
+    valid = option == "op" or (option.isdecimal() and int(option) >= 1)
+    require(valid, f'activation_checkpoint.selective_ac_option = {option}: must be "op" or a whole number >= 1, as a text')
+
+
+def check_sequence(job: JobConfig, sizes: Degrees) -> None:
+    """Every rank of a context- and tensor-parallel group holds as many tokens as the others."""
+    p, length = job.parallelism, job.training.seq_len
+    balanced = p.context_parallel_load_balance and sizes.cp > 1
+    parts = {"parallelism.context_parallel_degree": sizes.cp, "parallelism.tensor_parallel_degree": sizes.tp}
+    named = " * ".join(f"{key} ({degree})" for key, degree in parts.items() if degree > 1)
+    require(length % (sizes.cp * sizes.tp) == 0, f"training.seq_len = {length} is not a multiple of {named}")
+    blocks = sizes.cp * BALANCE_BLOCKS
+    require(
+        not balanced or length % blocks == 0,
+        f"training.seq_len = {length} is not a multiple of {blocks} (parallelism.context_parallel_load_balance deals "
+        f"{BALANCE_BLOCKS} blocks to each of {sizes.cp} ranks): change it, or switch the balance off",
+    )
+
+
+def check_pipeline(job: JobConfig, sizes: Degrees) -> None:
+    p, name = job.parallelism, job.parallelism.pipeline_parallel_schedule
+    known = did_you_mean(name, STAGES_PER_RANK)
+    require(name in STAGES_PER_RANK, f"parallelism.pipeline_parallel_schedule = {name}: no such schedule{known}")
+    if sizes.pp == 1:
+        for key in ("pipeline_parallel_split_points", "pipeline_parallel_encoder_stage"):
+            require(not getattr(p, key), f"parallelism.{key} needs parallelism.pipeline_parallel_degree > 1")
+        return
+    check_microbatches(job, sizes)
+    if name.endswith("ZeroBubble"):
+        check_zero_bubble(job)
+
+
+def check_microbatches(job: JobConfig, sizes: Degrees) -> None:
+    size, local, name = (
+        job.parallelism.pipeline_parallel_microbatch_size,
+        job.training.local_batch_size,
+        job.parallelism.pipeline_parallel_schedule,
+    )
+    key = f"parallelism.pipeline_parallel_microbatch_size = {size}"
+    require(local % size == 0, f"{key} does not divide training.local_batch_size ({local})")
+    count = local // size
+    if name == "1F1B":
+        require(count >= sizes.pp, f"{key} makes {count} microbatches, fewer than the {sizes.pp} stages: raise training.local_batch_size")
+    if name.startswith("Interleaved"):
+        rounds = max(1, count // sizes.pp)  # of microbatches through the ranks, as torch.distributed.pipelining counts them
+        require(count % rounds == 0, f"{key} makes {count} microbatches, which {name} cannot deal in {rounds} equal rounds")
+
+
+def check_zero_bubble(job: JobConfig) -> None:
+    """What makes its gradients wrong without an error, or raises deep inside the schedule."""
+    name, ac = f"parallelism.pipeline_parallel_schedule = {job.parallelism.pipeline_parallel_schedule}", job.activation_checkpoint
+    reshards = job.parallelism.fsdp_reshard_after_forward == "always"
+    require(not reshards, f"{name} gives wrong gradients with parallelism.fsdp_reshard_after_forward = always: use never")
+    require(not job.compile.enable, f"{name} may give wrong gradients with compile.enable: switch one off")
+    for key, mode in (("mode", ac.mode), ("encoder_mode", ac.encoder_mode)):
+        require(mode != "selective", f"{name} cannot run with activation_checkpoint.{key} = selective: use full or none")

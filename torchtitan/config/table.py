@@ -31,7 +31,9 @@ def from_table(cls: type, table: Any, key: str = "") -> Any:
     hints = get_type_hints(cls)
     for name in table:
         if name not in hints:
-            raise ConfigError(f"{_join(key, name)} is not a known option{did_you_mean(_join(key, name), (_join(key, known) for known in hints))}")
+            raise ConfigError(
+                f"{_join(key, name)} is not a known option{did_you_mean(_join(key, name), (_join(key, known) for known in hints))}"
+            )
     return cls(**{name: convert(value, hints[name], _join(key, name)) for name, value in table.items()})
 
 

@@ -1,0 +1,63 @@
+"""Starts a training job: `python -m experiments --job.config_file train_configs/vlm_debug.toml`. run_train.sh calls it.
+
+The whole configuration is checked before torch is imported, so that a typo is told in a fraction of a second.
+"""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from experiments.vlm.check import check_vlm
+from experiments.vlm.config import VLMJobConfig
+from torchtitan.config.check import ConfigError
+from torchtitan.config.job import JobConfig
+from torchtitan.config.parse import parse, to_toml
+from torchtitan.tools.logging import init_logger
+
+
+class Experiment(NamedTuple):
+    config_class: type[JobConfig]
+    check: Callable[[Any, int], None]  # (job, world size); raises ConfigError
+    spec: str  # "module:NAME" of its TrainSpec; imported after the check, since it imports torch
+
+
+EXPERIMENTS = {"vlm": Experiment(VLMJobConfig, check_vlm, "experiments.vlm:SPEC")}
+CONFIG_CLASSES = {name: experiment.config_class for name, experiment in EXPERIMENTS.items()}
+WRONG_CONFIGURATION = 2  # exit code
+
+
+def checked_job(argv: Sequence[str], world_size: int) -> JobConfig:
+    """The job that the command line describes, every cross-check passed. Raises ConfigError; imports no torch."""
+    job = parse(argv, CONFIG_CLASSES)
+    EXPERIMENTS[job.model.name].check(job, world_size)
+    return job
+
+
+def load_spec(name: str) -> Any:
+    """The TrainSpec of an experiment. Imports torch."""
+    module, _, attribute = EXPERIMENTS[name].spec.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def main(argv: Sequence[str], train: bool = True) -> int:
+    """Check, then train; `train=False` stops after the check, which the launcher does once before it starts many processes."""
+    init_logger()
+    try:
+        job = checked_job(argv, int(os.environ.get("WORLD_SIZE", "1")))
+        if not train:
+            return 0
+        if job.job.print_config and os.environ.get("RANK", "0") == "0":
+            print(to_toml(job), flush=True)
+        from torchtitan.train import main as run
+
+        run(job, load_spec(job.model.name))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return WRONG_CONFIGURATION
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

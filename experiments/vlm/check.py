@@ -1,0 +1,136 @@
+"""Cross-checks of a vision-language job: patches, sources, towers. They come after torchtitan/config/check.py's. Imports no torch."""
+
+import glob
+import os
+import re
+from collections import Counter
+
+from experiments.vlm.config import Source, VLMJobConfig
+from experiments.vlm.model.flavors import FLAVORS, EncoderConfig
+from torchtitan.config.check import Degrees, check, check_ranges, degrees, did_you_mean, is_allowed, require
+from torchtitan.models.decoder.check import check_decoder
+
+RANGES = {
+    "data.epochs": ">= 0",
+    "data.patches_per_row": ">= 1",
+    "data.patch_rows": ">= 1",
+    "data.max_patches_per_image": ">= 1",
+    "data.min_patches_per_image": ">= 1",
+    "data.patch_size": ">= 1",
+    "data.spatial_merge_size": ">= 1",
+    "data.packing_buffer_size": ">= 1",
+    "data.num_workers": ">= 0",
+    "data.decode_threads": ">= 1",
+    "data.prefetch": ">= 0",
+    "data.max_bad_fraction": "> 0, <= 1",
+    "data.url_timeout_s": "> 0",
+}
+PARTS = ("encoder", "projector", "decoder")
+CHAT_TEMPLATES = ("chatml", "llama3")
+
+
+def check_vlm(job: VLMJobConfig, world_size: int) -> None:
+    """Everything about the job that can be told before torch is imported. Raises ConfigError for the first fault."""
+    check(job, world_size)
+    check_ranges(job, RANGES)
+    known = did_you_mean(job.model.flavor, FLAVORS)
+    require(job.model.flavor in FLAVORS, f"model.flavor = {job.model.flavor}: no such flavor{known}")
+    flavor, sizes = FLAVORS[job.model.flavor], degrees(job.parallelism, world_size)
+    check_patches(job, flavor.encoder)
+    check_frozen(job)
+    check_encoder(job, flavor.encoder, sizes)
+    check_decoder(flavor.decoder, job, sizes)
+    check_sources(job)
+
+
+def check_patches(job: VLMJobConfig, encoder: EncoderConfig) -> None:
+    """The budget of a row, the largest image in it, and the visual tokens of that image in a slot."""
+    d, length = job.data, job.training.seq_len
+    square = d.spatial_merge_size**2
+    require(
+        d.patch_size == encoder.patch_size, f"data.patch_size = {d.patch_size}: {job.model.flavor} takes patches of {encoder.patch_size}"
+    )
+    for key in ("patches_per_row", "max_patches_per_image"):
+        value = getattr(d, key)
+        fitting = max(1, value // square) * square
+        wrong = f"data.{key} = {value} is not a multiple of data.spatial_merge_size squared ({square})"
+        require(value % square == 0, f"{wrong}: use {fitting} or {fitting + square}")
+    largest = f"data.max_patches_per_image = {d.max_patches_per_image}"
+    require(
+        d.max_patches_per_image <= d.patches_per_row, f"{largest} is more than a row holds (data.patches_per_row = {d.patches_per_row})"
+    )
+    smallest = f"data.min_patches_per_image = {d.min_patches_per_image}"
+    require(d.min_patches_per_image <= d.max_patches_per_image, f"{smallest} is more than {largest}")
+    needed = d.max_patches_per_image // square + 2
+    require(
+        needed <= length,
+        f"{largest} makes {needed} tokens with begin and end of image, more than training.seq_len = {length}: "
+        f"use at most {max(0, length - 2) * square}",
+    )
+
+
+def check_frozen(job: VLMJobConfig) -> None:
+    for part in job.training.freeze:
+        require(part in PARTS, f"training.freeze = {part}: no such part{did_you_mean(part, PARTS)}")
+    require(set(job.training.freeze) != set(PARTS), "training.freeze names every part: nothing would train")
+
+
+def check_encoder(job: VLMJobConfig, encoder: EncoderConfig, sizes: Degrees) -> None:
+    """How the ranks of a context- and tensor-parallel group share the encoder."""
+    p, ranks = job.parallelism, sizes.cp * sizes.tp
+    slots = p.pipeline_parallel_microbatch_size if sizes.pp > 1 else job.training.local_batch_size
+    rows = slots * job.data.patch_rows
+    require(
+        p.encoder_sharing != "on" or rows % ranks == 0,
+        f"parallelism.encoder_sharing = on: {rows} patch rows a forward (slots * data.patch_rows) do not divide among {ranks} ranks; "
+        f"use auto, or change data.patch_rows",
+    )
+    if not p.encoder_tensor_parallel:
+        return
+    key = "parallelism.encoder_tensor_parallel"
+    require(sizes.tp > 1, f"{key} needs parallelism.tensor_parallel_degree > 1")
+    require(p.encoder_sharing != "on", f"{key} shards heads, parallelism.encoder_sharing = on shards rows: choose one")
+    for count, what in ((encoder.heads, "heads"), (encoder.mlp_dim, "columns of the MLP")):
+        require(count % sizes.tp == 0, f"{key}: {sizes.tp} ranks do not divide the encoder's {count} {what}")
+
+
+def check_sources(job: VLMJobConfig) -> None:
+    dataset, path, listed = job.training.dataset, job.training.dataset_path, job.data.sources
+    if dataset or path:
+        require(not listed, "training.dataset and data.sources are both given: keep one of them")
+        require(bool(dataset), f"training.dataset is missing: which format is training.dataset_path = {path}?")
+        require(bool(path), f"training.dataset_path is missing: where is training.dataset = {dataset}?")
+        check_path(path, "training.dataset_path")
+    else:
+        require(bool(listed), "data.sources is empty: add [[data.sources]] tables, or --training.dataset and --training.dataset_path")
+        check_list(listed, "data.sources")
+    held_out = job.validation.sources
+    require(not job.validation.enable or bool(held_out), "validation.sources is empty: validation.enable needs [[validation.sources]]")
+    check_list(held_out, "validation.sources")
+
+
+def check_list(sources: list[Source], key: str) -> None:
+    for number, source in enumerate(sources):
+        check_source(source, f"{key}[{number}]")
+    repeated = [name for name, times in Counter(source.name or source.format for source in sources).items() if times > 1]
+    require(not repeated, f"{key}: two sources have the name {', '.join(repeated)}; give each its own")
+
+
+def check_source(source: Source, key: str) -> None:
+    require(bool(source.format), f"{key}.format is missing")
+    require(bool(source.path), f"{key}.path is missing")
+    require(is_allowed(source.weight, "> 0"), f"{key}.weight = {source.weight}: must be > 0")
+    require(source.shuffle_buffer >= 1, f"{key}.shuffle_buffer = {source.shuffle_buffer}: must be >= 1")
+    template = source.chat_template
+    known = template in CHAT_TEMPLATES or os.path.isfile(template)
+    require(known, f"{key}.chat_template = {template}: neither a file nor one of {', '.join(CHAT_TEMPLATES)}")
+    check_path(source.path, f"{key}.path")
+
+
+def check_path(path: str, key: str) -> None:
+    """At least one local file is there. Which shards of a range are missing, and what is remote, is the reader's to say."""
+    if path.startswith("embedded:") or "://" in path:
+        return
+    pattern = re.sub(r"\{[^{}]*\}", "*", os.path.expanduser(path))
+    there = os.path.exists(path) or next(glob.iglob(pattern, recursive=True), None) is not None
+    require(there, f"{key} = {path}: no such file or folder (looked from {os.getcwd()})")
