@@ -1,0 +1,45 @@
+"""What is wrong with a sample, an image or a shard: one exception, one fixed list of reasons.
+
+A reader raises `Rejected` for a record that gives no document, and hands back a list of them for the images that a
+document lost and still makes sense without. Whoever reads counts them by reason; nothing here stops a run.
+"""
+
+REASONS = {
+    "image_empty": "the image has no bytes",
+    "image_undecodable": "Pillow does not open, load or convert the image",
+    "image_truncated": "the image ends before its last row",
+    "image_too_large": "more pixels than Pillow's limit against decompression bombs, or more bytes than an image may have",
+    "image_missing": "no member, file or address where the record says the image is",
+    "image_outside": "the image's path leaves the folder of its record file",
+    "image_fetch": "the image's address did not answer with an image in time",
+    "image_address": "the image's address is private, loopback or link-local, or not http(s)",
+    "image_unplaced": "an image whose place in the text is not known: more images than text slots, or both at one index",
+    "caption_missing": "an image without a caption",
+    "empty_document": "neither text nor images",
+    "broken_utf8": "text that is not UTF-8",
+    "broken_json": "a record that is not JSON",
+    "wrong_shape": "a record whose fields are not what its format says",
+    "chat_template": "the chat template refuses the conversation",
+    "no_answer": "a conversation without a turn of the assistant",
+    "shard_missing": "the shard is not there, or not any more",
+    "shard_truncated": "the shard ends early; what is whole was read",
+    "shard_unreadable": "the shard is there but cannot be read",
+}
+
+
+class Rejected(Exception):
+    """One sample, image or shard that cannot be used.
+
+    reason: a key of REASONS. detail: what exactly, for people. image: the position of the image among those of its
+    record, where it is an image that was lost.
+    """
+
+    def __init__(self, reason: str, detail: str = "", image: int | None = None):
+        assert reason in REASONS, reason
+        super().__init__(reason, detail, image)  # all three as args, so that it pickles
+        self.reason = reason
+        self.detail = detail
+        self.image = image
+
+    def __str__(self) -> str:
+        return f"{REASONS[self.reason]} ({self.detail})" if self.detail else REASONS[self.reason]
