@@ -1,4 +1,7 @@
-"""One logger for the whole project, on the standard library. Lines carry the rank only where there are several."""
+"""One logger for the whole project, on the standard library.
+
+Information is printed as it is, by the ranks that LOG_RANK names ("0" or "0,1"); warnings come from every rank.
+"""
 
 import logging
 import os
@@ -7,12 +10,23 @@ import sys
 logger = logging.getLogger("torchtitan")
 
 
-def init_logger(level: int = logging.INFO) -> None:
-    """Print from `level` on to stdout, once, however often it is called. `python -m experiments` calls it first."""
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    rank = f"[rank{os.environ.get('RANK', '0')}] " if several else ""
+class _Line(logging.Formatter):
+    """`step: 12 loss: ...`; warnings and errors say so; every rank but the first says which it is."""
+
+    def __init__(self, rank: str):
+        super().__init__()
+        self.rank = "" if rank == "0" else f"[rank{rank}] "
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        level = f"{record.levelname.lower()}: " if record.levelno > logging.INFO else ""
+        return f"{self.rank}{level}{record.message}"
+
+
+def init_logger() -> None:
+    """Print to stdout, however often it is called. `python -m experiments` calls it first."""
+    rank = os.environ.get("RANK", "0")
     handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter(f"%(asctime)s {rank}%(levelname)s %(message)s", datefmt="%H:%M:%S"))
+    handler.setFormatter(_Line(rank))
     logger.handlers[:] = [handler]
-    logger.setLevel(level)
+    logger.setLevel(logging.INFO if rank in os.environ.get("LOG_RANK", "0").split(",") else logging.WARNING)
     logger.propagate = False
