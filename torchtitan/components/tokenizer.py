@@ -1,0 +1,251 @@
+"""Text to token ids and back: one protocol, two backends, both byte-level BPE.
+
+    tokenizer.model   tiktoken ranks, as Llama 3 ships them: a line holds base64(token) and its rank. Special tokens
+                      follow the ranks: those of `special_tokens.json` beside it (a list in the order of ids), else Llama 3's 256
+    tokenizer.json    Hugging Face `tokenizers`; `tokenizer_config.json` beside it names bos, eos and pad
+
+Unusual here: what is written in a dataset's text is always text. The spelling of a special token inside it is encoded as
+plain characters, and only `special_id` and the role ids (`image_id`, ...) give special tokens. A role or chat marker that a file does not
+know takes one of the file's reserved ids, lowest first, else a new row. The six roles have six different ids, so
+that a label mask for padding can never hide an end of text. Imports no torch.
+"""
+
+import base64
+import binascii
+import json
+import re
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from torchtitan.config.check import ConfigError
+
+# Attribute -> spellings, the first that the file knows is taken; the first of the list is the name of a new one.
+ROLES = {
+    "eos_id": ("<|end_of_text|>", "</s>", "<eos>", "<|endoftext|>"),
+    "bos_id": ("<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>"),
+    "pad_id": ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]"),
+    "image_id": ("<|image|>", "<|image_pad|>", "<image>", "<image_soft_token>", "<IMG_CONTEXT>"),
+    "begin_image_id": ("<|begin_of_image|>", "<|vision_start|>", "<|image_start|>", "<start_of_image>", "<img>"),
+    "end_image_id": ("<|end_of_image|>", "<|vision_end|>", "<|image_end|>", "<end_of_image>", "</img>"),
+}
+CHAT_MARKERS = ("<|im_start|>", "<|im_end|>")  # every tokenizer has them
+RESERVED = re.compile(r"<\|?(reserved|unused)\D*\d+\|?>")
+LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3_SPECIALS = [  # as published with Llama 3.1: ids 128000 to 128255
+    *("<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>"),
+    *("<|finetune_right_pad_id|>", "<|reserved_special_token_2|>", "<|start_header_id|>", "<|end_header_id|>"),
+    *("<|eom_id|>", "<|eot_id|>", "<|python_tag|>"),
+    *(f"<|reserved_special_token_{i}|>" for i in range(3, 248)),
+]
+LONGEST_RUN = 25_000  # characters; tiktoken's regex panics on a run of a million spaces
+LONG_RUN = re.compile(rf"(?<!\S)\S{{{LONGEST_RUN + 1},}}|(?<!\s)\s{{{LONGEST_RUN + 1},}}")
+SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class Tokenizer(Protocol):
+    vocab_size: int  # a multiple of 64; every id is below it
+    bos_id: int
+    eos_id: int
+    pad_id: int
+    image_id: int
+    begin_image_id: int
+    end_image_id: int
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text, no bos or eos. A lone surrogate becomes U+FFFD; all else comes back from `decode`."""
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids, and for each the characters [start, end) it stands for. Tokens that share a character all hold it."""
+
+    def decode(self, ids: list[int]) -> str:
+        """The text; special tokens by their spelling, rows that stand for nothing as nothing."""
+
+    def special_id(self, spelling: str) -> int | None:
+        """Id of a special token, for chat templates; None where this tokenizer has no such token."""
+
+
+def load_tokenizer(path: str) -> Tokenizer:
+    """Load `path`: a tokenizer file, or a folder that holds one. Raises ConfigError naming the file."""
+    file = find_file(Path(path).expanduser())
+    return load_tokenizers(file) if file.suffix == ".json" else load_tiktoken(file)
+
+
+def find_file(path: Path) -> Path:
+    if path.is_file():
+        return path
+    # tokenizer.json first: where both are there, tokenizer.model may be a SentencePiece file.
+    for name in ("tokenizer.json", "tokenizer.model", "original/tokenizer.model"):
+        if (path / name).is_file():
+            return path / name
+    missing = "holds no tokenizer.json or tokenizer.model" if path.is_dir() else "does not exist"
+    raise ConfigError(f"model.tokenizer_path = {path} {missing}")
+
+
+class SpecialTokenizer:
+    """A Tokenizer: a backend that knows plain text, and the special tokens around it."""
+
+    bos_id: int
+    eos_id: int
+    pad_id: int
+    image_id: int
+    begin_image_id: int
+    end_image_id: int
+
+    def __init__(self, backend: "TiktokenBackend | TokenizersBackend", specials: dict[str, int], named: dict[str, str]):
+        """`specials`: spelling -> id as the file has them. `named`: role -> spelling, where the file says so."""
+        self.backend = backend
+        self.specials = dict(specials)
+        self.rows = max(backend.rows, max(specials.values(), default=-1) + 1)
+        taken: set[int] = set()
+        for role, spellings in ROLES.items():
+            candidates = [named.get(role), *spellings]
+            known = [self.specials[s] for s in candidates if s in self.specials and self.specials[s] not in taken]
+            id = known[0] if known else self.add(spellings[0])
+            setattr(self, role, id)
+            self.specials.setdefault(spellings[0], id)
+            taken.add(id)
+        for spelling in CHAT_MARKERS:
+            if spelling not in self.specials:
+                self.add(spelling)
+        self.spellings = {id: spelling for spelling, id in reversed(self.specials.items())}
+        self.vocab_size = -(-self.rows // 64) * 64
+
+    def add(self, spelling: str) -> int:
+        """A new special token: on the lowest reserved id, else on a new row."""
+        reserved = [(id, s) for s, id in self.specials.items() if RESERVED.fullmatch(s)]
+        if reserved:
+            id, old = min(reserved)
+            del self.specials[old]
+        else:
+            id = self.rows
+            self.rows += 1
+        # A role named otherwise by the file may already own this spelling (Qwen's eos as padding): the new one stays nameless.
+        self.specials.setdefault(spelling, id)
+        return id
+
+    def special_id(self, spelling: str) -> int | None:
+        return self.specials.get(spelling)
+
+    def encode(self, text: str) -> list[int]:
+        return [id for _, piece in pieces(text) for id in self.backend.encode(piece)]
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        ids: list[int] = []
+        spans: list[tuple[int, int]] = []
+        for start, piece in pieces(text):
+            piece_ids, piece_spans = self.backend.encode_with_offsets(piece)
+            ids += piece_ids
+            spans += [(start + first, start + last) for first, last in piece_spans]
+        return ids, spans
+
+    def decode(self, ids: list[int]) -> str:
+        texts = []
+        for special, group in groupby(ids, key=lambda id: id in self.spellings or id >= self.backend.rows):
+            run = list(group)
+            texts.append("".join(self.spellings.get(id, "") for id in run) if special else self.backend.decode(run))
+        return "".join(texts)
+
+
+def pieces(text: str) -> Iterator[tuple[int, str]]:
+    """(start, text) in order. Runs with (or without) white space of more than LONGEST_RUN characters are cut."""
+    if not text.isascii():
+        text = SURROGATE.sub("\ufffd", text)  # json gives lone surrogates; UTF-8 has none
+    cuts = [0]
+    if len(text) > LONGEST_RUN:
+        for run in LONG_RUN.finditer(text):
+            cuts += [*range(run.start(), run.end(), LONGEST_RUN), run.end()]
+    cuts.append(len(text))
+    yield from ((a, text[a:b]) for a, b in zip(cuts, cuts[1:], strict=False) if a < b)
+
+
+class TiktokenBackend:
+    def __init__(self, ranks: dict[bytes, int]):
+        import tiktoken
+
+        self.rows = len(ranks)
+        self.encoding = tiktoken.Encoding("tokenizer.model", pat_str=LLAMA3_SPLIT, mergeable_ranks=ranks, special_tokens={})
+        self.encode = self.encoding.encode_ordinary
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        ids = self.encode(text)
+        if not ids:
+            return [], []
+        utf8 = np.frombuffer(text.encode(), dtype=np.uint8)
+        character = np.cumsum((utf8 & 0xC0) != 0x80) - 1  # of each byte: continuation bytes belong to the character before
+        ends = np.cumsum([len(token) for token in self.encoding.decode_tokens_bytes(ids)])
+        first = character[np.concatenate([[0], ends[:-1]])]
+        last = character[ends - 1]
+        return ids, list(zip(first.tolist(), (last + 1).tolist(), strict=True))
+
+    def decode(self, ids: list[int]) -> str:
+        return self.encoding.decode(ids)
+
+
+def load_tiktoken(file: Path) -> SpecialTokenizer:
+    ranks: dict[bytes, int] = {}
+    try:
+        for line in file.read_bytes().splitlines():
+            if line:
+                token, rank = line.split()
+                ranks[base64.b64decode(token, validate=True)] = int(rank)
+    except (ValueError, binascii.Error):
+        raise ConfigError(
+            f"{file}, line {len(ranks) + 1} is not 'base64(token) rank': not a tiktoken file"
+            " (a SentencePiece model? use its tokenizer.json)"
+        ) from None
+    if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([b]) in ranks for b in range(256)):
+        raise ConfigError(f"{file}: ranks must be 0, 1, 2, ... without a gap and hold all 256 single bytes; is the file cut short?")
+    spellings = read_json(file.with_name("special_tokens.json"), LLAMA3_SPECIALS)
+    specials = {spelling: len(ranks) + i for i, spelling in enumerate(spellings)}
+    return SpecialTokenizer(TiktokenBackend(ranks), specials, {})
+
+
+class TokenizersBackend:
+    def __init__(self, definition: dict[str, Any]):
+        from tokenizers import Tokenizer as HFTokenizer
+
+        # Without its special tokens `tokenizers` cannot find them in text. <|...|> is special, whatever its flag says;
+        # others (<think>, runs of spaces) are part of the text's own encoding.
+        added = [t for t in definition["added_tokens"] if not t["special"] and not re.fullmatch(r"<\|.*\|>", t["content"])]
+        plain = {"added_tokens": added, "post_processor": None, "truncation": None, "padding": None}
+        self.tokenizer = HFTokenizer.from_str(json.dumps(definition | plain))
+        self.rows = max(self.tokenizer.get_vocab().values()) + 1
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def load_tokenizers(file: Path) -> SpecialTokenizer:
+    definition = read_json(file, {})
+    model = definition.get("model", {}).get("type", "none") if isinstance(definition, dict) else "none"
+    if model != "BPE":
+        raise ConfigError(f"{file} holds a model of type {model}; only BPE is supported")
+    config = read_json(file.with_name("tokenizer_config.json"), {})
+    named = {f"{name}_id": config.get(f"{name}_token") for name in ("bos", "eos", "pad")}
+    named = {role: token["content"] if isinstance(token, dict) else token for role, token in named.items() if token}
+    definition.setdefault("added_tokens", [])
+    try:
+        backend = TokenizersBackend(definition)
+    except Exception as error:  # `tokenizers` raises Exception itself
+        raise ConfigError(f"{file}: {error}") from None
+    return SpecialTokenizer(backend, {t["content"]: t["id"] for t in definition["added_tokens"]}, named)
+
+
+def read_json(file: Path, default: Any) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return default
+    except ValueError as error:
+        raise ConfigError(f"{file} is not valid JSON: {error}") from None
