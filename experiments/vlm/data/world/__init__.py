@@ -1,0 +1,12 @@
+"""The embedded world: small pictures that say something, drawn on first use, and true words about them.
+
+    scene -> sprites, render -> a picture        scene (what is where) is all that a picture and its words are made from
+    scene -> caption, document -> words
+    shards: pictures and words -> tar and parquet files        cache: the folder of a world's split, drawn if it is not there
+
+`ensure("sees/train")` gives the folder. Worlds: captions, interleaved, sees; splits: train, heldout.
+"""
+
+from experiments.vlm.data.world.cache import ensure
+
+__all__ = ["ensure"]

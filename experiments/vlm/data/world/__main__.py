@@ -1,0 +1,19 @@
+"""A worker of cache.py: python -m experiments.vlm.data.world NAME SEED FOLDER SHARD ... draws these shards into the folder."""
+
+import os
+import sys
+from pathlib import Path
+
+from experiments.vlm.data.world.shards import write_shard
+
+
+def main(name: str, seed: str, folder: str, *shards: str) -> None:
+    parent = os.getppid()
+    for shard in shards:
+        if os.getppid() != parent:
+            sys.exit("the process that asked for these shards has ended")
+        write_shard(name, int(seed), Path(folder), int(shard))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

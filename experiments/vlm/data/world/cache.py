@@ -1,0 +1,112 @@
+"""Where the embedded worlds lie: drawn on first use, once for all processes, then only read.
+
+    CACHE/embedded/VERSION-seed0/sees/train/train-00000.tar ...
+
+VERSION is a hash of this package's source, so a changed generator draws anew beside the old data. One process holds the lock
+and draws, the others wait for it. The folder appears under its name when it is complete.
+"""
+
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from experiments.vlm.data.world.shards import SPLITS, WORLDS
+from torchtitan.config.check import ConfigError
+from torchtitan.tools.logging import logger
+
+REPOSITORY = Path(__file__).parents[4]
+
+
+def ensure(name: str, cache_folder: str = "", seed: int = 0) -> Path:
+    """Folder of a world's split ("sees/train"), drawn if it is not there yet. `cache_folder` "": see `default_cache`."""
+    world, _, split = name.partition("/")
+    if world not in WORLDS or split not in SPLITS:
+        known = ", ".join(f"{world}/{split}" for world in WORLDS for split in SPLITS)
+        raise ConfigError(f"embedded:{name} does not exist; there are {known}")
+    root = Path(cache_folder).expanduser() if cache_folder else default_cache()
+    folder = root.absolute() / "embedded" / f"{version()}-seed{seed}" / name
+    if not folder.is_dir():
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with locked(folder.with_name(f"{split}.lock")):
+                if not folder.is_dir():
+                    draw(name, seed, folder)
+        except OSError as error:
+            raise ConfigError(f"cannot draw embedded:{name} into {folder}: {error}; choose another data.cache_folder") from error
+    return folder
+
+
+def default_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "torchtitan-vlm"
+
+
+def version() -> str:
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.blake2b(b"".join(source.read_bytes() for source in sources), digest_size=5).hexdigest()
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Wait for the lock and hold it; the system gives it back when the process ends, however it ends."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def draw(name: str, seed: int, folder: Path) -> None:
+    prefix = f".unfinished-{folder.name}-"
+    for left_over in folder.parent.glob(f"{prefix}*"):  # of a run that was killed
+        shutil.rmtree(left_over, ignore_errors=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
+    unfinished.chmod(0o755)
+    start = time.monotonic()
+    logger.info(f"drawing embedded:{name} into {folder} (once)")
+    world, split = name.split("/")
+    shards = len(WORLDS[world].shards(split))
+    run_workers([name, str(seed), str(unfinished)], shards, unfinished)
+    unfinished.rename(folder)
+    size = sum(file.stat().st_size for file in folder.iterdir()) / 2**20
+    logger.info(f"drew embedded:{name}: {WORLDS[world].samples[split]} samples, {size:.0f} MiB, {time.monotonic() - start:.0f} s")
+
+
+def run_workers(arguments: list[str], shards: int, folder: Path) -> None:
+    """One process a core, each with its share of the shards.
+
+    Fresh interpreters: a fork of a trainer with running threads may hang, and spawned ones would import its main module.
+    """
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    processes = min(cores, shards)
+    running = []
+    for first in range(processes):
+        share = [str(shard) for shard in range(first, shards, processes)]
+        command = [sys.executable, "-m", "experiments.vlm.data.world", *arguments, *share]
+        running.append(subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True))
+    try:
+        while any(worker.poll() is None for worker in running):
+            if any(worker.returncode for worker in running):
+                break
+            show_progress(folder, shards)
+            time.sleep(0.05)
+        show_progress(folder, shards)
+        for worker in running:
+            if worker.poll():
+                raise RuntimeError(f"drawing {arguments[0]} failed:\n{worker.stderr.read() if worker.stderr else ''}")
+    finally:
+        for worker in running:
+            worker.kill()
+            worker.communicate()
+
+
+def show_progress(folder: Path, shards: int) -> None:
+    if sys.stderr.isatty():
+        done = sum(not file.name.endswith(".unfinished") for file in folder.iterdir())
+        bar = "#" * (40 * done // shards)
+        print(f"\rdrawing [{bar:<40}] {done}/{shards} shards", end="\n" if done == shards else "", file=sys.stderr, flush=True)

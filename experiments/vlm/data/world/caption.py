@@ -1,0 +1,151 @@
+"""Scenes to words. Every sentence is true of the picture, and none can be guessed without it.
+
+`describe` is the caption of `sees`: one for each picture, about 80 different words. `tell` says the same in many styles,
+with more facts about the picture now and then; since its cells have many sizes, it calls a thing big or small only where
+the picture holds both.
+"""
+
+import random
+from collections import Counter
+
+from experiments.vlm.data.world.scene import Scene, Thing
+
+NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+
+
+def describe(scene: Scene, sized: bool = True) -> str:
+    """`sized`: say how big things are."""
+    first = scene.things[0]
+    if scene.kind == "single":
+        return f"{a(first, sized)} {place(first, scene)}"
+    if scene.kind == "relation":
+        big, small = sorted(scene.things, key=lambda thing: thing.size)
+        return f"{a(big)} {side_of(big, small)} {a(small)}"
+    if scene.kind == "count":
+        return listed([group(number, look[not sized :]) for look, number in groups(scene)])
+    if scene.kind == "text":
+        return f'the {first.colour} text "{written(scene)}"'
+    return listed([a(thing, sized) for thing in scene.things])
+
+
+def a(thing: Thing, sized: bool = True) -> str:
+    look = " ".join(thing.look[not sized :])
+    return f"an {look}" if look.startswith("orange") else f"a {look}"
+
+
+def place(thing: Thing, scene: Scene) -> str:
+    """Where the centre of its cell lies, in thirds of the picture."""
+    down = ("top", "", "bottom")[third(thing.row, scene.rows)]
+    across = ("left", "", "right")[third(thing.column, scene.columns)]
+    return f"at the {down} {across}".replace("  ", " ").rstrip() if down or across else "in the middle"
+
+
+def third(index: int, cells: int) -> int:
+    return (2 * index + 1) * 3 // (2 * cells)
+
+
+def side_of(thing: Thing, other: Thing) -> str:
+    if thing.row == other.row:
+        return "left of" if thing.column < other.column else "right of"
+    return "above" if thing.row < other.row else "below"
+
+
+def groups(scene: Scene) -> list[tuple[tuple[str, str, str], int]]:
+    """(look, how many), the most first."""
+    return Counter(thing.look for thing in scene.things).most_common()
+
+
+def group(number: int, look: tuple[str, ...]) -> str:
+    plural = "" if number == 1 else "es" if look[-1] == "cross" else "s"
+    return " ".join((NUMBERS[number], *look)) + plural
+
+
+def written(scene: Scene) -> str:
+    return "".join(thing.shape for thing in scene.things)
+
+
+def listed(items: list[str]) -> str:
+    return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]
+
+
+STYLES = {
+    "single": (
+        "There is {what} {where}.",
+        "The picture shows {what} {where}.",
+        "{where}, on a dark ground, you can see {what}.",
+        "{what}, {where}: nothing else is drawn here.",
+    ),
+    "relation": (
+        "There is {what} {side} {other}.",
+        "{what} lies {side} {other}.",
+        "We see two things: {other} is {opposite} {what}.",
+        "Look for {other}. {opposite} it there is {what}.",
+    ),
+    "count": (
+        "There are {what} in this picture.",
+        "Somebody drew {what}.",
+        "On a dark ground we see {what}.",
+        "How many things are there? We count {what}.",
+    ),
+    "text": (
+        'The sign says "{what}" in {colour}.',
+        'Here "{what}" is written in {colour}.',
+        'Somebody wrote "{what}", all of it {colour}.',
+        'If you read it aloud, the {colour} text is "{what}".',
+    ),
+    "listing": (
+        "From the top left to the bottom right: {what}.",
+        "The picture holds {what}.",
+        "Row by row we find {what}.",
+        "Read it like a page: {what}.",
+    ),
+}
+
+
+def tell(scene: Scene, rng: random.Random) -> str:
+    """One to four sentences in a style of its own."""
+    facts = [fact(scene) for fact in (proportions, number_of_things, painted) if rng.random() < 0.3]
+    return " ".join([capital(rng.choice(STYLES[scene.kind]).format(**words(scene))), *facts])
+
+
+def words(scene: Scene) -> dict[str, str]:
+    """What the styles of the scene's kind speak of."""
+    first = scene.things[0]
+    if scene.kind == "single":
+        return {"what": a(first, sized=False), "where": place(first, scene)}
+    if scene.kind == "relation":
+        big, small = sorted(scene.things, key=lambda thing: thing.size)
+        side = side_of(big, small)
+        return {"what": a(big), "other": a(small), "side": side, "opposite": OPPOSITE[side]}
+    if scene.kind == "text":
+        return {"what": written(scene), "colour": first.colour}
+    return {"what": describe(scene, sized=len({thing.size for thing in scene.things}) > 1)}
+
+
+def capital(text: str) -> str:
+    """Each sentence begins with a capital letter."""
+    for mark in (". ", "? "):
+        text = mark.join(sentence[:1].upper() + sentence[1:] for sentence in text.split(mark))
+    return text
+
+
+def proportions(scene: Scene) -> str:
+    ratio = scene.columns / scene.rows
+    if 2 / 3 < ratio < 3 / 2:
+        return "The picture is about as wide as it is tall." if ratio == 1 else "The picture is not quite square."
+    long, short = ("wider", "tall") if ratio > 1 else ("taller", "wide")
+    return f"The picture is {'much ' if max(ratio, 1 / ratio) >= 3 else ''}{long} than it is {short}."
+
+
+def number_of_things(scene: Scene) -> str:
+    noun = "character" if scene.kind == "text" else "thing"
+    number = len(scene.things)
+    return f"It holds {NUMBERS[number]} {noun}{'s' if number > 1 else ''}."
+
+
+PAINTED = {"flat": "Its ground is even.", "gradient": "Its ground gets lighter towards the bottom.", "grain": "Its ground is rough."}
+
+
+def painted(scene: Scene) -> str:
+    return PAINTED[scene.ground]

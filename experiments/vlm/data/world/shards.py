@@ -1,0 +1,106 @@
+"""The embedded worlds and how their shards are written.
+
+`captions` and `sees` are tar files as CC12M has them (KEY.jpg, KEY.txt, KEY.json; `sees` keeps lossless KEY.png and KEY.txt:
+half the size). `interleaved` is parquet as OBELICS has it: `texts` and `images` are parallel lists, one of the two null at
+each index, an image a record of bytes and path; `metadata` and `general_metadata` are JSON strings.
+
+A sample is a function of seed, name and number alone, whoever draws it.
+"""
+
+import io
+import json
+import random
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from experiments.vlm.data.world.caption import describe, tell
+from experiments.vlm.data.world.document import draw_document
+from experiments.vlm.data.world.render import jpeg, png, render
+from experiments.vlm.data.world.scene import Scene, sees_scene, varied_scene
+
+SPLITS = ("train", "heldout")
+Draw = Callable[[random.Random, bool, str], dict]  # generator, held out, key -> the record of one sample
+
+
+@dataclass(frozen=True)
+class World:
+    samples: dict[str, int]  # of each split
+    shard: int  # samples a shard
+    suffix: str  # of a shard
+    draw: Draw
+    write: Callable[[Path, Iterator[dict]], None]
+
+    def shards(self, split: str) -> list[range]:
+        """The samples of each shard."""
+        samples = self.samples[split]
+        return [range(first, min(first + self.shard, samples)) for first in range(0, samples, self.shard)]
+
+
+def sees_sample(rng: random.Random, heldout: bool, key: str) -> dict:
+    scene = sees_scene(rng, heldout)
+    return {f"{key}.png": png(render(scene)), f"{key}.txt": describe(scene).encode()}
+
+
+def captions_sample(rng: random.Random, heldout: bool, key: str) -> dict:
+    scene = varied_scene(rng, heldout, longest=512)
+    caption = tell(scene, rng)
+    record = {"key": key, "caption": caption, "width": scene.width, "height": scene.height}
+    image = jpeg(render(scene), rng.randint(85, 95))
+    return {f"{key}.jpg": image, f"{key}.txt": caption.encode(), f"{key}.json": json.dumps(record).encode()}
+
+
+def interleaved_sample(rng: random.Random, heldout: bool, key: str) -> dict:
+    parts = draw_document(rng, heldout)
+    images = [image_record(part, f"{key}-{i}", rng) if isinstance(part, Scene) else None for i, part in enumerate(parts)]
+    sizes = [{"original_width": part.width, "original_height": part.height} if isinstance(part, Scene) else None for part in parts]
+    return {
+        "texts": [part if isinstance(part, str) else None for part in parts],
+        "images": images,
+        "metadata": json.dumps(sizes),
+        "general_metadata": json.dumps({"url": f"embedded:interleaved/{key}"}),
+    }
+
+
+def image_record(scene: Scene, stem: str, rng: random.Random) -> dict:
+    image = render(scene)
+    if rng.random() < 0.2:
+        return {"bytes": png(image), "path": f"{stem}.png"}
+    return {"bytes": jpeg(image, rng.randint(85, 95)), "path": f"{stem}.jpg"}
+
+
+def write_tar(path: Path, records: Iterator[dict]) -> None:
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for record in records:
+            for name, content in record.items():
+                member = tarfile.TarInfo(name)  # owner and time stay 0: the same bytes everywhere
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+
+def write_parquet(path: Path, records: Iterator[dict]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    columns = [("texts", pa.list_(pa.string())), ("images", pa.list_(image)), ("metadata", pa.string()), ("general_metadata", pa.string())]
+    # Small row groups: a reader that wants one document loads no more than its neighbours.
+    pq.write_table(pa.Table.from_pylist(list(records), schema=pa.schema(columns)), path, row_group_size=50, compression="none")
+
+
+WORLDS = {
+    "captions": World({"train": 6_000, "heldout": 400}, 1_000, "tar", captions_sample, write_tar),
+    "interleaved": World({"train": 2_000, "heldout": 200}, 250, "parquet", interleaved_sample, write_parquet),
+    "sees": World({"train": 120_000, "heldout": 1_000}, 4_000, "tar", sees_sample, write_tar),
+}
+
+
+def write_shard(name: str, seed: int, folder: Path, number: int) -> None:
+    """Draw shard `number` of a world's split into `folder`, e.g. "sees/train" into train-00007.tar; there whole or not at all."""
+    world_name, split = name.split("/")
+    world = WORLDS[world_name]
+    keys = ((f"{sample:09d}", random.Random(f"{seed} {name} {sample}")) for sample in world.shards(split)[number])
+    unfinished = folder / f"{number}.unfinished"
+    world.write(unfinished, (world.draw(rng, split == "heldout", key) for key, rng in keys))
+    unfinished.rename(folder / f"{split}-{number:05d}.{world.suffix}")
