@@ -1,0 +1,176 @@
+"""A document as the model will read it: token ids, which of them are targets, and where its images go.
+
+    document   [bos] parts [eos]         an image: begin_image, image * (h * w / merge^2), end_image
+    target     a token that is to be predicted from the one before it. Text is, and eos; bos, image tokens and texts
+               without loss (a user's turn) are not. So the first text token after an image is a target
+
+A document that does not fit a slot is cut where parts meet; a text longer than a slot is cut inside. Pieces are about
+equally long (halves pack better than a full slot and a rest), are documents of their own, and joined give the document
+again: bos stands in the first alone, eos in the last.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+
+from experiments.vlm.data.document import Document, Image, Special, Text, encode_texts
+from experiments.vlm.data.packing import Budget
+from torchtitan.components.tokenizer import Tokenizer
+
+
+class Grid(Protocol):
+    """The part of ImagePlan that planning needs: sizes in patches from sizes in pixels."""
+
+    merge_size: int
+
+    def grid(self, height: int, width: int) -> tuple[int, int]: ...
+
+
+@dataclass(frozen=True)
+class PlannedImage:
+    start: int  # its begin_image is this token of the sample; its visual tokens follow
+    h: int  # patches
+    w: int
+    image: Image
+
+    @property
+    def patches(self) -> int:
+        return self.h * self.w
+
+
+@dataclass
+class Sample:
+    """A document, or a piece of one."""
+
+    tokens: np.ndarray  # int32 [t]
+    targets: np.ndarray  # bool [t]
+    images: list[PlannedImage] = field(default_factory=list)
+
+    @property
+    def patches(self) -> int:
+        return sum(image.patches for image in self.images)
+
+
+class Atom(NamedTuple):
+    """A part of a document in token space. Text may be cut anywhere, an image nowhere."""
+
+    tokens: list[int]
+    targets: list[bool]
+    image: Image | None = None
+    h: int = 0
+    w: int = 0
+
+    @property
+    def patches(self) -> int:
+        return self.h * self.w
+
+    def cut(self, at: int) -> tuple["Atom", "Atom"]:
+        return Atom(self.tokens[:at], self.targets[:at]), Atom(self.tokens[at:], self.targets[at:])
+
+
+def plan_samples(
+    document: Document, tokenizer: Tokenizer, plan: Grid, budget: Budget, long: Literal["split", "truncate", "drop"] = "split"
+) -> list[Sample]:
+    """The document as samples that each fit an empty slot: one, or several pieces in order; none if it is dropped."""
+    atoms = list(encode(document, tokenizer, plan))
+    if budget.holds(sum(len(atom.tokens) for atom in atoms), [atom.patches for atom in atoms if atom.image]):
+        return [join(atoms)]
+    if long == "drop":
+        return []
+    pieces = truncate(atoms, budget) if long == "truncate" else split(atoms, budget)
+    return [join(piece) for piece in pieces]
+
+
+def encode(document: Document, tokenizer: Tokenizer, plan: Grid) -> Iterator[Atom]:
+    """The parts as tokens; bos and eos are atoms of their own."""
+    yield Atom([tokenizer.bos_id], [False])
+    for kind, group in itertools.groupby(document.parts, key=type):
+        if kind is Text:
+            ids, targets = encode_texts(list(group), tokenizer)
+            yield Atom(ids, targets)
+            continue
+        for part in group:
+            yield encode_image(part, tokenizer, plan) if isinstance(part, Image) else encode_special(part, tokenizer)
+    yield Atom([tokenizer.eos_id], [True])
+
+
+def encode_image(image: Image, tokenizer: Tokenizer, plan: Grid) -> Atom:
+    h, w = plan.grid(image.height, image.width)
+    visual = h * w // plan.merge_size**2
+    ids = [tokenizer.begin_image_id, *[tokenizer.image_id] * visual, tokenizer.end_image_id]
+    return Atom(ids, [False] * len(ids), image, h, w)
+
+
+def encode_special(part: Special, tokenizer: Tokenizer) -> Atom:
+    """A tokenizer that does not know a chat marker spells it out."""
+    known = tokenizer.special_id(part.spelling)
+    ids = tokenizer.encode(part.spelling) if known is None else [known]
+    return Atom(ids, [part.loss] * len(ids))
+
+
+def join(atoms: list[Atom]) -> Sample:
+    starts = itertools.accumulate((len(atom.tokens) for atom in atoms), initial=0)
+    return Sample(
+        tokens=np.fromiter(itertools.chain.from_iterable(atom.tokens for atom in atoms), np.int32),
+        targets=np.fromiter(itertools.chain.from_iterable(atom.targets for atom in atoms), bool),
+        images=[PlannedImage(start, atom.h, atom.w, atom.image) for start, atom in zip(starts, atoms, strict=False) if atom.image],
+    )
+
+
+class _Piece:
+    """Atoms that are being gathered into one piece."""
+
+    def __init__(self, budget: Budget):
+        self.budget = budget
+        self.atoms: list[Atom] = []
+        self.tokens = 0
+        self.patches = 0
+
+    def room_for(self, atom: Atom) -> bool:
+        images = [kept.patches for kept in (*self.atoms, atom) if kept.image]
+        return self.budget.holds(self.tokens + len(atom.tokens), images)
+
+    def add(self, atom: Atom) -> None:
+        self.atoms.append(atom)
+        self.tokens += len(atom.tokens)
+        self.patches += atom.patches
+
+
+def split(atoms: list[Atom], budget: Budget) -> list[list[Atom]]:
+    """Pieces of about equal size, as few as the larger side of the budget asks for, or a few more."""
+    tokens, patches = sum(len(atom.tokens) for atom in atoms), sum(atom.patches for atom in atoms)
+    count = max(math.ceil(tokens / budget.seq_len), math.ceil(patches / budget.patches))
+    goal_tokens, goal_patches = math.ceil(tokens / count), patches / count
+    pieces = [_Piece(budget)]
+    rest = atoms[::-1]
+    while rest:
+        atom, piece = rest.pop(), pieces[-1]
+        # An atom joins if at least half of it lies on this side of the goal.
+        near = piece.tokens + len(atom.tokens) / 2 <= goal_tokens and piece.patches + atom.patches / 2 <= goal_patches
+        closing = len(atom.tokens) == 1  # bos, eos or a chat marker: no piece of its own
+        if piece.room_for(atom) and (near or closing or not piece.atoms):
+            piece.add(atom)
+            continue
+        if not atom.image and len(atom.tokens) > budget.seq_len and piece.tokens < goal_tokens:
+            head, atom = atom.cut(goal_tokens - piece.tokens)
+            piece.add(head)
+        assert piece.atoms, "an image larger than a slot: the configuration check lets none through"
+        pieces.append(_Piece(budget))
+        rest.append(atom)
+    return [piece.atoms for piece in pieces]
+
+
+def truncate(atoms: list[Atom], budget: Budget) -> list[list[Atom]]:
+    """The longest beginning that fits: a text is cut, an image is left out and ends it."""
+    piece = _Piece(budget)
+    for atom in atoms:
+        if not piece.room_for(atom):
+            if not atom.image and piece.tokens < budget.seq_len:
+                piece.add(atom.cut(budget.seq_len - piece.tokens)[0])
+            break
+        piece.add(atom)
+    return [piece.atoms]
