@@ -30,7 +30,7 @@ def fault(requirement):
 
 
 def main(extras):
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036 (an older Python is what this line is for)
         print(f"Python {sys.version.split()[0]} is older than 3.11")
         return 1
     import tomllib  # Python 3.11

@@ -46,6 +46,8 @@ def parse(argv: Sequence[str], config_classes: Mapping[str, type[JobConfig]]) ->
     known = option_types(type(job), job)
     for group in groups:
         check_spelling(group, known)
+    if "--help" in argv or "-h" in argv:
+        job = _with_examples(job)
     job = run_tyro(type(job), argv, job, PROG)
     if any(_last(groups, option) is not None for option in SINGLE_SOURCE):
         job.use_single_source()
@@ -59,7 +61,7 @@ def parse_script(
 
     Values before the first option are the script's (tyro.conf.Positional). `--help` prints the script's options and exits.
     """
-    own_names = {name for option in option_types(options_class) for name in _spellings(option)}
+    own_names = _spellings(option_types(options_class))
     own: list[str] = []
     rest: list[str] = []
     for group in split_options(argv):
@@ -135,12 +137,12 @@ def check_spelling(group: Sequence[str], known: Mapping[str, Any]) -> None:
     if group[0] in ("-h", "--help"):
         return
     name, values = _name(group), group[1:]
-    option = next((option for option in known if name in _spellings(option)), None)
+    option = _spellings(known).get(name)
     if option is None:
         raise ConfigError(f"{' '.join(group)}: no such option{_closest(name, known)}")
     if known[option] is bool and values:
-        off = _spellings(option)[1]
-        raise ConfigError(f"{option} = {' '.join(values)}: takes no value; --{option} turns it on, --{off} turns it off")
+        on, off = (f"--{spelling}" for spelling, meant in _spellings(known).items() if meant == option)
+        raise ConfigError(f"{option} = {' '.join(values)}: takes no value; {on} turns it on, {off} turns it off")
     if len(values) != 1 and known[option] in (int, float, str):
         raise ConfigError(f"{option}: expected {expected(known[option])}, got {len(values)} values: {' '.join(values)}")
 
@@ -162,9 +164,23 @@ def _complaint(text: str, groups: Iterable[Sequence[str]], known: Mapping[str, A
     return " ".join(re.sub(r"[-─]{4,}|[│╭╮╰╯]", " ", text).split())
 
 
-def _spellings(option: str) -> tuple[str, str]:
-    section, dot, field = option.rpartition(".")
-    return option, f"{section}{dot}no_{field}"
+def _spellings(known: Mapping[str, Any]) -> dict[str, str]:
+    """What may follow `--` -> the option that is meant: a flag can be switched off too."""
+    off = {}
+    for option, hint in known.items():
+        section, dot, field = option.rpartition(".")
+        if hint is bool:
+            off[f"{section}{dot}no_{field}"] = option
+    return {option: option for option in known} | off
+
+
+def _with_examples(job: JobConfig) -> JobConfig:
+    """The job with one item in each empty list of tables, so that `--help` shows the options of an item."""
+    for section in vars(job).values():
+        for name, hint in get_type_hints(type(section)).items():
+            if get_origin(hint) is list and dataclasses.is_dataclass(item := get_args(hint)[0]) and not getattr(section, name):
+                setattr(section, name, [item()])  # type: ignore[operator]
+    return job
 
 
 def _name(group: Sequence[str]) -> str:
