@@ -140,12 +140,11 @@ def degrees(parallelism: Parallelism, world_size: int) -> Degrees:
     }
     rest = math.prod(others.values())
     shard = max(1, world_size // rest) if p.data_parallel_shard_degree == -1 else p.data_parallel_shard_degree
-    asked = others | {"data_parallel_shard_degree": p.data_parallel_shard_degree}
-    named = " * ".join(f"parallelism.{name} ({degree})" for name, degree in asked.items() if degree != 1)
-    require(
-        rest * shard == world_size,
-        f"{named or 'all parallel degrees (1)'} must multiply to the number of processes ({world_size}): change them, or NGPU",
-    )
+    left_over = p.data_parallel_shard_degree == -1
+    asked = others if left_over else others | {"data_parallel_shard_degree": shard}
+    named = " * ".join(f"parallelism.{name} ({degree})" for name, degree in asked.items() if degree != 1) or "the parallel degrees (all 1)"
+    relation = "divide" if left_over else "multiply to"
+    require(rest * shard == world_size, f"{named} must {relation} the number of processes ({world_size}): change them, or NGPU")
     return Degrees(p.data_parallel_replicate_degree, shard, p.context_parallel_degree, p.tensor_parallel_degree, p.pipeline_parallel_degree)
 
 

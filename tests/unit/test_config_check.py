@@ -1,0 +1,317 @@
+"""Every wrong configuration is one line that names the key, told before torch is imported and anything is built."""
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from experiments.__main__ import WRONG_CONFIGURATION, checked_job, main
+from experiments.vlm import check as vlm_checks
+from experiments.vlm.config import VLMJobConfig
+from experiments.vlm.model.flavors import FLAVORS
+from torchtitan.config import check as checks
+from torchtitan.config.check import BatchSizes, ConfigError, Degrees, degrees, is_allowed, resolve_batch
+from torchtitan.config.devices import visible_gpus
+from torchtitan.config.job import JobConfig, Parallelism
+from torchtitan.config.parse import option_types
+from torchtitan.models.decoder.check import check_decoder
+
+REPOSITORY = Path(__file__).parents[2]
+DATA = ["--training.dataset", "cc12m", "--training.dataset_path", "embedded:captions/train"]
+P = "--parallelism."
+TP2, CP2, PP2 = (
+    ["--parallelism." + name, "2"] for name in ("tensor_parallel_degree", "context_parallel_degree", "pipeline_parallel_degree")
+)
+FLAVOR_1B = ["--model.flavor", "so400m-llama3.2-1B"]
+
+
+@pytest.fixture(autouse=True)
+def repository_without_gpu(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr(checks, "visible_gpus", lambda: 0)
+
+
+def told(argv: list[str], world_size: int = 1) -> str:
+    with pytest.raises(ConfigError) as caught:
+        checked_job(argv, world_size)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# (options, processes, the key that the message must name)
+WRONG = [
+    (["--profiling.profile_freq", "0"], 1, "profiling.profile_freq"),
+    (["--metrics.log_freq", "0"], 1, "metrics.log_freq"),
+    (["--optimizer.lr", "0"], 1, "optimizer.lr"),
+    (["--optimizer.lr", "nan"], 1, "optimizer.lr"),
+    (["--optimizer.lr", "inf"], 1, "optimizer.lr"),
+    (["--optimizer.muon_lr", "-1"], 1, "optimizer.muon_lr"),
+    (["--optimizer.muon_momentum", "1"], 1, "optimizer.muon_momentum"),
+    (["--optimizer.beta1", "1.0"], 1, "optimizer.beta1"),
+    (["--optimizer.beta2", "-0.1"], 1, "optimizer.beta2"),
+    (["--optimizer.eps", "0"], 1, "optimizer.eps"),
+    (["--optimizer.weight_decay", "-0.1"], 1, "optimizer.weight_decay"),
+    (["--lr_scheduler.warmup_steps", "-1"], 1, "lr_scheduler.warmup_steps"),
+    (["--lr_scheduler.decay_ratio", "0"], 1, "lr_scheduler.decay_ratio"),
+    (["--lr_scheduler.decay_ratio", "1.5"], 1, "lr_scheduler.decay_ratio"),
+    (["--lr_scheduler.decay_type", "square"], 1, "lr_scheduler.decay_type"),
+    (["--lr_scheduler.min_lr_factor", "2"], 1, "lr_scheduler.min_lr_factor"),
+    (["--training.steps", "0"], 1, "training.steps"),
+    (["--training.seq_len", "0"], 1, "training.seq_len"),
+    (["--training.local_batch_size", "0"], 1, "training.local_batch_size"),
+    (["--training.global_batch_size", "0"], 1, "training.global_batch_size"),
+    (["--training.global_batch_size", "12"], 1, "training.global_batch_size = 12"),
+    (["--training.global_batch_size", "8"], 2, "training.global_batch_size = 8"),
+    (["--training.max_norm", "-1"], 1, "training.max_norm"),
+    (["--training.gc_freq", "0"], 1, "training.gc_freq"),
+    (["--training.loss_chunk_tokens", "0"], 1, "training.loss_chunk_tokens"),
+    (["--training.freeze", "encodr"], 1, "training.freeze = encodr: no such part; did you mean encoder?"),
+    (["--training.freeze", "encoder", "projector", "decoder"], 1, "training.freeze"),
+    (["--training.enable_cpu_offload"], 1, "training.enable_cpu_offload"),
+    (["--training.mixed_precision_param", "float16"], 1, "training.mixed_precision_param"),
+    (["--checkpoint.interval", "0"], 1, "checkpoint.interval"),
+    (["--checkpoint.keep_latest_k", "-1"], 1, "checkpoint.keep_latest_k"),
+    (["--checkpoint.load_step", "3"], 1, "checkpoint.load_step"),
+    (["--checkpoint.last_save_model_only"], 1, "checkpoint.last_save_model_only"),
+    (["--checkpoint.folder", "/absolute"], 1, "checkpoint.folder"),
+    (["--checkpoint.folder", "../above"], 1, "checkpoint.folder"),
+    (["--checkpoint.initial_load_path", "nowhere"], 1, "checkpoint.initial_load_path = nowhere"),
+    (["--checkpoint.exclude_from_loading", "optimiser"], 1, "checkpoint.exclude_from_loading = optimiser"),
+    (["--job.dump_folder", "pyproject.toml"], 1, "job.dump_folder"),
+    (["--model.flavor", "debugmodle"], 1, "model.flavor = debugmodle: no such flavor; did you mean debugmodel?"),
+    (["--model.tokenizer_path", "nowhere"], 1, "model.tokenizer_path = nowhere"),
+    (["--model.tokenizer_path", "tests"], 1, "model.tokenizer_path = tests: holds neither"),
+    (["--model.attention_backend", "flex"], 1, "model.attention_backend"),
+    (["--compile.cuda_graphs"], 1, "compile.cuda_graphs"),
+    (["--profiling.enable_memory_snapshot"], 1, "profiling.enable_memory_snapshot"),
+    (["--activation_checkpoint.selective_ac_option", "ops"], 1, "activation_checkpoint.selective_ac_option"),
+    (["--activation_checkpoint.selective_ac_option", "0"], 1, "activation_checkpoint.selective_ac_option"),
+    (["--validation.freq", "0"], 1, "validation.freq"),
+    (["--validation.enable"], 1, "validation.sources"),
+    (["--validation.controls"], 1, "validation.controls"),
+    (["--debug.seed", "-1"], 1, "debug.seed"),
+    (["--comm.train_timeout_seconds", "0"], 1, "comm.train_timeout_seconds"),
+    # vision
+    (["--data.patch_size", "14"], 1, "data.patch_size = 14"),
+    (["--data.patches_per_row", "1022"], 1, "data.patches_per_row = 1022"),
+    (["--data.max_patches_per_image", "1022"], 1, "use 1020 or 1024"),
+    (["--data.max_patches_per_image", "2048"], 1, "data.max_patches_per_image = 2048"),
+    (["--data.min_patches_per_image", "2000"], 1, "data.min_patches_per_image = 2000"),
+    (["--data.spatial_merge_size", "0"], 1, "data.spatial_merge_size"),
+    (["--data.spatial_merge_size", "3"], 1, "data.patches_per_row"),
+    (["--data.patch_rows", "0"], 1, "data.patch_rows"),
+    (["--training.seq_len", "256"], 1, "data.max_patches_per_image = 1024 makes 258 tokens"),
+    (["--data.packing_buffer_size", "0"], 1, "data.packing_buffer_size"),
+    (["--data.num_workers", "-1"], 1, "data.num_workers"),
+    (["--data.decode_threads", "0"], 1, "data.decode_threads"),
+    (["--data.max_bad_fraction", "0"], 1, "data.max_bad_fraction"),
+    (["--data.url_timeout_s", "0"], 1, "data.url_timeout_s"),
+    (["--data.resize", "pad"], 1, "data.resize"),
+    (["--training.dataset", "obelisk"], 1, "training.dataset = obelisk: no such format; did you mean obelics?"),
+    (["--training.dataset", ""], 1, "training.dataset is missing"),
+    (["--training.dataset_path", ""], 1, "training.dataset_path is missing"),
+    (["--training.dataset_path", "nowhere/*.tar"], 1, "training.dataset_path = nowhere/*.tar: no such file"),
+    (["--training.dataset_path", "nowhere-{00..07}.tar"], 1, "training.dataset_path"),
+    (["--training.dataset_path", "embedded:caption/train"], 1, "did you mean embedded:captions/train?"),
+    # processes
+    (TP2, 1, "parallelism.tensor_parallel_degree (2) must divide the number of processes (1)"),
+    ([P + "data_parallel_shard_degree", "3"], 2, "parallelism.data_parallel_shard_degree (3)"),
+    ([P + "data_parallel_replicate_degree", "2"], 3, "parallelism.data_parallel_replicate_degree (2)"),
+    ([P + "data_parallel_shard_degree", "0"], 1, "parallelism.data_parallel_shard_degree"),
+    ([P + "context_parallel_degree", "0"], 1, "parallelism.context_parallel_degree"),
+    (["--parallelism.tensor_parallel_degree", "4"], 4, "parallelism.tensor_parallel_degree = 4 does not divide the 2 key/value heads"),
+    (["--parallelism.tensor_parallel_degree", "3", "--training.seq_len", "2049"], 3, "parallelism.tensor_parallel_degree = 3"),
+    ([*TP2, "--training.seq_len", "2047"], 2, "training.seq_len = 2047"),
+    ([*CP2, "--training.seq_len", "2049"], 2, "training.seq_len = 2049"),
+    ([*CP2, "--training.seq_len", "2052"], 2, "parallelism.context_parallel_load_balance"),
+    ([*CP2, *TP2, P + "context_parallel_method", "ulysses"], 4, "parallelism.context_parallel_method = ulysses"),
+    ([P + "enable_async_tensor_parallel"], 1, "parallelism.enable_async_tensor_parallel needs parallelism.tensor_parallel_degree"),
+    ([*TP2, P + "enable_async_tensor_parallel"], 2, "needs compile.enable"),
+    ([*TP2, P + "enable_async_tensor_parallel", "--compile.enable"], 2, "parallelism.enable_async_tensor_parallel needs a GPU"),
+    ([P + "encoder_tensor_parallel"], 1, "parallelism.encoder_tensor_parallel"),
+    ([*TP2, P + "encoder_tensor_parallel", P + "encoder_sharing", "on"], 2, "parallelism.encoder_sharing"),
+    ([*TP2, P + "encoder_sharing", "on", "--training.local_batch_size", "3"], 2, "parallelism.encoder_sharing = on: 3 patch rows"),
+    ([P + "pipeline_parallel_split_points", "1"], 1, "parallelism.pipeline_parallel_split_points"),
+    ([P + "pipeline_parallel_encoder_stage"], 1, "parallelism.pipeline_parallel_encoder_stage"),
+    ([P + "pipeline_parallel_schedule", "1F1G"], 1, "did you mean 1F1B?"),
+    ([*PP2, P + "pipeline_parallel_microbatch_size", "3"], 2, "parallelism.pipeline_parallel_microbatch_size = 3"),
+    ([*PP2, P + "pipeline_parallel_microbatch_size", "8"], 2, "parallelism.pipeline_parallel_microbatch_size = 8"),
+    ([*PP2, P + "pipeline_parallel_split_points", "3"], 2, "parallelism.pipeline_parallel_split_points = [3]"),
+    ([*PP2, P + "pipeline_parallel_split_points", "1", "2"], 2, "parallelism.pipeline_parallel_split_points = [1, 2]: makes 3 stages"),
+    ([*PP2, P + "pipeline_parallel_schedule", "Interleaved1F1B"], 2, "parallelism.pipeline_parallel_degree = 2 makes 4 stages"),
+    (
+        [*PP2, *FLAVOR_1B, P + "pipeline_parallel_schedule", "Interleaved1F1B", "--training.local_batch_size", "5"],
+        2,
+        "cannot deal in 2 equal rounds",
+    ),
+]
+ZERO_BUBBLE = [*PP2, *FLAVOR_1B, P + "pipeline_parallel_schedule", "ZBVZeroBubble"]
+WRONG += [
+    ([*ZERO_BUBBLE, P + "fsdp_reshard_after_forward", "always"], 2, "parallelism.fsdp_reshard_after_forward"),
+    ([*ZERO_BUBBLE, "--compile.enable"], 2, "compile.enable"),
+    ([*ZERO_BUBBLE, "--activation_checkpoint.mode", "selective"], 2, "activation_checkpoint.mode"),
+    ([*ZERO_BUBBLE, "--activation_checkpoint.encoder_mode", "selective"], 2, "activation_checkpoint.encoder_mode"),
+]
+
+
+@pytest.mark.parametrize(("options", "world_size", "key"), WRONG, ids=[" ".join(options) + f" x{n}" for options, n, _ in WRONG])
+def test_wrong_configuration_is_told_by_its_key(options, world_size, key):
+    assert key in told([*DATA, *options], world_size)
+
+
+@pytest.mark.parametrize(
+    ("options", "world_size"),
+    [
+        ([], 1),
+        ([], 2),
+        (["--training.global_batch_size", "32"], 2),
+        ([*TP2, *CP2, *PP2], 8),
+        ([*TP2, P + "encoder_tensor_parallel"], 2),
+        ([*TP2, P + "encoder_sharing", "on"], 2),
+        ([*CP2, P + "context_parallel_method", "ulysses"], 2),
+        ([*PP2, P + "pipeline_parallel_split_points", "2"], 2),
+        ([*PP2, P + "pipeline_parallel_encoder_stage", P + "pipeline_parallel_split_points", "0"], 2),
+        (ZERO_BUBBLE, 2),
+        ([*ZERO_BUBBLE, "--activation_checkpoint.mode", "full"], 2),
+        (["--training.dataset_path", "s3://bucket/{000..100}.tar"], 1),
+        (["--training.dataset_path", "assets/{a..z}*"], 1),
+        (["--training.freeze", "encoder", "decoder"], 1),
+    ],
+    ids=str,
+)
+def test_right_configurations_pass(options, world_size, tmp_path):
+    checked_job([*DATA, *options], world_size)
+
+
+@pytest.mark.parametrize(
+    ("tables", "key"),
+    [
+        ("", "data.sources is empty"),
+        ('[[data.sources]]\npath = "assets"', "data.sources[0].format is missing"),
+        ('[[data.sources]]\nformat = "cc12m"', "data.sources[0].path is missing"),
+        ('[[data.sources]]\nformat = "cc12"\npath = "assets"', "data.sources[0].format = cc12: no such format; did you mean cc12m?"),
+        ('[[data.sources]]\nformat = "cc12m"\npath = "nowhere"', "data.sources[0].path = nowhere"),
+        ('[[data.sources]]\nformat = "cc12m"\npath = "assets"\nweight = 0', "data.sources[0].weight = 0.0"),
+        ('[[data.sources]]\nformat = "cc12m"\npath = "assets"\nweight = inf', "data.sources[0].weight = inf"),
+        ('[[data.sources]]\nformat = "cc12m"\npath = "assets"\nshuffle_buffer = 0', "data.sources[0].shuffle_buffer"),
+        ('[[data.sources]]\nformat = "messages"\npath = "assets"\nchat_template = "chatm"', "data.sources[0].chat_template"),
+        ('[[data.sources]]\nformat = "cc12m"\npath = "assets"\n' * 2, "data.sources: two sources have the name cc12m"),
+        (
+            '[training]\ndataset = "cc12m"\ndataset_path = "assets"\n[[data.sources]]\nformat = "text"\npath = "assets"',
+            "training.dataset and",
+        ),
+        ('[[data.sources]]\nformat = "cc12m"\npath = "assets"\n[[validation.sources]]\nformat = "cc12m"', "validation.sources[0].path"),
+    ],
+)
+def test_wrong_sources_are_told_by_their_place(tables, key, tmp_path):
+    file = tmp_path / "job.toml"
+    file.write_text(tables)
+    assert key in told(["--job.config_file", str(file)])
+
+
+@pytest.mark.parametrize("file", sorted((REPOSITORY / "train_configs").rglob("*.toml")), ids=lambda file: file.stem)
+def test_shipped_configurations_pass_once_their_data_are_there(file, tmp_path):
+    """Real data and tokenizers are not in the repository, so the embedded ones stand in for what is not."""
+    argv = ["--job.config_file", str(file)]
+    if "embedded:" not in file.read_text():
+        argv += [*DATA, "--model.tokenizer_path", "assets/tokenizer", "--validation.no_enable"]
+        argv += ["--validation.sources.0.path", "embedded:captions/heldout"]
+    checked_job(argv, 8)
+
+
+def test_squares_differ_from_native_in_nothing_but_the_resizing():
+    native, square = (checked_job(["--job.config_file", f"train_configs/{name}.toml"], 1) for name in ("vlm_sees", "vlm_sees_square"))
+    square.job, square.data = native.job, replace(square.data, resize="native")
+    assert square == native
+
+
+def test_every_number_has_a_range():
+    """So that a new option cannot be forgotten."""
+    numbers = {name for name, hint in option_types(VLMJobConfig).items() if hint in (int, float, float | None, int | None)}
+    assert numbers == set(vlm_checks.RANGES) | set(checks.RANGES)
+
+
+@pytest.mark.parametrize(
+    ("value", "rule", "allowed"),
+    [(-1, "-1 or >= 1", True), (0, "-1 or >= 1", False), (1, "> 0, <= 1", True), (1.1, "> 0, <= 1", False), (float("nan"), ">= 0", False)],
+)
+def test_a_rule_is_read_as_it_is_printed(value, rule, allowed):
+    assert is_allowed(value, rule) is allowed
+
+
+def test_degrees_fill_what_is_left():
+    assert degrees(Parallelism(tensor_parallel_degree=2, data_parallel_replicate_degree=2), 16) == Degrees(2, 4, 1, 2, 1)
+    assert degrees(Parallelism(), 1) == Degrees(1, 1, 1, 1, 1)
+    assert degrees(Parallelism(data_parallel_replicate_degree=2, data_parallel_shard_degree=3), 6).dp == 6
+
+
+def test_batch_sizes_multiply_to_the_global_batch():
+    job = JobConfig()
+    job.training.local_batch_size, job.training.global_batch_size = 2, 24
+    assert resolve_batch(job, 4) == BatchSizes(2, 24, 3)
+    job.training.global_batch_size = -1
+    assert resolve_batch(job, 4) == BatchSizes(2, 8, 1)
+
+
+def test_tensor_parallel_must_divide_query_heads_too():
+    job = JobConfig()
+    decoder = FLAVORS["base-qwen2.5-0.5B"].decoder  # 14 heads, 2 of keys and values
+    check_decoder(decoder, job, Degrees(1, 1, 1, 2, 1))
+    with pytest.raises(ConfigError, match="does not divide the 14 heads"):
+        check_decoder(decoder, job, Degrees(1, 1, 1, 4, 1))
+
+
+@pytest.mark.parametrize(("allowed", "gpus"), [(None, 2), ("0", 1), ("0,1", 2), ("", 0), ("-1", 0), ("1,-1,0", 1), ("0,1,2", 2)])
+def test_visible_gpus_obey_cuda_visible_devices(allowed, gpus, tmp_path, monkeypatch):
+    fake = tmp_path / "nvidia-smi"
+    fake.write_text("#!/bin/sh\necho 'GPU 0: A (UUID: x)'\necho '  MIG 1g'\necho 'GPU 1: A (UUID: y)'\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if allowed is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", allowed)
+    assert visible_gpus() == gpus
+
+
+def test_main_prints_one_line_and_gives_its_exit_code(capsys, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert main([*DATA, "--training.steps", "0"]) == WRONG_CONFIGURATION
+    assert capsys.readouterr().err == "error: training.steps = 0: must be >= 1\n"
+
+
+def test_the_check_knows_the_number_of_processes(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert main([*DATA, *CP2, *TP2], train=False) == 0
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert main([*DATA, *CP2, *TP2], train=False) == WRONG_CONFIGURATION
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        (["--traning.steps", "5"], "--training.steps"),
+        ([*DATA, "--training.steps", "0"], "training.steps"),
+        ([*DATA, *TP2], "tensor_parallel"),
+    ],
+)
+def test_a_wrong_command_ends_in_under_five_seconds(options, key):
+    start = time.monotonic()
+    run = subprocess.run([sys.executable, "-m", "experiments", *options], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert time.monotonic() - start < 5
+    assert run.returncode == WRONG_CONFIGURATION and run.stderr.startswith("error: ")
+    assert key in run.stderr and run.stderr.count("\n") == 1
+
+
+def test_the_other_torchtitan_is_refused(tmp_path):
+    """A different distribution has the same import name: here one that comes first on the path."""
+    (tmp_path / "torchtitan").mkdir()
+    (tmp_path / "torchtitan" / "__init__.py").write_text("raise ImportError('not even importable')")
+    code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(REPOSITORY)!r}]; import experiments"
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 1
+    assert "is not the one of torchtitan-vlm" in run.stderr and "Traceback" not in run.stderr
