@@ -1,0 +1,73 @@
+"""The same stages on a Ray cluster, a task for each shard. The output folder must be one that all nodes share.
+
+A node that dies costs its tasks, which Ray starts again elsewhere: what they had fetched is in their journals. The limits of
+politeness hold for each task, so a host may see them as many times as there are tasks at once (--max_per_host).
+"""
+
+import os
+from collections import deque
+from pathlib import Path
+
+import ray
+import torch
+
+import experiments
+from experiments.vlm.prepare.job import Job
+from experiments.vlm.prepare.options import Options
+from experiments.vlm.prepare.pipeline import STAGES, run
+from experiments.vlm.prepare.progress import Progress
+from experiments.vlm.prepare.stop import Stop
+
+LOST_NODES = 20  # times that a task is started again because its node or process died
+WAITING = 2  # tasks that wait for each that can run: a billion URLs are too many to hand in at once
+
+
+class Sum:
+    """A Progress that adds up what a task did."""
+
+    def __init__(self) -> None:
+        self.total = {False: [0, 0, 0], True: [0, 0, 0]}
+
+    def stage(self, name: str, total: int) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+    def advance(self, count: int = 1, failed: int = 0, size: int = 0, before: bool = False) -> None:
+        self.total[before] = [old + new for old, new in zip(self.total[before], (count, failed, size), strict=True)]
+
+
+@ray.remote(max_retries=LOST_NODES)
+def do_shard(options: Options, stage: str, number: int) -> dict[bool, list[int]]:
+    torch.set_num_threads(1)
+    progress = Sum()
+    STAGES[stage](Job.join(options), [number], progress, Stop())
+    return progress.total
+
+
+class Cluster:
+    """The runner of a cluster. Results come in any order; what they leave on disk does not depend on it."""
+
+    def __init__(self, options: Options, progress: Progress) -> None:
+        self.options, self.progress = options, progress
+
+    def run(self, stage: str, numbers: list[int]) -> None:
+        left = deque(numbers)
+        running: list[ray.ObjectRef] = []
+        while left or running:
+            while left and len(running) < WAITING * max(1, int(ray.cluster_resources().get("CPU", 1))):
+                running.append(do_shard.remote(self.options, stage, left.popleft()))
+            ended, running = ray.wait(running, timeout=1.0)
+            for total in ray.get(ended):
+                for before, (count, failed, size) in total.items():
+                    self.progress.advance(count, failed, size, before)
+
+
+def run_on_cluster(options: Options, progress: Progress) -> None:
+    """For a plan that is made."""
+    # The nodes import this very code: its folder is taken to be where it is here.
+    path = os.pathsep.join([str(Path(experiments.__path__[0]).parent), os.environ.get("PYTHONPATH", "")])
+    ray.init(options.ray_address, runtime_env={"env_vars": {"PYTHONPATH": path}}, log_to_driver=False)
+    try:
+        run(Job.join(options), Cluster(options, progress))
+    finally:
+        ray.shutdown()

@@ -1,0 +1,106 @@
+"""The images of shards: fetched, each shard's into its journal, then judged and encoded into one file (images.py).
+
+What was fetched lies in the journal until its shard is written, so a process that dies here costs only computing time.
+"""
+
+import asyncio
+import ipaddress
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from experiments.vlm.prepare.download.addresses import Gate
+from experiments.vlm.prepare.download.crowd import Crowd
+from experiments.vlm.prepare.download.fetch import Fetcher, Limits
+from experiments.vlm.prepare.download.hosts import Hosts
+from experiments.vlm.prepare.download.journal import Journal
+from experiments.vlm.prepare.images import references, write_images
+from experiments.vlm.prepare.job import Job
+from experiments.vlm.prepare.options import Options
+from experiments.vlm.prepare.pictures import looks_whole
+from experiments.vlm.prepare.progress import Counted, Progress
+from experiments.vlm.prepare.stop import Stop, Stopped
+
+SHARDS_AT_ONCE = 4  # while one is judged, or waits for a slow host, the others fetch
+CROWD = 8  # URLs on their way for each that may be on the wire: the others wait for their hosts
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What the shards of one process share."""
+
+    crowd: Crowd
+    pool: ThreadPoolExecutor
+    turns: asyncio.Semaphore
+    progress: Progress
+    stop: Stop
+
+
+def collect(job: Job, numbers: Iterable[int], progress: Progress, stop: Stop) -> None:
+    """Raises Stopped when it was asked to stop; what was on the wire is in the journals by then."""
+    asyncio.run(collect_all(job, numbers, progress, stop))
+
+
+async def collect_all(job: Job, numbers: Iterable[int], progress: Progress, stop: Stop) -> None:
+    async with make_fetcher(job.options) as fetcher:
+        crowd = Crowd(fetcher, CROWD * job.options.concurrency)
+        with ThreadPoolExecutor(job.options.threads or None) as pool, stop.calling(crowd.stop):
+            tools = Tools(crowd, pool, asyncio.Semaphore(SHARDS_AT_ONCE), progress, stop)
+            results = await asyncio.gather(*(collect_shard(job, number, tools) for number in numbers), return_exceptions=True)
+    # A fault of one shard stops the others, whose Stopped then says less than the fault.
+    for error in sorted((result for result in results if result is not None), key=lambda error: isinstance(error, Stopped)):
+        raise error
+
+
+async def collect_shard(job: Job, number: int, tools: Tools) -> None:
+    """Idempotent: what is there is not made again."""
+    async with tools.turns:
+        counted = Counted(tools.progress)
+        try:
+            tools.stop.check()
+            if not job.folder.image_index(number).exists():
+                await make_images(job, number, tools, counted)
+        except Exception:
+            tools.crowd.stop()
+            raise
+        counted.fill(len(np.load(job.folder.hashes("content", number))))
+
+
+async def make_images(job: Job, number: int, tools: Tools, counted: Counted) -> None:
+    with Journal(job.folder.journal(number)) as journal:
+        await fetch_missing(job, number, journal, tools.crowd, counted)
+        await asyncio.to_thread(write_images, job, number, journal, tools.pool, counted, tools.stop)
+
+
+async def fetch_missing(job: Job, number: int, journal: Journal, crowd: Crowd, counted: Counted) -> None:
+    if not np.load(job.folder.hashes("urls", number)).any():
+        return
+    urls = await asyncio.to_thread(lambda: {image.url: None for image, repeated in references(job, number) if image.url and not repeated})
+    missing = [url for url in urls if url not in journal]
+    counted.advance(len(urls) - len(missing), before=True)
+
+    def tell(url: str) -> None:
+        outcome = journal.outcomes[url]
+        counted.advance(1, failed=int(bool(outcome.reason)), size=outcome.length)
+
+    await crowd.fetch_all(missing, journal, tell)
+
+
+def make_fetcher(options: Options) -> Fetcher:
+    networks = tuple(ipaddress.ip_network(network) for network in options.allow_networks)
+    return Fetcher(
+        Limits(
+            timeout_s=options.timeout_s,
+            read_timeout_s=options.read_timeout_s,
+            max_bytes=options.max_bytes,
+            retries=options.retries,
+            max_retry_after_s=options.max_retry_after_s,
+        ),
+        Gate(options.allow_private, networks),
+        Hosts(options.max_per_host, options.host_delay_s),
+        options.concurrency,
+        options.user_agent,
+        looks_whole,
+    )

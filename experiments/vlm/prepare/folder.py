@@ -1,0 +1,107 @@
+"""Where everything lies below the output folder, and how a file appears there: whole, under its name, or not at all.
+
+    OUT/00000.tar ...               finished shards; a shard without a sample has no file
+    OUT/rejects/00000.jsonl         a line for each record and each image of the input that is not in a shard
+    OUT/report.json                 counts and examples
+    OUT/.prepare/plan.json          the input, cut into shards, and the options that made it
+    OUT/.prepare/inputs/            compressed inputs and JSON arrays, as plain lines
+    OUT/.prepare/urls/00000.npy     a hash of each image's URL            } and, beside each, which
+    OUT/.prepare/content/00000.npy  a hash of each image's bytes          } are not the first of their kind
+    OUT/.prepare/journal/00000/     what was fetched for a shard that is not collected yet
+    OUT/.prepare/images/00000.bin   the finished images of a shard, and 00000.json what became of each
+    OUT/.prepare/done/00000.json    the report of a finished shard
+"""
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Folder:
+    out: Path
+
+    @property
+    def state(self) -> Path:
+        return self.out / ".prepare"
+
+    def tar(self, number: int) -> Path:
+        return self.out / f"{number:05d}.tar"
+
+    def rejects(self, number: int) -> Path:
+        return self.out / "rejects" / f"{number:05d}.jsonl"
+
+    @property
+    def report(self) -> Path:
+        return self.out / "report.json"
+
+    @property
+    def plan(self) -> Path:
+        return self.state / "plan.json"
+
+    @property
+    def inputs(self) -> Path:
+        return self.state / "inputs"
+
+    def hashes(self, of: str, number: int) -> Path:
+        return self.state / of / f"{number:05d}.npy"
+
+    def repeated(self, of: str, number: int) -> Path:
+        return self.state / of / f"{number:05d}.repeated.npy"
+
+    def journal(self, number: int) -> Path:
+        return self.state / "journal" / f"{number:05d}"
+
+    def images(self, number: int) -> Path:
+        return self.state / "images" / f"{number:05d}.bin"
+
+    def image_index(self, number: int) -> Path:
+        return self.state / "images" / f"{number:05d}.json"
+
+    def done(self, number: int) -> Path:
+        return self.state / "done" / f"{number:05d}.json"
+
+
+@contextmanager
+def appearing(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write that takes its name when it is whole and on disk. Whoever else writes the same file does not matter."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        with part.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    with appearing(path) as file:
+        file.write(json.dumps(value, indent=1, ensure_ascii=False).encode("utf-8", "replace"))
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_bytes())
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    with appearing(path) as file:
+        np.save(file, array)
+
+
+def remove(path: Path) -> None:
+    """A file or a folder with all it holds, or nothing."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

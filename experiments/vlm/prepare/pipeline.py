@@ -1,0 +1,78 @@
+"""The stages of a run, in order. What runs them, this machine or a cluster, is a `Runner`.
+
+    list      each shard: hashes of its URLs           then: which are not the first of the input
+    collect   each shard: fetch, judge, encode         then: which images are not the first of their content
+    write     each shard: tar, rejects, report         then: one report of all
+
+A stage does a shard again without harm, and skips what is there: that is all there is to resuming and to retries.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+import numpy as np
+
+from experiments.vlm.prepare.collect import collect
+from experiments.vlm.prepare.dedup import mark_repeated
+from experiments.vlm.prepare.folder import read_json, remove, write_json
+from experiments.vlm.prepare.job import Job
+from experiments.vlm.prepare.listing import list_urls
+from experiments.vlm.prepare.progress import Progress
+from experiments.vlm.prepare.shard import write_shard
+from experiments.vlm.prepare.stop import Stop
+from experiments.vlm.prepare.tally import add_reports
+
+Stage = Callable[[Job, Iterable[int], Progress, Stop], None]
+
+
+class Runner(Protocol):
+    progress: Progress
+
+    def run(self, stage: str, numbers: list[int]) -> None:
+        """Does a stage (a key of STAGES) for these shards."""
+        ...
+
+
+def list_all(job: Job, numbers: Iterable[int], progress: Progress, stop: Stop) -> None:
+    for number in numbers:
+        stop.check()
+        list_urls(job, number)
+        progress.advance(job.plan.pieces[number].rows)
+
+
+def write_all(job: Job, numbers: Iterable[int], progress: Progress, stop: Stop) -> None:
+    for number in numbers:
+        stop.check()
+        write_shard(job, number)
+        progress.advance(job.plan.pieces[number].rows)
+
+
+STAGES: dict[str, Stage] = {"list": list_all, "collect": collect, "write": write_all}
+
+
+def run(job: Job, runner: Runner) -> None:
+    """Ends with the report in place. Raises Stopped."""
+    folder, shards = job.folder, range(job.shards)
+    todo = [number for number in shards if not folder.done(number).exists()]
+    if todo:
+        rows = sum(job.plan.pieces[number].rows for number in todo)
+        runner.progress.stage("records read", job.plan.records)
+        runner.run("list", list(shards))
+        if job.dedup:
+            mark_repeated(folder, "urls", job.shards)
+        runner.progress.stage("images", sum(len(np.load(folder.hashes("urls", number), mmap_mode="r")) for number in todo))
+        runner.run("collect", todo)
+        if job.dedup:
+            mark_repeated(folder, "content", job.shards)
+        runner.progress.stage("records written", rows)
+        runner.run("write", todo)
+    write_report(job)
+
+
+def write_report(job: Job) -> None:
+    """Of the whole run, made of the shards' reports; then the state is not needed any more, but for these and the plan."""
+    reports = [read_json(job.folder.done(number)) for number in range(job.shards)]
+    head = {"kind": job.plan.kind, "shards": sum(report["records"]["written"] > 0 for report in reports)}
+    write_json(job.folder.report, {**head, **add_reports(reports), "options": job.plan.options, "inputs": job.plan.inputs})
+    for leftover in ("urls", "content", "journal", "images", "inputs"):
+        remove(job.folder.state / leftover)

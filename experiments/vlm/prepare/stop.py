@@ -1,0 +1,41 @@
+"""The wish to end: set from a signal or when the parent process died, seen by loops and by an event loop alike."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+class Stopped(Exception):
+    """The run ends before it is done; everything needed to go on is on disk."""
+
+
+class Stop:
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        self._tell: Callable[[], object] | None = None
+
+    def __bool__(self) -> bool:
+        return self._event.is_set()
+
+    def ask(self) -> None:
+        """From any thread or signal handler, as often as one likes."""
+        self._event.set()
+        if self._tell:
+            self._tell()
+
+    def check(self) -> None:
+        if self:
+            raise Stopped
+
+    @contextmanager
+    def calling(self, action: Callable[[], object]) -> Iterator[None]:
+        """While inside an event loop: `action` is called in it when the run is to end."""
+        loop = asyncio.get_running_loop()
+        self._tell = lambda: loop.call_soon_threadsafe(action)
+        try:
+            if self:
+                action()
+            yield
+        finally:
+            self._tell = None
