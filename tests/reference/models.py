@@ -1,0 +1,84 @@
+"""Small models with random weights for tests, and their Hugging Face counterparts' configurations."""
+
+import dataclasses
+
+import torch
+from torch import nn
+
+from experiments.vlm.model.flavors import EncoderConfig, ProjectorConfig, VLMConfig
+from experiments.vlm.model.vlm import VLM
+from torchtitan.layers.rope_scaling import RopeScaling
+from torchtitan.models.decoder.flavors import DecoderConfig
+
+VOCAB = 96
+
+# Wavelengths of the 8 angles run from 6 to 6,000 tokens, so a context of 64 exercises all three branches of the scaling.
+LLAMA = DecoderConfig(64, 2, 4, 2, 16, 96, VOCAB, 10000.0, RopeScaling(8.0, 1.0, 4.0, original_context=64), norm_eps=1e-5)
+QWEN2 = DecoderConfig(64, 2, 4, 2, 16, 96, VOCAB, 10000.0, qkv_bias=True, tied_embeddings=True)
+QWEN3 = DecoderConfig(64, 2, 4, 2, 24, 96, VOCAB, 10000.0, qk_norm=True)
+ENCODER = EncoderConfig(48, 2, 4, 80, patch_size=4, position_grid=8)
+
+
+def randomise(model: nn.Module, seed: int = 0) -> None:
+    """Every parameter random, biases and norms too: one that is read nowhere, or twice, then shows."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+            else:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
+
+
+def small_vlm(decoder: DecoderConfig = LLAMA, merge: int = 2, backend: str = "sdpa", loss_chunk: int = 16, seed: int = 0, **changes) -> VLM:
+    """`changes` are fields of the encoder's configuration."""
+    config = VLMConfig(dataclasses.replace(ENCODER, **changes), ProjectorConfig(56), decoder)
+    model = VLM(config, decoder.vocab_size, merge, backend, loss_chunk)
+    randomise(model, seed)
+    return model
+
+
+def hf_text_config(config: DecoderConfig):
+    """LlamaConfig, Qwen2Config or Qwen3Config of the same sizes."""
+    from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+
+    kind = Qwen2Config if config.qkv_bias else Qwen3Config if config.qk_norm else LlamaConfig
+    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if config.rope_scaling is not None:
+        scaling = config.rope_scaling
+        rope |= {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_context,
+        }
+    return kind(
+        vocab_size=config.vocab_size,
+        hidden_size=config.dim,
+        intermediate_size=config.mlp_dim,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.kv_heads,
+        head_dim=config.head_dim,
+        rms_norm_eps=config.norm_eps,
+        tie_word_embeddings=config.tied_embeddings,
+        rope_parameters=rope,
+        max_position_embeddings=4096,
+        pad_token_id=None,
+    )
+
+
+def hf_vision_config(config: EncoderConfig, head: bool = False):
+    from transformers import Siglip2VisionConfig
+
+    return Siglip2VisionConfig(
+        hidden_size=config.dim,
+        intermediate_size=config.mlp_dim,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        patch_size=config.patch_size,
+        num_patches=config.position_grid**2,
+        layer_norm_eps=config.norm_eps,
+        vision_use_head=head,
+    )
