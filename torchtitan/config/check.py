@@ -198,7 +198,7 @@ def check_devices(job: JobConfig) -> None:
 
 def check_loading(job: JobConfig) -> None:
     c, path = job.checkpoint, job.checkpoint.initial_load_path
-    require(not path or "://" in path or Path(path).exists(), f"checkpoint.initial_load_path = {path}: no such folder")
+    require(not path or Path(path).is_dir(), f"checkpoint.initial_load_path = {path}: no such folder (looked from {Path.cwd()})")
     for name in c.exclude_from_loading:
         require(name in NOT_LOADED, f"checkpoint.exclude_from_loading = {name}: is no part{did_you_mean(name, NOT_LOADED)}")
     require(c.enable or c.load_step == -1, f"checkpoint.load_step = {c.load_step} needs checkpoint.enable")

@@ -13,20 +13,26 @@ logger = logging.getLogger("torchtitan")
 class _Line(logging.Formatter):
     """`step: 12 loss: ...`; warnings and errors say so; every rank but the first says which it is."""
 
-    def __init__(self, rank: str):
+    def __init__(self, rank: int):
         super().__init__()
-        self.rank = "" if rank == "0" else f"[rank{rank}] "
+        self.rank = "" if rank == 0 else f"[rank{rank}] "
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         level = f"{record.levelname.lower()}: " if record.levelno > logging.INFO else ""
         return f"{self.rank}{level}{record.message}"
 
 
+def log_ranks(world_size: int) -> set[int]:
+    """Ranks that print: LOG_RANK, a number or several with commas between; rank 0 where it names none of this run."""
+    named = {int(rank) for rank in os.environ.get("LOG_RANK", "0").split(",") if rank.strip().isdigit()}
+    return {rank for rank in named if rank < world_size} or {0}
+
+
 def init_logger() -> None:
     """Print to stdout, however often it is called. `python -m experiments` calls it first."""
-    rank = os.environ.get("RANK", "0")
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(_Line(rank))
     logger.handlers[:] = [handler]
-    logger.setLevel(logging.INFO if rank in os.environ.get("LOG_RANK", "0").split(",") else logging.WARNING)
+    logger.setLevel(logging.INFO if rank in log_ranks(world_size) else logging.WARNING)
     logger.propagate = False
