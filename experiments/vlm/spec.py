@@ -1,0 +1,83 @@
+"""What the vision-language experiment brings to the trainer."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from experiments.vlm.batch import Delivered
+from experiments.vlm.config import VLMJobConfig
+from experiments.vlm.data.loader import Loader
+from experiments.vlm.flops import count_flops
+from experiments.vlm.model.flavors import FLAVORS
+from experiments.vlm.model.vlm import VLM
+from experiments.vlm.parallelize import parallelize_vlm
+from torchtitan.components.loader import Tensors
+from torchtitan.components.tokenizer import Tokenizer, load_tokenizer
+from torchtitan.distributed.mesh import Mesh
+from torchtitan.layers.attention import resolve_backend
+from torchtitan.spec import TrainSpec
+
+PARTS = ("encoder", "projector", "decoder")
+THIN = 3  # an image is thin when one side is at least this many times the other
+
+
+def build_vlm(job: VLMJobConfig, tokenizer: Tokenizer) -> VLM:
+    """On the meta device."""
+    backend = resolve_backend(job.model.attention_backend, "cuda" if torch.cuda.is_available() else "cpu")
+    with torch.device("meta"):
+        return VLM(FLAVORS[job.model.flavor], tokenizer.vocab_size, job.data.spatial_merge_size, backend, job.training.loss_chunk_tokens)
+
+
+def loss(model: torch.nn.Module, tensors: Tensors) -> Tensor:
+    return model(**tensors)
+
+
+def score(model: torch.nn.Module, tensors: Tensors) -> Tensor:
+    return model(**tensors, per_token=True)
+
+
+def whole_batch(tensors: Tensors, mesh: Mesh, job: VLMJobConfig) -> Tensors:
+    """Without context parallel a rank keeps all of its slots."""
+    return tensors
+
+
+def capacity(job: VLMJobConfig) -> dict[str, int]:
+    return {"patches": job.data.patch_rows * job.data.patches_per_row, "tokens": job.training.seq_len}
+
+
+def tied(job: VLMJobConfig) -> dict[str, str]:
+    is_tied = FLAVORS[job.model.flavor].decoder.tied_embeddings
+    return {"decoder.output.weight": "decoder.tok_embeddings.weight"} if is_tied else {}
+
+
+def is_thin(sample: Delivered) -> bool:
+    return any(max(size) >= THIN * min(size) for size in sample.image_sizes)
+
+
+def build_loader(job: VLMJobConfig, tokenizer: Tokenizer, **which: Any) -> Loader:
+    return Loader(job, tokenizer, **which)
+
+
+SPEC = TrainSpec(
+    name="vlm",
+    parts=PARTS,
+    load_tokenizer=lambda job: load_tokenizer(job.model.tokenizer_path),
+    build_model=build_vlm,
+    parallelize=parallelize_vlm,
+    pipeline=None,
+    build_loader=build_loader,
+    shard_batch=whole_batch,
+    loss=loss,
+    score=score,
+    loss_weight="loss_tokens",
+    tokens="tokens",
+    capacity=capacity,
+    rates=("images",),
+    flops=count_flops,
+    adamw_only=("decoder.tok_embeddings", "decoder.output", "encoder.embedding.positions"),
+    aliases=tied,
+    documents="document_ids",
+    labels="labels",
+    groups={"thin": is_thin},
+)

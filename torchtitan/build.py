@@ -1,0 +1,173 @@
+"""A job becomes the parts of a run, one small step after the other."""
+
+import os
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from torchtitan.components.checkpoint import Checkpointer, find, read_record
+from torchtitan.components.forward_backward import ForwardBackward, Plain
+from torchtitan.components.loader import Batch, Loader, Tensors, to_device
+from torchtitan.components.lr_scheduler import Schedule
+from torchtitan.components.metrics import Meter, Reporter
+from torchtitan.components.optimizer import Optimizers
+from torchtitan.components.train_state import TrainState
+from torchtitan.components.validation import Validator
+from torchtitan.config.check import BatchSizes, ConfigError, degrees, resolve_batch
+from torchtitan.config.job import JobConfig
+from torchtitan.config.parse import to_toml
+from torchtitan.distributed.mesh import Mesh, build_mesh
+from torchtitan.spec import TrainSpec
+from torchtitan.tools.logging import logger
+from torchtitan.tools.profiling import Profiler
+
+
+@dataclass
+class Run:
+    """Everything that training needs, built."""
+
+    job: JobConfig
+    spec: TrainSpec
+    mesh: Mesh
+    sizes: BatchSizes
+    passes: ForwardBackward
+    optimizers: Optimizers
+    schedule: Schedule
+    loader: Loader
+    feed: Callable[[Batch], Tensors]
+    flops: Callable[[Batch], int]
+    state: TrainState
+    checkpointer: Checkpointer
+    validator: Validator
+    meter: Meter
+    reporter: Reporter
+    profiler: Profiler
+
+
+def build(job: JobConfig, spec: TrainSpec, device: torch.device) -> Run:
+    """In this order: what is cheap and may be wrong first, what a checkpoint fills before it is loaded."""
+    folder, world_size = Path(job.job.dump_folder), dist.get_world_size()
+    seed_generators(job)
+    settle_global_batch(job)
+    sizes = resolve_batch(job, world_size)
+    mesh = build_mesh(degrees(job.parallelism, world_size), device)
+    tokenizer = spec.load_tokenizer(job)
+    model = spec.build_model(job, tokenizer)
+    freeze(model, job.training.freeze)
+    flops = spec.flops(job, model)
+    describe(model, spec, sizes)
+    open_loader = loader_of(job, spec, tokenizer, mesh)
+    loader = open_loader("train", None)
+    passes = lay_out(model, mesh, job, spec)
+    materialise(passes.parts, job, device)
+    optimizers = Optimizers(passes.parts, job.optimizer, spec.adamw_only)
+    schedule = Schedule(optimizers, job.training.steps, job.lr_scheduler)
+    state = TrainState(passes.parts, optimizers, schedule, loader, spec.aliases(job), sizes.global_)
+    checkpointer = Checkpointer(job.checkpoint, folder / job.checkpoint.folder, state)
+    checkpointer.load()
+    save_config(job, folder)
+    feed = feed_of(job, spec, mesh)
+    occupancy = tuple(spec.capacity(job))
+    return Run(
+        job=job,
+        spec=spec,
+        mesh=mesh,
+        sizes=sizes,
+        passes=passes,
+        optimizers=optimizers,
+        schedule=schedule,
+        loader=loader,
+        feed=feed,
+        flops=flops,
+        state=state,
+        checkpointer=checkpointer,
+        validator=Validator(
+            passes=passes,
+            mesh=mesh,
+            open_loader=lambda control: open_loader("validation", control),
+            feed=feed,
+            documents=spec.documents,
+            labels=spec.labels,
+            groups=spec.groups,
+            steps=job.validation.steps,
+        ),
+        meter=Meter(device, world_size, spec.capacity(job), spec.rates, spec.tokens),
+        reporter=Reporter(job, (*occupancy, "exact", *spec.groups), state.step, dist.get_rank(), world_size),
+        profiler=Profiler(job.profiling, job.job.dump_folder, dist.get_rank(), state.step),
+    )
+
+
+def seed_generators(job: JobConfig) -> None:
+    torch.manual_seed(job.debug.seed)
+    random.seed(job.debug.seed)
+    if job.debug.deterministic:
+        # cuBLAS reads this when it is first used.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+
+
+def settle_global_batch(job: JobConfig) -> None:
+    """A run that goes on keeps the global batch that it began with, whatever the number of ranks now."""
+    path = find(job.checkpoint, Path(job.job.dump_folder) / job.checkpoint.folder)
+    if path is None or "data" in job.checkpoint.exclude_from_loading:
+        return
+    saved, asked = read_record(path)["global_batch_size"], job.training.global_batch_size
+    if asked not in (-1, saved):
+        raise ConfigError(
+            f"training.global_batch_size = {asked}: {path} was made with {saved}; keep it, or start the data anew with "
+            "checkpoint.exclude_from_loading = ['data']"
+        )
+    job.training.global_batch_size = saved
+
+
+def freeze(model: nn.Module, parts: list[str]) -> None:
+    for part in parts:
+        model.get_submodule(part).requires_grad_(False)
+
+
+def describe(model: nn.Module, spec: TrainSpec, sizes: BatchSizes) -> None:
+    counted = {part: sum(p.numel() for p in model.get_submodule(part).parameters()) for part in spec.parts}
+    logger.info("parameters: " + ", ".join(f"{part} {count:,}" for part, count in counted.items()))
+    logger.info(f"slots a step: {sizes.global_}, in {sizes.accumulation} forwards of {sizes.local} a rank")
+
+
+def loader_of(job: JobConfig, spec: TrainSpec, tokenizer: Any, mesh: Mesh) -> Callable[[str, str | None], Loader]:
+    """(split, control) -> the loader of this data-parallel rank."""
+    rank, ranks = mesh.data.get_local_rank(), mesh.data.size()
+    return lambda split, control: spec.build_loader(job, tokenizer, rank=rank, ranks=ranks, split=split, control=control)
+
+
+def feed_of(job: JobConfig, spec: TrainSpec, mesh: Mesh) -> Callable[[Batch], Tensors]:
+    return lambda batch: to_device(spec.shard_batch(batch.tensors, mesh, job), mesh.device)
+
+
+def lay_out(model: nn.Module, mesh: Mesh, job: JobConfig, spec: TrainSpec) -> ForwardBackward:
+    """Still on the meta device."""
+    if mesh.degrees.pp > 1:
+        if spec.pipeline is None:
+            raise ConfigError(f"parallelism.pipeline_parallel_degree = {mesh.degrees.pp}: {spec.name} has no pipeline")
+        return spec.pipeline(model, mesh, job)
+    spec.parallelize(model, mesh, job)
+    return Plain(model, spec.loss, spec.score)
+
+
+def materialise(parts: list[nn.Module], job: JobConfig, device: torch.device) -> None:
+    """Give each rank storage for its shards alone, and the initial weights."""
+    for part in parts:
+        part.to_empty(device="cpu" if job.training.enable_cpu_offload else device)
+        part.init_weights(job.debug.seed)  # type: ignore[operator]
+        part.train()
+
+
+def save_config(job: JobConfig, folder: Path) -> None:
+    """The resolved job, so that the run can be repeated from its dump folder."""
+    if dist.get_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.toml").write_text(to_toml(job))

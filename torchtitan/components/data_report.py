@@ -1,0 +1,32 @@
+"""data_report.json: what the loaders of all ranks delivered and rejected so far."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+
+def merge(reports: list[Any]) -> Any:
+    """Numbers are added, mappings merged, lists joined; anything else is the same everywhere, so the first speaks."""
+    if isinstance(reports[0], Mapping):
+        keys = dict.fromkeys(key for report in reports for key in report)
+        return {key: merge([report[key] for report in reports if key in report]) for key in keys}
+    if isinstance(reports[0], list):
+        return [item for report in reports for item in report]
+    if isinstance(reports[0], (int, float)) and not isinstance(reports[0], bool):
+        return sum(reports)
+    return reports[0]
+
+
+def write_data_report(folder: Path, own: Mapping[str, Any] | None) -> None:
+    """Called by all ranks; `own` is None on a rank whose slots another rank reports."""
+    reports: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(reports, own)
+    if dist.get_rank() == 0:
+        whole = merge([report for report in reports if report is not None])
+        path = folder / "data_report.json"
+        unfinished = path.with_suffix(".tmp")
+        unfinished.write_text(json.dumps(whole, indent=1, sort_keys=True))
+        unfinished.replace(path)

@@ -1,0 +1,51 @@
+"""How a microbatch passes through the model: plainly here, as a pipeline's schedule elsewhere."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from torchtitan.components.loader import Tensors
+
+OfBatch = Callable[[nn.Module, Tensors], Tensor]
+
+
+class ForwardBackward(Protocol):
+    parts: list[nn.Module]  # the model, or this rank's stages of it
+
+    def forward_backward(self, tensors: Tensors, scale: float, last: bool) -> Tensor:
+        """Add the gradients of `scale` times the summed loss, and return that sum, detached, float32 [1], on the device.
+
+        Only the last microbatch of a step reduces gradients over ranks. A rank that computes no loss returns zero.
+        """
+        ...
+
+    def score(self, tensors: Tensors) -> Tensor:
+        """(nll, correct) of each label, float32 [B, S, 2], whole slots, the same on every rank that holds them."""
+        ...
+
+
+class Plain:
+    """The whole model on this rank."""
+
+    def __init__(self, model: nn.Module, loss: OfBatch, score: OfBatch):
+        assert isinstance(model, FSDPModule), "a layout ends with fully_shard of the whole model"
+        self.model, self._loss, self._score = model, loss, score
+        self.parts: list[nn.Module] = [model]
+
+    def forward_backward(self, tensors: Tensors, scale: float, last: bool) -> Tensor:
+        self.model.set_requires_gradient_sync(last)
+        self.model.set_is_last_backward(last)
+        loss = self._loss(self.model, tensors)
+        (loss * scale).sum().backward()
+        return loss.detach()
+
+    @torch.no_grad()
+    def score(self, tensors: Tensors) -> Tensor:
+        self.model.eval()
+        try:
+            return self._score(self.model, tensors)
+        finally:
+            self.model.train()

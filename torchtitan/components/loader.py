@@ -1,0 +1,51 @@
+"""What the trainer asks of a loader and of what it delivers."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+from torch import Tensor
+
+Tensors = dict[str, Tensor]
+State = Mapping[str, bytes]  # small pieces of a loader's position, each under a name that no other rank's piece bears
+
+
+class Batch(Protocol):
+    """One microbatch: host tensors of fixed shapes, and host integers that describe them."""
+
+    tensors: Tensors
+    counts: dict[str, int]
+    samples: list[Any]
+
+
+class Step(Protocol):
+    """The microbatches of one optimizer step, and the loader's position right after them."""
+
+    batches: list[Batch]
+    state: State | Callable[[], State]
+
+
+class Loader(Protocol):
+    """Steps of one data-parallel rank. It ends on every rank at the same step."""
+
+    def __iter__(self) -> Iterator[Step]: ...
+
+    def __next__(self) -> Step: ...
+
+    def state_dict(self) -> State: ...
+
+    def load_state_dict(self, state: State) -> None: ...
+
+    def slot_keys(self) -> list[str]:
+        """Names of the pieces of state that this rank needs."""
+        ...
+
+    def report(self) -> dict: ...
+
+    def close(self) -> None: ...
+
+
+def to_device(tensors: Tensors, device) -> Tensors:
+    """Without waiting: on a GPU by way of pinned memory, on the stream that uses them."""
+    if device.type == "cpu":
+        return tensors
+    return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in tensors.items()}

@@ -1,0 +1,112 @@
+"""What a run tells: speed, occupancy and loss, as a line on the console and as numbers in the sinks (sinks.py)."""
+
+import os
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+
+import torch
+
+from torchtitan.components.sinks import open_sinks
+from torchtitan.config.job import JobConfig
+from torchtitan.tools.hardware import peak_flops, peak_memory_gib
+from torchtitan.tools.logging import logger
+
+Values = dict[str, float | None]  # None: not known here, "n/a" on the console
+
+FORMATS: dict[str, Callable[[float], str]] = {
+    "loss": "{:.5f}".format,
+    "grad_norm": "{:.5f}".format,
+    "memory": "{:.2f}GiB".format,
+    "tps": "{:,.0f}".format,
+    "tflops": "{:.3f}".format,
+    "mfu": "{:.2f}%".format,
+    "data_wait": "{:.1f}%".format,
+    "documents": "{:.0f}".format,
+}
+COLOURS = {"step": 31, "loss": 32, "grad_norm": 33, "memory": 36, "tps": 34, "tflops": 35, "mfu": 31}
+QUIET = {"lr"}  # written, not printed
+
+
+class Meter:
+    """What happened since the last line."""
+
+    def __init__(self, device: torch.device, ranks: int, capacity: Mapping[str, int], rates: tuple[str, ...], tokens: str):
+        self.device, self.ranks, self.capacity, self.rates, self.tokens = device, ranks, capacity, rates, tokens
+        self.peak = peak_flops(device)
+        self.restart()
+
+    def restart(self) -> None:
+        self.totals: dict[str, float] = defaultdict(float)
+        self.data_s = 0.0
+        self.started = time.perf_counter()
+
+    def add(self, totals: Mapping[str, float], data_s: float) -> None:
+        """`totals`: of one step, over all ranks: counts, "slots" and "flops"."""
+        for name, value in totals.items():
+            self.totals[name] += value
+        self.data_s += data_s
+
+    def read(self) -> Values:
+        """tps, tflops and mfu are per device, and count no padding; occupancy and data_wait are percentages."""
+        elapsed = time.perf_counter() - self.started
+        flops = self.totals["flops"] / elapsed / self.ranks
+        values: Values = {
+            "memory": peak_memory_gib(self.device),
+            "tps": self.totals[self.tokens] / elapsed / self.ranks,
+            "tflops": flops / 1e12,
+            "mfu": None if self.peak is None else 100 * flops / self.peak,
+        }
+        values |= {name: 100 * self.totals[name] / (size * self.totals["slots"]) for name, size in self.capacity.items()}
+        values |= {f"{name}/s": self.totals[name] / elapsed for name in self.rates}
+        values["data_wait"] = 100 * self.data_s / elapsed
+        self.restart()
+        return values
+
+
+def format_line(step: int, values: Values, percentages: tuple[str, ...] = (), colours: bool = False) -> str:
+    """`step: 12 loss: 3.14159 ...`; names in `percentages` and not in FORMATS are percentages, others rates."""
+    shown = {"step": str(step)}
+    for name, value in values.items():
+        if name not in QUIET:
+            default = "{:.1f}%".format if name in percentages else "{:.1f}".format
+            shown[name] = "n/a" if value is None else FORMATS.get(name, default)(value)
+    parts = [f"{name}: {text}" for name, text in shown.items()]
+    if colours:
+        parts = [f"\033[{COLOURS[n]}m{part}\033[0m" if n in COLOURS else part for n, part in zip(shown, parts, strict=True)]
+    return " ".join(parts)
+
+
+def log_ranks(world_size: int) -> set[int]:
+    """Ranks that print: LOG_RANK, a number or several with commas between; rank 0 where it names none of this run."""
+    named = {int(rank) for rank in os.environ.get("LOG_RANK", "0").split(",") if rank.strip().isdigit()}
+    return {rank for rank in named if rank < world_size} or {0}
+
+
+class Reporter:
+    """Console and sinks of one rank. All ranks hold the global numbers; the first of LOG_RANK writes, those named print."""
+
+    def __init__(self, job: JobConfig, percentages: tuple[str, ...], first_step: int, rank: int, world_size: int):
+        ranks = log_ranks(world_size)
+        self.prints, self.writes = rank in ranks, rank == min(ranks)
+        self.percentages = percentages
+        self.colours = sys.stdout.isatty() and not job.metrics.disable_color_printing
+        self.sinks = open_sinks(job, first_step) if self.writes else []
+
+    def train(self, step: int, values: Values) -> None:
+        self._tell("", "", step, values)
+
+    def validate(self, step: int, values: Values) -> None:
+        self._tell("validate ", "validate/", step, values)
+
+    def _tell(self, word: str, prefix: str, step: int, values: Values) -> None:
+        if self.prints:
+            logger.info(word + format_line(step, values, self.percentages, self.colours))
+        known = {prefix + name: value for name, value in values.items() if value is not None}
+        for sink in self.sinks:
+            sink.write(step, known)
+
+    def close(self) -> None:
+        for sink in self.sinks:
+            sink.close()

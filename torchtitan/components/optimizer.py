@@ -1,0 +1,91 @@
+"""AdamW for everything, or Muon for matrices and AdamW for the rest. Frozen parameters are in no optimizer and keep no state."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from torchtitan.components.muon import Muon
+from torchtitan.config.job import Optimizer
+
+Named = tuple[str, nn.Parameter]
+
+
+KERNELS: dict[str, dict[str, bool]] = {
+    "auto": {"fused": True},  # on CPU and GPU alike
+    "fused": {"fused": True},
+    "foreach": {"foreach": True},
+    "for-loop": {"foreach": False},
+}
+
+
+def trainable(part: nn.Module) -> list[Named]:
+    """Names are those of the plain model, whatever wraps its blocks."""
+    return [
+        (name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", ""), parameter)
+        for name, parameter in part.named_parameters()
+        if parameter.requires_grad
+    ]
+
+
+def _is_muons(name: str, parameter: Tensor, adamw_only: tuple[str, ...]) -> bool:
+    return parameter.ndim == 2 and not name.startswith(adamw_only)
+
+
+def _adamw_groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict]:
+    """Vectors (norms, biases) are not decayed. One mesh a group: a fused kernel does not take tensors of several."""
+    groups: dict[tuple, list[nn.Parameter]] = defaultdict(list)
+    for parameter in parameters:
+        mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+        groups[parameter.ndim >= 2, mesh].append(parameter)
+    return [{"params": group, "weight_decay": weight_decay * is_matrix} for (is_matrix, _), group in groups.items()]
+
+
+class Optimizers:
+    """The optimizers of each part that this rank holds, and the options that they were made with."""
+
+    def __init__(self, parts: list[nn.Module], options: Optimizer, adamw_only: tuple[str, ...]):
+        self.of_part = [_optimizers_of(trainable(part), options, adamw_only) for part in parts]
+        self.parameters = [parameter for part in parts for _, parameter in trainable(part)]
+        self._options = [[{k: v for k, v in group.items() if k != "params"} for group in o.param_groups] for o in self]
+
+    def __iter__(self) -> Iterator[torch.optim.Optimizer]:
+        return (optimizer for optimizers in self.of_part for optimizer in optimizers)
+
+    def scale_learning_rates(self, factor: float) -> None:
+        """To `factor` times the peak that each group was made with."""
+        for optimizer, options in zip(self, self._options, strict=True):
+            for group, made_with in zip(optimizer.param_groups, options, strict=True):
+                group.update(made_with, lr=made_with["lr"] * factor)
+
+    def step(self) -> None:
+        for optimizer in self:
+            optimizer.step()
+
+    def zero_grad(self) -> None:
+        for optimizer in self:
+            optimizer.zero_grad(set_to_none=True)
+
+
+def _optimizers_of(named: list[Named], options: Optimizer, adamw_only: tuple[str, ...]) -> list[torch.optim.Optimizer]:
+    muons = [p for name, p in named if _is_muons(name, p, adamw_only)] if options.name == "Muon" else []
+    chosen = {id(parameter) for parameter in muons}
+    rest = [parameter for _, parameter in named if id(parameter) not in chosen]
+    optimizers: list[torch.optim.Optimizer] = []
+    if muons:
+        optimizers.append(Muon(muons, options.muon_lr, options.muon_momentum, options.weight_decay))
+    if rest:
+        optimizers.append(_adamw(rest, options))
+    return optimizers
+
+
+def _adamw(parameters: list[nn.Parameter], options: Optimizer) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        _adamw_groups(parameters, options.weight_decay),
+        lr=options.lr,
+        betas=(options.beta1, options.beta2),
+        eps=options.eps,
+        **KERNELS[options.implementation],
+    )

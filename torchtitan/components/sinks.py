@@ -1,0 +1,84 @@
+"""Where the numbers of a run are kept: metrics.jsonl always, TensorBoard and Weights & Biases on request, the same keys in all."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Protocol
+
+from torchtitan.config.job import JobConfig
+
+HISTORY = "metrics.jsonl"
+
+
+class Sink(Protocol):
+    def write(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class History:
+    """metrics.jsonl: one record a line. A run that goes on from a step forgets what it wrote after it."""
+
+    def __init__(self, folder: Path, first_step: int):
+        self.path = folder / HISTORY
+        kept = [record for record in read_history(folder) if record["step"] <= first_step]
+        self.path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def close(self) -> None:
+        pass
+
+
+def read_history(folder: Path) -> list[dict[str, float]]:
+    """A line that was cut short when the run was killed is left out."""
+    path = folder / HISTORY
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+class TensorBoard:
+    def __init__(self, folder: Path):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WandB:
+    def __init__(self, folder: Path, job: JobConfig):
+        import wandb
+
+        self.run = wandb.init(project=os.environ.get("WANDB_PROJECT", "torchtitan"), dir=str(folder), config=asdict(job))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self.run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def open_sinks(job: JobConfig, first_step: int) -> list[Sink]:
+    folder = Path(job.job.dump_folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    sinks: list[Sink] = [History(folder, first_step)]
+    if job.metrics.enable_tensorboard:
+        sinks.append(TensorBoard(folder / job.metrics.save_tb_folder))
+    if job.metrics.enable_wandb:
+        sinks.append(WandB(folder, job))
+    return sinks

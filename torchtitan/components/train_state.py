@@ -1,0 +1,130 @@
+"""What a checkpoint holds, and how it is put back.
+
+    tensors (torch.distributed.checkpoint)           record (train_state.json)
+      model.NAME         weights                       step, tokens
+      optimizer.NAME     optimizer state               lr_scheduler
+      data.SLOT          the loader's position         global_batch_size
+      rng.RANK.DEVICE    generator states              model_only
+
+Names do not depend on the layout, and a slot's position is stored under the slot, so a run goes on at any number of ranks.
+Options (learning rates, weight decay) are not stored: those of the job hold.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
+
+from torchtitan.components.loader import Loader, State
+from torchtitan.components.lr_scheduler import Schedule
+from torchtitan.components.optimizer import Optimizers
+from torchtitan.config.check import ConfigError
+
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+Sizes = Mapping[str, tuple[int, ...]]  # of the tensors in a checkpoint, by name
+
+
+@dataclass
+class TrainState:
+    parts: list[nn.Module]
+    optimizers: Optimizers
+    schedule: Schedule
+    loader: Loader
+    aliases: dict[str, str]  # parameter -> the name it is stored under (tied weights)
+    global_batch_size: int
+    step: int = 0
+    tokens: int = 0  # seen so far
+    data: State | Callable[[], State] = field(default_factory=dict)  # the position after the last step that was used
+
+    def record(self, model_only: bool) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "tokens": self.tokens,
+            "lr_scheduler": self.schedule.state_dict(),
+            "global_batch_size": self.global_batch_size,
+            "model_only": model_only,
+        }
+
+    def model(self) -> dict[str, Tensor]:
+        """References to the weights, by the name that each is stored under."""
+        weights: dict[str, Any] = {name: tensor for part in self.parts for name, tensor in get_model_state_dict(part).items()}
+        return {"model." + self._stored_name(name): tensor for name, tensor in weights.items()}
+
+    def optimizer(self) -> dict[str, Tensor]:
+        """References to the optimizers' tensors. They are made (by a step that changes nothing) where there are none yet."""
+        state: dict[str, Any] = {}
+        for part, optimizers in zip(self.parts, self.optimizers.of_part, strict=True):
+            if optimizers:
+                state.update(get_optimizer_state_dict(part, optimizers, options=FLAT))
+        return {
+            "optimizer." + self._stored_name(name.removeprefix("state.")): tensor
+            for name, tensor in state.items()
+            if name.startswith("state.")  # and not param_groups, the options
+        }
+
+    def _stored_name(self, name: str) -> str:
+        for alias, stored in self.aliases.items():
+            if name == alias or name.startswith(alias + "."):
+                return stored + name[len(alias) :]
+        return name
+
+    def position(self) -> dict[str, Tensor]:
+        state = self.data() if callable(self.data) else self.data
+        return {"data." + name: torch.frombuffer(bytearray(piece), dtype=torch.uint8) for name, piece in state.items()}
+
+    def generators(self) -> dict[str, Tensor]:
+        prefix = f"rng.{dist.get_rank()}."
+        states = {prefix + "cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            states[prefix + "cuda"] = torch.cuda.get_rng_state()
+        return states
+
+    def tensors(self, model_only: bool) -> dict[str, Tensor]:
+        if model_only:
+            return self.model()
+        return self.model() | self.optimizer() | self.position() | self.generators()
+
+    def to_fill(self, stored: Sizes, without: set[str]) -> dict[str, Tensor]:
+        """Tensors for a checkpoint to be read into: the live weights and optimizer state, fresh buffers for the rest."""
+        live = self.model() | ({} if "optimizer" in without else self.optimizer())
+        _check_sizes(live, stored)
+        names = [] if "data" in without else ["data." + key for key in self.loader.slot_keys()]
+        _check_position(names, stored)
+        if "train_state" not in without:
+            names += [name for name in self.generators() if name in stored]
+        return live | {name: torch.empty(stored[name], dtype=torch.uint8) for name in names}
+
+    def restore(self, filled: dict[str, Tensor], record: dict[str, Any], without: set[str]) -> None:
+        """After `filled` has been read. Weights and optimizer state are in place already."""
+        if "train_state" not in without:
+            self.step, self.tokens = record["step"], record["tokens"]
+        if "lr_scheduler" not in without:
+            self.schedule.load_state_dict(record["lr_scheduler"])
+        position = {n.removeprefix("data."): bytes(t.numpy()) for n, t in filled.items() if n.startswith("data.")}
+        if position:
+            self.loader.load_state_dict(position)
+            self.data = position
+        for name, tensor in filled.items():
+            if name.startswith("rng."):
+                (torch.cuda.set_rng_state if name.endswith("cuda") else torch.set_rng_state)(tensor)
+
+
+def _check_sizes(wanted: dict[str, Tensor], stored: Sizes) -> None:
+    for name, tensor in wanted.items():
+        if name not in stored:
+            raise ConfigError(f"the checkpoint has no {name}: it was made with another model.flavor or optimizer.name")
+        if stored[name] != tuple(tensor.shape):
+            raise ConfigError(f"{name} is {list(stored[name])} in the checkpoint and {list(tensor.shape)} here: another model.flavor")
+
+
+def _check_position(names: list[str], stored: Sizes) -> None:
+    missing = [name for name in names if name not in stored]
+    if missing:
+        raise ConfigError(
+            f"the checkpoint has no position for {missing[0]}: keep training.global_batch_size, or start the data anew "
+            "with checkpoint.exclude_from_loading = ['data']"
+        )

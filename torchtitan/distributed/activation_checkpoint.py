@@ -1,0 +1,54 @@
+"""Activation checkpointing (Chen et al., 2016): keep a block's inputs and compute the rest again in backward.
+
+`full` keeps nothing else. `selective` with "op" keeps the outputs of matrix products, attention and collectives, which are
+dear to compute, and computes the rest again; with an integer n it treats every n-th block as `full` and leaves the others.
+"""
+
+from functools import partial
+
+import torch
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+aten, c10d = torch.ops.aten, torch.ops._c10d_functional
+
+# Gathers are here too: without them context parallel would send keys and values once more in backward.
+_DEAR = {
+    aten.mm.default,
+    aten.addmm.default,
+    aten.bmm.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.higher_order.flex_attention,
+    c10d.all_gather_into_tensor.default,
+    c10d.reduce_scatter_tensor.default,
+    c10d.all_to_all_single.default,
+}
+
+
+def _dear_operators() -> set:
+    """With our own attention, known by the time a model was built (torchtitan/layers registers it)."""
+    own = getattr(torch.ops.torchtitan, "segment_attention", None)
+    return _DEAR | ({own.default} if own is not None else set())
+
+
+def _keep_dear(dear: set, context, operator, *args, **kwargs) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operator in dear else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def apply_activation_checkpoint(blocks: nn.ModuleDict, mode: str, option: str) -> None:
+    """`mode`: none, selective or full; `option`: "op" or the n of every n-th block. Before compile and FSDP."""
+    if mode == "none":
+        return
+    every = int(option) if mode == "selective" and option != "op" else 1
+    # Nothing random happens in a block, so the generators' state need not be kept.
+    wrap = partial(checkpoint_wrapper, preserve_rng_state=False)
+    if mode == "selective" and option == "op":
+        policy = partial(_keep_dear, _dear_operators())
+        wrap = partial(wrap, context_fn=partial(create_selective_checkpoint_contexts, policy))
+    for number, (name, block) in enumerate(list(blocks.items())):
+        if number % every == 0:
+            blocks[name] = wrap(block)

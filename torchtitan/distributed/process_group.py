@@ -1,0 +1,69 @@
+"""Start and end of communication between ranks, and what is known when a rank hangs."""
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from torchtitan.config.job import Comm
+
+
+def world_size() -> int:
+    """Ranks of this run, before there is a process group."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def open_process_group(comm: Comm, trace_folder: str) -> torch.device:
+    """Join the other ranks and return this rank's device: nccl on GPU, gloo on CPU and for host integers.
+
+    A single process makes a group of its own, so that there is one code path.
+    """
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if comm.trace_buf_size > 0:
+        _enable_flight_recorder(comm.trace_buf_size, trace_folder)
+    # Under torchrun the rendezvous comes from the environment. Alone there is nobody to meet, hence no port to find.
+    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=comm.init_timeout_seconds), **alone)
+    return device
+
+
+def _enable_flight_recorder(entries: int, folder: str) -> None:
+    """Keep the last collectives in memory; on a timeout every rank writes them to a file (`torchfrtrace` reads them)."""
+    os.makedirs(folder, exist_ok=True)
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(entries))
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", os.path.join(folder, "rank_"))
+
+
+def set_timeout(seconds: int) -> None:
+    """For every group that exists. Called after the first step: from then on nothing compiles or waits for data for long."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    dist.barrier()
+    groups = list(dist.distributed_c10d._world.pg_map)
+    for group in groups:
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+def note_step(step: int) -> None:
+    """Leave word of the step this rank is in, for `laggards`."""
+    dist.distributed_c10d._get_default_store().set(f"step/{dist.get_rank()}", str(step))
+
+
+def laggards() -> str:
+    """Which ranks are behind the others, from what they noted last; for the message of a collective that timed out."""
+    store = dist.distributed_c10d._get_default_store()
+    keys = [f"step/{rank}" for rank in range(dist.get_world_size())]
+    steps = [int(store.get(key)) if store.check([key]) else 0 for key in keys]
+    behind = [f"rank {rank} in step {step}" for rank, step in enumerate(steps) if step < max(steps)]
+    return f"behind the others: {', '.join(behind)}" if behind else f"all ranks had begun step {max(steps)}"
+
+
+def close_process_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

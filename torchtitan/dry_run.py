@@ -1,0 +1,40 @@
+"""Look before training: the whole configuration is checked, the model built without storage, one batch read, sizes printed."""
+
+import torch
+
+from torchtitan.build import describe, freeze
+from torchtitan.config.check import degrees, resolve_batch
+from torchtitan.config.job import JobConfig
+from torchtitan.distributed.process_group import world_size
+from torchtitan.spec import TrainSpec
+from torchtitan.tools.hardware import GIB
+from torchtitan.tools.logging import logger
+
+BYTES_OF_STATE = 16  # float32 weight, gradient and AdamW's two moments
+
+
+def dry_run(job: JobConfig, spec: TrainSpec) -> None:
+    """Every rank would do the same, so nobody else is asked. Raises ConfigError."""
+    ranks = world_size()
+    sizes, layout = resolve_batch(job, ranks), degrees(job.parallelism, ranks)
+    tokenizer = spec.load_tokenizer(job)
+    model = spec.build_model(job, tokenizer)
+    freeze(model, job.training.freeze)
+    describe(model, spec, sizes)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters()) - trained
+    shards = layout.dp_shard * layout.cp * layout.tp * layout.pp
+    state = (trained * BYTES_OF_STATE + frozen * torch.float32.itemsize) / shards
+    logger.info(f"weights, gradients and AdamW state: {state / GIB:.2f} GiB a rank, over {shards} shards")
+    loader = spec.build_loader(job, tokenizer, rank=0, ranks=layout.dp, split="train", control=None)
+    try:
+        batch = next(iter(loader)).batches[0]
+    finally:
+        loader.close()
+    for name, tensor in batch.tensors.items():
+        size = tensor.numel() * tensor.element_size() / 2**20
+        logger.info(f"{name}: {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}, {size:.1f} MiB")
+    slots = len(batch.tensors[spec.labels])
+    held = {name: 100 * batch.counts[name] / (size * slots) for name, size in spec.capacity(job).items()}
+    logger.info("first batch: " + ", ".join(f"{name} {share:.1f}%" for name, share in held.items()))
+    logger.info(f"{spec.flops(job, model)(batch) / 1e9:.1f} GFLOPs in it; dry run: nothing was trained")

@@ -1,0 +1,17 @@
+"""Garbage collection when we say so: left alone, Python pauses each rank at another moment and the others wait for it."""
+
+import gc
+
+
+class GarbageCollection:
+    def __init__(self, freq: int):
+        self.freq = freq
+        gc.collect()
+        gc.disable()
+
+    def after_step(self, step: int) -> None:
+        if step % self.freq == 0:
+            gc.collect(1)
+
+    def close(self) -> None:
+        gc.enable()

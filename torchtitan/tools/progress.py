@@ -1,0 +1,25 @@
+"""A progress bar, only where a person is watching a terminal."""
+
+import sys
+from contextlib import ExitStack
+
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from torchtitan.tools.logging import logger
+
+
+class Progress:
+    def __init__(self, steps: int, done: int, wanted: bool):
+        self.stack = ExitStack()
+        self.bar = None
+        if wanted and sys.stdout.isatty():
+            self.bar = self.stack.enter_context(tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True))
+            self.stack.enter_context(logging_redirect_tqdm([logger]))
+
+    def after_step(self, step: int) -> None:
+        if self.bar is not None:
+            self.bar.update(step - self.bar.n)
+
+    def close(self) -> None:
+        self.stack.close()

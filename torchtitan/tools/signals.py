@@ -1,0 +1,22 @@
+"""SIGTERM and SIGINT become a wish to stop, which the trainer grants after the step it is in."""
+
+import signal
+from types import FrameType
+
+WATCHED = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopSignals:
+    """While open, the first signal is remembered; a second SIGINT interrupts at once, for a person who means it."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._before = {number: signal.signal(number, self._remember) for number in WATCHED}
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number).name
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def close(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,183 @@
+"""The training loop. What it trains comes from a TrainSpec (spec.py), how it is built from build.py."""
+
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from torchtitan.build import Run, build
+from torchtitan.components.curves import draw_curves
+from torchtitan.components.data_report import write_data_report
+from torchtitan.components.loader import Batch, Step
+from torchtitan.components.metrics import Values, log_ranks
+from torchtitan.config.job import JobConfig
+from torchtitan.distributed.collectives import sum_over_hosts, sum_over_ranks
+from torchtitan.distributed.grad_norm import clip, global_norm
+from torchtitan.distributed.process_group import close_process_group, laggards, note_step, open_process_group, set_timeout, world_size
+from torchtitan.dry_run import dry_run
+from torchtitan.spec import TrainSpec
+from torchtitan.tools.garbage import GarbageCollection
+from torchtitan.tools.logging import logger
+from torchtitan.tools.progress import Progress
+from torchtitan.tools.signals import StopSignals
+
+CONTROLS = ("blanked", "shuffled")
+
+
+class Trainer:
+    def __init__(self, run: Run):
+        self.run, self.job, self.state = run, run.job, run.state
+        self.folder = Path(run.job.job.dump_folder)
+        self.counted = run.spec.counts(run.job)
+        self.signals = StopSignals()
+        self.garbage = GarbageCollection(run.job.training.gc_freq)
+        self.progress = Progress(run.job.training.steps, run.state.step, run.reporter.writes)
+        self.batches = iter(run.loader)
+        self.first_step = run.state.step + 1
+        if not run.state.data:
+            run.state.data = run.loader.state_dict()
+
+    def train(self) -> None:
+        steps = self.job.training.steps
+        logger.info(f"training from step {self.first_step} to {steps}")
+        while self.state.step < steps and self.train_step():
+            self.after_step()
+        self.finish()
+
+    def train_step(self) -> bool:
+        """One optimizer step. False, and nothing is changed, where the data has ended or somebody asked to stop."""
+        note_step(self.state.step + 1)
+        waiting = time.perf_counter()
+        step = next(self.batches, None)
+        data_s = time.perf_counter() - waiting
+        total = self.sum_counts(step)
+        if total["ended"] or total["stop"] or step is None:
+            return False
+
+        # Everyone divides by the same number: the tokens that carry loss in the whole global step.
+        scale = 1 / max(1.0, total[self.run.spec.loss_weight])
+        last = len(step.batches) - 1
+        losses = [self.forward_backward(batch, scale, number == last) for number, batch in enumerate(step.batches)]
+        self.loss, self.grad_norm = torch.stack(losses).sum() * scale, self.update()
+
+        self.state.step += 1
+        self.state.tokens += int(total[self.run.spec.tokens])
+        self.state.data = step.state
+        self.run.meter.add(total, data_s)
+        return True
+
+    def forward_backward(self, batch: Batch, scale: float, last: bool) -> Tensor:
+        return self.run.passes.forward_backward(self.run.feed(batch), scale, last)
+
+    def update(self) -> Tensor:
+        """Clip, set the learning rate, step. Returns the global gradient norm before clipping."""
+        optimizers = self.run.optimizers
+        norm = global_norm(optimizers.parameters, self.run.mesh)
+        if self.job.training.max_norm > 0:
+            clip(optimizers.parameters, norm, self.job.training.max_norm)
+        self.run.schedule.advance()
+        optimizers.step()
+        optimizers.zero_grad()
+        return norm
+
+    def sum_counts(self, step: Step | None) -> dict[str, float]:
+        """What all ranks' batches of this step hold together, and whether any rank wants to stop or has no more data."""
+        own = dict.fromkeys([*self.counted, "slots", "flops"], 0.0)
+        if step is not None and self.run.mesh.leads:
+            for batch in step.batches:
+                own["slots"] += len(batch.tensors[self.run.spec.labels])
+                own["flops"] += self.run.flops(batch)
+                for name in self.counted:
+                    own[name] += batch.counts[name]
+        own |= {"ended": float(step is None), "stop": float(self.signals.received is not None)}
+        total = sum_over_hosts(own)
+        # A step of nothing but padding means that every slot has run dry.
+        total["ended"] += total[self.run.spec.tokens] == 0
+        return total
+
+    def after_step(self) -> None:
+        step = self.state.step
+        if step == self.first_step:
+            set_timeout(self.job.comm.train_timeout_seconds)
+        if step == self.first_step or step % self.job.metrics.log_freq == 0 or step == self.job.training.steps:
+            self.log()
+        self.run.profiler.after_step(step)
+        self.garbage.after_step(step)
+        self.progress.after_step(step)
+        if step == self.job.training.steps:
+            return  # the last step is evaluated and saved by `finish`
+        if self.job.validation.enable and step % self.job.validation.freq == 0:
+            self.validate()
+        if step % self.job.checkpoint.interval == 0:
+            self.save()
+
+    def log(self) -> None:
+        # A rank of a tensor-parallel group has the whole loss of its tokens, as have its partners.
+        loss = sum_over_ranks(self.loss) / self.run.mesh.degrees.tp
+        values: Values = {"loss": loss.item(), "grad_norm": self.grad_norm.item(), "lr": self.run.schedule.factor}
+        self.run.reporter.train(self.state.step, values | self.run.meter.read())
+
+    def validate(self) -> None:
+        self.run.reporter.validate(self.state.step, self.run.validator.evaluate())
+        self.run.meter.restart()
+
+    def save(self, final: bool = False) -> None:
+        self.run.checkpointer.save(final)
+        self.report_data()
+
+    def report_data(self) -> None:
+        write_data_report(self.folder, self.run.loader.report() if self.run.mesh.leads else None)
+
+    def finish(self) -> None:
+        """After the last step, at the end of the data, or when asked to stop."""
+        asked = sum_over_hosts({"stop": float(self.signals.received is not None)})["stop"] > 0
+        stopped = asked and self.state.step < self.job.training.steps
+        self.save(final=not stopped)
+        self.run.checkpointer.wait()
+        self.progress.close()
+        if stopped:
+            logger.info(f"stopped by a signal after step {self.state.step}; the same command goes on from its checkpoint")
+        elif self.job.validation.enable:
+            self.validate()
+        self.draw_curves()
+        if self.job.validation.enable and self.job.validation.controls and not stopped:
+            self.control()
+
+    def control(self) -> None:
+        """The held-out split once more as it is, and with images that say nothing or belong to other captions."""
+        exact = {control: self.run.validator.evaluate(control)["exact"] for control in (None, *CONTROLS)}
+        logger.info(" ".join(f"{control or 'held-out exact'} {share:.1f} %" for control, share in exact.items()))
+
+    def draw_curves(self) -> None:
+        if self.job.metrics.save_plot and self.run.reporter.writes:
+            path = draw_curves(self.folder, tuple(self.run.spec.capacity(self.job)), tuple(self.run.spec.groups))
+            logger.info(f"curves: {path}")
+
+    def close(self) -> None:
+        self.signals.close()
+        self.garbage.close()
+        self.progress.close()
+        self.run.profiler.close()
+        self.run.reporter.close()
+        self.run.loader.close()
+
+
+def main(job: JobConfig, spec: TrainSpec) -> None:
+    """Train, or only look (job.dry_run). Raises ConfigError for what only shows once something is built."""
+    if job.job.dry_run:
+        dry_run(job, spec)
+        return
+    device = open_process_group(job.comm, str(Path(job.job.dump_folder) / "comm_traces"))
+    if dist.get_rank() not in log_ranks(world_size()):
+        logger.setLevel("WARNING")
+    trainer = Trainer(build(job, spec, device))
+    try:
+        trainer.train()
+    except Exception:
+        logger.exception(f"rank {dist.get_rank()} failed in step {trainer.state.step + 1}; {laggards()}")
+        raise
+    finally:
+        trainer.close()
+    close_process_group()
