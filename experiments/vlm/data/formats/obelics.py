@@ -1,0 +1,52 @@
+"""OBELICS: documents of text and images in reading order (Hugging Face `HuggingFaceM4/OBELICS`).
+
+    texts   ["A cat.", null,     "A dog."]
+    images  [null,     IMAGE,    null    ]       exactly one of the two at each index
+
+IMAGE is anything that image_values.py knows. Lists that do not match are taken as far as they make sense: text always, an image
+where its place is known, which is an index of both lists where there is no text. Other columns are not read.
+"""
+
+from itertools import zip_longest
+from typing import Any
+
+from experiments.vlm.config import Data, Source
+from experiments.vlm.data.document import Text
+from experiments.vlm.data.formats import ShardFile
+from experiments.vlm.data.formats.draft import Draft, ImageValue
+from experiments.vlm.data.formats.record_shard import SUFFIXES as SUFFIXES
+from experiments.vlm.data.formats.record_shard import RecordShard
+from experiments.vlm.data.rejects import Rejected
+
+
+def open_shard(file: ShardFile, source: Source, data: Data) -> RecordShard:
+    return RecordShard(file, data, ("texts", "images"), parse)
+
+
+def parse(record: dict[str, Any]) -> Draft:
+    texts, images = _list(record, "texts"), _list(record, "images")
+    draft = Draft([])
+    position = 0
+    for index, (text, image) in enumerate(zip_longest(texts, images)):
+        if text is not None and not isinstance(text, str):
+            raise Rejected("wrong_shape", f"texts[{index}] is a {type(text).__name__}")
+        if text is not None:
+            draft.parts.append(Text(text))
+        if image is None:
+            continue
+        if text is None and index < len(texts):
+            draft.parts.append(ImageValue(image, position))
+        else:
+            why = "there is text too" if text is not None else f"there are {len(texts)} text slots"
+            draft.rejects.append(Rejected("image_unplaced", f"images[{index}]: {why}", image=position))
+        position += 1
+    return draft
+
+
+def _list(record: dict[str, Any], name: str) -> list[Any]:
+    value = record.get(name)
+    if value is None and record.get("texts" if name == "images" else "images") is not None:
+        return []
+    if not isinstance(value, list):
+        raise Rejected("wrong_shape", f"{name} is a {type(value).__name__}, not a list")
+    return value

@@ -1,0 +1,178 @@
+"""Which shards a source has, and how one is opened.
+
+    data/cc12m-0001.tar                 a file
+    data/cc12m-{0000..0012}.tar         a range; {a,b} too
+    data/**/*.parquet                   a glob
+    data/cc12m                          a folder: the files below it whose suffix the format knows
+    s3://bucket/cc12m/*.tar             any of these where fsspec reaches it: s3, gs, http(s), hf://datasets/ORG/NAME/...
+    ORG/NAME                            a data set of the Hugging Face hub (its train split, where it has splits)
+    embedded:captions/train             drawn on first use, see data/world
+
+Remote and compressed shards (.gz, .tgz, .zst, .bz2) are copied into the cache folder, so that every shard can seek.
+"""
+
+import bz2
+import glob
+import gzip
+import io
+import itertools
+import os
+import re
+import shutil
+import time
+from pathlib import Path
+
+import fsspec
+import pyarrow as pa
+
+from experiments.vlm.config import Data, Source
+from experiments.vlm.data.file_cache import file_cache
+from experiments.vlm.data.formats import Shard, ShardFile, load_format
+from experiments.vlm.data.rejects import Rejected
+from experiments.vlm.data.world import ensure
+from torchtitan.config.check import ConfigError
+
+TRIES = 3  # of a remote shard
+CHUNK_BYTES = 1 << 20
+WAIT_S = 1.0  # before the second try, twice that before the third
+HUB = "hf://datasets/"
+NOT_RECORDS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # what `datasets` writes beside its data
+
+
+def list_shards(path: str, format: str, data: Data) -> list[str]:
+    """The shards of a source, sorted. One that a range names need not be there: it is missed when it is opened.
+
+    Raises ConfigError where there is none.
+    """
+    suffixes = load_format(format).SUFFIXES
+    found = [shard for pattern in _expand(_resolve(path, data)) for shard in _match(pattern, suffixes)]
+    if not found:
+        raise ConfigError(f"{path}: no shard of format {format} ({', '.join(suffixes)}) there; looked from {os.getcwd()}")
+    return sorted(set(found))
+
+
+def open_shard(path: str, source: Source, data: Data) -> Shard:
+    """Open a shard for random access. Raises Rejected: shard_missing or shard_unreadable."""
+    try:
+        return load_format(source.format).open_shard(ShardFile(path, _local(path, data)), source, data)
+    except FileNotFoundError as error:
+        raise Rejected("shard_missing", str(error)) from error
+    except (OSError, ValueError, RuntimeError, pa.ArrowException) as error:
+        raise Rejected("shard_unreadable", f"{type(error).__name__}: {error}") from error
+
+
+def _resolve(path: str, data: Data) -> str:
+    if path.startswith("embedded:"):
+        return str(ensure(path.removeprefix("embedded:"), data.cache_folder))
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not os.path.exists(path) and not Path(path).suffix and not Path(path).parent.exists():
+        return HUB + path
+    return path if "://" in path else os.path.expanduser(path)
+
+
+def _expand(path: str) -> list[str]:
+    """Brace ranges and lists: {0000..0012} counts and keeps the zeros in front, {a,b} names."""
+    match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", path)
+    if not match:
+        return [path]
+    first, last, names = match.groups()
+    inside = names.split(",") if names else [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
+    expanded = (_expand(path[: match.start()] + one + path[match.end() :]) for one in inside)
+    return list(itertools.chain.from_iterable(expanded))
+
+
+def _match(pattern: str, suffixes: tuple[str, ...]) -> list[str]:
+    if "://" in pattern:
+        return _match_remote(pattern, suffixes)
+    if os.path.isdir(pattern):
+        files = (str(file) for file in Path(pattern).rglob("*") if file.is_file())
+        return [file for file in files if _is_shard(file, suffixes)]
+    if glob.has_magic(pattern) and not os.path.exists(pattern):
+        return [file for file in glob.glob(pattern, recursive=True) if os.path.isfile(file)]
+    return [pattern]
+
+
+def _match_remote(pattern: str, suffixes: tuple[str, ...]) -> list[str]:
+    try:
+        system, path = fsspec.core.url_to_fs(pattern)
+        if glob.has_magic(path):
+            return [system.unstrip_protocol(file) for file in system.glob(path)]
+        if pattern.startswith(("http://", "https://")) or not system.isdir(path):
+            return [pattern]
+        files = [system.unstrip_protocol(file) for file in system.find(path) if _is_shard(file, suffixes)]
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(f"{pattern} cannot be listed: {type(error).__name__}: {error}") from error
+    is_hub_id = pattern.startswith(HUB) and pattern.removeprefix(HUB).count("/") == 1
+    return [file for file in files if "train" in file.removeprefix(pattern)] or files if is_hub_id else files
+
+
+def _is_shard(file: str, suffixes: tuple[str, ...]) -> bool:
+    path = Path(file)
+    if any(part.startswith(".") for part in path.parts[-1:]) or path.name in NOT_RECORDS:
+        return False
+    name = path.name.lower()
+    if name.endswith(".tgz"):
+        return ".tar" in suffixes
+    return name.removesuffix(path.suffix.lower() if path.suffix.lower() in COMPRESSIONS else "").endswith(suffixes)
+
+
+def _local(path: str, data: Data) -> str:
+    """The shard itself, or its copy in the cache."""
+    suffix = Path(path).suffix.lower()
+    if "://" not in path and suffix not in COMPRESSIONS:
+        return path
+    inner = ".tar" if suffix == ".tgz" else Path(path).with_suffix("").suffix if suffix in COMPRESSIONS else suffix
+    return str(file_cache(data).get(_origin(path), lambda copy: _copy(path, copy), inner))
+
+
+def _origin(path: str) -> str:
+    """A name for the file that changes when a local file does; a remote one is taken not to change."""
+    if "://" in path:
+        return path
+    stat = os.stat(path)
+    return f"{os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns}"
+
+
+def _copy(path: str, copy: Path) -> None:
+    compression = Path(path).suffix.lower()
+    if "://" not in path:
+        return _decompress(path, copy)
+    if compression not in COMPRESSIONS:
+        return _download(path, copy)
+    raw = copy.with_name(copy.name + compression)
+    try:
+        _download(path, raw)
+        _decompress(str(raw), copy)
+    finally:
+        raw.unlink(missing_ok=True)
+
+
+def _download(path: str, copy: Path) -> None:
+    for trial in range(TRIES):
+        try:
+            with fsspec.open(path, "rb") as source, open(copy, "wb") as target:
+                return shutil.copyfileobj(source, target, CHUNK_BYTES)
+        except FileNotFoundError:
+            raise
+        except OSError:
+            if trial == TRIES - 1:
+                raise
+            time.sleep(WAIT_S * 2**trial)
+
+
+def _decompress(path: str, copy: Path) -> None:
+    """Of a stream that is cut off, what came before the cut: the reader finds where the records end."""
+    with COMPRESSIONS[Path(path).suffix.lower()](path) as source, open(copy, "wb") as target:
+        try:
+            while block := source.read1(CHUNK_BYTES):
+                target.write(block)
+        except (OSError, EOFError):
+            if not target.tell():
+                raise
+
+
+def _open_zstd(path: str) -> io.BufferedReader:
+    # In small steps, since a step that meets the cut is lost.
+    return io.BufferedReader(pa.CompressedInputStream(path, "zstd"), 1 << 14)
+
+
+COMPRESSIONS = {".gz": gzip.open, ".tgz": gzip.open, ".bz2": bz2.open, ".zst": _open_zstd}
