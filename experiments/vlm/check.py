@@ -6,6 +6,8 @@ import re
 from collections import Counter
 
 from experiments.vlm.config import Source, VLMJobConfig
+from experiments.vlm.data.formats import FORMATS
+from experiments.vlm.data.world.shards import SPLITS, WORLDS
 from experiments.vlm.model.flavors import FLAVORS, EncoderConfig
 from torchtitan.config.check import Degrees, check, check_ranges, degrees, did_you_mean, is_allowed, require
 from torchtitan.models.decoder.check import check_decoder
@@ -23,6 +25,7 @@ RANGES = {
     "data.decode_threads": ">= 1",
     "data.prefetch": ">= 0",
     "data.max_bad_fraction": "> 0, <= 1",
+    "data.cache_gb": "> 0",
     "data.url_timeout_s": "> 0",
 }
 PARTS = ("encoder", "projector", "decoder")
@@ -100,6 +103,7 @@ def check_sources(job: VLMJobConfig) -> None:
         require(not listed, "training.dataset and data.sources are both given: keep one of them")
         require(bool(dataset), f"training.dataset is missing: which format is training.dataset_path = {path}?")
         require(bool(path), f"training.dataset_path is missing: where is training.dataset = {dataset}?")
+        check_format(dataset, "training.dataset")
         check_path(path, "training.dataset_path")
     else:
         require(bool(listed), "data.sources is empty: add [[data.sources]] tables, or --training.dataset and --training.dataset_path")
@@ -119,6 +123,7 @@ def check_list(sources: list[Source], key: str) -> None:
 def check_source(source: Source, key: str) -> None:
     require(bool(source.format), f"{key}.format is missing")
     require(bool(source.path), f"{key}.path is missing")
+    check_format(source.format, f"{key}.format")
     require(is_allowed(source.weight, "> 0"), f"{key}.weight = {source.weight}: must be > 0")
     require(source.shuffle_buffer >= 1, f"{key}.shuffle_buffer = {source.shuffle_buffer}: must be >= 1")
     template = source.chat_template
@@ -127,10 +132,16 @@ def check_source(source: Source, key: str) -> None:
     check_path(source.path, f"{key}.path")
 
 
+def check_format(name: str, key: str) -> None:
+    require(name in FORMATS, f"{key} = {name}: no such format{did_you_mean(name, FORMATS)}")
+
+
 def check_path(path: str, key: str) -> None:
     """At least one local file is there. Which shards of a range are missing, and what is remote, is the reader's to say."""
-    if path.startswith("embedded:") or "://" in path:
-        return
-    pattern = re.sub(r"\{[^{}]*\}", "*", os.path.expanduser(path))
-    there = os.path.exists(path) or next(glob.iglob(pattern, recursive=True), None) is not None
-    require(there, f"{key} = {path}: no such file or folder (looked from {os.getcwd()})")
+    if path.startswith("embedded:"):
+        worlds = [f"embedded:{world}/{split}" for world in WORLDS for split in SPLITS]
+        require(path in worlds, f"{key} = {path}: no such embedded data{did_you_mean(path, worlds)}")
+    elif "://" not in path:
+        pattern = re.sub(r"\{[^{}]*\}", "*", os.path.expanduser(path))
+        there = os.path.exists(path) or next(glob.iglob(pattern, recursive=True), None) is not None
+        require(there, f"{key} = {path}: no such file or folder (looked from {os.getcwd()})")
