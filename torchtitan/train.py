@@ -11,11 +11,18 @@ from torchtitan.build import Run, build
 from torchtitan.components.curves import draw_curves
 from torchtitan.components.data_report import write_data_report
 from torchtitan.components.loader import Batch, Step
-from torchtitan.components.metrics import Values, log_ranks
+from torchtitan.components.metrics import Values
 from torchtitan.config.job import JobConfig
 from torchtitan.distributed.collectives import sum_over_hosts, sum_over_ranks
 from torchtitan.distributed.grad_norm import clip, global_norm
-from torchtitan.distributed.process_group import close_process_group, laggards, note_step, open_process_group, set_timeout, world_size
+from torchtitan.distributed.process_group import (
+    close_process_group,
+    laggards,
+    note_step,
+    open_process_group,
+    set_timeout,
+    write_flight_record,
+)
 from torchtitan.dry_run import dry_run
 from torchtitan.spec import TrainSpec
 from torchtitan.tools.garbage import GarbageCollection
@@ -106,22 +113,25 @@ class Trainer:
         self.run.profiler.after_step(step)
         self.garbage.after_step(step)
         self.progress.after_step(step)
-        if step == self.job.training.steps:
-            return  # the last step is evaluated and saved by `finish`
+        if step < self.job.training.steps:  # the last step is evaluated and saved by `finish`
+            self.pause(step)
+
+    def pause(self, step: int) -> None:
+        started = time.perf_counter()
         if self.job.validation.enable and step % self.job.validation.freq == 0:
             self.validate()
         if step % self.job.checkpoint.interval == 0:
             self.save()
+        self.run.meter.leave_out(time.perf_counter() - started)
 
     def log(self) -> None:
         # A rank of a tensor-parallel group has the whole loss of its tokens, as have its partners.
         loss = sum_over_ranks(self.loss) / self.run.mesh.degrees.tp
-        values: Values = {"loss": loss.item(), "grad_norm": self.grad_norm.item(), "lr": self.run.schedule.factor}
+        values: Values = {"loss": loss.item(), "grad_norm": self.grad_norm.item(), "lr": self.job.optimizer.lr * self.run.schedule.factor}
         self.run.reporter.train(self.state.step, values | self.run.meter.read())
 
     def validate(self) -> None:
         self.run.reporter.validate(self.state.step, self.run.validator.evaluate())
-        self.run.meter.restart()
 
     def save(self, final: bool = False) -> None:
         self.run.checkpointer.save(final)
@@ -169,14 +179,13 @@ def main(job: JobConfig, spec: TrainSpec) -> None:
     if job.job.dry_run:
         dry_run(job, spec)
         return
-    device = open_process_group(job.comm, str(Path(job.job.dump_folder) / "comm_traces"))
-    if dist.get_rank() not in log_ranks(world_size()):
-        logger.setLevel("WARNING")
+    device = open_process_group(job.comm, Path(job.job.dump_folder))
     trainer = Trainer(build(job, spec, device))
     try:
         trainer.train()
     except Exception:
-        logger.exception(f"rank {dist.get_rank()} failed in step {trainer.state.step + 1}; {laggards()}")
+        logger.error(f"rank {dist.get_rank()} failed in step {trainer.state.step + 1}; {laggards()}")
+        write_flight_record(job.comm, trainer.folder)
         raise
     finally:
         trainer.close()

@@ -7,11 +7,12 @@ from torch import Tensor
 
 from experiments.vlm.batch import Delivered
 from experiments.vlm.config import VLMJobConfig
-from experiments.vlm.data.loader import Loader
 from experiments.vlm.flops import count_flops
 from experiments.vlm.model.flavors import FLAVORS
 from experiments.vlm.model.vlm import VLM
 from experiments.vlm.parallelize import parallelize_vlm
+from experiments.vlm.pipeline import pipeline_vlm
+from experiments.vlm.shard_batch import shard_batch, whole_slots
 from torchtitan.components.loader import Tensors
 from torchtitan.components.tokenizer import Tokenizer, load_tokenizer
 from torchtitan.distributed.mesh import Mesh
@@ -33,13 +34,8 @@ def loss(model: torch.nn.Module, tensors: Tensors) -> Tensor:
     return model(**tensors)
 
 
-def score(model: torch.nn.Module, tensors: Tensors) -> Tensor:
-    return model(**tensors, per_token=True)
-
-
-def whole_batch(tensors: Tensors, mesh: Mesh, job: VLMJobConfig) -> Tensors:
-    """Without context parallel a rank keeps all of its slots."""
-    return tensors
+def score(model: torch.nn.Module, tensors: Tensors, mesh: Mesh) -> Tensor:
+    return whole_slots(model(**tensors, per_token=True), tensors, mesh)
 
 
 def capacity(job: VLMJobConfig) -> dict[str, int]:
@@ -55,7 +51,9 @@ def is_thin(sample: Delivered) -> bool:
     return any(max(size) >= THIN * min(size) for size in sample.image_sizes)
 
 
-def build_loader(job: VLMJobConfig, tokenizer: Tokenizer, **which: Any) -> Loader:
+def build_loader(job: VLMJobConfig, tokenizer: Tokenizer, **which: Any) -> Any:
+    from experiments.vlm.data.loader import Loader
+
     return Loader(job, tokenizer, **which)
 
 
@@ -65,9 +63,9 @@ SPEC = TrainSpec(
     load_tokenizer=lambda job: load_tokenizer(job.model.tokenizer_path),
     build_model=build_vlm,
     parallelize=parallelize_vlm,
-    pipeline=None,
+    pipeline=pipeline_vlm,
     build_loader=build_loader,
-    shard_batch=whole_batch,
+    shard_batch=shard_batch,
     loss=loss,
     score=score,
     loss_weight="loss_tokens",

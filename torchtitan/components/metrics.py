@@ -1,6 +1,5 @@
 """What a run tells: speed, occupancy and loss, as a line on the console and as numbers in the sinks (sinks.py)."""
 
-import os
 import sys
 import time
 from collections import defaultdict
@@ -11,7 +10,7 @@ import torch
 from torchtitan.components.sinks import open_sinks
 from torchtitan.config.job import JobConfig
 from torchtitan.tools.hardware import peak_flops, peak_memory_gib
-from torchtitan.tools.logging import logger
+from torchtitan.tools.logging import log_ranks, logger
 
 Values = dict[str, float | None]  # None: not known here, "n/a" on the console
 
@@ -41,6 +40,10 @@ class Meter:
         self.totals: dict[str, float] = defaultdict(float)
         self.data_s = 0.0
         self.started = time.perf_counter()
+
+    def leave_out(self, seconds: float) -> None:
+        """Validation and checkpoints are no training: throughput speaks of the rest."""
+        self.started += seconds
 
     def add(self, totals: Mapping[str, float], data_s: float) -> None:
         """`totals`: of one step, over all ranks: counts, "slots" and "flops"."""
@@ -78,18 +81,11 @@ def format_line(step: int, values: Values, percentages: tuple[str, ...] = (), co
     return " ".join(parts)
 
 
-def log_ranks(world_size: int) -> set[int]:
-    """Ranks that print: LOG_RANK, a number or several with commas between; rank 0 where it names none of this run."""
-    named = {int(rank) for rank in os.environ.get("LOG_RANK", "0").split(",") if rank.strip().isdigit()}
-    return {rank for rank in named if rank < world_size} or {0}
-
-
 class Reporter:
-    """Console and sinks of one rank. All ranks hold the global numbers; the first of LOG_RANK writes, those named print."""
+    """Console and sinks of one rank. All ranks hold the global numbers; those of LOG_RANK print, the first of them writes."""
 
     def __init__(self, job: JobConfig, percentages: tuple[str, ...], first_step: int, rank: int, world_size: int):
-        ranks = log_ranks(world_size)
-        self.prints, self.writes = rank in ranks, rank == min(ranks)
+        self.writes = rank == min(log_ranks(world_size))
         self.percentages = percentages
         self.colours = sys.stdout.isatty() and not job.metrics.disable_color_printing
         self.sinks = open_sinks(job, first_step) if self.writes else []
@@ -101,8 +97,7 @@ class Reporter:
         self._tell("validate ", "validate/", step, values)
 
     def _tell(self, word: str, prefix: str, step: int, values: Values) -> None:
-        if self.prints:
-            logger.info(word + format_line(step, values, self.percentages, self.colours))
+        logger.info(word + format_line(step, values, self.percentages, self.colours))
         known = {prefix + name: value for name, value in values.items() if value is not None}
         for sink in self.sinks:
             sink.write(step, known)

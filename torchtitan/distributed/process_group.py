@@ -2,11 +2,16 @@
 
 import os
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import _dump_fr_trace
 
 from torchtitan.config.job import Comm
+
+TRACES = "comm_traces"  # below the dump folder
 
 
 def world_size() -> int:
@@ -14,7 +19,7 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def open_process_group(comm: Comm, trace_folder: str) -> torch.device:
+def open_process_group(comm: Comm, dump_folder: Path) -> torch.device:
     """Join the other ranks and return this rank's device: nccl on GPU, gloo on CPU and for host integers.
 
     A single process makes a group of its own, so that there is one code path.
@@ -24,20 +29,29 @@ def open_process_group(comm: Comm, trace_folder: str) -> torch.device:
     if cuda:
         torch.cuda.set_device(device)
     if comm.trace_buf_size > 0:
-        _enable_flight_recorder(comm.trace_buf_size, trace_folder)
+        _enable_flight_recorder(comm.trace_buf_size, dump_folder / TRACES)
     # Under torchrun the rendezvous comes from the environment. Alone there is nobody to meet, hence no port to find.
-    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    alone: dict[str, Any] = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=comm.init_timeout_seconds), **alone)
     return device
 
 
-def _enable_flight_recorder(entries: int, folder: str) -> None:
-    """Keep the last collectives in memory; on a timeout every rank writes them to a file (`torchfrtrace` reads them)."""
-    os.makedirs(folder, exist_ok=True)
+def _enable_flight_recorder(entries: int, folder: Path) -> None:
+    """Keep the last collectives in memory. On a timeout nccl writes them to a file of each rank; `torchfrtrace` reads those."""
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(entries))
-    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
-    os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", os.path.join(folder, "rank_"))
+    if torch.cuda.is_available():
+        folder.mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+        os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(folder / "rank_"))
+
+
+def write_flight_record(comm: Comm, dump_folder: Path) -> None:
+    """The collectives of this rank up to now, as nccl would have written them: gloo raises on a timeout and leaves it to us."""
+    if comm.trace_buf_size > 0 and dist.get_backend() == "gloo":
+        folder = dump_folder / TRACES
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"rank_{dist.get_rank()}").write_bytes(_dump_fr_trace())
 
 
 def set_timeout(seconds: int) -> None:
