@@ -206,14 +206,18 @@ def load_tiktoken(file: Path) -> SpecialTokenizer:
 
 class TokenizersBackend:
     def __init__(self, definition: dict[str, Any]):
+        """`definition` is the content of a tokenizer.json."""
         from tokenizers import Tokenizer as HFTokenizer
 
-        # Without its special tokens `tokenizers` cannot find them in text. <|...|> is special, whatever its flag says;
-        # others (<think>, runs of spaces) are part of the text's own encoding.
-        added = [t for t in definition["added_tokens"] if not t["special"] and not re.fullmatch(r"<\|.*\|>", t["content"])]
+        # <|...|> is special, whatever its flag says; others that are not (<think>, runs of spaces) belong to plain text.
+        added = [t | {"special": t["special"] or bool(re.fullmatch(r"<\|.*\|>", t["content"]))} for t in definition["added_tokens"]]
         plain = {"added_tokens": added, "post_processor": None, "truncation": None, "padding": None}
         self.tokenizer = HFTokenizer.from_str(json.dumps(definition | plain))
-        self.rows = max(self.tokenizer.get_vocab().values()) + 1
+        self.tokenizer.encode_special_tokens = True  # as the characters they are written with
+        self.rows = self.tokenizer.get_vocab_size(with_added_tokens=False)
+
+    def __reduce__(self) -> tuple:
+        return TokenizersBackend, (json.loads(self.tokenizer.to_str()),)  # encode_special_tokens is not part of its state
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids

@@ -80,7 +80,7 @@ STYLES = {
         "There is {what} {side} {other}.",
         "{what} lies {side} {other}.",
         "We see two things: {other} is {opposite} {what}.",
-        "Look for {other}. {opposite} it there is {what}.",
+        "Look for {other}. {side} it there is {what}.",
     ),
     "count": (
         "There are {what} in this picture.",
@@ -141,10 +141,14 @@ def proportions(scene: Scene) -> str:
 def number_of_things(scene: Scene) -> str:
     noun = "character" if scene.kind == "text" else "thing"
     number = len(scene.things)
-    return f"It holds {NUMBERS[number]} {noun}{'s' if number > 1 else ''}."
+    return f"The picture holds {NUMBERS[number]} {noun}{'s' if number > 1 else ''}."
 
 
-PAINTED = {"flat": "Its ground is even.", "gradient": "Its ground gets lighter towards the bottom.", "grain": "Its ground is rough."}
+PAINTED = {
+    "flat": "The ground is even.",
+    "gradient": "The ground gets lighter towards the bottom.",
+    "grain": "The ground is rough.",
+}
 
 
 def painted(scene: Scene) -> str:

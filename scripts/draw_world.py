@@ -1,0 +1,72 @@
+"""Draw a sheet of pictures from the embedded world with their captions.
+
+python scripts/draw_world.py --out docs/images/world.png
+python scripts/draw_world.py --out varied.png --varied --seed 3
+"""
+
+import argparse
+import random
+import sys
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from experiments.vlm.data.world.caption import describe, tell  # noqa: E402
+from experiments.vlm.data.world.render import render  # noqa: E402
+from experiments.vlm.data.world.scene import sees_scene, varied_scene  # noqa: E402
+
+WIDTH, HEIGHT = 1200, 720
+CELL_WIDTH, GAP, LINE = 236, 4, 15  # pixels
+
+
+def sheet(varied: bool, seed: int) -> Image.Image:
+    """Pictures at their true size, each above its caption, in columns that are filled from the top."""
+    page = Image.new("RGB", (WIDTH, HEIGHT), "white")
+    draw = ImageDraw.Draw(page)
+    font = ImageFont.load_default(12)
+    rng = random.Random(seed)
+    bottoms = [GAP] * (WIDTH // CELL_WIDTH)
+    misses = 0
+    while misses < 20:
+        scene = varied_scene(rng, False, longest=220) if varied else sees_scene(rng, False)
+        lines = wrap(tell(scene, rng) if varied else describe(scene), draw, font)
+        y = min(bottoms)
+        height = scene.height + LINE * len(lines) + 3 * GAP
+        if y + height > HEIGHT:
+            misses += 1
+            continue
+        column = bottoms.index(y)
+        x = GAP + column * CELL_WIDTH
+        page.paste(render(scene), (x, y))
+        for i, line in enumerate(lines):
+            draw.text((x, y + scene.height + GAP + i * LINE), line, fill="black", font=font)
+        bottoms[column] += height
+    return page
+
+
+def wrap(text: str, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if draw.textlength(longer, font) <= CELL_WIDTH - 3 * GAP:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="PNG file to write")
+    parser.add_argument("--varied", action="store_true", help="the world of captions and documents in place of `sees`")
+    parser.add_argument("--seed", type=int, default=203)
+    arguments = parser.parse_args()
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    sheet(arguments.varied, arguments.seed).save(arguments.out, optimize=True)
+    print(f"{arguments.out}: {arguments.out.stat().st_size / 1024:.0f} KiB; the same pictures in shards: embedded:sees/train")
+
+
+if __name__ == "__main__":
+    main()
