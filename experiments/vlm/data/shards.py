@@ -20,7 +20,9 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pyarrow as pa
@@ -175,4 +177,4 @@ def _open_zstd(path: str) -> io.BufferedReader:
     return io.BufferedReader(pa.CompressedInputStream(path, "zstd"), 1 << 14)
 
 
-COMPRESSIONS = {".gz": gzip.open, ".tgz": gzip.open, ".bz2": bz2.open, ".zst": _open_zstd}
+COMPRESSIONS: dict[str, Callable[[str], Any]] = {".gz": gzip.open, ".tgz": gzip.open, ".bz2": bz2.open, ".zst": _open_zstd}

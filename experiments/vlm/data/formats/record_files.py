@@ -8,6 +8,7 @@ a process (and always the one in use).
 import itertools
 import os
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -48,21 +49,19 @@ class JsonRecords:
     """A JSON object a line, or a list of objects."""
 
     def __init__(self, path: str):
-        self._file = os.open(path, os.O_RDONLY)
+        file = os.open(path, os.O_RDONLY)
+        self.close = weakref.finalize(self, os.close, file)  # at the latest when nobody reads from it any more
         self.tail: Rejected | None = None
-        if begins_list(self._file):
-            self._spans, self.tail = find_items(self._file)
+        if begins_list(file):
+            self._spans, self.tail = find_items(file)
         else:
-            self._spans = find_lines(self._file)
+            self._spans = find_lines(file)
 
     def __len__(self) -> int:
         return len(self._spans)
 
     def get(self, index: int) -> dict[str, Any]:
         return parse_object(self._spans.read(index))
-
-    def close(self) -> None:
-        os.close(self._file)
 
 
 class ParquetRecords:
@@ -74,6 +73,7 @@ class ParquetRecords:
         self._ends = np.cumsum(rows, dtype=np.int64)
         self._lock = threading.Lock()
         self._number = next(_numbers)
+        self.close = weakref.finalize(self, _decoded.forget, self._number)
         self.tail: Rejected | None = None
 
     def __len__(self) -> int:
@@ -90,10 +90,6 @@ class ParquetRecords:
                 return self._file.read_row_group(group, columns=self._columns, use_threads=False)
             except (OSError, pa.ArrowException) as error:
                 raise Rejected("shard_unreadable", f"row group {group}: {error}") from error
-
-    def close(self) -> None:
-        _decoded.forget(self._number)
-        self._file.close()
 
 
 class ArrowRecords:

@@ -73,13 +73,17 @@ class TarIndex:
     def sample(self, index: int) -> list[Member]:
         """The members in the order of the tar. Raises Rejected where the file has changed."""
         first, end = self._starts[index : index + 2]
-        members = [self._header(int(start)).member() for start in self._headers[first:end]]
-        return [member for member in members if member]
+        return [self._member(int(start)) for start in self._headers[first:end]]
 
     def key(self, index: int) -> str:
-        member = self._header(int(self._headers[self._starts[index]])).member()
-        assert member
-        return member.key
+        return self._member(int(self._headers[self._starts[index]])).key
+
+    def _member(self, start: int) -> Member:
+        header = self._header(start)
+        member = header.member() if header else None
+        if member is None:
+            raise Rejected("shard_unreadable", f"it has changed at byte {start} since it was opened")
+        return member
 
     def _members(self) -> Iterator[tuple[int, Member]]:
         """(position of the first header, member) of each; stops at the end, however it looks."""

@@ -6,6 +6,7 @@
 """
 
 import os
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -53,8 +54,9 @@ class LineShard:
     """Implements formats.Shard. A key is the number of the line, blank ones not counted."""
 
     def __init__(self, file: ShardFile):
-        self.file = os.open(file.local, os.O_RDONLY)
-        self.lines = find_lines(self.file)
+        descriptor = os.open(file.local, os.O_RDONLY)
+        self.close = weakref.finalize(self, os.close, descriptor)
+        self.lines = find_lines(descriptor)
         self.rejects: list[Rejected] = []
 
     def __len__(self) -> int:
@@ -69,9 +71,6 @@ class LineShard:
 
     def load(self, image: Image) -> bytes:
         return _no_image(image)
-
-    def close(self) -> None:
-        os.close(self.file)
 
 
 def _no_image(image: Any) -> Any:

@@ -6,6 +6,7 @@ KEY.json  KEY.0.jpg  ...        {"texts": [...], "images": [...]} as in obelics.
 """
 
 import os
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +34,7 @@ class TarShard:
 
     def __init__(self, file: ShardFile, parse: ParseSample):
         self.file = os.open(file.local, os.O_RDONLY)
+        self.close = weakref.finalize(self, os.close, self.file)  # at the latest when nobody reads from it any more
         self.parse = parse
         self.index = TarIndex(self.file)
         self.rejects: list[Rejected] = [self.index.tail] if self.index.tail else []
@@ -59,9 +61,6 @@ class TarShard:
 
     def load(self, image: Image) -> bytes:
         return read_at(self.file, *image.locator)
-
-    def close(self) -> None:
-        os.close(self.file)
 
 
 def parse(members: list[Member], read: Callable[[Member], bytes]) -> Draft:

@@ -1,0 +1,203 @@
+"""A conversation to the parts of a document, with loss on what the assistant says, its end of turn included.
+
+    [Turn("user", ["What is ", IMAGE, "?"]), Turn("assistant", ["A cat."])]
+    ->  Special(<|im_start|>) Text("user\\nWhat is ") IMAGE Text("?") Special(<|im_end|>) Text("\\n")
+        Special(<|im_start|>) Text("assistant\\n") Text("A cat.", loss) Special(<|im_end|>, loss) Text("\\n")
+
+Encoded piece by piece (document.encode_texts) this gives the ids that transformers gives for the rendered string, and its mask.
+What differs on purpose: contents that spell a control token stay text, and a leading bos is left out, since
+every document begins with one anyway.
+
+Where the template has no `{% generation %}` blocks, an answer is found by rendering the conversation once more with a
+character in its place: what differs between the two is the answer, whatever the template does to it (trimming, hiding
+earlier thoughts). Its end of turn is the control token right behind it.
+"""
+
+import functools
+import os.path
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from experiments.vlm.data.document import Special, Text
+from experiments.vlm.data.formats.draft import ImageValue
+from experiments.vlm.data.jinja_template import GENERATION_END, GENERATION_START, TemplateFile, compile_template, read_template
+from experiments.vlm.data.rejects import Rejected
+from torchtitan.config.check import ConfigError
+
+IMAGE, PROBE = "\U000f0002", "\U000f0003"
+ESCAPED = 0xF1000  # the first of the characters that stand for what must not be taken for a token
+PRIVATE = "[\U000f0000-\U000ffffd]"
+
+CHATML = TemplateFile(
+    """{% for message in messages %}
+{{ '<|im_start|>' + message.role + '\\n' }}
+{%- if message.role == 'assistant' %}{% generation %}{{ message.content + '<|im_end|>' }}{% endgeneration %}
+{%- else %}{{ message.content + '<|im_end|>' }}
+{%- endif %}{{ '\\n' }}
+{%- endfor %}""",
+    control=("<|im_start|>", "<|im_end|>"),
+)
+LLAMA3 = TemplateFile(
+    """{% for message in messages %}
+{{ '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' }}
+{%- if message.role == 'assistant' %}{% generation %}{{ message.content | trim + '<|eot_id|>' }}{% endgeneration %}
+{%- else %}{{ message.content | trim + '<|eot_id|>' }}
+{%- endif %}
+{%- endfor %}""",
+    control=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+)
+BUILT_IN = {"chatml": CHATML, "llama3": LLAMA3}
+
+
+@dataclass(frozen=True)
+class Turn:
+    role: str  # system, user, assistant, tool
+    content: Sequence[str | ImageValue]
+
+
+@functools.cache
+def load_chat_template(name: str) -> "ChatTemplate":
+    """A key of BUILT_IN, or a file: Jinja, or a tokenizer_config.json. Raises ConfigError."""
+    file = BUILT_IN.get(name) or read_template(Path(os.path.expanduser(name)))
+    try:
+        return ChatTemplate(file)
+    except jinja2.TemplateError as error:
+        raise ConfigError(f"chat_template = {name}: {error}") from error
+
+
+class ChatTemplate:
+    """Raises jinja2.TemplateError where the template cannot be compiled, or shows no message that it is given."""
+
+    def __init__(self, file: TemplateFile):
+        self._template = compile_template(file.source)
+        self._variables = file.variables
+        self._bos = file.variables.get("bos_token", "")
+        self._marks_answers = bool(re.search(r"\{%-?\s*generation\s*-?%\}", file.source))
+        self._takes_text = self._shows(PROBE)
+        self._takes_items = self._shows([{"type": "text", "text": PROBE}])
+        if not (self._takes_text or self._takes_items):
+            raise jinja2.TemplateError("it does not show the content of a user's message")
+        self._markup = self._find_markup(_pattern(file.control))
+        control = (*file.control, *([self._markup] if self._markup else []))
+        self._control, self._tokens = _pattern(control), _pattern((*control, *file.added))
+
+    def render(self, turns: Sequence[Turn]) -> list[Text | Special | ImageValue]:
+        """The parts, images in their places. Raises Rejected("chat_template") where the template refuses."""
+        spellings: list[str] = []
+        messages = [self._message(turn, spellings) for turn in turns]
+        try:
+            rendered = self._render(messages)
+            if not self._marks_answers:
+                rendered = self._mark_answers(messages, rendered)
+        except Exception as error:  # a template may fail in any way
+            raise Rejected("chat_template", f"{type(error).__name__}: {error}"[:300]) from error
+        if self._markup:
+            rendered = rendered.replace(self._markup, IMAGE)
+        images = [part for turn in turns for part in turn.content if isinstance(part, ImageValue)]
+        if rendered.count(IMAGE) != len(images):
+            raise Rejected("chat_template", f"it shows {rendered.count(IMAGE)} of {len(images)} images")
+        return self._parts(rendered.removeprefix(self._bos), images, spellings)
+
+    def _parts(self, rendered: str, images: Sequence[ImageValue], spellings: list[str]) -> list[Text | Special | ImageValue]:
+        parts: list[Text | Special | ImageValue] = []
+        waiting = iter(images)
+        loss = False
+        for piece in re.split(f"([{IMAGE}{GENERATION_START}{GENERATION_END}]|{self._tokens.pattern})", rendered):
+            if piece in (GENERATION_START, GENERATION_END):
+                loss = piece == GENERATION_START
+            elif piece == IMAGE:
+                parts.append(next(waiting))
+            elif self._tokens.fullmatch(piece):
+                parts.append(Special(piece, loss))
+            elif piece:
+                parts.append(Text(_unescape(piece, spellings), loss))
+        return parts
+
+    def _message(self, turn: Turn, spellings: list[str]) -> dict[str, Any]:
+        """For the template. What is spelled like a token in the contents becomes one character; `spellings` keeps it."""
+        # An assistant may write <think>, a user may not.
+        taken = self._control if turn.role == "assistant" else self._tokens
+        content = [part if isinstance(part, ImageValue) else _escape(part, taken, spellings) for part in turn.content]
+        has_image = any(isinstance(part, ImageValue) for part in content)
+        if has_image and self._markup:
+            items = [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in content]
+            return {"role": turn.role, "content": items}
+        text = "".join(part if isinstance(part, str) else IMAGE for part in content)
+        return {"role": turn.role, "content": self._plain(text)}
+
+    def _plain(self, text: str) -> str | list[dict[str, str]]:
+        return text if self._takes_text else [{"type": "text", "text": text}]
+
+    def _render(self, messages: list[dict[str, Any]]) -> str:
+        return self._template.render(messages=messages, tools=None, documents=None, add_generation_prompt=False, **self._variables)
+
+    def _mark_answers(self, messages: list[dict[str, Any]], rendered: str) -> str:
+        """Put the marks of generation around each answer and its end of turn."""
+        spans = []
+        for number, message in enumerate(messages):
+            if message["role"] == "assistant":
+                probing = [*messages[:number], {**message, "content": self._plain(PROBE)}, *messages[number + 1 :]]
+                start, end = _difference(rendered, self._render(probing))
+                following = re.compile(f" ?(?:{self._control.pattern})").match(rendered, end)
+                spans.append((start, following.end() if following else end))
+        for start, end in reversed(spans):
+            rendered = f"{rendered[:start]}{GENERATION_START}{rendered[start:end]}{GENERATION_END}{rendered[end:]}"
+        return rendered
+
+    def _shows(self, content: Any) -> bool:
+        """Whether the template takes a user's content of this type: a string, or a list of typed items."""
+        try:
+            rendered = self._render([{"role": "user", "content": content}, {"role": "assistant", "content": "A"}])
+        except Exception:  # a template may fail in any way
+            return False
+        return PROBE in rendered and "'type'" not in rendered
+
+    def _find_markup(self, control: re.Pattern[str]) -> str:
+        """What the template writes for an image, from its first control token to its last: our own marks of an image stand for it.
+
+        Empty where it takes no typed items or writes nothing, or not the same for each image; then images are put where they
+        stand in the content.
+        """
+        text = {"type": "text", "text": PROBE}
+        if not (self._takes_items and self._shows([{"type": "image"}, text])):
+            return ""
+        none, one, two = (self._before_probe([{"type": "image"}] * count + [text]) for count in range(3))
+        written = one.removeprefix(none)
+        tokens = list(control.finditer(written))
+        markup = written[tokens[0].start() : tokens[-1].end()] if tokens else written.strip()
+        return markup if markup and two.removeprefix(none).count(markup) == 2 else ""
+
+    def _before_probe(self, content: list[dict[str, str]]) -> str:
+        return self._render([{"role": "user", "content": content}, {"role": "assistant", "content": "A"}]).partition(PROBE)[0]
+
+
+def _pattern(tokens: Sequence[str]) -> re.Pattern[str]:
+    """Any of the tokens, the longest first; nothing where there are none."""
+    return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)) or "(?!)")
+
+
+def _escape(text: str, tokens: re.Pattern[str], spellings: list[str]) -> str:
+    def keep(match: re.Match[str]) -> str:
+        spellings.append(match[0])
+        return chr(ESCAPED + len(spellings) - 1)
+
+    return re.sub(f"{PRIVATE}|{tokens.pattern}", keep, text)
+
+
+def _unescape(text: str, spellings: list[str]) -> str:
+    return re.sub(PRIVATE, lambda match: spellings[ord(match[0]) - ESCAPED], text)
+
+
+def _difference(text: str, other: str) -> tuple[int, int]:
+    """The part [start, end) of `text` that `other` replaces by something with PROBE in it."""
+    start = len(os.path.commonprefix([text, other]))
+    same = len(os.path.commonprefix([text[start:][::-1], other[start:][::-1]]))
+    end = len(text) - same
+    if PROBE not in other[start : len(other) - same]:
+        raise ValueError("it hides an answer")
+    return start, end
