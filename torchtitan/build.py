@@ -155,7 +155,7 @@ def lay_out(model: nn.Module, mesh: Mesh, job: JobConfig, spec: TrainSpec) -> Fo
             raise ConfigError(f"parallelism.pipeline_parallel_degree = {mesh.degrees.pp}: {spec.name} has no pipeline")
         return spec.pipeline(model, mesh, job)
     spec.parallelize(model, mesh, job)
-    return Plain(model, spec.loss, spec.score)
+    return Plain(model, spec.loss, lambda part, tensors: spec.score(part, tensors, mesh))
 
 
 def materialise(parts: list[nn.Module], job: JobConfig, device: torch.device) -> None:

@@ -22,7 +22,7 @@ class TrainSpec:
     build_loader: Callable[..., Loader]  # (job, tokenizer, *, rank, ranks, split, control)
     shard_batch: Callable[[Tensors, Mesh, Any], Tensors]  # (host tensors, mesh, job): the share of this rank of a CP group
     loss: Callable[[nn.Module, Tensors], Tensor]  # summed loss, float32 [1]
-    score: Callable[[nn.Module, Tensors], Tensor]  # (nll, correct) of each label, float32 [B, S, 2]; 0 where there is none
+    score: Callable[[nn.Module, Tensors, Mesh], Tensor]  # (nll, correct) of each label of whole slots, float32 [B, S, 2]; 0 where none
     loss_weight: str  # the count that a step's summed loss is divided by
     tokens: str  # the count that tps speaks of
     capacity: Callable[[Any], dict[str, int]]  # (job): the most that a slot can hold of some counts; printed as occupancy

@@ -1,42 +1,59 @@
 """Which module of the VLM gets which layout; how a layout works is said in torchtitan/distributed."""
 
+from torch.distributed.device_mesh import DeviceMesh
+
 from experiments.vlm.config import VLMJobConfig
+from experiments.vlm.encoder_parallel import apply_encoder_tensor_parallel, apply_sharing
 from experiments.vlm.model.vlm import VLM
-from torchtitan.config.check import ConfigError
 from torchtitan.distributed.activation_checkpoint import apply_activation_checkpoint
 from torchtitan.distributed.compile import apply_compile
+from torchtitan.distributed.context_parallel import apply_context_parallel
 from torchtitan.distributed.fsdp import Sharding, shard, shard_blocks, sum_gradients
 from torchtitan.distributed.mesh import Mesh
+from torchtitan.models.decoder.parallelize import apply_tensor_parallel
 
 
 def parallelize_vlm(model: VLM, mesh: Mesh, job: VLMJobConfig) -> None:
-    """In this order, since each wraps what the one before left: activation checkpointing, compile, FSDP.
+    """In this order, since each wraps what the one before left: what splits the model, activation checkpointing, compile, FSDP.
 
     `model` may be a pipeline stage, which lacks some parts.
     """
-    refuse_what_is_missing(mesh)
+    split_decoder(model, mesh, job)
+    split_encoder(model, mesh, job)
     towers = [(model.decoder, job.activation_checkpoint.mode), (model.encoder, job.activation_checkpoint.encoder_mode)]
     for tower, mode in towers:
         if tower is not None:
             apply_activation_checkpoint(tower.layers, mode, job.activation_checkpoint.selective_ac_option)
             if job.compile.enable:
                 apply_compile(tower.layers)
-    apply_fsdp(model, mesh, Sharding.of(job))
+    heads = job.parallelism.encoder_tensor_parallel
+    apply_fsdp(model, mesh, mesh.fsdp if heads else mesh.enc, Sharding.of(job))
 
 
-def refuse_what_is_missing(mesh: Mesh) -> None:
-    for key, degree in (("tensor", mesh.degrees.tp), ("context", mesh.degrees.cp)):
-        if degree > 1:
-            raise ConfigError(f"parallelism.{key}_parallel_degree = {degree}: not built yet, use 1")
+def split_decoder(model: VLM, mesh: Mesh, job: VLMJobConfig) -> None:
+    """Over the ranks that hold the same slots: tokens (cp), and heads and columns (tp)."""
+    if mesh.degrees.cp > 1:
+        apply_context_parallel(model.decoder.layers.values(), mesh["cp"], job.parallelism.context_parallel_method)
+    if mesh.degrees.tp > 1:
+        apply_tensor_parallel(model.decoder, mesh["tp"])
 
 
-def apply_fsdp(model: VLM, mesh: Mesh, sharding: Sharding) -> None:
-    """A group for each block, for what a tower has beside its blocks, and for what is left. See mesh.py for `enc`."""
+def split_encoder(model: VLM, mesh: Mesh, job: VLMJobConfig) -> None:
+    if model.encoder is None or model.projector is None:
+        return
+    if job.parallelism.encoder_tensor_parallel:
+        apply_encoder_tensor_parallel(model.encoder, mesh["tp"])
+    apply_sharing(model.projector, job, mesh)
+
+
+def apply_fsdp(model: VLM, mesh: Mesh, vision: DeviceMesh, sharding: Sharding) -> None:
+    """A group for each block, for what a tower has beside its blocks, and for what is left. Encoder and projector are sharded
+    over `vision`: mesh.py says why over `enc`; where their heads are split over tp, over `fsdp`."""
     if model.encoder is not None:
-        shard_blocks(model.encoder.layers.values(), mesh.enc, sharding)
-        shard(model.encoder, mesh.enc, sharding)
+        shard_blocks(model.encoder.layers.values(), vision, sharding)
+        shard(model.encoder, vision, sharding)
     if model.projector is not None:
-        shard(model.projector, mesh.enc, sharding)
+        shard(model.projector, vision, sharding)
     decoder = model.decoder
     shard_blocks(decoder.layers.values(), mesh.fsdp, sharding)
     first = [module for module in (decoder.tok_embeddings,) if module is not None]

@@ -97,3 +97,12 @@ def token_scores(h_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, chunk: int, 
         piece = _Chunk(h_TD[start : start + chunk], weight_VD, labels_T[start : start + chunk], group)
         scores.append(torch.stack((piece.nll_T(), piece.correct_T().float()), -1))
     return torch.cat(scores)
+
+
+def whole_vocabulary(logits_BSV: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Logits [B, S, V] of all columns, from this rank's. For generation and comparison, without gradients where `group` is given."""
+    if group is None:
+        return logits_BSV
+    parts = [torch.empty_like(logits_BSV) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, logits_BSV.detach().contiguous(), group)
+    return torch.cat(parts, -1)

@@ -80,13 +80,18 @@ class VLM(nn.Module):
         visual_index: Tensor,
         labels: Tensor | None = None,
         per_token: bool = False,
+        rows: Tensor | None = None,
+        kv_document_ids: Tensor | None = None,
+        kv_rows: Tensor | None = None,
     ) -> Tensor:
         """A batch (experiments/vlm/batch.py) to its summed loss, float32 [1]; without labels to logits [B, S, V].
 
-        `per_token`: negative log-likelihood and correctness of each label instead, float32 [B, S, 2].
+        `per_token`: negative log-likelihood and correctness of each label instead, float32 [B, S, 2]. A later pipeline stage gets
+        the residual stream in place of `tokens`, and all but the last return it. `rows`, `kv_*`: where each token and each key
+        stands in its slot, if this rank holds only some of the slot's tokens (see Mask).
         """
-        h_BSD = self.embed(tokens, pixel_values, grid_thw, visual_index)
-        mask = Mask(segments=document_ids, causal=True)
+        h_BSD = tokens if self.encoder is None else self.embed(tokens, pixel_values, grid_thw, visual_index)
+        mask = Mask(segments=document_ids, causal=True, kv_segments=kv_document_ids, rows=rows, kv_rows=kv_rows)
         return self.decoder(h_BSD, positions, mask, labels, per_token)
 
     def init_weights(self, seed: int) -> None:

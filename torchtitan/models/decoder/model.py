@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from torchtitan.layers import rope
 from torchtitan.layers.attention import InnerAttention, prepare_mask
-from torchtitan.layers.cross_entropy import cross_entropy_sum, token_scores
+from torchtitan.layers.cross_entropy import cross_entropy_sum, token_scores, whole_vocabulary
 from torchtitan.layers.init import Fill, constant, fan_in
 from torchtitan.layers.masks import Mask
 from torchtitan.models.decoder.flavors import DecoderConfig
@@ -78,9 +78,9 @@ class LMHead(nn.Linear):
 
     def forward(self, h_BSD: Tensor, labels_BS: Tensor | None = None, per_token: bool = False) -> Tensor:
         """Logits [B, S, V]; with labels their summed loss, float32 [1]; with `per_token` (nll, correct), float32 [B, S, 2]."""
-        if labels_BS is None:
-            return super().forward(h_BSD)
         weight = self.weight.to_local() if hasattr(self.weight, "to_local") else self.weight
+        if labels_BS is None:
+            return whole_vocabulary(F.linear(h_BSD, weight), self.vocab_group)
         args = h_BSD.flatten(0, 1), weight, labels_BS.flatten(), self.chunk, self.vocab_group
         return token_scores(*args).unflatten(0, labels_BS.shape) if per_token else cross_entropy_sum(*args)
 

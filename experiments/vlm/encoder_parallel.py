@@ -1,0 +1,75 @@
+"""The encoder inside a group of context- and tensor-parallel ranks, which all hold the same slots.
+
+    shared      each rank encodes its share of the patch rows, and they exchange visual tokens: no image is encoded twice
+    repeated    each encodes all rows; where these do not divide among the ranks
+    heads       tensor parallel: each computes some heads of all rows (of its share, where context-parallel ranks share them)
+
+In all three a rank places only the visual tokens of its own part of the sequence, so what it finds for their gradient is a
+part of a sum. For `shared` and `repeated` FSDP makes that sum, over the mesh `enc`; for `heads` the group does.
+
+Letters: N patch rows, V visual tokens a row, D width.
+"""
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.parallel import parallelize_module
+
+from experiments.vlm.config import VLMJobConfig
+from experiments.vlm.model.vit import VisionEncoder
+from torchtitan.config.check import Degrees
+from torchtitan.distributed import tensor_parallel as tp
+from torchtitan.distributed.differentiable import gather, sum_gradient
+from torchtitan.distributed.mesh import Mesh
+
+
+def rows_a_forward(job: VLMJobConfig, sizes: Degrees) -> int:
+    """Patch rows that pass through the encoder at once: those of a batch, or of a pipeline's microbatch."""
+    slots = job.parallelism.pipeline_parallel_microbatch_size if sizes.pp > 1 else job.training.local_batch_size
+    return slots * job.data.patch_rows
+
+
+def sharers(job: VLMJobConfig, sizes: Degrees) -> int:
+    """How many ranks of a group encode each its share of the rows; 1 where the rows do not divide."""
+    p = job.parallelism
+    ranks = sizes.cp * (1 if p.encoder_tensor_parallel else sizes.tp)
+    return ranks if p.encoder_sharing != "off" and rows_a_forward(job, sizes) % ranks == 0 else 1
+
+
+def sharing_mesh(job: VLMJobConfig, mesh: Mesh) -> DeviceMesh:
+    return mesh["cp"] if job.parallelism.encoder_tensor_parallel else mesh.cptp
+
+
+def own_rows(rows: Tensor, job: VLMJobConfig, mesh: Mesh) -> Tensor:
+    """[N, ...] -> [N / sharers, ...]: of the rows of each forward this rank's share, in order."""
+    ranks = sharers(job, mesh.degrees)
+    if ranks == 1:
+        return rows
+    forwards = rows.shape[0] // rows_a_forward(job, mesh.degrees)
+    return rows.unflatten(0, (forwards, ranks, -1))[:, sharing_mesh(job, mesh).get_local_rank()].flatten(0, 1)
+
+
+def apply_sharing(projector: nn.Module, job: VLMJobConfig, mesh: Mesh) -> None:
+    """The projector returns the visual tokens of all rows, whoever encoded them."""
+    heads, shared = mesh["tp"].get_group(), sharing_mesh(job, mesh).get_group()
+    if job.parallelism.encoder_tensor_parallel:
+        projector.register_forward_hook(lambda module, args, visual_NVD: sum_gradient(visual_NVD, heads))
+    if sharers(job, mesh.degrees) > 1:
+        projector.register_forward_hook(lambda module, args, visual_NVD: gather(visual_NVD, 0, shared))
+
+
+# Norms and the embedding are whole on every rank, and see the whole gradient there.
+ENCODER_BLOCK_PLAN = {
+    "attention": tp.gathered(arguments=2, split=False),
+    "attention.wq": tp.columns(),
+    "attention.wk": tp.columns(),
+    "attention.wv": tp.columns(),
+    "attention.wo": tp.rows(split=False),
+    "mlp": tp.gathered(arguments=1, split=False),
+    "mlp.fc1": tp.columns(),
+    "mlp.fc2": tp.rows(split=False),
+}
+
+
+def apply_encoder_tensor_parallel(encoder: VisionEncoder, mesh: DeviceMesh) -> None:
+    for layer in encoder.layers.values():
+        parallelize_module(layer, mesh, ENCODER_BLOCK_PLAN)

@@ -1,0 +1,171 @@
+"""A small model and a fixed stream of batches, which every layout trains alike.
+
+Slots hold documents with images of many shapes, one-token documents, padding, and, every fourth slot, no image at all; some ranks
+then see text alone.
+"""
+
+import dataclasses
+import random
+from typing import Any
+
+import torch
+
+from experiments.vlm.batch import Batch
+from experiments.vlm.config import VLMJobConfig
+from experiments.vlm.model.flavors import FLAVORS, EncoderConfig, ProjectorConfig, VLMConfig
+from experiments.vlm.spec import SPEC
+from tests.reference.batches import Document, Sizes, build_batch, draw_picture
+from torchtitan.config.check import degrees, resolve_batch
+from torchtitan.models.decoder.flavors import DecoderConfig
+
+VOCAB = 128
+SLOTS, SEQ_LEN, PATCHES = 8, 64, 96
+
+ENCODER = EncoderConfig(32, 2, 4, 64, patch_size=4, position_grid=4)
+DECODER = DecoderConfig(64, 4, 8, 4, 8, 96, VOCAB, 10000.0, norm_eps=1e-5)
+DECODERS = {
+    "llama": DECODER,
+    "qwen2": dataclasses.replace(DECODER, qkv_bias=True, tied_embeddings=True),
+    "qwen3": dataclasses.replace(DECODER, qk_norm=True),
+    "qwen3-tied": dataclasses.replace(DECODER, qk_norm=True, tied_embeddings=True),
+}
+MODELS = {f"layouts-{name}": VLMConfig(ENCODER, ProjectorConfig(48), decoder) for name, decoder in DECODERS.items()}
+
+
+class Tokenizer:
+    vocab_size = VOCAB
+
+
+def job_of(changes: dict[str, Any], folder: str) -> VLMJobConfig:
+    """`changes`: "section.field" -> value, on top of a float32 run whose layouts can be compared."""
+    job = VLMJobConfig()
+    base = {
+        "job.dump_folder": folder,
+        "model.flavor": "layouts-qwen3",
+        "training.seq_len": SEQ_LEN,
+        "training.local_batch_size": 1,
+        "training.global_batch_size": SLOTS,
+        "training.mixed_precision_param": "float32",
+        "training.steps": 5,
+        "training.loss_chunk_tokens": 24,
+        "optimizer.lr": 3e-3,
+        # A gradient that is truly zero is noise of 1e-10 here; a smaller eps would make whole updates of it.
+        "optimizer.eps": 1e-6,
+        "lr_scheduler.warmup_steps": 0,
+        "metrics.save_plot": False,
+        "data.patch_size": ENCODER.patch_size,
+        "data.patches_per_row": PATCHES,
+        "data.max_patches_per_image": 48,
+        "comm.trace_buf_size": 0,
+    }
+    for key, value in {**base, **changes}.items():
+        section, field = key.split(".")
+        assert hasattr(getattr(job, section), field), key
+        setattr(getattr(job, section), field, value)
+    return job
+
+
+def draw_slot(seed: int, sizes: Sizes, text_only: bool) -> list[Document]:
+    """Documents until one no longer fits; so some slots end in padding."""
+    draw = random.Random(seed)
+    documents: list[Document] = []
+    tokens, rows = 0, [0] * sizes.patch_rows
+    while True:
+        document: Document = [[draw.randrange(4, VOCAB) for _ in range(draw.choice([1, 3, 9, 14]))]]
+        needed = len(document[0])  # type: ignore[arg-type]
+        for _ in range(0 if text_only else draw.randrange(3)):
+            height, width = draw.choice([(2, 2), (2, 6), (8, 2), (4, 4), (2, 12)])
+            row = next((r for r, used in enumerate(rows) if used + height * width <= sizes.patches_per_row), None)
+            if row is None:
+                continue
+            rows[row] += height * width
+            document += [draw_picture(height, width, sizes.patch_size, draw.randrange(10**6)), [draw.randrange(4, VOCAB)]]
+            needed += height * width // sizes.merge**2 + 1
+        if tokens + needed > sizes.seq_len:
+            return documents
+        tokens += needed
+        documents.append(document)
+
+
+def batch_of(slots: list[int], step: int, sizes: Sizes) -> Batch:
+    """Those slots of a step's global batch."""
+    drawn = [draw_slot(1000 * step + slot, sizes, text_only=slot % 4 == 3) for slot in slots]
+    tensors = build_batch(drawn, sizes)
+    counts = {
+        "tokens": int((tensors["document_ids"] >= 0).sum()),
+        "loss_tokens": int((tensors["labels"] >= 0).sum()),
+        "patches": int((tensors["grid_thw"][..., 0] >= 0).sum()),
+        "images": sum(isinstance(part, list) is False for slot in drawn for document in slot for part in document),
+    }
+    return Batch(tensors, counts, [])
+
+
+@dataclasses.dataclass
+class FixedStep:
+    batches: list[Batch]
+    state: dict[str, bytes]
+
+
+class FixedLoader:
+    """The same global batches whatever the layout: rank r of n owns slots r * G / n and on."""
+
+    def __init__(self, job: VLMJobConfig, tokenizer: Any, *, rank: int, ranks: int, split: str = "train", control: str | None = None):
+        self.sizes = Sizes(
+            job.training.seq_len, job.data.patches_per_row, job.data.patch_rows, job.data.patch_size, job.data.spatial_merge_size
+        )
+        each = job.training.global_batch_size // ranks
+        self.mine = list(range(rank * each, (rank + 1) * each))
+        self.local = job.training.local_batch_size
+        self.next_step = 1 if split == "train" else 1001
+        self.end = 10**9 if split == "train" else 1002
+
+    def __iter__(self) -> "FixedLoader":
+        return self
+
+    def __next__(self) -> FixedStep:
+        if self.next_step >= self.end:
+            raise StopIteration
+        parts = [self.mine[start : start + self.local] for start in range(0, len(self.mine), self.local)]
+        batches = [batch_of(part, self.next_step, self.sizes) for part in parts]
+        self.next_step += 1
+        return FixedStep(batches, self.state_dict())
+
+    def state_dict(self) -> dict[str, bytes]:
+        return {key: str(self.next_step).encode() for key in self.slot_keys()}
+
+    def load_state_dict(self, state: dict[str, bytes]) -> None:
+        self.next_step = int(next(iter(state.values())))
+
+    def slot_keys(self) -> list[str]:
+        return [f"slot_{slot:06d}" for slot in self.mine]
+
+    def report(self) -> dict:
+        return {}
+
+    def close(self) -> None:
+        pass
+
+
+FLAVORS.update(MODELS)
+TEST_SPEC = dataclasses.replace(SPEC, load_tokenizer=lambda job: Tokenizer(), build_loader=FixedLoader)
+
+
+def check_sizes(job: VLMJobConfig, ranks: int) -> None:
+    """What experiments/vlm/check.py checks, but for the data, which is made here."""
+    from experiments.vlm.check import check_encoder, check_patches
+    from torchtitan.config.check import RANGES, check_pipeline, check_ranges, check_selective, check_sequence
+    from torchtitan.models.decoder.check import check_decoder
+
+    flavor, sizes = FLAVORS[job.model.flavor], degrees(job.parallelism, ranks)
+    check_ranges(job, RANGES)
+    check_selective(job)
+    resolve_batch(job, ranks)
+    check_sequence(job, sizes)
+    check_pipeline(job, sizes)
+    check_patches(job, flavor.encoder)
+    check_encoder(job, flavor.encoder, sizes)
+    check_decoder(flavor.decoder, job, sizes)
+
+
+def device() -> torch.device:
+    return torch.device("cpu")

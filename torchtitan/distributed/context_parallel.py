@@ -1,0 +1,121 @@
+"""Context parallel: the ranks of a group share every slot, each holding S / cp of its tokens.
+
+Two ways for attention to see the whole slot:
+
+    allgather   keys and values of all ranks are gathered; queries stay. (Llama 3, Dubey et al., 2024, section 3.3)
+    ulysses     one all-to-all gives each rank all tokens of some heads, and one brings them back (Jacobs et al., 2023)
+
+Under causal attention inside documents, tokens late in a long document cost most. So for `allgather` a slot is cut into blocks
+which are dealt by cost, an equal number to each rank, anew for every slot. Nothing puts the tokens back in order: each carries
+its row in the slot, and masks ask the row (layers/masks.py).
+
+Letters: B slots, S tokens, R ranks, Q tokens a rank (S / R), H heads, G key-value heads, E width of a head.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+
+from torchtitan.config.check import BALANCE_BLOCKS
+from torchtitan.distributed.differentiable import exchange, gather
+from torchtitan.layers.attention import InnerAttention
+
+KERNEL_BLOCK = 128  # FlexAttention skips blocks of this many tokens, so finer cuts would waste its work
+
+
+class GatheredAttention(InnerAttention):
+    """Own queries against the keys and values of all ranks. The mask says which row each of them is."""
+
+    def __init__(self, backend: str, group: ProcessGroup):
+        super().__init__(backend)
+        self.group = group
+
+    def forward(self, q_BQHE: Tensor, k_BQGE: Tensor, v_BQGE: Tensor, prepared: Any) -> Tensor:
+        both_BSGE = gather(torch.cat((k_BQGE, v_BQGE), 2), 1, self.group)
+        k_BSGE, v_BSGE = both_BSGE.chunk(2, 2)
+        return super().forward(q_BQHE, k_BSGE, v_BSGE, prepared)
+
+
+class UlyssesAttention(InnerAttention):
+    """All tokens, and 1 / R of the heads, on each rank. The mask is that of the whole slots."""
+
+    def __init__(self, backend: str, group: ProcessGroup):
+        super().__init__(backend)
+        self.group = group
+
+    def forward(self, q_BQHE: Tensor, k_BQGE: Tensor, v_BQGE: Tensor, prepared: Any) -> Tensor:
+        ranks = self.group.size()
+        by_rank = [x.unflatten(2, (ranks, -1)) for x in (q_BQHE, k_BQGE, v_BQGE)]
+        mine = _tokens_for_heads(torch.cat(by_rank, 3), self.group)
+        q, k, v = mine.split([x.shape[3] for x in by_rank], 2)
+        return _heads_for_tokens(super().forward(q, k, v, prepared), self.group)
+
+
+def _tokens_for_heads(x_BQRhE: Tensor, group: ProcessGroup) -> Tensor:
+    """[B, Q, R, h, E], heads grouped by the rank that gets them -> [B, S, h, E], tokens in rank order."""
+    received_RBQhE = exchange(x_BQRhE.movedim(2, 0), group)
+    return received_RBQhE.movedim(0, 1).flatten(1, 2)
+
+
+def _heads_for_tokens(x_BShE: Tensor, group: ProcessGroup) -> Tensor:
+    """[B, S, h, E] -> [B, Q, H, E], the way back."""
+    received_RBQhE = exchange(x_BShE.unflatten(1, (group.size(), -1)).movedim(1, 0), group)
+    return received_RBQhE.movedim(0, 2).flatten(2, 3)
+
+
+METHODS = {"allgather": GatheredAttention, "ulysses": UlyssesAttention}
+
+
+def apply_context_parallel(blocks: Iterable[nn.Module], mesh: DeviceMesh, method: str) -> None:
+    """Give the attention of each block its view of the whole slot. `mesh` is that of cp. First of all layouts."""
+    for block in blocks:
+        attention: Any = block.attention
+        attention.inner = METHODS[method](attention.inner.backend, mesh.get_group())
+
+
+def rows_of_ranks(document_ids_BS: Tensor, ranks: int, balance: bool) -> Tensor:
+    """int64 [B, R, Q]: which rows of each slot a rank holds, ascending. On the host, beside the batch."""
+    slots, length = document_ids_BS.shape
+    if not balance:
+        return torch.arange(length).view(1, ranks, -1).expand(slots, -1, -1)
+    blocks = _blocks_a_rank(length, ranks) * ranks
+    cost = causal_cost(document_ids_BS.numpy()).reshape(slots, blocks, -1).sum(-1)
+    dealt_BRb = torch.from_numpy(np.stack([_deal(slot, ranks) for slot in cost]))
+    rows_KT = torch.arange(length).view(blocks, -1)
+    return rows_KT[dealt_BRb].flatten(2)
+
+
+def _blocks_a_rank(length: int, ranks: int) -> int:
+    fine, rest = divmod(length, ranks * KERNEL_BLOCK)
+    return fine if rest == 0 and fine >= BALANCE_BLOCKS else BALANCE_BLOCKS
+
+
+def causal_cost(document_ids_BS: np.ndarray) -> np.ndarray:
+    """int64 [B, S]: to how many tokens each attends, itself and those before it in its document; 0 for padding."""
+    row = np.arange(document_ids_BS.shape[1])
+    begins = np.diff(document_ids_BS, axis=1, prepend=-2) != 0
+    first = np.maximum.accumulate(np.where(begins, row, 0), axis=1)
+    return np.where(document_ids_BS >= 0, row - first + 1, 0)
+
+
+def _deal(cost: np.ndarray, ranks: int) -> np.ndarray:
+    """int64 [ranks, blocks a rank]: the dearest block first, each to the rank with the least so far that has room."""
+    room = len(cost) // ranks
+    hands: list[list[int]] = [[] for _ in range(ranks)]
+    load = [0] * ranks
+    for block in np.argsort(-cost, kind="stable"):
+        rank = min((r for r in range(ranks) if len(hands[r]) < room), key=load.__getitem__)
+        hands[rank].append(int(block))
+        load[rank] += int(cost[block])
+    return np.sort(np.array(hands), axis=1)
+
+
+def in_slot_order(gathered_BS: Tensor, rows_BS: Tensor) -> Tensor:
+    """[B, S, ...] as ranks hold it side by side, `rows_BS` telling which row each entry is, back in the order of the slot."""
+    order_BS = rows_BS.argsort(1)
+    return gathered_BS[torch.arange(len(order_BS), device=order_BS.device)[:, None], order_BS]

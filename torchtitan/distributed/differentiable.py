@@ -1,0 +1,38 @@
+"""Collectives that gradients flow through. The only place that imports PyTorch's functional collectives, which are half private."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed import _functional_collectives as functional
+
+# Renamed in torch 2.13; the old name warns there.
+_all_gather = getattr(functional, "all_gather_single_autograd", None) or functional.all_gather_tensor_autograd
+
+
+def gather(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+    """Every rank's `x` side by side along `dim`, in rank order. Backward: each rank gets the sum of what all ranks found for its part."""
+    return _all_gather(x.contiguous(), gather_dim=dim, group=group)
+
+
+def exchange(x: Tensor, group: ProcessGroup) -> Tensor:
+    """All-to-all: part i of dimension 0 goes to rank i, and part i of the result came from rank i. Backward is the same again."""
+    return functional.all_to_all_single_autograd(x.contiguous(), None, None, group)
+
+
+class _SumGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        total = grad.contiguous().clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
+
+
+def sum_gradient(x: Tensor, group: ProcessGroup) -> Tensor:
+    """`x` as it is. Backward: the sum of the gradients that the ranks found, for a value that all of them hold and each uses in part."""
+    return _SumGradient.apply(x, group)

@@ -1,0 +1,195 @@
+"""Pipeline parallel: ranks share the layers, and microbatches pass from stage to stage (torch.distributed.pipelining).
+
+Unusual here: a stage is the model itself with parts missing, the last stage computes the summed loss inside its module, and
+the loss is scaled before backward, so that gradients of microbatches simply add up. Every stage gets every tensor of the batch:
+which it needs is its own business.
+
+    Interleaved*, 2 ranks, 4 stages     rank 0: 0 2   rank 1: 1 3
+    ZBVZeroBubble, 2 ranks, 4 stages    rank 0: 0 3   rank 1: 1 2
+
+With FSDP, parameters stay gathered from the first microbatch to the last backward of a stage. The schedules that split
+backward into input and weight gradients (zero bubble) rely on that: torchtitan/config/check.py refuses the rest.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
+from torch.distributed.tensor import DTensor
+
+from torchtitan.config.check import STAGES_PER_RANK
+from torchtitan.distributed.mesh import Mesh
+
+Tensors = dict[str, Tensor]
+
+
+def stages_of_rank(schedule: str, rank: int, ranks: int, stages: int) -> list[int]:
+    """Numbers of the stages that a rank holds, ascending."""
+    if schedule == "ZBVZeroBubble":
+        return [rank, 2 * ranks - 1 - rank]
+    return list(range(rank, stages, ranks))
+
+
+def rank_of_stage(schedule: str, stage: int, ranks: int, stages: int) -> int:
+    return next(rank for rank in range(ranks) if stage in stages_of_rank(schedule, rank, ranks, stages))
+
+
+def split_evenly(costs: Sequence[float], first: float, last: float, stages: int, empty_first: bool = False) -> list[int]:
+    """First layer of each stage but stage 0, so that the dearest stage costs least (then the squares, so that the rest is even).
+
+    `first` and `last` are what the ends cost beside their layers; they may hold no layer, the others hold at least one.
+    `empty_first`: stage 0 holds none.
+    """
+    layers = len(costs)
+    total = [0.0]
+    for cost in costs:
+        total.append(total[-1] + cost)
+
+    def cost_of(stage: int, begin: int, end: int) -> float:
+        return total[end] - total[begin] + first * (stage == 0) + last * (stage == stages - 1)
+
+    # best[end]: (dearest stage, sum of squares, cuts) of the stages so far over the layers before `end`
+    best: dict[int, tuple[float, float, list[int]]] = {0: (0.0, 0.0, [])}
+    for stage in range(stages):
+        least = 0 if stage in (0, stages - 1) else 1
+        ends = [0] if stage == 0 and empty_first else range(layers + 1) if stage < stages - 1 else [layers]
+        found = {}
+        for end in ends:
+            options = [
+                (max(dearest, cost_of(stage, begin, end)), squares + cost_of(stage, begin, end) ** 2, [*cuts, begin])
+                for begin, (dearest, squares, cuts) in best.items()
+                if end - begin >= least
+            ]
+            if options:
+                found[end] = min(options)
+        best = found
+    return best[layers][2][1:]
+
+
+@dataclass(frozen=True)
+class Split:
+    """How the layers lie on the stages: `first_layers[i]` is the first of stage i + 1."""
+
+    layers: int
+    first_layers: tuple[int, ...]
+
+    @property
+    def stages(self) -> int:
+        return len(self.first_layers) + 1
+
+    def of(self, stage: int) -> range:
+        cuts = (0, *self.first_layers, self.layers)
+        return range(cuts[stage], cuts[stage + 1])
+
+
+class Pipeline:
+    """This rank's stages and the schedule that drives them; what components/forward_backward.py asks for."""
+
+    def __init__(
+        self,
+        parts: list[nn.Module],
+        split: Split,
+        mesh: Mesh,
+        schedule: str,
+        microbatches: int,
+        received: Tensor,
+        whole_slots: Callable[[Tensor, Tensors], Tensor],
+        tied: str | None = None,
+    ):
+        """`parts`: the stages of this rank, each with FSDP at its root. `received`: on the meta device, what a stage hands to the
+        next for one microbatch. `whole_slots`: (scores, batch) -> scores of whole slots, where ranks hold parts of them.
+        `tied`: name of a parameter that the first and the last stage both hold."""
+        ranks = mesh.degrees.pp
+        self.parts, self.mesh, self._microbatches = parts, mesh, microbatches
+        self._numbers = stages_of_rank(schedule, mesh.rank("pp"), ranks, split.stages)
+        self._last_rank = rank_of_stage(schedule, split.stages - 1, ranks, split.stages)
+        self._has_first, self._has_last = 0 in self._numbers, split.stages - 1 in self._numbers
+        self._whole_slots, self._tied = whole_slots, tied
+        self._scale = 1.0
+        self._sums: list[Tensor] = []
+        group = mesh["pp"].get_group()
+        # With the shapes given, no extra forward and backward is run to infer them.
+        stages = [
+            PipelineStage(part, number, split.stages, mesh.device, input_args=received, output_args=received, group=group)
+            for part, number in zip(parts, self._numbers, strict=True)
+        ]
+        kind = get_schedule_class(schedule)
+        whole = stages[0] if issubclass(kind, PipelineScheduleSingle) else stages
+        self._schedule = kind(whole, microbatches, loss_fn=self._scaled, scale_grads=False)
+
+    def _scaled(self, loss: Tensor, labels: Tensor) -> Tensor:
+        self._sums.append(loss.detach())
+        return (loss * self._scale).sum()
+
+    def _inputs(self, tensors: Tensors) -> tuple[tuple[Tensor, ...], dict]:
+        rest = dict(tensors)
+        tokens = rest.pop("tokens")
+        for name, tensor in tensors.items():
+            # torch.tensor_split would deal unequal parts without a word.
+            assert tensor.shape[0] % self._microbatches == 0, f"{name} {list(tensor.shape)} for {self._microbatches} microbatches"
+        target = {"target": rest["labels"]} if self._has_last else {}
+        return ((tokens,) if self._has_first else ()), {**rest, **target}
+
+    def forward_backward(self, tensors: Tensors, scale: float, last: bool) -> Tensor:
+        """Gradients are reduced over ranks at the end of every batch, not of the last alone: the schedules do it by themselves."""
+        self._scale, self._sums = scale, []
+        positional, named = self._inputs(tensors)
+        self._schedule.step(*positional, return_outputs=False, **named)
+        if last and self._tied is not None:
+            self._sum_tied()
+        return torch.stack(self._sums).sum(0) if self._sums else torch.zeros(1, device=self.mesh.device)
+
+    @torch.no_grad()
+    def score(self, tensors: Tensors) -> Tensor:
+        """(nll, correct) of each label, float32 [B, S, 2], on every stage."""
+        for part in self.parts:
+            part.eval()
+        positional, named = self._inputs(tensors)
+        scores = self._schedule.eval(*positional, per_token=True, **named)
+        for part in self.parts:
+            part.train()
+        if not self._has_last:
+            scores = torch.empty(*tensors["labels"].shape, 2, device=self.mesh.device)
+        scores = scores.contiguous()
+        dist.broadcast(scores, group=self.mesh["pp"].get_group(), group_src=self._last_rank)
+        return self._whole_slots(scores, tensors)
+
+    def copies(self) -> list[nn.Parameter]:
+        """Parameters of this rank that another stage holds too and accounts for (in the gradient norm)."""
+        return [self._tied_parameter(-1)] if self._tied is not None and self._has_last else []
+
+    def _tied_parameter(self, part: int) -> nn.Parameter:
+        assert self._tied is not None
+        return self.parts[part].get_parameter(self._tied)
+
+    @torch.no_grad()
+    def _sum_tied(self) -> None:
+        """Add up what the first and the last stage found for the weight that both hold."""
+        mine = [self._tied_parameter(part) for part, here in ((0, self._has_first), (-1, self._has_last)) if here]
+        grads = [_local_grad(parameter) for parameter in mine]
+        if len(grads) == 2:
+            total = grads[0] + grads[1]
+        elif grads:
+            group = self.mesh["pp"].get_group()
+            peer = dist.get_global_rank(group, self._last_rank if self._has_first else 0)
+            theirs = torch.empty_like(grads[0])
+            operations = [dist.P2POp(dist.isend, grads[0], peer, group), dist.P2POp(dist.irecv, theirs, peer, group)]
+            for work in dist.batch_isend_irecv(operations):
+                work.wait()
+            total = grads[0] + theirs
+        for grad in grads:
+            grad.copy_(total)
+
+
+def _local_grad(parameter: nn.Parameter) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
+
+
+def number_of_stages(schedule: str, ranks: int) -> int:
+    """Where no split points say otherwise."""
+    return ranks * STAGES_PER_RANK[schedule]

@@ -1,0 +1,64 @@
+"""Tensor parallel in PyTorch's styles, and the one style that PyTorch has not: an output layer that computes the loss.
+
+Weights become DTensors, split by columns (what a layer makes) or rows (what it reads). Between blocks the sequence is split
+(sequence parallel; Korthikanti et al., 2022): a block gathers it, and scatters the sum of the ranks' results.
+"""
+
+from typing import Any
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, PrepareModuleInput, RowwiseParallel, SequenceParallel
+
+from torchtitan.distributed.differentiable import gather
+
+
+def embedding() -> ParallelStyle:
+    """Each rank holds some rows of the table; the looked-up vectors are summed and come out split along the sequence."""
+    return RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1))
+
+
+def norm(to_local: bool = False) -> ParallelStyle:
+    """On the rank's part of the sequence. The weight is whole on every rank, and its gradient a sum over them."""
+    return SequenceParallel(use_local_output=to_local)
+
+
+def head_norm() -> ParallelStyle:
+    """On the rank's heads [B, S, H, E], which `columns(to_local=False)` made."""
+    return SequenceParallel(sequence_dim=2, use_local_output=True)
+
+
+def gathered(arguments: int, split: bool = True) -> ParallelStyle:
+    """The first of `arguments` becomes whole on every rank, from parts of the sequence or, where not `split`, from equal copies.
+
+    Backward adds what the layers that read it found, once for all of them.
+    """
+    rest = (None,) * (arguments - 1)
+    return PrepareModuleInput(
+        input_layouts=(Shard(1) if split else Replicate(), *rest), desired_input_layouts=(Replicate(), *rest), use_local_output=False
+    )
+
+
+def columns(to_local: bool = True) -> ParallelStyle:
+    return ColwiseParallel(use_local_output=to_local)
+
+
+def rows(split: bool = True) -> ParallelStyle:
+    """The sum over ranks comes out split along the sequence, or whole on every rank."""
+    return RowwiseParallel(output_layouts=Shard(1) if split else Replicate())
+
+
+class VocabularyParallel(ParallelStyle):
+    """For layers/LMHead: each rank holds some rows of the weight, and gathers the sequence to score all tokens against them.
+
+    The head itself crosses the group with three numbers a token (layers/cross_entropy.py), never with logits.
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        head: Any = module
+        head.vocab_group = group = device_mesh.get_group()
+        head.weight = nn.Parameter(distribute_tensor(head.weight, device_mesh, [Shard(0)]), head.weight.requires_grad)
+        # The gradient of each rank's columns is a part of a sum, which the gather's backward adds up.
+        head.register_forward_pre_hook(lambda module, inputs: (gather(inputs[0], 1, group), *inputs[1:]))
+        return module

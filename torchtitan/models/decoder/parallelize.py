@@ -1,0 +1,38 @@
+"""Which module of the decoder gets which layout. How a layout works: torchtitan/distributed."""
+
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
+
+from torchtitan.distributed import tensor_parallel as tp
+from torchtitan.models.decoder.model import Decoder
+
+
+def block_plan(qk_norm: bool) -> dict[str, ParallelStyle]:
+    plan = {
+        "attention_norm": tp.norm(),
+        "attention": tp.gathered(arguments=4),
+        # With norms on the heads of q and k the layout must reach those, or their gradients would be those of one rank's heads.
+        "attention.wq": tp.columns(to_local=not qk_norm),
+        "attention.wk": tp.columns(to_local=not qk_norm),
+        "attention.wv": tp.columns(),
+        "attention.wo": tp.rows(),
+        "ffn_norm": tp.norm(),
+        "feed_forward": tp.gathered(arguments=1),
+        "feed_forward.w1": tp.columns(),
+        "feed_forward.w3": tp.columns(),
+        "feed_forward.w2": tp.rows(),
+    }
+    return plan | ({"attention.q_norm": tp.head_norm(), "attention.k_norm": tp.head_norm()} if qk_norm else {})
+
+
+def apply_tensor_parallel(decoder: Decoder, mesh: DeviceMesh) -> None:
+    """With sequence parallel and a vocabulary-parallel loss: [B, S / tp, D] between blocks, placing included.
+
+    A pipeline stage lacks some of these modules.
+    """
+    for layer in decoder.layers.values():
+        parallelize_module(layer, mesh, block_plan(decoder.config.qk_norm))
+    ends = {"tok_embeddings": tp.embedding(), "norm": tp.norm(to_local=True), "output": tp.VocabularyParallel()}
+    parallelize_module(decoder, mesh, {name: style for name, style in ends.items() if getattr(decoder, name) is not None})
+    # Each style made parameters of its own; untied they would drift apart without an error.
+    decoder.tie_weights()
