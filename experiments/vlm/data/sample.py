@@ -25,7 +25,8 @@ from torchtitan.components.tokenizer import Tokenizer
 class Grid(Protocol):
     """The part of ImagePlan that planning needs: sizes in patches from sizes in pixels."""
 
-    merge_size: int
+    @property
+    def merge_size(self) -> int: ...
 
     def grid(self, height: int, width: int) -> tuple[int, int]: ...
 
@@ -33,6 +34,7 @@ class Grid(Protocol):
 @dataclass(frozen=True)
 class PlannedImage:
     start: int  # its begin_image is this token of the sample; its visual tokens follow
+    number: int  # among the images of its document
     h: int  # patches
     w: int
     image: Image
@@ -63,6 +65,7 @@ class Atom(NamedTuple):
     image: Image | None = None
     h: int = 0
     w: int = 0
+    number: int = 0  # of the image among those of the document
 
     @property
     def patches(self) -> int:
@@ -88,21 +91,33 @@ def plan_samples(
 def encode(document: Document, tokenizer: Tokenizer, plan: Grid) -> Iterator[Atom]:
     """The parts as tokens; bos and eos are atoms of their own."""
     yield Atom([tokenizer.bos_id], [False])
-    for kind, group in itertools.groupby(document.parts, key=type):
-        if kind is Text:
-            ids, targets = encode_texts(list(group), tokenizer)
-            yield Atom(ids, targets)
-            continue
+    numbers = itertools.count()
+    for _, group in itertools.groupby(document.parts, key=type):
+        texts: list[Text] = []
         for part in group:
-            yield encode_image(part, tokenizer, plan) if isinstance(part, Image) else encode_special(part, tokenizer)
+            if isinstance(part, Text):
+                texts.append(part)
+            elif isinstance(part, Image):
+                yield encode_image(part, tokenizer, plan, next(numbers))
+            else:
+                yield encode_special(part, tokenizer)
+        if texts:
+            yield encode_text(texts, tokenizer)
     yield Atom([tokenizer.eos_id], [True])
 
 
-def encode_image(image: Image, tokenizer: Tokenizer, plan: Grid) -> Atom:
+def encode_text(texts: list[Text], tokenizer: Tokenizer) -> Atom:
+    if len({text.loss for text in texts}) > 1:
+        return Atom(*encode_texts(texts, tokenizer))
+    ids = tokenizer.encode("".join(text.text for text in texts))  # no offsets needed: twice as fast
+    return Atom(ids, [texts[0].loss] * len(ids))
+
+
+def encode_image(image: Image, tokenizer: Tokenizer, plan: Grid, number: int) -> Atom:
     h, w = plan.grid(image.height, image.width)
     visual = h * w // plan.merge_size**2
     ids = [tokenizer.begin_image_id, *[tokenizer.image_id] * visual, tokenizer.end_image_id]
-    return Atom(ids, [False] * len(ids), image, h, w)
+    return Atom(ids, [False] * len(ids), image, h, w, number)
 
 
 def encode_special(part: Special, tokenizer: Tokenizer) -> Atom:
@@ -117,7 +132,9 @@ def join(atoms: list[Atom]) -> Sample:
     return Sample(
         tokens=np.fromiter(itertools.chain.from_iterable(atom.tokens for atom in atoms), np.int32),
         targets=np.fromiter(itertools.chain.from_iterable(atom.targets for atom in atoms), bool),
-        images=[PlannedImage(start, atom.h, atom.w, atom.image) for start, atom in zip(starts, atoms, strict=False) if atom.image],
+        images=[
+            PlannedImage(start, atom.number, atom.h, atom.w, atom.image) for start, atom in zip(starts, atoms, strict=False) if atom.image
+        ],
     )
 
 

@@ -1,0 +1,73 @@
+"""Memory for a few steps of batches, which workers write and the trainer reads without a copy.
+
+It is an anonymous file in memory (a temporary file where the system has none), handed to workers as an open descriptor: it
+needs no room in /dev/shm, and goes with the last process that holds it, however that ends.
+"""
+
+import mmap
+import os
+import tempfile
+
+import numpy as np
+
+from experiments.vlm.batch import FIELDS, BatchShape
+
+ALIGNMENT = 4096
+Arrays = dict[str, np.ndarray]
+
+
+def step_bytes(shape: BatchShape) -> int:
+    return sum(_aligned(_bytes(shape, name)) for name in FIELDS)
+
+
+class Buffers:
+    """`count` steps of `shape`, where shape.slots are all slots of a rank. `arrays[i]`: the fields of one of them."""
+
+    def __init__(self, shape: BatchShape, count: int, descriptor: int | None = None):
+        """`descriptor`: of memory that another process made; without one it is made here."""
+        size = step_bytes(shape)
+        self.descriptor = _anonymous(size * count) if descriptor is None else descriptor
+        # The arrays keep the mapping alive, and it needs the descriptor no longer.
+        memory = mmap.mmap(self.descriptor, size * count)
+        self.arrays = [_fields(memory, shape, step * size) for step in range(count)]
+
+    def close(self) -> None:
+        """Give the memory back once nobody holds an array of it."""
+        self.arrays = []
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+
+def slot_views(arrays: Arrays, index: int, patch_rows: int) -> Arrays:
+    """The part of slot `index`: [S] of a token field, [patch_rows, L, ...] of a patch field."""
+    return {
+        name: array[index * patch_rows : (index + 1) * patch_rows] if FIELDS[name].dims[0] == "N" else array[index]
+        for name, array in arrays.items()
+    }
+
+
+def _fields(memory: mmap.mmap, shape: BatchShape, offset: int) -> Arrays:
+    arrays = {}
+    for name, field in FIELDS.items():
+        arrays[name] = np.ndarray(shape.of(name), field.dtype, memory, offset)
+        offset += _aligned(_bytes(shape, name))
+    return arrays
+
+
+def _bytes(shape: BatchShape, name: str) -> int:
+    return int(np.prod(shape.of(name), dtype=np.int64)) * np.dtype(FIELDS[name].dtype).itemsize
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _anonymous(size: int) -> int:
+    if hasattr(os, "memfd_create"):
+        descriptor = os.memfd_create("batches", os.MFD_CLOEXEC)
+    else:
+        descriptor, path = tempfile.mkstemp(prefix="batches-")
+        os.unlink(path)
+    os.ftruncate(descriptor, size)
+    return descriptor

@@ -1,0 +1,52 @@
+"""Controls of a validation: does the model look at the image, or guess from the text?
+
+blanked    every image is mid-grey, at its own size
+shuffled   a sample gets the images of another sample of its shard, at their own sizes
+"""
+
+from dataclasses import replace
+
+from experiments.vlm.data.document import Document, Image
+from experiments.vlm.data.formats import Shard
+from experiments.vlm.data.reading import Transform, guarded
+from experiments.vlm.data.rejects import Rejected
+
+BLANK = "blank"  # locator of an image that is not loaded but painted
+GREY = 128  # 0.004 after normalisation
+NEIGHBOURS = 32  # records that are tried for images before a sample is blanked instead
+
+
+def blanked(document: Document, shard: Shard, record: int) -> Document:
+    parts = [replace(part, locator=BLANK) if isinstance(part, Image) else part for part in document.parts]
+    return replace(document, parts=parts)
+
+
+def shuffled(document: Document, shard: Shard, record: int) -> Document:
+    """Its images, one after the other, are those of a record half a shard away, or of the next one that has any."""
+    if not any(isinstance(part, Image) for part in document.parts):
+        return document
+    images = _images_of_another(shard, record)
+    if not images:
+        return blanked(document, shard, record)
+    dealt = iter(range(len(document.parts)))
+    parts = [images[next(dealt) % len(images)] if isinstance(part, Image) else part for part in document.parts]
+    return replace(document, parts=parts)
+
+
+def _images_of_another(shard: Shard, record: int) -> list[Image]:
+    count = len(shard)
+    for step in range(min(count, NEIGHBOURS)):
+        other = (record + count // 2 + step) % count
+        if other == record:
+            continue
+        try:
+            document, _ = guarded(shard.read, other)
+        except Rejected:
+            continue
+        images = [part for part in document.parts if isinstance(part, Image)]
+        if images:
+            return images
+    return []
+
+
+CONTROLS: dict[str, Transform] = {"blanked": blanked, "shuffled": shuffled}

@@ -1,0 +1,183 @@
+"""A planned row becomes arrays: images decoded into their patches, tokens, labels and indices written beside them.
+
+In: a SlotPlan, and views of one slot's part of the batch. Out: the views filled to the last element, and a Filled with the
+counts. Every other place holds its field's padding value, whatever was there before.
+
+The plan stands. An image that fails only now leaves padding in its patches; its tokens are taken out, those of its
+document that follow close up, and the padding comes after the document, which so stays in one piece.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from experiments.vlm.batch import FIELDS, IGNORE, Delivered
+from experiments.vlm.data.control import BLANK, GREY
+from experiments.vlm.data.image import ImagePlan, decode, write_patches
+from experiments.vlm.data.reading import Lease, ShardCache, guarded
+from experiments.vlm.data.rejects import Rejected
+from experiments.vlm.data.sample import PlannedImage
+from experiments.vlm.data.slot import Packed, SlotPlan
+from experiments.vlm.data.tally import Reject
+
+Views = dict[str, np.ndarray]  # field -> [S], [rows, L, D] or [rows, L, 3]
+
+
+@dataclass
+class Filled:
+    """What is in a slot now. Plain data."""
+
+    slot: int
+    counts: dict[str, int] = field(default_factory=dict)  # as in Batch.counts
+    delivered: list[Delivered] = field(default_factory=list)
+    rejects: list[Reject] = field(default_factory=list)  # met while decoding
+
+
+class Filler:
+    def __init__(self, cache: ShardCache, plan: ImagePlan, pad_id: int, pool: Executor | None = None):
+        """`pool`: threads that decode; without one the caller does."""
+        self.cache = cache
+        self.plan = plan
+        self.pad_id = pad_id
+        self.pool = pool
+
+    def start(self, plan: SlotPlan, views: Views) -> Callable[[], Filled]:
+        """Begin to decode. What is returned waits for the pixels, writes the rest and tells what became of the samples."""
+        decoding = [[self._submit(packed, number, views) for number in range(len(packed.places))] for packed in plan.packed]
+        return lambda: self._finish(plan, views, decoding)
+
+    def _submit(self, packed: Packed, number: int, views: Views) -> "Future | Done":
+        image, (row, first) = packed.sample.images[number], packed.places[number]
+        span = slice(first, first + image.patches)
+        targets = views["pixel_values"][row, span], views["grid_thw"][row, span]
+        try:
+            lease = guarded(self.cache.get, packed.reference.source, packed.origin.shard)
+        except Rejected as rejected:
+            return Done(rejected)
+        if self.pool is None:
+            return Done(self._decode(lease, image, *targets))
+        return self.pool.submit(self._decode, lease, image, *targets)
+
+    def _decode(self, lease: Lease, image: PlannedImage, patches: np.ndarray, thw: np.ndarray) -> Rejected | None:
+        """Runs in a thread. None: it went well."""
+        height, width = image.h * self.plan.patch_size, image.w * self.plan.patch_size
+        if image.image.locator == BLANK:
+            pixels = np.full((height, width, 3), GREY, np.uint8)
+        else:
+            try:
+                pixels = guarded_image(lease, image, height, width)
+            except Rejected as rejected:
+                return rejected
+        write_patches(pixels, self.plan, patches, thw)
+        return None
+
+    def _finish(self, plan: SlotPlan, views: Views, decoding: "list[list[Future | Done]]") -> Filled:
+        row = _Row(plan, views, self.plan.merge_size**2, self.pad_id)
+        for packed, results in zip(plan.packed, decoding, strict=True):
+            row.add(packed, [result.result() for result in results])
+        return row.close()
+
+
+class Done:
+    """A Future of something that is over."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def result(self) -> Any:
+        return self.value
+
+
+def guarded_image(lease: Lease, image: PlannedImage, height: int, width: int) -> np.ndarray:
+    try:
+        return decode(guarded(lease.shard.load, image.image), height, width)
+    except (Rejected, MemoryError):
+        raise
+    except Exception as error:
+        raise Rejected("image_undecodable", f"{type(error).__name__}: {error}") from error
+
+
+class _Row:
+    """One slot that is being written, document by document."""
+
+    def __init__(self, plan: SlotPlan, views: Views, merge: int, pad_id: int):
+        self.views = views
+        self.merge = merge  # patches of a visual token
+        self.filled = Filled(plan.slot)
+        for name in ("tokens", "labels", "positions", "document_ids", "visual_index"):
+            views[name][:] = pad_id if name == "tokens" else FIELDS[name].padding
+        self.rows, self.length = views["grid_thw"].shape[:2]
+        self.kept: list[tuple[int, int, int]] = []  # (row, first, end) of patches that hold an image
+        self.cursor = 0
+
+    def add(self, packed: Packed, failures: list[Rejected | None]) -> None:
+        """A document at the place that was planned for it; without its images that failed, or not at all."""
+        sample, origin = packed.sample, packed.origin
+        start = self.cursor
+        self.cursor += len(sample.tokens)
+        for number, failure in enumerate(failures):
+            if failure is not None:
+                lost = None if origin.caption else sample.images[number].number
+                self.filled.rejects.append(Reject(origin.source, origin.shard, origin.key, failure.reason, failure.detail, lost))
+                if origin.caption:
+                    return
+        good = [number for number, failure in enumerate(failures) if failure is None]
+        document = len(self.filled.delivered)
+        tokens, index = self._without_lost(packed, good)
+        self._write(start, document, tokens, sample.targets[index], self._visual_index(packed, good)[index])
+        self.kept += [
+            (row, first, first + sample.images[number].patches) for number, (row, first) in enumerate(packed.places) if number in good
+        ]
+        sizes = [(sample.images[number].image.height, sample.images[number].image.width) for number in good]
+        delivered = Delivered(self.filled.slot, 0, document, origin.source, origin.shard, origin.key, sizes, packed.reference.piece)
+        self.filled.delivered.append(delivered)
+        self._count(delivered, len(tokens))
+
+    def close(self) -> Filled:
+        """Write padding into every patch that holds no image, and count."""
+        cursor = dict.fromkeys(range(self.rows), 0)
+        ends = [(row, self.length, self.length) for row in range(self.rows)]
+        for row, first, end in sorted(self.kept + ends):
+            for name in ("pixel_values", "grid_thw"):
+                self.views[name][row, cursor[row] : first] = FIELDS[name].padding
+            cursor[row] = end
+        counts = self.filled.counts
+        counts["tokens"] = int((self.views["document_ids"] >= 0).sum())
+        counts["loss_tokens"] = int((self.views["labels"] >= 0).sum())
+        counts["patches"] = sum(end - first for _, first, end in self.kept)
+        counts["images"] = len(self.kept)
+        return self.filled
+
+    def _without_lost(self, packed: Packed, good: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """The sample's tokens that are used, and which those are."""
+        used = np.ones(len(packed.sample.tokens), bool)
+        for number, image in enumerate(packed.sample.images):
+            if number not in good:
+                used[image.start : image.start + image.patches // self.merge + 2] = False
+        index = np.flatnonzero(used)
+        return packed.sample.tokens[index], index
+
+    def _visual_index(self, packed: Packed, good: list[int]) -> np.ndarray:
+        index = np.full(len(packed.sample.tokens), FIELDS["visual_index"].padding, np.int64)
+        for number in good:
+            image, (row, first) = packed.sample.images[number], packed.places[number]
+            visual = image.patches // self.merge
+            begin = (row * self.length + first) // self.merge
+            index[image.start + 1 : image.start + 1 + visual] = np.arange(begin, begin + visual)
+        return index
+
+    def _write(self, start: int, document: int, tokens: np.ndarray, targets: np.ndarray, visual_index: np.ndarray) -> None:
+        end = start + len(tokens)
+        self.views["tokens"][start:end] = tokens
+        self.views["labels"][start : end - 1] = np.where(targets[1:], tokens[1:], IGNORE)
+        self.views["positions"][start:end] = np.arange(len(tokens))
+        self.views["document_ids"][start:end] = document
+        self.views["visual_index"][start:end] = visual_index
+
+    def _count(self, delivered: Delivered, tokens: int) -> None:
+        counts, source = self.filled.counts, delivered.source
+        for name, more in ((f"samples/{source}", int(delivered.piece == 0)), (f"tokens/{source}", tokens)):
+            counts[name] = counts.get(name, 0) + more

@@ -1,0 +1,166 @@
+"""The steps of one data-parallel rank: slots r * G / ranks ..., in batches of the contract.
+
+What a step holds depends on the configuration and the data alone: not on ranks, workers, prefetching or restarts. Workers
+(data.num_workers processes) run ahead by data.prefetch steps; without them the trainer's own process reads and decodes.
+
+A step's tensors lie in memory that is used again: they hold until the second `next()` after the one that gave them.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from experiments.vlm.batch import FIELDS, Batch, BatchShape
+from experiments.vlm.config import VLMJobConfig
+from experiments.vlm.data.buffers import Arrays
+from experiments.vlm.data.producer import SlotStep
+from experiments.vlm.data.reject_log import RejectLog
+from experiments.vlm.data.resume import load_states, save_states, slot_key
+from experiments.vlm.data.setup import Control, Split, make_setup, order_facts
+from experiments.vlm.data.supply import Supply, make_supply
+from experiments.vlm.data.tally import DataError, Tally, check_bad_fraction, report, tally_of
+from torchtitan.components.tokenizer import Tokenizer
+from torchtitan.tools.logging import logger
+
+
+@dataclass
+class Step:
+    batches: list[Batch]  # as many as accumulation steps
+    has_data: bool  # False: every slot of this rank is dry, and the batches are padding alone
+    state: Callable[[], dict[str, bytes]]  # this rank's slots right after this step
+
+
+class Loader:
+    """Steps for rank `rank` of `ranks` data-parallel ranks.
+
+    Training goes on where it was with every `iter()`; validation reads its split once for each. Data that ends (data.epochs,
+    sources without repeat, validation) ends on every rank with the same step: once no slot of any rank has data, which
+    `agree`, given whether this rank has data, must tell (an all-reduce with "or"; it is called once a step, and only where
+    `may_end`). Several ranks without `agree` get padding without end instead, with `has_data` False.
+    """
+
+    def __init__(
+        self,
+        job: VLMJobConfig,
+        tokenizer: Tokenizer,
+        *,
+        rank: int = 0,
+        ranks: int = 1,
+        split: Split = "train",
+        control: Control | None = None,
+        agree: Callable[[bool], bool] | None = None,
+    ):
+        self.job, self.split = job, split
+        local, total = job.training.local_batch_size, job.training.global_batch_size
+        if split == "validation" or total == -1:
+            total = local * ranks
+        assert total % (local * ranks) == 0, "the configuration check lets no such batch through"
+        self.slots = range(rank * total // ranks, (rank + 1) * total // ranks)
+        data = job.data
+        self.shape = BatchShape(local, job.training.seq_len, data.patch_rows, data.patches_per_row, data.patch_size)
+        self.setup = make_setup(job, tokenizer, split, total, control)
+        self.facts = order_facts(job, self.setup) if split == "train" else {}
+        self.may_end = all(deal.epochs is not None for deal in self.setup.planning.deals)
+        self.agree = agree or (lambda has_data: has_data or ranks > 1)
+        # The controls show the samples of a validation again: what is wrong with them has been told.
+        self.log = RejectLog(Path(job.job.dump_folder) / "rejects", rank) if control is None else None
+        self.states: dict[int, str] = {}
+        self.supply: Supply | None = None
+        self.over = False
+
+    def __iter__(self) -> "Loader":
+        if self.split == "validation" and self.states:
+            self._go_to({})
+        return self
+
+    def __next__(self) -> Step:
+        """Raises DataError where the data cannot carry the run, RuntimeError where a worker failed."""
+        if self.over:
+            raise StopIteration
+        if self.supply is None:
+            self.supply = self._start()
+        arrays, steps = self.supply.next()
+        self.states = {step.filled.slot: step.state for step in steps}
+        self._tell(steps)
+        has_data = any(step.planned for step in steps)
+        if self.may_end and not self.agree(has_data):
+            self.over = True
+            raise StopIteration
+        if not self.may_end and not has_data:
+            raise DataError(f"no source has a good sample left: {', '.join(self.names)}; see data_report.json and rejects/")
+        return Step(self._batches(arrays, steps), has_data, partial(save_states, self.states, self.facts))
+
+    def state_dict(self) -> dict[str, bytes]:
+        """After the last step that was handed out; empty before the first."""
+        return save_states(self.states, self.facts)
+
+    def load_state_dict(self, state: Mapping[str, bytes]) -> None:
+        """Go on from a `state_dict` that has all of `slot_keys()`. Raises ConfigError if the data's configuration changed."""
+        anew = self.job.data.resume_changed_data
+        self._go_to(load_states(state, self.slots, self.facts, anew) if state else {})
+
+    def slot_keys(self) -> list[str]:
+        return [slot_key(slot) for slot in self.slots]
+
+    def report(self) -> dict[str, Any]:
+        """What became of the samples of this rank's slots so far; `merge_reports` adds up those of all ranks."""
+        return report([tally_of(state) for state in self.states.values()])
+
+    def close(self) -> None:
+        if self.supply is not None:
+            self.supply.close()
+            self.supply = None
+
+    @property
+    def names(self) -> list[str]:
+        return [deal.name for deal in self.setup.planning.deals]
+
+    def _start(self) -> Supply:
+        data, slots = self.job.data, len(self.slots)
+        workers = min(data.num_workers, slots)
+        setup = self.setup
+        if data.num_workers > workers > 0:
+            # A slot is one stream, so more processes than slots could only wait: they become threads.
+            threads = data.decode_threads * data.num_workers // workers
+            setup = replace(setup, decode_threads=threads)
+            logger.info(f"data.num_workers = {data.num_workers} for {slots} slots a rank: {workers} workers, {threads} threads each")
+        shape = replace(self.shape, slots=slots)
+        return make_supply(setup, self.slots, self.states, shape, workers, data.prefetch)
+
+    def _go_to(self, states: dict[int, str]) -> None:
+        self.states, self.over = states, False
+        if self.supply is not None:
+            self.supply.restart(states)
+
+    def _tell(self, steps: list[SlotStep]) -> None:
+        rejects = [reject for step in steps for reject in step.rejects]
+        if rejects and self.log is not None:
+            self.log.write(rejects)
+        allowed = self.setup.planning.max_bad_fraction
+        if rejects and allowed < 1:
+            total = Tally()
+            for state in self.states.values():
+                total.add(tally_of(state))
+            check_bad_fraction(total, allowed)
+
+    def _batches(self, arrays: Arrays, steps: list[SlotStep]) -> list[Batch]:
+        size = self.shape.slots
+        return [self._batch(arrays, steps[first : first + size], first) for first in range(0, len(steps), size)]
+
+    def _batch(self, arrays: Arrays, steps: list[SlotStep], first: int) -> Batch:
+        tensors = {}
+        for name, array in arrays.items():
+            rows = self.shape.patch_rows if FIELDS[name].dims[0] == "N" else 1
+            tensors[name] = torch.from_numpy(array[first * rows : (first + len(steps)) * rows])
+        counts = Counter({f"{what}/{name}": 0 for what in ("samples", "tokens") for name in self.names})
+        samples = []
+        for row, step in enumerate(steps):
+            counts.update(step.filled.counts)
+            counts.update(f"rejected/{reject.reason}" for reject in step.rejects)
+            samples += [replace(delivered, row=row) for delivered in step.filled.delivered]
+        return Batch(tensors, dict(counts), samples)

@@ -1,0 +1,84 @@
+"""The slots of one process: plan each, decode, fill. Runs inside the trainer or inside a worker, with the same result.
+
+With threads, a slot is planned while the one before it is still decoding.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from experiments.vlm.data.fill import Filled, Filler, Views
+from experiments.vlm.data.formats import Shard
+from experiments.vlm.data.reading import ShardCache
+from experiments.vlm.data.slot import Planning, Slot, SlotPlan
+from experiments.vlm.data.tally import Reject, Tally
+from torchtitan.components.tokenizer import Tokenizer
+
+SPARE_SHARDS = 32  # kept open beside two of each source for every slot
+
+
+@dataclass(frozen=True)
+class Setup:
+    """All that a process needs to run slots. Picklable."""
+
+    planning: Planning
+    tokenizer: Tokenizer
+    open_shard: Callable[[int, str], Shard]  # (source, path)
+    decode_threads: int
+
+
+@dataclass
+class SlotStep:
+    """One slot of one step. Plain data."""
+
+    filled: Filled
+    planned: bool  # False: nothing was left to plan
+    rejects: list[Reject]
+    state: str  # JSON: the slot right after this step
+
+
+class Producer:
+    def __init__(self, setup: Setup, slots: Sequence[int], states: dict[int, str]):
+        """`states`: of slots that go on; the others start anew."""
+        planning = setup.planning
+        self.cache = ShardCache(setup.open_shard, capacity=2 * len(slots) * len(planning.deals) + SPARE_SHARDS)
+        self.pool = ThreadPoolExecutor(setup.decode_threads, "decode") if setup.decode_threads > 1 else None
+        self.filler = Filler(self.cache, planning.plan, setup.tokenizer.pad_id, self.pool)
+        self.slots = [Slot(number, planning, setup.tokenizer, self.cache) for number in slots]
+        self.tallies = {number: Tally() for number in slots}  # of what was delivered
+        for slot in self.slots:
+            if slot.number in states:
+                state = json.loads(states[slot.number])
+                slot.seek(state["plan"])
+                self.tallies[slot.number] = Tally(state["delivered"])
+
+    def start(self, views: Sequence[Views]) -> Callable[[], list[SlotStep]]:
+        """Begin one step: `views[i]` is filled with the next row of slot i. What is returned waits for it."""
+        started: list[tuple[SlotPlan, Callable[[], Filled]]] = []
+        done: list[SlotStep] = []
+        for slot, view in zip(self.slots, views, strict=True):
+            plan = slot.plan()
+            started.append((plan, self.filler.start(plan, view)))
+            if len(started) > 1:
+                done.append(self._finish(*started.pop(0)))
+        return lambda: done + [self._finish(*rest) for rest in started]
+
+    def close(self) -> None:
+        if self.pool is not None:
+            self.pool.shutdown(cancel_futures=True)
+        self.cache.close()
+
+    def _finish(self, plan: SlotPlan, finish: Callable[[], Filled]) -> SlotStep:
+        filled = finish()
+        tally = self.tallies[plan.slot]
+        for reject in filled.rejects:
+            tally.reject(reject)
+        for delivered in filled.delivered:
+            for what, more in (("samples", delivered.piece == 0), ("pieces", 1), ("images", len(delivered.image_sizes))):
+                tally.count(delivered.source, what, int(more))
+        for name, count in filled.counts.items():
+            if name.startswith("tokens/"):
+                tally.count(name.removeprefix("tokens/"), "tokens", count)
+        state = f'{{"plan": {plan.position}, "delivered": {json.dumps(tally.sources)}}}'
+        return SlotStep(filled, bool(plan.packed), plan.rejects + filled.rejects, state)

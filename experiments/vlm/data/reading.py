@@ -1,0 +1,170 @@
+"""One source, read by one slot: records in the order that streams.py deals, bad ones told and skipped.
+
+`ShardCache` keeps shards open for all slots of a process; `SourceReader` is one slot's position in one source.
+"""
+
+import contextlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from experiments.vlm.data.document import Document
+from experiments.vlm.data.formats import Shard
+from experiments.vlm.data.rejects import Rejected
+from experiments.vlm.data.streams import Deal, Unit
+from experiments.vlm.data.tally import Reject
+
+
+class Reference(NamedTuple):
+    """Where a sample came from, in four integers: what a checkpoint keeps of a sample that waits."""
+
+    source: int
+    unit: int  # the slot's unit of that number
+    record: int
+    piece: int = 0  # the first piece that was not delivered
+
+
+@dataclass(frozen=True)
+class Record:
+    document: Document
+    shard: str
+    lost: list[Rejected]  # images that the document goes without
+
+
+class Lease:
+    """An open shard, closed when nobody holds the lease any more: a thread may still read from one that the cache let go."""
+
+    def __init__(self, shard: Shard):
+        self.shard = shard
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):  # also while the interpreter ends
+            self.shard.close()
+
+
+class ShardCache:
+    """Open shards of all sources, the longest unused let go. A shard that cannot be opened is remembered as well."""
+
+    def __init__(self, open_shard: Callable[[int, str], Shard], capacity: int):
+        self.open_shard = open_shard  # (source, path); raises Rejected
+        self.capacity = capacity
+        self.kept: OrderedDict[tuple[int, str], Lease | Rejected] = OrderedDict()
+
+    def get(self, source: int, path: str) -> Lease:
+        """Raises Rejected."""
+        key = source, path
+        if key not in self.kept:
+            try:
+                self.kept[key] = Lease(guarded(self.open_shard, source, path))
+            except Rejected as rejected:
+                self.kept[key] = rejected
+            while len(self.kept) > self.capacity:
+                self.kept.popitem(last=False)
+        self.kept.move_to_end(key)
+        kept = self.kept[key]
+        if isinstance(kept, Rejected):
+            raise kept
+        return kept
+
+    def close(self) -> None:
+        self.kept.clear()
+
+
+def guarded(call: Callable, *args):
+    """`call(*args)`, with every error of the data as Rejected: a record that a reader stumbles over stops no run."""
+    try:
+        return call(*args)
+    except Rejected:
+        raise
+    except OSError as error:
+        raise Rejected("shard_unreadable", f"{type(error).__name__}: {error}") from error
+    except Exception as error:
+        raise Rejected("wrong_shape", f"{type(error).__name__}: {error}") from error
+
+
+Transform = Callable[[Document, Shard, int], Document]  # a validation control: (document, its shard, its record)
+
+
+class SourceReader:
+    """One slot's position in one source. Position: `unit`, `place` in the unit's order, `barren` units since a useful sample."""
+
+    def __init__(self, source: int, deal: Deal, slot: int, cache: ShardCache, transform: Transform | None = None):
+        self.source = source
+        self.deal = deal
+        self.slot = slot
+        self.cache = cache
+        self.transform = transform
+        self.unit = 0
+        self.place = 0
+        self.barren = 0
+        self._order: tuple[int, np.ndarray] | None = None  # of the current unit, by its number
+
+    def position(self) -> list[int]:
+        return [self.unit, self.place, self.barren]
+
+    def seek(self, position: list[int]) -> None:
+        self.unit, self.place, self.barren = position
+        self._order = None
+
+    def records(self, reject: Callable[[Reject], None]) -> Iterator[tuple[Reference, Record]]:
+        """Good records from here on; ends when the last epoch is over, or when there seem to be no good ones."""
+        while self.barren <= self.deal.barren:
+            unit = self.deal.unit(self.slot, self.unit)
+            if unit is None:
+                return
+            order = self._records_of(unit, reject)
+            while self.place < len(order):
+                reference = Reference(self.source, self.unit, int(order[self.place]))
+                self.place += 1
+                try:
+                    record = self.read(reference)
+                except Rejected as rejected:
+                    reject(self.told(reference, rejected))
+                    continue
+                for lost in record.lost:
+                    reject(self._told(unit, lost, record.document.key, lost.image or 0))
+                yield reference, record
+            self.unit, self.place = self.unit + 1, 0
+            self.barren += 1  # set back by whoever could use a sample
+
+    def read(self, reference: Reference) -> Record:
+        """Raises Rejected."""
+        unit = self.deal.unit(self.slot, reference.unit)
+        assert unit is not None
+        path = self.deal.shards[unit.shard]
+        shard = self.cache.get(self.source, path).shard
+        document, lost = guarded(shard.read, reference.record)
+        if self.transform is not None:
+            document = self.transform(document, shard, reference.record)
+        return Record(document, path, lost)
+
+    def _records_of(self, unit: Unit, reject: Callable[[Reject], None]) -> np.ndarray:
+        """The order of the current unit's records; none, and told, if its shard cannot be opened."""
+        if self._order is None or self._order[0] != self.unit:
+            first = self.place == 0 and unit.part == 0  # tell what is wrong with a shard once an epoch
+            try:
+                shard = self.cache.get(self.source, self.deal.shards[unit.shard]).shard
+                wrong = shard.rejects
+                order = self.deal.order(unit, len(shard))
+            except Rejected as rejected:
+                wrong, order = [rejected], np.empty(0, np.int64)
+            for what in wrong if first else ():
+                reject(self._told(unit, what, "", image=None))
+            self._order = self.unit, order
+        return self._order[1]
+
+    def told(self, reference: Reference, rejected: Rejected) -> Reject:
+        """That a record is not used, under its key where the shard still knows it."""
+        unit = self.deal.unit(self.slot, reference.unit)
+        assert unit is not None
+        try:
+            key = guarded(self.cache.get(self.source, self.deal.shards[unit.shard]).shard.key, reference.record)
+        except Rejected:
+            key = f"record {reference.record}"
+        return self._told(unit, rejected, key, image=None)
+
+    def _told(self, unit: Unit, rejected: Rejected, key: str, image: int | None) -> Reject:
+        return Reject(self.deal.name, self.deal.shards[unit.shard], key, rejected.reason, rejected.detail, image)

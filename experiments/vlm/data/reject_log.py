@@ -1,0 +1,73 @@
+"""`rejects/RANK.jsonl`: a line for each rejected sample, image or shard, each once in a run whatever was restarted."""
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+from experiments.vlm.data.tally import Reject
+from torchtitan.tools.logging import logger
+
+HASH_BYTES = 8  # of an identity are kept: a million rejects cost 60 MB
+
+
+class RejectLog:
+    """Appends to this rank's file and reads those of the others, since a later epoch may deal a sample to another rank.
+
+    The first of a reason in a shard is logged too, as a line for people.
+    """
+
+    def __init__(self, folder: Path, rank: int):
+        self.folder = folder
+        self.path = folder / f"{rank}.jsonl"
+        self.known: set[int] = set()
+        self.read: dict[Path, int] = {}  # bytes of each file that are in `known`
+        self.logged: set[tuple[str, str]] = set()
+
+    def write(self, rejects: Iterable[Reject]) -> None:
+        new = [reject for reject in rejects if hash(reject.identity) not in self.known]
+        if not new:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._catch_up()
+        with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+            for reject in new:
+                identity = hash(reject.identity)
+                if identity in self.known:
+                    continue
+                self.known.add(identity)
+                file.write(json.dumps(_line(reject)) + "\n")
+                self._log(reject)
+
+    def _catch_up(self) -> None:
+        """Learn what is in the files by now."""
+        for path in self.folder.glob("*.jsonl"):
+            start = self.read.get(path, 0)
+            if os.path.getsize(path) == start:
+                continue
+            with path.open("rb") as file:
+                file.seek(start)
+                whole, _, rest = file.read().rpartition(b"\n")
+            lines = whole.splitlines()
+            self.read[path] = start + sum(len(line) + 1 for line in lines)
+            self.known.update(hash(_reject(json.loads(line)).identity) for line in lines)
+            if rest and path == self.path:
+                os.truncate(path, self.read[path])  # a line that a kill cut short
+
+    def _log(self, reject: Reject) -> None:
+        kind = reject.shard, reject.reason
+        if kind in self.logged:
+            return
+        self.logged.add(kind)
+        logger.warning(
+            f"source {reject.source}, shard {reject.shard}, sample {reject.key or '-'}: {reject}; more of this kind in {self.path}"
+        )
+
+
+def _line(reject: Reject) -> dict:
+    return {name: value for name, value in asdict(reject).items() if value is not None}
+
+
+def _reject(line: dict) -> Reject:
+    return Reject(line["source"], line["shard"], line["key"], line["reason"], line.get("detail", ""), line.get("image"))

@@ -1,0 +1,92 @@
+"""From a job to what the slots of a split need, and the facts on which their order depends."""
+
+import json
+import zlib
+from dataclasses import replace
+from functools import partial
+from pathlib import PurePosixPath
+from typing import Any, Literal
+
+from experiments.vlm.config import Source, VLMJobConfig
+from experiments.vlm.data.image import ImagePlan
+from experiments.vlm.data.packing import Budget
+from experiments.vlm.data.producer import Setup
+from experiments.vlm.data.shards import list_shards, open_shard
+from experiments.vlm.data.slot import Planning
+from experiments.vlm.data.streams import Deal
+from torchtitan.components.tokenizer import Tokenizer
+
+Split = Literal["train", "validation"]
+Control = Literal["blanked", "shuffled"]
+
+
+def sources_of(job: VLMJobConfig, split: Split) -> list[Source]:
+    """The sources of a split, each with a name."""
+    if split == "validation":
+        sources = job.validation.sources
+    elif job.training.dataset:
+        sources = [Source(format=job.training.dataset, path=job.training.dataset_path)]
+    else:
+        sources = job.data.sources
+    return [replace(source, name=source.name or source.format) for source in sources]
+
+
+def make_setup(job: VLMJobConfig, tokenizer: Tokenizer, split: Split, slots: int, control: Control | None = None) -> Setup:
+    """`slots`: G. Raises ConfigError where a source has no shards."""
+    data, sources = job.data, sources_of(job, split)
+    held_out = split == "validation"
+    planning = Planning(
+        deals=tuple(make_deal(source, job, slots, held_out) for source in sources),
+        weights=tuple(source.weight for source in sources),
+        weight_by=data.weight_by,
+        budget=Budget(job.training.seq_len, data.patch_rows, data.patches_per_row),
+        plan=ImagePlan(data.patch_size, data.spatial_merge_size, data.min_patches_per_image, data.max_patches_per_image, data.resize),
+        long=data.long_documents,
+        buffer=data.packing_buffer_size,
+        seed=job.debug.seed,
+        control=control,
+        max_bad_fraction=1.0 if held_out else data.max_bad_fraction,
+    )
+    return Setup(planning, tokenizer, partial(open_source, sources, job), data.decode_threads)
+
+
+def make_deal(source: Source, job: VLMJobConfig, slots: int, held_out: bool) -> Deal:
+    endless = source.repeat and job.data.epochs == 0 and not held_out
+    epochs = None if endless else job.data.epochs if source.repeat and not held_out else 1
+    shards = tuple(list_shards(source.path, source.format, job.data))
+    # The held-out split is read in order: shuffling would only cost seeks.
+    return Deal(source.name, shards, slots, job.debug.seed, epochs, source.shuffle and not held_out, source.shuffle_buffer)
+
+
+def open_source(sources: list[Source], job: VLMJobConfig, source: int, path: str) -> Any:
+    return open_shard(path, sources[source], job.data)
+
+
+def order_facts(job: VLMJobConfig, setup: Setup) -> dict[str, Any]:
+    """Everything that the order of the samples depends on, by the name of the option that says it."""
+    planning, data = setup.planning, job.data
+    facts: dict[str, Any] = {
+        "training.global_batch_size": planning.deals[0].slots,
+        "training.seq_len": job.training.seq_len,
+        "debug.seed": planning.seed,
+        "model.tokenizer_path": tokenizer_print(setup.tokenizer),
+    }
+    for name in ("weight_by", "epochs", "patches_per_row", "patch_rows", "max_patches_per_image", "min_patches_per_image"):
+        facts[f"data.{name}"] = getattr(data, name)
+    for name in ("patch_size", "spatial_merge_size", "resize", "packing_buffer_size", "long_documents"):
+        facts[f"data.{name}"] = getattr(data, name)
+    for deal, source in zip(planning.deals, sources_of(job, "train"), strict=True):
+        key = f"data.sources[{deal.name}]"
+        for name in ("format", "weight", "shuffle", "shuffle_buffer", "repeat", "chat_template"):
+            facts[f"{key}.{name}"] = getattr(source, name)
+        # The same files may lie elsewhere when the run goes on.
+        names = [PurePosixPath(path).name for path in deal.shards]
+        facts[f"{key}.path"] = f"{len(names)} shards, {zlib.crc32(json.dumps(names).encode()):08x}"
+    return facts
+
+
+def tokenizer_print(tokenizer: Tokenizer) -> str:
+    """Differs between tokenizers that cut text differently, as far as a sentence shows."""
+    sentence = "Zwei rote Quadrate (3 x 4) left of the 2nd circle;\n\tété, 日本, 🙂 1234567 don't."
+    ids = [tokenizer.bos_id, tokenizer.eos_id, tokenizer.image_id, tokenizer.begin_image_id, tokenizer.end_image_id]
+    return f"vocabulary of {tokenizer.vocab_size}, {zlib.crc32(json.dumps([ids, tokenizer.encode(sentence)]).encode()):08x}"

@@ -1,0 +1,80 @@
+"""In which order a slot reads a source: a pure function of the seed, so that neither ranks nor workers change it.
+
+    unit     (shard, part): part j of p takes the records j, j + p, ... of a shard, with p the smallest for which
+             shards * p >= G, so that there is a unit for every slot
+    dealing  the units of all epochs, each epoch permuted anew, form one endless list; slot s takes units s, s + G, ...
+    order    the records of a unit are permuted inside windows of `shuffle_buffer`
+
+A position in a source is two integers: how many units the slot has taken, and how many records of the current one.
+"""
+
+import zlib
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+BARREN_UNITS = 64  # a slot gives a source up after so many units (or 16 rounds of the parts) without one good sample
+
+
+def permutation(count: int, *key: int) -> np.ndarray:
+    """A permutation of range(count) drawn from non-negative integers: the same on every machine and NumPy version."""
+    raw = np.random.PCG64(np.random.SeedSequence(list(key))).random_raw(count)
+    return np.argsort(raw, kind="stable")
+
+
+@dataclass(frozen=True)
+class Unit:
+    epoch: int
+    shard: int  # index in Deal.shards
+    part: int
+
+
+@dataclass(frozen=True)
+class Deal:
+    """How one source is dealt to G slots."""
+
+    name: str
+    shards: tuple[str, ...]
+    slots: int  # G
+    seed: int
+    epochs: int | None  # None: without end
+    shuffle: bool = True
+    window: int = 1024
+
+    @property
+    def parts(self) -> int:
+        return -(-self.slots // len(self.shards))
+
+    @property
+    def barren(self) -> int:
+        """Parts may be empty (fewer records than slots), so many of them prove nothing."""
+        return BARREN_UNITS + 16 * self.parts
+
+    @property
+    def key(self) -> tuple[int, int]:
+        return self.seed, zlib.crc32(self.name.encode())
+
+    def unit(self, slot: int, number: int) -> Unit | None:
+        """The slot's unit of that number, from 0; None after the last epoch."""
+        epoch, place = divmod(slot + number * self.slots, len(self.shards) * self.parts)
+        if self.epochs is not None and epoch >= self.epochs:
+            return None
+        shard, part = divmod(int(_epoch_order(self, epoch)[place]), self.parts)
+        return Unit(epoch, shard, part)
+
+    def order(self, unit: Unit, records: int) -> np.ndarray:
+        """The indices of the unit's records in a shard of so many, in the order in which they are read."""
+        indices = np.arange(unit.part, records, self.parts)
+        if not self.shuffle:
+            return indices
+        place = unit.shard * self.parts + unit.part
+        windows = [indices[start : start + self.window] for start in range(0, len(indices), self.window)]
+        shuffled = [window[permutation(len(window), *self.key, 1, unit.epoch, place, i)] for i, window in enumerate(windows)]
+        return np.concatenate(shuffled) if shuffled else indices
+
+
+@lru_cache(maxsize=8)
+def _epoch_order(deal: Deal, epoch: int) -> np.ndarray:
+    units = len(deal.shards) * deal.parts
+    return permutation(units, *deal.key, 0, epoch) if deal.shuffle else np.arange(units)

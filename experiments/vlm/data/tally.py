@@ -1,0 +1,110 @@
+"""What became of the samples of each source: delivered, cut, rejected and why. Small, adds up over slots and ranks."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from experiments.vlm.data.rejects import REASONS, Rejected
+
+EXAMPLES = 3  # of each reason that are kept
+JUDGED_FROM = 1000  # samples of a source before data.max_bad_fraction is applied
+
+
+class DataError(RuntimeError):
+    """The data cannot carry the run. One line: which source, why, what to do."""
+
+
+@dataclass(frozen=True)
+class Reject:
+    """One sample, image (`image` says which of its sample) or shard (no key) that was not used."""
+
+    source: str
+    shard: str
+    key: str
+    reason: str
+    detail: str = ""
+    image: int | None = None
+
+    @property
+    def kind(self) -> str:
+        return "images" if self.image is not None else "samples" if self.key else "shards"
+
+    def __str__(self) -> str:
+        return str(Rejected(self.reason, self.detail))
+
+    @property
+    def identity(self) -> str:
+        """What makes two of them the same. Images are numbered after their document has lost others: hence the reason."""
+        return "\n".join((self.shard, self.key, "" if self.image is None else f"{self.image} {self.reason}"))
+
+
+class Tally:
+    """Counts of each source, in plain values that JSON can hold:
+
+    {source: {"counts": {what: how many},
+              "rejected": {"samples" | "images" | "shards": {reason: {"count", "examples": [{"shard", "key", "detail"}]}}}}}
+
+    Of the counts, `read` are good samples that were planned, `split`, `truncated` and `dropped` those of them that were too
+    long, `samples`, `pieces`, `tokens` and `images` what was delivered (a sample counts with its first piece).
+    """
+
+    def __init__(self, sources: dict[str, dict[str, Any]] | None = None):
+        self.sources: dict[str, dict[str, Any]] = sources or {}
+
+    def count(self, source: str, what: str, more: int = 1) -> None:
+        counts = self._source(source)["counts"]
+        counts[what] = counts.get(what, 0) + more
+
+    def reject(self, reject: Reject) -> None:
+        example = {"shard": reject.shard, "key": reject.key, "detail": reject.detail}
+        self._add_rejects(reject.source, reject.kind, reject.reason, 1, [example])
+
+    def add(self, other: "Tally") -> None:
+        for source, theirs in other.sources.items():
+            for what, count in theirs["counts"].items():
+                self.count(source, what, count)
+            for kind, reasons in theirs["rejected"].items():
+                for reason, entry in reasons.items():
+                    self._add_rejects(source, kind, reason, entry["count"], entry["examples"])
+
+    def _add_rejects(self, source: str, kind: str, reason: str, count: int, examples: list[dict[str, str]]) -> None:
+        entry = self._source(source)["rejected"].setdefault(kind, {}).setdefault(reason, {"count": 0, "examples": []})
+        entry["count"] += count
+        entry["examples"] = (entry["examples"] + examples)[:EXAMPLES]
+
+    def rejected(self, source: str, kind: str = "samples") -> int:
+        return sum(entry["count"] for entry in self._source(source)["rejected"].get(kind, {}).values())
+
+    def _source(self, source: str) -> dict[str, Any]:
+        return self.sources.setdefault(source, {"counts": {}, "rejected": {}})
+
+
+def check_bad_fraction(tally: Tally, allowed: float) -> None:
+    """Raises DataError for the first source with more bad samples than `allowed`, a share, once JUDGED_FROM were read."""
+    for source, entry in tally.sources.items():
+        bad = tally.rejected(source)
+        read = bad + entry["counts"].get("read", 0)
+        if allowed < 1 and read >= JUDGED_FROM and bad > allowed * read:
+            kinds = entry["rejected"]["samples"]
+            worst = max(kinds, key=lambda reason: kinds[reason]["count"])
+            raise DataError(
+                f"source {source}: {bad} of {read} samples are bad ({bad / read:.1%}), more than data.max_bad_fraction = {allowed}; "
+                f"most of them: {REASONS[worst]}, as {kinds[worst]['examples'][0]}. See data_report.json and rejects/"
+            )
+
+
+def tally_of(state: str) -> Tally:
+    """Everything that a slot's state has counted, at planning and at delivery."""
+    slot = json.loads(state)
+    tally = Tally(slot["plan"]["tally"])
+    tally.add(Tally(slot["delivered"]))
+    return tally
+
+
+def report(tallies: Iterable[Tally]) -> dict[str, Any]:
+    """{"sources": as in Tally}: numbers and lists, so that the reports of ranks add up."""
+    total = Tally()
+    for tally in tallies:
+        total.add(tally)
+    return {"sources": total.sources}

@@ -1,0 +1,167 @@
+"""Worker processes: each runs some of a rank's slots and writes their rows into shared memory.
+
+The trainer sends the number of a buffer, a worker answers with the SlotSteps that it wrote there. A worker that is asked
+for the next step before it has finished one plans ahead while its threads decode. It ends when its pipe closes, whatever
+happened to the trainer; Ctrl-C and SIGTERM, which reach the whole process group, are the trainer's to act on.
+
+Spawned, not forked: a fork would copy the locks of the trainer's threads as they are, and a CUDA context. A worker imports
+torch, for its resize kernel: 2 to 3 s until it is ready.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import DupFd
+from typing import Any
+
+import torch
+
+from experiments.vlm.batch import BatchShape
+from experiments.vlm.data.buffers import Buffers, slot_views
+from experiments.vlm.data.producer import Producer, Setup, SlotStep
+from experiments.vlm.data.tally import DataError
+
+GRACE_S = 5.0  # for a worker to end by itself
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What one worker runs. `places[i]`: which of the rank's slots, and so of a buffer's rows, slot `slots[i]` is."""
+
+    slots: list[int]
+    places: list[int]
+    states: dict[int, str]
+
+
+class Worker:
+    """The trainer's end of one worker."""
+
+    def __init__(self, number: int, setup: Setup, shape: BatchShape, buffers: Buffers, assignment: Assignment):
+        self.name = f"data worker {number} (slots {', '.join(map(str, assignment.slots))})"
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        arguments = theirs, setup, _Memory(buffers, shape), assignment
+        self.process = context.Process(target=run, args=arguments, name=self.name, daemon=True)
+        with _signals_blocked():
+            self.process.start()
+        theirs.close()
+
+    def ask(self, buffer: int) -> None:
+        # If it is gone, `answer` says why.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self.pipe.send(buffer)
+
+    def restart(self, assignment: Assignment) -> None:
+        """Only while nothing is asked."""
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self.pipe.send(assignment)
+
+    def answer(self) -> list[SlotStep]:
+        """Raises DataError, or RuntimeError for a worker that failed or died."""
+        wait([self.pipe, self.process.sentinel])
+        message: tuple[str, Any] = ("died", None)
+        with contextlib.suppress(EOFError, ConnectionResetError):
+            if self.pipe.poll():
+                message = self.pipe.recv()
+        kind, value = message
+        if kind == "data_error":
+            raise DataError(value)
+        if kind == "failed":
+            raise RuntimeError(f"{self.name} failed:\n{value}")
+        if kind == "died":
+            self.process.join(GRACE_S)
+            raise RuntimeError(f"{self.name} {_death(self.process.exitcode)}")
+        return value
+
+    def close(self, deadline: float) -> None:
+        """Let it end by itself until `deadline` (time.monotonic), then kill it."""
+        self.pipe.close()
+        self.process.join(max(0.0, deadline - time.monotonic()))
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+        self.process.close()
+
+
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """What is started here never sees Ctrl-C or SIGTERM, from its first instruction on."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def close_all(workers: list[Worker]) -> None:
+    for worker in workers:
+        worker.pipe.close()
+    deadline = time.monotonic() + GRACE_S
+    for worker in workers:
+        worker.close(deadline)
+
+
+def _death(exitcode: int | None) -> str:
+    if exitcode is not None and exitcode < 0:
+        name = signal.Signals(-exitcode).name
+        hint = ": out of memory? Lower data.num_workers, data.prefetch or data.packing_buffer_size" if name == "SIGKILL" else ""
+        return f"was killed by {name}{hint}"
+    return f"ended with exit code {exitcode}; its own message is above"
+
+
+class _Memory:
+    """Buffers on their way to another process."""
+
+    def __init__(self, buffers: Buffers, shape: BatchShape):
+        self.count = len(buffers.arrays)
+        self.shape = shape
+        self.descriptor: Any = buffers.descriptor
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"descriptor": DupFd(self.descriptor)}
+
+    def open(self) -> Buffers:
+        return Buffers(self.shape, self.count, self.descriptor.detach())
+
+
+def run(pipe: Connection, setup: Setup, memory: _Memory, assignment: Assignment) -> None:
+    """The worker process."""
+    torch.set_num_threads(1)  # it works on several images at a time, not in one
+    try:
+        _serve(pipe, setup, memory, assignment)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        pass  # the trainer is gone
+    except DataError as error:
+        _tell(pipe, "data_error", str(error))
+    except BaseException:
+        _tell(pipe, "failed", traceback.format_exc())
+    # Without Python's own farewell: threads that still decode would hold it up.
+    os._exit(0)
+
+
+def _serve(pipe: Connection, setup: Setup, memory: _Memory, assignment: Assignment) -> None:
+    buffers = memory.open()
+    producer = Producer(setup, assignment.slots, assignment.states)
+    views = [[slot_views(arrays, place, memory.shape.patch_rows) for place in assignment.places] for arrays in buffers.arrays]
+    finish: Callable[[], list[SlotStep]] | None = None
+    while True:
+        asked = pipe.recv() if finish is None or pipe.poll() else None
+        if isinstance(asked, Assignment):
+            producer.close()
+            producer = Producer(setup, asked.slots, asked.states)
+            continue
+        started = None if asked is None else producer.start(views[asked])
+        if finish is not None:
+            pipe.send(("step", finish()))
+        finish = started
+
+
+def _tell(pipe: Connection, kind: str, message: str) -> None:
+    with contextlib.suppress(OSError):
+        pipe.send((kind, message))
