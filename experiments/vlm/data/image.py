@@ -219,7 +219,7 @@ def _load_rgb(image: PILImage.Image) -> np.ndarray:
             image = PILImage.alpha_composite(PILImage.new("RGBA", image.size, "white"), image)
         elif image.mode.startswith("I") or image.mode == "F":
             image = _eight_bits(image)
-        return np.asarray(image.convert("RGB"))
+        return np.array(image.convert("RGB"))
     except PILImage.DecompressionBombError as error:
         raise Rejected("image_too_large", str(error)) from error
     except Exception as error:  # a decoder may raise anything on broken bytes

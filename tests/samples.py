@@ -1,0 +1,56 @@
+"""Made for tests: images of every kind, tars, and the photographs that other packages bring along."""
+
+import functools
+import io
+import math
+import os
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+def noise(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarray:
+    """uint8 [height, width, channels], smooth enough for JPEG."""
+    small = np.random.default_rng(seed).integers(0, 256, (max(2, height // 8), max(2, width // 8), channels), dtype=np.uint8)
+    planes = [np.asarray(Image.fromarray(small[..., c]).resize((width, height), Image.Resampling.BICUBIC)) for c in range(channels)]
+    return np.stack(planes, axis=-1)
+
+
+def encoded(image: Image.Image | np.ndarray, format: str = "JPEG", **options) -> bytes:
+    buffer = io.BytesIO()
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def jpeg(height: int = 40, width: int = 60, seed: int = 0) -> bytes:
+    return encoded(noise(height, width, seed=seed))
+
+
+def write_tar(path: Path | str, members: Iterable[tuple[str, bytes]], format: int = tarfile.GNU_FORMAT) -> Path:
+    with tarfile.open(path, "w", format=format) as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return Path(path)
+
+
+def psnr(one: np.ndarray, other: np.ndarray) -> float:
+    """Decibels; infinite where they are equal."""
+    error = np.mean((one.astype(np.float64) - other.astype(np.float64)) ** 2)
+    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
+
+
+@functools.cache
+def photographs() -> dict[str, Image.Image]:
+    """Real ones, RGB, from the wheels of scikit-image and scikit-learn."""
+    import skimage
+    import sklearn
+
+    folders = Path(os.path.dirname(skimage.__file__), "data"), Path(os.path.dirname(sklearn.__file__), "datasets/images")
+    names = ("coffee.png", "astronaut.png", "chelsea.png", "motorcycle_left.png", "hubble_deep_field.jpg", "rocket.jpg", "china.jpg")
+    files = [folder / name for folder in folders for name in (*names, "flower.jpg") if (folder / name).is_file()]
+    return {file.name: Image.open(file).convert("RGB") for file in files}

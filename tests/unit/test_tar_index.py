@@ -1,0 +1,103 @@
+"""The tar index against Python's tarfile: the same members, whatever wrote the tar, and all that is whole of a broken one."""
+
+import os
+import tarfile
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from experiments.vlm.data.formats.tar_index import TarIndex
+from tests.samples import write_tar
+
+FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
+
+
+def read(path) -> tuple[list[dict[str, bytes]], TarIndex]:
+    """Each sample's members by extension."""
+    file = os.open(path, os.O_RDONLY)
+    index = TarIndex(file)
+    samples = [{m.extension: os.pread(file, m.size, m.offset) for m in index.sample(number)} for number in range(len(index))]
+    keys = [index.key(number) for number in range(len(index))]
+    os.close(file)
+    return [{"key": key, **sample} for key, sample in zip(keys, samples, strict=True)], index
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    format=st.sampled_from(sorted(FORMATS)),
+    folder=st.sampled_from(["", "a/b/", "ü/", "x" * 90 + "/", "long/" * 30]),
+    sizes=st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 600)), max_size=8),
+)
+def test_members_are_those_of_tarfile(tmp_path, format, folder, sizes):
+    members = []
+    for number, (image, text) in enumerate(sizes):
+        members += [(f"{folder}{number:05d}.JPG", os.urandom(image)), (f"{folder}{number:05d}.txt", b"t" * text)]
+    path = write_tar(tmp_path / "x.tar", members, FORMATS[format])
+    with tarfile.open(path) as tar:
+        expected = {member.name: tar.extractfile(member).read() for member in tar}
+    samples, index = read(path)
+    assert index.tail is None
+    assert {f"{s['key']}.JPG": s["jpg"] for s in samples} | {f"{s['key']}.txt": s["txt"] for s in samples} == expected
+    assert [s["key"] for s in samples] == [f"{folder}{number:05d}" for number in range(len(sizes))]
+
+
+def test_keys_end_at_the_first_dot_of_the_name_and_not_of_a_folder(tmp_path):
+    path = write_tar(tmp_path / "x.tar", [("v1.0/cat.seg.png", b"1"), ("v1.0/cat.jpg", b"2"), ("./dog.jpg", b"3")])
+    samples, _ = read(path)
+    assert samples == [{"key": "v1.0/cat", "seg.png": b"1", "jpg": b"2"}, {"key": "dog", "jpg": b"3"}]
+
+
+def test_members_of_a_sample_need_not_be_neighbours_but_a_name_that_returns_begins_a_new_one(tmp_path):
+    path = write_tar(
+        tmp_path / "x.tar", [("a.jpg", b"1"), ("b.jpg", b"2"), ("a.txt", b"3"), ("b.txt", b"4"), ("a.jpg", b"5"), ("a.txt", b"6")]
+    )
+    samples, _ = read(path)
+    assert samples == [
+        {"key": "a", "jpg": b"1", "txt": b"3"},
+        {"key": "b", "jpg": b"2", "txt": b"4"},
+        {"key": "a", "jpg": b"5", "txt": b"6"},
+    ]
+
+
+def test_what_is_no_sample_is_passed_over(tmp_path):
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w") as tar:
+        for name, kind in [
+            ("folder", tarfile.DIRTYPE),
+            ("link.jpg", tarfile.SYMTYPE),
+            ("hard.jpg", tarfile.LNKTYPE),
+            ("pipe.jpg", tarfile.FIFOTYPE),
+        ]:
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "elsewhere.jpg"
+            tar.addfile(info)
+        for name in ("README", ".hidden.jpg", "a/.DS_Store", "a/good.txt"):
+            tar.addfile(tarfile.TarInfo(name))
+    assert read(path)[0] == [{"key": "a/good", "txt": b""}]
+
+
+@pytest.mark.parametrize("format", sorted(FORMATS))
+def test_a_tar_cut_anywhere_gives_what_is_whole_and_says_so(tmp_path, format):
+    members = [(f"{'deep/' * 25}{number}.txt", bytes([65 + number]) * 700) for number in range(4)]
+    whole = write_tar(tmp_path / "whole.tar", members, FORMATS[format]).read_bytes()
+    expected, index = read(tmp_path / "whole.tar")
+    ends = [whole.index(content) + len(content) for _, content in members]
+    for cut in range(100, ends[-1] + 1, 333):
+        path = tmp_path / "cut.tar"
+        path.write_bytes(whole[:cut])
+        samples, index = read(path)
+        assert samples == expected[: sum(end <= cut for end in ends)]
+        last = max((end for end in ends if end <= cut), default=0)
+        is_between_members = cut <= -(-last // 512) * 512
+        assert (index.tail is None) == is_between_members
+        assert index.tail is None or index.tail.reason == "shard_truncated"
+
+
+def test_garbage_is_never_taken_for_a_header(tmp_path):
+    whole = bytearray(write_tar(tmp_path / "x.tar", [(f"{n}.txt", b"x" * 100) for n in range(4)]).read_bytes())
+    whole[2048 + 10] ^= 1  # a bit of the third name
+    (tmp_path / "x.tar").write_bytes(whole)
+    samples, index = read(tmp_path / "x.tar")
+    assert [sample["key"] for sample in samples] == ["0", "1"]
+    assert "no tar header at byte 2048" in index.tail.detail
