@@ -1,0 +1,133 @@
+"""Chunked cross-entropy against PyTorch's on all logits at once."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.reference.ranks import on_two_ranks
+from torchtitan.layers.cross_entropy import cross_entropy_sum, token_scores
+
+T, D, V = 45, 24, 70
+
+
+def problem(dtype: torch.dtype = torch.float32, tokens: int = T, vocabulary: int = V) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(tokens, D, generator=generator).to(dtype)
+    weight = (torch.randn(vocabulary, D, generator=generator) / 4).to(dtype)
+    labels = torch.randint(vocabulary, (tokens,), generator=generator)
+    labels[::5] = -100
+    return h.requires_grad_(), weight.requires_grad_(), labels
+
+
+def all_at_once(h: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy((h @ weight.T).float(), labels, ignore_index=-100, reduction="sum")
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 45, 1000])
+def test_loss_and_gradients_equal_all_logits_at_once(chunk):
+    h, weight, labels = problem()
+    loss, expected = cross_entropy_sum(h, weight, labels, chunk), all_at_once(h, weight, labels)
+    assert loss.shape == (1,) and loss.dtype == torch.float32
+    assert abs(loss.item() / expected.item() - 1) < 1e-6
+    # Scaled by the trainer before backward: a gradient other than 1 comes in.
+    gradients = torch.autograd.grad((loss / 13).sum(), (h, weight))
+    for a, b in zip(gradients, torch.autograd.grad(expected / 13, (h, weight)), strict=True):
+        assert (a - b).abs().max() < 1e-6
+    assert not gradients[0][labels < 0].any()
+
+
+@pytest.mark.parametrize("frozen", ["head", "body"])
+def test_a_frozen_side_gets_no_gradient_and_the_other_the_same(frozen):
+    h, weight, labels = problem()
+    both = torch.autograd.grad(cross_entropy_sum(h, weight, labels, 8).sum(), (h, weight))
+    kept = h if frozen == "head" else weight
+    (weight if frozen == "head" else h).requires_grad_(False)
+    (gradient,) = torch.autograd.grad(cross_entropy_sum(h, weight, labels, 8).sum(), (kept,))
+    assert torch.equal(gradient, both[0 if frozen == "head" else 1])
+
+
+def test_without_gradients_only_the_loss_is_made():
+    h, weight, labels = problem()
+    with torch.no_grad():
+        loss = cross_entropy_sum(h, weight, labels, 8)
+    assert not loss.requires_grad and abs(loss.item() / all_at_once(h, weight, labels).item() - 1) < 1e-6
+
+
+def test_bfloat16_sums_in_float32():
+    h, weight, labels = problem(torch.bfloat16)
+    loss, expected = cross_entropy_sum(h, weight, labels, 8), all_at_once(h, weight, labels)
+    assert abs(loss.item() / expected.item() - 1) < 1e-6
+    gradients = torch.autograd.grad(loss.sum(), (h, weight))
+    for a, b in zip(gradients, torch.autograd.grad(expected, (h, weight)), strict=True):
+        assert a.dtype == torch.bfloat16 and (a - b).abs().max() < 0.01 * b.abs().max()
+
+
+def test_large_logits_do_not_overflow():
+    h, weight, labels = problem()
+    loss = cross_entropy_sum(h * 1e4, weight, labels, 8)
+    assert loss.isfinite().all() and abs(loss.item() / all_at_once(h * 1e4, weight, labels).item() - 1) < 1e-5
+
+
+def test_no_label_at_all_is_zero_loss_and_zero_gradient():
+    h, weight, labels = problem()
+    loss = cross_entropy_sum(h, weight, torch.full_like(labels, -100), 8)
+    gradients = torch.autograd.grad(loss.sum(), (h, weight))
+    assert loss.item() == 0 and not any(gradient.any() for gradient in gradients)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the size of the largest tensor that any operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_all_logits_never_exist(per_token):
+    tokens, vocabulary, chunk = 512, 600, 16
+    h, weight, labels = problem(tokens=tokens, vocabulary=vocabulary)
+    with LargestTensor() as largest:
+        if per_token:
+            token_scores(h, weight, labels, chunk)
+        else:
+            cross_entropy_sum(h, weight, labels, chunk).sum().backward()
+    assert largest.numel == max(vocabulary * D, chunk * vocabulary, tokens * D) < tokens * vocabulary / 10
+
+
+def test_token_scores_equal_all_logits():
+    h, weight, labels = problem()
+    scores, logits, valid = token_scores(h, weight, labels, 7), h @ weight.T, labels >= 0
+    expected = F.cross_entropy(logits, labels, ignore_index=-100, reduction="none")
+    assert (scores[:, 0] - expected).abs().max() < 1e-5
+    assert torch.equal(scores[:, 1] == 1, valid & (logits.argmax(-1) == labels))
+    assert not scores[~valid].any()
+
+
+def _on_rank(rank: int) -> tuple[torch.Tensor, ...]:
+    h, weight, labels = problem()
+    share = weight.detach().chunk(2)[rank].requires_grad_()
+    loss = cross_entropy_sum(h, share, labels, 8, dist.group.WORLD)
+    loss.sum().backward()
+    return loss.detach(), h.grad, share.grad, token_scores(h, share, labels, 8, dist.group.WORLD)
+
+
+def test_a_vocabulary_split_over_ranks_gives_the_same(tmp_path):
+    losses, bodies, heads, scores = zip(*on_two_ranks(_on_rank, tmp_path), strict=True)
+    h, weight, labels = problem()
+    expected = cross_entropy_sum(h, weight, labels, 8)
+    expected.sum().backward()
+    for rank in range(2):
+        assert abs(losses[rank].item() / expected.item() - 1) < 1e-6
+        assert (scores[rank] - token_scores(h, weight, labels, 8)).abs().max() < 1e-5
+    assert (sum(bodies) - h.grad).abs().max() < 1e-6  # each rank has its part of a sum
+    assert (torch.cat(heads) - weight.grad).abs().max() < 1e-6

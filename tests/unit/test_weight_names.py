@@ -1,0 +1,84 @@
+"""Weight names both ways: what transformers calls them, what has no place here, and what must not go unseen."""
+
+import pytest
+import torch
+
+from experiments.vlm.model.hf import encoder_from_hf, encoder_to_hf, vlm_from_hf
+from experiments.vlm.model.vit import VisionEncoder
+from tests.reference.models import ENCODER, LLAMA, QWEN2, QWEN3, VOCAB, hf_text_config, hf_vision_config, small_vlm
+from torchtitan.models.decoder.hf import from_hf, to_hf
+from torchtitan.models.decoder.model import Decoder
+from torchtitan.models.weight_names import Row, Transform, prefixed, read, write
+
+
+@pytest.mark.parametrize("config", [LLAMA, QWEN2, QWEN3], ids=["llama", "qwen2", "qwen3"])
+def test_decoder_weights_go_out_and_come_back(config):
+    from transformers import AutoModelForCausalLM
+
+    weights = Decoder(config, VOCAB, "sdpa", 16).state_dict()
+    theirs = to_hf(weights, config)
+    expected = {name for name, _ in AutoModelForCausalLM.from_config(hf_text_config(config)).named_parameters()}
+    assert theirs.keys() == expected  # named_parameters leaves a tied output layer out, as a saved file does
+    back = from_hf(theirs, config)
+    assert not back.unused and back.named.keys() == weights.keys()
+    assert all(torch.equal(weight, back.named[name]) for name, weight in weights.items())
+
+
+def test_a_tied_file_fills_the_output_layer_of_a_model_that_is_not_tied():
+    weights = to_hf(Decoder(QWEN2, VOCAB, "sdpa", 16).state_dict(), QWEN2)
+    untied = from_hf(weights, LLAMA).named
+    assert untied["output.weight"] is untied["tok_embeddings.weight"]
+
+
+def test_another_output_layer_cannot_be_tied():
+    weights = to_hf(Decoder(LLAMA, VOCAB, "sdpa", 16).state_dict(), LLAMA)
+    with pytest.raises(ValueError, match="lm_head.weight is not the embedding"):
+        from_hf(weights, QWEN2)
+
+
+@pytest.mark.parametrize("prefix", ["", "vision_model."])
+def test_encoder_reads_both_spellings_and_names_the_pooling_head(prefix):
+    from transformers import Siglip2VisionModel
+
+    theirs = Siglip2VisionModel(hf_vision_config(ENCODER, head=True)).state_dict()
+    read_back = encoder_from_hf({prefix + name: weight for name, weight in theirs.items()})
+    assert read_back.named.keys() == VisionEncoder(ENCODER, "sdpa").state_dict().keys()
+    assert read_back.unused and all(name.startswith(prefix + "head.") for name in read_back.unused)
+    written = encoder_to_hf(read_back.named)
+    assert written.keys() == {name for name in theirs if not name.startswith("head.")}
+    assert all(torch.equal(weight, theirs[name]) for name, weight in written.items())
+
+
+def test_the_tower_of_a_whole_siglip2_file_is_found_among_the_rest():
+    tower = encoder_to_hf(VisionEncoder(ENCODER, "sdpa").state_dict())
+    others = ["logit_scale", "logit_bias", "text_model.encoder.layers.0.mlp.fc1.weight", "text_model.head.weight"]
+    whole = {"vision_model." + name: weight for name, weight in tower.items()} | {name: torch.zeros(1) for name in others}
+    assert encoder_from_hf(whole).unused == others
+
+
+def test_an_older_spelling_of_the_whole_model_is_read():
+    from experiments.vlm.model.hf import vlm_to_hf
+
+    model = small_vlm(QWEN2)
+    theirs = vlm_to_hf(model.state_dict(), model.config)
+    assert "lm_head.weight" not in theirs
+    older = {name.replace("vision_tower.", "vision_tower.vision_model."): weight for name, weight in theirs.items()}
+    back = vlm_from_hf(older, model.config)
+    assert not back.unused and back.named.keys() == model.state_dict().keys()
+
+
+def test_a_weight_without_a_name_or_with_two_is_an_error():
+    with pytest.raises(ValueError, match=r"layers.0.extra has no name"):
+        to_hf({"layers.0.extra": torch.zeros(1)}, LLAMA)
+    twice = {"post_layernorm.bias": torch.zeros(1), "vision_model.post_layernorm.bias": torch.zeros(1)}
+    with pytest.raises(ValueError, match=r"norm.bias is there twice"):
+        encoder_from_hf(twice)
+
+
+def test_stars_are_carried_over_in_order_and_transforms_go_both_ways():
+    rows = prefixed([Row("a.*.b.*", "x.*.y.*", Transform(lambda w: w.T, lambda w: w.T.contiguous()))], "in.", "out.")
+    weight = torch.arange(6.0).view(2, 3)
+    ours = read({"in.a.7.b.bias": weight, "in.a.7.8.b.bias": weight}, rows)
+    assert ours.unused == ["in.a.7.8.b.bias"]  # a star is one part of a name
+    assert torch.equal(ours.named["out.x.7.y.bias"], weight.T)
+    assert torch.equal(write(ours.named, rows)["in.a.7.b.bias"], weight)
