@@ -38,6 +38,8 @@ class Trainer:
         self.run, self.job, self.state = run, run.job, run.state
         self.folder = Path(run.job.job.dump_folder)
         self.counted = run.spec.counts(run.job)
+        copies = {id(parameter) for parameter in run.passes.copies()}
+        self.accounted = [parameter for parameter in run.optimizers.parameters if id(parameter) not in copies]
         self.signals = StopSignals()
         self.garbage = GarbageCollection(run.job.training.gc_freq)
         self.progress = Progress(run.job.training.steps, run.state.step, run.reporter.writes)
@@ -81,7 +83,7 @@ class Trainer:
     def update(self) -> Tensor:
         """Clip, set the learning rate, step. Returns the global gradient norm before clipping."""
         optimizers = self.run.optimizers
-        norm = global_norm(optimizers.parameters, self.run.mesh)
+        norm = global_norm(self.accounted, self.run.mesh)
         if self.job.training.max_norm > 0:
             clip(optimizers.parameters, norm, self.job.training.max_norm)
         self.run.schedule.advance()

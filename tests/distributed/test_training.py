@@ -118,3 +118,12 @@ def test_a_run_goes_on_at_another_number_of_ranks(pool, one_process, tmp_path, b
     straight = run(pool, 1, tmp_path / "straight", training=BATCH, lr_scheduler={"warmup_steps": 0, "decay_ratio": 1e-9})
     assert rest["loss"] == pytest.approx(straight["loss"][2:], rel=TOLERANCE)
     assert rest["norm"] == pytest.approx(straight["norm"][2:], rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("async_mode", ["disabled", "async"])
+def test_a_checkpoint_holds_the_state_at_the_time_of_saving(pool, tmp_path, async_mode):
+    assert pool.run(2, training.save_then_spoil, str(tmp_path), async_mode) == [True, True]
+
+
+def test_a_write_that_breaks_off_leaves_no_checkpoint(pool, tmp_path):
+    assert pool.run(1, training.fail_while_writing, str(tmp_path)) == [[]]

@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from tests.reference.fake_run import FAKE, fake_job
 from torchtitan.build import build
+from torchtitan.components import checkpoint
 from torchtitan.components.optimizer import trainable
 from torchtitan.distributed import grad_norm
 from torchtitan.train import Trainer
@@ -64,5 +65,40 @@ def norm_of_mixed_gradients(folder: str) -> tuple[float, float]:
     return float(grad_norm.global_norm(run.optimizers.parameters, run.mesh)), total**0.5
 
 
-def saved_steps(folder: str) -> list[str]:
-    return sorted(path.name for path in Path(folder).glob("checkpoint/*"))
+def save_then_spoil(folder: str, async_mode: str) -> bool:
+    """Save, and change every weight and moment at once, as training would; is what was saved that of before?"""
+    sections = {"checkpoint": {"enable": True, "async_mode": async_mode, "interval": 100}}
+    trainer = Trainer(build(fake_job(folder, **sections), FAKE, torch.device("cpu")))
+    trainer.train_step()
+    before = {name: whole(tensor) for name, tensor in trainer.state.tensors(False).items()}
+    trainer.run.checkpointer.save()
+    for tensor in (trainer.state.model() | trainer.state.optimizer()).values():
+        tensor.zero_()
+    trainer.run.checkpointer.wait()
+    dist.barrier()
+    trainer.run.checkpointer.load()
+    trainer.close()
+    after = trainer.state.tensors(False)
+    return before.keys() == after.keys() and all(torch.equal(tensor, whole(after[name])) for name, tensor in before.items())
+
+
+def fail_while_writing(folder: str) -> list[str]:
+    """Steps that count as complete after a write that broke off in the middle."""
+    trainer = Trainer(build(fake_job(folder, checkpoint={"enable": True}), FAKE, torch.device("cpu")))
+    trainer.train_step()
+    plain, checkpoint.dcp.save = checkpoint.dcp.save, _write_half
+    try:
+        trainer.run.checkpointer.save()
+    except OSError:
+        pass
+    finally:
+        checkpoint.dcp.save = plain
+        trainer.close()
+    written = Path(folder) / "checkpoint"
+    assert any(written.iterdir()), "something was written"
+    return checkpoint.complete_steps(written)
+
+
+def _write_half(tensors, storage_writer) -> None:
+    (Path(storage_writer.path) / "__0_0.distcp").write_bytes(b"half")
+    raise OSError("no space left on device")

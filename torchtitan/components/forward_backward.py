@@ -26,6 +26,10 @@ class ForwardBackward(Protocol):
         """(nll, correct) of each label, float32 [B, S, 2], whole slots, the same on every rank that holds them."""
         ...
 
+    def copies(self) -> list[nn.Parameter]:
+        """Parameters that another stage holds too and accounts for: a weight that ties the ends of a pipeline together."""
+        ...
+
 
 class Plain:
     """The whole model on this rank."""
@@ -49,3 +53,6 @@ class Plain:
             return self._score(self.model, tensors)
         finally:
             self.model.train()
+
+    def copies(self) -> list[nn.Parameter]:
+        return []

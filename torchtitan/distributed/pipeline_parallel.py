@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
 from torch.distributed.tensor import DTensor
@@ -104,17 +105,17 @@ class Pipeline:
         next for one microbatch. `whole_slots`: (scores, batch) -> scores of whole slots, where ranks hold parts of them.
         `tied`: name of a parameter that the first and the last stage both hold."""
         ranks = mesh.degrees.pp
-        self.parts, self.mesh, self._microbatches = parts, mesh, microbatches
-        self._numbers = stages_of_rank(schedule, mesh.rank("pp"), ranks, split.stages)
-        self._last_rank = rank_of_stage(schedule, split.stages - 1, ranks, split.stages)
-        self._has_first, self._has_last = 0 in self._numbers, split.stages - 1 in self._numbers
+        self.parts, self.mesh, self._microbatches, self._received = parts, mesh, microbatches, received
         self._whole_slots, self._tied = whole_slots, tied
+        self._numbers = stages_of_rank(schedule, mesh.rank("pp"), ranks, split.stages)
+        self._owners = [rank_of_stage(schedule, stage, ranks, split.stages) for stage in range(split.stages)]
+        self._has_first, self._has_last = 0 in self._numbers, split.stages - 1 in self._numbers
+        self._group = mesh["pp"].get_group()
         self._scale = 1.0
         self._sums: list[Tensor] = []
-        group = mesh["pp"].get_group()
         # With the shapes given, no extra forward and backward is run to infer them.
         stages = [
-            PipelineStage(part, number, split.stages, mesh.device, input_args=received, output_args=received, group=group)
+            PipelineStage(part, number, split.stages, mesh.device, input_args=received, output_args=received, group=self._group)
             for part, number in zip(parts, self._numbers, strict=True)
         ]
         kind = get_schedule_class(schedule)
@@ -125,38 +126,63 @@ class Pipeline:
         self._sums.append(loss.detach())
         return (loss * self._scale).sum()
 
-    def _inputs(self, tensors: Tensors) -> tuple[tuple[Tensor, ...], dict]:
-        rest = dict(tensors)
-        tokens = rest.pop("tokens")
-        for name, tensor in tensors.items():
-            # torch.tensor_split would deal unequal parts without a word.
-            assert tensor.shape[0] % self._microbatches == 0, f"{name} {list(tensor.shape)} for {self._microbatches} microbatches"
-        target = {"target": rest["labels"]} if self._has_last else {}
-        return ((tokens,) if self._has_first else ()), {**rest, **target}
-
     def forward_backward(self, tensors: Tensors, scale: float, last: bool) -> Tensor:
         """Gradients are reduced over ranks at the end of every batch, not of the last alone: the schedules do it by themselves."""
+        self._check(tensors)
         self._scale, self._sums = scale, []
-        positional, named = self._inputs(tensors)
-        self._schedule.step(*positional, return_outputs=False, **named)
+        named = dict(tensors)
+        tokens = named.pop("tokens")
+        target = {"target": tensors["labels"]} if self._has_last else {}
+        self._schedule.step(*((tokens,) if self._has_first else ()), return_outputs=False, **named, **target)
         if last and self._tied is not None:
             self._sum_tied()
         return torch.stack(self._sums).sum(0) if self._sums else torch.zeros(1, device=self.mesh.device)
 
+    def _check(self, tensors: Tensors) -> None:
+        for name, tensor in tensors.items():
+            # torch.tensor_split would deal unequal parts without a word.
+            assert tensor.shape[0] % self._microbatches == 0, f"{name} {list(tensor.shape)} for {self._microbatches} microbatches"
+
     @torch.no_grad()
     def score(self, tensors: Tensors) -> Tensor:
-        """(nll, correct) of each label, float32 [B, S, 2], on every stage."""
+        """(nll, correct) of each label, float32 [B, S, 2], on every stage.
+
+        Not by the schedule, since that of ZBVZeroBubble cannot go forward alone.
+        """
+        self._check(tensors)
         for part in self.parts:
             part.eval()
-        positional, named = self._inputs(tensors)
-        scores = self._schedule.eval(*positional, per_token=True, **named)
+        split = {name: tensor.chunk(self._microbatches) for name, tensor in tensors.items()}
+        passed = [self._pass({name: chunks[i] for name, chunks in split.items()}) for i in range(self._microbatches)]
         for part in self.parts:
             part.train()
-        if not self._has_last:
-            scores = torch.empty(*tensors["labels"].shape, 2, device=self.mesh.device)
-        scores = scores.contiguous()
-        dist.broadcast(scores, group=self.mesh["pp"].get_group(), group_src=self._last_rank)
+            _free_gathered(part)
+        scores = torch.cat(passed) if self._has_last else torch.empty(*tensors["labels"].shape, 2, device=self.mesh.device)
+        dist.broadcast(scores, group=self._group, group_src=self._owners[-1])
         return self._whole_slots(scores, tensors)
+
+    def _pass(self, microbatch: Tensors) -> Tensor:
+        """One microbatch through this rank's stages; what the last of them returns."""
+        h = microbatch.pop("tokens")
+        sent: list[tuple[dist.Work | None, Tensor]] = []
+        for number, part in zip(self._numbers, self.parts, strict=True):
+            before, after = (self._peer(stage) for stage in (number - 1, number + 1))
+            if before is not None:
+                h = torch.empty(self._received.shape, dtype=self._received.dtype, device=self.mesh.device)
+                dist.recv(h, before, self._group)
+            h = part(h, **microbatch, per_token=True).contiguous()
+            if after is not None:
+                sent.append((dist.isend(h, after, self._group), h))
+        for work, _ in sent:
+            if work is not None:
+                work.wait()
+        return h
+
+    def _peer(self, stage: int) -> int | None:
+        """The global rank that holds a neighbouring stage; None if it is this one, or there is no such stage."""
+        if not 0 <= stage < len(self._owners) or stage in self._numbers:
+            return None
+        return dist.get_global_rank(self._group, self._owners[stage])
 
     def copies(self) -> list[nn.Parameter]:
         """Parameters of this rank that another stage holds too and accounts for (in the gradient norm)."""
@@ -174,10 +200,9 @@ class Pipeline:
         if len(grads) == 2:
             total = grads[0] + grads[1]
         elif grads:
-            group = self.mesh["pp"].get_group()
-            peer = dist.get_global_rank(group, self._last_rank if self._has_first else 0)
+            peer = dist.get_global_rank(self._group, self._owners[-1] if self._has_first else 0)
             theirs = torch.empty_like(grads[0])
-            operations = [dist.P2POp(dist.isend, grads[0], peer, group), dist.P2POp(dist.irecv, theirs, peer, group)]
+            operations = [dist.P2POp(dist.isend, grads[0], peer, self._group), dist.P2POp(dist.irecv, theirs, peer, self._group)]
             for work in dist.batch_isend_irecv(operations):
                 work.wait()
             total = grads[0] + theirs
@@ -188,6 +213,12 @@ class Pipeline:
 def _local_grad(parameter: nn.Parameter) -> Tensor:
     assert parameter.grad is not None
     return parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
+
+
+def _free_gathered(part: nn.Module) -> None:
+    for module in part.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def number_of_stages(schedule: str, ranks: int) -> int:
