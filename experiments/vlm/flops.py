@@ -24,7 +24,8 @@ def count_flops(job: VLMJobConfig, model: VLM) -> Callable[[Batch], int]:
     trains = {part: part not in frozen for part in ("encoder", "projector", "decoder")}
     encoder = Backward(weights=trains["encoder"], inputs=trains["encoder"])
     embedding = Backward(weights=trains["encoder"], inputs=False)  # nobody asks for the gradient of pixels
-    projector = Backward(trains["projector"], inputs=trains["encoder"])
+    # Its norm trains and lies before both its matrices.
+    projector = Backward(trains["projector"], inputs=trains["projector"] or trains["encoder"])
     # The token embeddings train with the decoder, and lie before all its layers.
     decoder = Backward(trains["decoder"], inputs=any(trains.values()))
     embedding_size = matrix_parameters(model.encoder.embedding)

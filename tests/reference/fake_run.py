@@ -127,7 +127,7 @@ FAKE = dataclasses.replace(
 
 
 def main(argv: list[str]) -> None:
-    """KILL_AFTER=n in the environment: SIGKILL before step n + 1; TERM_AFTER=n: SIGTERM then."""
+    """KILL_AFTER=n in the environment: SIGKILL before step n + 1; TERM_AFTER=n and INT_AFTER=n: SIGTERM and SIGINT then."""
     from torchtitan import train
     from torchtitan.tools.logging import init_logger
 
@@ -145,7 +145,7 @@ def main(argv: list[str]) -> None:
     plain_step = train.Trainer.train_step
 
     def step_with_accident(self) -> bool:
-        for variable, number in (("KILL_AFTER", signal.SIGKILL), ("TERM_AFTER", signal.SIGTERM)):
+        for variable, number in (("KILL_AFTER", signal.SIGKILL), ("TERM_AFTER", signal.SIGTERM), ("INT_AFTER", signal.SIGINT)):
             if os.environ.get(variable) == str(self.state.step):
                 os.kill(os.getpid(), number)
         return plain_step(self)

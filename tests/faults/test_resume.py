@@ -1,0 +1,109 @@
+"""A run that was killed, stopped or spoilt goes on as if nothing had happened."""
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.faults import runs
+from torchtitan.components.checkpoint import stored_sizes
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory) -> Path:
+    """A run of eight steps that nothing happened to."""
+    folder = tmp_path_factory.mktemp("straight")
+    assert runs.train(folder) == 0, runs.log(folder)
+    return folder
+
+
+@pytest.fixture
+def copy_of_straight(straight, tmp_path) -> Path:
+    shutil.copytree(straight, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "Muon"])
+def test_a_killed_run_repeats_the_uninterrupted_one_bit_for_bit(straight, tmp_path, optimizer):
+    options = ("--optimizer.name", optimizer)
+    whole = straight
+    if optimizer != "AdamW":
+        whole = tmp_path / "whole"
+        assert runs.train(whole, *options) == 0, runs.log(whole)
+    killed = tmp_path / "killed"
+    assert runs.train(killed, *options, KILL_AFTER="5") == -signal.SIGKILL
+    assert sorted(runs.losses(killed)) == [1, 2, 3, 4, 5] and runs.checkpoints(killed) == ["step-2", "step-4"]
+    assert runs.train(killed, *options) == 0, runs.log(killed)
+    assert runs.losses(killed) == runs.losses(whole)
+
+
+@pytest.mark.parametrize("stop", ["TERM_AFTER", "INT_AFTER"])
+def test_a_signal_saves_and_ends_cleanly_and_the_run_goes_on(straight, tmp_path, stop):
+    assert runs.train(tmp_path, **{stop: "3"}) == 0, runs.log(tmp_path)
+    assert runs.checkpoints(tmp_path) == ["step-2", "step-3"]
+    assert "stopped by a signal after step 3" in runs.log(tmp_path)
+    assert runs.train(tmp_path) == 0, runs.log(tmp_path)
+    assert runs.losses(tmp_path) == runs.losses(straight)
+
+
+def test_the_next_step_is_told_only_after_the_checkpoint_is_complete(straight):
+    lines = runs.log(straight).splitlines()
+    place = {line.split(" loss")[0]: number for number, line in enumerate(lines)}
+    complete = [number for number, line in enumerate(lines) if line.startswith("checkpoint of step 4 is complete")]
+    assert place["step: 4"] < complete[0] < place["step: 5"]
+
+
+def test_checkpoints_in_the_background_give_the_same_run(straight, tmp_path):
+    options = ("--checkpoint.async_mode", "async")
+    assert runs.train(tmp_path, *options, KILL_AFTER="7") == -signal.SIGKILL
+    assert runs.train(tmp_path, *options) == 0, runs.log(tmp_path)
+    assert runs.losses(tmp_path) == runs.losses(straight)
+
+
+def test_what_was_half_written_is_never_picked_up(copy_of_straight):
+    folder = copy_of_straight / "checkpoint"
+    (folder / "step-8").rename(folder / "step-8.incomplete")
+    assert runs.train(copy_of_straight) == 0, runs.log(copy_of_straight)
+    assert f"loaded {folder / 'step-6'}" in runs.log(copy_of_straight)
+    assert not list(folder.glob("*.incomplete"))
+
+
+def test_old_checkpoints_are_deleted(tmp_path):
+    assert runs.train(tmp_path, "--checkpoint.keep_latest_k", "2") == 0, runs.log(tmp_path)
+    assert runs.checkpoints(tmp_path) == ["step-6", "step-8"]
+
+
+def test_a_finished_run_started_again_trains_nothing(copy_of_straight, straight):
+    assert runs.train(copy_of_straight) == 0, runs.log(copy_of_straight)
+    assert runs.losses(copy_of_straight) == runs.losses(straight)
+
+
+def test_load_step_goes_back(copy_of_straight, straight):
+    assert runs.train(copy_of_straight, "--checkpoint.load_step", "4") == 0, runs.log(copy_of_straight)
+    assert f"loaded {copy_of_straight / 'checkpoint' / 'step-4'}" in runs.log(copy_of_straight)
+    assert runs.losses(copy_of_straight) == runs.losses(straight)
+
+
+def test_an_initial_checkpoint_gives_weights_alone(straight, tmp_path):
+    initial = ("--checkpoint.initial_load_path", str(straight / "checkpoint" / "step-8"))
+    assert runs.train(tmp_path, *initial) == 0, runs.log(tmp_path)
+    found = runs.losses(tmp_path)
+    assert sorted(found) == list(range(1, 9)), "steps and data start anew"
+    assert found[1] != runs.losses(straight)[1]
+
+
+def test_the_global_batch_of_the_checkpoint_holds(copy_of_straight):
+    record = copy_of_straight / "checkpoint" / "step-8" / "train_state.json"
+    assert json.loads(record.read_text())["global_batch_size"] == 2
+    assert runs.train(copy_of_straight, "--training.global_batch_size", "4") != 0
+    assert "training.global_batch_size = 4" in runs.log(copy_of_straight)
+
+
+def test_weights_alone_cannot_be_gone_on_from(tmp_path):
+    assert runs.train(tmp_path, "--checkpoint.last_save_model_only") == 0, runs.log(tmp_path)
+    names = stored_sizes(tmp_path / "checkpoint" / "step-8")
+    assert names and all(name.startswith("model.") for name in names)
+    assert runs.train(tmp_path, "--training.steps", "9") != 0
+    assert "last_save_model_only" in runs.log(tmp_path)

@@ -1,0 +1,62 @@
+"""FLOPs against PyTorch's counter, on rows without padding."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from experiments.vlm.batch import Batch
+from experiments.vlm.flops import count_flops, image_pairs
+from tests.reference.batches import Sizes, build_batch, draw_picture, words
+from tests.reference.fake_run import fake_job
+from tests.reference.models import small_vlm
+from torchtitan.components.flops import causal_pairs, segment_pairs
+
+SIZES = Sizes(seq_len=32, patches_per_row=48)
+
+
+def full_batch() -> Batch:
+    """Both rows filled to the last token and patch."""
+    pictures = [draw_picture(4, 8, 4, 0), draw_picture(4, 4, 4, 1)]
+    slots = [[[words(4, 0), pictures[0], words(4, 1)], [words(8, 2), pictures[1], words(4, 3)]] for _ in range(2)]
+    tensors = build_batch(slots, SIZES)
+    assert (tensors["document_ids"] >= 0).all() and (tensors["grid_thw"][..., 0] >= 0).all()
+    return Batch(tensors, {"tokens": 64, "patches": 96}, [])
+
+
+@pytest.mark.parametrize("freeze", [[], ["encoder"], ["encoder", "decoder"]])
+def test_flops_equal_those_that_pytorch_counts(freeze):
+    job, model, batch = fake_job("unused"), small_vlm(), full_batch()
+    job.training.freeze = freeze
+    for part in freeze:
+        model.get_submodule(part).requires_grad_(False)
+    with FlopCounterMode(display=False) as counter:
+        model(**batch.tensors).sum().backward()
+    config, trained = model.config, not freeze
+    # The counter also sees what is not useful work. The resized position table is a product, once or twice:
+    table = 2 * 96 * config.encoder.position_grid**2 * config.encoder.dim * (2 if trained else 1)
+    # a causal call is counted with its upper triangle, and attention's backward computes the scores again (5 products for 4):
+    allowed = sum(n * (n + 1) // 2 for n in (16, 16)) * 2
+    whole = sum(n * n for n in (16, 16)) * 2
+    causal = 4 * config.decoder.heads * config.decoder.head_dim * config.decoder.layers
+    images = 4 * config.encoder.dim * config.encoder.layers * sum(n * n for n in (32, 16)) * 2
+    again = causal * whole // 2 + (images // 2 if trained else 0)
+    extra = table + causal * (whole - allowed) * 3 + again
+    assert counter.get_total_flops() - extra == count_flops(job, model)(batch)
+
+
+def test_padding_is_no_useful_work():
+    job, model, batch = fake_job("unused"), small_vlm(), full_batch()
+    wider = Sizes(seq_len=64, patches_per_row=96)
+    pictures = [draw_picture(4, 8, 4, 0), draw_picture(4, 4, 4, 1)]
+    slots = [[[words(4, 0), pictures[0], words(4, 1)], [words(8, 2), pictures[1], words(4, 3)]] for _ in range(2)]
+    padded = Batch(build_batch(slots, wider), batch.counts, [])
+    assert count_flops(job, model)(padded) == count_flops(job, model)(batch)
+
+
+def test_pairs_of_segments_and_of_causal_documents():
+    documents = torch.tensor([[0, 0, 0, 1, 1, -1]])
+    positions = torch.tensor([[0, 1, 2, 0, 1, 0]])
+    assert causal_pairs(positions, documents) == 3 * 4 // 2 + 2 * 3 // 2
+    assert segment_pairs(torch.tensor([True, False, False, True])) == 9 + 1
+    assert segment_pairs(torch.zeros(0, dtype=torch.bool)) == 0
+    assert image_pairs(full_batch().tensors["grid_thw"]) == 2 * (32**2 + 16**2)
