@@ -1,15 +1,15 @@
 """Where everything lies below the output folder, and how a file appears there: whole, under its name, or not at all.
 
-    OUT/00000.tar ...               finished shards; a shard without a sample has no file
-    OUT/rejects/00000.jsonl         a line for each record and each image of the input that is not in a shard
-    OUT/report.json                 counts and examples
-    OUT/.prepare/plan.json          the input, cut into shards, and the options that made it
-    OUT/.prepare/inputs/            compressed inputs and JSON arrays, as plain lines
-    OUT/.prepare/urls/00000.npy     a hash of each image's URL            } and, beside each, which
-    OUT/.prepare/content/00000.npy  a hash of each image's bytes          } are not the first of their kind
-    OUT/.prepare/journal/00000/     what was fetched for a shard that is not collected yet
-    OUT/.prepare/images/00000.bin   the finished images of a shard, and 00000.json what became of each
-    OUT/.prepare/done/00000.json    the report of a finished shard
+OUT/00000.tar ...               finished shards; a shard without a sample has no file
+OUT/rejects/00000.jsonl         a line for each record and each image of the input that is not in a shard
+OUT/report.json                 counts and examples
+OUT/.prepare/plan.json          the input, cut into shards, and the options that made it
+OUT/.prepare/inputs/            compressed inputs and JSON arrays, as plain lines
+OUT/.prepare/urls/00000.npy     a hash of each image's URL            } and, beside each, which
+OUT/.prepare/content/00000.npy  a hash of each image's bytes          } are not the first of their kind
+OUT/.prepare/journal/00000/     what was fetched for a shard that is not collected yet
+OUT/.prepare/images/00000.bin   the finished images of a shard, and 00000.json what became of each
+OUT/.prepare/done/00000.json    the report of a finished shard
 """
 
 import json

@@ -1,8 +1,8 @@
 """The images of a shard, judged, shrunk and encoded, into one file and an index of what became of each.
 
-    images/00000.bin    finished images, one after another
-    images/00000.json   for each image of the shard, in order: where it lies, or why it does not
-    content/00000.npy   a hash of each
+images/00000.bin    finished images, one after another
+images/00000.json   for each image of the shard, in order: where it lies, or why it does not
+content/00000.npy   a hash of each
 """
 
 from collections import deque
@@ -20,7 +20,7 @@ from experiments.vlm.prepare.download.journal import Journal
 from experiments.vlm.prepare.folder import appearing, write_array, write_json
 from experiments.vlm.prepare.job import Job
 from experiments.vlm.prepare.pictures import Encoding, finish
-from experiments.vlm.prepare.progress import Progress
+from experiments.vlm.prepare.progress import Advancing
 from experiments.vlm.prepare.records.record import Picture, Reference
 from experiments.vlm.prepare.stop import Stop
 
@@ -55,7 +55,7 @@ def references(job: Job, number: int) -> Iterator[tuple[Reference, bool]]:
                 yield image, repeated is not None and bool(next(repeated))
 
 
-def write_images(job: Job, number: int, journal: Journal, pool: Executor, progress: Progress, stop: Stop) -> None:
+def write_images(job: Job, number: int, journal: Journal, pool: Executor, progress: Advancing, stop: Stop) -> None:
     """Raises Stopped."""
     entries: list[Entry] = []
     with appearing(job.folder.images(number)) as file:
@@ -67,7 +67,7 @@ def write_images(job: Job, number: int, journal: Journal, pool: Executor, progre
     write_json(job.folder.image_index(number), [asdict(entry) for entry in entries])
 
 
-def start_works(job: Job, number: int, journal: Journal, pool: Executor, progress: Progress) -> Iterator[Work]:
+def start_works(job: Job, number: int, journal: Journal, pool: Executor, progress: Advancing) -> Iterator[Work]:
     """What a shard names twice is judged and stored once."""
     options = job.options
     encoding = Encoding(options.encode, options.max_side, options.quality)

@@ -39,7 +39,7 @@ class Options:
     max_side: int = 0  # shrink images whose longer side has more pixels than this; 0: never
     encode: Literal["keep", "jpeg", "png", "webp"] = "keep"  # format of the images; keep: their own. Bytes change only where they must
     quality: int = 92  # of images that are encoded as JPEG or WebP
-    dedup: Literal["auto", "on", "off"] = "auto"  # each image once, by URL and by content, the first in the input; auto: not for conversations
+    dedup: Literal["auto", "on", "off"] = "auto"  # each image once, by URL and by content; auto: not for conversations
     concurrency: int = 64  # answers that are on their way at one time
     max_per_host: int = 8  # of these, from one host
     host_delay_s: float = 0.0  # seconds between two requests to one host

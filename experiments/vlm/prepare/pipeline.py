@@ -26,7 +26,8 @@ Stage = Callable[[Job, Iterable[int], Progress, Stop], None]
 
 
 class Runner(Protocol):
-    progress: Progress
+    @property
+    def progress(self) -> Progress: ...
 
     def run(self, stage: str, numbers: list[int]) -> None:
         """Does a stage (a key of STAGES) for these shards."""

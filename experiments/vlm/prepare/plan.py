@@ -60,7 +60,8 @@ def load_plan(folder: Folder) -> Plan:
 def check_same(plan: Plan, options: Options, inputs: dict[str, int], folder: Folder) -> None:
     for name, value in options.outcome().items():
         if plan.options.get(name) != value:
-            raise ConfigError(f"{folder.out} was begun with --{name} {plan.options.get(name)}, not {value}: take another --out, or the same options")
+            begun = f"{folder.out} was begun with --{name} {plan.options.get(name)}, not {value}"
+            raise ConfigError(f"{begun}: take another --out, or the same options")
     if plan.inputs != inputs:
         raise ConfigError(f"{folder.out} was begun with other files of {options.input}: take another --out")
 
@@ -80,8 +81,7 @@ def plain(file: Path, number: int, folder: Folder) -> Path:
         return file
     name = file.name.removesuffix(".gz")
     copy = folder.inputs / f"{number:03d}-{name}{'l' * name.endswith('.json')}"
-    opened = gzip.open(file, "rb") if file.name.endswith(".gz") else file.open("rb")
-    with opened as source, appearing(copy) as target:
+    with gzip.open(file) if file.name.endswith(".gz") else file.open("rb") as source, appearing(copy) as target:
         if name.endswith(".json"):
             target.writelines(json_lines(source.read(), file))
         else:
@@ -145,7 +145,8 @@ def find_kind(options: Options, pieces: list[Piece]) -> str:
     row = next((row for piece in pieces for row in read_rows(piece) if isinstance(row, dict)), None)
     kind = kind_of(row) if row else None
     if kind is None:
-        raise ConfigError(f"--kind auto: columns {', '.join(row or [])} are not those of {', '.join(KINDS)}; say --kind, --image_column and --text_column")
+        columns = ", ".join(row or ["(none)"])
+        raise ConfigError(f"--kind auto: columns {columns} fit none of {', '.join(KINDS)}: say --kind, --image_column, --text_column")
     return kind
 
 

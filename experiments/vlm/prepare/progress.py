@@ -9,20 +9,14 @@ from tqdm import tqdm
 LINE_EVERY_S = 10.0
 
 
-class Progress(Protocol):
-    def stage(self, name: str, total: int) -> None: ...
-
+class Advancing(Protocol):
     def advance(self, count: int = 1, failed: int = 0, size: int = 0, before: bool = False) -> None:
         """size: bytes that came. before: done in an earlier run, or without work, so it does not count in the rate."""
         ...
 
-    def note(self, text: str) -> None: ...
 
-
-class Silent:
+class Progress(Advancing, Protocol):
     def stage(self, name: str, total: int) -> None: ...
-
-    def advance(self, count: int = 1, failed: int = 0, size: int = 0, before: bool = False) -> None: ...
 
     def note(self, text: str) -> None: ...
 

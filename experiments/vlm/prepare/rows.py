@@ -73,7 +73,8 @@ def read_parquet(piece: Piece) -> Iterator[Row]:
 
 def row_groups(file: pq.ParquetFile, piece: Piece) -> tuple[list[int], int]:
     """The row groups that hold the piece, and the rows to skip in the first of them."""
-    groups, start, skip = [], 0, 0
+    groups: list[int] = []
+    start = skip = 0
     for group in range(file.num_row_groups):
         end = start + file.metadata.row_group(group).num_rows
         if start < piece.first + piece.rows and end > piece.first:

@@ -54,13 +54,18 @@ def leave_parent(stop: Stop) -> None:
     os.setsid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: stop.ask())
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    threading.Thread(target=lambda: (parent.join(), stop.ask()), daemon=True).start()
+    threading.Thread(target=stop_with_parent, args=(stop,), daemon=True).start()
     # Whoever reads the parent's output must not wait for this process.
     nowhere = os.open(os.devnull, os.O_RDWR)
     for stream in range(3):
         os.dup2(nowhere, stream)
+
+
+def stop_with_parent(stop: Stop) -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    stop.ask()
 
 
 def prepare_process() -> None:

@@ -1,8 +1,8 @@
 """From a URL to bytes on disk, politely, at most once.
 
-    addresses   which addresses may be connected to
-    hosts       how often and how widely one host may be asked
-    fetch       one URL: redirects, limits, retries
-    journal     what arrived and what failed, on disk, so that nothing is fetched twice
-    crowd       many URLs at once, and an end without loss
+addresses   which addresses may be connected to
+hosts       how often and how widely one host may be asked
+fetch       one URL: redirects, limits, retries
+journal     what arrived and what failed, on disk, so that nothing is fetched twice
+crowd       many URLs at once, and an end without loss
 """

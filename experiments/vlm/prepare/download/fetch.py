@@ -64,23 +64,30 @@ class Fetcher:
         self._headers = {"User-Agent": user_agent, "Accept": "image/*,*/*;q=0.5", "Accept-Encoding": "identity"}
 
     async def __aenter__(self) -> "Fetcher":
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, socket_factory=self.gate.make_socket),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=self.limits.read_timeout_s, sock_read=self.limits.read_timeout_s),
+        # A further try gets a connection of its own: one that was used before may be what failed, full of what a server sent
+        # after its answer.
+        self._first, self._further = self._open_session(force_close=False), self._open_session(force_close=True)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._first.close()
+        await self._further.close()
+
+    def _open_session(self, force_close: bool) -> aiohttp.ClientSession:
+        silence_s = self.limits.read_timeout_s
+        return aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, force_close=force_close, socket_factory=self.gate.make_socket),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=silence_s, sock_read=silence_s),
             cookie_jar=aiohttp.DummyCookieJar(),
             headers=self._headers,
             auto_decompress=False,
         )
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self._session.close()
 
     async def fetch(self, url: str) -> bytes:
         """Raises Failed, or Stopped."""
         for attempt in range(self.limits.retries + 1):
             try:
-                return await self._follow(url)
+                return await self._follow(url, self._further if attempt else self._first)
             except Failed as failure:
                 if self.stopping:
                     raise Stopped from failure
@@ -90,22 +97,22 @@ class Fetcher:
                 await asyncio.sleep(max(backoff_s, failure.after_s))
         raise AssertionError("the last attempt returns or raises")
 
-    async def _follow(self, text: str) -> bytes:
+    async def _follow(self, text: str, session: aiohttp.ClientSession) -> bytes:
         url = parse_url(text)
         for _ in range(MAX_REDIRECTS + 1):
-            answer = await self._hop(url)
+            answer = await self._hop(url, session)
             if isinstance(answer, bytes):
                 return answer
             url = answer
         raise Failed("too_many_redirects", f"more than {MAX_REDIRECTS}, last to {url}")
 
-    async def _hop(self, url: URL) -> bytes | URL:
+    async def _hop(self, url: URL, session: aiohttp.ClientSession) -> bytes | URL:
         """One request: the body, or where it is said to be. Waiting for a turn does not count against the time limit."""
         host = url.host or ""
         async with self.hosts.turn(host), self.places, self._on_the_wire():
             try:
                 async with asyncio.timeout(self.limits.timeout_s):
-                    return await self._request(url)
+                    return await self._request(url, session)
             except (aiohttp.ClientError, OSError, ValueError) as error:
                 raise classified(error) from error
             except Failed as failure:
@@ -125,8 +132,8 @@ class Fetcher:
         finally:
             self.in_flight.discard(task)
 
-    async def _request(self, url: URL) -> bytes | URL:
-        async with self._session.get(url, allow_redirects=False) as response:
+    async def _request(self, url: URL, session: aiohttp.ClientSession) -> bytes | URL:
+        async with session.get(url, allow_redirects=False) as response:
             if response.status in REDIRECTS and "Location" in response.headers:
                 return parse_url(str(response.headers["Location"]), base=url)
             if response.status != 200:

@@ -1,8 +1,8 @@
 """What a row of the input is, and what it becomes in a shard. One file for each kind, one line here.
 
-    parse(row, sources) -> Record        raises Rejected where the row has not the shape of its kind
-    members(record, key, pictures)       member name -> bytes; None in place of a picture that could not be had.
-                                         Raises Rejected where nothing worth keeping is left
+parse(row, sources) -> Record        raises Rejected where the row has not the shape of its kind
+members(record, key, pictures)       member name -> bytes; None in place of a picture that could not be had.
+                                     Raises Rejected where nothing worth keeping is left
 """
 
 from collections.abc import Callable, Mapping

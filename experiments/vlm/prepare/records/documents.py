@@ -1,7 +1,7 @@
 """A document of texts and images in turn (OBELICS): KEY.json names its images, which are members of the same sample.
 
-    {"texts": ["A heron", null, "in the reeds."], "images": [null, "00000-00007.1.jpg", null],
-     "metadata": [null, {"url": ..., "height": ..., "width": ..., "sha256": ...}, null], "general_metadata": ...}
+{"texts": ["A heron", null, "in the reeds."], "images": [null, "00000-00007.1.jpg", null],
+ "metadata": [null, {"url": ..., "height": ..., "width": ..., "sha256": ...}, null], "general_metadata": ...}
 """
 
 import json
@@ -57,9 +57,12 @@ def image_metadata(value: Any, length: int) -> list[dict]:
 def members(record: Record, key: str, pictures: Pictures) -> Members:
     """A picture that could not be had leaves no trace in the document; the text around it stays."""
     payload = record.payload
-    kept = {place: (picture, source) for place, picture, source in zip(payload["places"], pictures, record.references, strict=True) if picture}
+    had = zip(payload["places"], pictures, record.references, strict=True)
+    kept = {place: (picture, source) for place, picture, source in had if picture}
     found: Members = {}
-    texts, images, metadata = [], [], []
+    texts: list[str | None] = []
+    images: list[str | None] = []
+    metadata: list[dict | None] = []
     for place, text in enumerate(payload["texts"]):
         if place in kept:
             picture, source = kept[place]

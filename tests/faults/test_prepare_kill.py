@@ -1,0 +1,128 @@
+"""Killed at any moment, a run goes on where it was: nothing that arrived is fetched again, and the shards are the same bytes."""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.faults.hostile_server import HostileServer
+from tests.faults.prepared import QUICK, bytes_of, run, samples, write_jsonl
+
+KILLS = 10
+SCRIPT = Path(__file__).parents[2] / "scripts" / "prepare_data.py"
+
+
+def documents(server: HostileServer, images: int) -> list[dict]:
+    """Two slow images each, a bad one now and then."""
+    paths = [f"slow/{number}" if number % 7 else f"status/{410 + number % 3}?{number}" for number in range(images)]
+    urls = [server.url(path) for path in paths]
+    return [{"texts": [str(n), None, None], "images": [None, *urls[n : n + 2]]} for n in range(0, images, 2)]
+
+
+def deliveries(server: HostileServer) -> Counter:
+    return Counter(server.stats()["deliveries"])
+
+
+def wait_until(met, seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not met():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.005)
+
+
+def start(source: Path, out: Path, **options) -> multiprocessing.Process:
+    process = multiprocessing.get_context("fork").Process(target=run, args=(source, out), kwargs=options)
+    process.start()
+    return process
+
+
+def journalled(out: Path) -> set[str]:
+    found = set()
+    for file in out.glob(".prepare/journal/*/*.jsonl"):
+        for line in file.read_bytes().splitlines():
+            with contextlib.suppress(ValueError):
+                found.add(json.loads(line)["url"])
+    return found
+
+
+def test_killed_ten_times_nothing_is_fetched_twice(tmp_path):
+    with HostileServer() as server:
+        source = write_jsonl(tmp_path / "a.jsonl", documents(server, 160))
+        for kill in range(KILLS):
+            process = start(source, tmp_path / "out", records_per_shard=25, concurrency=8)
+            wait_until(lambda goal=12 * (kill + 1): deliveries(server).total() >= goal)
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+        report = run(source, tmp_path / "out", records_per_shard=25, concurrency=8)
+        counts = deliveries(server)
+        assert counts.total() == report["images"]["written"] == 137
+        assert set(counts.values()) == {1}, "something was fetched twice"
+
+        run(source, tmp_path / "straight", records_per_shard=25)
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "straight")
+    assert not psutil.Process().children(recursive=True)
+
+
+def test_even_when_the_working_process_is_killed_what_is_on_disk_is_not_fetched_again(tmp_path):
+    """Power failure, out of memory: what was on the wire is lost, and nothing more."""
+    with HostileServer() as server:
+        source = write_jsonl(tmp_path / "a.jsonl", documents(server, 100))
+        for kill in range(4):
+            process = start(source, tmp_path / "out", records_per_shard=25, concurrency=8)
+            wait_until(lambda goal=15 * (kill + 1): deliveries(server).total() >= goal)
+            (worker,) = psutil.Process(process.pid).children()
+            for victim in (process.pid, worker.pid):
+                os.kill(victim, signal.SIGKILL)
+            process.join()
+            wait_until(lambda pid=worker.pid: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+        on_disk = journalled(tmp_path / "out")
+        before = server.stats()["requests"]
+        report = run(source, tmp_path / "out", records_per_shard=25, concurrency=8)
+        after = server.stats()["requests"]
+        again = {path for path in before if after[path] > before[path]}
+        assert not {server.url(path.lstrip("/")) for path in again} & on_disk
+        assert report["images"]["written"] == len({path for path in after if path.startswith("/slow")})
+
+        run(source, tmp_path / "straight", records_per_shard=25)
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "straight")
+
+
+def test_an_interrupted_run_says_how_to_go_on(tmp_path):
+    """Ctrl-C, through the script."""
+    with HostileServer() as server:
+        source = write_jsonl(tmp_path / "a.jsonl", documents(server, 400))
+        command = [sys.executable, str(SCRIPT), "--input", str(source), "--out", str(tmp_path / "out"), "--concurrency", "4"]
+        process = subprocess.Popen([*command, "--allow_networks", "127.0.0.1/32"], stderr=subprocess.PIPE, text=True)
+        wait_until(lambda: deliveries(server).total() >= 20)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=30)
+        assert process.returncode == 130 and "the same command goes on from here" in said and "Traceback" not in said
+        counts = deliveries(server)
+        assert counts.total() < 300 and {server.url(path.lstrip("/")) for path in counts} <= journalled(tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_the_script_killed_ten_times_at_any_moment(tmp_path):
+    with HostileServer() as server:
+        source = write_jsonl(tmp_path / "a.jsonl", documents(server, 600))
+        options = [f"--{name}={value}" for name, value in QUICK.items() if name != "allow_networks"]
+        command = [sys.executable, str(SCRIPT), "--input", str(source), "--out", str(tmp_path / "out"), "--records_per_shard", "50"]
+        command += [*options, "--allow_networks", "127.0.0.1/32"]
+        for kill in range(KILLS):
+            process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+            wait_until(lambda goal=45 * (kill + 1): deliveries(server).total() >= goal, 60)
+            process.kill()
+            process.wait()
+        assert subprocess.run(command, stderr=subprocess.DEVNULL, timeout=120).returncode == 0
+        counts = deliveries(server)
+    assert set(counts.values()) == {1}
+    assert sum(len(sample) - 1 for sample in samples(tmp_path / "out").values()) == counts.total() == 514
