@@ -36,6 +36,7 @@ from torchtitan.config.check import ConfigError
 
 TRIES = 3  # of a remote shard
 CHUNK_BYTES = 1 << 20
+STEP_BYTES = 1 << 14  # of decompression: the step that meets the end of a cut file is lost
 WAIT_S = 1.0  # before the second try, twice that before the third
 HUB = "hf://datasets/"
 NOT_RECORDS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # what `datasets` writes beside its data
@@ -165,7 +166,7 @@ def _decompress(path: str, copy: Path) -> None:
     """Of a stream that is cut off, what came before the cut: the reader finds where the records end."""
     with COMPRESSIONS[Path(path).suffix.lower()](path) as source, open(copy, "wb") as target:
         try:
-            while block := source.read1(CHUNK_BYTES):
+            while block := source.read1(STEP_BYTES):
                 target.write(block)
         except (OSError, EOFError):
             if not target.tell():
@@ -173,8 +174,7 @@ def _decompress(path: str, copy: Path) -> None:
 
 
 def _open_zstd(path: str) -> io.BufferedReader:
-    # In small steps, since a step that meets the cut is lost.
-    return io.BufferedReader(pa.CompressedInputStream(path, "zstd"), 1 << 14)
+    return io.BufferedReader(pa.CompressedInputStream(path, "zstd"), STEP_BYTES)
 
 
 COMPRESSIONS: dict[str, Callable[[str], Any]] = {".gz": gzip.open, ".tgz": gzip.open, ".bz2": bz2.open, ".zst": _open_zstd}

@@ -1,0 +1,200 @@
+"""Images by their address, from a server that misbehaves in the ways of the web."""
+
+import contextlib
+import json
+import socket
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from experiments.vlm.config import Data, Source
+from experiments.vlm.data import fetch
+from experiments.vlm.data.fetch import Fetcher
+from experiments.vlm.data.file_cache import FileCache
+from experiments.vlm.data.rejects import Rejected
+from experiments.vlm.data.shards import open_shard
+from tests.samples import jpeg
+
+IMAGE = jpeg(20, 30)
+TIMEOUT_S = 0.6
+
+
+class Handler(BaseHTTPRequestHandler):
+    asked: Counter = Counter()
+
+    def do_GET(self):
+        Handler.asked[self.path] += 1
+        name = self.path.strip("/").partition("/")[0].partition("?")[0]
+        getattr(self, f"do_{name}", self.do_image)()
+
+    def do_image(self, length=None, body=IMAGE, status=200, **headers):
+        with contextlib.suppress(OSError):
+            self.send_response(status)
+            for key, value in {"Content-Length": len(body) if length is None else length, **headers}.items():
+                self.send_header(key, str(value))
+            self.end_headers()
+            self.wfile.write(body)
+
+    def do_gone(self):
+        self.do_image(status=404)
+
+    def do_broken(self):
+        self.do_image(status=500)
+
+    def do_short(self):
+        self.do_image(length=len(IMAGE) + 500)
+
+    def do_huge(self):
+        self.do_image(body=b"x" * 5000)
+
+    def do_moved(self):
+        self.do_image(status=302, body=b"", Location="/image/after/moving")
+
+    def do_circle(self):
+        self.do_image(status=302, body=b"", Location="/circle")
+
+    def do_inside(self):
+        self.do_image(status=302, body=b"", Location=f"http://localhost:{self.server.server_port}/image/inside")
+
+    def do_file(self):
+        self.do_image(status=302, body=b"", Location="file:///etc/hostname")
+
+    def do_silent(self):
+        time.sleep(2 * TIMEOUT_S)
+
+    def do_drip(self):
+        with contextlib.suppress(OSError):
+            self.send_response(200)
+            for number in range(100):
+                self.send_header(f"X-{number}", "x")
+                self.flush_headers()
+                self.wfile.flush()
+                time.sleep(TIMEOUT_S / 4)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="module")
+def server():
+    made = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    made.daemon_threads = True
+    threading.Thread(target=made.serve_forever, args=(0.01,), daemon=True).start()
+    yield f"http://127.0.0.1:{made.server_port}"
+    made.shutdown()
+
+
+@pytest.fixture
+def fetcher(tmp_path):
+    Handler.asked.clear()
+    return Fetcher(FileCache(tmp_path, 1 << 20), TIMEOUT_S, allow_private=True)
+
+
+def failed(fetcher, url):
+    with pytest.raises(Rejected) as error:
+        fetcher.fetch(url)
+    return error.value.reason
+
+
+@pytest.mark.parametrize("path", ["/image/1.jpg", "/moved", "/image/ä b?c=d e&f=ü#part"])
+def test_an_image_is_fetched_once_and_kept(server, fetcher, tmp_path, path):
+    assert fetcher.fetch(server + path) == IMAGE
+    asked = Handler.asked.copy()
+    assert fetcher.fetch(server + path) == IMAGE
+    again = Fetcher(FileCache(tmp_path, 1 << 20), TIMEOUT_S, allow_private=True)  # after a restart
+    assert again.fetch(server + path) == IMAGE
+    assert Handler.asked == asked
+
+
+@pytest.mark.parametrize("path", ["/gone", "/broken", "/short", "/circle", "/silent", "/drip"])
+def test_what_fails_fails_in_time_and_is_not_tried_again(server, fetcher, path):
+    start = time.monotonic()
+    assert failed(fetcher, server + path) == "image_fetch"
+    assert time.monotonic() - start < 4 * TIMEOUT_S
+    asked = Handler.asked.copy()
+    assert failed(fetcher, server + path) == "image_fetch"
+    assert Handler.asked == asked
+
+
+def test_more_bytes_than_an_image_may_have_are_not_read(server, fetcher, monkeypatch):
+    monkeypatch.setattr(fetch, "MAX_BYTES", 4000)
+    assert failed(fetcher, server + "/huge") == "image_too_large"
+
+
+@pytest.mark.parametrize("url", ["ftp://example.org/1.jpg", "file:///etc/hostname", "http://", "http:///1.jpg"])
+def test_only_http_is_fetched(fetcher, url):
+    assert failed(fetcher, url) == "image_address"
+
+
+def test_a_redirect_to_a_file_is_refused(server, fetcher):
+    assert failed(fetcher, server + "/file") == "image_address"
+
+
+@pytest.mark.parametrize(
+    "url", ["http://[::1/1.jpg", "http://host:port/1.jpg", "http://a b/1.jpg", "http://" + "a" * 300 + "/", "http://\ud800/"]
+)
+def test_an_address_that_cannot_be_read_is_rejected(fetcher, url):
+    assert failed(fetcher, url) == "image_fetch"
+
+
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1", "localhost", "[::1]", "0.0.0.0", "10.1.2.3", "192.168.0.1", "169.254.169.254", "[fe80::1]", "2130706433"]
+)
+def test_private_addresses_are_refused_however_they_are_written(server, tmp_path, host):
+    Handler.asked.clear()
+    fetcher = Fetcher(FileCache(tmp_path, 1 << 20), TIMEOUT_S, allow_private=False)
+    assert failed(fetcher, f"http://{host}:{server.rpartition(':')[2]}/image") in ("image_address", "image_fetch")
+    assert not Handler.asked
+
+
+def resolve_as(monkeypatch, table):
+    true_lookup = socket.getaddrinfo
+
+    def lookup(host, port, **options):
+        return true_lookup(table.get(host, host), port, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", lookup)
+
+
+def test_a_name_that_resolves_to_a_private_address_is_refused(server, tmp_path, monkeypatch):
+    resolve_as(monkeypatch, {"images.example": "127.0.0.1"})
+    Handler.asked.clear()
+    fetcher = Fetcher(FileCache(tmp_path, 1 << 20), TIMEOUT_S, allow_private=False)
+    assert failed(fetcher, f"http://images.example:{server.rpartition(':')[2]}/image") == "image_address"
+    assert not Handler.asked
+
+
+def test_a_redirect_to_a_private_address_is_refused(server, tmp_path, monkeypatch):
+    """The first host passes for public; the second is looked at all the same."""
+    fetcher = Fetcher(FileCache(tmp_path, 1 << 20), TIMEOUT_S, allow_private=False)
+    true_permits = type(fetcher.gate).permits
+    permitted = iter([True])
+    monkeypatch.setattr(type(fetcher.gate), "permits", lambda gate, text: next(permitted, None) or true_permits(gate, text))
+    Handler.asked.clear()
+    assert failed(fetcher, server + "/inside") == "image_address"
+    assert dict(Handler.asked) == {"/inside": 1}
+
+
+def test_images_of_a_document_are_fetched_at_one_time(server, fetcher):
+    urls = [f"{server}/silent/{number}" for number in range(8)] + [server + "/image"]
+    start = time.monotonic()
+    fetcher.fetch_ahead(urls)
+    assert time.monotonic() - start < 4 * TIMEOUT_S
+    assert fetcher.fetch(server + "/image") == IMAGE and Handler.asked["/image"] == 1
+
+
+def test_a_document_keeps_what_its_addresses_give(server, tmp_path):
+    record = {"texts": [None, "one", None, None], "images": [server + "/image/7", None, server + "/gone", {"url": server + "/image/8"}]}
+    (tmp_path / "x.jsonl").write_text(json.dumps(record))
+    data = Data(cache_folder=str(tmp_path), url_timeout_s=TIMEOUT_S, allow_private_urls=True)
+    shard = open_shard(str(tmp_path / "x.jsonl"), Source(format="obelics"), data)
+    document, lost = shard.read(0)
+    assert [shard.load(document.parts[place]) for place in (0, 2)] == [IMAGE, IMAGE]
+    assert [(reject.reason, reject.image) for reject in lost] == [("image_fetch", 1)]
+    closed = Data(cache_folder=str(tmp_path / "other"), url_timeout_s=TIMEOUT_S)
+    assert {reject.reason for reject in open_shard(str(tmp_path / "x.jsonl"), Source(format="obelics"), closed).read(0)[1]} == {
+        "image_address"
+    }

@@ -1,0 +1,243 @@
+"""Which shards a source has, remote and compressed ones, and those that are not there."""
+
+import bz2
+import gzip
+import json
+import os
+import threading
+import time
+
+import fsspec
+import pyarrow as pa
+import pytest
+
+from experiments.vlm.config import Data, Source
+from experiments.vlm.data import shards
+from experiments.vlm.data.document import Text
+from experiments.vlm.data.file_cache import FileCache
+from experiments.vlm.data.rejects import Rejected
+from experiments.vlm.data.shards import list_shards, open_shard
+from tests.samples import jpeg, write_tar
+from torchtitan.config.check import ConfigError
+
+
+@pytest.fixture
+def data(tmp_path):
+    return Data(cache_folder=str(tmp_path / "cache"))
+
+
+def names(tmp_path, pattern, data, format="cc12m"):
+    return [os.path.relpath(path, tmp_path) for path in list_shards(str(tmp_path / pattern), format, data)]
+
+
+def touch(tmp_path, *paths):
+    for path in paths:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(b"x")
+
+
+def test_files_ranges_globs_and_folders(tmp_path, data):
+    touch(tmp_path, *(f"a-{n:04}.tar" for n in (7, 8, 9, 10)), "b/c/x.tar", "b/y.tar.gz", "b/z.TGZ", "b/note.txt", "b/.hidden.tar")
+    assert names(tmp_path, "a-0008.tar", data) == ["a-0008.tar"]
+    assert names(tmp_path, "a-{0008..0010}.tar", data) == ["a-0008.tar", "a-0009.tar", "a-0010.tar"]
+    assert names(tmp_path, "{b,.}/*.tar*", data) == ["a-0007.tar", "a-0008.tar", "a-0009.tar", "a-0010.tar", "b/y.tar.gz"]
+    assert names(tmp_path, "b/**/*.tar", data) == ["b/c/x.tar"]
+    assert names(tmp_path, "b", data) == ["b/c/x.tar", "b/y.tar.gz", "b/z.TGZ"]
+
+
+def test_a_shard_that_a_range_names_is_listed_though_it_is_missing_and_rejected_when_opened(tmp_path, data):
+    touch(tmp_path, "a-0.tar")
+    listed = list_shards(str(tmp_path / "a-{0..1}.tar"), "cc12m", data)
+    assert len(listed) == 2
+    with pytest.raises(Rejected) as error:
+        open_shard(listed[1], Source(format="cc12m"), data)
+    assert error.value.reason == "shard_missing"
+
+
+def test_a_folder_that_datasets_saved_has_no_shards_of_settings(tmp_path, data):
+    touch(tmp_path, "saved/data-00000-of-00001.arrow", "saved/dataset_info.json", "saved/state.json")
+    assert names(tmp_path, "saved", data, "llava") == ["saved/data-00000-of-00001.arrow"]
+
+
+@pytest.mark.parametrize("pattern", ["nothing*.tar", "empty"])
+def test_nothing_there_is_told_with_the_path(tmp_path, data, pattern):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=pattern.rstrip("*.tar")):
+        list_shards(str(tmp_path / pattern), "cc12m", data)
+
+
+def test_embedded_data_is_drawn_into_the_cache_folder(tmp_path, data, monkeypatch):
+    touch(tmp_path, "drawn/0.tar")
+    asked = []
+    monkeypatch.setattr(shards, "ensure", lambda name, folder: asked.append((name, folder)) or tmp_path / "drawn")
+    assert list_shards("embedded:captions/train", "cc12m", data) == [str(tmp_path / "drawn/0.tar")]
+    assert asked == [("captions/train", data.cache_folder)]
+
+
+def lines(count):
+    return "".join(json.dumps({"text": f"line {n} {os.urandom(20).hex()}"}) + "\n" for n in range(count)).encode()
+
+
+def zstd(content, tmp_path):
+    with pa.CompressedOutputStream(str(tmp_path / "made.zst"), "zstd") as file:
+        file.write(content)
+    return (tmp_path / "made.zst").read_bytes()
+
+
+@pytest.mark.parametrize("suffix", ["gz", "bz2", "zst"])
+def test_compressed_shards_are_read_and_a_cut_one_gives_what_came_before(tmp_path, data, suffix):
+    content = lines(20_000)
+    compress = {"gz": gzip.compress, "bz2": bz2.compress, "zst": lambda content: zstd(content, tmp_path)}[suffix]
+    whole = compress(content)
+    for name, size in (("whole", len(whole)), ("cut", len(whole) * 9 // 10)):
+        (tmp_path / f"{name}.jsonl.{suffix}").write_bytes(whole[:size])
+    shard = open_shard(str(tmp_path / f"whole.jsonl.{suffix}"), Source(format="text"), data)
+    assert len(shard) == 20_000 and shard.read(19_999)[0].parts[0].text.startswith("line 19999")
+    shard = open_shard(str(tmp_path / f"cut.jsonl.{suffix}"), Source(format="text"), data)
+    assert 14_000 < len(shard) < 20_000  # bz2 works in blocks of 900 kB
+    assert shard.read(13_999)[0].parts[0].text.startswith("line 13999")
+
+
+def test_a_compressed_tar(tmp_path, data):
+    tar = write_tar(tmp_path / "x.tar", [("0.jpg", jpeg()), ("0.txt", b"A cat.")])
+    (tmp_path / "x.tgz").write_bytes(gzip.compress(tar.read_bytes()))
+    shard = open_shard(str(tmp_path / "x.tgz"), Source(format="cc12m"), data)
+    assert shard.load(shard.read(0)[0].parts[0]) == jpeg()
+
+
+def test_a_compressed_shard_that_changed_is_unpacked_anew(tmp_path, data):
+    path = tmp_path / "x.jsonl.gz"
+    for count in (3, 4):
+        path.write_bytes(gzip.compress(lines(count)))
+        assert len(open_shard(str(path), Source(format="text"), data)) == count
+
+
+@pytest.fixture
+def remote():
+    system = fsspec.filesystem("memory")
+    system.store.clear()
+    yield system
+    system.store.clear()
+
+
+def test_remote_shards_are_listed_and_copied_once(tmp_path, data, remote):
+    for name in ("a/0.jsonl", "a/1.jsonl.gz", "a/note.md", "a/b/2.parquet"):
+        remote.pipe(f"/{name}", gzip.compress(lines(3)) if name.endswith("gz") else lines(3))
+    assert list_shards("memory://a", "text", data) == ["memory:///a/0.jsonl", "memory:///a/1.jsonl.gz", "memory:///a/b/2.parquet"]
+    assert list_shards("memory://a/*.jsonl", "text", data) == ["memory:///a/0.jsonl"]
+    assert list_shards("memory://a/{0,7}.jsonl", "text", data) == ["memory://a/0.jsonl", "memory://a/7.jsonl"]
+    for path in ("memory:///a/0.jsonl", "memory:///a/1.jsonl.gz"):
+        assert len(open_shard(path, Source(format="text"), data)) == 3
+    remote.store.clear()
+    assert len(open_shard("memory:///a/0.jsonl", Source(format="text"), data)) == 3
+    with pytest.raises(Rejected) as error:
+        open_shard("memory:///a/7.jsonl", Source(format="text"), data)
+    assert error.value.reason == "shard_missing"
+
+
+def test_images_of_remote_records_lie_beside_them(tmp_path, data, remote):
+    remote.pipe("/a/0.jsonl", json.dumps({"texts": [None, None], "images": ["i/1.jpg", "../2.jpg"]}).encode())
+    remote.pipe("/a/i/1.jpg", jpeg())
+    remote.pipe("/2.jpg", jpeg())
+    shard = open_shard("memory://a/0.jsonl", Source(format="obelics"), data)
+    document, lost = shard.read(0)
+    assert shard.load(document.parts[0]) == jpeg()
+    assert [reject.reason for reject in lost] == ["image_outside"]
+
+
+def test_a_remote_shard_is_tried_again(tmp_path, data, remote, monkeypatch):
+    remote.pipe("/a.jsonl", lines(3))
+    monkeypatch.setattr(shards, "WAIT_S", 0.0)
+    true_open, tries = fsspec.open, []
+
+    def flaky_open(*args):
+        tries.append(args)
+        if len(tries) < 3:
+            raise OSError("the network is down")
+        return true_open(*args)
+
+    monkeypatch.setattr(shards.fsspec, "open", flaky_open)
+    assert len(open_shard("memory:///a.jsonl", Source(format="text"), data)) == 3
+    tries.clear()
+    monkeypatch.setattr(shards, "TRIES", 2)
+    with pytest.raises(Rejected) as error:
+        open_shard("memory:///b.jsonl", Source(format="text"), data)
+    assert error.value.reason == "shard_unreadable" and len(tries) == 2
+
+
+def test_a_data_set_of_the_hub_is_its_files(tmp_path, data, monkeypatch):
+    found = []
+    monkeypatch.setattr(shards, "_match_remote", lambda pattern, suffixes: found.append(pattern) or [pattern + "/0.parquet"])
+    assert list_shards("Maker/Data-Set", "obelics", data) == ["hf://datasets/Maker/Data-Set/0.parquet"]
+
+
+class Hub:
+    """As much of a file system as listing needs."""
+
+    def __init__(self, files):
+        self.files = files
+
+    def isdir(self, path):
+        return True
+
+    def find(self, path):
+        return self.files
+
+    def unstrip_protocol(self, path):
+        return "hf://" + path
+
+
+def test_of_a_data_set_of_the_hub_the_train_split_is_taken(data, monkeypatch):
+    files = [f"datasets/M/D/data/{split}-0.parquet" for split in ("test", "train", "validation")]
+    monkeypatch.setattr(shards.fsspec.core, "url_to_fs", lambda path: (Hub(files), path))
+    assert list_shards("hf://datasets/M/D", "obelics", data) == ["hf://datasets/M/D/data/train-0.parquet"]
+    assert len(list_shards("hf://datasets/M/D/data", "obelics", data)) == 3
+    monkeypatch.setattr(shards.fsspec.core, "url_to_fs", lambda path: (Hub(files[:1]), path))
+    assert list_shards("hf://datasets/M/D", "obelics", data) == ["hf://datasets/M/D/data/test-0.parquet"]
+
+
+def size_of(folder):
+    return sum(file.stat().st_size for file in folder.glob("??/*"))
+
+
+def test_the_cache_stays_within_its_bound_and_keeps_what_was_used_last(tmp_path):
+    cache = FileCache(tmp_path, limit_bytes=1000)
+    for number in range(40):
+        cache.get(f"file {number}", lambda path: path.write_bytes(b"x" * 90))
+        cache.get("favourite", lambda path: path.write_bytes(b"y" * 90))
+        time.sleep(0.002)  # so that times differ
+        assert size_of(tmp_path) <= 1000 + 90
+    made = []
+    cache.get("favourite", lambda path: made.append(path))
+    assert not made
+
+
+def test_a_file_is_made_once_for_all_and_never_seen_half(tmp_path):
+    cache, made, seen = FileCache(tmp_path, 10_000), [], []
+
+    def make(path):
+        made.append(path)
+        path.write_bytes(b"half")
+        time.sleep(0.05)
+        path.write_bytes(b"whole")
+
+    threads = [threading.Thread(target=lambda: seen.append(cache.get("one", make).read_bytes())) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 1 and seen == [b"whole"] * 4
+
+
+def test_what_could_not_be_made_leaves_nothing_behind(tmp_path):
+    cache = FileCache(tmp_path, 10_000)
+    with pytest.raises(OSError):
+        cache.get("one", lambda path: os.stat(tmp_path / "missing"))
+    assert not list(tmp_path.glob("??/*")) and not list(tmp_path.glob("??/.*"))
+    assert cache.get("one", lambda path: path.write_bytes(b"1")).read_bytes() == b"1"
+
+
+def test_text_is_not_a_place_for_images(tmp_path, data):
+    (tmp_path / "x.jsonl").write_bytes(lines(1))
+    (part,) = open_shard(str(tmp_path / "x.jsonl"), Source(format="text"), data).read(0)[0].parts
+    assert isinstance(part, Text)
