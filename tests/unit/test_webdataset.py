@@ -33,7 +33,7 @@ def rejected(shard, index: int = 0) -> str:
 @pytest.mark.parametrize("extension", EXTENSIONS)
 def test_a_caption_is_its_image_and_then_its_text(shard, extension):
     data = encoded(noise(40, 60), EXTENSIONS[extension])
-    opened = shard((f"a/0001.{extension}", data), ("a/0001.txt", "A cat.".encode()), ("a/0001.json", b"{}"))
+    opened = shard((f"a/0001.{extension}", data), ("a/0001.txt", b"A cat."), ("a/0001.json", b"{}"))
     document, lost = opened.read(0)
     image, text = document.parts
     assert (document.key, document.caption, lost) == ("a/0001", True, [])

@@ -83,8 +83,7 @@ class ChatTemplate:
         if not (self._takes_text or self._takes_items):
             raise jinja2.TemplateError("it does not show the content of a user's message")
         self._markup = self._find_markup(_pattern(file.control))
-        control = (*file.control, *([self._markup] if self._markup else []))
-        self._control, self._tokens = _pattern(control), _pattern((*control, *file.added))
+        self._control = _pattern((*file.control, *([self._markup] if self._markup else [])))
 
     def render(self, turns: Sequence[Turn]) -> list[Text | Special | ImageValue]:
         """The parts, images in their places. Raises Rejected("chat_template") where the template refuses."""
@@ -107,12 +106,12 @@ class ChatTemplate:
         parts: list[Text | Special | ImageValue] = []
         waiting = iter(images)
         loss = False
-        for piece in re.split(f"([{IMAGE}{GENERATION_START}{GENERATION_END}]|{self._tokens.pattern})", rendered):
+        for piece in re.split(f"([{IMAGE}{GENERATION_START}{GENERATION_END}]|{self._control.pattern})", rendered):
             if piece in (GENERATION_START, GENERATION_END):
                 loss = piece == GENERATION_START
             elif piece == IMAGE:
                 parts.append(next(waiting))
-            elif self._tokens.fullmatch(piece):
+            elif self._control.fullmatch(piece):
                 parts.append(Special(piece, loss))
             elif piece:
                 parts.append(Text(_unescape(piece, spellings), loss))
@@ -120,9 +119,7 @@ class ChatTemplate:
 
     def _message(self, turn: Turn, spellings: list[str]) -> dict[str, Any]:
         """For the template. What is spelled like a token in the contents becomes one character; `spellings` keeps it."""
-        # An assistant may write <think>, a user may not.
-        taken = self._control if turn.role == "assistant" else self._tokens
-        content = [part if isinstance(part, ImageValue) else _escape(part, taken, spellings) for part in turn.content]
+        content = [part if isinstance(part, ImageValue) else _escape(part, self._control, spellings) for part in turn.content]
         has_image = any(isinstance(part, ImageValue) for part in content)
         if has_image and self._markup:
             items = [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in content]
@@ -150,12 +147,16 @@ class ChatTemplate:
         return rendered
 
     def _shows(self, content: Any) -> bool:
-        """Whether the template takes a user's content of this type: a string, or a list of typed items."""
+        """Whether the template takes contents of this type: a string, or a list of typed items."""
         try:
-            rendered = self._render([{"role": "user", "content": content}, {"role": "assistant", "content": "A"}])
+            rendered = self._probe(content)
         except Exception:  # a template may fail in any way
             return False
         return PROBE in rendered and "'type'" not in rendered
+
+    def _probe(self, content: Any) -> str:
+        answer = "A" if isinstance(content, str) else [{"type": "text", "text": "A"}]
+        return self._render([{"role": "user", "content": content}, {"role": "assistant", "content": answer}])
 
     def _find_markup(self, control: re.Pattern[str]) -> str:
         """What the template writes for an image, from its first control token to its last: our own marks of an image stand for it.
@@ -166,14 +167,11 @@ class ChatTemplate:
         text = {"type": "text", "text": PROBE}
         if not (self._takes_items and self._shows([{"type": "image"}, text])):
             return ""
-        none, one, two = (self._before_probe([{"type": "image"}] * count + [text]) for count in range(3))
+        none, one, two = (self._probe([{"type": "image"}] * count + [text]).partition(PROBE)[0] for count in range(3))
         written = one.removeprefix(none)
         tokens = list(control.finditer(written))
         markup = written[tokens[0].start() : tokens[-1].end()] if tokens else written.strip()
         return markup if markup and two.removeprefix(none).count(markup) == 2 else ""
-
-    def _before_probe(self, content: list[dict[str, str]]) -> str:
-        return self._render([{"role": "user", "content": content}, {"role": "assistant", "content": "A"}]).partition(PROBE)[0]
 
 
 def _pattern(tokens: Sequence[str]) -> re.Pattern[str]:

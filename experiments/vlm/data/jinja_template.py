@@ -28,8 +28,7 @@ LIKELY_SPECIAL = re.compile(r"<\|[^|<>\s]{1,40}\|>|</?s>")
 @dataclass(frozen=True)
 class TemplateFile:
     source: str
-    control: tuple[str, ...]  # special tokens: control of the model, never made from contents
-    added: tuple[str, ...] = ()  # tokens of their own that are no control, such as <think>: the assistant may write them
+    control: tuple[str, ...]  # special tokens; others with a spelling of their own, such as <think>, are text to the tokenizer
     variables: dict[str, str] = field(default_factory=dict)  # bos_token and the like
 
 
@@ -62,16 +61,12 @@ def read_template(path: Path) -> TemplateFile:
     try:
         config = _beside(path, "tokenizer_config.json")
         source = _template_of(config, path) if path.suffix == ".json" else path.read_text()
-        tokens = _tokens(config, _beside(path, "tokenizer.json"))
+        control = _special_tokens(config, _beside(path, "tokenizer.json"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"chat_template = {path}: {error}") from error
     variables = {name: text for name, value in config.items() if name.endswith("_token") and (text := _content(value))}
-    tokens = {**tokens, **dict.fromkeys(variables.values(), True)}
-    if not any(tokens.values()):
-        tokens = {**tokens, **dict.fromkeys(LIKELY_SPECIAL.findall(source), True)}
-    control = tuple(text for text, special in tokens.items() if special)
-    added = tuple(text for text, special in tokens.items() if not special)
-    return TemplateFile(source, control, added, variables)
+    control = dict.fromkeys([*control, *variables.values()]) or dict.fromkeys(LIKELY_SPECIAL.findall(source))
+    return TemplateFile(source, tuple(control), variables)
 
 
 def _beside(path: Path, name: str) -> dict[str, Any]:
@@ -96,10 +91,9 @@ def _template_of(config: dict[str, Any], path: Path) -> str:
     return found
 
 
-def _tokens(config: dict[str, Any], tokenizer: dict[str, Any]) -> dict[str, bool]:
-    """Added tokens by spelling, and whether each is special."""
+def _special_tokens(config: dict[str, Any], tokenizer: dict[str, Any]) -> list[str]:
     rows = [*tokenizer.get("added_tokens", []), *config.get("added_tokens_decoder", {}).values()]
-    return {row["content"]: bool(row.get("special")) for row in rows if row.get("content")}
+    return [row["content"] for row in rows if row.get("content") and row.get("special")]
 
 
 def _content(value: Any) -> str:

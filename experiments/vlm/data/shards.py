@@ -55,9 +55,11 @@ def list_shards(path: str, format: str, data: Data) -> list[str]:
 
 
 def open_shard(path: str, source: Source, data: Data) -> Shard:
-    """Open a shard for random access. Raises Rejected: shard_missing or shard_unreadable."""
+    """Open a shard for random access. Raises Rejected (shard_missing, shard_unreadable), ConfigError for a wrong option."""
     try:
         return load_format(source.format).open_shard(ShardFile(path, _local(path, data)), source, data)
+    except ConfigError:
+        raise  # a chat template that is not there, say
     except FileNotFoundError as error:
         raise Rejected("shard_missing", str(error)) from error
     except (OSError, ValueError, RuntimeError, pa.ArrowException) as error:
