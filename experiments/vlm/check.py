@@ -6,6 +6,7 @@ import re
 from collections import Counter
 
 from experiments.vlm.config import Source, VLMJobConfig
+from experiments.vlm.data.chat_template import BUILT_IN as CHAT_TEMPLATES
 from experiments.vlm.data.formats import FORMATS
 from experiments.vlm.data.world.shards import SPLITS, WORLDS
 from experiments.vlm.model.flavors import FLAVORS, EncoderConfig
@@ -29,7 +30,6 @@ RANGES = {
     "data.url_timeout_s": "> 0",
 }
 PARTS = ("encoder", "projector", "decoder")
-CHAT_TEMPLATES = ("chatml", "llama3")
 
 
 def check_vlm(job: VLMJobConfig, world_size: int) -> None:

@@ -174,6 +174,7 @@ def test_wrong_configuration_is_told_by_its_key(options, world_size, key):
         ([*TP2, P + "encoder_tensor_parallel"], 2),
         ([*TP2, P + "encoder_sharing", "on"], 2),
         ([*CP2, P + "context_parallel_method", "ulysses"], 2),
+        ([*CP2, P + "context_parallel_method", "ulysses", "--training.seq_len", "2052"], 2),
         ([*PP2, P + "pipeline_parallel_split_points", "2"], 2),
         ([*PP2, P + "pipeline_parallel_encoder_stage", P + "pipeline_parallel_split_points", "0"], 2),
         (ZERO_BUBBLE, 2),

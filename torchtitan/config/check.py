@@ -216,7 +216,7 @@ def check_selective(job: JobConfig) -> None:
 def check_sequence(job: JobConfig, sizes: Degrees) -> None:
     """Every rank of a context- and tensor-parallel group holds as many tokens as the others."""
     p, length = job.parallelism, job.training.seq_len
-    balanced = p.context_parallel_load_balance and sizes.cp > 1
+    balanced = sizes.cp > 1 and p.context_parallel_load_balance and p.context_parallel_method == "allgather"
     parts = {"parallelism.context_parallel_degree": sizes.cp, "parallelism.tensor_parallel_degree": sizes.tp}
     named = " * ".join(f"{key} ({degree})" for key, degree in parts.items() if degree > 1)
     require(length % (sizes.cp * sizes.tp) == 0, f"training.seq_len = {length} is not a multiple of {named}")
