@@ -127,7 +127,7 @@ def check_source(source: Source, key: str) -> None:
     require(is_allowed(source.weight, "> 0"), f"{key}.weight = {source.weight}: must be > 0")
     require(source.shuffle_buffer >= 1, f"{key}.shuffle_buffer = {source.shuffle_buffer}: must be >= 1")
     template = source.chat_template
-    known = template in CHAT_TEMPLATES or os.path.isfile(template)
+    known = template in CHAT_TEMPLATES or os.path.isfile(os.path.expanduser(template))
     require(known, f"{key}.chat_template = {template}: neither a file nor one of {', '.join(CHAT_TEMPLATES)}")
     check_path(source.path, f"{key}.path")
 
