@@ -87,6 +87,13 @@ def test_long_segments_make_whole_blocks_and_far_blocks_are_left_out():
     assert listed(blocks.kv_num_blocks, blocks.kv_indices) == {(0, i, i) for i in range(8)}
 
 
+def test_blocks_of_padding_are_never_listed():
+    """Two of them hold one value all over, as the blocks of one long segment do."""
+    blocks = block_mask(Mask(packed([[128], [1]], 512), causal=False))
+    assert listed(blocks.full_kv_num_blocks, blocks.full_kv_indices) == {(0, 0, 0)}
+    assert listed(blocks.kv_num_blocks, blocks.kv_indices) == {(1, 0, 0)}
+
+
 SEGMENTS = packed([[130, 1, 60, 99], [300]], 333)
 PERMUTED = torch.randperm(333, generator=torch.Generator().manual_seed(0))
 MASKS = {
