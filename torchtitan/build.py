@@ -22,6 +22,7 @@ from torchtitan.components.validation import Validator
 from torchtitan.config.check import BatchSizes, ConfigError, degrees, resolve_batch
 from torchtitan.config.job import JobConfig
 from torchtitan.config.parse import to_toml
+from torchtitan.distributed.collectives import any_rank
 from torchtitan.distributed.mesh import Mesh, build_mesh
 from torchtitan.spec import TrainSpec
 from torchtitan.tools.logging import logger
@@ -140,8 +141,8 @@ def describe(model: nn.Module, spec: TrainSpec, sizes: BatchSizes) -> None:
 
 def loader_of(job: JobConfig, spec: TrainSpec, tokenizer: Any, mesh: Mesh) -> Callable[[str, str | None], Loader]:
     """(split, control) -> the loader of this data-parallel rank."""
-    rank, ranks = mesh.data.get_local_rank(), mesh.data.size()
-    return lambda split, control: spec.build_loader(job, tokenizer, rank=rank, ranks=ranks, split=split, control=control)
+    place = {"rank": mesh.data.get_local_rank(), "ranks": mesh.data.size(), "agree": any_rank}
+    return lambda split, control: spec.build_loader(job, tokenizer, split=split, control=control, **place)
 
 
 def feed_of(job: JobConfig, spec: TrainSpec, mesh: Mesh) -> Callable[[Batch], Tensors]:

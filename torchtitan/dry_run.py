@@ -26,7 +26,7 @@ def dry_run(job: JobConfig, spec: TrainSpec) -> None:
     shards = layout.dp_shard * layout.cp * layout.tp * layout.pp
     state = (trained * BYTES_OF_STATE + frozen * torch.float32.itemsize) / shards
     logger.info(f"weights, gradients and AdamW state: {state / GIB:.2f} GiB a rank, over {shards} shards")
-    loader = spec.build_loader(job, tokenizer, rank=0, ranks=layout.dp, split="train", control=None)
+    loader = spec.build_loader(job, tokenizer, rank=0, ranks=layout.dp, split="train", control=None, agree=None)
     try:
         batch = next(iter(loader)).batches[0]
     finally:

@@ -19,7 +19,7 @@ class TrainSpec:
     build_model: Callable[[Any, Any], Any]  # (job, tokenizer): on the meta device; it has init_weights(seed)
     parallelize: Callable[[Any, Mesh, Any], None]  # (model, mesh, job): in place
     pipeline: Callable[[Any, Mesh, Any], ForwardBackward] | None  # (model, mesh, job): in place of parallelize
-    build_loader: Callable[..., Loader]  # (job, tokenizer, *, rank, ranks, split, control)
+    build_loader: Callable[..., Loader]  # (job, tokenizer, *, rank, ranks, split, control, agree): see components/loader.py
     shard_batch: Callable[[Tensors, Mesh, Any], Tensors]  # (host tensors, mesh, job): the share of this rank of a CP group
     loss: Callable[[nn.Module, Tensors], Tensor]  # summed loss, float32 [1]
     score: Callable[[nn.Module, Tensors, Mesh], Tensor]  # (nll, correct) of each label of whole slots, float32 [B, S, 2]; 0 where none

@@ -13,7 +13,7 @@ from torchtitan.components.data_report import write_data_report
 from torchtitan.components.loader import Batch, Step
 from torchtitan.components.metrics import Values
 from torchtitan.config.job import JobConfig
-from torchtitan.distributed.collectives import sum_over_hosts, sum_over_ranks
+from torchtitan.distributed.collectives import any_rank, sum_over_hosts, sum_over_ranks
 from torchtitan.distributed.grad_norm import clip, global_norm
 from torchtitan.distributed.process_group import (
     close_process_group,
@@ -144,8 +144,7 @@ class Trainer:
 
     def finish(self) -> None:
         """After the last step, at the end of the data, or when asked to stop."""
-        asked = sum_over_hosts({"stop": float(self.signals.received is not None)})["stop"] > 0
-        stopped = asked and self.state.step < self.job.training.steps
+        stopped = any_rank(self.signals.received is not None) and self.state.step < self.job.training.steps
         self.save(final=not stopped)
         self.run.checkpointer.wait()
         self.progress.close()
@@ -188,6 +187,8 @@ def main(job: JobConfig, spec: TrainSpec) -> None:
     except Exception:
         logger.error(f"rank {dist.get_rank()} failed in step {trainer.state.step + 1}; {laggards()}")
         write_flight_record(job.comm, trainer.folder)
+        if dist.get_world_size() == 1:
+            trainer.report_data()  # several ranks could no longer agree on one
         raise
     finally:
         trainer.close()

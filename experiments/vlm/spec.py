@@ -1,12 +1,11 @@
 """What the vision-language experiment brings to the trainer."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from experiments.vlm.batch import Delivered
 from experiments.vlm.config import VLMJobConfig
+from experiments.vlm.data.loader import Loader
 from experiments.vlm.flops import count_flops
 from experiments.vlm.model.flavors import FLAVORS
 from experiments.vlm.model.vlm import VLM
@@ -51,12 +50,6 @@ def is_thin(sample: Delivered) -> bool:
     return any(max(size) >= THIN * min(size) for size in sample.image_sizes)
 
 
-def build_loader(job: VLMJobConfig, tokenizer: Tokenizer, **which: Any) -> Any:
-    from experiments.vlm.data.loader import Loader
-
-    return Loader(job, tokenizer, **which)
-
-
 SPEC = TrainSpec(
     name="vlm",
     parts=PARTS,
@@ -64,7 +57,7 @@ SPEC = TrainSpec(
     build_model=build_vlm,
     parallelize=parallelize_vlm,
     pipeline=pipeline_vlm,
-    build_loader=build_loader,
+    build_loader=Loader,
     shard_batch=shard_batch,
     loss=loss,
     score=score,

@@ -1,6 +1,6 @@
 """What the trainer asks of a loader and of what it delivers."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -20,12 +20,18 @@ class Batch(Protocol):
 class Step(Protocol):
     """The microbatches of one optimizer step, and the loader's position right after them."""
 
-    batches: list[Batch]
-    state: State | Callable[[], State]
+    @property
+    def batches(self) -> Sequence[Batch]: ...
+
+    @property
+    def state(self) -> State | Callable[[], State]: ...
 
 
 class Loader(Protocol):
-    """Steps of one data-parallel rank. It ends on every rank at the same step."""
+    """Steps of data-parallel rank `rank` of `ranks`; `split` is train or validation, `control` spoils the images of the latter.
+
+    It ends on every rank at the same step: `agree`, called by all, tells whether any of them still has data.
+    """
 
     def __iter__(self) -> Iterator[Step]: ...
 

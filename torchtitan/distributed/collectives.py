@@ -18,6 +18,11 @@ def sum_over_hosts(values: Mapping[str, float]) -> dict[str, float]:
     return dict(zip(names, packed.tolist(), strict=True))
 
 
+def any_rank(holds: bool) -> bool:
+    """Whether it holds on any rank; all of them ask."""
+    return sum_over_hosts({"holds": float(holds)})["holds"] > 0
+
+
 def sum_over_ranks(value: Tensor) -> Tensor:
     """A tensor added over all ranks of the world, on the device; a new tensor."""
     total = value.clone()
