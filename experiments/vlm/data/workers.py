@@ -4,8 +4,8 @@ The trainer sends the number of a buffer, a worker answers with the SlotSteps th
 for the next step before it has finished one plans ahead while its threads decode. It ends when its pipe closes, whatever
 happened to the trainer; Ctrl-C and SIGTERM, which reach the whole process group, are the trainer's to act on.
 
-Spawned, not forked: a fork would copy the locks of the trainer's threads as they are, and a CUDA context. A worker imports
-torch, for its resize kernel: 2 to 3 s until it is ready.
+Workers are forked by a server process that has imported torch (for its resize kernel: 2 s and half a GB, once for all of
+them) and done nothing else. Forks of the trainer would copy a CUDA context, and the locks of its threads as they are.
 """
 
 import contextlib
@@ -44,7 +44,8 @@ class Worker:
 
     def __init__(self, number: int, setup: Setup, shape: BatchShape, buffers: Buffers, assignment: Assignment):
         self.name = f"data worker {number} (slots {', '.join(map(str, assignment.slots))})"
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["experiments.vlm.data.image"])
         self.pipe, theirs = context.Pipe()
         arguments = theirs, setup, _Memory(buffers, shape), assignment
         self.process = context.Process(target=run, args=arguments, name=self.name, daemon=True)

@@ -1,0 +1,194 @@
+"""What the loader delivers depends on the data and the configuration alone, and every sample comes exactly as often as asked."""
+
+import hashlib
+from collections import Counter
+
+import pytest
+
+from experiments.vlm.data.loader import Loader, Step
+from tests.tiny_data import Characters, make_job, write_all
+
+STEPS = 6
+WEIGHTS = {"captions": 2.0, "documents": 1.0, "texts": 0.5}
+Hashes = list[dict[int, str]]  # for each step: slot -> hash of all its tensors
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_all(tmp_path_factory.mktemp("data"))
+
+
+def open_loader(data, dump, rank=0, ranks=1, split="train", control=None, **options) -> Loader:
+    return Loader(make_job(data, dump, **options), Characters(), rank=rank, ranks=ranks, split=split, control=control)
+
+
+def slot_hashes(loader: Loader, step: Step) -> dict[int, str]:
+    hashes = {}
+    for number, batch in enumerate(step.batches):
+        size = len(batch.tensors["tokens"])
+        for row in range(size):
+            digest = hashlib.sha256()
+            for name, tensor in batch.tensors.items():
+                rows = len(tensor) // size
+                digest.update(name.encode() + tensor[row * rows : (row + 1) * rows].numpy().tobytes())
+            hashes[loader.slots[number * size + row]] = digest.hexdigest()
+    return hashes
+
+
+def run(loader: Loader, steps: int = STEPS) -> Hashes:
+    try:
+        return [slot_hashes(loader, step) for _, step in zip(range(steps), loader, strict=False)]
+    finally:
+        loader.close()
+
+
+@pytest.fixture(scope="module")
+def expected(data, tmp_path_factory) -> Hashes:
+    hashes = run(open_loader(data, tmp_path_factory.mktemp("one"), global_batch_size=8))
+    assert len(hashes) == STEPS and all(len(set(step.values())) == 8 for step in hashes)
+    return hashes
+
+
+@pytest.mark.parametrize("ranks, local", [(2, 2), (4, 2), (8, 1), (1, 8), (1, 1)])
+def test_batches_do_not_depend_on_ranks_or_microbatches(data, expected, tmp_path, ranks, local):
+    parts = [run(open_loader(data, tmp_path, rank, ranks, global_batch_size=8, local_batch_size=local)) for rank in range(ranks)]
+    assert [{slot: digest for part in parts for slot, digest in part[step].items()} for step in range(STEPS)] == expected
+
+
+@pytest.mark.parametrize("options", [{"num_workers": 1}, {"num_workers": 3, "prefetch": 3, "decode_threads": 2}, {"decode_threads": 3}])
+def test_batches_do_not_depend_on_workers_and_threads(data, expected, tmp_path, options):
+    assert run(open_loader(data, tmp_path, global_batch_size=8, **options)) == expected
+
+
+def test_a_run_killed_again_and_again_at_other_sizes_goes_on_exactly(data, expected, tmp_path):
+    """1 -> 4 -> 2 -> 8 -> 1 ranks; each time the last step's state is used though the loader was ahead."""
+    state: dict[str, bytes] = {}
+    seen: Hashes = []
+    for ranks, steps in ((1, 1), (4, 2), (2, 1), (8, 1), (1, 1)):
+        parts, states = [], {}
+        for rank in range(ranks):
+            loader = open_loader(data, tmp_path, rank, ranks, global_batch_size=8, local_batch_size=1)
+            loader.load_state_dict({key: state[key] for key in loader.slot_keys()} if state else {})
+            taken = [(slot_hashes(loader, step), step.state) for _, step in zip(range(steps), loader, strict=False)]
+            next(loader)  # one that the trainer never used
+            loader.close()
+            parts.append([hashes for hashes, _ in taken])
+            states |= taken[-1][1]()
+        seen += [{slot: digest for part in parts for slot, digest in part[step].items()} for step in range(steps)]
+        state = states
+    assert seen == expected
+
+
+def test_a_run_with_workers_resumes_without_them(data, expected, tmp_path):
+    loader = open_loader(data, tmp_path, global_batch_size=8, num_workers=2)
+    first = [slot_hashes(loader, next(loader)) for _ in range(3)]
+    state = loader.state_dict()
+    loader.close()
+    loader = open_loader(data, tmp_path, global_batch_size=8)
+    loader.load_state_dict(state)
+    assert first + run(loader, 3) == expected
+
+
+def test_the_state_is_small_and_holds_no_pixels(data, tmp_path):
+    loader = open_loader(data, tmp_path, packing_buffer_size=256)
+    for _ in range(8):
+        next(loader)
+    assert all(len(piece) < 8000 for piece in loader.state_dict().values())
+    loader.close()
+
+
+def all_steps(loader: Loader) -> list[Step]:
+    steps = list(loader)
+    loader.close()
+    return steps
+
+
+def delivered(steps: list[Step]) -> Counter:
+    return Counter(
+        (sample.source, sample.shard, sample.key, sample.piece) for step in steps for batch in step.batches for sample in batch.samples
+    )
+
+
+@pytest.mark.parametrize("epochs, slots", [(1, 2), (1, 16), (3, 4)])
+def test_every_sample_is_delivered_as_often_as_epochs_say(data, tmp_path, epochs, slots):
+    steps = all_steps(open_loader(data, tmp_path, epochs=epochs, global_batch_size=slots))
+    seen = delivered(steps)
+    assert set(seen.values()) == {epochs}
+    by_source = Counter(source for source, _, _, piece in seen if piece == 0)
+    assert by_source == {"captions": 60, "documents": 30, "texts": 12}
+    assert any(piece > 0 for _, _, _, piece in seen), "no document was long enough to be cut"
+
+
+def test_pieces_of_a_document_keep_their_order(data, tmp_path):
+    latest: dict[tuple, int] = {}
+    for step in all_steps(open_loader(data, tmp_path, epochs=1)):
+        for sample in sorted(step.batches[0].samples, key=lambda sample: (sample.slot, sample.document)):
+            name = sample.shard, sample.key
+            assert sample.piece == latest.get(name, -1) + 1
+            latest[name] = sample.piece
+
+
+def test_a_source_without_repeat_ends_and_the_others_go_on(data, tmp_path):
+    loader = open_loader(data, tmp_path)
+    loader.job.data.sources[2].repeat = False
+    loader = Loader(loader.job, Characters())
+    seen = delivered([step for _, step in zip(range(60), loader, strict=False)])
+    assert sum(count for (source, *_, piece), count in seen.items() if source == "texts" and piece == 0) == 12
+    assert max(count for (source, *_), count in seen.items() if source == "captions") > 1
+    loader.close()
+
+
+@pytest.mark.parametrize("weight_by", ["samples", "tokens"])
+def test_the_mixture_is_as_weighted(data, tmp_path, weight_by):
+    loader = open_loader(data, tmp_path, weight_by=weight_by)
+    counts: Counter = Counter()
+    for _, step in zip(range(150), loader, strict=False):
+        counts.update(step.batches[0].counts)
+    report = loader.report()["sources"]
+    loader.close()
+    total = sum(counts[f"{weight_by}/{name}"] for name in WEIGHTS)
+    for name, weight in WEIGHTS.items():
+        assert counts[f"{weight_by}/{name}"] / total == pytest.approx(weight / sum(WEIGHTS.values()), abs=0.03)
+        assert counts[f"{weight_by}/{name}"] == report[name]["counts"][weight_by]
+
+
+def test_ranks_that_run_dry_give_padding_until_all_have(data, tmp_path):
+    """Several ranks in lockstep, agreeing as an all-reduce would: all stop with the same step."""
+    loaders = [open_loader(data, tmp_path, rank, 4, epochs=1, local_batch_size=1) for rank in range(4)]
+    seen: Counter = Counter()
+    while True:
+        steps = [next(loader) for loader in loaders]
+        if not any(step.has_data for step in steps):
+            break
+        for step in steps:
+            assert step.has_data or step.batches[0].counts["tokens"] == 0
+        seen += delivered(steps)
+    assert set(seen.values()) == {1} and len({key for _, _, key, piece in seen if piece == 0}) > 60
+    for loader in loaders:
+        loader.close()
+
+
+def test_agreement_ends_a_rank_that_still_has_data_elsewhere(data, tmp_path):
+    asked = []
+
+    def agree(has_data: bool) -> bool:
+        asked.append(has_data)
+        return len(asked) < 4
+
+    job = make_job(data, tmp_path, epochs=1, local_batch_size=1)
+    loader = Loader(job, Characters(), rank=0, ranks=4, agree=agree)
+    assert len(all_steps(loader)) == 3 and len(asked) == 4
+
+
+def test_validation_reads_its_split_once_every_time(data, tmp_path):
+    loader = open_loader(data, tmp_path)
+    loader.job.validation.sources = loader.job.data.sources
+    for workers in (0, 2):
+        loader.job.data.num_workers = workers
+        validation = Loader(loader.job, Characters(), split="validation")
+        first, second = [[slot_hashes(validation, step) for step in validation] for _ in range(2)]
+        assert first == second and len(first) > 5
+        assert delivered(list(validation)).most_common(1)[0][1] == 1
+        next(iter(validation))  # and an evaluation that stopped early leaves no trace
+        assert [slot_hashes(validation, step) for step in validation] == first
+        validation.close()

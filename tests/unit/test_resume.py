@@ -1,0 +1,88 @@
+"""When a changed configuration makes an exact resume impossible, it is said by name, and a flag goes on anyway."""
+
+import pytest
+
+from experiments.vlm.data.loader import Loader
+from experiments.vlm.data.resume import differences
+from tests.tiny_data import Characters, make_job, write_all
+from torchtitan.config.check import ConfigError
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_all(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def saved(data, tmp_path_factory):
+    loader = Loader(make_job(data, tmp_path_factory.mktemp("first")), Characters())
+    next(loader)
+    loader.close()
+    return loader.state_dict()
+
+
+def resume(job, saved) -> Loader:
+    loader = Loader(job, Characters())
+    loader.load_state_dict(saved)
+    return loader
+
+
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        ({"seq_len": 512}, "training.seq_len was 256 and is 512"),
+        ({"patches_per_row": 512}, "data.patches_per_row was 256 and is 512"),
+        ({"packing_buffer_size": 32}, "data.packing_buffer_size was 16 and is 32"),
+        ({"long_documents": "drop"}, "data.long_documents was split and is drop"),
+        ({"global_batch_size": 4}, "training.global_batch_size was 2 and is 4"),
+    ],
+)
+def test_a_change_is_named(data, saved, tmp_path, options, named):
+    with pytest.raises(ConfigError, match=f"{named}.*data.resume_changed_data"):
+        resume(make_job(data, tmp_path, **options), saved)
+
+
+def test_a_changed_source_is_named(data, saved, tmp_path):
+    job = make_job(data, tmp_path)
+    job.data.sources[0].weight = 3.0
+    job.data.sources[2].name = "prose"
+    with pytest.raises(
+        ConfigError, match=r"data.sources\[captions\].weight was 2.0 and is 3.0.*sources\[prose\].format was not set and is text"
+    ):
+        resume(job, saved)
+
+
+def test_a_shard_more_is_a_change_and_another_folder_is_not(data, saved, tmp_path):
+    moved = write_all(tmp_path / "moved")
+    resume(make_job(moved, tmp_path), saved).close()
+    (moved / "texts" / "more.jsonl").write_text('{"text": "more"}\n')
+    with pytest.raises(ConfigError, match=r"data.sources\[texts\].path was 1 shards, \w+ and is 2 shards"):
+        resume(make_job(moved, tmp_path), saved)
+
+
+def test_the_flag_starts_the_data_anew(data, saved, tmp_path):
+    job = make_job(data, tmp_path, packing_buffer_size=32, resume_changed_data=True)
+    loader, fresh = resume(job, saved), Loader(make_job(data, tmp_path, packing_buffer_size=32), Characters())
+    assert next(loader).batches[0].samples == next(fresh).batches[0].samples
+    loader.close()
+    fresh.close()
+
+
+@pytest.mark.parametrize("options", [{"num_workers": 3}, {"prefetch": 5}, {"decode_threads": 2}, {"max_bad_fraction": 0.5}])
+def test_what_does_not_change_the_order_may_change(data, saved, tmp_path, options):
+    resume(make_job(data, tmp_path, **options), saved).close()
+
+
+def test_another_tokenizer_is_a_change(data, saved, tmp_path):
+    loader = Loader(make_job(data, tmp_path), Characters(bos_id=300))
+    with pytest.raises(ConfigError, match="model.tokenizer_path"):
+        loader.load_state_dict(saved)
+
+
+def test_a_missing_slot_is_told(data, saved, tmp_path):
+    with pytest.raises(ConfigError, match="no state of slot 1"):
+        resume(make_job(data, tmp_path), {"slot_000000": saved["slot_000000"]})
+
+
+def test_differences_name_what_came_and_went():
+    assert differences({"a": 1, "b": 2}, {"a": 1, "c": 3}) == ["b was 2 and is not set", "c was not set and is 3"]

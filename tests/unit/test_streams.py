@@ -1,0 +1,91 @@
+"""The order in which slots read: every record once an epoch, whoever reads it, and the same always."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from experiments.vlm.data.mixture import Mixture
+from experiments.vlm.data.streams import Deal, permutation
+
+
+def deal(shards: int, slots: int, epochs: int | None = 2, shuffle: bool = True, window: int = 8) -> Deal:
+    return Deal("captions", tuple(f"{i}.tar" for i in range(shards)), slots, seed=3, epochs=epochs, shuffle=shuffle, window=window)
+
+
+def read_all(dealt: Deal, records: int) -> list[list[tuple[int, int, int]]]:
+    """What each slot reads, (epoch, shard, record), to the end."""
+    streams = []
+    for slot in range(dealt.slots):
+        stream, number = [], 0
+        while unit := dealt.unit(slot, number):
+            stream += [(unit.epoch, unit.shard, int(record)) for record in dealt.order(unit, records)]
+            number += 1
+        streams.append(stream)
+    return streams
+
+
+@pytest.mark.parametrize("shards, slots, parts", [(4, 1, 1), (4, 4, 1), (4, 5, 2), (3, 8, 3), (1, 16, 16), (7, 3, 1)])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_every_record_is_dealt_once_an_epoch(shards, slots, parts, shuffle):
+    dealt = deal(shards, slots, epochs=3, shuffle=shuffle)
+    assert dealt.parts == parts
+    seen = Counter(entry for stream in read_all(dealt, records=21) for entry in stream)
+    assert seen == Counter((epoch, shard, record) for epoch in range(3) for shard in range(shards) for record in range(21))
+
+
+def test_every_slot_has_work_from_the_first_epoch_on():
+    assert all(stream[0][0] == 0 for stream in read_all(deal(3, 8), records=21))
+
+
+def test_records_move_inside_their_window_only():
+    dealt = deal(1, 1, window=8)
+    order = dealt.order(dealt.unit(0, 0), 30)
+    assert [sorted(order[start : start + 8]) for start in range(0, 30, 8)] == [
+        list(range(start, min(30, start + 8))) for start in range(0, 30, 8)
+    ]
+    assert order[:8].tolist() != list(range(8))
+
+
+def test_epochs_differ_and_repeat_themselves():
+    first, second = (list(deal(5, 1).order(deal(5, 1).unit(0, number), 21)) for number in (0, 5))
+    assert first != second
+    orders = [[deal(50, 1).unit(0, number).shard for number in range(start, start + 50)] for start in (0, 50)]
+    assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])
+
+
+def test_without_shuffling_the_order_is_that_of_the_files():
+    (stream,) = read_all(deal(2, 1, epochs=1, shuffle=False), records=3)
+    assert stream == [(0, 0, 0), (0, 0, 1), (0, 0, 2), (0, 1, 0), (0, 1, 1), (0, 1, 2)]
+
+
+def test_a_permutation_never_changes():
+    assert permutation(8, 1, 2, 3).tolist() == [1, 3, 7, 5, 2, 0, 4, 6]
+
+
+def test_shares_are_exact_to_a_sample():
+    mixture = Mixture([0.6, 0.3, 0.1], seed=0, slot=0)
+    for number in range(1, 200):
+        mixture.give(mixture.pick(), 1)
+        assert all(abs(given - number * weight) < 1.5 for given, weight in zip(mixture.given, [0.6, 0.3, 0.1], strict=True))
+
+
+def picks(mixture: Mixture, count: int) -> list[int]:
+    picked = []
+    for _ in range(count):
+        picked.append(mixture.pick())
+        mixture.give(picked[-1], 1)
+    return picked
+
+
+def test_slots_do_not_ask_a_rare_source_together():
+    firsts = [picks(Mixture([0.99, 0.01], seed=0, slot=slot), 102).index(1) for slot in range(100)]
+    assert np.std(firsts) > 20 and 35 < np.mean(firsts) < 65
+
+
+def test_a_dry_source_leaves_the_others_their_shares():
+    mixture = Mixture([1, 1, 2], seed=0, slot=0)
+    mixture.dry[0] = True
+    assert Counter(picks(mixture, 30)) == {1: 10, 2: 20}
+    mixture.dry[:] = [True] * 3
+    assert mixture.pick() is None
