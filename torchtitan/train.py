@@ -45,6 +45,7 @@ class Trainer:
         self.progress = Progress(run.job.training.steps, run.state.step, run.reporter.writes)
         self.batches = iter(run.loader)
         self.first_step = run.state.step + 1
+        self.logged_step = run.state.step
         if not run.state.data:
             run.state.data = run.loader.state_dict()
 
@@ -110,7 +111,7 @@ class Trainer:
         step = self.state.step
         if step == self.first_step:
             set_timeout(self.job.comm.train_timeout_seconds)
-        if step == self.first_step or step % self.job.metrics.log_freq == 0 or step == self.job.training.steps:
+        if step == self.first_step or step % self.job.metrics.log_freq == 0:
             self.log()
         self.run.profiler.after_step(step)
         self.garbage.after_step(step)
@@ -127,6 +128,7 @@ class Trainer:
         self.run.meter.leave_out(time.perf_counter() - started)
 
     def log(self) -> None:
+        self.logged_step = self.state.step
         # A rank of a tensor-parallel group has the whole loss of its tokens, as have its partners.
         loss = sum_over_ranks(self.loss) / self.run.mesh.degrees.tp
         values: Values = {"loss": loss.item(), "grad_norm": self.grad_norm.item(), "lr": self.job.optimizer.lr * self.run.schedule.factor}
@@ -144,12 +146,15 @@ class Trainer:
 
     def finish(self) -> None:
         """After the last step, at the end of the data, or when asked to stop."""
+        if self.logged_step < self.state.step:
+            self.log()
         stopped = any_rank(self.signals.received is not None) and self.state.step < self.job.training.steps
         self.save(final=not stopped)
         self.run.checkpointer.wait()
         self.progress.close()
         if stopped:
-            logger.info(f"stopped by a signal after step {self.state.step}; the same command goes on from its checkpoint")
+            going_on = "; the same command goes on from its checkpoint" if self.job.checkpoint.enable else ""
+            logger.info(f"stopped by a signal after step {self.state.step}{going_on}")
         elif self.job.validation.enable:
             self.validate()
         self.draw_curves()

@@ -15,9 +15,7 @@ BATCH = {"local_batch_size": 2, "global_batch_size": 8, "steps": STEPS}
 
 @pytest.fixture(scope="module")
 def pool():
-    pool = Pool()
-    yield pool
-    pool.close()
+    return Pool()
 
 
 def run(pool: Pool, ranks: int, folder: Path, **sections) -> dict:
@@ -51,8 +49,8 @@ def test_accumulation_equals_one_large_forward(pool, one_process, tmp_path):
     "parallelism",
     [
         {},
-        {"fsdp_reshard_after_forward": "never"},
-        {"data_parallel_replicate_degree": 2, "data_parallel_shard_degree": 1},
+        pytest.param({"fsdp_reshard_after_forward": "never"}, marks=pytest.mark.slow),
+        pytest.param({"data_parallel_replicate_degree": 2, "data_parallel_shard_degree": 1}, marks=pytest.mark.slow),
     ],
     ids=["fsdp", "no-reshard", "replicated"],
 )
@@ -65,17 +63,19 @@ def test_hsdp_on_four_ranks_equals_one_process(pool, one_process, tmp_path):
     assert_same(run(pool, 4, tmp_path, training=BATCH, parallelism=layout), one_process)
 
 
-@pytest.mark.parametrize("mode", ["full", "selective"])
+@pytest.mark.parametrize("mode", [pytest.param("full", marks=pytest.mark.slow), "selective"])
 def test_activation_checkpointing_changes_nothing(pool, one_process, tmp_path, mode):
     recompute = {"mode": mode, "encoder_mode": mode}
     assert_same(run(pool, 2, tmp_path, training=BATCH, activation_checkpoint=recompute), one_process)
 
 
+@pytest.mark.slow
 def test_every_second_layer_checkpointed_changes_nothing(pool, one_process, tmp_path):
     recompute = {"mode": "selective", "selective_ac_option": "2"}
     assert_same(run(pool, 2, tmp_path, training=BATCH, activation_checkpoint=recompute), one_process)
 
 
+@pytest.mark.slow
 def test_cpu_offload_changes_nothing(pool, one_process, tmp_path):
     assert_same(run(pool, 2, tmp_path, training=BATCH | {"enable_cpu_offload": True}), one_process)
 
@@ -110,7 +110,7 @@ def test_norm_over_several_meshes_is_that_of_the_whole_gradients(pool, tmp_path)
         assert ours == pytest.approx(plain, rel=1e-6)
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 4)])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), pytest.param(1, 4, marks=pytest.mark.slow)])
 def test_a_run_goes_on_at_another_number_of_ranks(pool, one_process, tmp_path, before, after):
     saving = {"enable": True, "interval": 2}
     run(pool, before, tmp_path, training=BATCH | {"steps": 2}, lr_scheduler={"warmup_steps": 0, "decay_ratio": 1e-9}, checkpoint=saving)
@@ -127,3 +127,7 @@ def test_a_checkpoint_holds_the_state_at_the_time_of_saving(pool, tmp_path, asyn
 
 def test_a_write_that_breaks_off_leaves_no_checkpoint(pool, tmp_path):
     assert pool.run(1, training.fail_while_writing, str(tmp_path)) == [[]]
+
+
+def test_a_rank_that_hangs_is_named_with_its_step(pool, tmp_path):
+    assert pool.run(2, training.wait_for_a_stuck_rank, str(tmp_path))[0] == "behind the others: rank 1 in step 2"

@@ -1,5 +1,6 @@
 """What ranks of the pool do in test_training.py: train the fake job some steps, and give back what can be compared."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from tests.reference.fake_run import FAKE, fake_job
 from torchtitan.build import build
 from torchtitan.components import checkpoint
 from torchtitan.components.optimizer import trainable
-from torchtitan.distributed import grad_norm
+from torchtitan.distributed import grad_norm, process_group
 from torchtitan.train import Trainer
 
 
@@ -63,6 +64,27 @@ def norm_of_mixed_gradients(folder: str) -> tuple[float, float]:
         assert isinstance(parameter, DTensor)
         parameter.grad = DTensor.from_local(full, parameter.device_mesh).redistribute(placements=parameter.placements)
     return float(grad_norm.global_norm(run.optimizers.parameters, run.mesh)), total**0.5
+
+
+def wait_for_a_stuck_rank(folder: str) -> str:
+    """Rank 1 stays in step 2; what rank 0 then knows."""
+    trainer = Trainer(build(fake_job(folder, comm={"train_timeout_seconds": 2}), FAKE, torch.device("cpu")))
+    try:
+        trainer.train_step()
+        trainer.state.step = 1
+        process_group.set_timeout(2)
+        process_group.note_step(2)
+        if dist.get_rank() == 1:
+            time.sleep(5)
+            return ""
+        process_group.note_step(3)
+        trainer.sum_counts(None)
+    except RuntimeError as error:
+        assert "time" in str(error).lower()
+        return process_group.laggards()
+    finally:
+        trainer.close()
+    raise AssertionError("the collective was not given up")
 
 
 def save_then_spoil(folder: str, async_mode: str) -> bool:

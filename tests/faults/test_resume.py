@@ -1,6 +1,7 @@
 """A run that was killed, stopped or spoilt goes on as if nothing had happened."""
 
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -92,6 +93,34 @@ def test_an_initial_checkpoint_gives_weights_alone(straight, tmp_path):
     found = runs.losses(tmp_path)
     assert sorted(found) == list(range(1, 9)), "steps and data start anew"
     assert found[1] != runs.losses(straight)[1]
+
+
+def test_the_end_of_the_data_ends_the_run_with_a_checkpoint(tmp_path, straight):
+    assert runs.train(tmp_path, "--data.epochs", "1", "--metrics.log_freq", "5") == 0, runs.log(tmp_path)
+    assert runs.checkpoints(tmp_path) == ["step-2", "step-3"]
+    assert sorted(runs.losses(tmp_path)) == [1, 3], "the last step is told, whatever the frequency"
+    report = json.loads((tmp_path / "data_report.json").read_text())
+    assert report["samples"] == 6
+
+
+def test_the_last_line_of_a_run_with_controls_says_what_the_images_are_worth(tmp_path):
+    assert runs.train(tmp_path, "--training.steps", "1", "--validation.enable", "--validation.controls", "--metrics.save_plot") == 0
+    *_, validation, curves, last = runs.log(tmp_path).splitlines()
+    assert re.fullmatch(r"held-out exact \d+\.\d % blanked \d+\.\d % shuffled \d+\.\d %", last)
+    assert validation.startswith("validate step: 1 loss: ") and curves.startswith("curves: ")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_dry_run_tells_sizes_and_writes_nothing(tmp_path):
+    assert runs.train(tmp_path, "--job.dry_run") == 0, runs.log(tmp_path)
+    assert "pixel_values: uint8 [2, 64, 48]" in runs.log(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["log.txt"]
+
+
+def test_profiler_traces_are_written_when_asked_for(tmp_path):
+    assert runs.train(tmp_path, "--profiling.enable_profiling", "--profiling.profile_freq", "4") == 0, runs.log(tmp_path)
+    traces = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("profile_traces/*/*"))
+    assert traces == ["profile_traces/step-4/rank0_trace.json", "profile_traces/step-8/rank0_trace.json"]
 
 
 def test_the_global_batch_of_the_checkpoint_holds(copy_of_straight):

@@ -75,7 +75,8 @@ class FakeStep:
 class FakeLoader:
     def __init__(self, job: VLMJobConfig, tokenizer: Any, *, rank: int, ranks: int, split: str, control: str | None, agree: Any):
         sizes = resolve_batch(job, int(os.environ.get("WORLD_SIZE", "1")))
-        self.B, self.steps = job.training.local_batch_size, STEPS_OF_DATA if split == "train" else 2
+        self.B = job.training.local_batch_size
+        self.steps = 2 if split == "validation" else 3 * job.data.epochs or STEPS_OF_DATA
         # A validation step is one forward; its slots are other ones than those of training.
         total = sizes.global_ if split == "train" else self.B * ranks
         own = total // ranks

@@ -83,7 +83,7 @@ class Checkpointer:
     def save(self, last: bool = False) -> None:
         """Checkpoint the present step. Unless async, it is complete on return; the `last` one always is."""
         self.wait()
-        if not self.options.enable or self.saved_step == self.state.step:
+        if not self.options.enable or self.state.step in (0, self.saved_step):
             return
         step = self.saved_step = self.state.step
         model_only = last and self.options.last_save_model_only

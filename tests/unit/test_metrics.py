@@ -1,0 +1,53 @@
+"""The printed line, occupancy, and the history that curves are drawn from."""
+
+import torch
+
+from torchtitan.components import metrics
+from torchtitan.components.curves import draw_curves
+from torchtitan.components.metrics import Meter, format_line
+from torchtitan.components.sinks import HISTORY, History, read_history
+from torchtitan.tools.logging import log_ranks
+
+
+def test_the_line_of_a_step():
+    values = {"loss": 3.14159265, "grad_norm": 0.5, "memory": 1.25, "tps": 12345.6, "tflops": 0.25, "mfu": None, "lr": 1e-3}
+    values |= {"patches": 97.13, "tokens": 99.0, "images/s": 12.34, "data_wait": 0.04}
+    assert format_line(12, values, ("patches", "tokens")) == (
+        "step: 12 loss: 3.14159 grad_norm: 0.50000 memory: 1.25GiB tps: 12,346 tflops: 0.250 mfu: n/a "
+        "patches: 97.1% tokens: 99.0% images/s: 12.3 data_wait: 0.0%"
+    )
+
+
+def test_occupancy_and_rates_count_what_all_ranks_did(monkeypatch):
+    clock = iter([0.0, 0.0, 10.0, 10.0])
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
+    meter = Meter(torch.device("cpu"), ranks=2, capacity={"tokens": 100, "patches": 50}, rates=("images",), tokens="tokens")
+    meter.restart()
+    meter.add({"tokens": 300, "patches": 100, "images": 7, "slots": 4, "flops": 6e12}, data_s=0.5)
+    meter.add({"tokens": 200, "patches": 100, "images": 3, "slots": 4, "flops": 4e12}, data_s=0.5)
+    meter.leave_out(5.0)  # of the ten seconds five were validation
+    read = meter.read()
+    assert read["tokens"] == 62.5 and read["patches"] == 50.0
+    assert read["images/s"] == 2.0 and read["tps"] == 50.0 and read["tflops"] == 1.0
+    assert read["data_wait"] == 20.0 and read["mfu"] is None
+
+
+def test_a_run_that_goes_on_forgets_what_came_after_its_checkpoint(tmp_path):
+    history = History(tmp_path, first_step=0)
+    for step in range(1, 5):
+        history.write(step, {"loss": 1.0 / step})
+    with (tmp_path / HISTORY).open("a") as file:
+        file.write('{"step": 5, "lo')  # cut short by a kill
+    History(tmp_path, first_step=2).write(3, {"loss": 9.0})
+    assert [(record["step"], record["loss"]) for record in read_history(tmp_path)] == [(1, 1.0), (2, 0.5), (3, 9.0)]
+
+
+def test_curves_are_drawn_from_a_history_without_validation(tmp_path):
+    History(tmp_path, first_step=0).write(1, {"loss": 1.0, "tokens": 99.0})
+    assert draw_curves(tmp_path, ("tokens",), ("thin",)).stat().st_size > 1000
+
+
+def test_log_rank_names_ranks_that_there_are(monkeypatch):
+    for value, ranks in (("0", {0}), ("1,3", {1, 3}), ("9", {0}), ("nonsense", {0})):
+        monkeypatch.setenv("LOG_RANK", value)
+        assert log_ranks(4) == ranks
