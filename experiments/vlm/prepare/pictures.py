@@ -14,6 +14,7 @@ from experiments.vlm.prepare.records.record import Picture
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}
 ENCODED = {"jpeg": "JPEG", "png": "PNG", "webp": "WEBP"}
 SIDE_LIMITS = {"JPEG": 65500, "WEBP": 16383}  # pixels a side that can be encoded; longer images become PNG
+BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF")  # of images, which Pillow may not open when cut (WebP)
 CHECK_SHRINK = 32  # a check decodes every byte, but to as few pixels as the decoder can
 
 
@@ -50,7 +51,7 @@ def looks_whole(data: bytes) -> bool:
     try:
         height, width = probe(data)
     except Rejected:
-        return bool(data)
+        return bool(data) and not data.startswith(BEGINNINGS)
     try:
         check(data, height, width)
     except Rejected:

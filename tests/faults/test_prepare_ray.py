@@ -1,0 +1,53 @@
+"""The same run on a Ray cluster of this machine, with a node killed in the middle. Skipped where Ray is not installed."""
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.faults.hostile_server import HostileServer
+from tests.faults.prepared import QUICK, bytes_of, run
+from tests.faults.test_prepare_kill import SCRIPT, deliveries, documents, wait_until, write_jsonl
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # stay on loopback, as on those systems
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    # The head does no work, so it may stay while nodes die.
+    head = {"num_cpus": 0, "node_ip_address": "127.0.0.1", "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    yield cluster
+    cluster.shutdown()
+
+
+def command(source: Path, out: Path, address: str) -> list[str]:
+    options = [f"--{name}={value}" for name, value in QUICK.items() if name != "allow_networks"]
+    command = [sys.executable, str(SCRIPT), "--input", str(source), "--out", str(out), "--records_per_shard", "15", *options]
+    return [*command, "--ray_address", address, "--allow_networks", "127.0.0.1/32"]
+
+
+def test_a_cluster_that_loses_a_node_makes_the_same_shards(cluster, tmp_path):
+    nodes = [cluster.add_node(num_cpus=1, node_ip_address="127.0.0.1") for _ in range(2)]
+    with HostileServer() as server:
+        source = write_jsonl(tmp_path / "a.jsonl", documents(server, 300))
+        driver = subprocess.Popen(command(source, tmp_path / "ray", cluster.address), env=os.environ, stderr=subprocess.PIPE, text=True)
+        wait_until(lambda: deliveries(server).total() >= 60, 240)
+        cluster.remove_node(nodes[0], allow_graceful=False)
+        _, said = driver.communicate(timeout=300)
+        assert driver.returncode == 0, said
+        counts = deliveries(server)
+
+        run(source, tmp_path / "here", records_per_shard=15)
+    assert bytes_of(tmp_path / "ray") == bytes_of(tmp_path / "here")
+    # Only what was on the wire of the lost node's task may have come a second time.
+    assert sum(count - 1 for count in counts.values()) <= QUICK["max_per_host"]
+    assert set(Counter(counts.values())) <= {1, 2}
