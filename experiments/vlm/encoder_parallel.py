@@ -12,7 +12,6 @@ Letters: N patch rows, V visual tokens a row, D width.
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor.parallel import parallelize_module
 
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.model.vit import VisionEncoder
@@ -72,4 +71,4 @@ ENCODER_BLOCK_PLAN = {
 
 def apply_encoder_tensor_parallel(encoder: VisionEncoder, mesh: DeviceMesh) -> None:
     for layer in encoder.layers.values():
-        parallelize_module(layer, mesh, ENCODER_BLOCK_PLAN)
+        tp.split(layer, mesh, ENCODER_BLOCK_PLAN)

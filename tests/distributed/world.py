@@ -109,7 +109,7 @@ class FixedStep:
 class FixedLoader:
     """The same global batches whatever the layout: rank r of n owns slots r * G / n and on."""
 
-    def __init__(self, job: VLMJobConfig, tokenizer: Any, *, rank: int, ranks: int, split: str = "train", control: str | None = None):
+    def __init__(self, job: VLMJobConfig, tokenizer: Any, *, rank: int, ranks: int, split: str = "train", **_: Any):
         self.sizes = Sizes(
             job.training.seq_len, job.data.patches_per_row, job.data.patch_rows, job.data.patch_size, job.data.spatial_merge_size
         )

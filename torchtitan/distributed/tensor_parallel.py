@@ -9,9 +9,25 @@ from typing import Any
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, PrepareModuleInput, RowwiseParallel, SequenceParallel
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 
 from torchtitan.distributed.differentiable import gather
+
+
+def split(module: nn.Module, mesh: DeviceMesh, plan: dict[str, ParallelStyle]) -> None:
+    """Give each submodule that `plan` names its style."""
+    frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
+    parallelize_module(module, mesh, plan)
+    for name in frozen:
+        # PyTorch's sequence parallel style makes new parameters, which would train again.
+        module.get_parameter(name).requires_grad_(False)
 
 
 def embedding() -> ParallelStyle:

@@ -43,7 +43,7 @@ class Mask(NamedTuple):
     def key_rows(self) -> Tensor:
         if self.kv_rows is not None:
             return self.kv_rows
-        return _arange_like(self.segments) if self.kv_segments is None else _arange_like(self.kv_segments)
+        return self.query_rows() if self.kv_segments is None else _arange_like(self.kv_segments)
 
     def dense(self) -> Tensor:
         """bool [B, 1, Q, K]; True where attention is allowed."""

@@ -1,7 +1,7 @@
 """Which module of the decoder gets which layout. How a layout works: torchtitan/distributed."""
 
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
+from torch.distributed.tensor.parallel import ParallelStyle
 
 from torchtitan.distributed import tensor_parallel as tp
 from torchtitan.models.decoder.model import Decoder
@@ -31,8 +31,8 @@ def apply_tensor_parallel(decoder: Decoder, mesh: DeviceMesh) -> None:
     A pipeline stage lacks some of these modules.
     """
     for layer in decoder.layers.values():
-        parallelize_module(layer, mesh, block_plan(decoder.config.qk_norm))
+        tp.split(layer, mesh, block_plan(decoder.config.qk_norm))
     ends = {"tok_embeddings": tp.embedding(), "norm": tp.norm(to_local=True), "output": tp.VocabularyParallel()}
-    parallelize_module(decoder, mesh, {name: style for name, style in ends.items() if getattr(decoder, name) is not None})
+    tp.split(decoder, mesh, {name: style for name, style in ends.items() if getattr(decoder, name) is not None})
     # Each style made parameters of its own; untied they would drift apart without an error.
     decoder.tie_weights()

@@ -1,0 +1,173 @@
+"""The layouts that are compared with one process, and the table of how far they are from it (scripts/check_layouts.py)."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from tests.distributed.layouts import Difference, Layout, Measured, compare, train
+from tests.distributed.pool import Pool, RankFailed
+from tests.distributed.world import SLOTS
+
+# Short names of options, for a list that can be read.
+KEYS = {
+    "replicate": "parallelism.data_parallel_replicate_degree",
+    "tp": "parallelism.tensor_parallel_degree",
+    "cp": "parallelism.context_parallel_degree",
+    "pp": "parallelism.pipeline_parallel_degree",
+    "schedule": "parallelism.pipeline_parallel_schedule",
+    "microbatch": "parallelism.pipeline_parallel_microbatch_size",
+    "split": "parallelism.pipeline_parallel_split_points",
+    "encoder_stage": "parallelism.pipeline_parallel_encoder_stage",
+    "method": "parallelism.context_parallel_method",
+    "balance": "parallelism.context_parallel_load_balance",
+    "sharing": "parallelism.encoder_sharing",
+    "heads": "parallelism.encoder_tensor_parallel",
+    "reshard": "parallelism.fsdp_reshard_after_forward",
+    "slots": "training.local_batch_size",
+    "ac": "activation_checkpoint.mode",
+    "encoder_ac": "activation_checkpoint.encoder_mode",
+    "every": "activation_checkpoint.selective_ac_option",
+    "compile": "compile.enable",
+}
+# These change what is trained, so that one process has to train it too.
+TASK = {
+    "model": "model.flavor",
+    "freeze": "training.freeze",
+    "rows": "data.patch_rows",
+    "optimizer": "optimizer.name",
+}
+BOUND = 1e-5
+
+
+def layout(name: str, ranks: int, **options: Any) -> Layout:
+    """By default as few slots a forward as a pipeline needs."""
+    options.setdefault("slots", 4 if "pp" in options else 1)
+    return Layout(name, ranks, {(KEYS | TASK)[key]: value for key, value in options.items()})
+
+
+ON_TWO = [
+    layout("accumulation", 1, slots=2),
+    layout("accumulation, muon", 1, slots=2, optimizer="Muon"),
+    layout("fsdp2", 2),
+    layout("fsdp2, accumulation of 2", 2, slots=2),
+    layout("fsdp2, full checkpointing", 2, ac="full", encoder_ac="full"),
+    layout("fsdp2, selective by operator", 2, ac="selective", encoder_ac="selective", reshard="always"),
+    layout("fsdp2, selective by layer", 2, ac="selective", encoder_ac="selective", every="2", reshard="never"),
+    layout("fsdp2, compile", 2, compile=True),
+    layout("fsdp2, frozen encoder", 2, freeze=["encoder"]),
+    layout("fsdp2, muon", 2, optimizer="Muon"),
+    layout("replicate2", 2, replicate=2),
+    layout("tp2", 2, tp=2),
+    layout("tp2, tied, biases", 2, tp=2, model="layouts-qwen2"),
+    layout("tp2, encoder heads", 2, tp=2, heads=True),
+    layout("tp2, shared encoder", 2, tp=2, slots=2, sharing="on"),
+    layout("cp2", 2, cp=2),
+    layout("cp2, in order", 2, cp=2, balance=False),
+    layout("cp2, ulysses", 2, cp=2, method="ulysses"),
+    layout("cp2, shared encoder of 2 rows a slot", 2, cp=2, rows=2, sharing="on"),
+    layout("pp2", 2, pp=2),
+    layout("pp2, GPipe", 2, pp=2, schedule="GPipe", microbatch=2),
+    layout("pp2, Interleaved1F1B", 2, pp=2, schedule="Interleaved1F1B"),
+    layout("pp2, InterleavedZeroBubble", 2, pp=2, schedule="InterleavedZeroBubble"),
+    layout("pp2, ZBVZeroBubble", 2, pp=2, schedule="ZBVZeroBubble"),
+    layout("pp2, ZBVZeroBubble, tied", 2, pp=2, schedule="ZBVZeroBubble", model="layouts-qwen3-tied"),
+    layout("pp2, tied", 2, pp=2, model="layouts-qwen3-tied"),
+    layout("pp2, encoder stage", 2, pp=2, encoder_stage=True),
+    layout("pp2, split by hand", 2, pp=2, split=[3]),
+]
+ON_FOUR = [
+    layout("replicate2.fsdp2", 4, replicate=2),
+    layout("fsdp2.tp2", 4, tp=2),
+    layout("fsdp2.tp2, muon", 4, tp=2, optimizer="Muon"),
+    layout("fsdp2.cp2", 4, cp=2, slots=2, sharing="on"),
+    layout("fsdp2.pp2", 4, pp=2),
+    layout("tp2.cp2, shared encoder", 4, tp=2, cp=2, slots=4, sharing="on"),
+    layout("tp2.cp2, repeated encoder", 4, tp=2, cp=2, sharing="off"),
+    layout("tp2.cp2, encoder heads", 4, tp=2, cp=2, heads=True, slots=2),
+    layout("tp2.cp2, ulysses, selective", 4, tp=2, cp=2, method="ulysses", ac="selective", encoder_ac="selective"),
+    layout("tp2.pp2, frozen decoder", 4, tp=2, pp=2, freeze=["decoder"]),
+    layout("cp2.pp2, full checkpointing", 4, cp=2, pp=2, schedule="ZBVZeroBubble", ac="full", encoder_ac="full"),
+    layout("fsdp2.cp2, compile, full checkpointing", 4, cp=2, compile=True, ac="full"),
+    layout("tp4, tied", 4, tp=4, slots=4, model="layouts-qwen3-tied"),
+    layout("cp4", 4, cp=4),
+    layout("cp4, ulysses", 4, cp=4, method="ulysses"),
+    layout("pp4", 4, pp=4),
+]
+ON_EIGHT = [
+    layout("fsdp8, some ranks see text alone", 8),
+    layout("replicate2.fsdp2.tp2", 8, replicate=2, tp=2),
+    layout("fsdp2.tp2.cp2", 8, tp=2, cp=2, slots=4, sharing="on"),
+    layout("fsdp2.tp2.pp2", 8, tp=2, pp=2),
+    layout("fsdp2.cp2.pp2, ulysses", 8, cp=2, pp=2, method="ulysses", schedule="InterleavedZeroBubble"),
+    layout("fsdp.tp2.cp2.pp2", 8, tp=2, cp=2, pp=2),
+    layout("fsdp.tp2.cp2.pp2, all at once", 8, tp=2, cp=2, pp=2, schedule="Interleaved1F1B", rows=4, sharing="on", ac="selective",
+           encoder_ac="selective", model="layouts-qwen3-tied"),
+    layout("fsdp.tp2.cp2.pp2, ZBVZeroBubble, frozen", 8, tp=2, cp=2, pp=2, schedule="ZBVZeroBubble", freeze=["encoder"]),
+    layout("cp8", 8, cp=8),
+    layout("tp4.cp2", 8, tp=4, cp=2),
+    layout("cp4.tp2, tied", 8, tp=2, cp=4, model="layouts-qwen3-tied"),
+    layout("fsdp2.pp4", 8, pp=4),
+    layout("tp2.cp2.pp2, compile", 8, tp=2, cp=2, pp=2, compile=True),
+]  # fmt: skip
+LAYOUTS = {each.name: each for each in [*ON_TWO, *ON_FOUR, *ON_EIGHT]}
+
+# One of each kind and the largest combination, for every run of the tests.
+QUICK = (
+    "fsdp2, selective by operator",
+    "tp2, shared encoder",
+    "cp2",
+    "pp2, ZBVZeroBubble, tied",
+    "tp2.cp2, encoder heads",
+    "fsdp.tp2.cp2.pp2, all at once",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    layout: Layout
+    found: Difference | None
+    error: str = ""
+
+    @property
+    def equal(self) -> bool:
+        d = self.found
+        return d is not None and max(d.loss, d.norm, d.gradient, d.validation) <= BOUND
+
+    def __str__(self) -> str:
+        name = f"{self.layout.ranks}  {self.layout.name:42s}"
+        if self.found is None:
+            return f"{name} failed: {self.error.strip().splitlines()[-1]}"
+        d = self.found
+        verdict = "equal" if self.equal else "DIFFERENT"
+        return f"{name} {d.loss:8.1e} {d.norm:8.1e} {d.gradient:8.1e} {d.validation:8.1e}  {verdict}  {d.worst}"
+
+
+HEADING = f"{'ranks  layout':45s} {'loss':>8s} {'norm':>8s} {'gradient':>8s} {'held out':>8s}"
+
+
+class Comparison:
+    """Runs layouts, and one process for each task that they train."""
+
+    def __init__(self, steps: int = 5, validate: bool = True) -> None:
+        self.pool = Pool()
+        self.steps, self.validate = steps, validate
+        self.references: dict[str, Measured] = {}
+
+    def reference(self, layout: Layout) -> Measured:
+        task = {key: value for key, value in layout.changes.items() if key in TASK.values()}
+        if repr(task) not in self.references:
+            one = task | {"training.local_batch_size": SLOTS}
+            self.references[repr(task)] = self.pool.run(1, train, one, 1, self.steps, self.validate)[0]
+        return self.references[repr(task)]
+
+    def row(self, layout: Layout) -> Row:
+        reference = self.reference(layout)
+        try:
+            return Row(
+                layout, compare(self.pool.run(layout.ranks, train, layout.changes, layout.ranks, self.steps, self.validate)[0], reference)
+            )
+        except RankFailed as error:
+            return Row(layout, None, str(error))
+
+    def rows(self, layouts: Iterable[Layout]) -> Iterator[Row]:
+        return (self.row(each) for each in layouts)

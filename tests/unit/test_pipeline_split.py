@@ -1,0 +1,72 @@
+"""How layers lie on the stages of a pipeline."""
+
+import itertools
+
+import pytest
+
+from experiments.vlm.config import VLMJobConfig
+from experiments.vlm.model.flavors import FLAVORS
+from experiments.vlm.pipeline import split_layers
+from torchtitan.config.check import Degrees
+from torchtitan.distributed.pipeline_parallel import Split, rank_of_stage, split_evenly, stages_of_rank
+
+
+def dearest(cuts, costs, first, last) -> float:
+    edges = [0, *cuts, len(costs)]
+    stages = [sum(costs[a:b]) for a, b in itertools.pairwise(edges)]
+    stages[0] += first
+    stages[-1] += last
+    return max(stages)
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 0), (2.5, 1), (0.4, 3.2), (9, 0)])
+@pytest.mark.parametrize("stages", [2, 3, 4])
+def test_no_other_split_has_a_cheaper_dearest_stage(stages, first, last):
+    costs = [1.0, 1.0, 2.0, 1.0, 0.5, 1.0, 1.0]
+    ours = split_evenly(costs, first, last, stages)
+    every = itertools.combinations_with_replacement(range(len(costs) + 1), stages - 1)
+    assert dearest(ours, costs, first, last) == pytest.approx(min(dearest(cuts, costs, first, last) for cuts in every))
+    assert all(a < b for a, b in itertools.pairwise(ours)), "stages between the ends have layers"
+
+
+def test_equal_layers_are_dealt_evenly():
+    assert split_evenly([1.0] * 8, 0, 0, 4) == [2, 4, 6]
+
+
+def test_an_encoder_stage_holds_no_layer():
+    assert split_evenly([1.0] * 6, 5, 0, 4, empty_first=True) == [0, 2, 4]
+
+
+def test_stages_lie_round_the_ranks_or_in_a_v():
+    assert [stages_of_rank("1F1B", rank, 3, 3) for rank in range(3)] == [[0], [1], [2]]
+    assert [stages_of_rank("Interleaved1F1B", rank, 2, 6) for rank in range(2)] == [[0, 2, 4], [1, 3, 5]]
+    assert [stages_of_rank("ZBVZeroBubble", rank, 3, 6) for rank in range(3)] == [[0, 5], [1, 4], [2, 3]]
+    assert [rank_of_stage("ZBVZeroBubble", stage, 2, 4) for stage in range(4)] == [0, 1, 1, 0]
+
+
+def test_a_split_names_the_layers_of_each_stage():
+    split = Split(5, (0, 2, 5))
+    assert [list(split.of(stage)) for stage in range(split.stages)] == [[], [0, 1], [2, 3, 4], []]
+
+
+def layers_of_stages(patches_per_row: int, **parallelism) -> list[int]:
+    job = VLMJobConfig()
+    job.data.patches_per_row = patches_per_row
+    for name, value in parallelism.items():
+        setattr(job.parallelism, "pipeline_parallel_" + name, value)
+    split = split_layers(FLAVORS["so400m-llama3.1-8B"], 128256, job, Degrees(1, 1, 1, 1, 4))
+    return [len(split.of(stage)) for stage in range(split.stages)]
+
+
+def test_more_patches_leave_the_first_stage_fewer_layers():
+    few, many = layers_of_stages(512), layers_of_stages(8192)
+    assert sum(few) == sum(many) == 32 and many[0] < few[0]
+
+
+def test_layers_are_split_by_hand_where_asked():
+    assert layers_of_stages(512, split_points=[2, 12, 22]) == [2, 10, 10, 10]
+
+
+def test_the_encoder_may_be_a_stage_of_its_own():
+    layers = layers_of_stages(512, encoder_stage=True)
+    assert layers[0] == 0 and sum(layers) == 32
