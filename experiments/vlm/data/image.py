@@ -39,6 +39,7 @@ OPENED_FORMATS = [name for name in PILImage.ID if name != "EPS"]
 warnings.filterwarnings("ignore", module=r"PIL\.")  # of broken metadata and large images: they are rejected or fine
 
 _buffers = threading.local()
+_resample = torch.ops.aten._upsample_bilinear2d_aa  # torch.nn.functional.interpolate(antialias=True), with scales of one's own
 
 
 @dataclass(frozen=True)
@@ -204,10 +205,13 @@ def _resize(pixels: np.ndarray, extent: tuple[float, float], target: tuple[int, 
     extent: the part of (H, W) that the image truly covers. A JPEG of 1001 rows, decoded at half size, has 501 rows but
     covers 500.5 of them; stretching 501 over the target instead would cost 10 dB.
     """
-    source = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)  # channels last to torch: no copy
-    scales = [goal / covered for goal, covered in zip(target, extent, strict=True)]
-    resized = torch.ops.aten._upsample_bilinear2d_aa(source, list(target), False, *scales)
-    return resized[0].permute(1, 2, 0).contiguous().numpy()
+    image = torch.from_numpy(pixels).unsqueeze(0).permute(0, 3, 1, 2)  # to torch channels last: nothing is copied
+    down, across = (goal / covered for goal, covered in zip(target, extent, strict=True))
+    if down < 1:
+        # Rows first: whole rows are added up, which is fast, and fewer are left for the slow pass. A third faster than at once.
+        image = _resample(image, [target[0], image.shape[3]], False, down, None)
+        down = 1.0
+    return _resample(image, list(target), False, down, across)[0].permute(1, 2, 0).numpy()
 
 
 def _load_rgb(image: PILImage.Image) -> np.ndarray:
