@@ -19,6 +19,7 @@ from torchtitan.config.check import Degrees
 from torchtitan.distributed import tensor_parallel as tp
 from torchtitan.distributed.differentiable import gather, sum_gradient
 from torchtitan.distributed.mesh import Mesh
+from torchtitan.tools.logging import logger
 
 
 def rows_a_forward(job: VLMJobConfig, sizes: Degrees) -> int:
@@ -49,11 +50,18 @@ def own_rows(rows: Tensor, job: VLMJobConfig, mesh: Mesh) -> Tensor:
 
 def apply_sharing(projector: nn.Module, job: VLMJobConfig, mesh: Mesh) -> None:
     """The projector returns the visual tokens of all rows, whoever encoded them."""
-    heads, shared = mesh["tp"].get_group(), sharing_mesh(job, mesh).get_group()
-    if job.parallelism.encoder_tensor_parallel:
+    p, group = job.parallelism, sharing_mesh(job, mesh)
+    if p.encoder_tensor_parallel:
+        heads = mesh["tp"].get_group()
         projector.register_forward_hook(lambda module, args, visual_NVD: sum_gradient(visual_NVD, heads))
     if sharers(job, mesh.degrees) > 1:
+        shared = group.get_group()
         projector.register_forward_hook(lambda module, args, visual_NVD: gather(visual_NVD, 0, shared))
+    elif p.encoder_sharing == "auto" and group.size() > 1:
+        logger.info(
+            f"parallelism.encoder_sharing = auto: {rows_a_forward(job, mesh.degrees)} patch rows a forward do not divide among "
+            f"{group.size()} ranks, so each of them encodes all; more slots a forward, or data.patch_rows, would share the work"
+        )
 
 
 # Norms and the embedding are whole on every rank, and see the whole gradient there.

@@ -74,6 +74,7 @@ ON_TWO = [
     layout("pp2, tied", 2, pp=2, model="layouts-qwen3-tied"),
     layout("pp2, encoder stage", 2, pp=2, encoder_stage=True),
     layout("pp2, split by hand", 2, pp=2, split=[3]),
+    layout("pp2, resharding after forward", 2, pp=2, reshard="always"),
 ]
 ON_FOUR = [
     layout("replicate2.fsdp2", 4, replicate=2),

@@ -1,14 +1,16 @@
 """How layers lie on the stages of a pipeline."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.model.flavors import FLAVORS
 from experiments.vlm.pipeline import split_layers
 from torchtitan.config.check import Degrees
-from torchtitan.distributed.pipeline_parallel import Split, rank_of_stage, split_evenly, stages_of_rank
+from torchtitan.distributed.pipeline_parallel import Pipeline, Split, rank_of_stage, split_evenly, stages_of_rank
 
 
 def dearest(cuts, costs, first, last) -> float:
@@ -70,3 +72,11 @@ def test_layers_are_split_by_hand_where_asked():
 def test_the_encoder_may_be_a_stage_of_its_own():
     layers = layers_of_stages(512, encoder_stage=True)
     assert layers[0] == 0 and sum(layers) == 32
+
+
+def test_rows_that_do_not_divide_among_microbatches_are_told():
+    """Dealt by torch.tensor_split, 6 rows for 4 microbatches would be 2, 2, 1 and 1 without a word."""
+    pipeline = SimpleNamespace(_microbatches=4)
+    Pipeline._check(pipeline, {"tokens": torch.zeros(8, 3)})
+    with pytest.raises(AssertionError, match="pixel_values"):
+        Pipeline._check(pipeline, {"tokens": torch.zeros(8, 3), "pixel_values": torch.zeros(6, 2)})
