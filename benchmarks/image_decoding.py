@@ -146,9 +146,8 @@ def main() -> None:
     cv2.setNumThreads(1)
     images = make_jpegs(arguments.images)
     sizes = [probe(data) for data in images]
-    print(
-        f"{len(images)} JPEGs, {np.mean([h * w for h, w in sizes]) / 1e6:.2f} megapixels and {np.mean([len(d) for d in images]) / 1e3:.0f} kB each"
-    )
+    megapixels, kilobytes = np.mean([h * w for h, w in sizes]) / 1e6, np.mean([len(data) for data in images]) / 1e3
+    print(f"{len(images)} JPEGs, {megapixels:.2f} megapixels and {kilobytes:.0f} kB each, to at most {PLAN.max_patches} patches")
     print(f"Pillow {PIL.__version__}, simplejpeg {simplejpeg.__version__}, OpenCV {cv2.__version__}, torch {torch.__version__}")
     found = compare_chains(images, arguments.threads, arguments.rounds)
     found["12 megapixels"] = compare_scaling(arguments.rounds)

@@ -192,11 +192,11 @@ def test_decoding_lets_other_threads_run():
     sys.setswitchinterval(0.0005)
     worker = threading.Thread(target=work)
     worker.start()
-    start, before = time.perf_counter(), worked[0]
+    start, before = time.thread_time(), worked[0]
     for _ in range(5):
         decode(data, 512, 512)
-    share = (worked[0] - before) / (time.perf_counter() - start)
+    share = (worked[0] - before) / (time.thread_time() - start)
     stop.set()
     worker.join()
     sys.setswitchinterval(interval)
-    assert share > 0.1  # held, a switch interval or two in each of five decodes: 3 %
+    assert share > 0.2  # of the decoding thread's time, near 1 here; held, a switch interval or two in each of five decodes: 3 %
