@@ -10,7 +10,7 @@ import numpy as np
 from experiments.vlm.config import Source, VLMJobConfig
 from tests.samples import jpeg, write_tar
 
-WORDS = "red green blue square circle left right above below small large one two three".split()
+WORDS = ["red", "green", "blue", "square", "circle", "left", "right", "above", "below", "small", "large", "one", "two", "three"]
 
 
 @dataclass

@@ -14,6 +14,7 @@ from tests.tiny_data import Characters
 
 TOKENIZER = Characters()
 BOS, EOS, IMAGE, BEGIN, END = 256, 257, 259, 260, 261
+SLOT = Budget(seq_len=64, patch_rows=1, patches_per_row=64)
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Sizes:
         return height, width
 
 
-def plan(parts, budget=Budget(64, 1, 64), long="split") -> list[Sample]:
+def plan(parts, budget=SLOT, long="split") -> list[Sample]:
     return plan_samples(Document("key", parts), TOKENIZER, Sizes(), budget, long)
 
 

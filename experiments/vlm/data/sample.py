@@ -11,8 +11,9 @@ again: bos stands in the first alone, eos in the last.
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -53,15 +54,23 @@ class Sample:
     images: list[PlannedImage] = field(default_factory=list)
 
     @property
+    def length(self) -> int:
+        return len(self.tokens)
+
+    @cached_property
+    def image_patches(self) -> list[int]:
+        return [image.patches for image in self.images]
+
+    @cached_property
     def patches(self) -> int:
-        return sum(image.patches for image in self.images)
+        return sum(self.image_patches)
 
 
 class Atom(NamedTuple):
     """A part of a document in token space. Text may be cut anywhere, an image nowhere."""
 
-    tokens: list[int]
-    targets: list[bool]
+    tokens: Sequence[int]
+    targets: Sequence[bool]
     image: Image | None = None
     h: int = 0
     w: int = 0

@@ -1,9 +1,7 @@
 """One slot: a stream of planned rows, the same whoever runs it.
 
     draw      the mixture says which source, its reader gives the next good document, sample.py cuts it into pieces
-    wait      up to `buffer` samples wait; of a document in pieces the first one waits, and the next one queues up again
-              behind the others when it is taken. So pieces keep their order, and a book fills no row of rows
-    plan      packing.py chooses who shares the row
+    wait      in the window, until the packer chooses who shares the next row
 
 State: the readers' positions, what the mixture gave, references to those that wait, counts. A resumed slot reads again
 only what was waiting.
@@ -12,23 +10,20 @@ only what was waiting.
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
-
-import numpy as np
 
 from experiments.vlm.data.control import CONTROLS
 from experiments.vlm.data.image import ImagePlan
 from experiments.vlm.data.mixture import Mixture
-from experiments.vlm.data.packing import Budget, Waiting, choose, place
+from experiments.vlm.data.packing import Budget
 from experiments.vlm.data.reading import Record, Reference, ShardCache, SourceReader
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.sample import Sample, plan_samples
 from experiments.vlm.data.streams import Deal
 from experiments.vlm.data.tally import Reject, Tally, check_bad_fraction
+from experiments.vlm.data.window import Place, Window
 from torchtitan.components.tokenizer import Tokenizer
-
-FIRST_LOOK = 64  # samples that wait at the first plan; it doubles up to the buffer, so that training starts early
-ROWS_AHEAD = 2  # but at least so many slots' worth of tokens or patches wait, however small the samples
 
 
 @dataclass(frozen=True)
@@ -67,9 +62,14 @@ class Entry:
     def head(self) -> Sample:
         return self.pieces[0]
 
-    @property
-    def tokens(self) -> int:
-        return sum(len(piece.tokens) for piece in self.pieces)
+    @cached_property
+    def length(self) -> int:
+        return sum(piece.length for piece in self.pieces)
+
+    def rest(self) -> "Entry | None":
+        if len(self.pieces) == 1:
+            return None
+        return Entry(self.reference._replace(piece=self.reference.piece + 1), self.origin, self.pieces[1:])
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Packed:
     reference: Reference
     origin: Origin
     sample: Sample
-    places: list[tuple[int, int]]  # (row, first patch) of each image
+    places: list[Place]  # of each image
 
 
 @dataclass
@@ -100,22 +100,14 @@ class Slot:
         transform = CONTROLS[planning.control] if planning.control else None
         self.readers = [SourceReader(source, deal, number, cache, transform) for source, deal in enumerate(planning.deals)]
         self.records = [self._records(reader) for reader in self.readers]
-        self.waiting: list[Entry] = []
-        self.plans = 0
+        self.window: Window[Entry] = Window(planning.budget, planning.buffer)
         self.tally = Tally()
         self.rejects: list[Reject] = []
 
     def plan(self) -> SlotPlan:
         """The next row; an empty one once everything is over. Raises DataError if a source is rotten."""
-        self._refill()
-        heads = [entry.head for entry in self.waiting]
-        chosen: list[int] = []
-        if heads:
-            sizes = [[image.patches for image in sample.images] for sample in heads]
-            patches = np.array([sample.patches for sample in heads])
-            chosen = choose(Waiting(np.array([len(sample.tokens) for sample in heads]), patches, sizes), self.planning.budget)
-        packed = self._take(chosen)
-        self.plans += 1
+        self.window.refill(self._draw)
+        packed = [Packed(entry.reference, entry.origin, entry.head, places) for entry, places in self.window.take()]
         plan = SlotPlan(self.number, packed, self.rejects, self.position())
         self.rejects = []
         return plan
@@ -123,23 +115,23 @@ class Slot:
     def position(self) -> str:
         return json.dumps(
             {
-                "plans": self.plans,
+                "plans": self.window.plans,
                 "readers": [reader.position() for reader in self.readers],
                 "mixture": self.mixture.position(),
-                "waiting": [entry.reference for entry in self.waiting],
+                "waiting": [entry.reference for entry in self.window.entries],
                 "tally": self.tally.sources,
             }
         )
 
     def seek(self, state: dict[str, Any]) -> None:
         """Go on from a `position`. Samples that waited are read again; one that is not there any more is told and left out."""
-        self.plans = state["plans"]
+        self.window.plans = state["plans"]
         self.mixture.seek(state["mixture"])
         self.tally = Tally(state["tally"])
         for reader, at in zip(self.readers, state["readers"], strict=True):
             reader.seek(at)
         self.records = [self._records(reader) for reader in self.readers]
-        self.waiting = [entry for entry in map(self._reread, state["waiting"]) if entry is not None]
+        self.window.entries = [entry for entry in map(self._reread, state["waiting"]) if entry is not None]
 
     def _records(self, reader: SourceReader) -> Iterator[tuple[Reference, Record]]:
         return reader.records(self._reject)
@@ -160,24 +152,6 @@ class Slot:
         pieces = self._pieces(record)[reference.piece :]
         return Entry(reference, self._origin(reference, record), pieces) if pieces else None
 
-    def _refill(self) -> None:
-        planning, budget = self.planning, self.planning.budget
-        goal = min(planning.buffer, FIRST_LOOK << min(self.plans, 16))
-        held = sum(entry.tokens for entry in self.waiting)
-        tokens = sum(len(entry.head.tokens) for entry in self.waiting)
-        patches = sum(entry.head.patches for entry in self.waiting)
-        # The last condition bounds the memory where documents are long.
-        while held < planning.buffer * budget.seq_len and (
-            len(self.waiting) < goal or (tokens < ROWS_AHEAD * budget.seq_len and patches < ROWS_AHEAD * budget.patches)
-        ):
-            entry = self._draw()
-            if entry is None:
-                return
-            self.waiting.append(entry)
-            held += entry.tokens
-            tokens += len(entry.head.tokens)
-            patches += entry.head.patches
-
     def _draw(self) -> Entry | None:
         """The next document of the mixture; None when all sources are dry."""
         while (source := self.mixture.pick()) is not None:
@@ -191,7 +165,7 @@ class Slot:
             if pieces:
                 self.readers[source].barren = 0
                 entry = Entry(reference, self._origin(reference, record), pieces)
-                self.mixture.give(source, entry.tokens if self.planning.weight_by == "tokens" else 1)
+                self.mixture.give(source, entry.length if self.planning.weight_by == "tokens" else 1)
                 return entry
         return None
 
@@ -208,20 +182,6 @@ class Slot:
             self.tally.count(name, "split")
         elif pieces[0].tokens[-1] != self.tokenizer.eos_id:
             self.tally.count(name, "truncated")
-
-    def _take(self, chosen: list[int]) -> list[Packed]:
-        """Remove the chosen heads; what is left of their documents queues up again."""
-        taken = [self.waiting[i] for i in chosen]
-        images = [image.patches for entry in taken for image in entry.head.images]
-        places = iter(place(images, self.planning.budget) or [])
-        packed = [Packed(entry.reference, entry.origin, entry.head, [next(places) for _ in entry.head.images]) for entry in taken]
-        gone = set(chosen)
-        self.waiting = [entry for i, entry in enumerate(self.waiting) if i not in gone]
-        for entry in taken:
-            if len(entry.pieces) > 1:
-                reference = entry.reference._replace(piece=entry.reference.piece + 1)
-                self.waiting.append(Entry(reference, entry.origin, entry.pieces[1:]))
-        return packed
 
     def _origin(self, reference: Reference, record: Record) -> Origin:
         document = record.document
