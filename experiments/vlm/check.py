@@ -144,4 +144,5 @@ def check_path(path: str, key: str) -> None:
     elif "://" not in path:
         pattern = re.sub(r"\{[^{}]*\}", "*", os.path.expanduser(path))
         there = os.path.exists(path) or next(glob.iglob(pattern, recursive=True), None) is not None
-        require(there, f"{key} = {path}: no such file or folder (looked from {os.getcwd()})")
+        hub = f"; a data set of the Hugging Face hub is hf://datasets/{path}" if re.fullmatch(r"[\w.-]+/[\w.-]+", path) else ""
+        require(there, f"{key} = {path}: no such file or folder (looked from {os.getcwd()}){hub}")

@@ -165,12 +165,6 @@ def test_a_remote_shard_is_tried_again(tmp_path, data, remote, monkeypatch):
     assert error.value.reason == "shard_unreadable" and len(tries) == 2
 
 
-def test_a_data_set_of_the_hub_is_its_files(tmp_path, data, monkeypatch):
-    found = []
-    monkeypatch.setattr(shards, "_match_remote", lambda pattern, suffixes: found.append(pattern) or [pattern + "/0.parquet"])
-    assert list_shards("Maker/Data-Set", "obelics", data) == ["hf://datasets/Maker/Data-Set/0.parquet"]
-
-
 class Hub:
     """As much of a file system as listing needs."""
 

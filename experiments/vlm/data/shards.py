@@ -4,8 +4,8 @@
     data/cc12m-{0000..0012}.tar         a range; {a,b} too
     data/**/*.parquet                   a glob
     data/cc12m                          a folder: the files below it whose suffix the format knows
-    s3://bucket/cc12m/*.tar             any of these where fsspec reaches it: s3, gs, http(s), hf://datasets/ORG/NAME/...
-    ORG/NAME                            a data set of the Hugging Face hub (its train split, where it has splits)
+    s3://bucket/cc12m/*.tar             any of these where fsspec reaches it: s3, gs, http(s) ...
+    hf://datasets/ORG/NAME              a data set of the Hugging Face hub; all of it means its train split, where it has splits
     embedded:captions/train             drawn on first use, see data/world
 
 Remote and compressed shards (.gz, .tgz, .zst, .bz2) are copied into the cache folder, so that every shard can seek.
@@ -35,10 +35,10 @@ from experiments.vlm.data.world import ensure
 from torchtitan.config.check import ConfigError
 
 TRIES = 3  # of a remote shard
+HUB = "hf://datasets/"
 CHUNK_BYTES = 1 << 20
 STEP_BYTES = 1 << 14  # of decompression: the step that meets the end of a cut file is lost
 WAIT_S = 1.0  # before the second try, twice that before the third
-HUB = "hf://datasets/"
 NOT_RECORDS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # what `datasets` writes beside its data
 
 
@@ -69,8 +69,6 @@ def open_shard(path: str, source: Source, data: Data) -> Shard:
 def _resolve(path: str, data: Data) -> str:
     if path.startswith("embedded:"):
         return str(ensure(path.removeprefix("embedded:"), data.cache_folder))
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not os.path.exists(path) and not Path(path).suffix and not Path(path).parent.exists():
-        return HUB + path
     return path if "://" in path else os.path.expanduser(path)
 
 
@@ -106,8 +104,8 @@ def _match_remote(pattern: str, suffixes: tuple[str, ...]) -> list[str]:
         files = [system.unstrip_protocol(file) for file in system.find(path) if _is_shard(file, suffixes)]
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"{pattern} cannot be listed: {type(error).__name__}: {error}") from error
-    is_hub_id = pattern.startswith(HUB) and pattern.removeprefix(HUB).count("/") == 1
-    return [file for file in files if "train" in file.removeprefix(pattern)] or files if is_hub_id else files
+    is_whole_data_set = pattern.startswith(HUB) and pattern.removeprefix(HUB).count("/") == 1
+    return [file for file in files if "train" in file.removeprefix(pattern)] or files if is_whole_data_set else files
 
 
 def _is_shard(file: str, suffixes: tuple[str, ...]) -> bool:
