@@ -131,3 +131,8 @@ def test_a_write_that_breaks_off_leaves_no_checkpoint(pool, tmp_path):
 
 def test_a_rank_that_hangs_is_named_with_its_step(pool, tmp_path):
     assert pool.run(2, training.wait_for_a_stuck_rank, str(tmp_path))[0] == "behind the others: rank 1 in step 2"
+
+
+def test_muons_work_shared_over_ranks_is_the_whole_work(pool):
+    # Batched and single products sum in another order.
+    assert max(pool.run(3, training.muon_apart_and_together)) < 1e-5

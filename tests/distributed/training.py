@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from tests.reference.fake_run import FAKE, fake_job
 from torchtitan.build import build
-from torchtitan.components import checkpoint
+from torchtitan.components import checkpoint, muon
 from torchtitan.components.optimizer import trainable
 from torchtitan.distributed import grad_norm, process_group
 from torchtitan.train import Trainer
@@ -64,6 +65,24 @@ def norm_of_mixed_gradients(folder: str) -> tuple[float, float]:
         assert isinstance(parameter, DTensor)
         parameter.grad = DTensor.from_local(full, parameter.device_mesh).redistribute(placements=parameter.placements)
     return float(grad_norm.global_norm(run.optimizers.parameters, run.mesh)), total**0.5
+
+
+def muon_apart_and_together() -> float:
+    """Largest difference between sharing the work and doing all of it, over shapes whose rows do not divide evenly."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    worst = 0.0
+    for rows, columns, matrices in ((8, 6, 3), (7, 12, 2), (5, 5, 1), (1, 9, 2)):
+        generator = torch.Generator().manual_seed(rows)
+        whole = torch.randn(matrices, rows, columns, generator=generator)
+        updates = [distribute_tensor(matrix, mesh, [Shard(0)], src_data_rank=None) for matrix in whole]
+        group = muon._row_group(updates[0])
+        assert group is not None
+        apart = muon.directions_apart(updates, group, torch.float32)
+        together = muon.directions_together(updates, torch.float32)
+        for a, b in zip(apart, together, strict=True):
+            assert a.shape == b.shape
+            worst = max(worst, float((a - b).abs().max()) if a.numel() else 0.0)
+    return worst
 
 
 def wait_for_a_stuck_rank(folder: str) -> str:

@@ -1,22 +1,24 @@
 """Muon (Jordan et al., 2024): momentum, then the nearest orthogonal matrix, so that every direction moves equally far.
 
-Unusual here: a matrix may be sharded in any way (FSDP, tensor parallel, both). Its update is gathered once, orthogonalised
-whole, and each rank keeps its shard: the Newton-Schulz steps themselves do not communicate. Matrices of one shape are
-orthogonalised in one batched product.
+Unusual here: a matrix may be sharded in any way. Where its rows are divided over ranks (FSDP), each rank gets another of the
+matrices of one shape, whole, orthogonalises it and sends the rows back, so no work is done twice; where it is divided
+otherwise (tensor parallel), every rank gathers it. The Newton-Schulz steps themselves never communicate.
 
 Letters: M matrices of one shape, R rows (out), C columns (in).
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic that pulls singular values to about 1 fastest
 STEPS = 5
+BATCH_NUMBERS = 1 << 24  # of matrices that are orthogonalised in one product: 64 MB in float32
 
 
 def orthogonalise(update_MRC: Tensor, dtype: torch.dtype) -> Tensor:
@@ -32,8 +34,18 @@ def orthogonalise(update_MRC: Tensor, dtype: torch.dtype) -> Tensor:
     return x.mT if tall else x
 
 
-def _whole(x: Tensor) -> Tensor:
-    return x.full_tensor() if isinstance(x, DTensor) else x
+def _local(x: Tensor) -> Tensor:
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def _row_group(x: Tensor) -> dist.ProcessGroup | None:
+    """The ranks that the rows of `x` are divided over, if that is all that divides it."""
+    if not isinstance(x, DTensor):
+        return None
+    dims = [dim for dim, placement in enumerate(x.placements) if not placement.is_replicate() and x.device_mesh.size(dim) > 1]
+    # A strided shard (FSDP within tensor parallel) is a class of its own.
+    plain = len(dims) == 1 and type(x.placements[dims[0]]) is Shard and x.placements[dims[0]] == Shard(0)
+    return x.device_mesh.get_group(dims[0]) if plain else None
 
 
 def _shard_of(whole: Tensor, like: Tensor) -> Tensor:
@@ -46,8 +58,29 @@ def _shard_of(whole: Tensor, like: Tensor) -> Tensor:
     return whole
 
 
-def _local(x: Tensor) -> Tensor:
-    return x.to_local() if isinstance(x, DTensor) else x
+def directions_together(updates: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """This rank's shards of the orthogonalised updates, all of one shape; every rank computes all of them."""
+    whole_MRC = torch.stack([update.full_tensor() if isinstance(update, DTensor) else update for update in updates])
+    return [_shard_of(direction, update) for direction, update in zip(orthogonalise(whole_MRC, dtype), updates, strict=True)]
+
+
+def directions_apart(updates: list[Tensor], group: dist.ProcessGroup, dtype: torch.dtype) -> list[Tensor]:
+    """The same, where rows are divided over `group`: its rank i orthogonalises update i. At most as many updates as ranks."""
+    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    rows, columns = updates[0].shape
+    # Rows of each rank, as torch.chunk deals them; the last ranks may hold none.
+    step = -(-rows // ranks)
+    held = [min(step, max(0, rows - i * step)) for i in range(ranks)]
+    mine = rank < len(updates)
+    sent = [held[rank] * columns if i < len(updates) else 0 for i in range(ranks)]
+    received = [count * columns if mine else 0 for count in held]
+    shards = torch.cat([_local(update).to(dtype).flatten() for update in updates])
+    whole = shards.new_empty(sum(received))
+    dist.all_to_all_single(whole, shards, received, sent, group=group)
+    if mine:
+        whole = orthogonalise(whole.view(1, rows, columns), dtype).flatten()
+    dist.all_to_all_single(shards, whole.contiguous(), sent, received, group=group)
+    return [shard.view(held[rank], columns) for shard in shards.chunk(len(updates))]
 
 
 class Muon(torch.optim.Optimizer):
@@ -61,23 +94,12 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):  # the base class allows a closure; nothing here passes one
         for group in self.param_groups:
-            by_shape = defaultdict(list)
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    by_shape[parameter.shape].append(parameter)
-            for parameters in by_shape.values():
-                self._step_of_one_shape(parameters, group)
-
-    def _step_of_one_shape(self, parameters: list[Tensor], group: dict) -> None:
-        update_MRC = torch.stack([_whole(self._nesterov(parameter, group["momentum"])) for parameter in parameters])
-        default = torch.bfloat16 if update_MRC.is_cuda else torch.float32
-        direction_MRC = orthogonalise(update_MRC, self.dtype or default)
-        rows, columns = update_MRC.shape[1:]
-        rate = group["lr"] * max(1.0, rows / columns) ** 0.5
-        for parameter, direction in zip(parameters, direction_MRC, strict=True):
-            local = _local(parameter)
-            local.mul_(1 - group["lr"] * group["weight_decay"])
-            local.sub_(rate * _shard_of(direction, parameter).to(local.device, local.dtype))
+            for parameters, ranks in _batches(group["params"]):
+                updates = [self._nesterov(parameter, group["momentum"]) for parameter in parameters]
+                dtype = self.dtype or (torch.bfloat16 if updates[0].is_cuda else torch.float32)
+                directions = directions_apart(updates, ranks, dtype) if ranks else directions_together(updates, dtype)
+                for parameter, direction in zip(parameters, directions, strict=True):
+                    _move(_local(parameter), direction, parameter.shape, group["lr"], group["weight_decay"])
 
     def _nesterov(self, parameter: Tensor, momentum: float) -> Tensor:
         gradient, state = parameter.grad, self.state[parameter]
@@ -86,3 +108,21 @@ class Muon(torch.optim.Optimizer):
             state["momentum_buffer"] = torch.zeros_like(parameter)
         buffer = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
         return torch.lerp(gradient, buffer, momentum)
+
+
+def _batches(parameters: Iterable[Tensor]) -> Iterator[tuple[list[Tensor], dist.ProcessGroup | None]]:
+    """Parameters of one shape and layout, as many as are orthogonalised at a time, and the ranks that share the work."""
+    kinds = defaultdict(list)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            kinds[parameter.shape, _row_group(parameter)].append(parameter)
+    for (shape, ranks), alike in kinds.items():
+        size = dist.get_world_size(ranks) if ranks else max(1, BATCH_NUMBERS // shape.numel())
+        for first in range(0, len(alike), size):
+            yield alike[first : first + size], ranks
+
+
+def _move(local: Tensor, direction: Tensor, shape: torch.Size, lr: float, weight_decay: float) -> None:
+    rows, columns = shape
+    local.mul_(1 - lr * weight_decay)
+    local.sub_(lr * max(1.0, rows / columns) ** 0.5 * direction.to(local.device, local.dtype))

@@ -5,6 +5,7 @@ squares of what it holds, each divided by the number of ranks that hold the same
 over the world then gives the global norm, on every rank, pipeline stages included.
 """
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -26,7 +27,7 @@ def _holders(grad: Tensor, ranks_per_stage: int) -> int:
         return ranks_per_stage
     assert not any(placement.is_partial() for placement in grad.placements), "a gradient whose sum is still due"
     split = [grad.device_mesh.size(dim) for dim, placement in enumerate(grad.placements) if not placement.is_replicate()]
-    return ranks_per_stage // int(torch.tensor(split).prod()) if split else ranks_per_stage
+    return ranks_per_stage // math.prod(split)
 
 
 @torch.no_grad()
