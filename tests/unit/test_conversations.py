@@ -6,9 +6,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from experiments.vlm.config import Data, Source
+from experiments.vlm.config import Data, Source, VLMJobConfig
 from experiments.vlm.data.document import Image, Special, Text
 from experiments.vlm.data.rejects import Rejected
+from experiments.vlm.data.setup import make_deal
 from experiments.vlm.data.shards import open_shard
 from tests.samples import jpeg
 from torchtitan.config.check import ConfigError
@@ -185,3 +186,10 @@ def test_a_template_that_is_not_there_is_the_users_mistake_and_not_the_datas(tmp
     (tmp_path / "x.jsonl").write_text(json.dumps(llava(("human", "Hi"), ("gpt", "Yes?"))))
     with pytest.raises(ConfigError, match="missing.jinja"):
         open_shard(str(tmp_path / "x.jsonl"), Source(format="llava", chat_template=str(tmp_path / "missing.jinja")), Data())
+
+
+def test_a_template_that_cannot_be_used_is_told_before_any_shard_is_opened(tmp_path):
+    (tmp_path / "broken.jinja").write_text("{% for %}")
+    source = Source(format="llava", path="nothing", chat_template=str(tmp_path / "broken.jinja"))
+    with pytest.raises(ConfigError, match="broken.jinja"):
+        make_deal(source, VLMJobConfig(), 1, held_out=False)

@@ -8,6 +8,7 @@ from pathlib import PurePosixPath
 from typing import Any, Literal
 
 from experiments.vlm.config import Source, VLMJobConfig
+from experiments.vlm.data.chat_template import load_chat_template
 from experiments.vlm.data.image import ImagePlan
 from experiments.vlm.data.packing import Budget
 from experiments.vlm.data.producer import Setup
@@ -32,7 +33,7 @@ def sources_of(job: VLMJobConfig, split: Split) -> list[Source]:
 
 
 def make_setup(job: VLMJobConfig, tokenizer: Tokenizer, split: Split, slots: int, control: Control | None = None) -> Setup:
-    """`slots`: G. Raises ConfigError where a source has no shards."""
+    """`slots`: G. Raises ConfigError where a source has no shards, or a chat template that cannot be used."""
     data, sources = job.data, sources_of(job, split)
     held_out = split == "validation"
     planning = Planning(
@@ -51,6 +52,7 @@ def make_setup(job: VLMJobConfig, tokenizer: Tokenizer, split: Split, slots: int
 
 
 def make_deal(source: Source, job: VLMJobConfig, slots: int, held_out: bool) -> Deal:
+    load_chat_template(source.chat_template)  # one that cannot be used is told now, not when a worker opens the first shard
     endless = source.repeat and job.data.epochs == 0 and not held_out
     epochs = None if endless else job.data.epochs if source.repeat and not held_out else 1
     shards = tuple(list_shards(source.path, source.format, job.data))
