@@ -7,11 +7,10 @@ next run waiting for that moment.
 
 import contextlib
 import multiprocessing
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
 from experiments.vlm.prepare.options import Options
-from experiments.vlm.prepare.progress import Progress
+from experiments.vlm.prepare.progress import Progress, Told
 
 
 class Crashed(RuntimeError):
@@ -34,10 +33,10 @@ def run_local(options: Options, progress: Progress) -> None:
         child.join()
         raise
     if child.exitcode:
-        raise Crashed(f"exit code {child.exitcode}")
+        raise Crashed(f"the working process ended with exit code {child.exitcode}; the same command goes on from there")
 
 
-def start_worker(options: Options, told: "Told") -> None:
+def start_worker(options: Options, told: Told) -> None:
     """In the child. What the work needs (torch among it) is imported there and not in the parent."""
     from experiments.vlm.prepare.worker import work
 
@@ -52,26 +51,3 @@ def follow(receiver: Connection, progress: Progress) -> None:
             if name == "crashed":
                 raise Crashed(*arguments)
             getattr(progress, name)(*arguments)
-
-
-@dataclass(frozen=True)
-class Told:
-    """A Progress that sends everything to the parent. When the parent is gone nobody listens."""
-
-    sender: Connection
-
-    def stage(self, name: str, total: int) -> None:
-        self.send("stage", name, total)
-
-    def advance(self, count: int = 1, failed: int = 0, size: int = 0, before: bool = False) -> None:
-        self.send("advance", count, failed, size, before)
-
-    def note(self, text: str) -> None:
-        self.send("note", text)
-
-    def crashed(self, text: str) -> None:
-        self.send("crashed", text)
-
-    def send(self, name: str, *arguments: object) -> None:
-        with contextlib.suppress(OSError):
-            self.sender.send((name, arguments))

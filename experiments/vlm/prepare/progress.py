@@ -1,11 +1,15 @@
-"""How far a run is: a bar on a terminal, a line every ten seconds elsewhere."""
+"""How far a run is: shown as a bar on a terminal and as a line every ten seconds elsewhere, or sent to who shows it."""
 
+import contextlib
+import shutil
 import sys
 import time
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import Connection
 from typing import Protocol
 
-from tqdm import tqdm
-
+REDRAW_EVERY_S = 0.1
 LINE_EVERY_S = 10.0
 
 
@@ -22,51 +26,85 @@ class Progress(Advancing, Protocol):
 
 
 class Shown:
-    """For people, on standard error."""
+    """For people, on standard error. Not tqdm: that shows nothing on a terminal that does not know its size."""
 
     def __init__(self) -> None:
-        self._bar: tqdm | None = None
         self._terminal = sys.stderr.isatty()
+        self._every_s = REDRAW_EVERY_S if self._terminal else LINE_EVERY_S
+        self._open = False
 
     def stage(self, name: str, total: int) -> None:
         self.close()
         self._name, self._total = name, total
         self._count = self._before = self._failed = self._size = 0
         self._begun = self._told = time.monotonic()
-        self._bar = tqdm(total=total, desc=name, unit="", unit_scale=True, disable=not self._terminal, dynamic_ncols=True)
+        self._open = True
 
     def advance(self, count: int = 1, failed: int = 0, size: int = 0, before: bool = False) -> None:
         self._count += count
         self._failed += failed
         self._size += size
         self._before += count * before
-        assert self._bar is not None
-        self._bar.initial = self._before
-        self._bar.set_postfix_str(self._extra(), refresh=False)
-        self._bar.update(count)
-        if not self._terminal and time.monotonic() - self._told >= LINE_EVERY_S:
-            self._print()
+        if time.monotonic() - self._told >= self._every_s:
+            self._tell()
 
     def note(self, text: str) -> None:
-        tqdm.write(text, file=sys.stderr)
+        self._print(text, "\n")
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-            if not self._terminal:
-                self._print()
+        """Ends the stage with a line that stays."""
+        if self._open:
+            self._open = False
+            self._tell("\n")
 
-    def _print(self) -> None:
+    def _tell(self, end: str = "") -> None:
         self._told = time.monotonic()
-        rate = (self._count - self._before) / max(self._told - self._begun, 1e-9)
-        print(f"{self._name}: {self._count} of {self._total}, {rate:.1f}/s{self._extra(', ')}", file=sys.stderr, flush=True)
+        if not self._terminal:
+            return self._print(self.describe(), "\n")
+        text = self.describe()
+        width = max(10, shutil.get_terminal_size().columns - len(text) - 4)
+        filled = width * self._count // max(self._total, 1)
+        self._print(f"{text} [{'=' * filled}{' ' * (width - filled)}]", end)
 
-    def _extra(self, start: str = "") -> str:
-        """Failures and megabytes a second, where there are any."""
+    def _print(self, text: str, end: str) -> None:
+        start = "\r\x1b[K" if self._terminal else ""  # over the bar that stands there
+        print(start + text, end=end, file=sys.stderr, flush=True)
+
+    def describe(self) -> str:
+        """How far, how fast, how much longer; failures and megabytes a second where there are any."""
         seconds = max(time.monotonic() - self._begun, 1e-9)
-        parts = [f"{self._failed} failed"] * bool(self._failed) + [f"{self._size / 1e6 / seconds:.1f} MB/s"] * bool(self._size)
-        return start + ", ".join(parts) if parts else ""
+        rate = (self._count - self._before) / seconds
+        parts = [f"{self._name}: {self._count} of {self._total}", f"{rate:.1f}/s"]
+        if self._open and rate:
+            parts.append(f"{timedelta(seconds=round((self._total - self._count) / rate))} left")
+        if self._size:
+            parts.append(f"{self._size / 1e6 / seconds:.1f} MB/s")
+        if self._failed:
+            parts.append(f"{self._failed} failed")
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class Told:
+    """A Progress that sends everything to the parent. When the parent is gone nobody listens."""
+
+    sender: Connection
+
+    def stage(self, name: str, total: int) -> None:
+        self.send("stage", name, total)
+
+    def advance(self, count: int = 1, failed: int = 0, size: int = 0, before: bool = False) -> None:
+        self.send("advance", count, failed, size, before)
+
+    def note(self, text: str) -> None:
+        self.send("note", text)
+
+    def crashed(self, text: str) -> None:
+        self.send("crashed", text)
+
+    def send(self, name: str, *arguments: object) -> None:
+        with contextlib.suppress(OSError):
+            self.sender.send((name, arguments))
 
 
 class Counted:

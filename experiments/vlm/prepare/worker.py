@@ -16,10 +16,9 @@ import torch
 
 from experiments.vlm.prepare.folder import Folder
 from experiments.vlm.prepare.job import Job
-from experiments.vlm.prepare.local import Told
 from experiments.vlm.prepare.options import Options
 from experiments.vlm.prepare.pipeline import STAGES, run
-from experiments.vlm.prepare.progress import Progress
+from experiments.vlm.prepare.progress import Progress, Told
 from experiments.vlm.prepare.stop import Stop, Stopped
 
 

@@ -116,7 +116,7 @@ class Fetcher:
             except (aiohttp.ClientError, OSError, ValueError) as error:
                 raise classified(error) from error
             except Failed as failure:
-                if 0 < failure.after_s <= self.limits.max_retry_after_s:
+                if failure.again and 0 < failure.after_s <= self.limits.max_retry_after_s:
                     self.hosts.pause(host, failure.after_s)
                 raise
 
@@ -165,7 +165,7 @@ def parse_url(text: str, base: URL | None = None) -> URL:
     except ValueError as error:
         raise Failed("bad_url", str(error)) from error
     if url.scheme not in ("http", "https") or not url.host:
-        raise Failed("bad_url", f"only http and https are fetched, not {str(url)[:200]}")
+        raise Failed("bad_url", f"only http and https are fetched, not {str(url)[:200]!r} (a file? --image_folder)")
     return url
 
 
