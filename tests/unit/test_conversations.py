@@ -11,7 +11,7 @@ from experiments.vlm.data.document import Image, Special, Text
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.setup import make_deal
 from experiments.vlm.data.shards import open_shard
-from tests.samples import jpeg
+from tests.samples import jpeg, write_tar
 from torchtitan.config.check import ConfigError
 
 
@@ -171,6 +171,25 @@ def test_messages_of_parquet_with_the_images_inside(tmp_path):
     document, _ = shard.read(0)
     assert spoken(document.parts) == "user <20>What? assistant [Yes.]!"
     assert [shard.load(part) for part in document.parts if isinstance(part, Image)] == [jpeg(20, 30)]
+
+
+@pytest.mark.parametrize(
+    ("format", "record"),
+    [
+        ("llava", llava(("human", "<image>What?"), ("gpt", "Yes."), image="7.0.jpg")),
+        ("messages", messages(("user", [{**PICTURE, "image": "7.0.jpg"}, text("What?")]), YES)),
+        ("messages", messages(("user", [PICTURE, text("What?")]), YES, images=["7.0.jpg"])),
+    ],
+)
+def test_conversations_in_tars_name_members_of_their_sample(tmp_path, format, record):
+    members = [("7.json", json.dumps(record).encode()), ("7.0.jpg", jpeg(20, 30)), ("8.json", b"[]"), ("9.0.jpg", jpeg())]
+    shard = open_shard(str(write_tar(tmp_path / "x.tar", members)), Source(format=format), Data())
+    document, _ = shard.read(0)
+    assert spoken(document.parts) == "user <20>What? assistant [Yes.]!"
+    assert [shard.load(part) for part in document.parts if isinstance(part, Image)] == [jpeg(20, 30)]
+    for bad in (1, 2):
+        with pytest.raises(Rejected, match="not what its format says"):
+            shard.read(bad)
 
 
 def test_a_list_of_conversations_and_the_sources_own_template(tmp_path):

@@ -59,6 +59,13 @@ def test_a_folder_that_datasets_saved_has_no_shards_of_settings(tmp_path, data):
     assert names(tmp_path, "saved", data, "llava") == ["saved/data-00000-of-00001.arrow"]
 
 
+def test_beside_tars_other_files_are_notes_about_them(tmp_path, data):
+    touch(tmp_path, "made/00000.tar", "made/report.json", "made/rejects/00000.jsonl", "made/.prepare/done/00000.json")
+    assert names(tmp_path, "made", data, "llava") == ["made/00000.tar"]
+    touch(tmp_path, "plain/a.jsonl", "plain/.cache/b.jsonl", "plain/c.parquet")
+    assert names(tmp_path, "plain", data, "obelics") == ["plain/a.jsonl", "plain/c.parquet"]
+
+
 @pytest.mark.parametrize("pattern", ["nothing*.tar", "empty"])
 def test_nothing_there_is_told_with_the_path(tmp_path, data, pattern):
     (tmp_path / "empty").mkdir()

@@ -90,6 +90,13 @@ def test_an_interleaved_document_names_members_of_its_sample(shard, name):
     assert opened.load(document.parts[1]) == jpeg(20, 30)
 
 
+def test_documents_in_tars_are_read_by_the_name_of_either_format(tmp_path):
+    record = json.dumps({"texts": ["one", None], "images": [None, "7.0.jpg"]}).encode()
+    path = write_tar(tmp_path / "x.tar", [("7.json", record), ("7.0.jpg", jpeg())])
+    by_name = [open_shard(str(path), Source(format=format), Data()).read(0) for format in ("cc12m", "webdataset", "obelics")]
+    assert by_name[0] == by_name[1] == by_name[2]
+
+
 def test_a_document_goes_without_its_bad_images(shard):
     record = {"texts": ["one", None, None, None], "images": [None, "missing.jpg", "7.1.jpg", "7.2.jpg", "7.2.jpg"]}
     opened = shard(("7.json", json.dumps(record).encode()), ("7.1.jpg", jpeg()[:20]), ("7.2.jpg", jpeg(20, 30)), ("8.0.jpg", jpeg()))

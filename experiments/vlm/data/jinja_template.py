@@ -61,12 +61,12 @@ def read_template(path: Path) -> TemplateFile:
     try:
         config = _beside(path, "tokenizer_config.json")
         source = _template_of(config, path) if path.suffix == ".json" else path.read_text()
-        control = _special_tokens(config, _beside(path, "tokenizer.json"))
+        special = _special_tokens(config, _beside(path, "tokenizer.json"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"chat_template = {path}: {error}") from error
     variables = {name: text for name, value in config.items() if name.endswith("_token") and (text := _content(value))}
-    control = dict.fromkeys([*control, *variables.values()]) or dict.fromkeys(LIKELY_SPECIAL.findall(source))
-    return TemplateFile(source, tuple(control), variables)
+    control = [*special, *variables.values()] or LIKELY_SPECIAL.findall(source)
+    return TemplateFile(source, tuple(dict.fromkeys(control)), variables)
 
 
 def _beside(path: Path, name: str) -> dict[str, Any]:

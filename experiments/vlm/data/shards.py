@@ -87,8 +87,7 @@ def _match(pattern: str, suffixes: tuple[str, ...]) -> list[str]:
     if "://" in pattern:
         return _match_remote(pattern, suffixes)
     if os.path.isdir(pattern):
-        files = (str(file) for file in Path(pattern).rglob("*") if file.is_file())
-        return [file for file in files if _is_shard(file, suffixes)]
+        return _of_folder([str(file) for file in Path(pattern).rglob("*") if file.is_file()], pattern, suffixes)
     if glob.has_magic(pattern) and not os.path.exists(pattern):
         return [file for file in glob.glob(pattern, recursive=True) if os.path.isfile(file)]
     return [pattern]
@@ -101,30 +100,34 @@ def _match_remote(pattern: str, suffixes: tuple[str, ...]) -> list[str]:
             return [system.unstrip_protocol(file) for file in system.glob(path)]
         if pattern.startswith(("http://", "https://")) or not system.isdir(path):
             return [pattern]
-        files = [system.unstrip_protocol(file) for file in system.find(path) if _is_shard(file, suffixes)]
+        files = _of_folder([system.unstrip_protocol(file) for file in system.find(path)], system.unstrip_protocol(path), suffixes)
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"{pattern} cannot be listed: {type(error).__name__}: {error}") from error
     is_whole_data_set = pattern.startswith(HUB) and pattern.removeprefix(HUB).count("/") == 1
     return [file for file in files if "train" in file.removeprefix(pattern)] or files if is_whole_data_set else files
 
 
-def _is_shard(file: str, suffixes: tuple[str, ...]) -> bool:
-    path = Path(file)
-    if any(part.startswith(".") for part in path.parts[-1:]) or path.name in NOT_RECORDS:
-        return False
-    name = path.name.lower()
-    if name.endswith(".tgz"):
-        return ".tar" in suffixes
-    return name.removesuffix(path.suffix.lower() if path.suffix.lower() in COMPRESSIONS else "").endswith(suffixes)
+def _of_folder(files: list[str], folder: str, suffixes: tuple[str, ...]) -> list[str]:
+    """Those that are shards. Beside tars, other files are notes about them (reports, indexes); hidden ones are passed over."""
+    visible = [file for file in files if "/." not in file.removeprefix(folder.rstrip("/"))]
+    found = {file: suffix for file in visible if (suffix := _suffix(file)) in suffixes and os.path.basename(file) not in NOT_RECORDS}
+    tars = [file for file, suffix in found.items() if suffix == ".tar"]
+    return tars or list(found)
+
+
+def _suffix(file: str) -> str:
+    """What is left when it is unpacked: ".tar" of x.tgz and x.tar.gz."""
+    path = Path(file.lower())
+    if path.suffix == ".tgz":
+        return ".tar"
+    return path.with_suffix("").suffix if path.suffix in COMPRESSIONS else path.suffix
 
 
 def _local(path: str, data: Data) -> str:
     """The shard itself, or its copy in the cache."""
-    suffix = Path(path).suffix.lower()
-    if "://" not in path and suffix not in COMPRESSIONS:
+    if "://" not in path and Path(path).suffix.lower() not in COMPRESSIONS:
         return path
-    inner = ".tar" if suffix == ".tgz" else Path(path).with_suffix("").suffix if suffix in COMPRESSIONS else suffix
-    return str(file_cache(data).get(_origin(path), lambda copy: _copy(path, copy), inner))
+    return str(file_cache(data).get(_origin(path), lambda copy: _copy(path, copy), _suffix(path)))
 
 
 def _origin(path: str) -> str:

@@ -9,19 +9,19 @@ from typing import Any
 
 from experiments.vlm.config import Data, Source
 from experiments.vlm.data.chat_template import ChatTemplate, load_chat_template
-from experiments.vlm.data.formats import ShardFile
+from experiments.vlm.data.formats import Shard, ShardFile
 from experiments.vlm.data.formats.conversation import make_draft, place_images
 from experiments.vlm.data.formats.draft import Draft
 from experiments.vlm.data.formats.record_shard import SUFFIXES as SUFFIXES
-from experiments.vlm.data.formats.record_shard import RecordShard
+from experiments.vlm.data.formats.record_shard import open_record_shard
 from experiments.vlm.data.rejects import Rejected
 
 COLUMNS = ("image", "images", "conversations")
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
-def open_shard(file: ShardFile, source: Source, data: Data) -> RecordShard:
-    return RecordShard(file, data, COLUMNS, functools.partial(parse, template=load_chat_template(source.chat_template)))
+def open_shard(file: ShardFile, source: Source, data: Data) -> Shard:
+    return open_record_shard(file, data, COLUMNS, functools.partial(parse, template=load_chat_template(source.chat_template)))
 
 
 def parse(record: dict[str, Any], template: ChatTemplate) -> Draft:

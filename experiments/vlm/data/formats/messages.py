@@ -13,12 +13,12 @@ from typing import Any
 
 from experiments.vlm.config import Data, Source
 from experiments.vlm.data.chat_template import ChatTemplate, Turn, load_chat_template
-from experiments.vlm.data.formats import ShardFile
+from experiments.vlm.data.formats import Shard, ShardFile
 from experiments.vlm.data.formats.conversation import make_draft, place_images
 from experiments.vlm.data.formats.draft import Draft, ImageValue
 from experiments.vlm.data.formats.llava import images_of
 from experiments.vlm.data.formats.record_shard import SUFFIXES as SUFFIXES
-from experiments.vlm.data.formats.record_shard import RecordShard
+from experiments.vlm.data.formats.record_shard import open_record_shard
 from experiments.vlm.data.rejects import Rejected
 
 COLUMNS = ("messages", "image", "images")
@@ -26,8 +26,8 @@ ROLES = ("system", "user", "assistant", "tool", "developer")
 HELD_UNDER = ("image", "image_url", "url", "path", "bytes", "base64")
 
 
-def open_shard(file: ShardFile, source: Source, data: Data) -> RecordShard:
-    return RecordShard(file, data, COLUMNS, functools.partial(parse, template=load_chat_template(source.chat_template)))
+def open_shard(file: ShardFile, source: Source, data: Data) -> Shard:
+    return open_record_shard(file, data, COLUMNS, functools.partial(parse, template=load_chat_template(source.chat_template)))
 
 
 def parse(record: dict[str, Any], template: ChatTemplate) -> Draft:

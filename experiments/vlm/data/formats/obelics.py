@@ -12,15 +12,15 @@ from typing import Any
 
 from experiments.vlm.config import Data, Source
 from experiments.vlm.data.document import Text
-from experiments.vlm.data.formats import ShardFile
+from experiments.vlm.data.formats import Shard, ShardFile
 from experiments.vlm.data.formats.draft import Draft, ImageValue
 from experiments.vlm.data.formats.record_shard import SUFFIXES as SUFFIXES
-from experiments.vlm.data.formats.record_shard import RecordShard
+from experiments.vlm.data.formats.record_shard import open_record_shard
 from experiments.vlm.data.rejects import Rejected
 
 
-def open_shard(file: ShardFile, source: Source, data: Data) -> RecordShard:
-    return RecordShard(file, data, ("texts", "images"), parse)
+def open_shard(file: ShardFile, source: Source, data: Data) -> Shard:
+    return open_record_shard(file, data, ("texts", "images"), parse)
 
 
 def parse(record: dict[str, Any]) -> Draft:

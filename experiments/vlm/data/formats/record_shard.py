@@ -1,17 +1,28 @@
-"""A shard of a record file and a function from record to draft; what obelics, llava, messages and text share."""
+"""A shard of records and a function from record to draft; what obelics, llava, messages and text share.
+
+Records come from record files (record_files.py), where an image is anything that image_values.py knows, or from tars (tar_shard.py).
+"""
 
 from collections.abc import Callable
 from typing import Any
 
 from experiments.vlm.config import Data
 from experiments.vlm.data.document import Document, Image
-from experiments.vlm.data.formats import ShardFile
+from experiments.vlm.data.formats import Shard, ShardFile
 from experiments.vlm.data.formats.draft import Draft, finish
 from experiments.vlm.data.formats.image_values import ImageValues
 from experiments.vlm.data.formats.record_files import open_records
+from experiments.vlm.data.formats.tar_shard import TarShard, is_tar, record_parser
 from experiments.vlm.data.rejects import Rejected
 
-SUFFIXES = (".parquet", ".jsonl", ".ndjson", ".json", ".arrow", ".feather")
+SUFFIXES = (".tar", ".parquet", ".jsonl", ".ndjson", ".json", ".arrow", ".feather")
+
+
+def open_record_shard(file: ShardFile, data: Data, columns: tuple[str, ...], parse: Callable[[dict[str, Any]], Draft]) -> Shard:
+    """columns: what `parse` reads of a record."""
+    if is_tar(file.local):
+        return TarShard(file, record_parser(parse))
+    return RecordShard(file, data, columns, parse)
 
 
 class RecordShard:

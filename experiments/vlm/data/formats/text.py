@@ -7,31 +7,29 @@
 
 import os
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 from experiments.vlm.config import Data, Source
 from experiments.vlm.data.document import Document, Image, Text
 from experiments.vlm.data.formats import Shard, ShardFile
-from experiments.vlm.data.formats import record_shard as records
 from experiments.vlm.data.formats.draft import Draft, finish
+from experiments.vlm.data.formats.record_shard import SUFFIXES as RECORD_SUFFIXES
+from experiments.vlm.data.formats.record_shard import RecordShard
 from experiments.vlm.data.formats.spans import decode_utf8, find_lines, parse_object
 from experiments.vlm.data.formats.tar_index import Member
-from experiments.vlm.data.formats.webdataset import TarShard
+from experiments.vlm.data.formats.tar_shard import Read, TarShard, is_tar
 from experiments.vlm.data.rejects import Rejected
 
-SUFFIXES = (*records.SUFFIXES, ".tar", ".txt")
+SUFFIXES = (*RECORD_SUFFIXES, ".txt")
 COLUMNS = ("text", "content")
 
 
 def open_shard(file: ShardFile, source: Source, data: Data) -> Shard:
     if file.local.endswith(".txt"):
         return LineShard(file)
-    with open(file.local, "rb") as opened:
-        is_tar = opened.read(512)[257:262] == b"ustar"
-    if is_tar or file.local.endswith(".tar"):
+    if is_tar(file.local):
         return TarShard(file, parse_members)
-    return records.RecordShard(file, data, COLUMNS, parse)
+    return RecordShard(file, data, COLUMNS, parse)
 
 
 def parse(record: dict[str, Any]) -> Draft:
@@ -41,7 +39,7 @@ def parse(record: dict[str, Any]) -> Draft:
     return Draft([Text(value)])
 
 
-def parse_members(members: list[Member], read: Callable[[Member], bytes]) -> Draft:
+def parse_members(members: list[Member], read: Read) -> Draft:
     found = {member.extension: member for member in members}
     if "txt" in found:
         return Draft([Text(decode_utf8(read(found["txt"])))])

@@ -1,0 +1,82 @@
+"""A tar shard and a function from a sample's members to a draft; record formats in tars.
+
+KEY.json  KEY.0.jpg  ...    the record of any format that has a parser; an image is the name of a member of the sample:
+                            "KEY.0.jpg", also with the tar's folders before it, or "0.jpg"
+"""
+
+import os
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from experiments.vlm.data.document import Document, Image
+from experiments.vlm.data.formats import ShardFile
+from experiments.vlm.data.formats.draft import Draft, ImageValue, finish
+from experiments.vlm.data.formats.spans import parse_object, read_at
+from experiments.vlm.data.formats.tar_index import Member, TarIndex
+from experiments.vlm.data.image import probe_lazily
+from experiments.vlm.data.rejects import Rejected
+
+Read = Callable[[Member], bytes]
+ParseSample = Callable[[list[Member], Read], Draft]  # a sample's members, and how to read one
+
+
+class TarShard:
+    """Implements formats.Shard. A key is the tar key; an image's locator the offset and size of its member."""
+
+    def __init__(self, file: ShardFile, parse: ParseSample):
+        self.file = os.open(file.local, os.O_RDONLY)
+        self.close = weakref.finalize(self, os.close, self.file)  # at the latest when nobody reads from it any more
+        self.parse = parse
+        self.index = TarIndex(self.file)
+        self.rejects: list[Rejected] = [self.index.tail] if self.index.tail else []
+        if self.rejects and not len(self.index):
+            self.close()
+            raise Rejected("shard_unreadable", self.rejects[0].detail)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def key(self, index: int) -> str:
+        return self.index.key(index)
+
+    def read(self, index: int) -> tuple[Document, list[Rejected]]:
+        members = self.index.sample(index)
+        draft = self.parse(members, lambda member: read_at(self.file, member.offset, member.size))
+        return finish(draft, members[0].key, self._size, lambda image: (image.value.offset, image.value.size))
+
+    def _size(self, image: ImageValue) -> tuple[int, int]:
+        member = image.value
+        if not isinstance(member, Member):
+            raise Rejected("image_missing", f"no member {str(member)[:200]} in the sample")
+        return probe_lazily(lambda count: read_at(self.file, member.offset, count), member.size)
+
+    def load(self, image: Image) -> bytes:
+        return read_at(self.file, *image.locator)
+
+
+def is_tar(path: str) -> bool:
+    with open(path, "rb") as file:
+        return path.endswith(".tar") or file.read(512)[257:262] == b"ustar"
+
+
+def record_parser(parse: Callable[[dict[str, Any]], Draft]) -> ParseSample:
+    """Parses samples whose record is KEY.json."""
+
+    def parse_members(members: list[Member], read: Read) -> Draft:
+        record = next((member for member in members if member.extension == "json"), None)
+        if not record:
+            raise Rejected("wrong_shape", f"no .json among {', '.join(member.name for member in members)[:200]}")
+        return name_members(parse(parse_object(read(record))), members)
+
+    return parse_members
+
+
+def name_members(draft: Draft, members: list[Member]) -> Draft:
+    """The draft with each image's name replaced by the member that bears it; `TarShard` rejects those without."""
+    named = {name: member for member in members for name in (member.extension, os.path.basename(member.name), member.name)}
+    for place, part in enumerate(draft.parts):
+        if isinstance(part, ImageValue):
+            name = part.value.get("path") if isinstance(part.value, dict) else part.value
+            draft.parts[place] = ImageValue(named.get(name, name) if isinstance(name, str) else name, part.position)
+    return draft
