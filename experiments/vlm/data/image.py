@@ -11,6 +11,9 @@ torch's antialiased bilinear kernel, both without the interpreter lock; the resu
 
 Transparency is composited onto white, as transformers' image processors do. 16-bit grey is scaled to 8 bits (Pillow
 would clip it to white). Of an animation the first frame counts.
+
+Memory: up to 48 MB a thread are kept to decode into. An image at Pillow's limit (179 megapixels) takes 0.5 GB while it is decoded, and
+twice that with transparency; a JPEG of that size is shrunk on the way.
 """
 
 import io
@@ -34,8 +37,8 @@ KEPT_PIXELS = 16_000_000  # a decoding thread keeps a buffer for images up to he
 LARGE_PIXELS = 6_000_000  # a JPEG from here on may lose a little quality to scaled decoding
 
 PILImage.init()
-# EPS would start an external program (Ghostscript) on a dataset's bytes.
-OPENED_FORMATS = [name for name in PILImage.ID if name != "EPS"]
+# The usual ones first, since some plugins find out by trying. EPS would start an external program (Ghostscript) on a dataset's bytes.
+OPENED_FORMATS = sorted(set(PILImage.ID) - {"EPS"}, key=lambda name: (name not in ("JPEG", "PNG", "WEBP", "GIF"), name))
 warnings.filterwarnings("ignore", module=r"PIL\.")  # of broken metadata and large images: they are rejected or fine
 
 _buffers = threading.local()

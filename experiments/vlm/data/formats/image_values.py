@@ -36,7 +36,9 @@ class ImageValues:
     def size(self, image: ImageValue) -> tuple[int, int]:
         """(height, width). Raises Rejected. Of a local file only the header is read."""
         value = _plain(image.value)
-        if isinstance(value, bytes) or self.remote or _is_address(value):
+        if isinstance(value, memoryview):
+            return probe_lazily(lambda count: bytes(value[:count]), len(value))
+        if self.remote or _is_address(value):
             return probe(self._load(value))
         try:
             with open(self._path(value), "rb", buffering=0) as file:
@@ -48,9 +50,9 @@ class ImageValues:
         """The image's bytes. Raises Rejected."""
         return self._load(_plain(value))
 
-    def _load(self, value: bytes | str) -> bytes:
-        if isinstance(value, bytes):
-            return value
+    def _load(self, value: memoryview | str) -> bytes:
+        if isinstance(value, memoryview):
+            return bytes(value)
         if _is_address(value):
             return self.fetcher.fetch(value)
         path = self._path(value)
@@ -81,25 +83,25 @@ def _is_address(value: str) -> bool:
     return "://" in value[:12]
 
 
-def _plain(value: Any) -> bytes | str:
-    """Bytes, a path or an address out of whatever the record holds. Raises Rejected."""
+def _plain(value: Any) -> memoryview | str:
+    """Bytes, or a path or address, out of whatever the record holds. Raises Rejected."""
     if isinstance(value, dict):
         found = [value[name] for name in ("bytes", "path", "url", "base64") if value.get(name) is not None]
         encoded = value.get("bytes") is not None or (len(found) == 1 and "base64" in value)
         value = found[0] if found else None
         if encoded and isinstance(value, str):
             return _from_base64(value)
-    if isinstance(value, bytearray | memoryview):
-        return bytes(value)
+    if isinstance(value, bytes | bytearray | memoryview):
+        return memoryview(value)
     if isinstance(value, str) and value.startswith("data:"):
         return _from_base64(value.partition(",")[2])
-    if isinstance(value, bytes) or (isinstance(value, str) and value):
+    if isinstance(value, str) and value:
         return value
     raise Rejected("image_missing", f"neither bytes, path nor address: {type(value).__name__}")
 
 
-def _from_base64(text: str) -> bytes:
+def _from_base64(text: str) -> memoryview:
     try:
-        return base64.b64decode(text, validate=True)
+        return memoryview(base64.b64decode(text, validate=True))
     except (binascii.Error, ValueError) as error:
         raise Rejected("image_undecodable", f"base64: {error}") from error

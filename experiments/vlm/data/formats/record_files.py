@@ -5,6 +5,7 @@ Memory: 16 bytes a record of JSON; of parquet and compressed Arrow the decoded r
 a process (and always the one in use).
 """
 
+import functools
 import itertools
 import os
 import threading
@@ -153,9 +154,29 @@ _numbers = itertools.count()  # of opened parquet files
 
 def _row(table: pa.Table | pa.RecordBatch, row: int) -> dict[str, Any]:
     try:
-        return {name: column[row].as_py() for name, column in zip(table.schema.names, table.columns, strict=True)}
+        return {name: _plain(column[row]) for name, column in zip(table.schema.names, table.columns, strict=True)}
     except UnicodeDecodeError as error:
         raise Rejected("broken_utf8", str(error)) from error
+
+
+def _plain(value: pa.Scalar) -> Any:
+    """Python's own types, but binary values as views: of a row with many images one is wanted, or its first bytes."""
+    if not value.is_valid:
+        return None
+    if not _holds_bytes(value.type):
+        return value.as_py()
+    if pa.types.is_struct(value.type):
+        return {name: _plain(value[name]) for name in value}
+    if pa.types.is_list(value.type) or pa.types.is_large_list(value.type):
+        return [_plain(item) for item in value]
+    return memoryview(value.as_buffer())
+
+
+@functools.cache
+def _holds_bytes(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return any(_holds_bytes(kind.field(number).type) for number in range(kind.num_fields))
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
 def _batches(source: pa.NativeFile) -> Any:
