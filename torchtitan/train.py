@@ -134,8 +134,10 @@ class Trainer:
         values: Values = {"loss": loss.item(), "grad_norm": self.grad_norm.item(), "lr": self.job.optimizer.lr * self.run.schedule.factor}
         self.run.reporter.train(self.state.step, values | self.run.meter.read())
 
-    def validate(self) -> None:
-        self.run.reporter.validate(self.state.step, self.run.validator.evaluate())
+    def validate(self) -> Values:
+        values = self.run.validator.evaluate()
+        self.run.reporter.validate(self.state.step, values)
+        return values
 
     def save(self, final: bool = False) -> None:
         self.run.checkpointer.save(final)
@@ -155,16 +157,15 @@ class Trainer:
         if stopped:
             going_on = "; the same command goes on from its checkpoint" if self.job.checkpoint.enable else ""
             logger.info(f"stopped by a signal after step {self.state.step}{going_on}")
-        elif self.job.validation.enable:
-            self.validate()
+        values = self.validate() if self.job.validation.enable and not stopped else None
         self.draw_curves()
-        if self.job.validation.enable and self.job.validation.controls and not stopped:
-            self.control()
+        if values is not None and self.job.validation.controls:
+            self.control(values)
 
-    def control(self) -> None:
-        """The held-out split once more as it is, and with images that say nothing or belong to other captions."""
-        exact = {control: self.run.validator.evaluate(control)["exact"] for control in (None, *CONTROLS)}
-        logger.info(" ".join(f"{control or 'held-out exact'} {share:.1f} %" for control, share in exact.items()))
+    def control(self, values: Values) -> None:
+        """The held-out split with its images, as just evaluated, and with images that say nothing or belong to other captions."""
+        exact = {"held-out exact": values["exact"]} | {name: self.run.validator.evaluate(name)["exact"] for name in CONTROLS}
+        logger.info(" ".join(f"{name} {share:.1f} %" for name, share in exact.items()))
 
     def draw_curves(self) -> None:
         if self.job.metrics.save_plot and self.run.reporter.writes:
