@@ -207,7 +207,7 @@ class Server:
         await send(writer, gzip.compress(bytes(50 << 20)), "Content-Encoding: gzip")
 
     async def status(self, writer, rest, time_asked):
-        await send(writer, b"no", status=int(rest))
+        await send(writer, b"no", status=int(rest.partition("?")[0]))
         return False
 
     async def flaky(self, writer, rest, time_asked):

@@ -56,15 +56,15 @@ def journalled(out: Path) -> set[str]:
 
 def test_killed_ten_times_nothing_is_fetched_twice(tmp_path):
     with HostileServer() as server:
-        source = write_jsonl(tmp_path / "a.jsonl", documents(server, 160))
+        source = write_jsonl(tmp_path / "a.jsonl", documents(server, 120))
         for kill in range(KILLS):
             process = start(source, tmp_path / "out", records_per_shard=25, concurrency=8)
-            wait_until(lambda goal=12 * (kill + 1): deliveries(server).total() >= goal)
+            wait_until(lambda goal=9 * (kill + 1): deliveries(server).total() >= goal)
             os.kill(process.pid, signal.SIGKILL)
             process.join()
         report = run(source, tmp_path / "out", records_per_shard=25, concurrency=8)
         counts = deliveries(server)
-        assert counts.total() == report["images"]["written"] == 137
+        assert counts.total() == report["images"]["written"] == 102
         assert set(counts.values()) == {1}, "something was fetched twice"
 
         run(source, tmp_path / "straight", records_per_shard=25)
@@ -118,10 +118,10 @@ def test_the_script_killed_ten_times_at_any_moment(tmp_path):
         command = [sys.executable, str(SCRIPT), "--input", str(source), "--out", str(tmp_path / "out"), "--records_per_shard", "50"]
         command += [*options, "--allow_networks", "127.0.0.1/32"]
         for kill in range(KILLS):
-            process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+            process = subprocess.Popen(command, stderr=subprocess.PIPE)
             wait_until(lambda goal=45 * (kill + 1): deliveries(server).total() >= goal, 60)
             process.kill()
-            process.wait()
+            process.communicate(timeout=5)  # what the worker finishes keeps nobody waiting
         assert subprocess.run(command, stderr=subprocess.DEVNULL, timeout=120).returncode == 0
         counts = deliveries(server)
     assert set(counts.values()) == {1}

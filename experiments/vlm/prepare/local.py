@@ -1,53 +1,61 @@
-"""A run on this machine, in a child process that outlives its parent by the answers on the wire.
+"""A run on this machine, in a working process that outlives this one by the answers on the wire.
 
-The parent only shows how far the child is. When it is killed or interrupted, the child asks for nothing new, waits for what
-is on the wire (at most --timeout_s), journals it and ends. So even a killed run fetched nothing in vain. The lock keeps the
-next run waiting for that moment.
+This process only shows how far the work is. The worker reads its options from its standard input, which then stays open: when
+it ends, because this process was interrupted or killed, the worker asks for nothing new, waits for what is on the wire (at
+most --timeout_s), journals it and ends. So even a killed run fetched nothing in vain.
 """
 
-import contextlib
-import multiprocessing
-from multiprocessing.connection import Connection
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
 
+import experiments
 from experiments.vlm.prepare.options import Options
-from experiments.vlm.prepare.progress import Progress, Told
+from experiments.vlm.prepare.progress import Progress
 
 
 class Crashed(RuntimeError):
-    """The working process ended before its work; the message is its traceback, or its exit code."""
+    """The worker ended before its work was done: its traceback, or its exit code."""
 
 
 def run_local(options: Options, progress: Progress) -> None:
-    """For a plan that is made. Raises Crashed, and KeyboardInterrupt when it was interrupted, after the child has ended."""
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=start_worker, args=(options, Told(sender)))
-    child.start()
-    sender.close()
+    """For a plan that is made. Raises Crashed, and KeyboardInterrupt when it was interrupted, after the worker has ended."""
+    worker = start_worker()
+    assert worker.stdin and worker.stdout
+    worker.stdin.write(json.dumps(dataclasses.asdict(options)).encode() + b"\n")
+    worker.stdin.flush()
     try:
-        follow(receiver, progress)
-        child.join()
+        follow(worker.stdout, progress)
     except KeyboardInterrupt:
         progress.note("stopping: waiting for the answers on the wire")
-        child.terminate()
-        child.join()
+        worker.stdin.close()
+        worker.wait()
         raise
-    if child.exitcode:
-        raise Crashed(f"the working process ended with exit code {child.exitcode}; the same command goes on from there")
+    if code := worker.wait():
+        raise Crashed(f"the working process ended with exit code {code}; the same command goes on from there")
 
 
-def start_worker(options: Options, told: Told) -> None:
-    """In the child. What the work needs (torch among it) is imported there and not in the parent."""
-    from experiments.vlm.prepare.worker import work
+def start_worker() -> subprocess.Popen:
+    """In a session of its own, so that no signal meant for this process reaches it."""
+    path = [str(Path(experiments.__path__[0]).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return subprocess.Popen(
+        [sys.executable, "-m", "experiments.vlm.prepare.worker"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,  # whoever reads this process's output must not wait for the worker's end
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},
+        start_new_session=True,
+    )
 
-    work(options, told)
 
-
-def follow(receiver: Connection, progress: Progress) -> None:
-    """Shows what the child tells, until it ends."""
-    with contextlib.suppress(EOFError):
-        while True:
-            name, arguments = receiver.recv()
-            if name == "crashed":
-                raise Crashed(*arguments)
-            getattr(progress, name)(*arguments)
+def follow(lines: Iterable[bytes], progress: Progress) -> None:
+    """Shows what the worker tells (progress.Told), until it ends."""
+    for line in lines:
+        name, arguments = json.loads(line)
+        if name == "crashed":
+            raise Crashed(*arguments)
+        getattr(progress, name)(*arguments)

@@ -1,13 +1,13 @@
 """How far a run is: shown as a bar on a terminal and as a line every ten seconds elsewhere, or sent to who shows it."""
 
 import contextlib
+import json
 import shutil
 import sys
 import time
 from dataclasses import dataclass
 from datetime import timedelta
-from multiprocessing.connection import Connection
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 REDRAW_EVERY_S = 0.1
 LINE_EVERY_S = 10.0
@@ -86,9 +86,9 @@ class Shown:
 
 @dataclass(frozen=True)
 class Told:
-    """A Progress that sends everything to the parent. When the parent is gone nobody listens."""
+    """A Progress that writes everything down as lines of JSON. When nobody reads any more, that is no fault."""
 
-    sender: Connection
+    file: BinaryIO
 
     def stage(self, name: str, total: int) -> None:
         self.send("stage", name, total)
@@ -99,12 +99,9 @@ class Told:
     def note(self, text: str) -> None:
         self.send("note", text)
 
-    def crashed(self, text: str) -> None:
-        self.send("crashed", text)
-
     def send(self, name: str, *arguments: object) -> None:
         with contextlib.suppress(OSError):
-            self.sender.send((name, arguments))
+            self.file.write(json.dumps([name, arguments]).encode() + b"\n")
 
 
 class Counted:

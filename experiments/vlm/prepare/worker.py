@@ -1,16 +1,18 @@
-"""The child process of a run on this machine."""
+"""The working process of a run on this machine: started by local.py, which also says how it ends."""
 
 import contextlib
 import fcntl
-import multiprocessing
+import json
 import os
 import resource
 import signal
+import sys
 import threading
 import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import BinaryIO
 
 import torch
 
@@ -34,9 +36,14 @@ class Here:
         STAGES[stage](self.job, numbers, self.progress, self.stop)
 
 
-def work(options: Options, told: Told) -> None:
-    stop = Stop()
-    leave_parent(stop)
+def main() -> None:
+    told, stop = Told(own_stdout()), Stop()
+    line = sys.stdin.readline()
+    if not line:
+        return  # whoever started this has ended already
+    options = Options(**json.loads(line))
+    threading.Thread(target=stop_at_end_of_input, args=(stop,), daemon=True).start()
+    signal.signal(signal.SIGTERM, lambda *_: stop.ask())
     prepare_process()
     try:
         job = Job.join(options)
@@ -45,25 +52,19 @@ def work(options: Options, told: Told) -> None:
     except Stopped:
         pass
     except BaseException:
-        told.crashed(traceback.format_exc())
+        told.send("crashed", traceback.format_exc())
 
 
-def leave_parent(stop: Stop) -> None:
-    """Neither its signals nor its end reach this process, but both are a wish to stop."""
-    os.setsid()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: stop.ask())
-    threading.Thread(target=stop_with_parent, args=(stop,), daemon=True).start()
-    # Whoever reads the parent's output must not wait for this process.
-    nowhere = os.open(os.devnull, os.O_RDWR)
-    for stream in range(3):
-        os.dup2(nowhere, stream)
+def own_stdout() -> BinaryIO:
+    """For the messages alone: what a library prints must not come between them."""
+    messages = os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)
+    return messages  # type: ignore[return-value]
 
 
-def stop_with_parent(stop: Stop) -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
+def stop_at_end_of_input(stop: Stop) -> None:
+    while sys.stdin.read(1):
+        pass
     stop.ask()
 
 
@@ -76,7 +77,7 @@ def prepare_process() -> None:
 
 @contextlib.contextmanager
 def only_run(folder: Folder, progress: Progress, stop: Stop) -> Iterator[None]:
-    """Raises Stopped. The lock ends with its process, however that ends."""
+    """Waits for an earlier worker. Raises Stopped. The lock ends with its process, however that ends."""
     with (folder.state / "lock").open("w") as file:
         waits = False
         while not locked(file.fileno()):
@@ -94,3 +95,7 @@ def locked(file: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+if __name__ == "__main__":
+    main()
