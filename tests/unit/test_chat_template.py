@@ -8,9 +8,12 @@ from hypothesis import strategies as st
 
 from experiments.vlm.data import chat_template
 from experiments.vlm.data.chat_template import BUILT_IN, Turn, load_chat_template
-from experiments.vlm.data.document import Special, Text, encode_texts
+from experiments.vlm.data.document import Document, Image, Special, Text
 from experiments.vlm.data.formats.draft import ImageValue
+from experiments.vlm.data.image import ImagePlan
+from experiments.vlm.data.packing import Budget
 from experiments.vlm.data.rejects import Rejected
+from experiments.vlm.data.sample import plan_samples
 from torchtitan.components.tokenizer import load_tokenizer
 from torchtitan.config.check import ConfigError
 
@@ -69,23 +72,12 @@ def load(folder, source):
 
 
 def tokens_of(parts, tokenizer):
-    """Ids and loss, as sample.py makes them; an image is three tokens."""
-    ids, losses = [], []
-    place = 0
-    while place < len(parts):
-        texts = []
-        while place < len(parts) and isinstance(parts[place], Text):
-            texts.append(parts[place])
-            place += 1
-        found = encode_texts(texts, tokenizer) if texts else ([], [])
-        if not texts:
-            part = parts[place]
-            names = [part.spelling] if isinstance(part, Special) else ["<|vision_start|>", "<|image_pad|>", "<|vision_end|>"]
-            found = [tokenizer.special_id(name) for name in names], [isinstance(part, Special) and part.loss] * len(names)
-            place += 1
-        ids += found[0]
-        losses += found[1]
-    return ids, losses
+    """Ids and loss as a sample gets them, but for the bos and eos of every document; an image is one visual token and its marks."""
+    images = [Image(part.value, 32, 32) if isinstance(part, ImageValue) else part for part in parts]
+    (sample,) = plan_samples(Document("key", images), tokenizer, ImagePlan(), Budget(10_000, 1, 10_000))
+    end = None if parts[-1] == Special("</s>", True) else -1  # the template's own eos is not doubled
+    assert (sample.tokens[0], sample.tokens[-1], sample.targets[-1]) == (tokenizer.bos_id, tokenizer.eos_id, True)
+    return sample.tokens[1:end].tolist(), sample.targets[1:end].tolist()
 
 
 def in_transformers(fast, source, turns, typed=False):

@@ -112,7 +112,9 @@ def encode(document: Document, tokenizer: Tokenizer, plan: Grid) -> Iterator[Ato
                 yield encode_special(part, tokenizer)
         if texts:
             yield encode_text(texts, tokenizer)
-    yield Atom([tokenizer.eos_id], [True])
+    last = document.parts[-1]
+    if not (isinstance(last, Special) and tokenizer.special_id(last.spelling) == tokenizer.eos_id):  # a chat template may end with it
+        yield Atom([tokenizer.eos_id], [True])
 
 
 def encode_text(texts: list[Text], tokenizer: Tokenizer) -> Atom:
