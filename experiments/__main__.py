@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from experiments.vlm.check import check_vlm
 from experiments.vlm.config import VLMJobConfig
-from torchtitan.config.check import ConfigError
+from torchtitan.config.check import UserError
 from torchtitan.config.job import JobConfig
 from torchtitan.config.parse import parse, to_toml
 from torchtitan.tools.logging import init_logger
@@ -25,7 +25,7 @@ class Experiment(NamedTuple):
 
 EXPERIMENTS = {"vlm": Experiment(VLMJobConfig, check_vlm, "experiments.vlm:SPEC")}
 CONFIG_CLASSES = {name: experiment.config_class for name, experiment in EXPERIMENTS.items()}
-WRONG_CONFIGURATION = 2  # exit code
+USER_ERROR = 2  # exit code
 
 
 def checked_job(argv: Sequence[str], world_size: int) -> JobConfig:
@@ -53,9 +53,9 @@ def main(argv: Sequence[str], train: bool = True) -> int:
         from torchtitan.train import main as run
 
         run(job, load_spec(job.model.name))
-    except ConfigError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return WRONG_CONFIGURATION
+        return USER_ERROR
     return 0
 
 

@@ -25,7 +25,9 @@ def randomise(model: nn.Module, seed: int = 0) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
-                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+                # Norms around 1, biases around 0; what they were drawn as before does not count.
+                centre = parameter.round()
+                parameter.copy_(centre + 0.2 * torch.randn(parameter.shape, generator=generator))
             else:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
 

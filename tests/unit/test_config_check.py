@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.__main__ import WRONG_CONFIGURATION, checked_job, main
+from experiments.__main__ import USER_ERROR, checked_job, main
 from experiments.vlm import check as vlm_checks
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.model.flavors import FLAVORS
@@ -281,7 +281,7 @@ def test_visible_gpus_obey_cuda_visible_devices(allowed, gpus, tmp_path, monkeyp
 
 def test_main_prints_one_line_and_gives_its_exit_code(capsys, monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert main([*DATA, "--training.steps", "0"]) == WRONG_CONFIGURATION
+    assert main([*DATA, "--training.steps", "0"]) == USER_ERROR
     assert capsys.readouterr().err == "error: training.steps = 0: must be >= 1\n"
 
 
@@ -289,7 +289,7 @@ def test_the_check_knows_the_number_of_processes(capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert main([*DATA, *CP2, *TP2], train=False) == 0
     monkeypatch.setenv("WORLD_SIZE", "3")
-    assert main([*DATA, *CP2, *TP2], train=False) == WRONG_CONFIGURATION
+    assert main([*DATA, *CP2, *TP2], train=False) == USER_ERROR
 
 
 @pytest.mark.parametrize(
@@ -304,7 +304,7 @@ def test_a_wrong_command_ends_in_under_five_seconds(options, key):
     start = time.monotonic()
     run = subprocess.run([sys.executable, "-m", "experiments", *options], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
     assert time.monotonic() - start < 5
-    assert run.returncode == WRONG_CONFIGURATION and run.stderr.startswith("error: ")
+    assert run.returncode == USER_ERROR and run.stderr.startswith("error: ")
     assert key in run.stderr and run.stderr.count("\n") == 1
 
 

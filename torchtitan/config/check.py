@@ -60,7 +60,11 @@ NOT_LOADED = ("optimizer", "lr_scheduler", "data", "train_state")
 BALANCE_BLOCKS = 4  # context parallel deals this many blocks of a slot to each rank
 
 
-class ConfigError(ValueError):
+class UserError(Exception):
+    """Something that the user can mend, told in one line and without a traceback."""
+
+
+class ConfigError(UserError, ValueError):
     """The user's configuration is wrong. One line: key, value, what is allowed, what to do."""
 
 
