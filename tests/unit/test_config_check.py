@@ -226,8 +226,11 @@ def test_shipped_configurations_pass_once_their_data_are_there(file, tmp_path):
 
 
 def test_squares_differ_from_native_in_nothing_but_the_resizing():
+    """And in the slot's shape and largest image, so that a step sees as many images although squares take more patches."""
     native, square = (checked_job(["--job.config_file", f"train_configs/{name}.toml"], 1) for name in ("vlm_sees", "vlm_sees_square"))
-    square.job, square.data = native.job, replace(square.data, resize="native")
+    shape = {name: getattr(native.data, name) for name in ("patches_per_row", "max_patches_per_image")}
+    square.job, square.data = native.job, replace(square.data, resize="native", **shape)
+    square.training = replace(square.training, seq_len=native.training.seq_len)
     assert square == native
 
 
