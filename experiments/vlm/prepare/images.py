@@ -61,8 +61,10 @@ def write_images(job: Job, number: int, journal: Journal, pool: Executor, progre
     with appearing(job.folder.images(number)) as file:
         for work in ahead(start_works(job, number, journal, pool, progress), IN_WORK):
             stop.check()
-            entry = entries[work] if isinstance(work, int) else work if isinstance(work, Entry) else store(work, file)
-            entries.append(entry)
+            if isinstance(work, Future):
+                entries.append(store(work, file))
+            else:
+                entries.append(entries[work] if isinstance(work, int) else work)
     write_array(job.folder.hashes("content", number), np.array([hash_of(entry.sha256) for entry in entries], np.uint64))
     write_json(job.folder.image_index(number), [asdict(entry) for entry in entries])
 
