@@ -25,13 +25,13 @@ class Job:
     @classmethod
     def begin(cls, options: Options) -> "Job":
         """Makes the plan, or finds it. Raises ConfigError."""
-        folder = Folder(Path(options.out).resolve())
+        folder = Folder(Path(options.out))
         return cls(options, folder, make_plan(options, folder))
 
     @classmethod
     def join(cls, options: Options) -> "Job":
         """For another process of the same run."""
-        folder = Folder(Path(options.out).resolve())
+        folder = Folder(Path(options.out))
         return cls(options, folder, load_plan(folder))
 
     @property

@@ -1,5 +1,8 @@
 """What scripts/prepare_data.py calls."""
 
+import dataclasses
+from pathlib import Path
+
 from experiments.vlm.prepare.folder import read_json
 from experiments.vlm.prepare.job import Job
 from experiments.vlm.prepare.local import run_local
@@ -10,6 +13,7 @@ from torchtitan.config.check import ConfigError
 
 def prepare(options: Options, progress: Progress) -> dict:
     """Makes the shards, or goes on where an earlier call was stopped. Returns the report. Raises ConfigError."""
+    options = dataclasses.replace(options, out=absolute(options.out), image_folder=absolute(options.image_folder))
     job = Job.begin(options)
     if options.ray_address:
         try:
@@ -20,3 +24,8 @@ def prepare(options: Options, progress: Progress) -> dict:
     else:
         run_local(options, progress)
     return read_json(job.folder.report)
+
+
+def absolute(path: str) -> str:
+    """Other processes may work in other folders."""
+    return path and str(Path(path).resolve())
