@@ -15,24 +15,11 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.model.vit import VisionEncoder
-from torchtitan.config.check import Degrees
+from experiments.vlm.sharing import rows_a_forward, sharers
 from torchtitan.distributed import tensor_parallel as tp
 from torchtitan.distributed.differentiable import gather, sum_gradient
 from torchtitan.distributed.mesh import Mesh
 from torchtitan.tools.logging import logger
-
-
-def rows_a_forward(job: VLMJobConfig, sizes: Degrees) -> int:
-    """Patch rows that pass through the encoder at once: those of a batch, or of a pipeline's microbatch."""
-    slots = job.parallelism.pipeline_parallel_microbatch_size if sizes.pp > 1 else job.training.local_batch_size
-    return slots * job.data.patch_rows
-
-
-def sharers(job: VLMJobConfig, sizes: Degrees) -> int:
-    """How many ranks of a group encode each its share of the rows; 1 where the rows do not divide."""
-    p = job.parallelism
-    ranks = sizes.cp * (1 if p.encoder_tensor_parallel else sizes.tp)
-    return ranks if p.encoder_sharing != "off" and rows_a_forward(job, sizes) % ranks == 0 else 1
 
 
 def sharing_mesh(job: VLMJobConfig, mesh: Mesh) -> DeviceMesh:

@@ -1,0 +1,276 @@
+"""What a job needs on each rank, told without running it: memory at the peak, FLOPs, traffic. Imports no torch.
+
+What each tower keeps: the decoder's in torchtitan/models/decoder/footprint.py, the encoder's here. FLOPs are those of full slots,
+with one document a slot and images as large as allowed: the most a step can cost.
+"""
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from experiments.vlm.check import check_encoder
+from experiments.vlm.config import VLMJobConfig
+from experiments.vlm.model.flavors import FLAVORS, VLMConfig
+from experiments.vlm.model.sizes import encoder_layer_parameters, patch_embedding_parameters, projector_parameters
+from experiments.vlm.sharing import rows_a_forward, sharers
+from experiments.vlm.stages import split_layers
+from torchtitan.config.check import BatchSizes, ConfigError, Degrees, check_pipeline, check_sequence, resolve_batch
+from torchtitan.distributed.planner import Memory, Storage, Unit, factorisations, in_flight, peak_memory, traffic
+from torchtitan.distributed.stages import stages_of_rank
+from torchtitan.models.decoder import footprint
+from torchtitan.models.decoder.check import check_decoder
+from torchtitan.models.decoder.footprint import Share
+from torchtitan.models.decoder.sizes import embedding_parameters, layer_parameters
+
+BYTES = {"float32": 4, "bfloat16": 2}
+ADAMW = 8  # two moments in float32
+
+
+@dataclass(frozen=True)
+class Estimate:
+    sizes: Degrees
+    batch: BatchSizes
+    memory: Memory  # of the rank of a pipeline that needs most
+    rank: int  # which, along pp
+    flops: float  # of a step, all ranks together, forward and backward
+    sent: dict[str, float]  # bytes that rank sends in a step, by collective
+    notes: tuple[str, ...]  # where the batch was changed to fit the layout
+
+    @property
+    def ranks(self) -> int:
+        return self.sizes.dp * self.sizes.cp * self.sizes.tp * self.sizes.pp
+
+    @property
+    def sent_per_slot(self) -> float:
+        """Bytes that all ranks together send for one slot."""
+        return sum(self.sent.values()) * self.ranks / self.batch.global_
+
+
+@dataclass(frozen=True)
+class Patches:
+    """One forward of the encoder on one rank."""
+
+    own: float  # patches that this rank encodes
+    all: float  # of its slots
+    tp: int  # ranks that share the heads
+    bytes: int
+
+
+def estimate(job: VLMJobConfig, sizes: Degrees, vocab_size: int, fused_norm: bool = True) -> Estimate:
+    """For one layout. Raises ConfigError where it cannot run, but never for the batch: that is made to fit."""
+    job, notes = fit_batch(job, sizes)
+    config = FLAVORS[job.model.flavor]
+    check_sequence(job, sizes)
+    check_pipeline(job, sizes)
+    check_encoder(job, config.encoder, sizes)
+    check_decoder(config.decoder, job, sizes)
+    batch = resolve_batch(job, sizes.dp * sizes.cp * sizes.tp * sizes.pp)
+    ranks = [_of_rank(job, sizes, batch, config, vocab_size, fused_norm, rank) for rank in range(sizes.pp)]
+    worst = max(range(sizes.pp), key=lambda rank: ranks[rank][0].total)
+    memory, sent = ranks[worst]
+    return Estimate(sizes, batch, memory, worst, flops_of_step(job, batch, config, vocab_size), sent, notes)
+
+
+def estimates(job: VLMJobConfig, world_size: int, vocab_size: int, most: Degrees) -> Iterator[Estimate]:
+    """Of every layout of `world_size` ranks that can run, with at most `most` in each dimension."""
+    for sizes in factorisations(world_size, most):
+        with contextlib.suppress(ConfigError):
+            yield estimate(with_degrees(job, sizes), sizes, vocab_size)
+
+
+def with_degrees(job: VLMJobConfig, sizes: Degrees) -> VLMJobConfig:
+    """The job under another layout. What only makes sense under its own is left out."""
+    job = copy.deepcopy(job)
+    p = job.parallelism
+    p.data_parallel_replicate_degree, p.data_parallel_shard_degree = sizes.dp_replicate, sizes.dp_shard
+    p.context_parallel_degree, p.tensor_parallel_degree, p.pipeline_parallel_degree = sizes.cp, sizes.tp, sizes.pp
+    p.pipeline_parallel_split_points = []
+    p.pipeline_parallel_encoder_stage = p.pipeline_parallel_encoder_stage and sizes.pp > 1
+    p.encoder_tensor_parallel = p.encoder_tensor_parallel and sizes.tp > 1
+    return job
+
+
+def fit_batch(job: VLMJobConfig, sizes: Degrees) -> tuple[VLMJobConfig, tuple[str, ...]]:
+    """A batch that the layout can train: enough slots for the stages, and a global batch that divides."""
+    job, notes = copy.deepcopy(job), []
+    size = job.parallelism.pipeline_parallel_microbatch_size
+    needed = size * sizes.pp if sizes.pp > 1 else 1
+    local = -(-max(job.training.local_batch_size, needed) // size) * size if sizes.pp > 1 else job.training.local_batch_size
+    if local != job.training.local_batch_size:
+        notes.append(f"training.local_batch_size {job.training.local_batch_size} -> {local}, for {sizes.pp} stages")
+        job.training.local_batch_size = local
+    asked, at_once = job.training.global_batch_size, local * sizes.dp
+    if asked != -1 and asked % at_once:
+        notes.append(f"training.global_batch_size {asked} -> {at_once}, slots * data-parallel degree")
+        job.training.global_batch_size = at_once
+    return job, tuple(notes)
+
+
+def _of_rank(
+    job: VLMJobConfig, sizes: Degrees, batch: BatchSizes, config: VLMConfig, vocab_size: int, fused_norm: bool, rank: int
+) -> tuple[Memory, dict[str, float]]:
+    p = job.parallelism
+    split = split_layers(config, vocab_size, job, sizes) if sizes.pp > 1 else None
+    stages = stages_of_rank(p.pipeline_parallel_schedule, rank, sizes.pp, split.stages) if split else [0]
+    count = split.stages if split else 1
+    slots = p.pipeline_parallel_microbatch_size if sizes.pp > 1 else batch.local
+    e = BYTES[job.training.mixed_precision_param]
+    share = Share(slots, job.training.seq_len, sizes.cp, sizes.tp, p.context_parallel_method, e, fused_norm)
+    parts: list[list[Unit]] = []
+    for stage in stages:
+        layers = len(split.of(stage)) if split else config.decoder.layers
+        first, last = stage == 0, stage == count - 1
+        vision = vision_units(job, sizes, config) if first else []
+        parts.append(vision + decoder_units(job, sizes, config, vocab_size, share, layers, first, last))
+    microbatches = batch.local // slots
+    storage = Storage(
+        parameter=e,
+        reduced=BYTES[job.training.mixed_precision_reduce],
+        optimizer=ADAMW,
+        reshard=p.fsdp_reshard_after_forward == "always" or (p.fsdp_reshard_after_forward == "default" and sizes.pp == 1),
+        forwards=batch.accumulation * microbatches,
+        whole_gradients=batch.accumulation * microbatches > 1,
+    )
+    flying = in_flight(p.pipeline_parallel_schedule, rank, sizes.pp, microbatches)
+    memory = peak_memory(parts, storage, flying, input_bytes(job, sizes, batch))
+    return memory, traffic([unit for part in parts for unit in part], storage)
+
+
+def input_bytes(job: VLMJobConfig, sizes: Degrees, batch: BatchSizes) -> float:
+    """Of a batch on the device: pixels, their places, and the fields of each token."""
+    d = job.data
+    patches = batch.local * d.patch_rows * d.patches_per_row / sharers(job, sizes)
+    tokens = batch.local * job.training.seq_len / sizes.cp
+    return patches * (3 * d.patch_size**2 + 12) + tokens * (3 * 8 + 2 * 4)
+
+
+def kept_of(mode: str, option: str, number: int, everything: float, selective: float, own_input: float) -> float:
+    """What a block keeps under a mode of activation checkpointing."""
+    if mode == "none" or (mode == "selective" and option != "op" and number % int(option)):
+        return everything
+    return selective if mode == "selective" and option == "op" else own_input
+
+
+def decoder_units(
+    job: VLMJobConfig, sizes: Degrees, config: VLMConfig, vocab_size: int, share: Share, layers: int, first: bool, last: bool
+) -> list[Unit]:
+    c, ac = config.decoder, job.activation_checkpoint
+    trains = "decoder" not in job.training.freeze
+    place = {"shards": sizes.dp_shard * sizes.cp, "copies": sizes.dp_replicate, "trains": trains}
+    table = embedding_parameters(c, vocab_size) // sizes.tp
+    residual = share.bytes * share.residual * c.dim
+    units = []
+    if first:
+        around = share.bytes * share.tokens * c.dim * (sizes.tp - 1) / sizes.tp
+        units.append(
+            Unit("embedding", table, **place, stays=c.tied_embeddings, backward=residual, sent={"tp all-gather and reduce-scatter": around})
+        )
+    everything, working = footprint.layer_kept(c, share), footprint.layer_working(c, share)
+    for number in range(layers):
+        kept = kept_of(
+            ac.mode, ac.selective_ac_option, number, everything, footprint.layer_kept_selective(c, share), footprint.layer_input(c, share)
+        )
+        again = everything - kept
+        units.append(
+            Unit(
+                f"decoder layer {number}",
+                layer_parameters(c) // sizes.tp,
+                **place,
+                kept=kept,
+                forward=working / 2 + again,
+                backward=working + again,
+                sent=footprint.layer_sent(c, share),
+            )
+        )
+    if last:
+        units.append(
+            Unit(
+                "output layer",
+                0 if c.tied_embeddings and first else table,
+                **place,
+                kept=footprint.head_kept(c, vocab_size, share),
+                forward=footprint.head_forward(c, vocab_size, share, job.training.loss_chunk_tokens),
+                backward=footprint.head_backward(c, vocab_size, share),
+            )
+        )
+    if sizes.pp > 1 and units:
+        # The residual stream goes on after forward, or its gradient back.
+        units[-1].sent["pp send"] = residual
+    return units
+
+
+def vision_units(job: VLMJobConfig, sizes: Degrees, config: VLMConfig) -> list[Unit]:
+    p, d, c = job.parallelism, job.data, config.encoder
+    ac, frozen = job.activation_checkpoint, job.training.freeze
+    heads = sizes.tp if p.encoder_tensor_parallel else 1
+    e = BYTES[job.training.mixed_precision_param]
+    rows, ranks = rows_a_forward(job, sizes) * d.patches_per_row, sharers(job, sizes)
+    patches = Patches(rows / ranks, rows, heads, e)
+    place = {"shards": sizes.dp_shard * sizes.cp * (1 if heads > 1 else sizes.tp), "copies": sizes.dp_replicate}
+    trains, merged = "encoder" not in frozen, d.spatial_merge_size**2
+    own = patches.own * c.dim
+    everything, working = encoder_layer_kept(config, patches), e * (own * 2 + patches.own * c.mlp_dim / heads)
+    selective = e * (own * 4 + own * 4 / heads + patches.own * c.mlp_dim / heads)
+    pixels, table = 3 * c.patch_size**2, c.position_grid**2
+    units = [
+        Unit(
+            "patch embedding",
+            patch_embedding_parameters(c) + 2 * c.dim,
+            **place,
+            trains=trains,
+            kept=trains * patches.own * (e * pixels + 4 * table),
+            forward=patches.own * (8 * pixels + 4 * table + 8 * c.dim),
+        )
+    ]
+    around = {"tp encoder all-reduce": 4 * 2 * (heads - 1) / heads * e * own} if heads > 1 else {}
+    for number in range(c.layers):
+        kept = trains * kept_of(ac.encoder_mode, ac.selective_ac_option, number, everything, selective, e * own)
+        again = everything - kept
+        parameters = encoder_layer_parameters(c) // heads
+        units.append(
+            Unit(f"encoder layer {number}", parameters, **place, trains=trains, kept=kept, forward=working / 2 + again,
+                 backward=working + again, sent=around)
+        )  # fmt: skip
+    hidden = config.projector.hidden_dim
+    visual = e * patches.all / merged * config.decoder.dim
+    units.append(
+        Unit(
+            "projector",
+            projector_parameters(config.projector, c.dim, d.spatial_merge_size, config.decoder.dim),
+            **place,
+            trains="projector" not in frozen,
+            kept=e * (2 * own + 2 * patches.own / merged * hidden) + trains * e * own,
+            forward=visual,
+            backward=visual + e * 2 * own,
+            sent={"encoder sharing": 2 * (ranks - 1) / ranks * visual} if ranks > 1 else {},
+        )
+    )
+    return units
+
+
+def encoder_layer_kept(config: VLMConfig, patches: Patches) -> float:
+    """Inputs and results of two LayerNorms, q k v and attention, and the two widths of the MLP."""
+    c, p = config.encoder, patches.own
+    lse = 4 * p * c.heads / patches.tp
+    return patches.bytes * p * (4 * c.dim + (4 * c.dim + 2 * c.mlp_dim) / patches.tp) + lse
+
+
+def flops_of_step(job: VLMJobConfig, batch: BatchSizes, config: VLMConfig, vocab_size: int) -> float:
+    """Formula and passes as in torchtitan/components/flops.py."""
+    d, frozen, length = job.data, job.training.freeze, job.training.seq_len
+    e, c = config.encoder, config.decoder
+    patches, tokens = batch.global_ * d.patch_rows * d.patches_per_row, batch.global_ * length
+    encoder = 1 if "encoder" in frozen else 3
+    projector = 1 + ("projector" not in frozen) + ("encoder" not in frozen)
+    decoder = 2 if "decoder" in frozen else 3
+    vision = e.layers * (4 * e.dim**2 + 2 * e.dim * e.mlp_dim) * 2 * patches * encoder
+    vision += 2 * 3 * e.patch_size**2 * e.dim * patches * min(encoder, 2)
+    vision += 4 * e.dim * e.layers * patches * d.max_patches_per_image * encoder
+    merged = d.spatial_merge_size**2
+    matrices = config.projector.hidden_dim * (e.dim * merged + c.dim)
+    width, kv_width = c.heads * c.head_dim, c.kv_heads * c.head_dim
+    layer = 2 * c.dim * (width + kv_width) + 3 * c.dim * c.mlp_dim
+    language = 2 * tokens * decoder * (c.layers * layer + c.dim * vocab_size)
+    language += 4 * width * c.layers * tokens * (length + 1) / 2 * 3
+    return vision + 2 * matrices * patches / merged * projector + language

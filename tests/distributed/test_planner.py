@@ -1,0 +1,89 @@
+"""The planner's peak is that of the tensors that are alive, measured in a real step on gloo ranks."""
+
+import tempfile
+
+import pytest
+import torch.distributed as dist
+
+from experiments.vlm.model.flavors import FLAVORS, EncoderConfig, ProjectorConfig, VLMConfig
+from experiments.vlm.plan import estimate
+from tests.distributed.pool import Pool
+from tests.distributed.table import layout
+from tests.distributed.world import TEST_SPEC, VOCAB, device, job_of
+from tests.reference.live_memory import LiveMemory
+from torchtitan.build import build
+from torchtitan.config.check import degrees
+from torchtitan.models.decoder.flavors import DecoderConfig
+
+TOLERANCE = 0.1
+ENCODER = EncoderConfig(128, 4, 4, 512, patch_size=4, position_grid=8)
+DECODER = DecoderConfig(128, 6, 8, 4, 16, 384, VOCAB, 10000.0, norm_eps=1e-5)
+FLAVORS["planned"] = VLMConfig(ENCODER, ProjectorConfig(96), DECODER)
+SIZES = {"model.flavor": "planned", "training.seq_len": 256, "data.patches_per_row": 512, "training.loss_chunk_tokens": 128}
+
+
+def changes_of(case) -> dict:
+    own = case.changes
+    split = [own.get(f"parallelism.{kind}_parallel_degree", 1) for kind in ("tensor", "context", "pipeline")]
+    data = case.ranks // (split[0] * split[1] * split[2])
+    return own | SIZES | {"training.global_batch_size": own["training.local_batch_size"] * data}
+
+
+def measured_peak(changes: dict) -> int:
+    """Bytes, in the second step, when the optimizer has its state."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = build(job_of(changes, folder), TEST_SPEC, device())
+        for _ in range(2):
+            feed = run.feed(next(run.loader).batches[0])
+            memory = LiveMemory()
+            state = [value for optimizer in run.optimizers for values in optimizer.state.values() for value in values.values()]
+            memory.add([list(part.parameters()) for part in run.passes.parts], state, feed)
+            with memory:
+                run.passes.forward_backward(feed, 1e-3, True)
+                for optimizer in run.optimizers:
+                    optimizer.step()
+                run.optimizers.zero_grad()
+        dist.barrier()
+        return memory.peak
+
+
+CASES = [
+    layout("one process", 1, slots=2),
+    layout("full checkpointing", 1, slots=2, ac="full", encoder_ac="full"),
+    layout("tp2", 2, slots=2, tp=2),
+    layout("pp2, ZBVZeroBubble", 2, slots=4, pp=2, schedule="ZBVZeroBubble"),
+]
+FURTHER = [
+    layout("selective by operator", 1, slots=2, ac="selective", encoder_ac="selective"),
+    layout("selective by layer", 1, slots=2, ac="selective", encoder_ac="selective", every="2"),
+    layout("fsdp2", 2, slots=2),
+    layout("fsdp2, never resharded", 2, slots=2, reshard="never"),
+    layout("cp2", 2, slots=2, cp=2),
+    layout("cp2, ulysses", 2, slots=2, cp=2, method="ulysses"),
+    layout("fsdp2.tp2, encoder heads", 4, slots=2, tp=2, heads=True),
+    layout("pp2", 2, slots=4, pp=2),
+    layout("pp2, GPipe", 2, slots=4, pp=2, schedule="GPipe"),
+    layout("pp2, Interleaved1F1B", 2, slots=8, pp=2, schedule="Interleaved1F1B"),
+    layout("pp2, InterleavedZeroBubble", 2, slots=8, pp=2, schedule="InterleavedZeroBubble"),
+    layout("fsdp2, frozen encoder", 2, slots=2, freeze=["encoder"]),
+]
+
+
+def compare(case) -> None:
+    changes = changes_of(case)
+    job = job_of(changes, "/nowhere")
+    # On CPU a norm is not one kernel, and keeps more.
+    expected = estimate(job, degrees(job.parallelism, case.ranks), VOCAB, fused_norm=False).memory
+    measured = max(Pool().run(case.ranks, measured_peak, changes))
+    assert expected.total == pytest.approx(measured, rel=TOLERANCE), expected
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_peak_is_as_measured(case):
+    compare(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", FURTHER, ids=lambda case: case.name)
+def test_peak_is_as_measured_in_further_layouts(case):
+    compare(case)

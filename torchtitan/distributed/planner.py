@@ -1,0 +1,162 @@
+"""Memory and traffic of a training step in closed form, for any number of ranks, without any of them. Imports no torch.
+
+A model is a list of units in the order of forward, each a group of parameters that FSDP gathers together. Memory is followed
+through one forward and backward: parameters, gradients and optimizer state that stay; what each unit keeps for backward;
+what is gathered; and what a unit needs while it works. Not seen: the allocator's fragmentation and rounding, CUDA's context,
+buffers of nccl (together about 1 to 2 GiB a GPU), and a compiler that keeps less than eager execution does.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from torchtitan.config.check import Degrees
+
+FLOAT32 = 4
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Bytes are those of one forward on one rank; parameters are this rank's before FSDP divides them (after TP has)."""
+
+    name: str
+    parameters: int
+    shards: int  # ranks that FSDP divides the parameters over
+    copies: int = 1  # groups of such ranks that hold the same (HSDP)
+    trains: bool = True
+    stays: bool = False  # gathered from the first forward to the last backward
+    kept: float = 0  # from forward to backward
+    forward: float = 0  # beside `kept` while it runs forward
+    backward: float = 0  # beside `kept` while it runs backward; with checkpointing what it computes again
+    sent: dict[str, float] = field(default_factory=dict)  # what this rank sends in forward and backward, by collective
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How parameters are kept and moved: see Sharding in fsdp.py."""
+
+    parameter: int  # bytes of one in forward and backward
+    reduced: int  # bytes of a gradient's element while it is summed over ranks
+    optimizer: int  # bytes of optimizer state an element
+    reshard: bool  # gathered parameters are freed after forward
+    forwards: int  # before an optimizer step: accumulation or microbatches
+    whole_gradients: bool  # kept until the last of them
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the peak, by what they are."""
+
+    where: str
+    state: float  # parameters and optimizer state
+    gradients: float
+    gathered: float
+    kept: float
+    working: float
+
+    @property
+    def total(self) -> float:
+        return self.state + self.gradients + self.gathered + self.kept + self.working
+
+
+def peak_memory(
+    stages: Sequence[Sequence[Unit]], storage: Storage, in_flight: Sequence[tuple[int, ...]] = ((1,),), batch: float = 0
+) -> Memory:
+    """`stages`: the units of each that this rank holds. `in_flight`: how many microbatches of each can be between forward and
+    backward at one time. `batch`: bytes of input that stay on the device."""
+    kept = [sum(unit.kept for unit in stage) for stage in stages]
+    most = max(sum(n * k for n, k in zip(counts, kept, strict=True)) for counts in in_flight)
+    return max(_moments(stages, storage, most, batch), key=lambda moment: moment.total)
+
+
+def _moments(stages: Sequence[Sequence[Unit]], s: Storage, most_kept: float, batch: float) -> Iterator[Memory]:
+    units = [unit for stage in stages for unit in stage]
+    state = sum(u.parameters / u.shards * (FLOAT32 + s.optimizer * u.trains) for u in units) + batch
+    full = [u.parameters * s.parameter for u in units]
+    whole = sum(u.parameters * s.reduced for u in units if u.trains) if s.whole_gradients else 0.0
+    for i, (unit, later) in enumerate(_with_later(stages)):
+        # What the rest of this microbatch's stage keeps is not there yet in forward, and no more in backward.
+        kept = most_kept - later
+        # The next unit is gathered while this one works.
+        yield Memory(f"forward of {unit.name}", state, whole, _gathered(units, full, s, i, i + 1, forward=True), kept, unit.forward)
+        done = sum(u.parameters / u.shards * FLOAT32 for u in units[i + 1 :] if u.trains)
+        own = unit.parameters * (s.parameter + s.reduced) if unit.trains else 0
+        gathered = _gathered(units, full, s, i, i - 1, forward=False)
+        yield Memory(f"backward of {unit.name}", state, max(whole, done), gathered, kept, unit.backward + own)
+
+
+def _with_later(stages: Sequence[Sequence[Unit]]) -> Iterator[tuple[Unit, float]]:
+    """Each unit, and what those after it in its stage keep."""
+    for stage in stages:
+        for i, unit in enumerate(stage):
+            yield unit, sum(later.kept for later in stage[i + 1 :])
+
+
+def _gathered(units: Sequence[Unit], full: list[float], s: Storage, at: int, next_to: int, forward: bool) -> float:
+    """Bytes of gathered parameters while unit `at` works and `next_to` is on its way; all up to there where none are freed."""
+    if not s.reshard:
+        return sum(full[: next_to + 1]) if forward and not s.whole_gradients else sum(full)
+    return sum(f for j, (u, f) in enumerate(zip(units, full, strict=True)) if u.stays or j in (at, next_to))
+
+
+def traffic(units: Sequence[Unit], storage: Storage) -> dict[str, float]:
+    """Bytes that one rank sends in an optimizer step, by collective."""
+    total: dict[str, float] = {}
+
+    def add(name: str, amount: float) -> None:
+        if amount:
+            total[name] = total.get(name, 0.0) + amount
+
+    for unit in units:
+        others = (unit.shards - 1) / unit.shards
+        gathers = storage.forwards * (1 + unit.trains) if storage.reshard else storage.forwards if not storage.whole_gradients else 1
+        add("fsdp all-gather", gathers * others * unit.parameters * storage.parameter)
+        if unit.trains:
+            sums = 1 if storage.whole_gradients else storage.forwards
+            add("fsdp reduce-scatter", sums * others * unit.parameters * storage.reduced)
+            shard = unit.parameters / unit.shards
+            add("hsdp all-reduce", sums * 2 * (unit.copies - 1) / unit.copies * shard * storage.reduced)
+        for name, amount in unit.sent.items():
+            add(name, amount * storage.forwards)
+    return total
+
+
+def in_flight(schedule: str, rank: int, ranks: int, microbatches: int) -> list[tuple[int, ...]]:
+    """For each moment of a pipeline's schedule, how many microbatches of each of a rank's stages are between forward and the end of
+    backward. Interleaved schedules are those of two stages a rank."""
+    if ranks == 1 or schedule in ("GPipe", "1F1B"):
+        return [(1 if ranks == 1 else microbatches if schedule == "GPipe" else min(microbatches, ranks - rank),)]
+    if schedule == "ZBVZeroBubble":
+        return [(min(microbatches, 2 * ranks - rank), min(microbatches, rank + 1))]
+    return _interleaved(rank, ranks, microbatches, 1 if schedule.endswith("ZeroBubble") else 2)
+
+
+def _interleaved(rank: int, ranks: int, microbatches: int, factor: int) -> list[tuple[int, ...]]:
+    """Rounds of as many microbatches as ranks pass through the first stage, then the second; backward the other way round."""
+    size = microbatches // max(1, microbatches // ranks)
+    rounds = [(stage, begin) for begin in range(0, microbatches, size) for stage in (0, 1)]
+    forwards = [stage for stage, _ in rounds for _ in range(size)]
+    backwards = [1 - stage for stage in forwards]
+    warm_up = min(len(forwards), size + factor * (ranks - 1 - rank))
+    counts, moments = [0, 0], []
+    for step in range(len(forwards) + warm_up):
+        if step < len(forwards):
+            counts[forwards[step]] += 1
+            moments.append(tuple(counts))
+        if step >= warm_up:
+            counts[backwards[step - warm_up]] -= 1
+    return moments
+
+
+def factorisations(world_size: int, most: Degrees) -> Iterator[Degrees]:
+    """Every mesh of `world_size` ranks with at most `most` in each dimension; FSDP takes what the others leave."""
+    for tp in _divisors(world_size, most.tp):
+        for pp in _divisors(world_size // tp, most.pp):
+            for cp in _divisors(world_size // (tp * pp), most.cp):
+                data = world_size // (tp * pp * cp)
+                for replicate in _divisors(data, most.dp_replicate):
+                    yield Degrees(replicate, data // replicate, cp, tp, pp)
+
+
+def _divisors(n: int, most: int) -> list[int]:
+    return [d for d in range(1, min(n, most) + 1) if n % d == 0]
