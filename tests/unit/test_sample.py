@@ -66,14 +66,20 @@ def test_the_placeholder_in_a_text_is_text():
 
 def test_a_long_document_is_cut_where_parts_meet():
     pieces = plan([Text("a" * 30), Image(0, 4, 8), Text("b" * 25), Image(1, 4, 8), Text("c" * 20)])
-    assert [spelled(piece) for piece in pieces] == ["<" + "a" * 30 + "[" + "*" * 8 + "]", "b" * 25 + "[" + "*" * 8 + "]" + "c" * 20 + ">"]
-    assert [[image.number for image in piece.images] for piece in pieces] == [[0], [1]]
+    image = "[" + "*" * 8 + "]"
+    assert [spelled(piece) for piece in pieces] == ["<" + "a" * 30, image + "b" * 25, image + "c" * 20 + ">"]
+    assert [[image.number for image in piece.images] for piece in pieces] == [[], [0], [1]]
 
 
-def test_a_text_longer_than_a_slot_is_cut_into_equal_parts():
+def test_a_text_longer_than_a_slot_fills_slots():
     pieces = plan([Text("a" * 150)])
-    assert [len(piece.tokens) for piece in pieces] == [51, 51, 50]
+    assert [len(piece.tokens) for piece in pieces] == [64, 64, 24]
     assert targets(pieces[0])[0] == "." and targets(pieces[2])[-1] == ">"
+
+
+def test_pieces_with_images_leave_room_for_others():
+    pieces = plan([Text("a" * 20), Image(0, 4, 4), Text("b" * 20), Image(1, 4, 4), Text("c" * 20), Image(2, 4, 4), Text("d" * 20)])
+    assert [len(piece.tokens) for piece in pieces] == [27, 26, 26, 21]
 
 
 def test_truncation_keeps_the_longest_beginning():

@@ -25,7 +25,7 @@ SKEW = 1.25  # how far a single slot may differ in patches per token from all th
 GOOD_ENOUGH = 0.002  # stop trying when the wasted shares of both sides add up to less
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Budget:
     seq_len: int
     patch_rows: int

@@ -4,9 +4,8 @@
     target     a token that is to be predicted from the one before it. Text is, and eos; bos, image tokens and texts
                without loss (a user's turn) are not. So the first text token after an image is a target
 
-A document that does not fit a slot is cut where parts meet; a text longer than a slot is cut inside. Pieces are about
-equally long (halves pack better than a full slot and a rest), are documents of their own, and joined give the document
-again: bos stands in the first alone, eos in the last.
+A document that does not fit a slot is cut where parts meet; a text longer than a slot is cut inside. Pieces are documents of
+their own, and joined give the document again: bos stands in the first alone, eos in the last.
 """
 
 import itertools
@@ -21,6 +20,9 @@ import numpy as np
 from experiments.vlm.data.document import Document, Image, Special, Text, encode_texts
 from experiments.vlm.data.packing import Budget
 from torchtitan.components.tokenizer import Tokenizer
+
+
+GOAL = 2 / 3  # of a slot, at most, for pieces of documents with images
 
 
 class Grid(Protocol):
@@ -169,16 +171,14 @@ class _Piece:
 
 
 def split(atoms: list[Atom], budget: Budget) -> list[list[Atom]]:
-    """Pieces of about equal size, as few as the larger side of the budget asks for, or a few more."""
-    tokens, patches = sum(len(atom.tokens) for atom in atoms), sum(atom.patches for atom in atoms)
-    count = max(math.ceil(tokens / budget.seq_len), math.ceil(patches / budget.patches))
-    goal_tokens, goal_patches = math.ceil(tokens / count), patches / count
+    """Text alone as full slots and a rest; with images, pieces of about equal size that leave others room beside them."""
+    goal_tokens, goal_patches = piece_goal(atoms, budget)
     pieces = [_Piece(budget)]
     rest = atoms[::-1]
     while rest:
         atom, piece = rest.pop(), pieces[-1]
         # An atom joins if at least half of it lies on this side of the goal.
-        near = piece.tokens + len(atom.tokens) / 2 <= goal_tokens and piece.patches + atom.patches / 2 <= goal_patches
+        near = piece.tokens + len(atom.tokens) / 2 <= goal_tokens and (not atom.image or piece.patches + atom.patches / 2 <= goal_patches)
         closing = len(atom.tokens) == 1  # bos, eos or a chat marker: no piece of its own
         if piece.room_for(atom) and (near or closing or not piece.atoms):
             piece.add(atom)
@@ -190,6 +190,18 @@ def split(atoms: list[Atom], budget: Budget) -> list[list[Atom]]:
         pieces.append(_Piece(budget))
         rest.append(atom)
     return [piece.atoms for piece in pieces]
+
+
+def piece_goal(atoms: list[Atom], budget: Budget) -> tuple[int, float]:
+    """Tokens and patches that a piece should have.
+
+    Of documents with images a full slot is rarely full on both sides, and halves of one and a bit fill no slot together.
+    """
+    tokens, patches = sum(len(atom.tokens) for atom in atoms), sum(atom.patches for atom in atoms)
+    if not patches:
+        return budget.seq_len, budget.patches
+    count = math.ceil(max(tokens / budget.seq_len, patches / budget.patches) / GOAL)
+    return math.ceil(tokens / count), patches / count
 
 
 def truncate(atoms: list[Atom], budget: Budget) -> list[list[Atom]]:

@@ -106,7 +106,7 @@ class Slot:
 
     def plan(self) -> SlotPlan:
         """The next row; an empty one once everything is over. Raises DataError if a source is rotten."""
-        self.window.refill(self._draw)
+        self.window.refill(self.draw)
         packed = [Packed(entry.reference, entry.origin, entry.head, places) for entry, places in self.window.take()]
         plan = SlotPlan(self.number, packed, self.rejects, self.position())
         self.rejects = []
@@ -152,7 +152,7 @@ class Slot:
         pieces = self._pieces(record)[reference.piece :]
         return Entry(reference, self._origin(reference, record), pieces) if pieces else None
 
-    def _draw(self) -> Entry | None:
+    def draw(self) -> Entry | None:
         """The next document of the mixture; None when all sources are dry."""
         while (source := self.mixture.pick()) is not None:
             found = next(self.records[source], None)
