@@ -6,8 +6,9 @@ with one document a slot and images as large as allowed: the most a step can cos
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from experiments.vlm.check import check_encoder
 from experiments.vlm.config import VLMJobConfig
@@ -16,7 +17,7 @@ from experiments.vlm.model.sizes import encoder_layer_parameters, patch_embeddin
 from experiments.vlm.sharing import rows_a_forward, sharers
 from experiments.vlm.stages import split_layers
 from torchtitan.config.check import BatchSizes, ConfigError, Degrees, check_pipeline, check_sequence, resolve_batch
-from torchtitan.distributed.planner import Memory, Storage, Unit, factorisations, in_flight, peak_memory, traffic
+from torchtitan.distributed.planner import FLOAT32, Memory, Storage, Unit, factorisations, in_flight, peak_memory, traffic
 from torchtitan.distributed.stages import stages_of_rank
 from torchtitan.models.decoder import footprint
 from torchtitan.models.decoder.check import check_decoder
@@ -155,40 +156,20 @@ def kept_of(mode: str, option: str, number: int, everything: float, selective: f
 def decoder_units(
     job: VLMJobConfig, sizes: Degrees, config: VLMConfig, vocab_size: int, share: Share, layers: int, first: bool, last: bool
 ) -> list[Unit]:
-    c, ac = config.decoder, job.activation_checkpoint
-    trains = "decoder" not in job.training.freeze
-    place = {"shards": sizes.dp_shard * sizes.cp, "copies": sizes.dp_replicate, "trains": trains}
+    c = config.decoder
+    unit = partial(Unit, shards=sizes.dp_shard * sizes.cp, copies=sizes.dp_replicate, trains="decoder" not in job.training.freeze)
     table = embedding_parameters(c, vocab_size) // sizes.tp
     residual = share.bytes * share.residual * c.dim
     units = []
     if first:
-        around = share.bytes * share.tokens * c.dim * (sizes.tp - 1) / sizes.tp
-        units.append(
-            Unit("embedding", table, **place, stays=c.tied_embeddings, backward=residual, sent={"tp all-gather and reduce-scatter": around})
-        )
-    everything, working = footprint.layer_kept(c, share), footprint.layer_working(c, share)
-    for number in range(layers):
-        kept = kept_of(
-            ac.mode, ac.selective_ac_option, number, everything, footprint.layer_kept_selective(c, share), footprint.layer_input(c, share)
-        )
-        again = everything - kept
-        units.append(
-            Unit(
-                f"decoder layer {number}",
-                layer_parameters(c) // sizes.tp,
-                **place,
-                kept=kept,
-                forward=working / 2 + again,
-                backward=working + again,
-                sent=footprint.layer_sent(c, share),
-            )
-        )
+        scattered = {"tp all-gather and reduce-scatter": share.bytes * share.tokens * c.dim * (sizes.tp - 1) / sizes.tp}
+        units.append(unit("embedding", table, stays=c.tied_embeddings, backward=residual, sent=scattered))
+    units += [decoder_layer(job, config, share, unit, number) for number in range(layers)]
     if last:
         units.append(
-            Unit(
+            unit(
                 "output layer",
                 0 if c.tied_embeddings and first else table,
-                **place,
                 kept=footprint.head_kept(c, vocab_size, share),
                 forward=footprint.head_forward(c, vocab_size, share, job.training.loss_chunk_tokens),
                 backward=footprint.head_backward(c, vocab_size, share),
@@ -200,59 +181,77 @@ def decoder_units(
     return units
 
 
+def decoder_layer(job: VLMJobConfig, config: VLMConfig, share: Share, unit: Callable[..., Unit], number: int) -> Unit:
+    c, ac = config.decoder, job.activation_checkpoint
+    everything, working = footprint.layer_kept(c, share), footprint.layer_working(c, share)
+    selective, own_input = footprint.layer_kept_selective(c, share), footprint.layer_input(c, share)
+    kept = kept_of(ac.mode, ac.selective_ac_option, number, everything, selective, own_input)
+    again = everything - kept
+    parameters = layer_parameters(c) // share.tp
+    sent = footprint.layer_sent(c, share)
+    return unit(f"decoder layer {number}", parameters, kept=kept, forward=working / 2 + again, backward=working + again, sent=sent)
+
+
 def vision_units(job: VLMJobConfig, sizes: Degrees, config: VLMConfig) -> list[Unit]:
-    p, d, c = job.parallelism, job.data, config.encoder
-    ac, frozen = job.activation_checkpoint, job.training.freeze
-    heads = sizes.tp if p.encoder_tensor_parallel else 1
-    e = BYTES[job.training.mixed_precision_param]
-    rows, ranks = rows_a_forward(job, sizes) * d.patches_per_row, sharers(job, sizes)
-    patches = Patches(rows / ranks, rows, heads, e)
-    place = {"shards": sizes.dp_shard * sizes.cp * (1 if heads > 1 else sizes.tp), "copies": sizes.dp_replicate}
-    trains, merged = "encoder" not in frozen, d.spatial_merge_size**2
-    own = patches.own * c.dim
-    everything, working = encoder_layer_kept(config, patches), e * (own * 2 + patches.own * c.mlp_dim / heads)
-    selective = e * (own * 4 + own * 4 / heads + patches.own * c.mlp_dim / heads)
+    """Patch embedding, encoder layers, projector."""
+    heads = sizes.tp if job.parallelism.encoder_tensor_parallel else 1
+    rows, ranks = rows_a_forward(job, sizes) * job.data.patches_per_row, sharers(job, sizes)
+    patches = Patches(rows / ranks, rows, heads, BYTES[job.training.mixed_precision_param])
+    unit = partial(Unit, shards=sizes.dp_shard * sizes.cp * (1 if heads > 1 else sizes.tp), copies=sizes.dp_replicate)
+    layers = [encoder_layer(job, config, patches, unit, number) for number in range(config.encoder.layers)]
+    return [patch_embedding(job, config, patches, unit), *layers, projector(job, config, patches, unit)]
+
+
+def patch_embedding(job: VLMJobConfig, config: VLMConfig, patches: Patches, unit: Callable[..., Unit]) -> Unit:
+    """It holds the encoder's last norm too, which FSDP gathers with it."""
+    c, trains = config.encoder, "encoder" not in job.training.freeze
     pixels, table = 3 * c.patch_size**2, c.position_grid**2
-    units = [
-        Unit(
-            "patch embedding",
-            patch_embedding_parameters(c) + 2 * c.dim,
-            **place,
-            trains=trains,
-            kept=trains * patches.own * (e * pixels + 4 * table),
-            forward=patches.own * (8 * pixels + 4 * table + 8 * c.dim),
-        )
-    ]
-    around = {"tp encoder all-reduce": 4 * 2 * (heads - 1) / heads * e * own} if heads > 1 else {}
-    for number in range(c.layers):
-        kept = trains * kept_of(ac.encoder_mode, ac.selective_ac_option, number, everything, selective, e * own)
-        again = everything - kept
-        parameters = encoder_layer_parameters(c) // heads
-        units.append(
-            Unit(f"encoder layer {number}", parameters, **place, trains=trains, kept=kept, forward=working / 2 + again,
-                 backward=working + again, sent=around)
-        )  # fmt: skip
-    hidden = config.projector.hidden_dim
-    visual = e * patches.all / merged * config.decoder.dim
-    units.append(
-        Unit(
-            "projector",
-            projector_parameters(config.projector, c.dim, d.spatial_merge_size, config.decoder.dim),
-            **place,
-            trains="projector" not in frozen,
-            kept=e * (2 * own + 2 * patches.own / merged * hidden) + trains * e * own,
-            forward=visual,
-            backward=visual + e * 2 * own,
-            sent={"encoder sharing": 2 * (ranks - 1) / ranks * visual} if ranks > 1 else {},
-        )
+    kept = trains * patches.own * (patches.bytes * pixels + FLOAT32 * table)
+    forward = patches.own * FLOAT32 * (2 * pixels + table + 2 * c.dim)
+    return unit("patch embedding", patch_embedding_parameters(c) + 2 * c.dim, trains=trains, kept=kept, forward=forward)
+
+
+def encoder_layer(job: VLMJobConfig, config: VLMConfig, patches: Patches, unit: Callable[..., Unit], number: int) -> Unit:
+    c, ac, tp = config.encoder, job.activation_checkpoint, patches.tp
+    trains = "encoder" not in job.training.freeze
+    own, wide = patches.own * c.dim, patches.own * c.mlp_dim / tp
+    everything, working = encoder_layer_kept(config, patches), patches.bytes * (2 * own + wide)
+    selective = patches.bytes * (4 * own + 4 * own / tp + wide)
+    kept = trains * kept_of(ac.encoder_mode, ac.selective_ac_option, number, everything, selective, patches.bytes * own)
+    again = everything - kept
+    reduced = 4 * 2 * (tp - 1) / tp * patches.bytes * own
+    return unit(
+        f"encoder layer {number}",
+        encoder_layer_parameters(c) // tp,
+        trains=trains,
+        kept=kept,
+        forward=working / 2 + again,
+        backward=working + again,
+        sent={"tp encoder all-reduce": reduced},
     )
-    return units
+
+
+def projector(job: VLMJobConfig, config: VLMConfig, patches: Patches, unit: Callable[..., Unit]) -> Unit:
+    """Its result is what the ranks of a group exchange."""
+    c, merged, e = config.encoder, job.data.spatial_merge_size**2, patches.bytes
+    own, hidden = patches.own * c.dim, patches.own / merged * config.projector.hidden_dim
+    visual = e * patches.all / merged * config.decoder.dim
+    trained = "encoder" not in job.training.freeze
+    return unit(
+        "projector",
+        projector_parameters(config.projector, c.dim, job.data.spatial_merge_size, config.decoder.dim),
+        trains="projector" not in job.training.freeze,
+        kept=e * (2 * own + 2 * hidden) + trained * e * own,
+        forward=visual,
+        backward=visual + 2 * e * own,
+        sent={"encoder sharing": 2 * (1 - patches.own / patches.all) * visual},
+    )
 
 
 def encoder_layer_kept(config: VLMConfig, patches: Patches) -> float:
     """Inputs and results of two LayerNorms, q k v and attention, and the two widths of the MLP."""
     c, p = config.encoder, patches.own
-    lse = 4 * p * c.heads / patches.tp
+    lse = FLOAT32 * p * c.heads / patches.tp
     return patches.bytes * p * (4 * c.dim + (4 * c.dim + 2 * c.mlp_dim) / patches.tp) + lse
 
 
@@ -264,13 +263,13 @@ def flops_of_step(job: VLMJobConfig, batch: BatchSizes, config: VLMConfig, vocab
     encoder = 1 if "encoder" in frozen else 3
     projector = 1 + ("projector" not in frozen) + ("encoder" not in frozen)
     decoder = 2 if "decoder" in frozen else 3
-    vision = e.layers * (4 * e.dim**2 + 2 * e.dim * e.mlp_dim) * 2 * patches * encoder
+    vision: float = e.layers * (4 * e.dim**2 + 2 * e.dim * e.mlp_dim) * 2 * patches * encoder
     vision += 2 * 3 * e.patch_size**2 * e.dim * patches * min(encoder, 2)
     vision += 4 * e.dim * e.layers * patches * d.max_patches_per_image * encoder
     merged = d.spatial_merge_size**2
     matrices = config.projector.hidden_dim * (e.dim * merged + c.dim)
     width, kv_width = c.heads * c.head_dim, c.kv_heads * c.head_dim
     layer = 2 * c.dim * (width + kv_width) + 3 * c.dim * c.mlp_dim
-    language = 2 * tokens * decoder * (c.layers * layer + c.dim * vocab_size)
+    language: float = 2 * tokens * decoder * (c.layers * layer + c.dim * vocab_size)
     language += 4 * width * c.layers * tokens * (length + 1) / 2 * 3
     return vision + 2 * matrices * patches / merged * projector + language

@@ -92,7 +92,7 @@ def _with_later(stages: Sequence[Sequence[Unit]]) -> Iterator[tuple[Unit, float]
             yield unit, sum(later.kept for later in stage[i + 1 :])
 
 
-def _gathered(units: Sequence[Unit], full: list[float], s: Storage, at: int, next_to: int, forward: bool) -> float:
+def _gathered(units: Sequence[Unit], full: Sequence[float], s: Storage, at: int, next_to: int, forward: bool) -> float:
     """Bytes of gathered parameters while unit `at` works and `next_to` is on its way; all up to there where none are freed."""
     if not s.reshard:
         return sum(full[: next_to + 1]) if forward and not s.whole_gradients else sum(full)
