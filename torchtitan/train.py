@@ -17,10 +17,12 @@ from torchtitan.distributed.collectives import any_rank, sum_over_hosts, sum_ove
 from torchtitan.distributed.grad_norm import clip, global_norm
 from torchtitan.distributed.process_group import (
     close_process_group,
+    is_timeout,
     laggards,
     note_step,
     open_process_group,
     set_timeout,
+    who_is_stuck,
     write_flight_record,
 )
 from torchtitan.dry_run import dry_run
@@ -190,8 +192,9 @@ def main(job: JobConfig, spec: TrainSpec) -> None:
     trainer = Trainer(build(job, spec, device))
     try:
         trainer.train()
-    except Exception:
-        logger.error(f"rank {dist.get_rank()} failed in step {trainer.state.step + 1}; {laggards()}")
+    except Exception as error:
+        others = who_is_stuck() if is_timeout(error) else laggards()
+        logger.error(f"rank {dist.get_rank()} failed in step {trainer.state.step + 1}; {others}")
         write_flight_record(job.comm, trainer.folder)
         if dist.get_world_size() == 1:
             trainer.report_data()  # several ranks could no longer agree on one

@@ -1,6 +1,7 @@
 """Start and end of communication between ranks, and what is known when a rank hangs."""
 
 import os
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -70,12 +71,34 @@ def note_step(step: int) -> None:
 
 
 def laggards() -> str:
-    """Which ranks are behind the others, from what they noted last; for the message of a collective that timed out."""
-    store = dist.distributed_c10d._get_default_store()
-    keys = [f"step/{rank}" for rank in range(dist.get_world_size())]
-    steps = [int(store.get(key)) if store.check([key]) else 0 for key in keys]
+    """Which ranks are behind the others, from what they noted last; for the message of a rank that failed."""
+    steps = _noted_steps()
     behind = [f"rank {rank} in step {step}" for rank, step in enumerate(steps) if step < max(steps)]
     return f"behind the others: {', '.join(behind)}" if behind else f"all ranks had begun step {max(steps)}"
+
+
+def who_is_stuck(patience_s: float = 5.0) -> str:
+    """For the message of a collective that timed out. Ranks that only waited give up at about the same time and say so here;
+    one that hangs, in its loader or on its device, says nothing."""
+    store, ranks = dist.distributed_c10d._get_default_store(), range(dist.get_world_size())
+    store.set(f"gave_up/{dist.get_rank()}", "1")
+    end = time.monotonic() + patience_s
+    while (silent := [rank for rank in ranks if not store.check([f"gave_up/{rank}"])]) and time.monotonic() < end:
+        time.sleep(0.1)
+    steps = _noted_steps()
+    stuck = ", ".join(f"rank {rank} does not answer since it began step {steps[rank]}" for rank in silent)
+    return stuck or laggards()
+
+
+def is_timeout(error: Exception) -> bool:
+    """Of a collective: gloo raises a plain RuntimeError."""
+    return isinstance(error, RuntimeError) and "timed out" in str(error).lower()
+
+
+def _noted_steps() -> list[int]:
+    store = dist.distributed_c10d._get_default_store()
+    keys = [f"step/{rank}" for rank in range(dist.get_world_size())]
+    return [int(store.get(key)) if store.check([key]) else 0 for key in keys]
 
 
 def close_process_group() -> None:
