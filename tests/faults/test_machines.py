@@ -28,7 +28,7 @@ def launch(folder: Path, log: str, *options: str, **variables: str) -> subproces
     environment.pop("VENV", None)
     command = [str(REPOSITORY / "run_train.sh"), "--job.dump_folder", str(folder), *OPTIONS, *options]
     with open(folder / log, "w") as output:
-        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
 
 
 def finish(*processes: subprocess.Popen, timeout_s: float = 240) -> list[int]:
@@ -38,7 +38,7 @@ def finish(*processes: subprocess.Popen, timeout_s: float = 240) -> list[int]:
     finally:
         for process in processes:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+                kill_with_children(process)
 
 
 def losses(text: str) -> dict[int, tuple[float, float]]:
@@ -70,6 +70,12 @@ def test_two_launchers_train_as_one_process(tmp_path):
     assert not losses((two / "node1.txt").read_text()), "rank 0 alone prints"
 
 
+def kill_with_children(launcher: subprocess.Popen) -> None:
+    """The ranks too: torchrun gives each a session of its own."""
+    for process in [*psutil.Process(launcher.pid).children(recursive=True), psutil.Process(launcher.pid)]:
+        process.kill()
+
+
 def rank_process(launcher: subprocess.Popen, rank: int) -> psutil.Process:
     for process in psutil.Process(launcher.pid).children(recursive=True):
         if process.environ().get("RANK") == str(rank):
@@ -79,16 +85,20 @@ def rank_process(launcher: subprocess.Popen, rank: int) -> psutil.Process:
 
 def test_a_rank_that_hangs_is_named_with_its_step(tmp_path):
     run = launch(tmp_path, "log.txt", "--training.steps", "100000", "--comm.train_timeout_seconds", "5", NGPU="2")
+    stuck = None
     try:
         end = time.monotonic() + 120
         while 3 not in losses((tmp_path / "log.txt").read_text()):
             assert run.poll() is None and time.monotonic() < end, (tmp_path / "log.txt").read_text()
             time.sleep(0.2)
-        rank_process(run, 1).send_signal(signal.SIGSTOP)
+        stuck = rank_process(run, 1)
+        stuck.send_signal(signal.SIGSTOP)
         time.sleep(20)
         text = (tmp_path / "log.txt").read_text()
         told = re.search(r"rank 0 failed in step (\d+); rank 1 does not answer since it began step (\d+)", text)
         assert told and abs(int(told[1]) - int(told[2])) <= 1, text[-3000:]
         assert list((tmp_path / "comm_traces").glob("rank_0*")), "the flight record of a rank that waited"
     finally:
-        os.killpg(run.pid, signal.SIGKILL)
+        if stuck is not None:
+            stuck.kill()
+        kill_with_children(run)
