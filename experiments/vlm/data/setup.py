@@ -23,12 +23,7 @@ Control = Literal["blanked", "shuffled"]
 
 def sources_of(job: VLMJobConfig, split: Split) -> list[Source]:
     """The sources of a split, each with a name."""
-    if split == "validation":
-        sources = job.validation.sources
-    elif job.training.dataset:
-        sources = [Source(format=job.training.dataset, path=job.training.dataset_path)]
-    else:
-        sources = job.data.sources
+    sources = job.validation.sources if split == "validation" else job.training_sources()
     return [replace(source, name=source.name or source.format) for source in sources]
 
 

@@ -1,0 +1,1 @@
+"""What people look at: packed batches as the model gets them."""

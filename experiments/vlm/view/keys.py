@@ -1,0 +1,29 @@
+"""What was delivered, for programs: a JSON line for each sample, and one for each slot with a hash of its tensors."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+
+from experiments.vlm.batch import FIELDS, Batch
+
+
+def lines(batch: Batch, step: int, slots: list[int]) -> Iterator[str]:
+    """`slots[row]`: the number of that row's slot.
+
+    {"step", "slot", "source", "shard", "key", "piece", "document"} and {"step", "slot", "hash"}
+    """
+    for row, slot in enumerate(slots):
+        for sample in (sample for sample in batch.samples if sample.row == row):
+            named = {"source": sample.source, "shard": sample.shard, "key": sample.key, "piece": sample.piece, "document": sample.document}
+            yield json.dumps({"step": step, "slot": slot} | named)
+        yield json.dumps({"step": step, "slot": slot, "hash": slot_hash(batch, row, len(slots))})
+
+
+def slot_hash(batch: Batch, row: int, slots: int) -> str:
+    """SHA-256 over the slot's part of every tensor, in the order of the batch contract."""
+    digest = hashlib.sha256()
+    for name in FIELDS:
+        tensor = batch.tensors[name]
+        rows = len(tensor) // slots
+        digest.update(tensor[row * rows : (row + 1) * rows].numpy().tobytes())
+    return digest.hexdigest()
