@@ -33,7 +33,7 @@ COLOURS = {
     "white": (240, 240, 240),
 }
 SHAPES = ("circle", "oval", "egg", "square", "slab", "post", "triangle", "diamond", "cross", "star", "ring")
-GLYPHS = "0123456789ACDEFHJKLMNPRTUVWXY"
+GLYPHS = "0123456789ACEHKLTX"
 EXTENTS = {"small": (12, 14, 5), "big": (20, 22, 3), "glyph": (20, 22, 3)}  # from, to, and the jitter that stays inside the cell
 SIZES = ("small", "big")
 HELD_OUT_SHARE = 16  # one scene in so many is held out
