@@ -10,6 +10,7 @@ from torchtitan.distributed.compile import apply_compile
 from torchtitan.distributed.context_parallel import apply_context_parallel
 from torchtitan.distributed.fsdp import Sharding, shard, shard_blocks, sum_gradients
 from torchtitan.distributed.mesh import Mesh
+from torchtitan.distributed.tensor_parallel import overlap_with_products
 from torchtitan.models.decoder.parallelize import apply_tensor_parallel
 
 
@@ -36,6 +37,8 @@ def split_decoder(model: VLM, mesh: Mesh, job: VLMJobConfig) -> None:
         apply_context_parallel(model.decoder.layers.values(), mesh["cp"], job.parallelism.context_parallel_method)
     if mesh.degrees.tp > 1:
         apply_tensor_parallel(model.decoder, mesh["tp"])
+        if job.parallelism.enable_async_tensor_parallel:
+            overlap_with_products(mesh["tp"])
 
 
 def split_encoder(model: VLM, mesh: Mesh, job: VLMJobConfig) -> None:

@@ -72,6 +72,7 @@ ON_TWO = [
     layout("pp2, ZBVZeroBubble", 2, pp=2, schedule="ZBVZeroBubble"),
     layout("pp2, ZBVZeroBubble, tied", 2, pp=2, schedule="ZBVZeroBubble", model="layouts-qwen3-tied"),
     layout("pp2, tied", 2, pp=2, model="layouts-qwen3-tied"),
+    layout("pp2, tied, frozen decoder", 2, pp=2, model="layouts-qwen3-tied", freeze=["decoder"]),
     layout("pp2, encoder stage", 2, pp=2, encoder_stage=True),
     layout("pp2, split by hand", 2, pp=2, split=[3]),
     layout("pp2, resharding after forward", 2, pp=2, reshard="always"),

@@ -71,7 +71,7 @@ class Pipeline:
         tokens = named.pop("tokens")
         target = {"target": tensors["labels"]} if self._has_last else {}
         self._schedule.step(*((tokens,) if self._has_first else ()), return_outputs=False, **named, **target)
-        if last and self._tied is not None:
+        if last:
             self._sum_tied()
         return torch.stack(self._sums).sum(0) if self._sums else torch.zeros(1, device=self.mesh.device)
 
@@ -131,12 +131,14 @@ class Pipeline:
 
     @torch.no_grad()
     def _sum_tied(self) -> None:
-        """Add up what the first and the last stage found for the weight that both hold."""
-        mine = [self._tied_parameter(part) for part, here in ((0, self._has_first), (-1, self._has_last)) if here]
-        grads = [_local_grad(parameter) for parameter in mine]
+        """Add up what the first and the last stage found for the weight that both hold, if there is one and it trains."""
+        ends = [part for part, here in ((0, self._has_first), (-1, self._has_last)) if here and self._tied is not None]
+        grads = [_local_grad(parameter) for parameter in map(self._tied_parameter, ends) if parameter.requires_grad]
+        if not grads:
+            return
         if len(grads) == 2:
             total = grads[0] + grads[1]
-        elif grads:
+        else:
             peer = dist.get_global_rank(self._group, self._owners[-1] if self._has_first else 0)
             theirs = torch.empty_like(grads[0])
             operations = [dist.P2POp(dist.isend, grads[0], peer, self._group), dist.P2POp(dist.irecv, theirs, peer, self._group)]

@@ -6,7 +6,10 @@ Weights become DTensors, split by columns (what a layer makes) or rows (what it 
 
 from typing import Any
 
+import torch
+import torch._inductor.config
 from torch import nn
+from torch.distributed._symmetric_memory import enable_symm_mem_for_group
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
@@ -63,6 +66,13 @@ def columns(to_local: bool = True) -> ParallelStyle:
 def rows(split: bool = True) -> ParallelStyle:
     """The sum over ranks comes out split along the sequence, or whole on every rank."""
     return RowwiseParallel(output_layouts=Shard(1) if split else Replicate())
+
+
+def overlap_with_products(mesh: DeviceMesh) -> None:
+    """Asynchronous tensor parallel: in compiled blocks, gathers and scatters are cut into pieces that travel while matrix products of
+    other pieces run (Wang et al., 2022). On GPUs that can read each other's memory."""
+    torch._inductor.config._micro_pipeline_tp = True
+    enable_symm_mem_for_group(mesh.get_group().group_name)
 
 
 class VocabularyParallel(ParallelStyle):

@@ -1,0 +1,78 @@
+"""Whatever the images, nothing is compiled again and nobody asks a device for a value, under layouts too."""
+
+import functools
+import tempfile
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from tests.distributed.pool import Pool
+from tests.distributed.table import layout
+from tests.distributed.world import TEST_SPEC, device, job_of
+from tests.unit.test_synchronisation import Trap
+from torchtitan.build import build
+from torchtitan.train import Trainer
+
+STEPS = 50
+
+
+class LayoutTrap(Trap):
+    """Lets pass what a split embedding does: `x[mask] = 0.0`, one number of the host, which PyTorch makes a masked_fill."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket is torch.ops.aten.index_put_ and args[2].numel() == 1:
+            return func(*args, **(kwargs or {}))
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def recompiles(changes: dict[str, Any], steps: int) -> tuple[int, int]:
+    """Graphs that the first step made, and how many more came in the others. Guards are the same whatever makes the kernels,
+    so no time is spent on making them fast."""
+    plain = torch.nn.Module.compile
+    quick = functools.partialmethod(plain, backend="aot_eager")
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(torch.nn.Module, "compile", quick):
+        trainer = Trainer(build(job_of(changes | {"compile.enable": True, "training.steps": steps}, folder), TEST_SPEC, device()))
+        assert trainer.train_step()
+        first = counters["stats"]["unique_graphs"]
+        while trainer.state.step < steps:
+            assert trainer.train_step()
+        trainer.close()
+        return first, counters["stats"]["unique_graphs"] - first
+
+
+def trapped(changes: dict[str, Any]) -> int:
+    """Operations of a forward and backward; raises where one would wait for a device."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = build(job_of(changes, folder), TEST_SPEC, device())
+        feed = run.feed(next(run.loader).batches[0])
+        run.passes.forward_backward(feed, 1.0, True)  # what is set up on first use may wait
+        with LayoutTrap() as trap:
+            run.passes.forward_backward(feed, 1.0, True)
+        return len(trap.seen)
+
+
+@pytest.fixture(scope="module")
+def pool():
+    return Pool()
+
+
+@pytest.mark.parametrize("case", [layout("one", 1, slots=4), layout("cp2", 2, cp=2, slots=4, sharing="on")], ids=lambda case: case.name)
+def test_fifty_steps_of_mixed_images_compile_nothing_after_the_first(pool, case):
+    for first, later in pool.run(case.ranks, recompiles, case.changes, STEPS):
+        # One for each kind of block, forward; their backwards are part of it.
+        assert first == 2 and later == 0
+
+
+@pytest.mark.slow
+def test_nothing_is_compiled_after_the_first_step_of_a_large_layout(pool):
+    case = layout("fsdp2.tp2.cp2", 8, tp=2, cp=2)
+    for first, later in pool.run(case.ranks, recompiles, case.changes, 5):
+        assert first == 2 and later == 0
+
+
+@pytest.mark.parametrize("case", [layout("tp2", 2, tp=2, heads=True), layout("cp2", 2, cp=2), layout("pp2", 2, pp=2)], ids=lambda c: c.name)
+def test_forward_and_backward_never_wait_for_a_device(pool, case):
+    assert min(pool.run(case.ranks, trapped, case.changes)) > 30
