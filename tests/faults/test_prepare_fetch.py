@@ -7,7 +7,7 @@ from ipaddress import ip_network
 
 import pytest
 
-from experiments.vlm.prepare.download.addresses import REFUSED, Gate
+from experiments.vlm.data.addresses import REFUSED, Gate
 from experiments.vlm.prepare.download.fetch import Failed, Fetcher, Limits, inflate, retry_after_s
 from experiments.vlm.prepare.download.hosts import Hosts
 from experiments.vlm.prepare.pictures import looks_whole

@@ -21,9 +21,9 @@ from pathlib import Path
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 from experiments.vlm.config import Data
+from experiments.vlm.data.addresses import REFUSED, Gate
 from experiments.vlm.data.file_cache import FileCache, file_cache
 from experiments.vlm.data.rejects import Rejected
-from experiments.vlm.prepare.download.addresses import REFUSED, Gate
 
 MAX_BYTES = 64 << 20
 MAX_REDIRECTS = 5

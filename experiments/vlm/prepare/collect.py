@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from experiments.vlm.prepare.download.addresses import Gate
+from experiments.vlm.data.addresses import Gate
 from experiments.vlm.prepare.download.crowd import Crowd
 from experiments.vlm.prepare.download.fetch import Fetcher, Limits
 from experiments.vlm.prepare.download.hosts import Hosts

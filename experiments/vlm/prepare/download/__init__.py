@@ -1,6 +1,5 @@
 """From a URL to bytes on disk, politely, at most once.
 
-addresses   which addresses may be connected to
 hosts       how often and how widely one host may be asked
 fetch       one URL: redirects, limits, retries
 journal     what arrived and what failed, on disk, so that nothing is fetched twice

@@ -18,7 +18,7 @@ from email.utils import parsedate_to_datetime
 import aiohttp
 from yarl import URL
 
-from experiments.vlm.prepare.download.addresses import REFUSED, Gate
+from experiments.vlm.data.addresses import REFUSED, Gate
 from experiments.vlm.prepare.download.hosts import Hosts
 from experiments.vlm.prepare.stop import Stopped
 
