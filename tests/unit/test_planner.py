@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -165,6 +166,23 @@ def test_stages_early_in_a_pipeline_hold_more_microbatches():
     assert all(0 <= n <= 4 for counts in moments for n in counts) and max(map(sum, moments)) == 5
 
 
-def test_the_script_answers_without_torch():
+def ask(*options: str) -> subprocess.CompletedProcess:
+    script = Path(__file__).parents[2] / "scripts" / "estimate_memory.py"
+    return subprocess.run([sys.executable, script, "--model.flavor", FLAVOR, *options], capture_output=True, text=True)
+
+
+def test_the_script_tells_the_job_and_what_else_fits():
+    told = ask("--world_size", "512", "--training.global_batch_size", "100", "--rows", "3")
+    assert told.returncode == 0, told.stderr
+    for expected in ("fsdp512:", "100 -> 4096", "peak memory a rank", "fsdp all-gather", "layouts fit 80 GiB"):
+        assert expected in told.stdout
+
+
+def test_the_script_names_what_is_wrong():
+    told = ask("--world_size", "6", "--parallelism.tensor_parallel_degree", "3", "--training.seq_len", "4095")
+    assert told.returncode == 2 and "tensor_parallel_degree" in told.stderr
+
+
+def test_planning_needs_no_torch():
     code = "import sys; import experiments.vlm.plan; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

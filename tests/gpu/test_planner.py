@@ -1,0 +1,53 @@
+"""The planner's peak is what the allocator saw in a real step.
+
+pytest tests/gpu
+"""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments.vlm.plan import estimate
+from tests.distributed.world import TEST_SPEC, job_of
+from torchtitan.build import build
+from torchtitan.config.check import degrees
+from torchtitan.distributed.process_group import close_process_group, open_process_group
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+SIZES = {
+    "model.flavor": "base-qwen2.5-0.5B",
+    "training.seq_len": 2048,
+    "training.local_batch_size": 2,
+    "training.global_batch_size": 2,
+    "training.mixed_precision_param": "bfloat16",
+    "data.patch_size": 16,
+    "data.patches_per_row": 4096,
+}
+
+
+class Vocabulary:
+    vocab_size = 32768
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+def test_peak_memory_is_as_planned(tmp_path: Path, mode: str):
+    job = job_of(SIZES | {"activation_checkpoint.mode": mode, "activation_checkpoint.encoder_mode": mode}, str(tmp_path))
+    spec = dataclasses.replace(TEST_SPEC, load_tokenizer=lambda job: Vocabulary())
+    planned = estimate(job, degrees(job.parallelism, 1), Vocabulary.vocab_size).memory
+    device = open_process_group(job.comm, tmp_path)
+    try:
+        run = build(job, spec, device)
+        for step in range(3):
+            if step == 2:  # by then the optimizer has its state, and kernels are tuned
+                torch.cuda.reset_peak_memory_stats()
+            run.passes.forward_backward(run.feed(next(run.loader).batches[0]), 1e-4, True)
+            run.optimizers.step()
+            run.optimizers.zero_grad()
+        measured = torch.cuda.max_memory_allocated()
+    finally:
+        close_process_group()
+    print(f"{torch.cuda.get_device_name()}, checkpointing {mode}: {measured / 2**30:.2f} GiB, planned {planned.total / 2**30:.2f}")
+    assert planned.total == pytest.approx(measured, rel=0.1), planned
