@@ -99,7 +99,7 @@ def build(job: JobConfig, spec: TrainSpec, device: torch.device) -> Run:
             groups=spec.groups,
             steps=job.validation.steps,
         ),
-        meter=Meter(device, world_size, spec.capacity(job), spec.rates, spec.tokens),
+        meter=Meter(device, world_size, spec.capacity(job), spec.rates, spec.tokens, spec.tallies(job)),
         reporter=Reporter(job, (*occupancy, "exact", *spec.groups), state.step, dist.get_rank(), world_size),
         profiler=Profiler(job.profiling, job.job.dump_folder, dist.get_rank(), state.step),
     )

@@ -27,6 +27,7 @@ class TrainSpec:
     tokens: str  # the count that tps speaks of
     capacity: Callable[[Any], dict[str, int]]  # (job): the most that a slot can hold of some counts; printed as occupancy
     rates: tuple[str, ...]  # counts that are printed per second
+    tallies: Callable[[Any], tuple[str, ...]]  # (job): counts that are written to the sinks, and not printed
     flops: Callable[[Any, Any], Callable[[Any], int]]  # (job, model): useful FLOPs of a batch, forward and backward
     adamw_only: tuple[str, ...]  # matrices that Muon leaves to AdamW, by the beginning of their names
     aliases: Callable[[Any], dict[str, str]]  # (job): parameter -> the name it is stored under, where two are one (tied)
@@ -36,4 +37,4 @@ class TrainSpec:
 
     def counts(self, job: Any) -> list[str]:
         """The counts of a batch that the trainer adds up over ranks."""
-        return sorted({self.loss_weight, self.tokens, *self.rates, *self.capacity(job)})
+        return sorted({self.loss_weight, self.tokens, *self.rates, *self.capacity(job), *self.tallies(job)})

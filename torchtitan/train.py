@@ -102,7 +102,7 @@ class Trainer:
                 own["slots"] += len(batch.tensors[self.run.spec.labels])
                 own["flops"] += self.run.flops(batch)
                 for name in self.counted:
-                    own[name] += batch.counts[name]
+                    own[name] += batch.counts.get(name, 0)
         own |= {"ended": float(step is None), "stop": float(self.signals.received is not None)}
         total = sum_over_hosts(own)
         # A step of nothing but padding means that every slot has run dry.
@@ -133,8 +133,10 @@ class Trainer:
         self.logged_step = self.state.step
         # A rank of a tensor-parallel group has the whole loss of its tokens, as have its partners.
         loss = sum_over_ranks(self.loss) / self.run.mesh.degrees.tp
-        values: Values = {"loss": loss.item(), "grad_norm": self.grad_norm.item(), "lr": self.job.optimizer.lr * self.run.schedule.factor}
-        self.run.reporter.train(self.state.step, values | self.run.meter.read())
+        values: Values = {"loss": loss.item(), "grad_norm": self.grad_norm.item()}
+        printed, tallies = self.run.meter.read()
+        rate = self.job.optimizer.lr * self.run.schedule.factor
+        self.run.reporter.train(self.state.step, values | printed, {"lr": rate} | tallies)
 
     def validate(self) -> Values:
         values = self.run.validator.evaluate()

@@ -6,6 +6,8 @@ from torch import Tensor
 from experiments.vlm.batch import Delivered
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.data.loader import Loader
+from experiments.vlm.data.rejects import REASONS
+from experiments.vlm.data.setup import sources_of
 from experiments.vlm.flops import count_flops
 from experiments.vlm.model.flavors import FLAVORS
 from experiments.vlm.model.vlm import VLM
@@ -41,6 +43,13 @@ def capacity(job: VLMJobConfig) -> dict[str, int]:
     return {"patches": job.data.patch_rows * job.data.patches_per_row, "tokens": job.training.seq_len}
 
 
+def mixture_and_rejects(job: VLMJobConfig) -> tuple[str, ...]:
+    """What each source gave, and what was rejected, by reason."""
+    names = [source.name for source in sources_of(job, "train")]
+    given = (f"{what}/{name}" for what in ("samples", "tokens") for name in names)
+    return (*given, *(f"rejected/{reason}" for reason in REASONS))
+
+
 def tied(job: VLMJobConfig) -> dict[str, str]:
     is_tied = FLAVORS[job.model.flavor].decoder.tied_embeddings
     return {"decoder.output.weight": "decoder.tok_embeddings.weight"} if is_tied else {}
@@ -65,6 +74,7 @@ SPEC = TrainSpec(
     tokens="tokens",
     capacity=capacity,
     rates=("images",),
+    tallies=mixture_and_rejects,
     flops=count_flops,
     adamw_only=("decoder.tok_embeddings", "decoder.output", "encoder.embedding.positions"),
     aliases=tied,

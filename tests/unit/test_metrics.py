@@ -10,7 +10,7 @@ from torchtitan.tools.logging import log_ranks
 
 
 def test_the_line_of_a_step():
-    values = {"loss": 3.14159265, "grad_norm": 0.5, "memory": 1.25, "tps": 12345.6, "tflops": 0.25, "mfu": None, "lr": 1e-3}
+    values = {"loss": 3.14159265, "grad_norm": 0.5, "memory": 1.25, "tps": 12345.6, "tflops": 0.25, "mfu": None}
     values |= {"patches": 97.13, "tokens": 99.0, "images/s": 12.34, "data_wait": 0.04}
     assert format_line(12, values, ("patches", "tokens")) == (
         "step: 12 loss: 3.14159 grad_norm: 0.50000 memory: 1.25GiB tps: 12,346 tflops: 0.250 mfu: n/a "
@@ -21,12 +21,15 @@ def test_the_line_of_a_step():
 def test_occupancy_and_rates_count_what_all_ranks_did(monkeypatch):
     clock = iter([0.0, 0.0, 10.0, 10.0])
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
-    meter = Meter(torch.device("cpu"), ranks=2, capacity={"tokens": 100, "patches": 50}, rates=("images",), tokens="tokens")
+    meter = Meter(
+        torch.device("cpu"), ranks=2, capacity={"tokens": 100, "patches": 50}, rates=("images",), tokens="tokens", tallies=("samples/a",)
+    )
     meter.restart()
-    meter.add({"tokens": 300, "patches": 100, "images": 7, "slots": 4, "flops": 6e12}, data_s=0.5)
-    meter.add({"tokens": 200, "patches": 100, "images": 3, "slots": 4, "flops": 4e12}, data_s=0.5)
+    meter.add({"tokens": 300, "patches": 100, "images": 7, "samples/a": 4, "slots": 4, "flops": 6e12}, data_s=0.5)
+    meter.add({"tokens": 200, "patches": 100, "images": 3, "samples/a": 2, "slots": 4, "flops": 4e12}, data_s=0.5)
     meter.leave_out(5.0)  # of the ten seconds five were validation
-    read = meter.read()
+    read, tallies = meter.read()
+    assert tallies == {"samples/a": 6}
     assert read["tokens"] == 62.5 and read["patches"] == 50.0
     assert read["images/s"] == 2.0 and read["tps"] == 50.0 and read["tflops"] == 1.0
     assert read["data_wait"] == 20.0 and read["mfu"] is None

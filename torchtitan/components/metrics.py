@@ -25,14 +25,21 @@ FORMATS: dict[str, Callable[[float], str]] = {
     "documents": "{:.0f}".format,
 }
 COLOURS = {"step": 31, "loss": 32, "grad_norm": 33, "memory": 36, "tps": 34, "tflops": 35, "mfu": 31}
-QUIET = {"lr"}  # written, not printed
 
 
 class Meter:
     """What happened since the last line."""
 
-    def __init__(self, device: torch.device, ranks: int, capacity: Mapping[str, int], rates: tuple[str, ...], tokens: str):
-        self.device, self.ranks, self.capacity, self.rates, self.tokens = device, ranks, capacity, rates, tokens
+    def __init__(
+        self,
+        device: torch.device,
+        ranks: int,
+        capacity: Mapping[str, int],
+        rates: tuple[str, ...],
+        tokens: str,
+        tallies: tuple[str, ...] = (),
+    ):
+        self.device, self.ranks, self.capacity, self.rates, self.tokens, self.tallies = device, ranks, capacity, rates, tokens, tallies
         self.peak = peak_flops(device)
         self.restart()
 
@@ -51,8 +58,11 @@ class Meter:
             self.totals[name] += value
         self.data_s += data_s
 
-    def read(self) -> Values:
-        """tps, tflops and mfu are per device, and count no padding; occupancy and data_wait are percentages."""
+    def read(self) -> tuple[Values, Values]:
+        """What is printed, and the tallies, which are only written; and begin anew.
+
+        tps, tflops and mfu are per device, and count no padding; occupancy and data_wait are percentages.
+        """
         elapsed = time.perf_counter() - self.started
         flops = self.totals["flops"] / elapsed / self.ranks
         values: Values = {
@@ -64,17 +74,17 @@ class Meter:
         values |= {name: 100 * self.totals[name] / (size * self.totals["slots"]) for name, size in self.capacity.items()}
         values |= {f"{name}/s": self.totals[name] / elapsed for name in self.rates}
         values["data_wait"] = 100 * self.data_s / elapsed
+        tallies: Values = {name: self.totals[name] for name in self.tallies}
         self.restart()
-        return values
+        return values, tallies
 
 
 def format_line(step: int, values: Values, percentages: tuple[str, ...] = (), colours: bool = False) -> str:
     """`step: 12 loss: 3.14159 ...`; names in `percentages` and not in FORMATS are percentages, others rates."""
     shown = {"step": str(step)}
     for name, value in values.items():
-        if name not in QUIET:
-            default = "{:.1f}%".format if name in percentages else "{:.1f}".format
-            shown[name] = "n/a" if value is None else FORMATS.get(name, default)(value)
+        default = "{:.1f}%".format if name in percentages else "{:.1f}".format
+        shown[name] = "n/a" if value is None else FORMATS.get(name, default)(value)
     parts = [f"{name}: {text}" for name, text in shown.items()]
     if colours:
         parts = [f"\033[{COLOURS[n]}m{part}\033[0m" if n in COLOURS else part for n, part in zip(shown, parts, strict=True)]
@@ -90,15 +100,15 @@ class Reporter:
         self.colours = sys.stdout.isatty() and not job.metrics.disable_color_printing
         self.sinks = open_sinks(job, first_step) if self.writes else []
 
-    def train(self, step: int, values: Values) -> None:
-        self._tell("", "", step, values)
+    def train(self, step: int, values: Values, unprinted: Values) -> None:
+        self._tell("", "", step, values, unprinted)
 
     def validate(self, step: int, values: Values) -> None:
-        self._tell("validate ", "validate/", step, values)
+        self._tell("validate ", "validate/", step, values, {})
 
-    def _tell(self, word: str, prefix: str, step: int, values: Values) -> None:
+    def _tell(self, word: str, prefix: str, step: int, values: Values, unprinted: Values) -> None:
         logger.info(word + format_line(step, values, self.percentages, self.colours))
-        known = {prefix + name: value for name, value in values.items() if value is not None}
+        known = {prefix + name: value for name, value in (values | unprinted).items() if value is not None}
         for sink in self.sinks:
             sink.write(step, known)
 
