@@ -21,11 +21,12 @@ import statistics
 import tarfile
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import simplejpeg
@@ -58,7 +59,8 @@ def read_photos(folder: Path) -> list[Photo]:
     photos = []
     for path in sorted(folder.glob("*.tar")):
         with tarfile.open(path) as tar:
-            for data in (tar.extractfile(member).read() for member in tar if member.name.endswith(".jpg")):
+            for file in (tar.extractfile(member) for member in tar if member.name.endswith(".jpg")):
+                data = file.read() if file else b""
                 size = probe(data)
                 h, w = PLAN.grid(*size)
                 photos.append(Photo(data, size, (h * PLAN.patch_size, w * PLAN.patch_size)))
@@ -137,8 +139,8 @@ class Processor:
         self.processor = Siglip2ImageProcessor(patch_size=PLAN.patch_size, max_num_patches=PLAN.max_patches)
         self.photos, self.ahead = read_photos(folder), 2 * workers + 1
         endless = [number % len(self.photos) for number in range(len(self.photos) * 1000)]
-        options = {"num_workers": workers, "prefetch_factor": 2, "multiprocessing_context": "fork"} if workers else {}
-        loader = torch.utils.data.DataLoader(self.photos, BATCH, sampler=endless, collate_fn=self.collate, **options)
+        options: dict[str, Any] = {"num_workers": workers, "prefetch_factor": 2, "multiprocessing_context": "fork"} if workers else {}
+        loader: Iterable = torch.utils.data.DataLoader(cast(Any, self.photos), BATCH, sampler=endless, collate_fn=self.collate, **options)
         self.batches = iter(loader)
 
     def collate(self, photos: list[Photo]) -> tuple[object, Counts]:
@@ -198,7 +200,8 @@ def contestants(folder: Path, images: int, patches_per_row: int) -> dict[int, di
         return {name: partial(Chain, call, folder, threads) for name, call in calls.items()}
 
     processor = "transformers' SigLIP2 processor"
-    one = chains(1) | {"stages": partial(Stages, make_job(folder, patches_per_row), TOKENIZER, images), processor: partial(Processor, folder, 0)}
+    stages = partial(Stages, make_job(folder, patches_per_row), TOKENIZER, images)
+    one = chains(1) | {"stages": stages, processor: partial(Processor, folder, 0)}
     two = chains(2) | {processor: partial(Processor, folder, 2)}
     one |= {f"ours, {workers} workers x 1 thread": ours(workers, 1) for workers in (0, 1)}
     two |= {f"ours, {workers} workers x {threads} threads": ours(workers, threads) for workers, threads in ((0, 2), (1, 2), (2, 1), (2, 2))}
@@ -277,9 +280,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         patches_per_row = write_shards(folder, arguments.images)
-        print(f"{arguments.images} JPEGs, S = {SEQ_LEN}, L = {patches_per_row}, {SLOTS} slots; load of the machine {os.getloadavg()[0]:.1f}")
+        print(f"{arguments.images} JPEGs, S = {SEQ_LEN}, L = {patches_per_row}, {SLOTS} slots; load {os.getloadavg()[0]:.1f}")
         print("skipped: timm's NaFlex data set, which needs torchvision; there is no build of it for this torch", flush=True)
-        found = {cores: measure(makers, arguments.rounds) for cores, makers in contestants(folder, arguments.images, patches_per_row).items()}
+        makers = contestants(folder, arguments.images, patches_per_row)
+        found = {cores: measure(of_cores, arguments.rounds) for cores, of_cores in makers.items()}
     print_table(found)
     print_verdict(found)
     print("\n" + json.dumps({"benchmark": "data_loading", "cores": os.cpu_count(), "load": os.getloadavg()[0], "found": found}))

@@ -1,7 +1,7 @@
 """The loader's work, stage by stage, on one thread: CPU seconds of each, for benchmarks/data_loading.py."""
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 
 import numpy as np
@@ -28,7 +28,7 @@ class Stages:
         self.filler = Filler(self.cache, setup.planning.plan, setup.tokenizer.pad_id)
         shape = BatchShape(1, job.training.seq_len, self.data.patch_rows, self.data.patches_per_row, self.data.patch_size)
         self.views = slot_views(Buffers(shape, 1).arrays[0], 0, self.data.patch_rows)
-        self.seconds: Counter = Counter()
+        self.seconds: dict[str, float] = defaultdict(float)
         for _ in range(4):  # until the look-ahead is full
             self.slot.plan()
 
@@ -44,7 +44,7 @@ class Stages:
             for packed in plan.packed:
                 self._image(packed)
             counts.update(self._timed("write tokens and indices", finish).counts)
-        return {"images": counts["images"]} | {f"stage {name}": seconds for name, seconds in self.seconds.items()}
+        return {"images": float(counts["images"])} | {f"stage {name}": seconds for name, seconds in self.seconds.items()}
 
     def workers(self) -> list[int]:
         return []

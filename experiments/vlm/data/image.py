@@ -30,6 +30,7 @@ import torch
 from PIL import ExifTags
 from PIL import Image as PILImage
 
+from experiments.vlm.data.jpeg_header import plain_jpeg_size
 from experiments.vlm.data.rejects import Rejected
 
 HEAD_BYTES = 1 << 16  # enough for the header of nearly every JPEG
@@ -85,6 +86,8 @@ def _clamp(h: int, w: int, most: int) -> tuple[int, int]:
 
 def probe(data: bytes) -> tuple[int, int]:
     """(height, width) after EXIF orientation, from the header alone. Raises Rejected."""
+    if size := plain_jpeg_size(data):
+        return size
     image = _open(data)
     return (image.width, image.height) if _orientation(image, data) >= 5 else (image.height, image.width)
 
@@ -104,11 +107,14 @@ def probe_lazily(read: Callable[[int], bytes], size: int) -> tuple[int, int]:
 
 def decode(data: bytes, height: int, width: int) -> np.ndarray:
     """Pixels uint8 [height, width, 3], contiguous: oriented, RGB, resized with antialiasing. Raises Rejected."""
+    plain = plain_jpeg_size(data)
+    if plain and (resized := _decode_jpeg(data, plain, (height, width))) is not None:
+        return resized
     image = _open(data)
     orientation = _orientation(image, data)
     target = (width, height) if orientation >= 5 else (height, width)
     resized = None
-    if image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):
+    if not plain and image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):
         resized = _decode_jpeg(data, (image.height, image.width), target)
     if resized is None:
         pixels = _load_rgb(image)
