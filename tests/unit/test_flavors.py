@@ -56,7 +56,8 @@ def test_every_row_is_compared():
 
 
 def test_every_encoder_goes_with_every_decoder():
-    assert set(FLAVORS) == {"debugmodel"} | {f"{e}-{d}" for e in ENCODERS for d in DECODER_PARAMETERS}
+    # Tests of layouts add rows of their own.
+    assert {"debugmodel"} | {f"{e}-{d}" for e in ENCODERS for d in DECODER_PARAMETERS} <= set(FLAVORS)
     config = FLAVORS["so400m-llama3.2-1B"]
     with torch.device("meta"):
         model = VLM(config, config.decoder.vocab_size, 2, "sdpa", 1024)
