@@ -36,7 +36,7 @@ class Options:
 def vocabulary(job: VLMJobConfig) -> int:
     published = FLAVORS[job.model.flavor].decoder.vocab_size
     if Path(job.model.tokenizer_path).exists():
-        return load_tokenizer(job.model.tokenizer_path).vocab_size
+        return max(published, load_tokenizer(job.model.tokenizer_path).vocab_size)
     print(f"model.tokenizer_path = {job.model.tokenizer_path} is not here: vocabulary of {published} as published")
     return published
 

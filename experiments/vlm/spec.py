@@ -27,8 +27,11 @@ THIN = 3  # an image is thin when one side is at least this many times the other
 def build_vlm(job: VLMJobConfig, tokenizer: Tokenizer) -> VLM:
     """On the meta device."""
     backend = resolve_backend(job.model.attention_backend, "cuda" if torch.cuda.is_available() else "cpu")
+    config = FLAVORS[job.model.flavor]
+    # Published embeddings have rows beyond the tokenizer's ids (Qwen); a tokenizer with more ids enlarges them.
+    vocab_size = max(config.decoder.vocab_size, tokenizer.vocab_size)
     with torch.device("meta"):
-        return VLM(FLAVORS[job.model.flavor], tokenizer.vocab_size, job.data.spatial_merge_size, backend, job.training.loss_chunk_tokens)
+        return VLM(config, vocab_size, job.data.spatial_merge_size, backend, job.training.loss_chunk_tokens)
 
 
 def loss(model: torch.nn.Module, tensors: Tensors) -> Tensor:
