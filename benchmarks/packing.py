@@ -89,7 +89,7 @@ def draw(kind: str, tokens: int, seed: int = 0) -> list[SizedDocument]:
 
 def lost_to_texts(documents: list[SizedDocument], budget: Budget) -> float:
     """Share of the patches that pieces with few images leave no tokens for, were the rest of their slot nothing but images."""
-    pieces = [piece for document in documents for piece in pieces_of(document, budget)]
+    pieces = [piece for document in documents for piece in pieces_of(document, budget, PLAN.merge_size)]
     rows = sum(piece.length for piece in pieces) / budget.seq_len
     room = [PLAN.merge_size**2 * (budget.seq_len - piece.length) for piece in pieces]
     return sum(max(0, budget.patches - piece.patches - free) for piece, free in zip(pieces, room, strict=True)) / budget.patches / rows

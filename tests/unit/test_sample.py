@@ -71,10 +71,11 @@ def test_a_long_document_is_cut_where_parts_meet():
     assert [[image.number for image in piece.images] for piece in pieces] == [[], [0], [1]]
 
 
-def test_a_text_longer_than_a_slot_fills_slots():
-    pieces = plan([Text("a" * 150)])
-    assert [len(piece.tokens) for piece in pieces] == [64, 64, 24]
-    assert targets(pieces[0])[0] == "." and targets(pieces[2])[-1] == ">"
+@pytest.mark.parametrize("patches, lengths", [(16, [64, 64, 24]), (64, [32, 32, 32, 32, 24]), (160, [16] * 9 + [8]), (256, [16] * 9 + [8])])
+def test_a_long_text_leaves_room_for_as_many_images_as_slots_are_made_for(patches, lengths):
+    pieces = plan([Text("a" * 150)], Budget(64, 1, patches))
+    assert [len(piece.tokens) for piece in pieces] == lengths
+    assert targets(pieces[0])[0] == "." and targets(pieces[-1])[-1] == ">"
 
 
 def test_pieces_with_images_leave_room_for_others():
@@ -122,4 +123,4 @@ def test_pieces_fit_a_slot_and_joined_are_the_document(document, rows, patches):
 
 @pytest.mark.parametrize("length, pieces", [(62, 1), (63, 2), (126, 2), (127, 3), (10_000, 157)])
 def test_a_text_is_cut_no_oftener_than_it_must(length, pieces):
-    assert len(plan([Text("a" * length)])) == pieces
+    assert len(plan([Text("a" * length)], Budget(64, 1, 16))) == pieces

@@ -106,14 +106,14 @@ def fitting_budget(seq_len: int, rows: int, ratio: float, merge: int, largest_im
     return Budget(seq_len, rows, max(per_row, largest_image, merge**2))
 
 
-def simulate(documents: Sequence[SizedDocument], budget: Budget, buffer: int) -> Occupancy:
+def simulate(documents: Sequence[SizedDocument], budget: Budget, buffer: int, merge: int) -> Occupancy:
     """Pack the documents in this order. Neither the first rows count nor those that only empty the window."""
     window: Window[Queue] = Window(budget, buffer)
     left = list(reversed(documents))
     rows: list[list[Piece]] = []
     spent_s, waits = 0.0, [0]
     while True:
-        window.refill(lambda: Queue(pieces_of(left.pop(), budget), len(rows)) if left else None)
+        window.refill(lambda: Queue(pieces_of(left.pop(), budget, merge), len(rows)) if left else None)
         if not left:
             break
         started = time.process_time()
@@ -136,14 +136,16 @@ def simulate(documents: Sequence[SizedDocument], budget: Budget, buffer: int) ->
     )
 
 
-def pieces_of(document: SizedDocument, budget: Budget) -> list[Piece]:
+def pieces_of(document: SizedDocument, budget: Budget, merge: int) -> list[Piece]:
     images = [patches for _, patches in document if patches]
     tokens = sum(tokens for tokens, _ in document)
     if budget.holds(tokens, images):
         return [Piece(tokens, images)]
     # Ranges stand for token ids, and their lengths are all that matters.
     atoms = [Atom(range(tokens), (), Image(None, patches, 1) if patches else None, patches, 1) for tokens, patches in document]
-    pieces = [([len(atom.tokens) for atom in piece], [atom.patches for atom in piece if atom.image]) for piece in split(atoms, budget)]
+    pieces = [
+        ([len(atom.tokens) for atom in piece], [atom.patches for atom in piece if atom.image]) for piece in split(atoms, budget, merge)
+    ]
     return [Piece(sum(lengths), images) for lengths, images in pieces]
 
 
@@ -151,4 +153,4 @@ def advise(documents: Sequence[SizedDocument], seq_len: int, rows: int, buffer: 
     """The L with the least padding for this S, number of rows and look-ahead."""
     ratio = patches_per_token(documents)
     budgets = {fitting_budget(seq_len, rows, ratio * slack, merge, largest_image) for slack in SLACKS}
-    return min((simulate(documents, budget, buffer) for budget in sorted(budgets)), key=lambda seen: seen.padding)
+    return min((simulate(documents, budget, buffer, merge) for budget in sorted(budgets)), key=lambda seen: seen.padding)

@@ -23,6 +23,9 @@ from torchtitan.components.tokenizer import Tokenizer
 
 
 GOAL = 2 / 3  # of a slot, at most, for pieces of documents with images
+TEXT_RATIO = 0.5  # slots with fewer patches a token are for text
+DENSE = 0.8  # of a sample that is nearly all image, the share of its tokens that are visual
+MOST_PARTS = 4  # of a slot, that a long text is cut into
 
 
 class Grid(Protocol):
@@ -82,8 +85,10 @@ class Atom(NamedTuple):
     def patches(self) -> int:
         return self.h * self.w
 
-    def cut(self, at: int) -> tuple["Atom", "Atom"]:
-        return Atom(self.tokens[:at], self.targets[:at]), Atom(self.tokens[at:], self.targets[at:])
+    def chunks(self, first: int, later: int) -> list["Atom"]:
+        """Of a text: the first so long (none if it would be empty), the later ones so."""
+        starts = [*([0] if first > 0 else []), *range(max(0, first), len(self.tokens), later)]
+        return [Atom(self.tokens[i:j], self.targets[i:j]) for i, j in zip(starts, [*starts[1:], len(self.tokens)], strict=True)]
 
 
 def plan_samples(
@@ -95,7 +100,7 @@ def plan_samples(
         return [join(atoms)]
     if long == "drop":
         return []
-    pieces = truncate(atoms, budget) if long == "truncate" else split(atoms, budget)
+    pieces = truncate(atoms, budget) if long == "truncate" else split(atoms, budget, plan.merge_size)
     return [join(piece) for piece in pieces]
 
 
@@ -170,38 +175,41 @@ class _Piece:
         self.patches += atom.patches
 
 
-def split(atoms: list[Atom], budget: Budget) -> list[list[Atom]]:
-    """Text alone as full slots and a rest; with images, pieces of about equal size that leave others room beside them."""
-    goal_tokens, goal_patches = piece_goal(atoms, budget)
+def split(atoms: list[Atom], budget: Budget, merge: int) -> list[list[Atom]]:
+    """Pieces near the goal: an atom joins if at least half of it lies on this side of it."""
+    goal_tokens, goal_patches = piece_goal(atoms, budget, merge)
     pieces = [_Piece(budget)]
     rest = atoms[::-1]
     while rest:
         atom, piece = rest.pop(), pieces[-1]
-        # An atom joins if at least half of it lies on this side of the goal.
         near = piece.tokens + len(atom.tokens) / 2 <= goal_tokens and (not atom.image or piece.patches + atom.patches / 2 <= goal_patches)
         closing = len(atom.tokens) == 1  # bos, eos or a chat marker: no piece of its own
         if piece.room_for(atom) and (near or closing or not piece.atoms):
             piece.add(atom)
-            continue
-        if not atom.image and len(atom.tokens) > budget.seq_len and piece.tokens < goal_tokens:
-            head, atom = atom.cut(goal_tokens - piece.tokens)
-            piece.add(head)
-        assert piece.atoms, "an image larger than a slot: the configuration check lets none through"
-        pieces.append(_Piece(budget))
-        rest.append(atom)
+        elif not atom.image and len(atom.tokens) > budget.seq_len:
+            rest += reversed(atom.chunks(goal_tokens - piece.tokens, goal_tokens))
+        else:
+            assert piece.atoms, "an image larger than a slot: the configuration check lets none through"
+            pieces.append(_Piece(budget))
+            rest.append(atom)
     return [piece.atoms for piece in pieces]
 
 
-def piece_goal(atoms: list[Atom], budget: Budget) -> tuple[int, float]:
-    """Tokens and patches that a piece should have.
+def piece_goal(atoms: list[Atom], budget: Budget, merge: int) -> tuple[int, float]:
+    """Tokens and patches that a piece should have, so that what shares its slot can fill both sides.
 
-    Of documents with images a full slot is rarely full on both sides, and halves of one and a bit fill no slot together.
+    With images, about equal pieces of at most two thirds of a slot. Text alone: so much of a slot that images in the rest of
+    it, at most merge^2 patches a token, can bring all of the slot's patches; a whole slot where slots are not for images.
     """
     tokens, patches = sum(len(atom.tokens) for atom in atoms), sum(atom.patches for atom in atoms)
-    if not patches:
-        return budget.seq_len, budget.patches
-    count = math.ceil(max(tokens / budget.seq_len, patches / budget.patches) / GOAL)
-    return math.ceil(tokens / count), patches / count
+    if patches:
+        count = math.ceil(max(tokens / budget.seq_len, patches / budget.patches) / GOAL)
+        return math.ceil(tokens / count), patches / count
+    ratio = budget.patches / budget.seq_len
+    if ratio < TEXT_RATIO:
+        return budget.seq_len, 0
+    room = max(1 - ratio / (DENSE * merge**2), 1 / MOST_PARTS)
+    return budget.seq_len // math.ceil(1 / room), 0
 
 
 def truncate(atoms: list[Atom], budget: Budget) -> list[list[Atom]]:
@@ -210,7 +218,7 @@ def truncate(atoms: list[Atom], budget: Budget) -> list[list[Atom]]:
     for atom in atoms:
         if not piece.room_for(atom):
             if not atom.image and piece.tokens < budget.seq_len:
-                piece.add(atom.cut(budget.seq_len - piece.tokens)[0])
+                piece.add(atom.chunks(budget.seq_len - piece.tokens, budget.seq_len)[0])
             break
         piece.add(atom)
     return [piece.atoms]
