@@ -29,7 +29,7 @@ def main() -> int:
 
     chosen = [each for each in LAYOUTS.values() if not options.ranks or each.ranks in options.ranks]
     chosen = [each for each in chosen if not options.only or any(part in each.name for part in options.only)]
-    comparison, unequal = Comparison(options.steps), []
+    comparison, unequal = Comparison(options.steps, timeout_s=1200), []
     print(HEADING)
     started = time.perf_counter()
     for row in comparison.rows(chosen):

@@ -135,8 +135,8 @@ class Trainer:
         loss = sum_over_ranks(self.loss) / self.run.mesh.degrees.tp
         values: Values = {"loss": loss.item(), "grad_norm": self.grad_norm.item()}
         printed, tallies = self.run.meter.read()
-        rate = self.job.optimizer.lr * self.run.schedule.factor
-        self.run.reporter.train(self.state.step, values | printed, {"lr": rate} | tallies)
+        tallies["lr"] = self.job.optimizer.lr * self.run.schedule.factor
+        self.run.reporter.train(self.state.step, values | printed, tallies)
 
     def validate(self) -> Values:
         values = self.run.validator.evaluate()

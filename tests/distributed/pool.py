@@ -15,7 +15,6 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-TIMEOUT_S = 240
 PRELOAD = ["torch", "torch._dynamo", "torch.distributed.pipelining", "torch.distributed.checkpoint", "tests.distributed.layouts"]
 
 
@@ -23,7 +22,7 @@ class RankFailed(AssertionError):
     """A rank raised or died; the message is its traceback."""
 
 
-def _run(rank: int, ranks: int, store: str, answer: Connection, function: Callable, arguments: tuple) -> None:
+def _run(rank: int, ranks: int, store: str, timeout_s: float, answer: Connection, function: Callable, arguments: tuple) -> None:
     import torch
 
     torch.set_num_threads(1)
@@ -32,7 +31,7 @@ def _run(rank: int, ranks: int, store: str, answer: Connection, function: Callab
     try:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
         dist = torch.distributed
-        dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=ranks, timeout=timedelta(seconds=TIMEOUT_S))
+        dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=ranks, timeout=timedelta(seconds=timeout_s))
         _tell(answer, True, function(*arguments))
         dist.destroy_process_group()
     except BaseException:
@@ -46,7 +45,9 @@ def _tell(answer: Connection, good: bool, what: Any) -> None:
 
 
 class Pool:
-    def __init__(self) -> None:
+    def __init__(self, timeout_s: float = 240) -> None:
+        """`timeout_s`: of a collective; a busy machine may need more."""
+        self.timeout_s = timeout_s
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(PRELOAD)
 
@@ -57,22 +58,24 @@ class Pool:
             for rank in range(ranks):
                 ours, theirs = self._context.Pipe(duplex=False)
                 store = os.path.join(folder, "store")
-                processes.append(self._context.Process(target=_run, args=(rank, ranks, store, theirs, function, arguments), daemon=True))
+                processes.append(
+                    self._context.Process(target=_run, args=(rank, ranks, store, self.timeout_s, theirs, function, arguments), daemon=True)
+                )
                 processes[-1].start()
                 theirs.close()
                 answers.append(ours)
             try:
-                return _collect(answers)
+                return _collect(answers, self.timeout_s + 30)
             finally:
                 for process in processes:
                     process.kill()
                     process.join()
 
 
-def _collect(answers: list[Connection]) -> list[Any]:
+def _collect(answers: list[Connection], patience_s: float) -> list[Any]:
     results: dict[Connection, Any] = {}
     while len(results) < len(answers):
-        ready = wait([answer for answer in answers if answer not in results], timeout=TIMEOUT_S + 30)
+        ready = wait([answer for answer in answers if answer not in results], timeout=patience_s)
         for answer in ready:
             try:
                 good, results[answer] = pickle.loads(answer.recv_bytes())

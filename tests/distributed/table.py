@@ -90,6 +90,8 @@ ON_FOUR = [
     layout("tp2.pp2, frozen decoder", 4, tp=2, pp=2, freeze=["decoder"]),
     layout("cp2.pp2, full checkpointing", 4, cp=2, pp=2, schedule="ZBVZeroBubble", ac="full", encoder_ac="full"),
     layout("fsdp2.cp2, compile, full checkpointing", 4, cp=2, compile=True, ac="full"),
+    layout("tp2.cp2, compile, selective", 4, tp=2, cp=2, compile=True, ac="selective", encoder_ac="selective"),
+    layout("tp2.pp2, compile, full checkpointing", 4, tp=2, pp=2, schedule="Interleaved1F1B", compile=True, ac="full"),
     layout("tp4, tied", 4, tp=4, slots=4, model="layouts-qwen3-tied"),
     layout("cp4", 4, cp=4),
     layout("cp4, ulysses", 4, cp=4, method="ulysses"),
@@ -150,8 +152,8 @@ HEADING = f"{'ranks  layout':45s} {'loss':>8s} {'norm':>8s} {'gradient':>8s} {'h
 class Comparison:
     """Runs layouts, and one process for each task that they train."""
 
-    def __init__(self, steps: int = 5, validate: bool = True) -> None:
-        self.pool = Pool()
+    def __init__(self, steps: int = 5, validate: bool = True, timeout_s: float = 240) -> None:
+        self.pool = Pool(timeout_s)
         self.steps, self.validate = steps, validate
         self.references: dict[str, Measured] = {}
 

@@ -21,7 +21,6 @@ from experiments.vlm.data.document import Document, Image, Special, Text, encode
 from experiments.vlm.data.packing import Budget
 from torchtitan.components.tokenizer import Tokenizer
 
-
 GOAL = 2 / 3  # of a slot, at most, for pieces of documents with images
 TEXT_RATIO = 0.5  # slots with fewer patches a token are for text
 DENSE = 0.8  # of a sample that is nearly all image, the share of its tokens that are visual

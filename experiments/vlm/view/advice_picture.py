@@ -39,7 +39,7 @@ def _histogram(axes: Axes, values: np.ndarray, name: str, colour: str, logarithm
         bins = np.geomspace(values.min(), values.max() + 1, 50)
     else:
         bins = np.linspace(values.min(), values.max() + 1e-9, 50)
-    axes.hist(values, bins=bins, color=colour)
+    axes.hist(values, bins=bins.tolist(), color=colour)
     middle = np.median(values)
     axes.axvline(middle, color="#22262a", lw=1)
     axes.set_title(f"median {middle:g}, 95 % up to {np.percentile(values, 95):g}, largest {values.max():g}", fontsize=9)
