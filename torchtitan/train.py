@@ -104,10 +104,7 @@ class Trainer:
                 for name in self.counted:
                     own[name] += batch.counts.get(name, 0)
         own |= {"ended": float(step is None), "stop": float(self.signals.received is not None)}
-        total = sum_over_hosts(own)
-        # A step of nothing but padding means that every slot has run dry.
-        total["ended"] += total[self.run.spec.tokens] == 0
-        return total
+        return sum_over_hosts(own)
 
     def after_step(self) -> None:
         step = self.state.step
