@@ -21,8 +21,10 @@ export LOG_RANK=${LOG_RANK:-0}
 options=(--job.config_file "${CONFIG_FILE:-train_configs/vlm_debug.toml}" "$@")
 if [ "${DRY_RUN:-0}" = 1 ]; then options+=(--job.dry_run); fi
 unset RANK LOCAL_RANK WORLD_SIZE
-# Threads that spin while they wait take the cores from the loader's processes: a busy machine was 8 times slower.
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
+# One core is left to the loader: threads of a trainer that share it wait for each other, spinning (2 to 8 times slower).
+cores=$("$PYTHON" -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
+threads=$((cores / NGPU - 1))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 
 help=0
 for option in "$@"; do
@@ -37,10 +39,6 @@ WORLD_SIZE=$((NGPU * NNODES)) "$PYTHON" -c '
 import sys
 from experiments.__main__ import main
 sys.exit(main(sys.argv[1:], train=False))' "${options[@]}"
-
-cores=$("$PYTHON" -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
-threads=$((cores / NGPU))
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 
 if [ "$NNODES" = 1 ]; then
     meet=(--standalone) # on a free port

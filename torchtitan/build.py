@@ -54,7 +54,6 @@ class Run:
 def build(job: JobConfig, spec: TrainSpec, device: torch.device) -> Run:
     """In this order: what is cheap and may be wrong first, what a checkpoint fills before it is loaded."""
     folder, world_size = Path(job.job.dump_folder), dist.get_world_size()
-    refuse_unbuilt(job)
     seed_generators(job)
     settle_global_batch(job)
     sizes = resolve_batch(job, world_size)
@@ -68,7 +67,7 @@ def build(job: JobConfig, spec: TrainSpec, device: torch.device) -> Run:
     loader = open_loader("train", None)
     passes = lay_out(model, mesh, job, spec)
     materialise(passes.parts, job, device)
-    optimizers = Optimizers(passes.parts, job.optimizer, spec.adamw_only)
+    optimizers = Optimizers(passes.parts, job.optimizer, spec.adamw_only, rates_on=device if job.compile.cuda_graphs else None)
     schedule = Schedule(optimizers, job.training.steps, job.lr_scheduler)
     state = TrainState(passes.parts, optimizers, schedule, loader, spec.aliases(job), sizes.global_)
     checkpointer = Checkpointer(job.checkpoint, folder / job.checkpoint.folder, state)
@@ -103,11 +102,6 @@ def build(job: JobConfig, spec: TrainSpec, device: torch.device) -> Run:
         reporter=Reporter(job, (*occupancy, "exact", *spec.groups), state.step, dist.get_rank(), world_size),
         profiler=Profiler(job.profiling, job.job.dump_folder, dist.get_rank(), state.step),
     )
-
-
-def refuse_unbuilt(job: JobConfig) -> None:
-    if job.compile.cuda_graphs:
-        raise ConfigError("compile.cuda_graphs: not built yet; leave it off")
 
 
 def seed_generators(job: JobConfig) -> None:

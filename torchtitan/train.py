@@ -1,6 +1,7 @@
 """The training loop. What it trains comes from a TrainSpec (spec.py), how it is built from build.py."""
 
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -8,9 +9,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torchtitan.build import Run, build
+from torchtitan.components.cuda_graph import GraphedStep, OptimizerStep, Recorder
 from torchtitan.components.curves import draw_curves
 from torchtitan.components.data_report import write_data_report
-from torchtitan.components.loader import Batch, Step
+from torchtitan.components.loader import Step, Tensors
 from torchtitan.components.metrics import Values
 from torchtitan.config.job import JobConfig
 from torchtitan.distributed.collectives import any_rank, sum_over_hosts, sum_over_ranks
@@ -42,6 +44,9 @@ class Trainer:
         self.counted = run.spec.counts(run.job)
         copies = {id(parameter) for parameter in run.passes.copies()}
         self.accounted = [parameter for parameter in run.optimizers.parameters if id(parameter) not in copies]
+        self.take_step: OptimizerStep = self.optimizer_step
+        if run.job.compile.cuda_graphs:
+            self.take_step = GraphedStep(self.optimizer_step, Recorder())
         self.signals = StopSignals()
         self.garbage = GarbageCollection(run.job.training.gc_freq)
         self.progress = Progress(run.job.training.steps, run.state.step, run.reporter.writes)
@@ -70,9 +75,8 @@ class Trainer:
 
         # Everyone divides by the same number: the tokens that carry loss in the whole global step.
         scale = 1 / max(1.0, total[self.run.spec.loss_weight])
-        last = len(step.batches) - 1
-        losses = [self.forward_backward(batch, scale, number == last) for number, batch in enumerate(step.batches)]
-        self.loss, self.grad_norm = torch.stack(losses).sum() * scale, self.update()
+        self.run.schedule.advance()
+        self.loss, self.grad_norm = self.take_step(map(self.run.feed, step.batches), scale)
 
         self.state.step += 1
         self.state.tokens += int(total[self.run.spec.tokens])
@@ -80,16 +84,18 @@ class Trainer:
         self.run.meter.add(total, data_s)
         return True
 
-    def forward_backward(self, batch: Batch, scale: float, last: bool) -> Tensor:
-        return self.run.passes.forward_backward(self.run.feed(batch), scale, last)
+    def optimizer_step(self, microbatches: Iterable[Tensors], scale: float | Tensor) -> tuple[Tensor, Tensor]:
+        """Forward, backward and update. Returns this rank's share of the loss, and the gradient norm; on the device."""
+        last = self.run.sizes.accumulation - 1
+        losses = [self.run.passes.forward_backward(tensors, scale, number == last) for number, tensors in enumerate(microbatches)]
+        return torch.stack(losses).sum() * scale, self.update()
 
     def update(self) -> Tensor:
-        """Clip, set the learning rate, step. Returns the global gradient norm before clipping."""
+        """Clip and step. Returns the global gradient norm before clipping."""
         optimizers = self.run.optimizers
         norm = global_norm(self.accounted, self.run.mesh)
         if self.job.training.max_norm > 0:
             clip(optimizers.parameters, norm, self.job.training.max_norm)
-        self.run.schedule.advance()
         optimizers.step()
         optimizers.zero_grad()
         return norm

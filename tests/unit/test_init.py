@@ -27,7 +27,7 @@ def test_one_seed_gives_one_model_and_another_seed_another():
     first, again, other = (initialised(small_vlm(seed=i), seed) for i, seed in enumerate((5, 5, 6)))
     for name, weight in first.items():
         assert torch.equal(weight, again[name]), name
-        if weight.ndim == 2:
+        if weight.ndim == 2 and "positions" not in name:
             assert not torch.equal(weight, other[name]), name
 
 

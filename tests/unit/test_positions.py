@@ -1,10 +1,13 @@
 """Positions resized in closed form against PyTorch's bilinear, antialiased interpolation."""
 
+import itertools
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from experiments.vlm.model.positions import image_ids, image_sizes, interpolate_positions
+from experiments.vlm.model.positions import fill_with_waves, image_ids, image_sizes, interpolate_positions
 from tests.reference.batches import merge_order
 
 SIZES = [(1, 1), (1, 2), (2, 1), (3, 3), (16, 16), (15, 17), (17, 15), (31, 7), (64, 16), (16, 64), (5, 100), (100, 5), (40, 3)]
@@ -86,3 +89,24 @@ def test_rows_are_independent():
     together = interpolate_positions(table, both, image_ids(both))
     for row, alone in enumerate((one, two)):
         assert torch.allclose(together[row], interpolate_positions(table, alone, image_ids(alone))[0], atol=1e-6)
+
+
+@pytest.mark.parametrize(("side", "width"), [(16, 128), (5, 30)])
+def test_the_first_table_holds_waves_of_row_and_column(side, width):
+    table = torch.empty(side * side, width)
+    fill_with_waves(table)
+    waves = -(-width // 4)
+    for place, channel in itertools.product(range(0, side * side, 3), range(width)):
+        (axis, phase), wave = divmod(channel // waves, 2), channel % waves
+        angle = 2 * math.pi * (divmod(place, side)[axis] + 0.5) / (4 * side / 16 ** (wave / waves))
+        assert table[place, channel] == pytest.approx((math.sin, math.cos)[phase](angle), abs=1e-4)
+
+
+@pytest.mark.parametrize(("size", "other"), [((2, 2), (2, 4)), ((2, 12), (12, 2)), ((4, 2), (2, 4))])
+def test_small_images_of_other_shapes_start_with_other_positions(size, other):
+    """As far apart as the table's rows are themselves, though each place is the mean of many of them."""
+    table = torch.empty(256, 128)
+    fill_with_waves(table)
+    places = [grid([shape], shape[0] * shape[1]) for shape in (size, other)]
+    here, there = (interpolate_positions(table, place, image_ids(place))[0, -1] for place in places)
+    assert (here - there).norm() > 0.3 * table.norm(dim=1).mean()

@@ -15,7 +15,7 @@ OfBatch = Callable[[nn.Module, Tensors], Tensor]
 class ForwardBackward(Protocol):
     parts: list[nn.Module]  # the model, or this rank's stages of it
 
-    def forward_backward(self, tensors: Tensors, scale: float, last: bool) -> Tensor:
+    def forward_backward(self, tensors: Tensors, scale: float | Tensor, last: bool) -> Tensor:
         """Add the gradients of `scale` times the summed loss, and return that sum, detached, float32 [1], on the device.
 
         Only the last microbatch of a step reduces gradients over ranks. A rank that computes no loss returns zero.
@@ -39,7 +39,7 @@ class Plain:
         self.model, self._loss, self._score = model, loss, score
         self.parts: list[nn.Module] = [model]
 
-    def forward_backward(self, tensors: Tensors, scale: float, last: bool) -> Tensor:
+    def forward_backward(self, tensors: Tensors, scale: float | Tensor, last: bool) -> Tensor:
         self.model.set_requires_gradient_sync(last)
         self.model.set_is_last_backward(last)
         loss = self._loss(self.model, tensors)

@@ -50,7 +50,7 @@ def _row_group(x: Tensor) -> dist.ProcessGroup | None:
 
 def _shard_of(whole: Tensor, like: Tensor) -> Tensor:
     """The part of `whole` that this rank holds of `like`."""
-    if not isinstance(like, DTensor):
+    if not isinstance(like, DTensor) or like.to_local().shape == like.shape:
         return whole
     shape, offset = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
     for dim, (size, start) in enumerate(zip(shape, offset, strict=True)):

@@ -46,19 +46,28 @@ def _adamw_groups(parameters: list[nn.Parameter], weight_decay: float) -> list[d
 class Optimizers:
     """The optimizers of each part that this rank holds, and the options that they were made with."""
 
-    def __init__(self, parts: list[nn.Module], options: Optimizer, adamw_only: tuple[str, ...]):
+    def __init__(self, parts: list[nn.Module], options: Optimizer, adamw_only: tuple[str, ...], rates_on: torch.device | None = None):
+        """`rates_on`: a CUDA graph is to hold the steps, so learning rates are tensors there, which it reads anew each time."""
         self.of_part = [_optimizers_of(trainable(part), options, adamw_only) for part in parts]
         self.parameters = [parameter for part in parts for _, parameter in trainable(part)]
-        self._options = [[{k: v for k, v in group.items() if k != "params"} for group in o.param_groups] for o in self]
+        groups = [group for optimizer in self for group in optimizer.param_groups]
+        if rates_on is not None:
+            for group in groups:
+                group["capturable"] = True
+        self._made_with = [{name: option for name, option in group.items() if name != "params"} for group in groups]
+        if rates_on is not None:
+            for group in groups:
+                group["lr"] = torch.tensor(group["lr"], device=rates_on)
 
     def __iter__(self) -> Iterator[torch.optim.Optimizer]:
         return (optimizer for optimizers in self.of_part for optimizer in optimizers)
 
     def scale_learning_rates(self, factor: float) -> None:
         """To `factor` times the peak that each group was made with."""
-        for optimizer, options in zip(self, self._options, strict=True):
-            for group, made_with in zip(optimizer.param_groups, options, strict=True):
-                group.update(made_with, lr=made_with["lr"] * factor)
+        groups = (group for optimizer in self for group in optimizer.param_groups)
+        for group, made_with in zip(groups, self._made_with, strict=True):
+            kept, rate = group["lr"], made_with["lr"] * factor
+            group.update(made_with, lr=kept.fill_(rate) if isinstance(kept, Tensor) else rate)
 
     def step(self) -> None:
         for optimizer in self:

@@ -108,6 +108,7 @@ def check(job: JobConfig, world_size: int) -> None:
     sizes = degrees(job.parallelism, world_size)
     check_paths(job)
     check_devices(job)
+    check_cuda_graphs(job, world_size)
     check_loading(job)
     check_selective(job)
     resolve_batch(job, world_size)
@@ -198,6 +199,14 @@ def check_devices(job: JobConfig) -> None:
         require(not wanted or visible_gpus() > 0, f"{key} needs a GPU, and none is visible")
     has_wandb = importlib.util.find_spec("wandb") is not None
     require(not job.metrics.enable_wandb or has_wandb, "metrics.enable_wandb needs the package wandb: pip install wandb")
+
+
+def check_cuda_graphs(job: JobConfig, world_size: int) -> None:
+    needs = "compile.cuda_graphs needs"
+    if job.compile.cuda_graphs:
+        # Collectives inside a graph have not been shown to be exact here.
+        require(world_size == 1, f"{needs} one process, not {world_size}")
+        require(not job.training.enable_cpu_offload, f"{needs} training.enable_cpu_offload off: a graph cannot wait for the host")
 
 
 def check_loading(job: JobConfig) -> None:

@@ -48,7 +48,7 @@ class Pipeline:
         self._owners = [rank_of_stage(schedule, stage, ranks, split.stages) for stage in range(split.stages)]
         self._has_first, self._has_last = 0 in self._numbers, split.stages - 1 in self._numbers
         self._group = mesh["pp"].get_group()
-        self._scale = 1.0
+        self._scale: float | Tensor = 1.0
         self._sums: list[Tensor] = []
         # With the shapes given, no extra forward and backward is run to infer them.
         stages = [
@@ -63,7 +63,7 @@ class Pipeline:
         self._sums.append(loss.detach())
         return (loss * self._scale).sum()
 
-    def forward_backward(self, tensors: Tensors, scale: float, last: bool) -> Tensor:
+    def forward_backward(self, tensors: Tensors, scale: float | Tensor, last: bool) -> Tensor:
         """Gradients are reduced over ranks at the end of every batch, not of the last alone: the schedules do it by themselves."""
         self._check(tensors)
         self._scale, self._sums = scale, []

@@ -4,6 +4,9 @@ SigLIP2 resizes its square table of positions to each image's (h, w) bilinearly,
 separable and has closed-form weights, so all images are done in one matrix product, without a loop, an interpolation kernel
 or a question to the device: per patch a weight for each row and each column of the table.
 
+A table for training from nothing starts as sines and cosines of row and column. Random entries would average out on small
+images: a model that starts from them cannot tell a tall image from a wide one for tens of thousands of samples.
+
 Letters: N rows, L patches, P side of the table, D width.
 """
 
@@ -50,3 +53,18 @@ def interpolate_positions(table_QD: Tensor, grid_thw_NL3: Tensor, ids_NL: Tensor
     columns_NLP = resize_weights(grid_thw_NL3[..., 2].clamp_min(0), width_NL, side)
     weights_NLQ = (rows_NLP[..., :, None] * columns_NLP[..., None, :]).flatten(-2)
     return weights_NLQ @ table_QD.float()
+
+
+def fill_with_waves(table_QD: Tensor) -> None:
+    """Sine and cosine of the row, sine and cosine of the column (MAE, He et al., 2022), in waves of 4 down to 1/4 table sides.
+
+    Slow waves pass the averaging of `interpolate_positions` whatever the image's size.
+    """
+    places, width = table_QD.shape
+    side, waves = round(places**0.5), -(-width // 4)
+    cells = torch.arange(side, dtype=torch.float32, device=table_QD.device) + 0.5
+    octaves = torch.arange(waves, dtype=torch.float32, device=table_QD.device) * 4 / waves
+    angle_PW = cells[:, None] * (torch.pi / (2 * side)) * 2**octaves
+    wave_PE = torch.cat([angle_PW.sin(), angle_PW.cos()], -1)
+    rows_PPE, columns_PPE = wave_PE[:, None].expand(-1, side, -1), wave_PE[None].expand(side, -1, -1)
+    table_QD.copy_(torch.cat([rows_PPE, columns_PPE], -1).flatten(0, 1)[:, :width])

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experiments.vlm.model.flavors import EncoderConfig
-from experiments.vlm.model.positions import image_ids, interpolate_positions
+from experiments.vlm.model.positions import fill_with_waves, image_ids, interpolate_positions
 from torchtitan.layers.attention import InnerAttention, prepare_mask
 from torchtitan.layers.init import Fill, constant, fan_in
 from torchtitan.layers.masks import Mask
@@ -93,11 +93,13 @@ class VisionEncoder(nn.Module):
 
 
 def initial_weight(name: str, config: EncoderConfig) -> Fill:
-    """Matrices N(0, 1 / fan in), those that write to the residual stream divided by sqrt(2 * layers); the position table
-    N(0, 1 / dim); norms 1; biases 0."""
+    """Matrices N(0, 1 / fan in), those that write to the residual stream divided by sqrt(2 * layers); positions sines and
+    cosines; norms 1; biases 0."""
     if name.endswith("bias"):
         return constant(0.0)
     if "norm" in name:
         return constant(1.0)
+    if "positions" in name:
+        return lambda table_QD, generator: fill_with_waves(table_QD)
     writes_residual = name.endswith(("wo.weight", "fc2.weight"))
     return fan_in((2 * config.layers) ** -0.5 if writes_residual else 1.0)

@@ -1,0 +1,21 @@
+"""Steps replayed as a CUDA graph against steps driven by Python.
+
+pytest tests/gpu
+"""
+
+import pytest
+import torch
+
+from tests.reference.tape import VARIANTS, assert_same, train_with
+from torchtitan.components.cuda_graph import Recorder
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_replayed_steps_equal_driven_ones(name, compiled, tmp_path):
+    sections = VARIANTS[name] | {"debug": {"deterministic": True}}
+    driven = train_with(None, tmp_path / "driven", sections)
+    replayed = train_with(Recorder(), tmp_path / "replayed", sections | {"compile": {"enable": compiled}})
+    assert_same(replayed, driven, 1e-4)
