@@ -131,7 +131,8 @@ def _of_rank(
         optimizer=ADAMW,
         reshard=p.fsdp_reshard_after_forward == "always" or (p.fsdp_reshard_after_forward == "default" and sizes.pp == 1),
         forwards=batch.accumulation * microbatches,
-        whole_gradients=batch.accumulation * microbatches > 1,
+        reductions=batch.accumulation,
+        all_reductions=batch.accumulation if sizes.pp > 1 else 1,
     )
     flying = in_flight(p.pipeline_parallel_schedule, rank, sizes.pp, microbatches)
     memory = peak_memory(parts, storage, flying, input_bytes(job, sizes, batch))

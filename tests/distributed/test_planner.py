@@ -22,11 +22,11 @@ FLAVORS["planned"] = VLMConfig(ENCODER, ProjectorConfig(96), DECODER)
 SIZES = {"model.flavor": "planned", "training.seq_len": 256, "data.patches_per_row": 512, "training.loss_chunk_tokens": 128}
 
 
-def changes_of(case) -> dict:
+def changes_of(case, accumulation: int) -> dict:
     own = case.changes
     split = [own.get(f"parallelism.{kind}_parallel_degree", 1) for kind in ("tensor", "context", "pipeline")]
     data = case.ranks // (split[0] * split[1] * split[2])
-    return own | SIZES | {"training.global_batch_size": own["training.local_batch_size"] * data}
+    return own | SIZES | {"training.global_batch_size": own["training.local_batch_size"] * data * accumulation}
 
 
 def measured_peak(changes: dict) -> int:
@@ -34,12 +34,15 @@ def measured_peak(changes: dict) -> int:
     with tempfile.TemporaryDirectory() as folder:
         run = build(job_of(changes, folder), TEST_SPEC, device())
         for _ in range(2):
-            feed = run.feed(next(run.loader).batches[0])
+            first, *more = next(run.loader).batches
+            feed = run.feed(first)
             memory = LiveMemory()
             state = [value for optimizer in run.optimizers for values in optimizer.state.values() for value in values.values()]
             memory.add([list(part.parameters()) for part in run.passes.parts], state, feed)
             with memory:
-                run.passes.forward_backward(feed, 1e-3, True)
+                run.passes.forward_backward(feed, 1e-3, not more)
+                for number, batch in enumerate(more, 1):
+                    run.passes.forward_backward(run.feed(batch), 1e-3, number == len(more))
                 for optimizer in run.optimizers:
                     optimizer.step()
                 run.optimizers.zero_grad()
@@ -69,8 +72,8 @@ FURTHER = [
 ]
 
 
-def compare(case) -> None:
-    changes = changes_of(case)
+def compare(case, accumulation: int = 1) -> None:
+    changes = changes_of(case, accumulation)
     job = job_of(changes, "/nowhere")
     # On CPU a norm is not one kernel, and keeps more.
     expected = estimate(job, degrees(job.parallelism, case.ranks), VOCAB, fused_norm=False).memory
@@ -87,3 +90,10 @@ def test_peak_is_as_measured(case):
 @pytest.mark.parametrize("case", FURTHER, ids=lambda case: case.name)
 def test_peak_is_as_measured_in_further_layouts(case):
     compare(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [layout("fsdp2", 2, slots=1), layout("replicate2.fsdp2", 4, slots=1, replicate=2), layout("pp2", 2, pp=2)],
+                         ids=lambda case: case.name)  # fmt: skip
+def test_peak_is_as_measured_with_accumulation(case):
+    compare(case, accumulation=3)

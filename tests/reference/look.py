@@ -49,7 +49,7 @@ def glyphs(image: np.ndarray) -> list[Blob]:
             continue
         y, x = (slice(places.min(), places.max() + 1) for places in np.nonzero(bright(cell)))
         mask, pixels = bright(cell)[y, x], cell[y, x]
-        colour = nearest_colour(np.median(pixels[mask].astype(int), axis=0))
+        colour = nearest_colour(np.quantile(pixels[mask], 0.75, axis=0))  # strokes are thin: half of it may be their edges
         found.append(Blob(left + (x.start + x.stop) / 2, top + (y.start + y.stop) / 2, mask.shape[1], mask.shape[0], colour, mask))
     return found
 

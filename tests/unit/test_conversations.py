@@ -179,13 +179,18 @@ def test_messages_of_parquet_with_the_images_inside(tmp_path):
         ("llava", llava(("human", "<image>What?"), ("gpt", "Yes."), image="7.0.jpg")),
         ("messages", messages(("user", [{**PICTURE, "image": "7.0.jpg"}, text("What?")]), YES)),
         ("messages", messages(("user", [PICTURE, text("What?")]), YES, images=["7.0.jpg"])),
+        ("messages", messages(("user", [{**PICTURE, "image": "7.0.jpg"}, text("What?")]), YES, images=["7.0.jpg"])),
+        ("messages", messages(("user", [{"type": "image_url", "image_url": {"url": "7.0.jpg"}}, text("What?")]), YES)),
+        # Without a name: those of the sample.
+        ("llava", llava(("human", "<image>What?"), ("gpt", "Yes."))),
+        ("messages", messages(("user", [PICTURE, text("What?")]), YES)),
     ],
 )
 def test_conversations_in_tars_name_members_of_their_sample(tmp_path, format, record):
     members = [("7.json", json.dumps(record).encode()), ("7.0.jpg", jpeg(20, 30)), ("8.json", b"[]"), ("9.0.jpg", jpeg())]
     shard = open_shard(str(write_tar(tmp_path / "x.tar", members)), Source(format=format), Data())
-    document, _ = shard.read(0)
-    assert spoken(document.parts) == "user <20>What? assistant [Yes.]!"
+    document, lost = shard.read(0)
+    assert (spoken(document.parts), lost) == ("user <20>What? assistant [Yes.]!", [])
     assert [shard.load(part) for part in document.parts if isinstance(part, Image)] == [jpeg(20, 30)]
     for bad in (1, 2):
         with pytest.raises(Rejected, match="not what its format says"):

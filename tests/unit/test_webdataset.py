@@ -54,6 +54,22 @@ def test_a_caption_may_stand_in_the_json(shard, name):
     assert opened.read(0)[0].parts[1] == Text("Ein Kätzchen.")
 
 
+def test_where_the_text_is_blank_the_json_has_the_caption(shard):
+    opened = shard(("0.jpg", jpeg()), ("0.txt", b" \n"), ("0.json", b'{"caption": "A cat."}'))
+    assert opened.read(0)[0].parts[1] == Text("A cat.")
+
+
+def test_samples_that_the_convention_takes_for_one_are_told(shard):
+    opened = shard(*((f"photo.{n}.{e}", d) for n in (1, 2, 3) for e, d in (("jpg", jpeg()), ("txt", b"A cat."))))
+    document, lost = opened.read(0)
+    assert (len(opened), document.key, len(document.parts)) == (1, "photo", 2)
+    assert [(reject.reason, reject.detail.split()[0]) for reject in lost] == [("image_unplaced", f"photo.{n}.jpg") for n in (2, 3)]
+
+
+def test_a_second_image_without_a_caption_belongs_to_the_sample(shard):
+    assert shard(("0.jpg", jpeg()), ("0.mask.png", b"?"), ("0.txt", b"A cat.")).read(0)[1] == []
+
+
 @pytest.mark.parametrize(
     ("members", "reason"),
     [
@@ -64,6 +80,7 @@ def test_a_caption_may_stand_in_the_json(shard, name):
         ([("0.jpg", jpeg()), ("0.txt", b"caf\xe9")], "broken_utf8"),
         ([("0.jpg", jpeg()), ("0.json", b'{"caption": ')], "broken_json"),
         ([("0.jpg", jpeg()), ("0.json", b'{"caption": 5}')], "wrong_shape"),
+        ([("0.0.jpg", jpeg()), ("0.json", b'["A cat."]')], "wrong_shape"),
         ([("0.jpg", b""), ("0.txt", b"A cat.")], "image_empty"),
         ([("0.jpg", b"<html>"), ("0.txt", b"A cat.")], "image_undecodable"),
         ([("0.json", b'{"texts": "A cat.", "images": []}')], "wrong_shape"),
@@ -79,7 +96,7 @@ def test_a_bad_sample_is_rejected_for_its_reason(shard, members, reason):
     assert opened.read(1)[0].parts[1] == Text("good")
 
 
-@pytest.mark.parametrize("name", ["d/7.0.jpg", "7.0.jpg", "0.jpg"])
+@pytest.mark.parametrize("name", ["d/7.0.jpg", "./d/7.0.jpg", "7.0.jpg", "0.jpg", "0.JPG"])
 def test_an_interleaved_document_names_members_of_its_sample(shard, name):
     record = {"texts": ["one", None, "two", None], "images": [None, name, None, "7.1.png"]}
     opened = shard(("d/7.json", json.dumps(record).encode()), ("d/7.0.jpg", jpeg(20, 30)), ("d/7.1.png", encoded(noise(10, 50), "PNG")))

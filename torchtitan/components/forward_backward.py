@@ -18,7 +18,7 @@ class ForwardBackward(Protocol):
     def forward_backward(self, tensors: Tensors, scale: float | Tensor, last: bool) -> Tensor:
         """Add the gradients of `scale` times the summed loss, and return that sum, detached, float32 [1], on the device.
 
-        Only the last microbatch of a step reduces gradients over ranks. A rank that computes no loss returns zero.
+        A rank keeps its shard of the gradients between microbatches. A rank that computes no loss returns zero.
         """
         ...
 
@@ -40,7 +40,8 @@ class Plain:
         self.parts: list[nn.Module] = [model]
 
     def forward_backward(self, tensors: Tensors, scale: float | Tensor, last: bool) -> Tensor:
-        self.model.set_requires_gradient_sync(last)
+        # Shards are summed every time, so that whole gradients are never kept; copies of a shard (HSDP) only once.
+        self.model.set_requires_all_reduce(last)
         self.model.set_is_last_backward(last)
         loss = self._loss(self.model, tensors)
         (loss * scale).sum().backward()

@@ -39,8 +39,14 @@ class Storage:
     reduced: int  # bytes of a gradient's element while it is summed over ranks
     optimizer: int  # bytes of optimizer state an element
     reshard: bool  # gathered parameters are freed after forward
-    forwards: int  # before an optimizer step: accumulation or microbatches
-    whole_gradients: bool  # kept until the last of them
+    forwards: int  # before an optimizer step: accumulation times microbatches
+    reductions: int  # of gradients over ranks before an optimizer step
+    all_reductions: int  # of these, how many go on to the copies of a shard
+
+    @property
+    def whole_gradients(self) -> bool:
+        """They wait for the last microbatch of a pipeline, as do its gathered parameters."""
+        return self.reductions < self.forwards
 
 
 @dataclass(frozen=True)
@@ -73,16 +79,20 @@ def _moments(stages: Sequence[Sequence[Unit]], s: Storage, most_kept: float, bat
     units = [unit for stage in stages for unit in stage]
     state = sum(u.parameters / u.shards * (FLOAT32 + s.optimizer * u.trains) for u in units) + batch
     full = [u.parameters * s.parameter for u in units]
-    whole = sum(u.parameters * s.reduced for u in units if u.trains) if s.whole_gradients else 0.0
+    earlier = 0.0  # gradients of the microbatches before
+    if s.whole_gradients:
+        earlier = sum(u.parameters * s.reduced for u in units if u.trains)
+    elif s.reductions > 1:
+        earlier = sum(u.parameters / u.shards * FLOAT32 for u in units if u.trains)
     for i, (unit, later) in enumerate(_with_later(stages)):
         # What the rest of this microbatch's stage keeps is not there yet in forward, and no more in backward.
         kept = most_kept - later
         # The next unit is gathered while this one works.
-        yield Memory(f"forward of {unit.name}", state, whole, _gathered(units, full, s, i, i + 1, forward=True), kept, unit.forward)
+        yield Memory(f"forward of {unit.name}", state, earlier, _gathered(units, full, s, i, i + 1, forward=True), kept, unit.forward)
         done = sum(u.parameters / u.shards * FLOAT32 for u in units[i + 1 :] if u.trains)
         own = unit.parameters * (s.parameter + s.reduced) if unit.trains else 0
         gathered = _gathered(units, full, s, i, i - 1, forward=False)
-        yield Memory(f"backward of {unit.name}", state, max(whole, done), gathered, kept, unit.backward + own)
+        yield Memory(f"backward of {unit.name}", state, max(earlier, done), gathered, kept, unit.backward + own)
 
 
 def _with_later(stages: Sequence[Sequence[Unit]]) -> Iterator[tuple[Unit, float]]:
@@ -109,13 +119,12 @@ def traffic(units: Sequence[Unit], storage: Storage) -> dict[str, float]:
 
     for unit in units:
         others = (unit.shards - 1) / unit.shards
-        gathers = storage.forwards * (1 + unit.trains) if storage.reshard else storage.forwards if not storage.whole_gradients else 1
+        gathers = storage.forwards * (1 + unit.trains) if storage.reshard else storage.reductions
         add("fsdp all-gather", gathers * others * unit.parameters * storage.parameter)
         if unit.trains:
-            sums = 1 if storage.whole_gradients else storage.forwards
-            add("fsdp reduce-scatter", sums * others * unit.parameters * storage.reduced)
+            add("fsdp reduce-scatter", storage.reductions * others * unit.parameters * storage.reduced)
             shard = unit.parameters / unit.shards
-            add("hsdp all-reduce", sums * 2 * (unit.copies - 1) / unit.copies * shard * storage.reduced)
+            add("hsdp all-reduce", storage.all_reductions * 2 * (unit.copies - 1) / unit.copies * shard * storage.reduced)
         for name, amount in unit.sent.items():
             add(name, amount * storage.forwards)
     return total

@@ -18,6 +18,7 @@ twice that with transparency; a JPEG of that size is shrunk on the way.
 
 import io
 import math
+import re
 import threading
 import warnings
 from collections.abc import Callable
@@ -147,7 +148,9 @@ def _open(data: bytes) -> PILImage.Image:
     except PILImage.DecompressionBombError as error:
         raise Rejected("image_too_large", str(error)) from error
     except Exception as error:  # a decoder may raise anything on broken bytes
-        raise Rejected("image_undecodable", _line(error)) from error
+        # A WebP says how long it is, and Pillow only that it cannot be opened.
+        cut = data.startswith(b"RIFF") and len(data) < int.from_bytes(data[4:8], "little") + 8
+        raise _rejected(error, cut) from error
 
 
 def _orientation(image: PILImage.Image, data: bytes) -> int:
@@ -236,8 +239,7 @@ def _load_rgb(image: PILImage.Image) -> np.ndarray:
     except PILImage.DecompressionBombError as error:
         raise Rejected("image_too_large", str(error)) from error
     except Exception as error:  # a decoder may raise anything on broken bytes
-        truncated = isinstance(error, EOFError) or "truncated" in str(error).lower()
-        raise Rejected("image_truncated" if truncated else "image_undecodable", _line(error)) from error
+        raise _rejected(error) from error
 
 
 def _eight_bits(image: PILImage.Image) -> PILImage.Image:
@@ -250,5 +252,8 @@ def _eight_bits(image: PILImage.Image) -> PILImage.Image:
     return PILImage.fromarray(np.nan_to_num(values).clip(0, 255).astype(np.uint8))
 
 
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+def _rejected(error: Exception, cut: bool = False) -> Rejected:
+    cut = cut or isinstance(error, EOFError) or "truncated" in str(error).lower()
+    line = f"{type(error).__name__}: {error}".splitlines()[0]
+    # Not where in memory the bytes were: the same data gives the same report.
+    return Rejected("image_truncated" if cut else "image_undecodable", re.sub(r" <_io\.BytesIO object at \w+>", "", line)[:200])

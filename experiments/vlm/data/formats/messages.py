@@ -58,6 +58,12 @@ def _items(message: dict[str, Any]) -> list[dict[str, Any]]:
     return content
 
 
+def held_image(item: dict[str, Any]) -> Any:
+    """What an image item says of its image; nothing where it only marks the place of one."""
+    own = {name: item[name] for name in HELD_UNDER if item.get(name) is not None}
+    return next((own[name] for name in ("image", "image_url") if name in own), own)
+
+
 class _Images:
     """Gives each image item its image: its own, or the record's next."""
 
@@ -75,9 +81,7 @@ class _Images:
         if item.get("type") not in ("image", "image_url"):
             raise Rejected("wrong_shape", f"an item of type {item.get('type')}")
         self._count += 1
-        own = {name: item[name] for name in HELD_UNDER if item.get(name) is not None}
-        value = next((own[name] for name in ("image", "image_url") if name in own), own)
-        return ImageValue(value or self._take(item.get("index")), self._count - 1)
+        return ImageValue(held_image(item) or self._take(item.get("index")), self._count - 1)
 
     def _take(self, index: Any) -> Any:
         number = index if isinstance(index, int) else self._next
@@ -88,5 +92,7 @@ class _Images:
         return self._images[number]
 
     def unused(self) -> list[Rejected]:
+        if self._count and not self._used:
+            return []  # the items hold their images: the record only lists them once more
         left = [number for number in range(len(self._images)) if number not in self._used]
         return [Rejected("image_unplaced", f"images[{number}] is in no message", image=number) for number in left]

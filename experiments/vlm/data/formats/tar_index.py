@@ -31,6 +31,16 @@ class Member(NamedTuple):
     offset: int  # of its bytes
     size: int
 
+    @property
+    def kind(self) -> str:
+        """What is after the last dot: "png" of a.seg.png."""
+        return self.extension.rpartition(".")[2]
+
+    @property
+    def part(self) -> str:
+        """What is between: "seg" of a.seg.png, "" of a.png."""
+        return self.extension.rpartition(".")[0]
+
 
 class Header(NamedTuple):
     name: str

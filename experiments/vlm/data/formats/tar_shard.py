@@ -1,7 +1,8 @@
 """A tar shard and a function from a sample's members to a draft; record formats in tars.
 
 KEY.json  KEY.0.jpg  ...    the record of any format that has a parser; an image is the name of a member of the sample:
-                            "KEY.0.jpg", also with the tar's folders before it, or "0.jpg"
+                            "KEY.0.jpg", also with the tar's folders before it, or "0.jpg". A conversation that names none
+                            has the sample's images in the order of the tar
 """
 
 import os
@@ -16,6 +17,8 @@ from experiments.vlm.data.formats.spans import parse_object, read_at
 from experiments.vlm.data.formats.tar_index import Member, TarIndex
 from experiments.vlm.data.image import probe_lazily
 from experiments.vlm.data.rejects import Rejected
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 
 Read = Callable[[Member], bytes]
 ParseSample = Callable[[list[Member], Read], Draft]  # a sample's members, and how to read one
@@ -67,16 +70,24 @@ def record_parser(parse: Callable[[dict[str, Any]], Draft]) -> ParseSample:
         record = next((member for member in members if member.extension == "json"), None)
         if not record:
             raise Rejected("wrong_shape", f"no .json among {', '.join(member.name for member in members)[:200]}")
-        return name_members(parse(parse_object(read(record))), members)
+        return name_members(parse(_with_images(parse_object(read(record)), members)), members)
 
     return parse_members
 
 
+def _with_images(record: dict[str, Any], members: list[Member]) -> dict[str, Any]:
+    if record.get("image") is not None or record.get("images") is not None or record.keys().isdisjoint(("conversations", "messages")):
+        return record
+    return record | {"images": [member.name for member in members if member.kind in IMAGE_EXTENSIONS]}
+
+
 def name_members(draft: Draft, members: list[Member]) -> Draft:
     """The draft with each image's name replaced by the member that bears it; `TarShard` rejects those without."""
-    named = {name: member for member in members for name in (member.extension, os.path.basename(member.name), member.name)}
+    named = {name.lower(): member for member in members for name in (member.extension, os.path.basename(member.name), member.name)}
     for place, part in enumerate(draft.parts):
         if isinstance(part, ImageValue):
-            name = part.value.get("path") if isinstance(part.value, dict) else part.value
-            draft.parts[place] = ImageValue(named.get(name, name) if isinstance(name, str) else name, part.position)
+            value = part.value
+            name = value.get("path") or value.get("url") if isinstance(value, dict) else value
+            member = named.get(name.removeprefix("./").lower(), name) if isinstance(name, str) else name
+            draft.parts[place] = ImageValue(member, part.position)
     return draft

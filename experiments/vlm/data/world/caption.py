@@ -1,6 +1,6 @@
 """Scenes to words. Every sentence is true of the picture, and none can be guessed without it.
 
-`describe` is the caption of `sees`: one for each picture, about 80 different words. `tell` says the same in many styles,
+`describe` is the caption of `sees`: one for each picture, about 70 different words. `tell` says the same in many styles,
 with more facts about the picture now and then; since its cells have many sizes, it calls a thing big or small only where
 the picture holds both.
 """
@@ -22,7 +22,7 @@ def describe(scene: Scene, sized: bool = True) -> str:
     if scene.kind == "relation":
         big, small = sorted(scene.things, key=lambda thing: thing.size)
         return f"{a(big)} {side_of(big, small)} {a(small)}"
-    if scene.kind == "count":
+    if scene.kind in ("count", "groups"):
         return listed([group(number, look[not sized :]) for look, number in groups(scene)])
     if scene.kind == "text":
         return f'the {first.colour} text "{written(scene)}"'
@@ -87,6 +87,12 @@ STYLES = {
         "Somebody drew {what}.",
         "On a dark ground we see {what}.",
         "How many things are there? We count {what}.",
+    ),
+    "groups": (
+        "There are two kinds of things: {what}.",
+        "Sorted by what they are: {what}.",
+        "On a dark ground we see {what}.",
+        "The larger group comes first: {what}.",
     ),
     "text": (
         'The sign says "{what}" in {colour}.',

@@ -72,8 +72,8 @@ def questions(scene: Scene) -> list[tuple[str, str]]:
     elif scene.kind == "relation":
         big, small = sorted(scene.things, key=lambda thing: thing.size)
         asked += [(f"What is {side_of(big, small)} {a(small)}?", a(big)), ("Which thing is the smaller one?", a(small))]
-    elif scene.kind == "count":
-        asked += [(f"How many {look[2]} shapes are {look[1]}?", NUMBERS[found]) for look, found in groups(scene) if len(groups(scene)) == 1]
+    elif scene.kind in ("count", "groups"):
+        asked += [(f"How many {look[2]} shapes are {look[1]}?", NUMBERS[found]) for look, found in groups(scene)]
     elif scene.kind == "text":
         asked += [("What is written here?", written(scene)), ("In which colour is it written?", scene.things[0].colour)]
     else:

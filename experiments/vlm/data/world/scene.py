@@ -5,7 +5,8 @@ picture has one right caption:
 
     single     one shape: its size, colour and place
     relation   two shapes in one row or column, a big and a small one: how the big one lies to the small one
-    count      one or two groups of equal shapes, 2 to 7 things in all: how many of each
+    count      2 to 5 equal shapes: how many
+    groups     two such groups, the larger first, 3 to 7 things in all: how many of each (not in `sees`)
     text       1 to 4 glyphs along a row (down the column where there is only one): what is written, and its colour
     listing    different shapes, in half of the cells or more: each in reading order (not in `sees`)
 
@@ -92,7 +93,7 @@ def varied_scene(rng: random.Random, heldout: bool, longest: int) -> Scene:
     while True:
         rows, columns = rng.choice(GRIDS)
         cell = CELL * min(8.0, longest / CELL / max(rows, columns)) ** rng.random()
-        kind = rng.choice(["single", "text"] + ["relation", "count", "listing"] * (rows * columns > 1))
+        kind = rng.choice(["single", "text"] + ["relation", "count", "listing"] * (rows * columns > 1) + ["groups"] * (rows * columns > 2))
         scene = compose(rng, kind, rows, columns, cell, rng.choice(("flat", "gradient", "grain")))
         if held_out(scene.arrangement) == heldout:
             return scene
@@ -144,16 +145,20 @@ def relation(rng: random.Random, rows: int, columns: int) -> list[Thing]:
 
 
 def count(rng: random.Random, rows: int, columns: int) -> list[Thing]:
+    number = rng.randint(2, min(5, rows * columns))
+    (look,) = draw_looks(rng, 1)
+    size = rng.choice(SIZES)
+    return [make_thing(rng, *look, size, cell) for cell in draw_cells(rng, rows, columns, number)]
+
+
+def groups(rng: random.Random, rows: int, columns: int) -> list[Thing]:
+    """Never as many in one as in the other: the larger one is named first."""
     room = rows * columns
-    two_groups = room > 2 and rng.random() < 0.5
-    most = rng.randint(2, min(5, room - two_groups))
-    # Never as many as in the first group: the larger one is named first.
-    fewer = rng.randint(1, min(2, most - 1, room - most)) if two_groups else 0
-    sizes = [rng.choice(SIZES)] * most + [rng.choice(SIZES)] * fewer
-    first, second = draw_looks(rng, 2)
-    looks = [first] * most + [second] * fewer
+    most = rng.randint(2, min(5, room - 1))
+    fewer = rng.randint(1, min(2, most - 1, room - most))
+    looks = [(*look, rng.choice(SIZES)) for look in draw_looks(rng, 2)]
     cells = draw_cells(rng, rows, columns, most + fewer)
-    return [make_thing(rng, *look, size, cell) for look, size, cell in zip(looks, sizes, cells, strict=True)]
+    return [make_thing(rng, *looks[place >= most], cell) for place, cell in enumerate(cells)]
 
 
 def text(rng: random.Random, rows: int, columns: int) -> list[Thing]:
@@ -172,4 +177,4 @@ def listing(rng: random.Random, rows: int, columns: int) -> list[Thing]:
     return [make_thing(rng, *look, rng.choice(SIZES), cell) for look, cell in zip(draw_looks(rng, number), cells, strict=True)]
 
 
-PLACE = {"single": single, "relation": relation, "count": count, "text": text, "listing": listing}
+PLACE = {"single": single, "relation": relation, "count": count, "groups": groups, "text": text, "listing": listing}
