@@ -49,6 +49,8 @@ def show(options: Options, report: dict) -> None:
             print(f"  {count:>8} {reason}")
     print(f"{report['shards']} shards, {report['bytes'] / 1e6:.1f} MB in {options.out}; what was left out and why: report.json, rejects/")
     print(f'train on them:\n  [[data.sources]]\n  format = "webdataset"\n  path = "{options.out}"')
+    if report["kind"] == "conversations":
+        print('  chat_template = "chatml"  # or "llama3", or a Jinja file')
 
 
 if __name__ == "__main__":

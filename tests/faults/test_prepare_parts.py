@@ -18,6 +18,7 @@ from experiments.vlm.prepare.pictures import Encoding, finish, looks_whole, shru
 from experiments.vlm.prepare.plan import cut, make_plan
 from experiments.vlm.prepare.progress import Shown
 from experiments.vlm.prepare.records import KINDS, Sources
+from experiments.vlm.prepare.records.record import Picture, Reference
 from experiments.vlm.prepare.rows import read_rows
 from experiments.vlm.prepare.tally import Tally, add_reports
 from tests.faults.hostile_server import image
@@ -180,6 +181,27 @@ def test_records_of_the_wrong_shape_are_rejected(kind, row):
     with pytest.raises(Rejected) as rejected:
         KINDS[kind].parse(row, Sources())
     assert rejected.value.reason == "wrong_shape"
+
+
+@pytest.mark.parametrize(
+    ("item", "named"),
+    [
+        ({"type": "image", "image": "1.jpg"}, {"path": "1.jpg"}),
+        ({"type": "image", "path": "1.jpg", "text": None}, {"path": "1.jpg"}),
+        ({"type": "image", "url": "http://a/1"}, {"url": "http://a/1"}),
+        ({"type": "image_url", "image_url": {"url": "http://a/1"}}, {"url": "http://a/1"}),
+        ({"type": "image_url", "image_url": {"url": "data:image/png;base64,QUJD"}}, {"data": b"ABC"}),
+        ({"type": "image", "image": {"bytes": "QUJD", "path": "1.jpg"}}, {"data": b"ABC"}),
+    ],
+)
+def test_whatever_a_message_calls_its_image_it_goes_into_the_shard(item, named):
+    turns = [{"role": "user", "content": [{"type": "image"}, item, {"type": "text", "text": "What?"}]}]
+    record = KINDS["conversations"].parse({"messages": turns}, Sources(image_folder="images"))
+    assert record.references == [Reference(**named)]
+    members = KINDS["conversations"].members(record, "7", [Picture(b"ABC", "png", 1, 1, "")])
+    content = json.loads(members["7.json"])["messages"][0]["content"]
+    assert content[0] == {"type": "image"} and content[2] == turns[0]["content"][2]
+    assert {name: content[1][name] for name in content[1] if name != "text"} == {"type": "image", "image": "7.0.png"}
 
 
 def test_reports_add_up():

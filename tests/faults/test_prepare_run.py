@@ -1,5 +1,7 @@
 """Whole runs against a hostile server: what comes out, and that everything that went in is accounted for."""
 
+import datetime
+import decimal
 import io
 import json
 import subprocess
@@ -168,18 +170,28 @@ def test_conversations_are_nothing_without_their_images(tmp_path):
         {"id": "outside", "image": "../secret.jpg", "conversations": turns},
         {"id": "typed", "messages": typed},
         {"id": "broken", "conversations": "hello"},
+        {"id": "empty", "image": "", "conversations": turns[1:]},
     ]
     (tmp_path / "llava.json").write_text(json.dumps(records))
     report = run(tmp_path / "llava.json", tmp_path / "out", image_folder=str(tmp_path / "images"), records_per_shard=3)
 
     check_balance(report)
-    assert report["records"] == {"read": 7, "written": 4, "rejected": {"image_missing": 2, "wrong_shape": 1}}
+    assert report["records"] == {"read": 8, "written": 5, "rejected": {"image_missing": 2, "wrong_shape": 1}}
     assert report["images"] == {"read": 6, "written": 3, "rejected": {"image_missing": 1, "image_outside": 1, "record_rejected": 1}}
     found = samples(tmp_path / "out")
     assert json.loads(found["00000-00000"]["json"]) == {**records[0], "image": "00000-00000.0.jpg"}
     assert found["00000-00001"]["0.jpg"] == image(1)  # an image may stand in several conversations
     assert list(found["00000-00002"]) == ["json"]
     assert json.loads(found["00001-00002"]["json"])["messages"][0]["content"][0] == {"type": "image", "image": "00001-00002.0.jpg"}
+
+
+def test_what_json_does_not_know_stops_no_run(tmp_path):
+    about = {"when": datetime.datetime(2024, 5, 6), "price": decimal.Decimal("1.50"), "raw": b"\xff"}
+    rows = [{"texts": ["a", None], "images": [None, {"bytes": image(1), "path": None}], "general_metadata": about}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
+    assert run(tmp_path / "x.parquet", tmp_path / "out")["records"]["written"] == 1
+    told = json.loads(samples(tmp_path / "out")["00000-00000"]["json"])["general_metadata"]
+    assert told == {"when": "2024-05-06 00:00:00", "price": "1.50", "raw": None}
 
 
 def test_images_are_shrunk_and_encoded_on_request_and_else_untouched(tmp_path):

@@ -188,10 +188,12 @@ def test_messages_of_parquet_with_the_images_inside(tmp_path):
 )
 def test_conversations_in_tars_name_members_of_their_sample(tmp_path, format, record):
     members = [("7.json", json.dumps(record).encode()), ("7.0.jpg", jpeg(20, 30)), ("8.json", b"[]"), ("9.0.jpg", jpeg())]
-    shard = open_shard(str(write_tar(tmp_path / "x.tar", members)), Source(format=format), Data())
-    document, lost = shard.read(0)
-    assert (spoken(document.parts), lost) == ("user <20>What? assistant [Yes.]!", [])
-    assert [shard.load(part) for part in document.parts if isinstance(part, Image)] == [jpeg(20, 30)]
+    path = str(write_tar(tmp_path / "x.tar", members))
+    for name in ("webdataset", format):
+        shard = open_shard(path, Source(format=name), Data())
+        document, lost = shard.read(0)
+        assert (spoken(document.parts), lost) == ("user <20>What? assistant [Yes.]!", [])
+        assert [shard.load(part) for part in document.parts if isinstance(part, Image)] == [jpeg(20, 30)]
     for bad in (1, 2):
         with pytest.raises(Rejected, match="not what its format says"):
             shard.read(bad)

@@ -1,14 +1,5 @@
-"""What records hold in place of an image, and how its bytes are got.
+"""The images that the records of a file name, and how their bytes are got. image_spelling.py has what a record may hold."""
 
-b"..."                                  the bytes (in JSON: base64)
-{"bytes": b"...", "path": "..."}        bytes, or where they are None the path (Hugging Face's Image feature)
-{"url": "..."}                          an address
-"images/1.jpg"                          a path below the record file's folder
-"https://..." or "data:image/..."       an address, or the bytes themselves
-"""
-
-import base64
-import binascii
 import os
 import posixpath
 from typing import Any
@@ -18,6 +9,7 @@ import fsspec
 from experiments.vlm.config import Data
 from experiments.vlm.data.fetch import make_fetcher
 from experiments.vlm.data.formats.draft import ImageValue
+from experiments.vlm.data.formats.image_spelling import is_address, plain_value
 from experiments.vlm.data.image import probe, probe_lazily
 from experiments.vlm.data.rejects import Rejected
 
@@ -35,10 +27,10 @@ class ImageValues:
 
     def size(self, image: ImageValue) -> tuple[int, int]:
         """(height, width). Raises Rejected. Of a local file only the header is read."""
-        value = _plain(image.value)
+        value = plain_value(image.value)
         if isinstance(value, memoryview):
             return probe_lazily(lambda count: bytes(value[:count]), len(value))
-        if self.remote or _is_address(value):
+        if self.remote or is_address(value):
             return probe(self._load(value))
         try:
             with open(self._path(value), "rb", buffering=0) as file:
@@ -48,12 +40,12 @@ class ImageValues:
 
     def load(self, value: Any) -> bytes:
         """The image's bytes. Raises Rejected."""
-        return self._load(_plain(value))
+        return self._load(plain_value(value))
 
     def _load(self, value: memoryview | str) -> bytes:
         if isinstance(value, memoryview):
             return bytes(value)
-        if _is_address(value):
+        if is_address(value):
             return self.fetcher.fetch(value)
         path = self._path(value)
         try:
@@ -73,35 +65,7 @@ class ImageValues:
 
 def _address(value: Any) -> str | None:
     try:
-        plain = _plain(value)
+        plain = plain_value(value)
     except Rejected:
         return None
-    return plain if isinstance(plain, str) and _is_address(plain) else None
-
-
-def _is_address(value: str) -> bool:
-    return "://" in value[:12]
-
-
-def _plain(value: Any) -> memoryview | str:
-    """Bytes, or a path or address, out of whatever the record holds. Raises Rejected."""
-    if isinstance(value, dict):
-        found = [value[name] for name in ("bytes", "path", "url", "base64") if value.get(name) is not None]
-        encoded = value.get("bytes") is not None or (len(found) == 1 and "base64" in value)
-        value = found[0] if found else None
-        if encoded and isinstance(value, str):
-            return _from_base64(value)
-    if isinstance(value, bytes | bytearray | memoryview):
-        return memoryview(value)
-    if isinstance(value, str) and value.startswith("data:"):
-        return _from_base64(value.partition(",")[2])
-    if isinstance(value, str) and value:
-        return value
-    raise Rejected("image_missing", f"neither bytes, path nor address: {type(value).__name__}")
-
-
-def _from_base64(text: str) -> memoryview:
-    try:
-        return memoryview(base64.b64decode(text, validate=True))
-    except (binascii.Error, ValueError) as error:
-        raise Rejected("image_undecodable", f"base64: {error}") from error
+    return plain if isinstance(plain, str) and is_address(plain) else None

@@ -1,6 +1,6 @@
 """LLaVA conversations: a JSON list or JSON lines (parquet and Arrow too) of
 
-{"image": IMAGE | [IMAGE, ...],        optional; a path begins at the record file's folder; see image_values.py
+{"image": IMAGE | [IMAGE, ...],        optional; a path begins at the record file's folder; see image_spelling.py
  "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"}, {"from": "gpt", "value": "A cat."}]}
 """
 

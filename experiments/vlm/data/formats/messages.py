@@ -5,7 +5,7 @@
      "images": [IMAGE]}
 
 A content is a string (where `<image>` stands for the record's next image) or a list of typed items. An image item holds its image under
-"image", "image_url", "url", "path", "bytes" or "base64", or it is the record's next one (or that of "index"). See image_values.py.
+"image", "image_url", "url", "path", "bytes" or "base64", or it is the record's next one (or that of "index"). See image_spelling.py.
 """
 
 import functools
@@ -16,6 +16,7 @@ from experiments.vlm.data.chat_template import ChatTemplate, Turn, load_chat_tem
 from experiments.vlm.data.formats import Shard, ShardFile
 from experiments.vlm.data.formats.conversation import make_draft, place_images
 from experiments.vlm.data.formats.draft import Draft, ImageValue
+from experiments.vlm.data.formats.image_spelling import IMAGE_ITEMS, held_image
 from experiments.vlm.data.formats.llava import images_of
 from experiments.vlm.data.formats.record_shard import SUFFIXES as SUFFIXES
 from experiments.vlm.data.formats.record_shard import open_record_shard
@@ -23,7 +24,6 @@ from experiments.vlm.data.rejects import Rejected
 
 COLUMNS = ("messages", "image", "images")
 ROLES = ("system", "user", "assistant", "tool", "developer")
-HELD_UNDER = ("image", "image_url", "url", "path", "bytes", "base64")
 
 
 def open_shard(file: ShardFile, source: Source, data: Data) -> Shard:
@@ -58,12 +58,6 @@ def _items(message: dict[str, Any]) -> list[dict[str, Any]]:
     return content
 
 
-def held_image(item: dict[str, Any]) -> Any:
-    """What an image item says of its image; nothing where it only marks the place of one."""
-    own = {name: item[name] for name in HELD_UNDER if item.get(name) is not None}
-    return next((own[name] for name in ("image", "image_url") if name in own), own)
-
-
 class _Images:
     """Gives each image item its image: its own, or the record's next."""
 
@@ -78,7 +72,7 @@ class _Images:
             if not isinstance(item.get("text"), str):
                 raise Rejected("wrong_shape", "a text item without text")
             return item["text"]
-        if item.get("type") not in ("image", "image_url"):
+        if item.get("type") not in IMAGE_ITEMS:
             raise Rejected("wrong_shape", f"an item of type {item.get('type')}")
         self._count += 1
         return ImageValue(held_image(item) or self._take(item.get("index")), self._count - 1)

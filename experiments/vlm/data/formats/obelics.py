@@ -3,7 +3,7 @@
     texts   ["A cat.", null,     "A dog."]
     images  [null,     IMAGE,    null    ]       exactly one of the two at each index
 
-IMAGE is anything that image_values.py knows. Lists that do not match are taken as far as they make sense: text always, an image
+IMAGE is anything that image_spelling.py knows. Lists that do not match are taken as far as they make sense: text always, an image
 where its place is known, which is an index of both lists where there is no text. Other columns are not read.
 """
 

@@ -1,6 +1,6 @@
 """A shard of records and a function from record to draft; what obelics, llava, messages and text share.
 
-Records come from record files (record_files.py), where an image is anything that image_values.py knows, or from tars (tar_shard.py).
+Records come from record files (record_files.py), where an image is anything that image_spelling.py knows, or from tars (tar_shard.py).
 """
 
 from collections.abc import Callable

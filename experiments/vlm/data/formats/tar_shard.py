@@ -21,6 +21,7 @@ from experiments.vlm.data.rejects import Rejected
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 
 Read = Callable[[Member], bytes]
+Parse = Callable[[dict[str, Any]], Draft]  # a record
 ParseSample = Callable[[list[Member], Read], Draft]  # a sample's members, and how to read one
 
 
@@ -63,16 +64,21 @@ def is_tar(path: str) -> bool:
         return path.endswith(".tar") or file.read(512)[257:262] == b"ustar"
 
 
-def record_parser(parse: Callable[[dict[str, Any]], Draft]) -> ParseSample:
+def record_parser(parse: Parse) -> ParseSample:
     """Parses samples whose record is KEY.json."""
 
     def parse_members(members: list[Member], read: Read) -> Draft:
         record = next((member for member in members if member.extension == "json"), None)
         if not record:
             raise Rejected("wrong_shape", f"no .json among {', '.join(member.name for member in members)[:200]}")
-        return name_members(parse(_with_images(parse_object(read(record)), members)), members)
+        return parse_with_members(parse, parse_object(read(record)), members)
 
     return parse_members
+
+
+def parse_with_members(parse: Parse, record: dict[str, Any], members: list[Member]) -> Draft:
+    """The draft of a record that lies in a tar with its images."""
+    return name_members(parse(_with_images(record, members)), members)
 
 
 def _with_images(record: dict[str, Any], members: list[Member]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ A conversation about an image is nothing without it: one image that cannot be ha
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from experiments.vlm.data.formats.image_spelling import HELD_UNDER, IMAGE_ITEMS, held_image
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.prepare.records.record import Members, Pictures, Record, Sources, reference, to_json
 
@@ -47,7 +48,7 @@ def rename_images(row: Mapping, rename: Rename) -> dict:
         value = row.get(name)
         if isinstance(value, list):
             out[name] = [rename(image) for image in value]
-        elif value is not None:
+        elif value is not None and value != "":
             out[name] = rename(value)
     if isinstance(row.get("messages"), list):
         out["messages"] = [rename_in_message(message, rename) for message in row["messages"]]
@@ -55,12 +56,13 @@ def rename_images(row: Mapping, rename: Rename) -> dict:
 
 
 def rename_in_message(message: Any, rename: Rename) -> Any:
-    """A typed content item may carry its image itself ({"type": "image", "image": ...}) or only mark its place."""
     content = message.get("content") if isinstance(message, dict) else None
-    if not isinstance(content, list):
-        return message
-    items = [
-        {**item, "image": rename(item["image"])} if isinstance(item, dict) and item.get("type") == "image" and item.get("image") else item
-        for item in content
-    ]
-    return {**message, "content": items}
+    return {**message, "content": [rename_in_item(item, rename) for item in content]} if isinstance(content, list) else message
+
+
+def rename_in_item(item: Any, rename: Rename) -> Any:
+    """An image item may hold its image, under one of several names, or only mark its place."""
+    held = held_image(item) if isinstance(item, dict) and item.get("type") in IMAGE_ITEMS else None
+    if not held:
+        return item
+    return {name: value for name, value in item.items() if name not in HELD_UNDER} | {"type": "image", "image": rename(held)}

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from experiments.vlm.data.formats.image_spelling import plain_value
 from experiments.vlm.data.rejects import Rejected
 
 HAS_SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*:")
@@ -55,17 +56,17 @@ Members = dict[str, bytes]
 
 
 def reference(value: Any, sources: Sources) -> Reference:
-    """A URL, a path below `image_folder`, bytes, or a Hugging Face image ({"bytes": ..., "path": ...}). Raises Rejected."""
-    if isinstance(value, (bytes, bytearray)):
-        return Reference(data=bytes(value))
-    if isinstance(value, dict):
-        value = value.get("bytes") or value.get("url") or value.get("path")
-        if value is not None:
-            return reference(value, sources)
-    if not isinstance(value, str) or not value.strip():
-        raise Rejected("wrong_shape", f"an image is a URL, a path or bytes, not {shown(value)}")
-    is_path = sources.image_folder and not HAS_SCHEME.match(value)
-    return Reference(path=value) if is_path else Reference(url=value.strip())
+    """A URL, a path below `image_folder`, bytes, or whatever else the loader takes for an image (image_spelling.py). Raises Rejected."""
+    if isinstance(value, dict) and value.get("url") and not value.get("bytes"):
+        value = value["url"]  # a path beside it tells where the image once was
+    try:
+        plain = plain_value(value)
+    except Rejected as rejected:
+        raise Rejected("wrong_shape", f"an image is a URL, a path or bytes, not {shown(value)}") from rejected
+    if isinstance(plain, memoryview):
+        return Reference(data=bytes(plain))
+    is_path = sources.image_folder and not HAS_SCHEME.match(plain)
+    return Reference(path=plain) if is_path else Reference(url=plain.strip())
 
 
 def described(picture: Picture, source: Reference) -> dict[str, Any]:
@@ -81,4 +82,9 @@ def shown(value: Any) -> str:
 
 def to_json(value: Any) -> bytes:
     """Sorted and without spaces: the same value is the same bytes."""
-    return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode("utf-8", "replace")
+    return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"), default=_spelled).encode("utf-8", "replace")
+
+
+def _spelled(value: Any) -> str | None:
+    """What parquet knows and JSON does not: dates and decimals as text, bytes left out."""
+    return None if isinstance(value, bytes) else str(value)
