@@ -32,6 +32,12 @@ TEMPLATES = {
     "items only": "{% for message in messages %}<|im_start|>{{ message.role + '\n' }}{% for item in message.content %}"
     "{% if message.role == 'assistant' %}{% generation %}{{ item.text + '<|im_end|>' }}{% endgeneration %}{% else %}{{ item.text }}"
     "{% endif %}{% endfor %}{% endfor %}",
+    "the end of turn is not generated": "{% for message in messages %}{{ message.role + ': ' }}"
+    "{% if message.role == 'assistant' %}{% generation %}{{ message.content }}{% endgeneration %}{{ '<|im_end|>' }}"
+    "{% else %}{{ message.content }}{% endif %}{{ '\n' }}{% endfor %}",
+    "a generated half": "{% for message in messages %}{% if message.role == 'assistant' %}{% generation %}{{ message.content[:2] }}"
+    "{% endgeneration %}-{% generation %}{{ message.content[2:] + '<|im_end|>' }}{% endgeneration %}{% else %}{{ message.content }}"
+    "{% endif %}{{ '\n' }}{% endfor %}",
     "mistral": "{{ bos_token }}{% for message in messages %}{% if message.role == 'user' %}{{ '[INST] ' + message.content + ' [/INST]' }}"
     "{% elif message.role == 'assistant' %}{% generation %}{{ ' ' + message.content | trim + eos_token }}{% endgeneration %}"
     "{% endif %}{% endfor %}",
