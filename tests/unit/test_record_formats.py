@@ -9,7 +9,7 @@ import pytest
 
 from experiments.vlm.config import Data, Source
 from experiments.vlm.data.document import Image, Text
-from experiments.vlm.data.formats import record_files
+from experiments.vlm.data.formats import row_groups
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.shards import open_shard
 from tests.samples import jpeg, write_tar
@@ -81,16 +81,41 @@ def test_every_record_file_gives_the_same_documents_in_any_order(tmp_path, name)
     shard.close()
 
 
-def test_decoded_row_groups_stay_within_their_bound(tmp_path, monkeypatch):
+@pytest.fixture
+def only_one_kept(monkeypatch):
+    """Memory for one row group at a time; and the numbers of those that are decoded."""
+    kept, decoded, read = row_groups.Kept(limit_bytes=1), [], pq.ParquetFile.read_row_group
+    monkeypatch.setattr(row_groups, "_kept", kept)
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", lambda file, i, **options: decoded.append(i) or read(file, i, **options))
+    return kept, decoded
+
+
+def test_decoded_row_groups_stay_within_their_bound(tmp_path, only_one_kept):
+    kept, _ = only_one_kept
     write_parquet(tmp_path / "x.parquet", RECORDS)
-    kept = record_files._RowGroups(limit_bytes=1)
-    monkeypatch.setattr(record_files, "_decoded", kept)
     shard = open_records(tmp_path / "x.parquet")
     for index in range(7):
         shard.read(index)
         assert len(kept._tables) == 1
     shard.close()
     assert not kept._tables
+
+
+def test_a_row_group_is_decoded_twice_at_most_however_often_slots_come_back(tmp_path, only_one_kept):
+    write_parquet(tmp_path / "x.parquet", RECORDS)  # three rows a group
+    shard = open_records(tmp_path / "x.parquet")
+    for _ in range(4):
+        for index in (0, 3, 6):
+            image = shard.read(index)[0].parts[1]
+            assert shard.load(image) == jpeg(20 + index, 30)
+    assert sorted(only_one_kept[1]) == [0, 0, 1, 1, 2, 2]
+
+
+def test_without_room_in_the_cache_row_groups_are_decoded_again(tmp_path, only_one_kept):
+    write_parquet(tmp_path / "x.parquet", RECORDS)
+    (tmp_path / "cache").write_bytes(b"no folder")
+    shard = open_shard(str(tmp_path / "x.parquet"), Source(format="obelics"), Data(cache_folder=str(tmp_path / "cache")))
+    assert [shard.read(index)[0].key for index in (0, 3) * 3] == ["0", "3"] * 3
 
 
 def test_a_list_of_images_only_and_a_list_of_texts_only(tmp_path):

@@ -1,4 +1,4 @@
-"""A folder of copies that may be thrown away: remote and compressed shards, images that were fetched by their address.
+"""A folder of copies that may be thrown away: remote and compressed shards, decoded row groups, images that were fetched.
 
 Files are named by a hash of where they came from, appear under their name only when complete, and are made once for all
 processes of the machine. When all of them together exceed the limit, those that were used longest ago go; a file
@@ -83,6 +83,14 @@ def file_cache(data: Data) -> FileCache:
 
 
 _file_cache = functools.cache(FileCache)
+
+
+def origin_of(path: str) -> str:
+    """A name for a file that changes when a local file does; a remote one is taken not to change."""
+    if "://" in path:
+        return path
+    stat = os.stat(path)
+    return f"{os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns}"
 
 
 def _used(path: Path) -> bool:

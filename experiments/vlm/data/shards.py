@@ -28,7 +28,7 @@ import fsspec
 import pyarrow as pa
 
 from experiments.vlm.config import Data, Source
-from experiments.vlm.data.file_cache import file_cache
+from experiments.vlm.data.file_cache import file_cache, origin_of
 from experiments.vlm.data.formats import Shard, ShardFile, load_format
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.world import ensure
@@ -127,15 +127,7 @@ def _local(path: str, data: Data) -> str:
     """The shard itself, or its copy in the cache."""
     if "://" not in path and Path(path).suffix.lower() not in COMPRESSIONS:
         return path
-    return str(file_cache(data).get(_origin(path), lambda copy: _copy(path, copy), _suffix(path)))
-
-
-def _origin(path: str) -> str:
-    """A name for the file that changes when a local file does; a remote one is taken not to change."""
-    if "://" in path:
-        return path
-    stat = os.stat(path)
-    return f"{os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns}"
+    return str(file_cache(data).get(origin_of(path), lambda copy: _copy(path, copy), _suffix(path)))
 
 
 def _copy(path: str, copy: Path) -> None:

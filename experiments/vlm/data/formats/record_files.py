@@ -1,27 +1,21 @@
 """Files of records, opened for random access: JSON lines, a JSON list, parquet, Arrow.
 
 What a file is, its first bytes tell. A file that ends early gives the records that are whole, and a reject for its tail.
-Memory: 16 bytes a record of JSON; of parquet and compressed Arrow the decoded row groups, at most ROW_GROUP_BYTES
-a process (and always the one in use).
+Memory: 16 bytes a record of JSON; of parquet what row_groups.py says.
 """
 
 import functools
-import itertools
 import os
-import threading
 import weakref
-from collections import OrderedDict
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from experiments.vlm.data.file_cache import FileCache
+from experiments.vlm.data.formats.row_groups import RowGroups
 from experiments.vlm.data.formats.spans import begins_list, find_items, find_lines, parse_object
 from experiments.vlm.data.rejects import Rejected
-
-ROW_GROUP_BYTES = 256 << 20
 
 
 class Records(Protocol):
@@ -35,12 +29,12 @@ class Records(Protocol):
     def close(self) -> None: ...
 
 
-def open_records(path: str, columns: tuple[str, ...]) -> Records:
-    """columns: what is wanted of a table. Raises OSError, pyarrow's errors or Rejected where nothing can be read."""
+def open_records(path: str, columns: tuple[str, ...], cache: FileCache) -> Records:
+    """columns: what is wanted of a table. cache: for row groups. Raises OSError, pyarrow's errors or Rejected where nothing can be read."""
     with open(path, "rb") as file:
         head = file.read(64)
     if head.startswith(b"PAR1"):
-        return ParquetRecords(path, columns)
+        return ParquetRecords(path, columns, cache)
     if head.startswith(b"ARROW1") or head.startswith(b"\xff\xff\xff\xff"):
         return ArrowRecords(path, columns)
     return JsonRecords(path)
@@ -66,15 +60,10 @@ class JsonRecords:
 
 
 class ParquetRecords:
-    def __init__(self, path: str, columns: tuple[str, ...]):
-        self._file = pq.ParquetFile(path)
-        self._columns = [name for name in self._file.schema_arrow.names if name in columns]
-        metadata = self._file.metadata
-        rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-        self._ends = np.cumsum(rows, dtype=np.int64)
-        self._lock = threading.Lock()
-        self._number = next(_numbers)
-        self.close = weakref.finalize(self, _decoded.forget, self._number)
+    def __init__(self, path: str, columns: tuple[str, ...], cache: FileCache):
+        self._groups = RowGroups(path, columns, cache)
+        self._ends = np.cumsum(self._groups.rows, dtype=np.int64)
+        self.close = self._groups.close
         self.tail: Rejected | None = None
 
     def __len__(self) -> int:
@@ -83,14 +72,7 @@ class ParquetRecords:
     def get(self, index: int) -> dict[str, Any]:
         group = int(np.searchsorted(self._ends, index, side="right"))
         first = int(self._ends[group - 1]) if group else 0
-        return _row(_decoded.get((self._number, group), lambda: self._read(group)), index - first)
-
-    def _read(self, group: int) -> pa.Table:
-        with self._lock:
-            try:
-                return self._file.read_row_group(group, columns=self._columns, use_threads=False)
-            except (OSError, pa.ArrowException) as error:
-                raise Rejected("shard_unreadable", f"row group {group}: {error}") from error
+        return _row(self._groups.get(group), index - first)
 
 
 class ArrowRecords:
@@ -120,36 +102,6 @@ class ArrowRecords:
     def close(self) -> None:
         self._batches = []
         self._source.close()
-
-
-class _RowGroups:
-    """Decoded row groups of all parquet files of the process, the longest unused thrown out."""
-
-    def __init__(self, limit_bytes: int):
-        self._limit = limit_bytes
-        self._tables: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, key: tuple[int, int], read: Callable[[], pa.Table]) -> pa.Table:
-        with self._lock:
-            if key in self._tables:
-                self._tables.move_to_end(key)
-                return self._tables[key]
-        table = read()
-        with self._lock:
-            self._tables[key] = table
-            while len(self._tables) > 1 and sum(kept.nbytes for kept in self._tables.values()) > self._limit:
-                self._tables.popitem(last=False)
-        return table
-
-    def forget(self, file: int) -> None:
-        with self._lock:
-            for key in [key for key in self._tables if key[0] == file]:
-                del self._tables[key]
-
-
-_decoded = _RowGroups(ROW_GROUP_BYTES)
-_numbers = itertools.count()  # of opened parquet files
 
 
 def _row(table: pa.Table | pa.RecordBatch, row: int) -> dict[str, Any]:

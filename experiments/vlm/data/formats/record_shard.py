@@ -8,6 +8,7 @@ from typing import Any
 
 from experiments.vlm.config import Data
 from experiments.vlm.data.document import Document, Image
+from experiments.vlm.data.file_cache import file_cache
 from experiments.vlm.data.formats import Shard, ShardFile
 from experiments.vlm.data.formats.draft import Draft, finish
 from experiments.vlm.data.formats.image_values import ImageValues
@@ -29,7 +30,7 @@ class RecordShard:
     """Implements formats.Shard. A key is the record's number; an image's locator that and its place in the record."""
 
     def __init__(self, file: ShardFile, data: Data, columns: tuple[str, ...], parse: Callable[[dict[str, Any]], Draft]):
-        self.records = open_records(file.local, columns)
+        self.records = open_records(file.local, columns, file_cache(data))
         self.parse = parse
         self.images = ImageValues(file.path, data)
         self.rejects: list[Rejected] = [self.records.tail] if self.records.tail else []
