@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from experiments.__main__ import CONFIG_CLASSES  # noqa: E402
-from experiments.vlm.check import check_sources  # noqa: E402
+from experiments.vlm.check import check_output, check_sources  # noqa: E402
 from experiments.vlm.config import VLMJobConfig  # noqa: E402
 from experiments.vlm.data.advice import Occupancy, advise, patches_per_token, read_documents  # noqa: E402
 from experiments.vlm.data.setup import make_setup  # noqa: E402
@@ -45,6 +45,9 @@ def main() -> int:
         options, job = parse_script(sys.argv[1:], Options, CONFIG_CLASSES, __doc__ or "")
         assert isinstance(job, VLMJobConfig)
         check_sources(job)
+        check_output(options.out, "--out")
+        for key, values in (("samples", [options.samples]), ("rows", options.rows), ("buffers", options.buffers)):
+            require(min(values, default=1) >= 1, f"--{key} {' '.join(map(str, values))}: must be 1 or more")
         merge, largest = job.data.spatial_merge_size, job.data.max_patches_per_image
         seq_lens = options.seq_lens or [job.training.seq_len // 2, job.training.seq_len, job.training.seq_len * 2]
         seq_lens = [length for length in seq_lens if length >= largest // merge**2 + 2]

@@ -146,3 +146,9 @@ def check_path(path: str, key: str) -> None:
         there = os.path.exists(path) or next(glob.iglob(pattern, recursive=True), None) is not None
         hub = f"; a data set of the Hugging Face hub is hf://datasets/{path}" if re.fullmatch(r"[\w.-]+/[\w.-]+", path) else ""
         require(there, f"{key} = {path}: no such file or folder (looked from {os.getcwd()}){hub}")
+
+
+def check_output(path: str, key: str) -> None:
+    """A file can be written there; an empty path asks for none."""
+    folder = os.path.dirname(os.path.abspath(path))
+    require(not path or os.path.isdir(folder), f"{key} = {path}: no such folder (looked from {os.getcwd()})")

@@ -1,6 +1,7 @@
 """The advisor simulates what the loader then does."""
 
 import os
+import runpy
 import subprocess
 import sys
 
@@ -78,3 +79,20 @@ def test_the_script_prints_lines_for_the_toml(data, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
     assert done.returncode == 0, done.stderr
     assert "patches_per_row = " in done.stdout and done.stdout.count("\n   ") >= 6
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "named"),
+    [
+        ("advise_packing", ["--buffers", "16", "0"], "--buffers 16 0"),
+        ("advise_packing", ["--samples", "0"], "--samples 0"),
+        ("advise_packing", ["--out", "nowhere/advice.png"], "--out = nowhere/advice.png"),
+        ("inspect_batch", ["--out", "nowhere/report.html"], "--out = nowhere/report.html"),
+        ("inspect_batch", ["--keys", "nowhere/keys.jsonl"], "--keys = nowhere/keys.jsonl"),
+    ],
+)
+def test_a_wrong_option_of_a_script_is_told_before_anything_is_read(data, monkeypatch, capsys, script, options, named):
+    source = ["--training.dataset", "text", "--training.dataset_path", str(data / "texts")]
+    monkeypatch.setattr(sys, "argv", [script, *options, *source])
+    assert runpy.run_path(f"scripts/{script}.py")["main"]() == 2
+    assert f"error: {named}: " in capsys.readouterr().err

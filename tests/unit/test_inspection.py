@@ -125,3 +125,20 @@ def test_keys_hold_every_sample_and_a_hash_of_every_slot(data, tmp_path):
     assert len({(line["shard"], line["key"]) for line in samples}) == len([line for line in samples if line["piece"] == 0]) == 102
     slots = [line for line in lines if "hash" in line]
     assert {line["slot"] for line in slots} == {0, 1, 2, 3} and len(slots) == 4 * max(line["step"] for line in lines)
+
+
+def test_what_was_rejected_is_written_where_it_is_asked_for(data, tmp_path):
+    (tmp_path / "bad").mkdir()
+    lines = [json.dumps({"text": text}) for text in ("good", "", "good too")]
+    (tmp_path / "bad" / "t.jsonl").write_text("\n".join(lines) + "\n")
+    job = make_job(data, tmp_path / "out", epochs=1)
+    job.data.sources = job.data.sources[2:]
+    job.data.sources[0].path = str(tmp_path / "bad")
+    inspect(job, Characters(), steps=9, shown=0, out="", keys=str(tmp_path / "keys.jsonl"))
+    report = json.loads((tmp_path / "out" / "data_report.json").read_text())["sources"]["texts"]
+    assert (report["counts"]["samples"], report["rejected"]["samples"]["empty_document"]["count"]) == (2, 1)
+    assert [json.loads(line)["key"] for line in (tmp_path / "out" / "rejects" / "0.jsonl").read_text().splitlines()] == ["1"]
+    job.job.dump_folder = ""
+    before = set(tmp_path.rglob("*"))
+    inspect(job, Characters(), steps=9, shown=0, out="", keys=str(tmp_path / "keys.jsonl"))
+    assert set(tmp_path.rglob("*")) == before

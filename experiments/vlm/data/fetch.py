@@ -78,8 +78,9 @@ class Fetcher:
         try:
             return attempt.run(url)
         except (OSError, http.client.HTTPException, ValueError) as error:
-            refused = getattr(error, "errno", None) == REFUSED
-            raise Rejected("image_address" if refused else "image_fetch", f"{url}: {error or type(error).__name__}") from error
+            if isinstance(error, OSError) and error.errno == REFUSED:
+                raise Rejected("image_address", f"{url}: {error.strerror}") from error
+            raise Rejected("image_fetch", f"{url}: {error or type(error).__name__}") from error
 
 
 class _Attempt:

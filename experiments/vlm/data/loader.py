@@ -68,7 +68,8 @@ class Loader:
         self.may_end = all(deal.epochs is not None for deal in self.setup.planning.deals)
         self.agree = agree or (lambda has_data: has_data or ranks > 1)
         # The controls show the samples of a validation again: what is wrong with them has been told.
-        self.log = RejectLog(Path(job.job.dump_folder) / "rejects", rank) if control is None else None
+        folder = Path(job.job.dump_folder) / "rejects" if job.job.dump_folder else None
+        self.log = RejectLog(folder, rank) if control is None else None
         self.states: dict[int, str] = {}
         self.supply: Supply | None = None
         self.over = False

@@ -1,10 +1,12 @@
 """`rejects/RANK.jsonl`: a line for each rejected sample, image or shard, each once in a run whatever was restarted."""
 
+import io
 import json
 import os
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
+from typing import TextIO
 
 from experiments.vlm.data.tally import Reject
 from torchtitan.tools.logging import logger
@@ -15,12 +17,12 @@ HASH_BYTES = 8  # of an identity are kept: a million rejects cost 60 MB
 class RejectLog:
     """Appends to this rank's file and reads those of the others, since a later epoch may deal a sample to another rank.
 
-    The first of a reason in a shard is logged too, as a line for people.
+    The first of a reason in a shard is logged too, as a line for people; without a folder that is all.
     """
 
-    def __init__(self, folder: Path, rank: int):
+    def __init__(self, folder: Path | None, rank: int):
         self.folder = folder
-        self.path = folder / f"{rank}.jsonl"
+        self.path = folder / f"{rank}.jsonl" if folder else None
         self.known: set[int] = set()
         self.read: dict[Path, int] = {}  # bytes of each file that are in `known`
         self.logged: set[tuple[str, str]] = set()
@@ -29,9 +31,7 @@ class RejectLog:
         new = [reject for reject in rejects if hash(reject.identity) not in self.known]
         if not new:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._catch_up()
-        with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+        with self._open() as file:
             for reject in new:
                 identity = hash(reject.identity)
                 if identity in self.known:
@@ -40,9 +40,16 @@ class RejectLog:
                 file.write(json.dumps(_line(reject)) + "\n")
                 self._log(reject)
 
-    def _catch_up(self) -> None:
-        """Learn what is in the files by now."""
-        for path in self.folder.glob("*.jsonl"):
+    def _open(self) -> TextIO:
+        """This rank's file, to append to; what is in all of them by now is known then."""
+        if self.folder is None or self.path is None:
+            return io.StringIO()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._catch_up(self.folder)
+        return self.path.open("a", encoding="utf-8", errors="backslashreplace")
+
+    def _catch_up(self, folder: Path) -> None:
+        for path in folder.glob("*.jsonl"):
             start = self.read.get(path, 0)
             if os.path.getsize(path) == start:
                 continue
@@ -60,9 +67,8 @@ class RejectLog:
         if kind in self.logged:
             return
         self.logged.add(kind)
-        logger.warning(
-            f"source {reject.source}, shard {reject.shard}, sample {reject.key or '-'}: {reject}; more of this kind in {self.path}"
-        )
+        more = f"; more of this kind in {self.path}" if self.path else "; more of this kind are not shown"
+        logger.warning(f"source {reject.source}, shard {reject.shard}, sample {reject.key or '-'}: {reject}{more}")
 
 
 def _line(reject: Reject) -> dict:

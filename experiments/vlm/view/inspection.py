@@ -1,5 +1,6 @@
 """Reads steps of a job's training data, and writes the report and the keys."""
 
+import json
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -36,7 +37,10 @@ class Seen:
 
 
 def inspect(job: VLMJobConfig, tokenizer: Tokenizer, steps: int, shown: int, out: str, keys: str) -> Seen:
-    """`shown` slots go into the report `out`, every delivered sample into `keys`; either may be empty."""
+    """`shown` slots go into the report `out`, every delivered sample into `keys`, what was rejected into the job's dump folder.
+
+    Any of them may be empty: then it is not written.
+    """
     loader = Loader(job, tokenizer)
     shape, merge = loader.shape, job.data.spatial_merge_size
     seen, views = Seen(0, 0, Counter(), 0, 0, Counter()), list[SlotView]()
@@ -54,10 +58,17 @@ def inspect(job: VLMJobConfig, tokenizer: Tokenizer, steps: int, shown: int, out
                 _count(seen, batch.counts)
                 seen.slots += shape.slots
             seen.steps = number
+        if job.job.dump_folder:
+            _write_data_report(Path(job.job.dump_folder), loader)
     seen.tokens, seen.patches = seen.slots * shape.seq_len, seen.slots * shape.patch_rows * shape.patches_per_row
     if out:
         _write_report(views, loader, tokenizer, str(seen), out)
     return seen
+
+
+def _write_data_report(folder: Path, loader: Loader) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "data_report.json").write_text(json.dumps(loader.report(), indent=1, sort_keys=True))
 
 
 def _count(seen: Seen, counts: dict[str, int]) -> None:

@@ -26,13 +26,14 @@ NAMES = {
     Kind.BOUNDARY: "bos, begin and end of image",
     Kind.PADDING: "padding",
 }
+TITLE_LETTERS = 150  # in a line
 SHOWN_IMAGES = 12
 SHOWN_LETTERS = 900
 
 
 def draw_slots(slots: list[SlotView], shape: BatchShape, tokenizer: Tokenizer, title: str, path: str) -> None:
     figure = plt.figure(figsize=(15, 6.2 * len(slots) + 0.8), layout="constrained")
-    figure.suptitle(title, fontsize=13)
+    figure.suptitle("\n".join(textwrap.fill(line, TITLE_LETTERS) for line in title.splitlines()), fontsize=13)
     handles = [Patch(facecolor=KIND_COLOURS[kind], edgecolor="#888", label=name) for kind, name in NAMES.items()]
     handles.append(Patch(color=colour(0), label="placeholders, in the colour of their image"))
     parts = figure.subfigures(len(slots) + 1, 1, squeeze=False, height_ratios=[*[6.2] * len(slots), 0.4])[:, 0]
