@@ -37,9 +37,7 @@ class Data:
     prefetch: int = 2  # steps that workers have ready before the trainer asks; without workers none is
     max_bad_fraction: float = 1.0  # stop when a source has more bad samples than this (after 1,000); 1.0: off
     cache_folder: str = ""  # embedded data and copies of shards and images; empty: ~/.cache/torchtitan-vlm
-    cache_gb: float = (
-        50.0  # copies of remote and compressed shards, row groups and fetched images in cache_folder; the longest unused go first
-    )
+    cache_gb: float = 50.0  # copies of remote and packed shards, row groups and images in cache_folder; the longest unused go first
     allow_private_urls: bool = False  # fetch images from private, loopback and link-local addresses too
     url_timeout_s: float = 5.0  # for an image given by its address
     resume_changed_data: bool = False  # resume although the data's configuration changed; its order starts anew

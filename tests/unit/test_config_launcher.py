@@ -40,7 +40,7 @@ def test_one_process_is_python_itself_with_the_debug_job(launch):
     run = launch("--training.steps", "3")
     assert run.stdout.splitlines() == [
         "start -m experiments --job.config_file train_configs/vlm_debug.toml --training.steps 3",
-        "LOG_RANK=0 OMP= WORLD_SIZE=",
+        "LOG_RANK=0 OMP=7 WORLD_SIZE=",
     ]
 
 
@@ -58,7 +58,7 @@ def test_several_processes_are_checked_once_then_started_on_a_free_port(launch):
     lines = launch(NGPU="2", LOG_RANK="0,1").stdout.splitlines()
     assert lines[0] == "check WORLD_SIZE=2"
     assert lines[1].startswith("start -m torch.distributed.run --nproc_per_node 2 --standalone -m experiments --job.config_file")
-    assert lines[2] == "LOG_RANK=0,1 OMP=4 WORLD_SIZE="
+    assert lines[2] == "LOG_RANK=0,1 OMP=3 WORLD_SIZE="
 
 
 def test_the_visible_gpus_are_the_default_number_of_processes(launch):
