@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -224,6 +225,15 @@ def test_a_row_group_that_is_damaged_costs_its_own_records(tmp_path):
     shard = open_records(tmp_path / "x.parquet")
     assert [reason(shard, index) for index in (3, 4, 5)] == ["shard_unreadable"] * 3
     assert all(shard.read(index)[0].parts for index in (0, 1, 2, 6))
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_file_that_is_cut_while_it_is_read_rejects_and_does_not_crash(tmp_path, name):
+    records = [{**record, "texts": [*record["texts"], "x" * 9000], "images": [*record["images"], None]} for record in RECORDS]
+    WRITERS[name](tmp_path / name, records)
+    shard = open_records(tmp_path / name)
+    os.truncate(tmp_path / name, 100)  # the kernel leaves the rest of the page that the file ends in
+    assert reason(shard, 6) in ("shard_truncated", "shard_unreadable")
 
 
 def test_what_hugging_face_datasets_saves_is_read(tmp_path):

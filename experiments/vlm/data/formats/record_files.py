@@ -76,9 +76,15 @@ class ParquetRecords:
 
 
 class ArrowRecords:
-    """Arrow files (feather) and streams (what Hugging Face `datasets` saves), mapped into memory, so not copied."""
+    """Arrow files (feather) and streams (what Hugging Face `datasets` saves), mapped into memory, so not copied.
+
+    Of a file that has shrunk meanwhile the kernel would kill whoever touches what is gone: hence its size is looked at first.
+    """
 
     def __init__(self, path: str, columns: tuple[str, ...]):
+        self._file = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._file)
+        self._size = os.fstat(self._file).st_size
         self._source = pa.memory_map(path)
         self.tail: Rejected | None = None
         self._batches = []
@@ -95,6 +101,8 @@ class ArrowRecords:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def get(self, index: int) -> dict[str, Any]:
+        if os.fstat(self._file).st_size != self._size:
+            raise Rejected("shard_truncated", "its size has changed since it was opened")
         batch = int(np.searchsorted(self._ends, index, side="right"))
         first = int(self._ends[batch - 1]) if batch else 0
         return _row(self._batches[batch], index - first)
