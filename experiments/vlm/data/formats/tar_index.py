@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments.vlm.data.formats.spans import read_at
+from experiments.vlm.data.formats.spans import SCAN_BYTES, read_at
 from experiments.vlm.data.rejects import Rejected
 
 BLOCK = 512
@@ -99,7 +99,11 @@ class TarIndex:
         """(position of the first header, member) of each; stops at the end, however it looks."""
         start = 0
         try:
-            while start < self._size and (header := self._header(start)):
+            while start < self._size:
+                header = self._header(start)
+                if header is None:
+                    start = self._appended(start)
+                    continue
                 if header.offset + header.size > self._size:
                     raise Rejected("shard_truncated", f"{header.name} is cut off at byte {self._size}")
                 if member := header.member():
@@ -107,6 +111,18 @@ class TarIndex:
                 start = header.end
         except Rejected as rejected:
             self.tail = Rejected("shard_truncated", rejected.detail)
+
+    def _appended(self, start: int) -> int:
+        """Where after the zeros at its end another tar begins (`cat a.tar b.tar`); the end of the file if none does."""
+        while block := os.pread(self._file, SCAN_BYTES, start):
+            if (place := len(block) - len(block.lstrip(b"\0"))) < len(block):
+                start += place // BLOCK * BLOCK
+                break
+            start += len(block)
+        try:
+            return start if start < self._size and self._header(start) else self._size
+        except Rejected:
+            return self._size  # something else, which is none of ours
 
     def _header(self, start: int) -> Header | None:
         """The header at `start`, with what extension headers before it say; None for the zeros at the end of a tar."""
