@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import struct
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -234,6 +235,36 @@ def test_a_file_that_is_cut_while_it_is_read_rejects_and_does_not_crash(tmp_path
     shard = open_records(tmp_path / name)
     os.truncate(tmp_path / name, 100)  # the kernel leaves the rest of the page that the file ends in
     assert reason(shard, 6) in ("shard_truncated", "shard_unreadable")
+
+
+@pytest.mark.parametrize("name", ["x.arrow", "x.feather"])
+def test_offsets_that_lead_astray_cost_their_own_batch_and_not_the_process(tmp_path, name):
+    WRITERS[name](tmp_path / name, RECORDS)
+    content = (tmp_path / name).read_bytes()
+    texts = struct.pack("<4i", 0, 3, 6, 9)  # of the first three records
+    (tmp_path / name).write_bytes(content.replace(texts, struct.pack("<4i", 0, 3, 1 << 30, 9), 1))
+    shard = open_records(tmp_path / name)
+    assert [reason(shard, index) for index in (0, 1, 2)] == ["shard_unreadable"] * 3
+    assert [shard.read(index)[0].key for index in (3, 4, 5, 6)] == ["3", "4", "5", "6"]
+
+
+def test_text_in_arrow_that_is_not_utf8_costs_its_record(tmp_path):
+    write_stream(tmp_path / "x.arrow", RECORDS)
+    content = (tmp_path / "x.arrow").read_bytes()
+    (tmp_path / "x.arrow").write_bytes(content.replace(b"two 1", b"two \xff"))
+    shard = open_records(tmp_path / "x.arrow")
+    assert reason(shard, 1) == "broken_utf8" and shard.read(0)[0].key == "0"
+
+
+def test_a_parquet_file_that_counts_its_rows_wrongly_is_unreadable(tmp_path):
+    write_parquet(tmp_path / "x.parquet", RECORDS)
+    content = (tmp_path / "x.parquet").read_bytes()
+    footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    # Thrift: the next field, of 64 bits; 3 rows as 6, -4 as 7.
+    (tmp_path / "x.parquet").write_bytes(content[:footer] + content[footer:].replace(b"\x16\x06", b"\x16\x07"))
+    with pytest.raises(Rejected) as error:
+        open_records(tmp_path / "x.parquet")
+    assert error.value.reason == "shard_unreadable"
 
 
 def test_what_hugging_face_datasets_saves_is_read(tmp_path):

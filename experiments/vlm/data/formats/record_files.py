@@ -78,7 +78,8 @@ class ParquetRecords:
 class ArrowRecords:
     """Arrow files (feather) and streams (what Hugging Face `datasets` saves), mapped into memory, so not copied.
 
-    Of a file that has shrunk meanwhile the kernel would kill whoever touches what is gone: hence its size is looked at first.
+    Two things would end the process, so they are looked at first: bytes that are gone since the file was opened (the kernel's
+    SIGBUS), and offsets that lead astray (Arrow's own abort), in each record batch once.
     """
 
     def __init__(self, path: str, columns: tuple[str, ...]):
@@ -88,8 +89,10 @@ class ArrowRecords:
         self._source = pa.memory_map(path)
         self.tail: Rejected | None = None
         self._batches = []
+        self._sound: set[int] = set()  # record batches
         try:
             for batch in _batches(self._source):
+                batch.validate()
                 self._batches.append(batch.select([name for name in batch.schema.names if name in columns]))
         except (OSError, pa.ArrowException) as error:
             if not self._batches:
@@ -105,11 +108,38 @@ class ArrowRecords:
             raise Rejected("shard_truncated", "its size has changed since it was opened")
         batch = int(np.searchsorted(self._ends, index, side="right"))
         first = int(self._ends[batch - 1]) if batch else 0
+        self._check(batch)
         return _row(self._batches[batch], index - first)
+
+    def _check(self, batch: int) -> None:
+        if batch not in self._sound:
+            try:
+                for column in self._batches[batch].columns:
+                    _check_offsets(column)
+            except pa.ArrowException as error:
+                raise Rejected("shard_unreadable", f"record batch {batch}: {error}") from error
+            self._sound.add(batch)
 
     def close(self) -> None:
         self._batches = []
         self._source.close()
+
+
+def _check_offsets(array: pa.Array) -> None:
+    """Raises pyarrow.ArrowInvalid. Texts count as bytes: one that is not UTF-8 costs its own record alone."""
+    kind = array.type
+    if pa.types.is_struct(kind):
+        for number in range(kind.num_fields):
+            _check_offsets(array.field(number))
+    elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        edges = np.concatenate([[0], array.offsets.to_numpy(), [len(array.values)]])
+        if np.any(edges[1:] < edges[:-1]):
+            raise pa.ArrowInvalid("a list ends before it begins")
+        _check_offsets(array.values)
+    elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        array.view(pa.binary() if pa.types.is_string(kind) else pa.large_binary()).validate(full=True)
+    else:
+        array.validate(full=True)
 
 
 def _row(table: pa.Table | pa.RecordBatch, row: int) -> dict[str, Any]:

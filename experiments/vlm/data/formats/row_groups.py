@@ -26,6 +26,8 @@ class RowGroups:
 
     def __init__(self, path: str, columns: tuple[str, ...], cache: FileCache):
         self._file = pq.ParquetFile(path)
+        if min(self.rows, default=0) < 0 or sum(self.rows) != self._file.metadata.num_rows:
+            raise Rejected("shard_unreadable", f"its row groups hold {self.rows[:9]} rows, {self._file.metadata.num_rows} in all")
         self._columns = [name for name in self._file.schema_arrow.names if name in columns]
         self._origin = f"{origin_of(path)} {','.join(self._columns)}"
         self._cache = cache
