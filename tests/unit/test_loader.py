@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 
+from experiments.vlm.config import Source
 from experiments.vlm.data.loader import Loader, Step
 from tests.tiny_data import Characters, make_job, write_all
 
@@ -126,6 +127,26 @@ def test_pieces_of_a_document_keep_their_order(data, tmp_path):
             name = sample.shard, sample.key
             assert sample.piece == latest.get(name, -1) + 1
             latest[name] = sample.piece
+
+
+def test_a_book_by_itself_fills_its_rows_and_resumes_inside(tmp_path):
+    (tmp_path / "book.txt").write_text("".join(f"{number:09d} " for number in range(600)).strip() + "\n")
+
+    def open_book() -> Loader:
+        job = make_job(tmp_path, tmp_path / "out", epochs=1, local_batch_size=1)
+        job.data.sources = [Source(name="book", format="text", path=str(tmp_path / "book.txt"))]
+        return Loader(job, Characters())
+
+    steps = all_steps(open_book())
+    samples = [(sample.piece, sample.document) for step in steps for sample in step.batches[0].samples]
+    assert [piece for piece, _ in samples] == list(range(len(samples)))
+    assert all(step.batches[0].counts["tokens"] > 0.9 * 256 for step in steps[:-1])
+    first, second = open_book(), open_book()
+    for _ in range(5):
+        state = next(first).state()
+    second.load_state_dict(state)
+    assert run(second, 100) == [slot_hashes(first, step) for step in first]
+    first.close()
 
 
 def test_a_source_without_repeat_ends_and_the_others_go_on(data, tmp_path):

@@ -1,10 +1,11 @@
 """What waits in front of a slot, and who leaves with the next row.
 
 Up to `buffer` documents wait. Of one in pieces the first piece waits, and the next queues up again behind the others when
-it leaves: so pieces keep their order, and a book fills no row of rows.
+it leaves: so pieces keep their order, and a book fills no row of rows while others wait.
 """
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
 from typing import Generic, Protocol, Self, TypeVar
 
 import numpy as np
@@ -78,12 +79,32 @@ class Window(Generic[Entry]):
             return []
         chosen = self._choose()
         taken = [self.entries[i] for i in chosen]
-        images = [patches for entry in taken for patches in entry.head.image_patches]
-        places = iter(place(images, self.budget) or [])
         gone = set(chosen)
-        self.entries = [entry for i, entry in enumerate(self.entries) if i not in gone]
-        self.entries += [rest for entry in taken if (rest := entry.rest()) is not None]
+        left = [entry for i, entry in enumerate(self.entries) if i not in gone]
+        rests = [rest for entry in taken if (rest := entry.rest()) is not None]
+        if not left:
+            rests = self._fill_up(taken, rests)
+        self.entries = left + rests
+        places = iter(place(self._images(taken), self.budget) or [])
         return [(entry, [next(places) for _ in entry.head.image_patches]) for entry in taken]
+
+    def _fill_up(self, taken: list[Entry], rests: list[Entry]) -> list[Entry]:
+        """Where nobody else waits (a book by itself): further pieces of the same documents. Returns those that do not fit."""
+        waiting, left = deque(rests), []
+        while waiting:
+            entry = waiting.popleft()
+            tokens = sum(one.head.length for one in taken) + entry.head.length
+            if not self.budget.holds(tokens, self._images([*taken, entry])):
+                left.append(entry)
+                continue
+            taken.append(entry)
+            if (rest := entry.rest()) is not None:
+                waiting.append(rest)
+        return left
+
+    @staticmethod
+    def _images(entries: Iterable[Queued]) -> list[int]:
+        return [patches for entry in entries for patches in entry.head.image_patches]
 
     def _choose(self) -> list[int]:
         heads = [entry.head for entry in self.entries]
