@@ -103,7 +103,15 @@ def test_garbage_is_never_taken_for_a_header(tmp_path):
     assert "no tar header at byte 2048" in index.tail.detail
 
 
-@pytest.mark.parametrize("between", [0, 10 * 512, 5 << 20])
+def test_the_holes_of_a_download_are_told(tmp_path):
+    whole = write_tar(tmp_path / "x.tar", [(f"{n}.txt", b"x" * 100) for n in range(4)]).read_bytes()
+    (tmp_path / "x.tar").write_bytes(whole[:2048] + bytes(2 << 20))
+    samples, index = read(tmp_path / "x.tar")
+    assert [sample["key"] for sample in samples] == ["0", "1"]
+    assert "nothing but zeros from byte 2048" in index.tail.detail
+
+
+@pytest.mark.parametrize("between", [0, 10 * 512, 1 << 19])
 def test_tars_that_were_joined_are_read_to_the_end(tmp_path, between):
     parts = [write_tar(tmp_path / f"{n}.tar", [(f"{n}.jpg", b"image"), (f"{n}.txt", b"text")]).read_bytes() for n in (1, 2)]
     (tmp_path / "x.tar").write_bytes(parts[0] + bytes(between) + parts[1] + b"a note behind it all")

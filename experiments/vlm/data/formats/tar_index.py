@@ -19,6 +19,7 @@ from experiments.vlm.data.formats.spans import SCAN_BYTES, read_at
 from experiments.vlm.data.rejects import Rejected
 
 BLOCK = 512
+MOST_ZEROS = 1 << 20  # that a tar ends with; more are what a download left empty
 REGULAR = (b"0", b"\0", b"7")
 WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders
 NAME = re.compile(r"^((?:.*/)?[^./][^./]*)\.([^/]*)$", re.DOTALL)
@@ -114,11 +115,14 @@ class TarIndex:
 
     def _appended(self, start: int) -> int:
         """Where after the zeros at its end another tar begins (`cat a.tar b.tar`); the end of the file if none does."""
+        first = start
         while block := os.pread(self._file, SCAN_BYTES, start):
             if (place := len(block) - len(block.lstrip(b"\0"))) < len(block):
                 start += place // BLOCK * BLOCK
                 break
             start += len(block)
+        if start - first > MOST_ZEROS:
+            self.tail = Rejected("shard_truncated", f"nothing but zeros from byte {first} to {start}")
         try:
             return start if start < self._size and self._header(start) else self._size
         except Rejected:
