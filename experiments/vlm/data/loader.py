@@ -40,8 +40,8 @@ class Loader:
 
     Training goes on where it was with every `iter()`; validation reads its split once for each. Data that ends (data.epochs,
     sources without repeat, validation) ends on every rank with the same step: once no slot of any rank has data, which
-    `agree`, given whether this rank has data, must tell (an all-reduce with "or"; it is called once a step, and only where
-    `may_end`). Several ranks without `agree` get padding without end instead, with `has_data` False.
+    `agree`, given whether this rank has data, must tell (an all-reduce with "or"; it is called once a step, and once more at
+    the end, and only where `may_end`). Several ranks without `agree` get padding without end instead, with `has_data` False.
     """
 
     def __init__(
@@ -91,6 +91,8 @@ class Loader:
         has_data = any(step.planned for step in steps)
         if self.may_end and not self.agree(has_data):
             self.over = True
+            if self.split == "train" and not self.agree(self._delivered_any()):
+                raise DataError(f"no source has a good sample: {', '.join(self.names)}; see data_report.json and rejects/")
             raise StopIteration
         if not self.may_end and not has_data:
             raise DataError(f"no source has a good sample left: {', '.join(self.names)}; see data_report.json and rejects/")
@@ -148,6 +150,9 @@ class Loader:
             for state in self.states.values():
                 total.add(tally_of(state))
             check_bad_fraction(total, allowed)
+
+    def _delivered_any(self) -> bool:
+        return any(entry["counts"].get("samples") for entry in self.report()["sources"].values())
 
     def _batches(self, arrays: Arrays, steps: list[SlotStep]) -> list[Batch]:
         size = self.shape.slots
