@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from tests.distributed.world import TEST_SPEC, check_sizes, device, job_of
 from torchtitan.build import build
 from torchtitan.components.optimizer import trainable
+from torchtitan.config.check import zero_bubble_works
 from torchtitan.distributed.collectives import sum_over_ranks
 from torchtitan.train import Trainer
 
@@ -21,6 +22,12 @@ class Layout:
     name: str
     ranks: int
     changes: dict[str, Any]  # "section.field" -> value, see world.job_of
+
+    @property
+    def runs(self) -> bool:
+        """With the torch that is installed."""
+        schedule = self.changes.get("parallelism.pipeline_parallel_schedule", "")
+        return zero_bubble_works() or not schedule.endswith("ZeroBubble")
 
 
 @dataclasses.dataclass

@@ -33,6 +33,7 @@ FLAVOR_1B = ["--model.flavor", "so400m-llama3.2-1B"]
 def repository_without_gpu(monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     monkeypatch.setattr(checks, "visible_gpus", lambda: 0)
+    monkeypatch.setattr(checks, "zero_bubble_works", lambda: True)
 
 
 def told(argv: list[str], world_size: int = 1) -> str:
@@ -162,6 +163,11 @@ WRONG += [
 @pytest.mark.parametrize(("options", "world_size", "key"), WRONG, ids=[" ".join(options) + f" x{n}" for options, n, _ in WRONG])
 def test_wrong_configuration_is_told_by_its_key(options, world_size, key):
     assert key in told([*DATA, *options], world_size)
+
+
+def test_a_zero_bubble_schedule_needs_the_torch_that_can_split_backward(monkeypatch):
+    monkeypatch.setattr(checks, "zero_bubble_works", lambda: False)
+    assert "parallelism.pipeline_parallel_schedule = ZBVZeroBubble needs torch 2.13" in told([*DATA, *ZERO_BUBBLE], 2)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ it: torchtitan/models/decoder/check.py, experiments/vlm/check.py. Imports no tor
 """
 
 import difflib
+import importlib.metadata
 import importlib.util
 import math
 import operator
@@ -270,9 +271,14 @@ def check_microbatches(job: JobConfig, sizes: Degrees) -> None:
         require(count % rounds == 0, f"{key} makes {count} microbatches, which {name} cannot deal in {rounds} equal rounds")
 
 
+def zero_bubble_works() -> bool:
+    return tuple(map(int, importlib.metadata.version("torch").split(".")[:2])) >= (2, 13)
+
+
 def check_zero_bubble(job: JobConfig) -> None:
     """What makes its gradients wrong without an error, or raises deep inside the schedule."""
     name, ac = f"parallelism.pipeline_parallel_schedule = {job.parallelism.pipeline_parallel_schedule}", job.activation_checkpoint
+    require(zero_bubble_works(), f"{name} needs torch 2.13: before, it cannot split the backward of FSDP and of attention; use 1F1B")
     reshards = job.parallelism.fsdp_reshard_after_forward == "always"
     require(not reshards, f"{name} gives wrong gradients with parallelism.fsdp_reshard_after_forward = always: use never")
     require(not job.compile.enable, f"{name} may give wrong gradients with compile.enable: switch one off")

@@ -50,9 +50,10 @@ class Pipeline:
         self._group = mesh["pp"].get_group()
         self._scale: float | Tensor = 1.0
         self._sums: list[Tensor] = []
-        # With the shapes given, no extra forward and backward is run to infer them.
+        # With the shapes given, no extra forward and backward is run to infer them. The last stage gives its summed loss.
+        given = [received] * (split.stages - 1) + [torch.empty(1, device="meta")]
         stages = [
-            PipelineStage(part, number, split.stages, mesh.device, input_args=received, output_args=received, group=self._group)
+            PipelineStage(part, number, split.stages, mesh.device, input_args=received, output_args=given[number], group=self._group)
             for part, number in zip(parts, self._numbers, strict=True)
         ]
         kind = get_schedule_class(schedule)
