@@ -1,7 +1,7 @@
 """Contestants that take turns: each in a process of its own, one at work at a time, so that a busy machine hits all alike.
 
-Of a turn: seconds, CPU seconds and peak memory, of the contestant's process and of the worker processes that it names. Needs
-Linux's /proc.
+Of a turn: seconds, CPU seconds and peak memory, of the contestant's process and of the worker processes that it names; and how
+many cores everybody else kept busy meanwhile. Needs Linux's /proc.
 """
 
 import multiprocessing
@@ -88,10 +88,11 @@ def _asked(pipe: Connection) -> bool:
 def _turn(contestant: Contestant) -> Counts:
     contestant.prepare()
     workers = contestant.workers()
-    started, cpu = time.perf_counter(), _cpu_seconds([os.getpid(), *workers])
+    started, cpu, all_cpu = time.perf_counter(), _cpu_seconds([os.getpid(), *workers]), _machine_seconds()
     counts = contestant.run()
     counts["seconds"] = time.perf_counter() - started
     counts["cpu_s"] = _cpu_seconds([os.getpid(), *workers]) - cpu
+    counts["others"] = max(0.0, _machine_seconds() - all_cpu - counts["cpu_s"]) / counts["seconds"]
     _settle(workers)
     counts["process_mb"] = _peak_mb(os.getpid())
     counts["workers_mb"] = sum(map(_peak_mb, workers))
@@ -113,6 +114,13 @@ def _cpu_seconds(processes: list[int]) -> float:
             values = file.read().rpartition(")")[2].split()
         ticks += int(values[11]) + int(values[12])
     return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _machine_seconds() -> float:
+    """CPU time of all processes together, and what the host took away (steal)."""
+    with open("/proc/stat") as file:
+        user, nice, system, _, _, irq, soft_irq, steal = map(int, file.readline().split()[1:9])
+    return (user + nice + system + irq + soft_irq + steal) / os.sysconf("SC_CLK_TCK")
 
 
 def _peak_mb(process: int) -> float:
