@@ -5,7 +5,8 @@ oldest waiting sample always goes in, so none waits for more slots than there we
 by a few randomised tries, of which the fullest is kept:
 
     1. a base: the oldest, then samples in turn from two queues, those with more patches per token than the slot and those
-       with fewer, whichever side lags behind. Both sides stay in step, and what keeps waiting stays like the stream itself
+       with fewer, whichever side lags behind. Both sides stay in step, and what keeps waiting stays like the stream itself.
+       A long text throws a slot out of step: the samples that make up for most of it follow, and no second long text
     2. stop while about two samples' room is left
     3. fill it with the best pair (or single) of all that fit, by brute force over thousands of pairs at once
 
@@ -21,6 +22,9 @@ TRIES = 16
 # Room left for the pair, in mean samples, by try: a wider hole has more pairs, a narrower one finer ones.
 HOLES = (2.0, 1.5, 2.5, 1.0, 3.0)
 CANDIDATES = 128  # of the samples that still fit, those that are paired with each other
+FAR_BEHIND = 1.3  # how far what is left of a slot may differ from the whole of it in patches per token
+LOST = 2.0  # and from where on hardly a sample could make up for it
+STEEPEST_OF = 32  # samples, among which the one is found that makes up for it
 SKEW = 1.25  # how far a single slot may differ in patches per token from all that waits
 GOOD_ENOUGH = 0.002  # stop trying when the wasted shares of both sides add up to less
 
@@ -100,6 +104,7 @@ class _Tries:
         self.tokens, self.patches = waiting.tokens, waiting.patches
         self.S, self.P = budget.seq_len, budget.patches
         self.token_list, self.patch_list = self.tokens.tolist(), self.patches.tolist()
+        self.ratios = (self.patches / self.tokens).tolist()
         self.mean = float(self.tokens.mean()), float(self.patches.mean())
         self.heavy = self.patches * self.S > self.tokens * self.P
         # Where a slot is far too large on one side for what waits (text alone, say), no try can fill that side.
@@ -132,14 +137,24 @@ class _Tries:
         chosen = [0]
         tokens_left, patches_left = self.S - self.token_list[0], self.P - self.patch_list[0]
         while (light_queue or heavy_queue) and tokens_left > hole * self.mean[0] and patches_left > hole * self.mean[1]:
-            lagging = light_queue if tokens_left * self.P > patches_left * self.S else heavy_queue
-            i = (lagging or light_queue or heavy_queue).pop()
+            behind = patches_left * self.S / (tokens_left * self.P)  # above 1: patches lag
+            queue = (heavy_queue if behind >= 1 else light_queue) or light_queue or heavy_queue
+            i = queue.pop(self._steepest(queue, behind))
             tokens, patches = self.token_list[i], self.patch_list[i]
-            if tokens <= tokens_left and patches <= patches_left:
+            fits = tokens <= tokens_left and patches <= patches_left
+            if fits and (patches_left - patches) * self.S <= LOST * (tokens_left - tokens) * self.P:
                 chosen.append(i)
                 tokens_left -= tokens
                 patches_left -= patches
         return chosen, tokens_left, patches_left
+
+    def _steepest(self, queue: list[int], behind: float) -> int:
+        """Place in the queue of the sample to take: the next one, or while one side lags far behind (a long text has come in) the
+        one among the next few that makes up for most of it, so that less extreme ones stay for slots that need no more."""
+        if 1 / FAR_BEHIND <= behind <= FAR_BEHIND:
+            return len(queue) - 1
+        places = range(max(0, len(queue) - STEEPEST_OF), len(queue))
+        return (max if behind > 1 else min)(places, key=lambda place: self.ratios[queue[place]])
 
     def _pair(self, candidates: np.ndarray, tokens_left: int, patches_left: int) -> list[int]:
         """The one or two candidates that fill most of what is left."""
