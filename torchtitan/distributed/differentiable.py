@@ -12,7 +12,9 @@ _all_gather = getattr(functional, "all_gather_single_autograd", None) or functio
 
 def gather(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
     """Every rank's `x` side by side along `dim`, in rank order. Backward: each rank gets the sum of what all ranks found for its part."""
-    return _all_gather(x.contiguous(), gather_dim=dim, group=group)
+    whole = _all_gather(x.contiguous(), gather_dim=0, group=group)
+    # Along another dimension torch 2.12 calls a function that torch.compile refuses to trace.
+    return torch.cat(whole.split(x.shape[0]), dim) if dim else whole
 
 
 def exchange(x: Tensor, group: ProcessGroup) -> Tensor:
