@@ -83,7 +83,7 @@ def questions(scene: Scene) -> list[tuple[str, str]]:
 
 def story(rng: random.Random, heldout: bool) -> list[Part]:
     while True:
-        text = "\n\n".join(tale(rng) for _ in range(heavy_tailed(rng, 60)))
+        text = "\n\n".join(tale(rng) for _ in range(heavy_tailed(rng, 16)))
         if held_out(text) == heldout:
             return [text]
 
