@@ -48,24 +48,22 @@ class Optimizers:
 
     def __init__(self, parts: list[nn.Module], options: Optimizer, adamw_only: tuple[str, ...], rates_on: torch.device | None = None):
         """`rates_on`: a CUDA graph is to hold the steps, so learning rates are tensors there, which it reads anew each time."""
-        self.of_part = [_optimizers_of(trainable(part), options, adamw_only) for part in parts]
+        self.of_part = [_optimizers_of(trainable(part), options, adamw_only, rates_on is not None) for part in parts]
         self.parameters = [parameter for part in parts for _, parameter in trainable(part)]
-        groups = [group for optimizer in self for group in optimizer.param_groups]
+        self._made_with = [{name: option for name, option in group.items() if name != "params"} for group in self._groups()]
         if rates_on is not None:
-            for group in groups:
-                group["capturable"] = True
-        self._made_with = [{name: option for name, option in group.items() if name != "params"} for group in groups]
-        if rates_on is not None:
-            for group in groups:
+            for group in self._groups():
                 group["lr"] = torch.tensor(group["lr"], device=rates_on)
 
     def __iter__(self) -> Iterator[torch.optim.Optimizer]:
         return (optimizer for optimizers in self.of_part for optimizer in optimizers)
 
+    def _groups(self) -> Iterator[dict]:
+        return (group for optimizer in self for group in optimizer.param_groups)
+
     def scale_learning_rates(self, factor: float) -> None:
         """To `factor` times the peak that each group was made with."""
-        groups = (group for optimizer in self for group in optimizer.param_groups)
-        for group, made_with in zip(groups, self._made_with, strict=True):
+        for group, made_with in zip(self._groups(), self._made_with, strict=True):
             kept, rate = group["lr"], made_with["lr"] * factor
             group.update(made_with, lr=kept.fill_(rate) if isinstance(kept, Tensor) else rate)
 
@@ -78,7 +76,7 @@ class Optimizers:
             optimizer.zero_grad(set_to_none=True)
 
 
-def _optimizers_of(named: list[Named], options: Optimizer, adamw_only: tuple[str, ...]) -> list[torch.optim.Optimizer]:
+def _optimizers_of(named: list[Named], options: Optimizer, adamw_only: tuple[str, ...], capturable: bool) -> list[torch.optim.Optimizer]:
     muons = [p for name, p in named if _is_muons(name, p, adamw_only)] if options.name == "Muon" else []
     chosen = {id(parameter) for parameter in muons}
     rest = [parameter for _, parameter in named if id(parameter) not in chosen]
@@ -86,15 +84,16 @@ def _optimizers_of(named: list[Named], options: Optimizer, adamw_only: tuple[str
     if muons:
         optimizers.append(Muon(muons, options.muon_lr, options.muon_momentum, options.weight_decay))
     if rest:
-        optimizers.append(_adamw(rest, options))
+        optimizers.append(_adamw(rest, options, capturable))
     return optimizers
 
 
-def _adamw(parameters: list[nn.Parameter], options: Optimizer) -> torch.optim.AdamW:
+def _adamw(parameters: list[nn.Parameter], options: Optimizer, capturable: bool) -> torch.optim.AdamW:
     return torch.optim.AdamW(
         _adamw_groups(parameters, options.weight_decay),
         lr=options.lr,
         betas=(options.beta1, options.beta2),
         eps=options.eps,
+        capturable=capturable,
         **KERNELS[options.implementation],
     )

@@ -5,7 +5,7 @@ separable and has closed-form weights, so all images are done in one matrix prod
 or a question to the device: per patch a weight for each row and each column of the table.
 
 A table for training from nothing starts as sines and cosines of row and column. Random entries would average out on small
-images: a model that starts from them cannot tell a tall image from a wide one for tens of thousands of samples.
+images, whose places the model would then learn late.
 
 Letters: N rows, L patches, P side of the table, D width.
 """

@@ -26,8 +26,10 @@ class RowGroups:
 
     def __init__(self, path: str, columns: tuple[str, ...], cache: FileCache):
         self._file = pq.ParquetFile(path)
-        if min(self.rows, default=0) < 0 or sum(self.rows) != self._file.metadata.num_rows:
-            raise Rejected("shard_unreadable", f"its row groups hold {self.rows[:9]} rows, {self._file.metadata.num_rows} in all")
+        metadata = self._file.metadata
+        self.rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+        if min(self.rows, default=0) < 0 or sum(self.rows) != metadata.num_rows:
+            raise Rejected("shard_unreadable", f"its row groups hold {self.rows[:9]} rows, {metadata.num_rows} in all")
         self._columns = [name for name in self._file.schema_arrow.names if name in columns]
         self._origin = f"{origin_of(path)} {','.join(self._columns)}"
         self._cache = cache
@@ -35,11 +37,6 @@ class RowGroups:
         self._lock = threading.Lock()
         self._number = next(_numbers)
         self.close = weakref.finalize(self, _kept.forget, self._number)
-
-    @property
-    def rows(self) -> list[int]:
-        metadata = self._file.metadata
-        return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
 
     def get(self, group: int) -> pa.Table:
         """Raises Rejected."""
