@@ -4,6 +4,7 @@ pytest tests/gpu
 """
 
 import dataclasses
+import gc
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ SIZES = {
 
 
 class Vocabulary:
-    vocab_size = 32768
+    vocab_size = 151936
 
 
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
@@ -37,6 +38,7 @@ def test_peak_memory_is_as_planned(tmp_path: Path, mode: str):
     job = job_of(SIZES | {"activation_checkpoint.mode": mode, "activation_checkpoint.encoder_mode": mode}, str(tmp_path))
     spec = dataclasses.replace(TEST_SPEC, load_tokenizer=lambda job: Vocabulary())
     planned = estimate(job, degrees(job.parallelism, 1), Vocabulary.vocab_size).memory
+    gc.collect()  # a model of an earlier test goes only now: FSDP makes circles of references
     device = open_process_group(job.comm, tmp_path)
     try:
         run = build(job, spec, device)

@@ -4,6 +4,7 @@ pytest tests/gpu -s
 """
 
 import dataclasses
+import gc
 import time
 from pathlib import Path
 
@@ -29,6 +30,7 @@ WARM_UP, TIMED = 6, 10
 def losses_and_rate(ways: dict, folder: Path) -> tuple[list[float], str]:
     job = job_of(SIZES | ways | {"training.steps": WARM_UP + TIMED, "optimizer.lr": 1e-4}, str(folder))
     spec = dataclasses.replace(TEST_SPEC, load_tokenizer=lambda job: Vocabulary())
+    gc.collect()  # a model of an earlier run goes only now
     device = open_process_group(job.comm, folder)
     try:
         trainer, losses = Trainer(build(job, spec, device)), []

@@ -91,7 +91,7 @@ def train_with(recorder: Any, folder: Path, sections: dict) -> Seen:
     """The fake job for a few steps, each driven by Python (None) or replayed from the fourth on."""
     sections = copy.deepcopy(sections)
     sections.setdefault("training", {})["steps"] = STEPS
-    sections["compile"] = {"cuda_graphs": recorder is not None}
+    sections.setdefault("compile", {})["cuda_graphs"] = recorder is not None
     job = fake_job(str(folder), **sections)
     device = open_process_group(job.comm, folder)
     try:
