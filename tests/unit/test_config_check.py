@@ -14,6 +14,7 @@ from experiments.vlm import check as vlm_checks
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.model.flavors import FLAVORS
 from torchtitan.config import check as checks
+from torchtitan.config import devices
 from torchtitan.config.check import BatchSizes, ConfigError, Degrees, degrees, is_allowed, resolve_batch
 from torchtitan.config.devices import visible_gpus
 from torchtitan.config.job import JobConfig, Parallelism
@@ -286,6 +287,15 @@ def test_visible_gpus_obey_cuda_visible_devices(allowed, gpus, tmp_path, monkeyp
     if allowed is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", allowed)
     assert visible_gpus() == gpus
+
+
+def test_gpus_are_counted_without_the_tools_that_list_them(tmp_path, monkeypatch):
+    for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm", "null"):
+        (tmp_path / name).touch()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(devices, "DEVICE_FILES", tmp_path)
+    assert visible_gpus() == 2
 
 
 def test_main_prints_one_line_and_gives_its_exit_code(capsys, monkeypatch):

@@ -3,20 +3,27 @@
 import os
 import shutil
 import subprocess
+from pathlib import Path
+
+DEVICE_FILES = Path("/dev")
 
 
 def visible_gpus() -> int:
     """NVIDIA GPUs of this machine, less those that CUDA_VISIBLE_DEVICES hides."""
-    if shutil.which("nvidia-smi") is None:
-        return 0
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
-    present = sum(line.startswith("GPU ") for line in listed.stdout.splitlines()) if listed.returncode == 0 else 0
+    present = _present_gpus()
     allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if allowed is None or not present:
         return present
     chosen = [device.strip() for device in allowed.split(",")]
     read = next((i for i, device in enumerate(chosen) if device in ("", "-1")), len(chosen))  # CUDA reads no further
     return min(read, present)
+
+
+def _present_gpus() -> int:
+    if shutil.which("nvidia-smi") is None:  # a container may have GPUs and no tools: each GPU is a device file
+        return len(list(DEVICE_FILES.glob("nvidia[0-9]*")))
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
+    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines()) if listed.returncode == 0 else 0
 
 
 if __name__ == "__main__":
