@@ -289,6 +289,13 @@ def test_visible_gpus_obey_cuda_visible_devices(allowed, gpus, tmp_path, monkeyp
     assert visible_gpus() == gpus
 
 
+def test_a_cuda_graph_holds_no_pipeline(monkeypatch):
+    monkeypatch.setattr(checks, "visible_gpus", lambda: 2)
+    checked_job([*DATA, "--compile.cuda_graphs", *TP2], 2)
+    message = told([*DATA, "--compile.cuda_graphs", *PP2, "--training.local_batch_size", "2"], 2)
+    assert "compile.cuda_graphs needs parallelism.pipeline_parallel_degree = 1" in message
+
+
 def test_gpus_are_counted_without_the_tools_that_list_them(tmp_path, monkeypatch):
     for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm", "null"):
         (tmp_path / name).touch()

@@ -126,7 +126,7 @@ class ActivationCheckpoint:
 @dataclass
 class Compile:
     enable: bool = False  # torch.compile each block of both towers
-    cuda_graphs: bool = False  # replay the whole optimizer step as one CUDA graph (one process with a GPU)
+    cuda_graphs: bool = False  # replay the whole optimizer step as one CUDA graph; not with a pipeline
 
 
 @dataclass

@@ -1,0 +1,19 @@
+"""Whole steps of several ranks, collectives included, repeated without Python: as a CUDA graph would."""
+
+import pytest
+
+from tests.distributed.pool import Pool
+from tests.reference.tape import replay_on_rank
+
+LAYOUTS = {
+    "FSDP": {"training": {"global_batch_size": 8}},
+    "FSDP, resharding": {"parallelism": {"fsdp_reshard_after_forward": "always"}},
+    "HSDP, Muon": {"parallelism": {"data_parallel_replicate_degree": 2}, "optimizer": {"name": "Muon"}},
+    "TP": {"parallelism": {"tensor_parallel_degree": 2}},
+    "CP": {"parallelism": {"context_parallel_degree": 2}},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_replayed_steps_equal_driven_ones(layout, tmp_path):
+    Pool().run(2, replay_on_rank, str(tmp_path), LAYOUTS[layout])
