@@ -145,6 +145,7 @@ WRONG = [
     ([*PP2, P + "pipeline_parallel_microbatch_size", "8"], 2, "parallelism.pipeline_parallel_microbatch_size = 8"),
     ([*PP2, P + "pipeline_parallel_split_points", "3"], 2, "parallelism.pipeline_parallel_split_points = [3]"),
     ([*PP2, P + "pipeline_parallel_split_points", "1", "2"], 2, "parallelism.pipeline_parallel_split_points = [1, 2]: makes 3 stages"),
+    ([*PP2, P + "pipeline_parallel_encoder_stage", P + "pipeline_parallel_split_points", "1"], 2, "must begin with 0"),
     ([*PP2, P + "pipeline_parallel_schedule", "Interleaved1F1B"], 2, "parallelism.pipeline_parallel_degree = 2 makes 4 stages"),
     (
         [*PP2, *FLAVOR_1B, P + "pipeline_parallel_schedule", "Interleaved1F1B", "--training.local_batch_size", "5"],

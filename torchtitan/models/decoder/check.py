@@ -43,6 +43,7 @@ def _check_stages(layers: int, job: JobConfig, pp: int) -> None:
     first = 0 if p.pipeline_parallel_encoder_stage else 1
     increasing = all(a < b for a, b in zip(points, points[1:], strict=False))
     require(increasing and first <= points[0] and points[-1] < layers, f"{key}: must increase, from {first} to at most {layers - 1}")
+    require(first == 1 or points[0] == 0, f"{key}: must begin with 0, since parallelism.pipeline_parallel_encoder_stage is on")
     more = schedule.startswith("Interleaved")  # these schedules take any whole number of stages a rank, from two
     fits = stages % pp == 0 and stages // pp >= per_rank if more else stages == pp * per_rank
     allowed = f"{pp * per_rank}{' or a larger multiple of the ranks' if more else ''}"
