@@ -13,11 +13,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from experiments.__main__ import CONFIG_CLASSES  # noqa: E402
+from experiments.vlm.check import check_planned  # noqa: E402
 from experiments.vlm.config import VLMJobConfig  # noqa: E402
 from experiments.vlm.model.flavors import FLAVORS  # noqa: E402
 from experiments.vlm.plan import Estimate, estimate, estimates  # noqa: E402
 from torchtitan.components.tokenizer import load_tokenizer  # noqa: E402
-from torchtitan.config.check import ConfigError, Degrees, degrees, did_you_mean, require  # noqa: E402
+from torchtitan.config.check import ConfigError, Degrees, degrees, is_allowed, require  # noqa: E402
 from torchtitan.config.parse import parse_script  # noqa: E402
 from torchtitan.distributed.planner import GIB  # noqa: E402
 
@@ -31,6 +32,17 @@ class Options:
     max_pp: int = 16  # pipeline parallel
     max_replicate: int = 1  # HSDP: copies
     rows: int = 20  # layouts to list, those that send least for a slot first; 0: none
+
+
+LIMITS = {
+    "world_size": ">= 1",
+    "memory_gib": "> 0",
+    "max_tp": ">= 1",
+    "max_cp": ">= 1",
+    "max_pp": ">= 1",
+    "max_replicate": ">= 1",
+    "rows": ">= 0",
+}
 
 
 def vocabulary(job: VLMJobConfig) -> int:
@@ -79,7 +91,10 @@ def main() -> int:
     try:
         options, job = parse_script(sys.argv[1:], Options, CONFIG_CLASSES, __doc__)
         assert isinstance(job, VLMJobConfig)
-        require(job.model.flavor in FLAVORS, f"model.flavor = {job.model.flavor}: no such flavor{did_you_mean(job.model.flavor, FLAVORS)}")
+        for name, allowed in LIMITS.items():
+            value = getattr(options, name)
+            require(is_allowed(value, allowed), f"--{name} {value}: must be {allowed}")
+        check_planned(job)
         vocab_size = vocabulary(job)
         tell(estimate(job, degrees(job.parallelism, options.world_size), vocab_size))
     except ConfigError as error:

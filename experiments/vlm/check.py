@@ -10,7 +10,8 @@ from experiments.vlm.data.chat_template import BUILT_IN as CHAT_TEMPLATES
 from experiments.vlm.data.formats import FORMATS
 from experiments.vlm.data.world.shards import SPLITS, WORLDS
 from experiments.vlm.model.flavors import FLAVORS, EncoderConfig
-from torchtitan.config.check import Degrees, check, check_ranges, degrees, did_you_mean, is_allowed, require
+from torchtitan.config.check import RANGES as JOB_RANGES
+from torchtitan.config.check import Degrees, check, check_ranges, check_selective, degrees, did_you_mean, is_allowed, require
 from torchtitan.models.decoder.check import check_decoder
 
 RANGES = {
@@ -35,15 +36,26 @@ PARTS = ("encoder", "projector", "decoder")
 def check_vlm(job: VLMJobConfig, world_size: int) -> None:
     """Everything about the job that can be told before torch is imported. Raises ConfigError for the first fault."""
     check(job, world_size)
-    check_ranges(job, RANGES)
-    known = did_you_mean(job.model.flavor, FLAVORS)
-    require(job.model.flavor in FLAVORS, f"model.flavor = {job.model.flavor}: no such flavor{known}")
+    check_model(job)
     flavor, sizes = FLAVORS[job.model.flavor], degrees(job.parallelism, world_size)
-    check_patches(job, flavor.encoder)
-    check_frozen(job)
     check_encoder(job, flavor.encoder, sizes)
     check_decoder(flavor.decoder, job, sizes)
     check_sources(job)
+
+
+def check_planned(job: VLMJobConfig) -> None:
+    """What a plan needs to be right (plan.py): neither data nor devices, and the layout is checked there."""
+    check_ranges(job, JOB_RANGES)
+    check_selective(job)
+    check_model(job)
+
+
+def check_model(job: VLMJobConfig) -> None:
+    check_ranges(job, RANGES)
+    known = did_you_mean(job.model.flavor, FLAVORS)
+    require(job.model.flavor in FLAVORS, f"model.flavor = {job.model.flavor}: no such flavor{known}")
+    check_patches(job, FLAVORS[job.model.flavor].encoder)
+    check_frozen(job)
 
 
 def check_patches(job: VLMJobConfig, encoder: EncoderConfig) -> None:

@@ -25,7 +25,7 @@ from torchtitan.models.decoder.footprint import Share
 from torchtitan.models.decoder.sizes import embedding_parameters, layer_parameters
 
 BYTES = {"float32": 4, "bfloat16": 2}
-ADAMW = 8  # two moments in float32
+OPTIMIZER = {"AdamW": 8, "Muon": 4}  # two moments of an element in float32, or one; of embedding and output layer always two
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,7 @@ def with_degrees(job: VLMJobConfig, sizes: Degrees) -> VLMJobConfig:
 def fit_batch(job: VLMJobConfig, sizes: Degrees) -> tuple[VLMJobConfig, tuple[str, ...]]:
     """A batch that the layout can train: enough slots for the stages, and a global batch that divides."""
     job, notes = copy.deepcopy(job), []
-    size = job.parallelism.pipeline_parallel_microbatch_size
-    needed = size * sizes.pp if sizes.pp > 1 else 1
-    local = -(-max(job.training.local_batch_size, needed) // size) * size if sizes.pp > 1 else job.training.local_batch_size
+    local = slots_for_stages(job, sizes.pp) if sizes.pp > 1 else job.training.local_batch_size
     if local != job.training.local_batch_size:
         notes.append(f"training.local_batch_size {job.training.local_batch_size} -> {local}, for {sizes.pp} stages")
         job.training.local_batch_size = local
@@ -106,6 +104,15 @@ def fit_batch(job: VLMJobConfig, sizes: Degrees) -> tuple[VLMJobConfig, tuple[st
         notes.append(f"training.global_batch_size {asked} -> {at_once}, slots * data-parallel degree")
         job.training.global_batch_size = at_once
     return job, tuple(notes)
+
+
+def slots_for_stages(job: VLMJobConfig, pp: int) -> int:
+    """At least those of the job: whole microbatches, one for each stage, and as many as an interleaved schedule can deal."""
+    size = job.parallelism.pipeline_parallel_microbatch_size
+    count = max(-(-job.training.local_batch_size // size), pp)
+    if job.parallelism.pipeline_parallel_schedule.startswith("Interleaved") and count % (count // pp):
+        count = -(-count // pp) * pp
+    return count * size
 
 
 def _of_rank(
@@ -128,11 +135,11 @@ def _of_rank(
     storage = Storage(
         parameter=e,
         reduced=BYTES[job.training.mixed_precision_reduce],
-        optimizer=ADAMW,
         reshard=p.fsdp_reshard_after_forward == "always" or (p.fsdp_reshard_after_forward == "default" and sizes.pp == 1),
         forwards=batch.accumulation * microbatches,
         reductions=batch.accumulation,
         all_reductions=batch.accumulation if sizes.pp > 1 else 1,
+        offload=job.training.enable_cpu_offload,
     )
     flying = in_flight(p.pipeline_parallel_schedule, rank, sizes.pp, microbatches)
     memory = peak_memory(parts, storage, flying, input_bytes(job, sizes, batch))
@@ -165,7 +172,8 @@ def decoder_units(
     if first:
         scattered = {"tp all-gather and reduce-scatter": share.bytes * share.tokens * c.dim * (sizes.tp - 1) / sizes.tp}
         units.append(unit("embedding", table, stays=c.tied_embeddings, backward=residual, sent=scattered))
-    units += [decoder_layer(job, config, share, unit, number) for number in range(layers)]
+    layer = partial(unit, optimizer=OPTIMIZER[job.optimizer.name])
+    units += [decoder_layer(job, config, share, layer, number) for number in range(layers)]
     if last:
         units.append(
             unit(
@@ -198,7 +206,8 @@ def vision_units(job: VLMJobConfig, sizes: Degrees, config: VLMConfig) -> list[U
     heads = sizes.tp if job.parallelism.encoder_tensor_parallel else 1
     rows, ranks = rows_a_forward(job, sizes) * job.data.patches_per_row, sharers(job, sizes)
     patches = Patches(rows / ranks, rows, heads, BYTES[job.training.mixed_precision_param])
-    unit = partial(Unit, shards=sizes.dp_shard * sizes.cp * (1 if heads > 1 else sizes.tp), copies=sizes.dp_replicate)
+    shards = sizes.dp_shard * sizes.cp * (1 if heads > 1 else sizes.tp)
+    unit = partial(Unit, shards=shards, copies=sizes.dp_replicate, optimizer=OPTIMIZER[job.optimizer.name])
     layers = [encoder_layer(job, config, patches, unit, number) for number in range(config.encoder.layers)]
     return [patch_embedding(job, config, patches, unit), *layers, projector(job, config, patches, unit)]
 

@@ -69,6 +69,7 @@ FURTHER = [
     layout("pp2, Interleaved1F1B", 2, slots=8, pp=2, schedule="Interleaved1F1B"),
     layout("pp2, InterleavedZeroBubble", 2, slots=8, pp=2, schedule="InterleavedZeroBubble"),
     layout("fsdp2, frozen encoder", 2, slots=2, freeze=["encoder"]),
+    layout("fsdp2, muon", 2, slots=2, optimizer="Muon"),
 ]
 
 

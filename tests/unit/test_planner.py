@@ -99,6 +99,17 @@ def test_state_falls_with_the_shards_and_is_sixteen_bytes_a_parameter_less_gradi
     assert many < one / 50
 
 
+def test_state_is_that_of_the_optimizer_and_of_the_device():
+    states = {}
+    for name, offload in (("AdamW", False), ("Muon", False), ("AdamW", True)):
+        job = job_of()
+        job.optimizer.name, job.training.enable_cpu_offload = name, offload
+        states[name, offload] = estimate(job, Degrees(1, 8, 1, 1, 1), VOCAB).memory.state
+    tables = 2 * VOCAB * 4096  # embedding and output layer stay with AdamW
+    assert states["AdamW", False] - states["Muon", False] == pytest.approx(4 * (8.47e9 - tables) / 8, rel=0.01)
+    assert states["AdamW", True] < 0.01 * states["AdamW", False]
+
+
 def test_recomputation_trades_memory():
     peaks = {}
     for mode in ("none", "selective", "full"):
@@ -118,6 +129,12 @@ def test_a_global_batch_that_does_not_divide_is_made_to_and_told():
 def test_a_pipeline_gets_a_microbatch_for_each_stage():
     found = estimate(job_of(), Degrees(1, 2, 1, 1, 4), VOCAB)
     assert found.batch.local == 4 and found.notes
+
+
+def test_an_interleaved_pipeline_gets_rounds_that_it_can_deal():
+    job = job_of(pipeline_parallel_schedule="Interleaved1F1B")
+    job.training.local_batch_size = 5
+    assert [estimate(job, Degrees(1, 2, 1, 1, pp), VOCAB).batch.local for pp in (2, 4)] == [6, 5]
 
 
 def test_a_layout_that_cannot_run_is_refused():
@@ -181,6 +198,23 @@ def test_the_script_tells_the_job_and_what_else_fits():
 def test_the_script_names_what_is_wrong():
     told = ask("--world_size", "6", "--parallelism.tensor_parallel_degree", "3", "--training.seq_len", "4095")
     assert told.returncode == 2 and "tensor_parallel_degree" in told.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("world_size", "0"),
+        ("memory_gib", "-1"),
+        ("training.local_batch_size", "0"),
+        ("parallelism.tensor_parallel_degree", "0"),
+        ("activation_checkpoint.selective_ac_option", "ops"),
+        ("training.freeze", "encodr"),
+        ("data.patches_per_row", "10"),
+    ],
+)
+def test_the_script_refuses_what_training_would(option, value):
+    told = ask(f"--{option}", value)
+    assert told.returncode == 2 and f"{option} " in told.stderr and "Traceback" not in told.stderr
 
 
 def test_planning_needs_no_torch():

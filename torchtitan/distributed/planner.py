@@ -24,6 +24,7 @@ class Unit:
     shards: int  # ranks that FSDP divides the parameters over
     copies: int = 1  # groups of such ranks that hold the same (HSDP)
     trains: bool = True
+    optimizer: int = 8  # bytes of optimizer state an element: two moments in float32
     stays: bool = False  # gathered from the first forward to the last backward
     kept: float = 0  # from forward to backward
     forward: float = 0  # beside `kept` while it runs forward
@@ -37,11 +38,11 @@ class Storage:
 
     parameter: int  # bytes of one in forward and backward
     reduced: int  # bytes of a gradient's element while it is summed over ranks
-    optimizer: int  # bytes of optimizer state an element
     reshard: bool  # gathered parameters are freed after forward
     forwards: int  # before an optimizer step: accumulation times microbatches
     reductions: int  # of gradients over ranks before an optimizer step
     all_reductions: int  # of these, how many go on to the copies of a shard
+    offload: bool = False  # shards of parameters, their gradients and optimizer state are in host memory
 
     @property
     def whole_gradients(self) -> bool:
@@ -76,20 +77,20 @@ def peak_memory(
 
 
 def _moments(stages: Sequence[Sequence[Unit]], s: Storage, most_kept: float, batch: float) -> Iterator[Memory]:
-    units = [unit for stage in stages for unit in stage]
-    state = sum(u.parameters / u.shards * (FLOAT32 + s.optimizer * u.trains) for u in units) + batch
+    units, on_device = [unit for stage in stages for unit in stage], not s.offload
+    state = sum(u.parameters / u.shards * (FLOAT32 + u.optimizer * u.trains) for u in units) * on_device + batch
     full = [u.parameters * s.parameter for u in units]
     earlier = 0.0  # gradients of the microbatches before
     if s.whole_gradients:
         earlier = sum(u.parameters * s.reduced for u in units if u.trains)
     elif s.reductions > 1:
-        earlier = sum(u.parameters / u.shards * FLOAT32 for u in units if u.trains)
+        earlier = on_device * sum(u.parameters / u.shards * FLOAT32 for u in units if u.trains)
     for i, (unit, later) in enumerate(_with_later(stages)):
         # What the rest of this microbatch's stage keeps is not there yet in forward, and no more in backward.
         kept = most_kept - later
         # The next unit is gathered while this one works.
         yield Memory(f"forward of {unit.name}", state, earlier, _gathered(units, full, s, i, i + 1, forward=True), kept, unit.forward)
-        done = sum(u.parameters / u.shards * FLOAT32 for u in units[i + 1 :] if u.trains)
+        done = on_device * sum(u.parameters / u.shards * FLOAT32 for u in units[i + 1 :] if u.trains)
         own = unit.parameters * (s.parameter + s.reduced) if unit.trains else 0
         gathered = _gathered(units, full, s, i, i - 1, forward=False)
         yield Memory(f"backward of {unit.name}", state, max(earlier, done), gathered, kept, unit.backward + own)
