@@ -19,12 +19,10 @@ from torchtitan.distributed.collectives import any_rank, sum_over_hosts, sum_ove
 from torchtitan.distributed.grad_norm import clip, global_norm
 from torchtitan.distributed.process_group import (
     close_process_group,
-    is_timeout,
-    laggards,
     note_step,
     open_process_group,
     set_timeout,
-    who_is_stuck,
+    who_is_to_blame,
     write_flight_record,
 )
 from torchtitan.dry_run import dry_run
@@ -198,8 +196,7 @@ def main(job: JobConfig, spec: TrainSpec) -> None:
     try:
         trainer.train()
     except Exception as error:
-        others = who_is_stuck() if is_timeout(error) else laggards()
-        logger.error(f"rank {dist.get_rank()} failed in step {trainer.state.step + 1}; {others}")
+        logger.error(f"rank {dist.get_rank()} failed in step {trainer.state.step + 1}; {who_is_to_blame(error)}")
         write_flight_record(job.comm, trainer.folder)
         if dist.get_world_size() == 1:
             trainer.report_data()  # several ranks could no longer agree on one

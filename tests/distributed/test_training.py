@@ -133,6 +133,12 @@ def test_a_rank_that_hangs_is_named_with_its_step(pool, tmp_path):
     assert pool.run(2, training.wait_for_a_stuck_rank, str(tmp_path))[0] == "behind the others: rank 1 in step 2"
 
 
+def test_ranks_that_only_waited_are_not_blamed(pool):
+    told = pool.run(4, training.who_is_blamed)
+    assert told[0] == told[1] == "rank 2 failed by itself in step 5, rank 3 does not answer since it began step 5"
+    assert told[2] == "all ranks had begun step 5"
+
+
 def test_muons_work_shared_over_ranks_is_the_whole_work(pool):
     # Batched and single products sum in another order.
     assert max(pool.run(3, training.muon_apart_and_together)) < 1e-5

@@ -13,6 +13,7 @@ from torch._C._distributed_c10d import _dump_fr_trace  # type: ignore[attr-defin
 from torchtitan.config.job import Comm
 
 TRACES = "comm_traces"  # below the dump folder
+LOST = ("timed out", "connection closed", "connection reset", "connection refused", "broken pipe")
 
 
 def world_size() -> int:
@@ -78,21 +79,41 @@ def laggards() -> str:
 
 
 def who_is_stuck(patience_s: float = 5.0) -> str:
-    """For the message of a collective that timed out. Ranks that only waited give up at about the same time and say so here;
-    one that hangs, in its loader or on its device, says nothing."""
+    """For the message of a rank that lost the others. Ranks that only waited give up at about the same time and say so here;
+    one that hangs, in its loader or on its device, or was killed, says nothing."""
     store, ranks = dist.distributed_c10d._get_default_store(), range(dist.get_world_size())
-    store.set(f"gave_up/{dist.get_rank()}", "1")
+    note_failure("waited")
     end = time.monotonic() + patience_s
     while (silent := [rank for rank in ranks if not store.check([f"gave_up/{rank}"])]) and time.monotonic() < end:
         time.sleep(0.1)
     steps = _noted_steps()
-    stuck = ", ".join(f"rank {rank} does not answer since it began step {steps[rank]}" for rank in silent)
-    return stuck or laggards()
+    own = [rank for rank in ranks if rank not in silent and store.get(f"gave_up/{rank}") == b"failed"]
+    found = [f"rank {rank} failed by itself in step {steps[rank]}" for rank in own]
+    found += [f"rank {rank} does not answer since it began step {steps[rank]}" for rank in silent]
+    return ", ".join(found) or laggards()
 
 
-def is_timeout(error: Exception) -> bool:
-    """Of a collective: gloo raises a plain RuntimeError."""
-    return isinstance(error, RuntimeError) and "timed out" in str(error).lower()
+def who_is_to_blame(error: Exception) -> str:
+    """For the message of a rank that failed: itself, or the others that it lost."""
+    if lost_others(error):
+        return who_is_stuck()
+    note_failure("failed")
+    return laggards()
+
+
+def note_failure(kind: str) -> None:
+    """Leave word for `who_is_stuck` of the others: this rank "waited" in vain, or "failed" by itself."""
+    dist.distributed_c10d._get_default_store().set(f"gave_up/{dist.get_rank()}", kind)
+
+
+def lost_others(error: BaseException | None) -> bool:
+    """In a collective that timed out, or whose other ranks have ended. gloo raises a plain RuntimeError, and closes the connections
+    of a group where one rank's time is out; a pipeline's stage wraps what it gets."""
+    while error is not None:
+        if isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in LOST):
+            return True
+        error = error.__cause__
+    return False
 
 
 def _noted_steps() -> list[int]:
