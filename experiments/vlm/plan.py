@@ -124,7 +124,8 @@ def _of_rank(
     count = split.stages if split else 1
     slots = p.pipeline_parallel_microbatch_size if sizes.pp > 1 else batch.local
     e = BYTES[job.training.mixed_precision_param]
-    share = Share(slots, job.training.seq_len, sizes.cp, sizes.tp, p.context_parallel_method, e, fused_norm)
+    trains = "decoder" not in job.training.freeze
+    share = Share(slots, job.training.seq_len, sizes.cp, sizes.tp, p.context_parallel_method, e, fused_norm, trains)
     parts: list[list[Unit]] = []
     for stage in stages:
         layers = len(split.of(stage)) if split else config.decoder.layers
@@ -143,7 +144,11 @@ def _of_rank(
     )
     flying = in_flight(p.pipeline_parallel_schedule, rank, sizes.pp, microbatches)
     memory = peak_memory(parts, storage, flying, input_bytes(job, sizes, batch))
-    return memory, traffic([unit for part in parts for unit in part], storage)
+    sent = traffic([unit for part in parts for unit in part], storage)
+    if config.decoder.tied_embeddings and trains and (0 in stages) != (count - 1 in stages):
+        # Both ends of the pipeline hold the table, and add up the gradients of their shards once a step.
+        sent["pp tied embedding"] = FLOAT32 * embedding_parameters(config.decoder, vocab_size) / (sizes.tp * sizes.dp_shard * sizes.cp)
+    return memory, sent
 
 
 def input_bytes(job: VLMJobConfig, sizes: Degrees, batch: BatchSizes) -> float:
@@ -165,13 +170,14 @@ def decoder_units(
     job: VLMJobConfig, sizes: Degrees, config: VLMConfig, vocab_size: int, share: Share, layers: int, first: bool, last: bool
 ) -> list[Unit]:
     c = config.decoder
-    unit = partial(Unit, shards=sizes.dp_shard * sizes.cp, copies=sizes.dp_replicate, trains="decoder" not in job.training.freeze)
+    unit = partial(Unit, shards=sizes.dp_shard * sizes.cp, copies=sizes.dp_replicate, trains=share.trains)
     table = embedding_parameters(c, vocab_size) // sizes.tp
     residual = share.bytes * share.residual * c.dim
+    # Before the first block the sequence is scattered, and gathered after the last; in backward the other way round.
+    around = {"tp all-gather and reduce-scatter": 2 * share.bytes * share.tokens * c.dim * (sizes.tp - 1) / sizes.tp}
     units = []
     if first:
-        scattered = {"tp all-gather and reduce-scatter": share.bytes * share.tokens * c.dim * (sizes.tp - 1) / sizes.tp}
-        units.append(unit("embedding", table, stays=c.tied_embeddings, backward=residual, sent=scattered))
+        units.append(unit("embedding", table, stays=c.tied_embeddings, backward=residual, sent=dict(around)))
     layer = partial(unit, optimizer=OPTIMIZER[job.optimizer.name])
     units += [decoder_layer(job, config, share, layer, number) for number in range(layers)]
     if last:
@@ -179,9 +185,12 @@ def decoder_units(
             unit(
                 "output layer",
                 0 if c.tied_embeddings and first else table,
+                # Alone it stays gathered, since backward starts with it (fsdp.py).
+                in_backward=c.tied_embeddings or job.parallelism.fsdp_reshard_after_forward == "always",
                 kept=footprint.head_kept(c, vocab_size, share),
                 forward=footprint.head_forward(c, vocab_size, share, job.training.loss_chunk_tokens),
                 backward=footprint.head_backward(c, vocab_size, share),
+                sent=dict(around),
             )
         )
     if sizes.pp > 1 and units:
@@ -218,7 +227,8 @@ def patch_embedding(job: VLMJobConfig, config: VLMConfig, patches: Patches, unit
     pixels, table = 3 * c.patch_size**2, c.position_grid**2
     kept = trains * patches.own * (patches.bytes * pixels + FLOAT32 * table)
     forward = patches.own * FLOAT32 * (2 * pixels + table + 2 * c.dim)
-    return unit("patch embedding", patch_embedding_parameters(c) + 2 * c.dim, trains=trains, kept=kept, forward=forward)
+    parameters = patch_embedding_parameters(c) + 2 * c.dim
+    return unit("patch embedding", parameters, trains=trains, in_backward=trains, kept=kept, forward=forward)
 
 
 def encoder_layer(job: VLMJobConfig, config: VLMConfig, patches: Patches, unit: Callable[..., Unit], number: int) -> Unit:
@@ -234,6 +244,7 @@ def encoder_layer(job: VLMJobConfig, config: VLMConfig, patches: Patches, unit: 
         f"encoder layer {number}",
         encoder_layer_parameters(c) // tp,
         trains=trains,
+        in_backward=trains,
         kept=kept,
         forward=working / 2 + again,
         backward=working + again,
@@ -246,11 +257,12 @@ def projector(job: VLMJobConfig, config: VLMConfig, patches: Patches, unit: Call
     c, merged, e = config.encoder, job.data.spatial_merge_size**2, patches.bytes
     own, hidden = patches.own * c.dim, patches.own / merged * config.projector.hidden_dim
     visual = e * patches.all / merged * config.decoder.dim
-    trained = "encoder" not in job.training.freeze
+    trained, trains = ("encoder" not in job.training.freeze, "projector" not in job.training.freeze)
     return unit(
         "projector",
         projector_parameters(config.projector, c.dim, job.data.spatial_merge_size, config.decoder.dim),
-        trains="projector" not in job.training.freeze,
+        trains=trains,
+        in_backward=trains or trained,
         kept=e * (2 * own + 2 * hidden) + trained * e * own,
         forward=visual,
         backward=visual + 2 * e * own,

@@ -1,4 +1,4 @@
-"""The planner's peak is that of the tensors that are alive, measured in a real step on gloo ranks."""
+"""The planner's peak and traffic are those of a real step on gloo ranks: tensors that are alive, bytes that are sent."""
 
 import tempfile
 
@@ -11,6 +11,7 @@ from tests.distributed.pool import Pool
 from tests.distributed.table import layout
 from tests.distributed.world import TEST_SPEC, VOCAB, device, job_of
 from tests.reference.live_memory import LiveMemory
+from tests.reference.sent_bytes import SentBytes
 from torchtitan.build import build
 from torchtitan.config.check import degrees
 from torchtitan.models.decoder.flavors import DecoderConfig
@@ -50,6 +51,18 @@ def measured_peak(changes: dict) -> int:
         return memory.peak
 
 
+def measured_traffic(changes: dict) -> float:
+    """Bytes that this rank sends in the forwards and backwards of a step."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = build(job_of(changes, folder), TEST_SPEC, device())
+        batches = next(run.loader).batches
+        with SentBytes() as sent:
+            for number, batch in enumerate(batches, 1):
+                run.passes.forward_backward(run.feed(batch), 1e-3, number == len(batches))
+        dist.barrier()
+        return sent.total
+
+
 CASES = [
     layout("one process", 1, slots=2),
     layout("full checkpointing", 1, slots=2, ac="full", encoder_ac="full"),
@@ -69,6 +82,7 @@ FURTHER = [
     layout("pp2, Interleaved1F1B", 2, slots=8, pp=2, schedule="Interleaved1F1B"),
     layout("pp2, InterleavedZeroBubble", 2, slots=8, pp=2, schedule="InterleavedZeroBubble"),
     layout("fsdp2, frozen encoder", 2, slots=2, freeze=["encoder"]),
+    layout("fsdp2, frozen decoder", 2, slots=2, freeze=["decoder"]),
     layout("fsdp2, muon", 2, slots=2, optimizer="Muon"),
 ]
 
@@ -98,3 +112,21 @@ def test_peak_is_as_measured_in_further_layouts(case):
                          ids=lambda case: case.name)  # fmt: skip
 def test_peak_is_as_measured_with_accumulation(case):
     compare(case, accumulation=3)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        layout("fsdp2, frozen decoder", 2, slots=2, freeze=["decoder"]),
+        layout("tp2, shared encoder", 2, slots=2, tp=2),
+        layout("cp2", 2, slots=1, cp=2),
+        layout("pp2", 2, slots=4, pp=2),
+    ],
+    ids=lambda case: case.name,
+)
+def test_traffic_is_as_counted(case):
+    changes = changes_of(case, accumulation=2)
+    job = job_of(changes, "/nowhere")
+    expected = estimate(job, degrees(job.parallelism, case.ranks), VOCAB).sent
+    counted = max(Pool().run(case.ranks, measured_traffic, changes))
+    assert sum(expected.values()) == pytest.approx(counted, rel=0.005), expected

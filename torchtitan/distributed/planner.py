@@ -24,6 +24,7 @@ class Unit:
     shards: int  # ranks that FSDP divides the parameters over
     copies: int = 1  # groups of such ranks that hold the same (HSDP)
     trains: bool = True
+    in_backward: bool = True  # gathered for it anew; what is frozen too, where it passes gradients on to what trains before it
     optimizer: int = 8  # bytes of optimizer state an element: two moments in float32
     stays: bool = False  # gathered from the first forward to the last backward
     kept: float = 0  # from forward to backward
@@ -120,7 +121,7 @@ def traffic(units: Sequence[Unit], storage: Storage) -> dict[str, float]:
 
     for unit in units:
         others = (unit.shards - 1) / unit.shards
-        gathers = storage.forwards * (1 + unit.trains) if storage.reshard else storage.reductions
+        gathers = storage.forwards * (1 + unit.in_backward) if storage.reshard else storage.reductions
         add("fsdp all-gather", gathers * others * unit.parameters * storage.parameter)
         if unit.trains:
             add("fsdp reduce-scatter", storage.reductions * others * unit.parameters * storage.reduced)

@@ -21,7 +21,8 @@ class Share:
     tp: int
     method: str  # of context parallel
     bytes: int  # e
-    fused_norm: bool  # RMSNorm as one kernel (GPU): keeps its input; else two copies in float32
+    fused_norm: bool  # RMSNorm as one kernel (GPU): keeps its input; else copies in float32, two where its weight trains
+    trains: bool = True  # only a weight's own gradient needs the input of its product
 
     @property
     def tokens(self) -> float:
@@ -32,7 +33,7 @@ class Share:
         return self.tokens / self.tp
 
     def norm(self, elements: float) -> float:
-        return elements * (self.bytes if self.fused_norm else 2 * FLOAT32)
+        return elements * (self.bytes if self.fused_norm else (1 + self.trains) * FLOAT32)
 
 
 def attention_kept(config: DecoderConfig, share: Share) -> float:
@@ -40,7 +41,7 @@ def attention_kept(config: DecoderConfig, share: Share) -> float:
     width, kv_width = config.heads * config.head_dim / share.tp, config.kv_heads * config.head_dim / share.tp
     # Gathered keys and values are those of whole slots.
     keys = t * share.cp if share.method == "allgather" else t
-    kept = share.norm(share.residual * config.dim) + e * t * config.dim
+    kept = share.norm(share.residual * config.dim) + e * t * config.dim * share.trains
     kept += e * (2 * t * width + 2 * keys * kv_width) + FLOAT32 * t * config.heads / share.tp
     if config.qk_norm:
         kept += share.norm(t * (width + kv_width))
@@ -50,8 +51,8 @@ def attention_kept(config: DecoderConfig, share: Share) -> float:
 
 
 def mlp_kept(config: DecoderConfig, share: Share) -> float:
-    t = share.tokens
-    return share.norm(share.residual * config.dim) + share.bytes * t * (config.dim + 4 * config.mlp_dim / share.tp)
+    t, wide = share.tokens, config.mlp_dim / share.tp
+    return share.norm(share.residual * config.dim) + share.bytes * t * (3 * wide + (config.dim + wide) * share.trains)
 
 
 def layer_kept(config: DecoderConfig, share: Share) -> float:
@@ -94,7 +95,7 @@ def layer_sent(config: DecoderConfig, share: Share) -> dict[str, float]:
 
 def head_kept(config: DecoderConfig, vocab_size: int, share: Share) -> float:
     """Norm, and the gradients that the loss makes in its forward: of its input, and of the weight in float32."""
-    gradients = share.bytes * share.tokens * config.dim + FLOAT32 * vocab_size / share.tp * config.dim
+    gradients = share.bytes * share.tokens * config.dim + FLOAT32 * vocab_size / share.tp * config.dim * share.trains
     return share.norm(share.residual * config.dim) + gradients
 
 
@@ -102,9 +103,9 @@ def head_forward(config: DecoderConfig, vocab_size: int, share: Share, chunk: in
     """Logits of a chunk of tokens in float32, their gradient and, where the model is not float32, a copy; one product for the weight."""
     e, rows = share.bytes, vocab_size / share.tp
     logits = min(chunk, share.tokens) * rows * (FLOAT32 + (e if e != FLOAT32 else 0) + e)
-    return logits + e * rows * config.dim + share.bytes * share.tokens * config.dim
+    return logits + e * rows * config.dim * share.trains + share.bytes * share.tokens * config.dim
 
 
 def head_backward(config: DecoderConfig, vocab_size: int, share: Share) -> float:
     """The weight's gradient scaled, beside the one kept."""
-    return FLOAT32 * vocab_size / share.tp * config.dim
+    return FLOAT32 * vocab_size / share.tp * config.dim * share.trains
