@@ -3,14 +3,13 @@
 import torch
 
 from torchtitan.build import describe, freeze
+from torchtitan.components.optimizer import moments
 from torchtitan.config.check import degrees, resolve_batch
 from torchtitan.config.job import JobConfig
 from torchtitan.distributed.process_group import world_size
 from torchtitan.spec import TrainSpec
 from torchtitan.tools.hardware import GIB
 from torchtitan.tools.logging import logger
-
-BYTES_OF_STATE = 16  # float32 weight, gradient and AdamW's two moments
 
 
 def dry_run(job: JobConfig, spec: TrainSpec) -> None:
@@ -21,11 +20,10 @@ def dry_run(job: JobConfig, spec: TrainSpec) -> None:
     model = spec.build_model(job, tokenizer)
     freeze(model, job.training.freeze)
     describe(model, spec, sizes)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters()) - trained
+    weights = sum(parameter.numel() * (1 + parameter.requires_grad) for parameter in model.parameters())  # and their gradients
     shards = layout.dp_shard * layout.cp * layout.tp * layout.pp
-    state = (trained * BYTES_OF_STATE + frozen * torch.float32.itemsize) / shards
-    logger.info(f"weights, gradients and AdamW state: {state / GIB:.2f} GiB a rank, over {shards} shards")
+    state = (weights + moments(model, job.optimizer, spec.adamw_only)) * torch.float32.itemsize / shards
+    logger.info(f"weights, gradients and {job.optimizer.name} state: {state / GIB:.2f} GiB a rank, over {shards} shards")
     loader = spec.build_loader(job, tokenizer, rank=0, ranks=layout.dp, split="train", control=None, agree=None)
     try:
         batch = next(iter(loader)).batches[0]

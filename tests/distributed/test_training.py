@@ -139,6 +139,12 @@ def test_ranks_that_only_waited_are_not_blamed(pool):
     assert told[2] == "all ranks had begun step 5"
 
 
+def test_ranks_with_other_options_are_told_before_they_wait_for_each_other(pool, tmp_path):
+    first, second = pool.run(2, training.start_with_another_learning_rate, str(tmp_path))
+    assert second.startswith("rank 1 has other options than rank 0: optimizer.lr, lr_scheduler.warmup_steps;")
+    assert first.startswith("rank 0 sees ranks with other options")
+
+
 def test_muons_work_shared_over_ranks_is_the_whole_work(pool):
     # Batched and single products sum in another order.
     assert max(pool.run(3, training.muon_apart_and_together)) < 1e-5

@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -13,6 +14,7 @@ from tests.reference.fake_run import FAKE, fake_job
 from torchtitan.build import build
 from torchtitan.components import checkpoint, muon
 from torchtitan.components.optimizer import trainable
+from torchtitan.config.check import ConfigError
 from torchtitan.distributed import grad_norm, process_group
 from torchtitan.train import Trainer
 
@@ -153,3 +155,11 @@ def fail_while_writing(folder: str) -> list[str]:
 def _write_half(tensors, storage_writer) -> None:
     (Path(storage_writer.path) / "__0_0.distcp").write_bytes(b"half")
     raise OSError("no space left on device")
+
+
+def start_with_another_learning_rate(folder: str) -> str:
+    """Rank 1 is told another one, and another warm-up; what each rank says."""
+    mine = {"optimizer": {"lr": 0.1}, "lr_scheduler": {"warmup_steps": 7}} if dist.get_rank() == 1 else {}
+    with pytest.raises(ConfigError) as caught:
+        build(fake_job(folder, **mine), FAKE, torch.device("cpu"))
+    return str(caught.value)

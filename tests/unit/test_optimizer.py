@@ -6,7 +6,7 @@ from torch import nn
 
 from torchtitan.components.lr_scheduler import Schedule
 from torchtitan.components.muon import COEFFICIENTS, STEPS, Muon, orthogonalise
-from torchtitan.components.optimizer import Optimizers
+from torchtitan.components.optimizer import Optimizers, moments
 from torchtitan.config.job import LRScheduler, Optimizer
 
 
@@ -75,6 +75,15 @@ def test_muon_takes_hidden_matrices_and_adamw_the_rest():
     assert [parameter is model.hidden.weight for parameter in muon.state] == [True]
     taken = {id(parameter) for parameter in adamw.state}
     assert taken == {id(p) for p in (model.embeddings.weight, model.output.weight, model.hidden.bias)}
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Muon"])
+def test_moments_are_the_numbers_of_the_state(name):
+    model, options = Model(), Optimizer(name=name)
+    optimizers = Optimizers([model], options, ("embeddings", "output"))
+    step(model, optimizers)
+    kept = [value for optimizer in optimizers for state in optimizer.state.values() for value in state.values()]
+    assert moments(model, options, ("embeddings", "output")) == sum(value.numel() for value in kept if value.ndim)
 
 
 def test_a_frozen_part_keeps_no_state_and_does_not_move():

@@ -30,8 +30,13 @@ def trainable(part: nn.Module) -> list[Named]:
     ]
 
 
-def _is_muons(name: str, parameter: Tensor, adamw_only: tuple[str, ...]) -> bool:
-    return parameter.ndim == 2 and not name.startswith(adamw_only)
+def _is_muons(name: str, parameter: Tensor, options: Optimizer, adamw_only: tuple[str, ...]) -> bool:
+    return options.name == "Muon" and parameter.ndim == 2 and not name.startswith(adamw_only)
+
+
+def moments(model: nn.Module, options: Optimizer, adamw_only: tuple[str, ...]) -> int:
+    """Numbers of optimizer state of a whole model: two for an element, one where Muon moves it."""
+    return sum(parameter.numel() * (2 - _is_muons(name, parameter, options, adamw_only)) for name, parameter in trainable(model))
 
 
 def _adamw_groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict]:
@@ -77,7 +82,7 @@ class Optimizers:
 
 
 def _optimizers_of(named: list[Named], options: Optimizer, adamw_only: tuple[str, ...], capturable: bool) -> list[torch.optim.Optimizer]:
-    muons = [p for name, p in named if _is_muons(name, p, adamw_only)] if options.name == "Muon" else []
+    muons = [p for name, p in named if _is_muons(name, p, options, adamw_only)]
     chosen = {id(parameter) for parameter in muons}
     rest = [parameter for _, parameter in named if id(parameter) not in chosen]
     optimizers: list[torch.optim.Optimizer] = []
