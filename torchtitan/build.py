@@ -1,6 +1,5 @@
 """A job becomes the parts of a run, one small step after the other."""
 
-import dataclasses
 import os
 import random
 from collections.abc import Callable
@@ -55,7 +54,6 @@ class Run:
 def build(job: JobConfig, spec: TrainSpec, device: torch.device) -> Run:
     """In this order: what is cheap and may be wrong first, what a checkpoint fills before it is loaded."""
     folder, world_size = Path(job.job.dump_folder), dist.get_world_size()
-    require_one_job(job)
     seed_generators(job)
     settle_global_batch(job)
     sizes = resolve_batch(job, world_size)
@@ -104,20 +102,6 @@ def build(job: JobConfig, spec: TrainSpec, device: torch.device) -> Run:
         reporter=Reporter(job, (*occupancy, "exact", *spec.groups), state.step, dist.get_rank(), world_size),
         profiler=Profiler(job.profiling, job.job.dump_folder, dist.get_rank(), state.step),
     )
-
-
-def require_one_job(job: JobConfig) -> None:
-    """Machines are started one by one. Where options differ, groups of ranks would wait for each other until the time is out.
-
-    Raises ConfigError on every rank.
-    """
-    ours = dataclasses.asdict(job)
-    first = [ours]
-    dist.broadcast_object_list(first)
-    other = [f"{section}.{name}" for section, fields in ours.items() for name in fields if fields[name] != first[0][section][name]]
-    if any_rank(bool(other)):
-        differs = f"has other options than rank 0: {', '.join(other)}" if other else "sees ranks with other options than its own"
-        raise ConfigError(f"rank {dist.get_rank()} {differs}; start every machine with the same")
 
 
 def seed_generators(job: JobConfig) -> None:

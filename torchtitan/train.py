@@ -1,5 +1,6 @@
 """The training loop. What it trains comes from a TrainSpec (spec.py), how it is built from build.py."""
 
+import dataclasses
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +15,7 @@ from torchtitan.components.curves import draw_curves
 from torchtitan.components.data_report import write_data_report
 from torchtitan.components.loader import Step, Tensors
 from torchtitan.components.metrics import Values
+from torchtitan.config.check import ConfigError
 from torchtitan.config.job import JobConfig
 from torchtitan.distributed.collectives import any_rank, sum_over_hosts, sum_over_ranks
 from torchtitan.distributed.grad_norm import clip, global_norm
@@ -186,12 +188,27 @@ class Trainer:
         self.run.loader.close()
 
 
+def require_one_job(job: JobConfig) -> None:
+    """Machines are started one by one. Where options differ, groups of ranks would wait for each other until the time is out.
+
+    The dump folder may differ. Raises ConfigError on every rank.
+    """
+    ours = {name: fields for name, fields in dataclasses.asdict(job).items() if name != "job"}
+    first = [ours]
+    dist.broadcast_object_list(first)
+    other = [f"{section}.{name}" for section, fields in ours.items() for name in fields if fields[name] != first[0][section][name]]
+    if any_rank(bool(other)):
+        differs = f"has other options than rank 0: {', '.join(other)}" if other else "sees ranks with other options than its own"
+        raise ConfigError(f"rank {dist.get_rank()} {differs}; start every machine with the same")
+
+
 def main(job: JobConfig, spec: TrainSpec) -> None:
     """Train, or only look (job.dry_run). Raises ConfigError for what only shows once something is built."""
     if job.job.dry_run:
         dry_run(job, spec)
         return
     device = open_process_group(job.comm, Path(job.job.dump_folder))
+    require_one_job(job)
     trainer = Trainer(build(job, spec, device))
     try:
         trainer.train()

@@ -25,7 +25,6 @@ from torchtitan.models.decoder.footprint import Share
 from torchtitan.models.decoder.sizes import embedding_parameters, layer_parameters
 
 BYTES = {"float32": 4, "bfloat16": 2}
-OPTIMIZER = {"AdamW": 8, "Muon": 4}  # two moments of an element in float32, or one; of embedding and output layer always two
 
 
 @dataclass(frozen=True)
@@ -58,8 +57,11 @@ class Patches:
     bytes: int
 
 
-def estimate(job: VLMJobConfig, sizes: Degrees, vocab_size: int, fused_norm: bool = True) -> Estimate:
-    """For one layout. Raises ConfigError where it cannot run, but never for the batch: that is made to fit."""
+def estimate(job: VLMJobConfig, sizes: Degrees, vocab_size: int, on_gpu: bool = True) -> Estimate:
+    """For one layout. Raises ConfigError where it cannot run, but never for the batch: that is made to fit.
+
+    On CPU a norm keeps more, and Muon exchanges float32.
+    """
     job, notes = fit_batch(job, sizes)
     config = FLAVORS[job.model.flavor]
     check_sequence(job, sizes)
@@ -67,7 +69,7 @@ def estimate(job: VLMJobConfig, sizes: Degrees, vocab_size: int, fused_norm: boo
     check_encoder(job, config.encoder, sizes)
     check_decoder(config.decoder, job, sizes)
     batch = resolve_batch(job, sizes.dp * sizes.cp * sizes.tp * sizes.pp)
-    ranks = [_of_rank(job, sizes, batch, config, vocab_size, fused_norm, rank) for rank in range(sizes.pp)]
+    ranks = [_of_rank(job, sizes, batch, config, vocab_size, on_gpu, rank) for rank in range(sizes.pp)]
     worst = max(range(sizes.pp), key=lambda rank: ranks[rank][0].total)
     memory, sent = ranks[worst]
     return Estimate(sizes, batch, memory, worst, flops_of_step(job, batch, config, vocab_size), sent, notes)
@@ -116,7 +118,7 @@ def slots_for_stages(job: VLMJobConfig, pp: int) -> int:
 
 
 def _of_rank(
-    job: VLMJobConfig, sizes: Degrees, batch: BatchSizes, config: VLMConfig, vocab_size: int, fused_norm: bool, rank: int
+    job: VLMJobConfig, sizes: Degrees, batch: BatchSizes, config: VLMConfig, vocab_size: int, on_gpu: bool, rank: int
 ) -> tuple[Memory, dict[str, float]]:
     p = job.parallelism
     split = split_layers(config, vocab_size, job, sizes) if sizes.pp > 1 else None
@@ -125,7 +127,7 @@ def _of_rank(
     slots = p.pipeline_parallel_microbatch_size if sizes.pp > 1 else batch.local
     e = BYTES[job.training.mixed_precision_param]
     trains = "decoder" not in job.training.freeze
-    share = Share(slots, job.training.seq_len, sizes.cp, sizes.tp, p.context_parallel_method, e, fused_norm, trains)
+    share = Share(slots, job.training.seq_len, sizes.cp, sizes.tp, p.context_parallel_method, e, on_gpu, trains)
     parts: list[list[Unit]] = []
     for stage in stages:
         layers = len(split.of(stage)) if split else config.decoder.layers
@@ -140,6 +142,7 @@ def _of_rank(
         forwards=batch.accumulation * microbatches,
         reductions=batch.accumulation,
         all_reductions=batch.accumulation if sizes.pp > 1 else 1,
+        update=2 if on_gpu else FLOAT32,
         offload=job.training.enable_cpu_offload,
     )
     flying = in_flight(p.pipeline_parallel_schedule, rank, sizes.pp, microbatches)
@@ -178,7 +181,7 @@ def decoder_units(
     units = []
     if first:
         units.append(unit("embedding", table, stays=c.tied_embeddings, backward=residual, sent=dict(around)))
-    layer = partial(unit, optimizer=OPTIMIZER[job.optimizer.name])
+    layer = partial(unit, muon=job.optimizer.name == "Muon", tp=sizes.tp)
     units += [decoder_layer(job, config, share, layer, number) for number in range(layers)]
     if last:
         units.append(
@@ -216,8 +219,9 @@ def vision_units(job: VLMJobConfig, sizes: Degrees, config: VLMConfig) -> list[U
     rows, ranks = rows_a_forward(job, sizes) * job.data.patches_per_row, sharers(job, sizes)
     patches = Patches(rows / ranks, rows, heads, BYTES[job.training.mixed_precision_param])
     shards = sizes.dp_shard * sizes.cp * (1 if heads > 1 else sizes.tp)
-    unit = partial(Unit, shards=shards, copies=sizes.dp_replicate, optimizer=OPTIMIZER[job.optimizer.name])
-    layers = [encoder_layer(job, config, patches, unit, number) for number in range(config.encoder.layers)]
+    unit = partial(Unit, shards=shards, copies=sizes.dp_replicate, muon=job.optimizer.name == "Muon")
+    layer = partial(unit, tp=heads)
+    layers = [encoder_layer(job, config, patches, layer, number) for number in range(config.encoder.layers)]
     return [patch_embedding(job, config, patches, unit), *layers, projector(job, config, patches, unit)]
 
 
@@ -257,7 +261,7 @@ def projector(job: VLMJobConfig, config: VLMConfig, patches: Patches, unit: Call
     c, merged, e = config.encoder, job.data.spatial_merge_size**2, patches.bytes
     own, hidden = patches.own * c.dim, patches.own / merged * config.projector.hidden_dim
     visual = e * patches.all / merged * config.decoder.dim
-    trained, trains = ("encoder" not in job.training.freeze, "projector" not in job.training.freeze)
+    trained, trains = (part not in job.training.freeze for part in ("encoder", "projector"))
     return unit(
         "projector",
         projector_parameters(config.projector, c.dim, job.data.spatial_merge_size, config.decoder.dim),

@@ -16,7 +16,7 @@ from torchtitan.components import checkpoint, muon
 from torchtitan.components.optimizer import trainable
 from torchtitan.config.check import ConfigError
 from torchtitan.distributed import grad_norm, process_group
-from torchtitan.train import Trainer
+from torchtitan.train import Trainer, require_one_job
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -161,5 +161,5 @@ def start_with_another_learning_rate(folder: str) -> str:
     """Rank 1 is told another one, and another warm-up; what each rank says."""
     mine = {"optimizer": {"lr": 0.1}, "lr_scheduler": {"warmup_steps": 7}} if dist.get_rank() == 1 else {}
     with pytest.raises(ConfigError) as caught:
-        build(fake_job(folder, **mine), FAKE, torch.device("cpu"))
+        require_one_job(fake_job(folder, **mine))
     return str(caught.value)

@@ -25,7 +25,8 @@ class Unit:
     copies: int = 1  # groups of such ranks that hold the same (HSDP)
     trains: bool = True
     in_backward: bool = True  # gathered for it anew; what is frozen too, where it passes gradients on to what trains before it
-    optimizer: int = 8  # bytes of optimizer state an element: two moments in float32
+    muon: bool = False  # moves it, and keeps one moment; else AdamW, which keeps two
+    tp: int = 1  # ranks of tensor parallel that hold the rest of it
     stays: bool = False  # gathered from the first forward to the last backward
     kept: float = 0  # from forward to backward
     forward: float = 0  # beside `kept` while it runs forward
@@ -43,6 +44,7 @@ class Storage:
     forwards: int  # before an optimizer step: accumulation times microbatches
     reductions: int  # of gradients over ranks before an optimizer step
     all_reductions: int  # of these, how many go on to the copies of a shard
+    update: int = 2  # bytes of an element in Muon's exchange of rows: bfloat16 on GPU
     offload: bool = False  # shards of parameters, their gradients and optimizer state are in host memory
 
     @property
@@ -79,7 +81,7 @@ def peak_memory(
 
 def _moments(stages: Sequence[Sequence[Unit]], s: Storage, most_kept: float, batch: float) -> Iterator[Memory]:
     units, on_device = [unit for stage in stages for unit in stage], not s.offload
-    state = sum(u.parameters / u.shards * (FLOAT32 + u.optimizer * u.trains) for u in units) * on_device + batch
+    state = sum(u.parameters / u.shards * FLOAT32 * (1 + u.trains * (2 - u.muon)) for u in units) * on_device + batch
     full = [u.parameters * s.parameter for u in units]
     earlier = 0.0  # gradients of the microbatches before
     if s.whole_gradients:
@@ -127,9 +129,18 @@ def traffic(units: Sequence[Unit], storage: Storage) -> dict[str, float]:
             add("fsdp reduce-scatter", storage.reductions * others * unit.parameters * storage.reduced)
             shard = unit.parameters / unit.shards
             add("hsdp all-reduce", storage.all_reductions * 2 * (unit.copies - 1) / unit.copies * shard * storage.reduced)
+            add("muon updates", unit.muon * _exchanged_by_muon(unit, storage.update))
         for name, amount in unit.sent.items():
             add(name, amount * storage.forwards)
     return total
+
+
+def _exchanged_by_muon(unit: Unit, update: int) -> float:
+    """Rows to the rank that orthogonalises their matrix, and back; with tensor parallel every rank gathers all, in float32 (muon.py)."""
+    others = (unit.shards - 1) / unit.shards
+    if unit.tp == 1:
+        return 2 * others * unit.parameters / unit.shards * update
+    return FLOAT32 * unit.parameters * (others + unit.tp - 1)
 
 
 def in_flight(schedule: str, rank: int, ranks: int, microbatches: int) -> list[tuple[int, ...]]:
