@@ -60,8 +60,9 @@ def _shard_of(whole: Tensor, like: Tensor) -> Tensor:
 
 def directions_together(updates: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """This rank's shards of the orthogonalised updates, all of one shape; every rank computes all of them."""
-    whole_MRC = torch.stack([update.full_tensor() if isinstance(update, DTensor) else update for update in updates])
-    return [_shard_of(direction, update) for direction, update in zip(orthogonalise(whole_MRC, dtype), updates, strict=True)]
+    rounded = [update.to(dtype) for update in updates]  # before they travel
+    whole_MRC = torch.stack([update.full_tensor() if isinstance(update, DTensor) else update for update in rounded])
+    return [_shard_of(direction, update) for direction, update in zip(orthogonalise(whole_MRC, dtype), rounded, strict=True)]
 
 
 def directions_apart(updates: list[Tensor], group: dist.ProcessGroup, dtype: torch.dtype) -> list[Tensor]:

@@ -44,7 +44,7 @@ class Storage:
     forwards: int  # before an optimizer step: accumulation times microbatches
     reductions: int  # of gradients over ranks before an optimizer step
     all_reductions: int  # of these, how many go on to the copies of a shard
-    update: int = 2  # bytes of an element in Muon's exchange of rows: bfloat16 on GPU
+    update: int = 2  # bytes of an element that Muon's ranks exchange: bfloat16 on GPU
     offload: bool = False  # shards of parameters, their gradients and optimizer state are in host memory
 
     @property
@@ -136,11 +136,11 @@ def traffic(units: Sequence[Unit], storage: Storage) -> dict[str, float]:
 
 
 def _exchanged_by_muon(unit: Unit, update: int) -> float:
-    """Rows to the rank that orthogonalises their matrix, and back; with tensor parallel every rank gathers all, in float32 (muon.py)."""
+    """Rows to the rank that orthogonalises their matrix, and back; with tensor parallel every rank gathers all (muon.py)."""
     others = (unit.shards - 1) / unit.shards
     if unit.tp == 1:
         return 2 * others * unit.parameters / unit.shards * update
-    return FLOAT32 * unit.parameters * (others + unit.tp - 1)
+    return unit.parameters * (others + unit.tp - 1) * update
 
 
 def in_flight(schedule: str, rank: int, ranks: int, microbatches: int) -> list[tuple[int, ...]]:
