@@ -14,6 +14,11 @@ LAYOUTS = {
 }
 
 
+@pytest.fixture(scope="module")
+def pool():
+    return Pool()
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_replayed_steps_equal_driven_ones(layout, tmp_path):
-    Pool().run(2, replay_on_rank, str(tmp_path), LAYOUTS[layout])
+def test_replayed_steps_equal_driven_ones(pool, layout, tmp_path):
+    pool.run(2, replay_on_rank, str(tmp_path), LAYOUTS[layout])
