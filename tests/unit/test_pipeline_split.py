@@ -52,9 +52,11 @@ def test_a_split_names_the_layers_of_each_stage():
     assert [list(split.of(stage)) for stage in range(split.stages)] == [[], [0, 1], [2, 3, 4], []]
 
 
-def layers_of_stages(patches_per_row: int, **parallelism) -> list[int]:
+def layers_of_stages(patches_per_row: int, checkpointing: dict[str, str] | None = None, **parallelism) -> list[int]:
     job = VLMJobConfig()
     job.data.patches_per_row = patches_per_row
+    for name, value in (checkpointing or {}).items():
+        setattr(job.activation_checkpoint, name, value)
     for name, value in parallelism.items():
         setattr(job.parallelism, "pipeline_parallel_" + name, value)
     split = split_layers(FLAVORS["so400m-llama3.1-8B"], 128256, job, Degrees(1, 1, 1, 1, 4))
@@ -64,6 +66,14 @@ def layers_of_stages(patches_per_row: int, **parallelism) -> list[int]:
 def test_more_patches_leave_the_first_stage_fewer_layers():
     few, many = layers_of_stages(512), layers_of_stages(8192)
     assert sum(few) == sum(many) == 32 and many[0] < few[0]
+
+
+def test_what_backward_computes_again_has_its_cost():
+    plain = layers_of_stages(8192)
+    encoder, every_second, decoder = ({"encoder_mode": "full"}, {"encoder_mode": "selective", "selective_ac_option": "2"}, {"mode": "full"})
+    fewest, fewer, more = (layers_of_stages(8192, mode)[0] for mode in (encoder, every_second, decoder))
+    assert fewest < fewer < plain[0] < more
+    assert layers_of_stages(8192, {"encoder_mode": "selective"}) == plain, "products are kept"
 
 
 def test_layers_are_split_by_hand_where_asked():
