@@ -135,16 +135,7 @@ def _of_rank(
         vision = vision_units(job, sizes, config) if first else []
         parts.append(vision + decoder_units(job, sizes, config, vocab_size, share, layers, first, last))
     microbatches = batch.local // slots
-    storage = Storage(
-        parameter=e,
-        reduced=BYTES[job.training.mixed_precision_reduce],
-        reshard=p.fsdp_reshard_after_forward == "always" or (p.fsdp_reshard_after_forward == "default" and sizes.pp == 1),
-        forwards=batch.accumulation * microbatches,
-        reductions=batch.accumulation,
-        all_reductions=batch.accumulation if sizes.pp > 1 else 1,
-        update=2 if on_gpu else FLOAT32,
-        offload=job.training.enable_cpu_offload,
-    )
+    storage = storage_of(job, sizes, batch, microbatches, on_gpu)
     flying = in_flight(p.pipeline_parallel_schedule, rank, sizes.pp, microbatches)
     memory = peak_memory(parts, storage, flying, input_bytes(job, sizes, batch))
     sent = traffic([unit for part in parts for unit in part], storage)
@@ -152,6 +143,20 @@ def _of_rank(
         # Both ends of the pipeline hold the table, and add up the gradients of their shards once a step.
         sent["pp tied embedding"] = FLOAT32 * embedding_parameters(config.decoder, vocab_size) / (sizes.tp * sizes.dp_shard * sizes.cp)
     return memory, sent
+
+
+def storage_of(job: VLMJobConfig, sizes: Degrees, batch: BatchSizes, microbatches: int, on_gpu: bool) -> Storage:
+    t, policy = job.training, job.parallelism.fsdp_reshard_after_forward
+    return Storage(
+        parameter=BYTES[t.mixed_precision_param],
+        reduced=BYTES[t.mixed_precision_reduce],
+        reshard=policy == "always" or (policy == "default" and sizes.pp == 1),
+        forwards=batch.accumulation * microbatches,
+        reductions=batch.accumulation,
+        all_reductions=batch.accumulation if sizes.pp > 1 else 1,
+        update=2 if on_gpu else FLOAT32,
+        offload=t.enable_cpu_offload,
+    )
 
 
 def input_bytes(job: VLMJobConfig, sizes: Degrees, batch: BatchSizes) -> float:
