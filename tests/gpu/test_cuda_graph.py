@@ -21,7 +21,8 @@ def _deterministic_here_alone():
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_replayed_steps_equal_driven_ones(name, compiled, tmp_path):
-    sections = VARIANTS[name] | {"debug": {"deterministic": True}}
+    # Both compiled or neither: in bfloat16 Muon makes much of a last digit.
+    sections = VARIANTS[name] | {"debug": {"deterministic": True}, "compile": {"enable": compiled}}
     driven = train_with(None, tmp_path / "driven", sections)
-    replayed = train_with(Recorder(), tmp_path / "replayed", sections | {"compile": {"enable": compiled}})
+    replayed = train_with(Recorder(), tmp_path / "replayed", sections)
     assert_same(replayed, driven, 1e-4)
