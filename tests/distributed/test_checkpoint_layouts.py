@@ -29,11 +29,6 @@ def train(changes: dict[str, Any], folder: str, until: int) -> list[tuple[float,
     return seen
 
 
-@pytest.fixture(scope="module")
-def pool():
-    return Pool()
-
-
 TIED = {"model": "layouts-qwen3-tied"}
 FSDP_TP = layout("fsdp2.tp2", 4, tp=2)
 PP_CP = layout("cp2.pp2", 4, cp=2, pp=2)

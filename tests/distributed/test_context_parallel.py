@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.distributed.pool import Pool
 from tests.distributed.world import TEST_SPEC, batch_of, device, job_of
 from tests.reference.attention import allowed_pairs, dense_attention
 from tests.reference.batches import Sizes
@@ -38,11 +37,6 @@ def logits(cp: int, tp: int, method: str) -> Tensor:
         if cp > 1:
             found = gather(found, 1, mesh["cp"].get_group())
         return in_slot_order(found, tensors["kv_rows"]) if "kv_rows" in tensors else found
-
-
-@pytest.fixture(scope="module")
-def pool():
-    return Pool()
 
 
 @pytest.fixture(scope="module")

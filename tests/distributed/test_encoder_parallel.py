@@ -2,11 +2,9 @@
 
 import tempfile
 
-import pytest
 import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.distributed.pool import Pool
 from tests.distributed.world import TEST_SPEC, batch_of, device, job_of
 from tests.reference.batches import Sizes
 from torchtitan.build import lay_out, materialise
@@ -33,11 +31,6 @@ def encoder_flops(**parallelism) -> int:
 
 def on_rank(options: dict) -> int:
     return encoder_flops(**options)
-
-
-@pytest.fixture(scope="module")
-def pool():
-    return Pool()
 
 
 def test_the_flops_of_the_encoder_fall_by_the_size_of_the_group(pool):

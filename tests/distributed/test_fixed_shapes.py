@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from tests.distributed.pool import Pool
 from tests.distributed.table import layout
 from tests.distributed.world import TEST_SPEC, device, job_of
 from tests.unit.test_synchronisation import Trap
@@ -52,11 +51,6 @@ def trapped(changes: dict[str, Any]) -> int:
         with LayoutTrap() as trap:
             run.passes.forward_backward(feed, 1.0, True)
         return len(trap.seen)
-
-
-@pytest.fixture(scope="module")
-def pool():
-    return Pool()
 
 
 @pytest.mark.parametrize("case", [layout("one", 1, slots=4), layout("cp2", 2, cp=2, slots=4, sharing="on")], ids=lambda case: case.name)

@@ -88,30 +88,30 @@ FURTHER = [
 ]
 
 
-def compare(case, accumulation: int = 1) -> None:
+def compare(pool: Pool, case, accumulation: int = 1) -> None:
     changes = changes_of(case, accumulation)
     job = job_of(changes, "/nowhere")
     expected = estimate(job, degrees(job.parallelism, case.ranks), VOCAB, on_gpu=False).memory
-    measured = max(Pool().run(case.ranks, measured_peak, changes))
+    measured = max(pool.run(case.ranks, measured_peak, changes))
     assert expected.total == pytest.approx(measured, rel=TOLERANCE), expected
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.runs], ids=lambda case: case.name)
-def test_peak_is_as_measured(case):
-    compare(case)
+def test_peak_is_as_measured(pool, case):
+    compare(pool, case)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [case for case in FURTHER if case.runs], ids=lambda case: case.name)
-def test_peak_is_as_measured_in_further_layouts(case):
-    compare(case)
+def test_peak_is_as_measured_in_further_layouts(pool, case):
+    compare(pool, case)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [layout("fsdp2", 2, slots=1), layout("replicate2.fsdp2", 4, slots=1, replicate=2), layout("pp2", 2, pp=2)],
                          ids=lambda case: case.name)  # fmt: skip
-def test_peak_is_as_measured_with_accumulation(case):
-    compare(case, accumulation=3)
+def test_peak_is_as_measured_with_accumulation(pool, case):
+    compare(pool, case, accumulation=3)
 
 
 @pytest.mark.parametrize(
@@ -127,9 +127,9 @@ def test_peak_is_as_measured_with_accumulation(case):
     ],
     ids=lambda case: case.name,
 )
-def test_traffic_is_as_counted(case):
+def test_traffic_is_as_counted(pool, case):
     changes = changes_of(case, accumulation=2)
     job = job_of(changes, "/nowhere")
     expected = estimate(job, degrees(job.parallelism, case.ranks), VOCAB, on_gpu=False).sent
-    counted = max(Pool().run(case.ranks, measured_traffic, changes))
+    counted = max(pool.run(case.ranks, measured_traffic, changes))
     assert sum(expected.values()) == pytest.approx(counted, rel=0.005), expected

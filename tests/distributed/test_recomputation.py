@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.distributed.pool import Pool
 from tests.distributed.world import TEST_SPEC, device, job_of
 from torchtitan.build import build
 
@@ -41,11 +40,6 @@ def count(mode: str, method: str) -> Counter:
         with Count() as counted:
             run.passes.forward_backward(run.feed(batch), 1.0, True)
         return counted.calls
-
-
-@pytest.fixture(scope="module")
-def pool():
-    return Pool()
 
 
 @pytest.mark.parametrize("method", ["allgather", "ulysses"])

@@ -2,7 +2,6 @@
 
 import pytest
 
-from tests.distributed.pool import Pool
 from tests.reference.tape import replay_on_rank
 
 LAYOUTS = {
@@ -12,11 +11,6 @@ LAYOUTS = {
     "TP": {"parallelism": {"tensor_parallel_degree": 2}},
     "CP": {"parallelism": {"context_parallel_degree": 2}},
 }
-
-
-@pytest.fixture(scope="module")
-def pool():
-    return Pool()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -13,11 +13,6 @@ STEPS = 4
 BATCH = {"local_batch_size": 2, "global_batch_size": 8, "steps": STEPS}
 
 
-@pytest.fixture(scope="module")
-def pool():
-    return Pool()
-
-
 def run(pool: Pool, ranks: int, folder: Path, **sections) -> dict:
     results = pool.run(ranks, training.train, str(folder), sections)
     for other in results[1:]:
