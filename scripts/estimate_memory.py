@@ -13,14 +13,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from experiments.__main__ import CONFIG_CLASSES  # noqa: E402
-from experiments.vlm.check import check_planned  # noqa: E402
+from experiments.vlm.check import check_estimated  # noqa: E402
 from experiments.vlm.config import VLMJobConfig  # noqa: E402
+from experiments.vlm.estimate import Estimate, estimate, estimates  # noqa: E402
 from experiments.vlm.model.flavors import FLAVORS  # noqa: E402
-from experiments.vlm.plan import Estimate, estimate, estimates  # noqa: E402
 from torchtitan.components.tokenizer import load_tokenizer  # noqa: E402
 from torchtitan.config.check import ConfigError, Degrees, degrees, is_allowed, require  # noqa: E402
 from torchtitan.config.parse import parse_script  # noqa: E402
-from torchtitan.distributed.planner import GIB  # noqa: E402
+from torchtitan.distributed.estimate import GIB  # noqa: E402
 
 
 @dataclass
@@ -94,7 +94,7 @@ def main() -> int:
         for name, allowed in LIMITS.items():
             value = getattr(options, name)
             require(is_allowed(value, allowed), f"--{name} {value}: must be {allowed}")
-        check_planned(job)
+        check_estimated(job)
         vocab_size = vocabulary(job)
         tell(estimate(job, degrees(job.parallelism, options.world_size), vocab_size))
     except ConfigError as error:

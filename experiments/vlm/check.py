@@ -43,8 +43,8 @@ def check_vlm(job: VLMJobConfig, world_size: int) -> None:
     check_sources(job)
 
 
-def check_planned(job: VLMJobConfig) -> None:
-    """What a plan needs to be right (plan.py): neither data nor devices, and the layout is checked there."""
+def check_estimated(job: VLMJobConfig) -> None:
+    """What a plan needs to be right (estimate.py): neither data nor devices, and the layout is checked there."""
     check_ranges(job, JOB_RANGES)
     check_selective(job)
     check_model(job)

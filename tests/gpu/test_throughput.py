@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.distributed.world import TEST_SPEC, job_of
-from tests.gpu.test_planner import SIZES, Vocabulary
+from tests.gpu.test_estimate import SIZES, Vocabulary
 from torchtitan.build import build
 from torchtitan.distributed.process_group import close_process_group, open_process_group
 from torchtitan.train import Trainer

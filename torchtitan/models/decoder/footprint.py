@@ -1,7 +1,7 @@
 """What a decoder keeps and sends in one forward and backward of a rank, in closed form. Imports no torch.
 
 Letters: t tokens of this rank, whole between a block's gather and scatter; r = t / tp on the residual stream; e bytes of an
-activation. What autograd keeps was counted in the blocks (tests/unit/test_planner.py does it again).
+activation. What autograd keeps was counted in the blocks (tests/unit/test_estimate.py does it again).
 """
 
 from dataclasses import dataclass

@@ -10,13 +10,13 @@ import torch
 
 from experiments.vlm.batch import Batch
 from experiments.vlm.config import VLMJobConfig
+from experiments.vlm.estimate import Patches, encoder_layer_kept, estimate, estimates, flops_of_step, with_degrees
 from experiments.vlm.flops import count_flops
 from experiments.vlm.model.flavors import FLAVORS, EncoderConfig, ProjectorConfig, VLMConfig
 from experiments.vlm.model.vit import EncoderBlock
 from experiments.vlm.model.vlm import VLM
-from experiments.vlm.plan import Patches, encoder_layer_kept, estimate, estimates, flops_of_step, with_degrees
 from torchtitan.config.check import BatchSizes, ConfigError, Degrees, degrees
-from torchtitan.distributed.planner import factorisations, in_flight
+from torchtitan.distributed.estimate import factorisations, in_flight
 from torchtitan.layers import rope
 from torchtitan.layers.attention import prepare_mask
 from torchtitan.layers.masks import Mask
@@ -231,6 +231,6 @@ def test_the_script_refuses_what_training_would(option, value):
     assert told.returncode == 2 and f"{option} " in told.stderr and "Traceback" not in told.stderr
 
 
-def test_planning_needs_no_torch():
-    code = "import sys; import experiments.vlm.plan; sys.exit('torch' in sys.modules)"
+def test_an_estimate_needs_no_torch():
+    code = "import sys; import experiments.vlm.estimate; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,4 +1,4 @@
-"""The planner's peak is what the allocator saw in a real step.
+"""The estimated peak is what the allocator saw in a real step.
 
 pytest tests/gpu
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.vlm.plan import estimate
+from experiments.vlm.estimate import estimate
 from tests.distributed.world import TEST_SPEC, job_of
 from torchtitan.build import build
 from torchtitan.config.check import degrees

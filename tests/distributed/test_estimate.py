@@ -1,12 +1,12 @@
-"""The planner's peak and traffic are those of a real step on gloo ranks: tensors that are alive, bytes that are sent."""
+"""The estimated peak and traffic are those of a real step on gloo ranks: tensors that are alive, bytes that are sent."""
 
 import tempfile
 
 import pytest
 import torch.distributed as dist
 
+from experiments.vlm.estimate import estimate
 from experiments.vlm.model.flavors import FLAVORS, EncoderConfig, ProjectorConfig, VLMConfig
-from experiments.vlm.plan import estimate
 from tests.distributed.pool import Pool
 from tests.distributed.table import layout
 from tests.distributed.world import TEST_SPEC, VOCAB, device, job_of

@@ -17,7 +17,7 @@ from experiments.vlm.model.sizes import encoder_layer_parameters, patch_embeddin
 from experiments.vlm.sharing import rows_a_forward, sharers
 from experiments.vlm.stages import split_layers
 from torchtitan.config.check import BatchSizes, ConfigError, Degrees, check_pipeline, check_sequence, resolve_batch
-from torchtitan.distributed.planner import FLOAT32, Memory, Storage, Unit, factorisations, in_flight, peak_memory, traffic
+from torchtitan.distributed.estimate import FLOAT32, Memory, Storage, Unit, factorisations, in_flight, peak_memory, traffic
 from torchtitan.distributed.stages import stages_of_rank
 from torchtitan.models.decoder import footprint
 from torchtitan.models.decoder.check import check_decoder
