@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from experiments.vlm.check import check_vlm
 from experiments.vlm.config import VLMJobConfig
-from torchtitan.config.check import UserError
+from torchtitan.config.errors import UserError
 from torchtitan.config.job import JobConfig
 from torchtitan.config.parse import parse, to_toml
 from torchtitan.tools.logging import init_logger

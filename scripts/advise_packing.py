@@ -19,7 +19,7 @@ from experiments.vlm.config import VLMJobConfig  # noqa: E402
 from experiments.vlm.data.advice import Occupancy, advise, patches_per_token, read_documents  # noqa: E402
 from experiments.vlm.data.setup import make_setup  # noqa: E402
 from torchtitan.components.tokenizer import load_tokenizer  # noqa: E402
-from torchtitan.config.check import UserError, require  # noqa: E402
+from torchtitan.config.errors import UserError, require  # noqa: E402
 from torchtitan.config.parse import parse_script  # noqa: E402
 from torchtitan.tools.logging import init_logger  # noqa: E402
 

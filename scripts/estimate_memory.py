@@ -18,7 +18,9 @@ from experiments.vlm.config import VLMJobConfig  # noqa: E402
 from experiments.vlm.estimate import Estimate, estimate, estimates  # noqa: E402
 from experiments.vlm.model.flavors import FLAVORS  # noqa: E402
 from torchtitan.components.tokenizer import load_tokenizer  # noqa: E402
-from torchtitan.config.check import ConfigError, Degrees, degrees, is_allowed, require  # noqa: E402
+from torchtitan.config.check import is_allowed  # noqa: E402
+from torchtitan.config.errors import ConfigError, require  # noqa: E402
+from torchtitan.config.layout import Degrees, degrees  # noqa: E402
 from torchtitan.config.parse import parse_script  # noqa: E402
 from torchtitan.distributed.estimate import GIB  # noqa: E402
 

@@ -19,7 +19,8 @@ from experiments.vlm.check import check_output, check_sources  # noqa: E402
 from experiments.vlm.config import VLMJobConfig  # noqa: E402
 from experiments.vlm.view.inspection import inspect  # noqa: E402
 from torchtitan.components.tokenizer import load_tokenizer  # noqa: E402
-from torchtitan.config.check import UserError, require, resolve_batch  # noqa: E402
+from torchtitan.config.errors import UserError, require  # noqa: E402
+from torchtitan.config.layout import resolve_batch  # noqa: E402
 from torchtitan.config.parse import parse_script  # noqa: E402
 from torchtitan.tools.logging import init_logger  # noqa: E402
 

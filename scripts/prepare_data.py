@@ -19,7 +19,7 @@ from experiments.vlm.prepare.local import Crashed  # noqa: E402
 from experiments.vlm.prepare.options import Options  # noqa: E402
 from experiments.vlm.prepare.progress import Shown  # noqa: E402
 from experiments.vlm.prepare.start import prepare  # noqa: E402
-from torchtitan.config.check import ConfigError  # noqa: E402
+from torchtitan.config.errors import ConfigError  # noqa: E402
 
 
 def main() -> int:

@@ -19,8 +19,9 @@ from torchtitan.components.metrics import Meter, Reporter
 from torchtitan.components.optimizer import Optimizers
 from torchtitan.components.train_state import TrainState
 from torchtitan.components.validation import Validator
-from torchtitan.config.check import BatchSizes, ConfigError, degrees, resolve_batch
+from torchtitan.config.errors import ConfigError
 from torchtitan.config.job import JobConfig
+from torchtitan.config.layout import BatchSizes, degrees, resolve_batch
 from torchtitan.config.parse import to_toml
 from torchtitan.distributed.collectives import any_rank
 from torchtitan.distributed.mesh import Mesh, build_mesh

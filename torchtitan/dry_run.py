@@ -4,8 +4,8 @@ import torch
 
 from torchtitan.build import describe, freeze
 from torchtitan.components.optimizer import moments
-from torchtitan.config.check import degrees, resolve_batch
 from torchtitan.config.job import JobConfig
+from torchtitan.config.layout import degrees, resolve_batch
 from torchtitan.distributed.process_group import world_size
 from torchtitan.spec import TrainSpec
 from torchtitan.tools.hardware import GIB

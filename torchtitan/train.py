@@ -15,7 +15,7 @@ from torchtitan.components.curves import draw_curves
 from torchtitan.components.data_report import write_data_report
 from torchtitan.components.loader import Step, Tensors
 from torchtitan.components.metrics import Values
-from torchtitan.config.check import ConfigError
+from torchtitan.config.errors import ConfigError
 from torchtitan.config.job import JobConfig
 from torchtitan.distributed.collectives import any_rank, sum_over_hosts, sum_over_ranks
 from torchtitan.distributed.grad_norm import clip, global_norm

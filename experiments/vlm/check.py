@@ -11,7 +11,9 @@ from experiments.vlm.data.formats import FORMATS
 from experiments.vlm.data.world.shards import SPLITS, WORLDS
 from experiments.vlm.model.flavors import FLAVORS, EncoderConfig
 from torchtitan.config.check import RANGES as JOB_RANGES
-from torchtitan.config.check import Degrees, check, check_ranges, check_selective, degrees, did_you_mean, is_allowed, require
+from torchtitan.config.check import check, check_ranges, check_selective, is_allowed
+from torchtitan.config.errors import did_you_mean, require
+from torchtitan.config.layout import Degrees, degrees
 from torchtitan.models.decoder.check import check_decoder
 
 RANGES = {

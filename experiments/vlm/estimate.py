@@ -16,7 +16,9 @@ from experiments.vlm.model.flavors import FLAVORS, VLMConfig
 from experiments.vlm.model.sizes import encoder_layer_parameters, patch_embedding_parameters, projector_parameters
 from experiments.vlm.sharing import rows_a_forward, sharers
 from experiments.vlm.stages import split_layers
-from torchtitan.config.check import BatchSizes, ConfigError, Degrees, check_pipeline, check_sequence, resolve_batch
+from torchtitan.config.check import check_pipeline, check_sequence
+from torchtitan.config.errors import ConfigError
+from torchtitan.config.layout import BatchSizes, Degrees, resolve_batch
 from torchtitan.distributed.estimate import FLOAT32, Memory, Storage, Unit, factorisations, in_flight, peak_memory, traffic
 from torchtitan.distributed.stages import stages_of_rank
 from torchtitan.models.decoder import footprint

@@ -1,7 +1,7 @@
 """How many ranks of a context- and tensor-parallel group share the encoding of its images. Imports no torch."""
 
 from experiments.vlm.config import VLMJobConfig
-from torchtitan.config.check import Degrees
+from torchtitan.config.layout import Degrees
 
 
 def rows_a_forward(job: VLMJobConfig, sizes: Degrees) -> int:

@@ -4,7 +4,7 @@ from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.model.flavors import VLMConfig
 from experiments.vlm.model.sizes import encoder_parameters, projector_parameters
 from experiments.vlm.sharing import rows_a_forward, sharers
-from torchtitan.config.check import Degrees
+from torchtitan.config.layout import Degrees
 from torchtitan.distributed.stages import Split, number_of_stages, split_evenly
 from torchtitan.models.decoder.sizes import layer_parameters
 

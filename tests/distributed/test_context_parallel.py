@@ -12,7 +12,7 @@ from tests.distributed.world import TEST_SPEC, batch_of, device, job_of
 from tests.reference.attention import allowed_pairs, dense_attention
 from tests.reference.batches import Sizes
 from torchtitan.build import lay_out, materialise
-from torchtitan.config.check import degrees
+from torchtitan.config.layout import degrees
 from torchtitan.distributed.context_parallel import METHODS, in_slot_order, rows_of_ranks
 from torchtitan.distributed.differentiable import gather
 from torchtitan.distributed.mesh import build_mesh

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.distributed.world import TEST_SPEC, batch_of, device, job_of
 from tests.reference.batches import Sizes
 from torchtitan.build import lay_out, materialise
-from torchtitan.config.check import degrees
+from torchtitan.config.layout import degrees
 from torchtitan.distributed.mesh import build_mesh
 
 SIZES = Sizes(seq_len=64, patches_per_row=96)

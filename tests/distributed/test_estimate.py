@@ -13,7 +13,7 @@ from tests.distributed.world import TEST_SPEC, VOCAB, device, job_of
 from tests.reference.live_memory import LiveMemory
 from tests.reference.sent_bytes import SentBytes
 from torchtitan.build import build
-from torchtitan.config.check import degrees
+from torchtitan.config.layout import degrees
 from torchtitan.models.decoder.flavors import DecoderConfig
 
 TOLERANCE = 0.1

@@ -14,7 +14,7 @@ from tests.reference.fake_run import FAKE, fake_job
 from torchtitan.build import build
 from torchtitan.components import checkpoint, muon
 from torchtitan.components.optimizer import trainable
-from torchtitan.config.check import ConfigError
+from torchtitan.config.errors import ConfigError
 from torchtitan.distributed import grad_norm, process_group
 from torchtitan.train import Trainer, require_one_job
 

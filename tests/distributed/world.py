@@ -15,7 +15,7 @@ from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.model.flavors import FLAVORS, EncoderConfig, ProjectorConfig, VLMConfig
 from experiments.vlm.spec import SPEC
 from tests.reference.batches import Document, Sizes, build_batch, draw_picture
-from torchtitan.config.check import degrees, resolve_batch
+from torchtitan.config.layout import degrees, resolve_batch
 from torchtitan.models.decoder.flavors import DecoderConfig
 
 VOCAB = 128

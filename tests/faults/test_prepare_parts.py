@@ -22,7 +22,7 @@ from experiments.vlm.prepare.records.record import Picture, Reference
 from experiments.vlm.prepare.rows import read_rows
 from experiments.vlm.prepare.tally import Tally, add_reports
 from tests.faults.hostile_server import image
-from torchtitan.config.check import ConfigError
+from torchtitan.config.errors import ConfigError
 
 RECORDS = [{"url": f"http://a/{number}", "caption": f"ä{number}"} for number in range(23)]
 

@@ -21,7 +21,7 @@ from experiments.vlm.data.document import Image as DocumentImage
 from experiments.vlm.data.document import Text
 from tests.faults.hostile_server import HostileServer, image
 from tests.faults.prepared import QUICK, rejects, run, samples, write_jsonl, write_tsv
-from torchtitan.config.check import ConfigError
+from torchtitan.config.errors import ConfigError
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "prepare_data.py"
 GOOD = {

@@ -13,7 +13,7 @@ import torch
 from experiments.vlm.estimate import estimate
 from tests.distributed.world import TEST_SPEC, job_of
 from torchtitan.build import build
-from torchtitan.config.check import degrees
+from torchtitan.config.layout import degrees
 from torchtitan.distributed.process_group import close_process_group, open_process_group
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

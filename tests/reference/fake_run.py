@@ -19,7 +19,7 @@ from experiments.vlm.model.vlm import VLM
 from experiments.vlm.spec import SPEC
 from tests.reference.batches import Sizes, build_batch, draw_picture
 from tests.reference.models import ENCODER, QWEN2, QWEN3, VOCAB
-from torchtitan.config.check import resolve_batch
+from torchtitan.config.layout import resolve_batch
 from torchtitan.config.parse import parse
 
 SIZES = Sizes(seq_len=48, patches_per_row=64)

@@ -16,9 +16,10 @@ from PIL import Image
 
 from experiments.vlm.data.loader import Loader
 from experiments.vlm.data.reject_log import RejectLog
-from experiments.vlm.data.tally import DataError, Reject
+from experiments.vlm.data.tally import Reject
 from tests.samples import encoded, jpeg, noise, write_tar
 from tests.tiny_data import Characters, make_job, write_all, write_captions
+from torchtitan.config.errors import DataError
 
 Members = list[tuple[str, bytes]]
 

@@ -15,7 +15,7 @@ from experiments.vlm.data.packing import Budget
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.sample import plan_samples
 from torchtitan.components.tokenizer import load_tokenizer
-from torchtitan.config.check import ConfigError
+from torchtitan.config.errors import ConfigError
 
 SPECIALS = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 SPECIALS += ["<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "[INST]", "[/INST]"]

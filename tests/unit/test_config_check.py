@@ -15,9 +15,11 @@ from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.model.flavors import FLAVORS
 from torchtitan.config import check as checks
 from torchtitan.config import devices
-from torchtitan.config.check import BatchSizes, ConfigError, Degrees, degrees, is_allowed, resolve_batch
+from torchtitan.config.check import is_allowed
 from torchtitan.config.devices import visible_gpus
+from torchtitan.config.errors import ConfigError
 from torchtitan.config.job import JobConfig, Parallelism
+from torchtitan.config.layout import BatchSizes, Degrees, degrees, resolve_batch
 from torchtitan.config.parse import option_types
 from torchtitan.models.decoder.check import check_decoder
 

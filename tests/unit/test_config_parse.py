@@ -11,7 +11,7 @@ import pytest
 import tyro
 
 from experiments.vlm.config import Source, VLMJobConfig
-from torchtitan.config.check import ConfigError
+from torchtitan.config.errors import ConfigError
 from torchtitan.config.job import JobConfig
 from torchtitan.config.parse import option_types, parse, parse_script, to_toml
 

@@ -12,7 +12,7 @@ from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.setup import make_deal
 from experiments.vlm.data.shards import open_shard
 from tests.samples import jpeg, write_tar
-from torchtitan.config.check import ConfigError
+from torchtitan.config.errors import ConfigError
 
 
 @pytest.fixture

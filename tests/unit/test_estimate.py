@@ -15,7 +15,8 @@ from experiments.vlm.flops import count_flops
 from experiments.vlm.model.flavors import FLAVORS, EncoderConfig, ProjectorConfig, VLMConfig
 from experiments.vlm.model.vit import EncoderBlock
 from experiments.vlm.model.vlm import VLM
-from torchtitan.config.check import BatchSizes, ConfigError, Degrees, degrees
+from torchtitan.config.errors import ConfigError
+from torchtitan.config.layout import BatchSizes, Degrees, degrees
 from torchtitan.distributed.estimate import factorisations, in_flight
 from torchtitan.layers import rope
 from torchtitan.layers.attention import prepare_mask

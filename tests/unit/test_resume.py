@@ -5,7 +5,7 @@ import pytest
 from experiments.vlm.data.loader import Loader
 from experiments.vlm.data.resume import differences
 from tests.tiny_data import Characters, make_job, write_all
-from torchtitan.config.check import ConfigError
+from torchtitan.config.errors import ConfigError
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from experiments.vlm.data.file_cache import FileCache
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.shards import list_shards, open_shard
 from tests.samples import jpeg, write_tar
-from torchtitan.config.check import ConfigError
+from torchtitan.config.errors import ConfigError
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from experiments.vlm.data.world.caption import describe
 from experiments.vlm.data.world.scene import GLYPHS, sees_scene
 from tests.reference import bpe
 from torchtitan.components.tokenizer import LLAMA3_SPLIT, LONGEST_RUN, ROLES, load_tokenizer
-from torchtitan.config.check import ConfigError
+from torchtitan.config.errors import ConfigError
 
 SHIPPED = Path(__file__).parents[2] / "assets/tokenizer"
 RANKS = {base64.b64decode(t): int(r) for t, r in (line.split() for line in (SHIPPED / "tokenizer.model").read_bytes().splitlines())}

@@ -14,7 +14,7 @@ from PIL import Image
 from experiments.vlm.data.world import cache, ensure
 from experiments.vlm.data.world.scene import GRIDS
 from experiments.vlm.data.world.shards import WORLDS, write_shard
-from torchtitan.config.check import ConfigError
+from torchtitan.config.errors import ConfigError
 
 REPOSITORY = Path(__file__).parents[2]
 

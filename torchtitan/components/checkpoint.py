@@ -20,7 +20,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from torchtitan.components.train_state import TrainState
-from torchtitan.config.check import ConfigError
+from torchtitan.config.errors import ConfigError
 from torchtitan.config.job import Checkpoint
 from torchtitan.tools.logging import logger
 

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from torchtitan.config.check import ConfigError
+from torchtitan.config.errors import ConfigError
 
 # Attribute -> spellings, the first that the file knows is taken; the first of the list is the name of a new one.
 ROLES = {

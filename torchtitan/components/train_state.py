@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torchtitan.components.loader import Loader, State
 from torchtitan.components.lr_scheduler import Schedule
 from torchtitan.components.optimizer import Optimizers
-from torchtitan.config.check import ConfigError
+from torchtitan.config.errors import ConfigError
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 Sizes = Mapping[str, tuple[int, ...]]  # of the tensors in a checkpoint, by name

@@ -4,18 +4,18 @@
 it: torchtitan/models/decoder/check.py, experiments/vlm/check.py. Imports no torch.
 """
 
-import difflib
 import importlib.metadata
 import importlib.util
 import math
 import operator
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torchtitan.config.devices import visible_gpus
-from torchtitan.config.job import JobConfig, Parallelism
+from torchtitan.config.errors import did_you_mean, require
+from torchtitan.config.job import JobConfig
+from torchtitan.config.layout import BALANCE_BLOCKS, STAGES_PER_RANK, Degrees, degrees, resolve_batch
 
 # What a number may be. The text is both the rule and what the error says: " or " between ranges, ", " inside one.
 RANGES = {
@@ -55,52 +55,7 @@ RANGES = {
     "debug.seed": ">= 0",
 }
 COMPARISONS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
-# Stages each rank holds (interleaved schedules: at least; split points may ask for more).
-STAGES_PER_RANK = {"GPipe": 1, "1F1B": 1, "Interleaved1F1B": 2, "InterleavedZeroBubble": 2, "ZBVZeroBubble": 2}
 NOT_LOADED = ("optimizer", "lr_scheduler", "data", "train_state")
-BALANCE_BLOCKS = 4  # context parallel deals this many blocks of a slot to each rank
-
-
-class UserError(Exception):
-    """Something that the user can mend, told in one line and without a traceback."""
-
-
-class ConfigError(UserError, ValueError):
-    """The user's configuration is wrong. One line: key, value, what is allowed, what to do."""
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The end of an error message: the closest known word, or all of them where none is close."""
-    known = list(known)
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"
-
-
-def require(holds: bool, message: str) -> None:
-    if not holds:
-        raise ConfigError(message)
-
-
-@dataclass(frozen=True)
-class Degrees:
-    """Sizes of the mesh, all resolved; their product is the world size."""
-
-    dp_replicate: int
-    dp_shard: int
-    cp: int
-    tp: int
-    pp: int
-
-    @property
-    def dp(self) -> int:
-        return self.dp_replicate * self.dp_shard
-
-
-@dataclass(frozen=True)
-class BatchSizes:
-    local: int  # B, slots a rank takes per forward
-    global_: int  # G, slots per optimizer step
-    accumulation: int  # forwards per optimizer step
 
 
 def check(job: JobConfig, world_size: int) -> None:
@@ -133,39 +88,6 @@ def is_allowed(value: float, allowed: str) -> bool:
 def _holds(value: float, condition: str) -> bool:
     sign, _, bound = condition.rpartition(" ")
     return COMPARISONS[sign](value, float(bound)) if sign else value == float(bound)
-
-
-def degrees(parallelism: Parallelism, world_size: int) -> Degrees:
-    """The mesh for `world_size` processes, with -1 replaced by what is left. ConfigError if they do not multiply to it."""
-    p = parallelism
-    others = {
-        "data_parallel_replicate_degree": p.data_parallel_replicate_degree,
-        "context_parallel_degree": p.context_parallel_degree,
-        "tensor_parallel_degree": p.tensor_parallel_degree,
-        "pipeline_parallel_degree": p.pipeline_parallel_degree,
-    }
-    rest = math.prod(others.values())
-    shard = max(1, world_size // rest) if p.data_parallel_shard_degree == -1 else p.data_parallel_shard_degree
-    left_over = p.data_parallel_shard_degree == -1
-    asked = others if left_over else others | {"data_parallel_shard_degree": shard}
-    named = " * ".join(f"parallelism.{name} ({degree})" for name, degree in asked.items() if degree != 1) or "the parallel degrees (all 1)"
-    relation = "divide" if left_over else "multiply to"
-    require(rest * shard == world_size, f"{named} must {relation} the number of processes ({world_size}): change them, or NGPU")
-    return Degrees(p.data_parallel_replicate_degree, shard, p.context_parallel_degree, p.tensor_parallel_degree, p.pipeline_parallel_degree)
-
-
-def resolve_batch(job: JobConfig, world_size: int) -> BatchSizes:
-    """B, G and the accumulation steps between them. ConfigError unless G = B * data-parallel degree * a whole number."""
-    dp, local, asked = degrees(job.parallelism, world_size).dp, job.training.local_batch_size, job.training.global_batch_size
-    at_once = local * dp
-    total = at_once if asked == -1 else asked
-    fitting = max(1, total // at_once) * at_once
-    require(
-        total % at_once == 0,
-        f"training.global_batch_size = {asked} is not a multiple of training.local_batch_size ({local}) * data-parallel "
-        f"degree ({dp}): use {fitting} or {fitting + at_once}",
-    )
-    return BatchSizes(local, total, total // at_once)
 
 
 def check_paths(job: JobConfig) -> None:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
-from torchtitan.config.check import ConfigError, did_you_mean
+from torchtitan.config.errors import ConfigError, did_you_mean
 from torchtitan.config.job import JobConfig, Model
 from torchtitan.config.table import expected, from_table, to_table
 

@@ -5,7 +5,7 @@ import json
 import types
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from torchtitan.config.check import ConfigError, did_you_mean
+from torchtitan.config.errors import ConfigError, did_you_mean
 
 EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from torchtitan.config.check import BALANCE_BLOCKS
+from torchtitan.config.layout import BALANCE_BLOCKS
 from torchtitan.distributed.differentiable import exchange, gather
 from torchtitan.layers.attention import InnerAttention
 

@@ -9,7 +9,7 @@ buffers of nccl (together about 1 to 2 GiB a GPU), and a compiler that keeps les
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from torchtitan.config.check import Degrees
+from torchtitan.config.layout import Degrees
 
 FLOAT32 = 4
 GIB = 2**30

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from torchtitan.config.check import Degrees
+from torchtitan.config.layout import Degrees
 
 DIMS = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 

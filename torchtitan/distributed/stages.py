@@ -7,7 +7,7 @@ ZBVZeroBubble, 2 ranks, 4 stages    rank 0: 0 3   rank 1: 1 2
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torchtitan.config.check import STAGES_PER_RANK
+from torchtitan.config.layout import STAGES_PER_RANK
 
 
 def number_of_stages(schedule: str, ranks: int) -> int:

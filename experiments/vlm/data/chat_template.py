@@ -27,7 +27,7 @@ from experiments.vlm.data.document import Special, Text
 from experiments.vlm.data.formats.draft import ImageValue
 from experiments.vlm.data.jinja_template import GENERATION_END, GENERATION_START, TemplateFile, compile_template, read_template
 from experiments.vlm.data.rejects import Rejected
-from torchtitan.config.check import ConfigError
+from torchtitan.config.errors import ConfigError
 
 IMAGE, PROBE = "\U000f0002", "\U000f0003"
 ESCAPED = 0xF1000  # the first of the characters that stand for what must not be taken for a token

@@ -17,7 +17,7 @@ import jinja2.nodes
 import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from torchtitan.config.check import ConfigError
+from torchtitan.config.errors import ConfigError
 
 # Private-use characters mark what the rendered text alone would not show. Contents never hold them: see ChatTemplate.
 GENERATION_START, GENERATION_END = "\U000f0000", "\U000f0001"

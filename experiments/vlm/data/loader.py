@@ -23,8 +23,9 @@ from experiments.vlm.data.reject_log import RejectLog
 from experiments.vlm.data.resume import load_states, save_states, slot_key
 from experiments.vlm.data.setup import Control, Split, make_setup, order_facts
 from experiments.vlm.data.supply import Supply, make_supply
-from experiments.vlm.data.tally import DataError, Tally, check_bad_fraction, report, tally_of
+from experiments.vlm.data.tally import Tally, check_bad_fraction, report, tally_of
 from torchtitan.components.tokenizer import Tokenizer
+from torchtitan.config.errors import DataError
 from torchtitan.tools.logging import logger
 
 

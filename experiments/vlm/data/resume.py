@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torchtitan.config.check import ConfigError
+from torchtitan.config.errors import ConfigError
 from torchtitan.tools.logging import logger
 
 MISSING = "not set"

@@ -32,7 +32,7 @@ from experiments.vlm.data.file_cache import file_cache, origin_of
 from experiments.vlm.data.formats import Shard, ShardFile, load_format
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.world import ensure
-from torchtitan.config.check import ConfigError
+from torchtitan.config.errors import ConfigError
 
 TRIES = 3  # of a remote shard
 HUB = "hf://datasets/"

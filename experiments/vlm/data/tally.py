@@ -6,14 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from experiments.vlm.data.rejects import REASONS, Rejected
-from torchtitan.config.check import UserError
+from torchtitan.config.errors import DataError
 
 EXAMPLES = 3  # of each reason that are kept
 JUDGED_FROM = 1000  # samples of a source before data.max_bad_fraction is applied
-
-
-class DataError(UserError):
-    """The data cannot carry the run. One line: which source, why, what to do."""
 
 
 @dataclass(frozen=True)

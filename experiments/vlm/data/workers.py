@@ -25,7 +25,7 @@ import torch
 from experiments.vlm.batch import BatchShape
 from experiments.vlm.data.buffers import Buffers, slot_views
 from experiments.vlm.data.producer import Producer, Setup, SlotStep
-from experiments.vlm.data.tally import DataError
+from torchtitan.config.errors import DataError
 
 GRACE_S = 5.0  # for a worker to end by itself
 

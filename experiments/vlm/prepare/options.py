@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from torchtitan.config.check import ConfigError
+from torchtitan.config.errors import ConfigError
 
 # What may change between a run and the run that goes on with it: how the work is done, not what comes out.
 FREE = (

@@ -18,7 +18,7 @@ from experiments.vlm.prepare.folder import Folder, appearing, read_json, write_j
 from experiments.vlm.prepare.options import Options
 from experiments.vlm.prepare.records import KINDS, Sources, kind_of
 from experiments.vlm.prepare.rows import Piece, read_rows
-from torchtitan.config.check import ConfigError
+from torchtitan.config.errors import ConfigError
 
 SUFFIXES = (".parquet", ".tsv", ".jsonl", ".json", ".tsv.gz", ".jsonl.gz", ".json.gz")
 UNNAMED_COLUMNS = {0: ["url", "caption"], 1: ["caption", "url"]}  # of a TSV, by where its first address stands

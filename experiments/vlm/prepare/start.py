@@ -8,7 +8,7 @@ from experiments.vlm.prepare.job import Job
 from experiments.vlm.prepare.local import run_local
 from experiments.vlm.prepare.options import Options
 from experiments.vlm.prepare.progress import Progress
-from torchtitan.config.check import ConfigError
+from torchtitan.config.errors import ConfigError
 
 
 def prepare(options: Options, progress: Progress) -> dict:

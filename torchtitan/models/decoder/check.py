@@ -1,7 +1,8 @@
 """Checks of a job against the sizes of its decoder. Imports no torch."""
 
-from torchtitan.config.check import STAGES_PER_RANK, Degrees, require
+from torchtitan.config.errors import require
 from torchtitan.config.job import JobConfig
+from torchtitan.config.layout import STAGES_PER_RANK, Degrees
 from torchtitan.models.decoder.flavors import DecoderConfig
 
 

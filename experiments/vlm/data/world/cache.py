@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from experiments.vlm.data.world.shards import SPLITS, WORLDS
-from torchtitan.config.check import ConfigError
+from torchtitan.config.errors import ConfigError
 from torchtitan.tools.logging import logger
 
 REPOSITORY = Path(__file__).parents[4]
