@@ -15,6 +15,7 @@ from torchtitan.config.errors import UserError
 from torchtitan.config.job import JobConfig
 from torchtitan.config.parse import parse, to_toml
 from torchtitan.tools.logging import init_logger
+from torchtitan.tools.told import tell
 
 
 class Experiment(NamedTuple):
@@ -54,7 +55,7 @@ def main(argv: Sequence[str], train: bool = True) -> int:
 
         run(job, load_spec(job.model.name))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell(error)
         return USER_ERROR
     return 0
 

@@ -71,7 +71,7 @@ def test_two_launchers_train_as_one_process(tmp_path):
 
 
 def kill_with_children(launcher: subprocess.Popen) -> None:
-    """The ranks too: torchrun gives each a session of its own."""
+    """The ranks too: the launcher gives each a session of its own."""
     for process in [*psutil.Process(launcher.pid).children(recursive=True), psutil.Process(launcher.pid)]:
         process.kill()
 

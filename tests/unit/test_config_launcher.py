@@ -49,28 +49,50 @@ def test_a_config_file_among_the_options_comes_after_the_variable(launch):
     assert line == "start -m experiments --job.config_file other.toml --job.config_file mine.toml"
 
 
-def test_dry_run_is_an_option_of_the_job(launch):
-    assert launch(DRY_RUN="1").stdout.splitlines()[0].endswith("--job.dry_run")
-    assert "dry_run" not in launch(DRY_RUN="0").stdout
+@pytest.mark.parametrize("value", ["1", "true", "True", "yes"])
+def test_dry_run_is_an_option_of_the_job(launch, value):
+    assert launch(DRY_RUN=value).stdout.splitlines()[0].endswith("--job.dry_run")
+
+
+@pytest.mark.parametrize("value", ["", "0", "false", "No"])
+def test_no_dry_run_where_it_is_switched_off(launch, value):
+    run = launch(DRY_RUN=value)
+    assert run.returncode == 0 and "dry_run" not in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        ({"DRY_RUN": "maybe"}, "DRY_RUN = maybe: expected true, yes or 1"),
+        ({"NGPU": "two"}, "NGPU = two: expected a whole number"),
+        ({"NGPU": "-1"}, "NGPU = -1: expected a whole number"),
+        ({"NNODES": "0"}, "NNODES = 0: expected a whole number >= 1"),
+        ({"NNODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "10.0.0.1"}, "NODE_RANK = 2: must be below NNODES (2)"),
+        ({"NNODES": "2"}, "NNODES = 2 needs MASTER_ADDR"),
+    ],
+)
+def test_a_variable_that_cannot_be_is_told_in_one_line_and_nothing_starts(launch, variables, told):
+    run = launch(**variables)
+    assert run.returncode == 2 and run.stdout == ""
+    assert run.stderr.startswith(f"error: {told}") and run.stderr.count("\n") == 1
 
 
 def test_several_processes_are_checked_once_then_started_on_a_free_port(launch):
     lines = launch(NGPU="2", LOG_RANK="0,1").stdout.splitlines()
     assert lines[0] == "check WORLD_SIZE=2"
-    assert lines[1].startswith("start -m torch.distributed.run --nproc_per_node 2 --standalone -m experiments --job.config_file")
+    assert lines[1].startswith("start -m torchtitan.launch --processes 2 experiments --job.config_file")
     assert lines[2] == "LOG_RANK=0,1 OMP=3 WORLD_SIZE="
 
 
 def test_the_visible_gpus_are_the_default_number_of_processes(launch):
-    assert "--nproc_per_node 4" in launch(FAKE_GPUS="4").stdout
-    assert "torch.distributed.run" not in launch(FAKE_GPUS="4", NGPU="1").stdout
+    assert "--processes 4" in launch(FAKE_GPUS="4").stdout
+    assert "torchtitan.launch" not in launch(FAKE_GPUS="4", NGPU="1").stdout
 
 
 def test_several_machines_meet_at_the_first(launch):
     lines = launch(NGPU="2", NNODES="3", NODE_RANK="1", MASTER_ADDR="10.0.0.1", MASTER_PORT="1234").stdout.splitlines()
     assert lines[0] == "check WORLD_SIZE=6"
-    assert "--nnodes 3 --node_rank 1 --master_addr 10.0.0.1 --master_port 1234" in lines[1]
-    assert launch(NNODES="2").returncode != 0
+    assert "--processes 2 --machines 3 --machine 1 --address 10.0.0.1 --port 1234 experiments" in lines[1]
 
 
 def test_nothing_starts_after_a_failed_check(launch):

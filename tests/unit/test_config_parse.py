@@ -148,6 +148,7 @@ def test_every_option_carries_a_comment_which_is_its_help_text(file):
         (["--traning.steps", "5"], "--training.steps"),
         (["--training.lr", "5"], "--optimizer.lr"),
         (["--training.steps", "many"], "training.steps = many: expected a whole number"),
+        (["--training.steps", "5", "--training.steps", "many"], "training.steps = many: expected a whole number"),
         (["--training.steps", "1.5"], "training.steps = 1.5: expected a whole number"),
         (["--training.steps"], "training.steps: expected a whole number, got 0 values"),
         (["--training.steps", "5", "6"], "training.steps: expected a whole number, got 2 values"),

@@ -156,9 +156,10 @@ def _closest(name: str, known: Iterable[str]) -> str:
 
 
 def _complaint(text: str, groups: Iterable[Sequence[str]], known: Mapping[str, Any]) -> str:
-    """What tyro printed, as one line: in our words where it names an option that was given."""
+    """What tyro printed, as one line: in our words where it names an option that was given. Of one that was repeated, the
+    last value is the one that tyro judged."""
     named = {name.replace("-", "_") for name in re.findall(r"--([\w.-]+)", text)}
-    for group in groups:
+    for group in reversed(list(groups)):
         if (name := _name(group)) in named and name in known:
             return f"{name} = {' '.join(group[1:])}: expected {expected(known[name])}"
     return " ".join(re.sub(r"[-─]{4,}|[│╭╮╰╯]", " ", text).split())

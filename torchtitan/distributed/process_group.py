@@ -32,7 +32,7 @@ def open_process_group(comm: Comm, dump_folder: Path) -> torch.device:
         torch.cuda.set_device(device)
     if comm.trace_buf_size > 0:
         _enable_flight_recorder(comm.trace_buf_size, dump_folder / TRACES)
-    # Under torchrun the rendezvous comes from the environment. Alone there is nobody to meet, hence no port to find.
+    # Under a launcher the rendezvous comes from the environment. Alone there is nobody to meet, hence no port to find.
     alone: dict[str, Any] = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=comm.init_timeout_seconds), **alone)

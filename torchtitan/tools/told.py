@@ -1,0 +1,15 @@
+"""How a user's error is told: one line on stderr; by the launcher where there is one, since every rank may find the same."""
+
+import os
+import sys
+from pathlib import Path
+
+ERROR_FILE = "TORCHTITAN_ERROR_FILE"  # variable of a rank: where torchtitan/launch.py reads its line
+
+
+def tell(error: BaseException) -> None:
+    line = f"error: {error}"
+    if file := os.environ.get(ERROR_FILE):
+        Path(file).write_text(line, encoding="utf-8")
+    else:
+        print(line, file=sys.stderr)
