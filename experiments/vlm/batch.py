@@ -56,7 +56,6 @@ class BatchShape:
 class Delivered:
     """One sample (or piece of a long one) as it reached a slot; for reports, validation and inspection. Plain data."""
 
-    slot: int  # number of the slot among the G of a step
     row: int  # token row inside the batch
     document: int  # its value in document_ids
     source: str

@@ -14,10 +14,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 Fill = Callable[[Tensor, Generator], object]
 
 
-def normal(std: float) -> Fill:
-    return lambda x, generator: x.normal_(0.0, std, generator=generator)
-
-
 def fan_in(gain: float = 1.0) -> Fill:
     """Normal with deviation gain / sqrt(columns): a linear map that keeps the scale of what it reads."""
     return lambda x, generator: x.normal_(0.0, gain / x.shape[-1] ** 0.5, generator=generator)

@@ -132,7 +132,7 @@ class _Row:
             (row, first, first + sample.images[number].patches) for number, (row, first) in enumerate(packed.places) if number in good
         ]
         sizes = [(sample.images[number].image.height, sample.images[number].image.width) for number in good]
-        delivered = Delivered(self.filled.slot, 0, document, origin.source, origin.shard, origin.key, sizes, packed.reference.piece)
+        delivered = Delivered(0, document, origin.source, origin.shard, origin.key, sizes, packed.reference.piece)
         self.filled.delivered.append(delivered)
         self._count(delivered, len(tokens))
 

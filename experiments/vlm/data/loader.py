@@ -32,17 +32,16 @@ from torchtitan.tools.logging import logger
 @dataclass
 class Step:
     batches: list[Batch]  # as many as accumulation steps
-    has_data: bool  # False: every slot of this rank is dry, and the batches are padding alone
     state: Callable[[], dict[str, bytes]]  # this rank's slots right after this step
 
 
 class Loader:
     """Steps for rank `rank` of `ranks` data-parallel ranks.
 
-    Training goes on where it was with every `iter()`; validation reads its split once for each. Data that ends (data.epochs,
-    sources without repeat, validation) ends on every rank with the same step: once no slot of any rank has data, which
-    `agree`, given whether this rank has data, must tell (an all-reduce with "or"; it is called once a step, and once more at
-    the end, and only where `may_end`). Several ranks without `agree` get padding without end instead, with `has_data` False.
+    It goes on where it was with every `iter()`; to read a split again, open another. Data that ends (data.epochs, sources
+    without repeat, validation) ends on every rank with the same step: once no slot of any rank has data, which `agree`,
+    given whether this rank has data, must tell (an all-reduce with "or"; it is called once a step, and once more at the end,
+    and only where `may_end`). Several ranks without `agree` get padding without end instead.
     """
 
     def __init__(
@@ -76,8 +75,6 @@ class Loader:
         self.over = False
 
     def __iter__(self) -> "Loader":
-        if self.split == "validation" and self.states:
-            self._go_to({})
         return self
 
     def __next__(self) -> Step:
@@ -97,7 +94,7 @@ class Loader:
             raise StopIteration
         if not self.may_end and not has_data:
             raise DataError(f"no source has a good sample left: {', '.join(self.names)}; see data_report.json and rejects/")
-        return Step(self._batches(arrays, steps), has_data, partial(save_states, self.states, self.facts))
+        return Step(self._batches(arrays, steps), partial(save_states, self.states, self.facts))
 
     def state_dict(self) -> dict[str, bytes]:
         """After the last step that was handed out; empty before the first."""
@@ -106,7 +103,9 @@ class Loader:
     def load_state_dict(self, state: Mapping[str, bytes]) -> None:
         """Go on from a `state_dict` that has all of `slot_keys()`. Raises ConfigError if the data's configuration changed."""
         anew = self.job.data.resume_changed_data
-        self._go_to(load_states(state, self.slots, self.facts, anew) if state else {})
+        self.close()
+        self.states = load_states(state, self.slots, self.facts, anew) if state else {}
+        self.over = False
 
     def slot_keys(self) -> list[str]:
         return [slot_key(slot) for slot in self.slots]
@@ -135,11 +134,6 @@ class Loader:
             logger.info(f"data.num_workers = {data.num_workers} for {slots} slots a rank: {workers} workers, {threads} threads each")
         shape = replace(self.shape, slots=slots)
         return make_supply(setup, self.slots, self.states, shape, workers, data.prefetch)
-
-    def _go_to(self, states: dict[int, str]) -> None:
-        self.states, self.over = states, False
-        if self.supply is not None:
-            self.supply.restart(states)
 
     def _tell(self, steps: list[SlotStep]) -> None:
         rejects = [reject for step in steps for reject in step.rejects]

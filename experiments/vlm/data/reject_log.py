@@ -11,8 +11,6 @@ from typing import TextIO
 from experiments.vlm.data.tally import Reject
 from torchtitan.tools.logging import logger
 
-HASH_BYTES = 8  # of an identity are kept: a million rejects cost 60 MB
-
 
 class RejectLog:
     """Appends to this rank's file and reads those of the others, since a later epoch may deal a sample to another rank.
@@ -23,7 +21,7 @@ class RejectLog:
     def __init__(self, folder: Path | None, rank: int):
         self.folder = folder
         self.path = folder / f"{rank}.jsonl" if folder else None
-        self.known: set[int] = set()
+        self.known: set[int] = set()  # hashes of identities: a million rejects cost 60 MB
         self.read: dict[Path, int] = {}  # bytes of each file that are in `known`
         self.logged: set[tuple[str, str]] = set()
 

@@ -1,7 +1,6 @@
 """Where a rank's steps come from: its own process, or workers that run ahead. Both give the same steps.
 
 next()       the next step: the arrays that hold it, and a SlotStep for each slot in order
-restart()    from these states on
 close()
 """
 
@@ -21,8 +20,6 @@ KEPT = 2  # steps that hold after they were given: the one in use, and the one b
 class Supply(Protocol):
     def next(self) -> tuple[Arrays, list[SlotStep]]: ...
 
-    def restart(self, states: dict[int, str]) -> None: ...
-
     def close(self) -> None: ...
 
 
@@ -36,7 +33,7 @@ class InProcess:
     """Reads and decodes when it is asked."""
 
     def __init__(self, setup: Setup, slots: Sequence[int], states: dict[int, str], shape: BatchShape):
-        self.setup, self.slots = setup, slots
+        self.slots = slots
         self.arrays = deque(Buffers(shape, KEPT).arrays)
         self.rows = shape.patch_rows
         self.producer = Producer(setup, slots, states)
@@ -45,10 +42,6 @@ class InProcess:
         arrays = self.arrays[0]
         self.arrays.rotate(-1)
         return arrays, self.producer.start([slot_views(arrays, place, self.rows) for place in range(len(self.slots))])()
-
-    def restart(self, states: dict[int, str]) -> None:
-        self.producer.close()
-        self.producer = Producer(self.setup, self.slots, states)
 
     def close(self) -> None:
         self.producer.close()
@@ -85,13 +78,6 @@ class FromWorkers:
         arrays = self.buffers.arrays[self.given % len(self.buffers.arrays)]
         self.given += 1
         return arrays, [step for step in steps if step is not None]
-
-    def restart(self, states: dict[int, str]) -> None:
-        for worker, places in zip(self.workers, self.places, strict=True):
-            for _ in range(self.asked - self.given):
-                worker.answer()
-            worker.restart(self._assignment(places, states))
-        self.asked = self.given = 0
 
     def close(self) -> None:
         self.farewell()

@@ -58,11 +58,6 @@ class Worker:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self.pipe.send(buffer)
 
-    def restart(self, assignment: Assignment) -> None:
-        """Only while nothing is asked."""
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            self.pipe.send(assignment)
-
     def answer(self) -> list[SlotStep]:
         """Raises DataError, or RuntimeError for a worker that failed or died."""
         wait([self.pipe, self.process.sentinel])
@@ -153,10 +148,6 @@ def _serve(pipe: Connection, setup: Setup, memory: _Memory, assignment: Assignme
     finish: Callable[[], list[SlotStep]] | None = None
     while True:
         asked = pipe.recv() if finish is None or pipe.poll() else None
-        if isinstance(asked, Assignment):
-            producer.close()
-            producer = Producer(setup, asked.slots, asked.states)
-            continue
         started = None if asked is None else producer.start(views[asked])
         if finish is not None:
             pipe.send(("step", finish()))
