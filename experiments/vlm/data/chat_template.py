@@ -17,7 +17,7 @@ import functools
 import os.path
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +109,6 @@ class ChatTemplate:
         for piece in re.split(f"([{IMAGE}{GENERATION_START}{GENERATION_END}]|{self._control.pattern})", rendered):
             if piece in (GENERATION_START, GENERATION_END):
                 loss = piece == GENERATION_START
-                if not loss and parts and isinstance(last := parts[-1], Text):
-                    parts[-1] = replace(last, closes=last.loss)
             elif piece == IMAGE:
                 parts.append(next(waiting))
             elif self._control.fullmatch(piece):

@@ -4,7 +4,6 @@ Parts that are `Text` and stand next to each other are one text to the tokenizer
 share a word boundary, and may share a token); they are told apart only by loss. `encode_texts` does that.
 """
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,7 +13,6 @@ from typing import Any, Protocol
 class Text:
     text: str
     loss: bool = True  # False: context only, such as a user's turn
-    closes: bool = False  # an answer ends with it: what follows carries no loss
 
 
 @dataclass(frozen=True)
@@ -51,12 +49,8 @@ class OffsetEncoder(Protocol):
 def encode_texts(texts: Sequence[Text], tokenizer: OffsetEncoder) -> tuple[list[int], list[bool]]:
     """Token ids of neighbouring texts, tokenised as one, and whether each carries loss.
 
-    As in transformers, a token that reaches over a border carries loss if any of its characters does, and of an answer's last
-    character, where it takes several tokens, only the first does.
+    A token carries loss if any of its characters does, whether it reaches over a border or holds a part of a character.
     """
     ids, spans = tokenizer.encode_with_offsets("".join(text.text for text in texts))
     carries = [text.loss for text in texts for _ in text.text]
-    ends = itertools.accumulate(len(text.text) for text in texts)
-    last = {end - 1 for text, end in zip(texts, ends, strict=True) if text.closes}
-    reached = [0, *(end for _, end in spans)]  # before each token
-    return ids, [any(carries[i:j]) and not (i in last and i < before) for (i, j), before in zip(spans, reached, strict=False)]
+    return ids, [any(carries[start:end]) for start, end in spans]

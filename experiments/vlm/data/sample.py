@@ -124,7 +124,7 @@ def encode(document: Document, tokenizer: Tokenizer, plan: Grid) -> Iterator[Ato
 
 
 def encode_text(texts: list[Text], tokenizer: Tokenizer) -> Atom:
-    if len({text.loss for text in texts}) > 1 or texts[-1].closes:
+    if len({text.loss for text in texts}) > 1:
         return Atom(*encode_texts(texts, tokenizer))
     ids = tokenizer.encode("".join(text.text for text in texts))  # no offsets needed: twice as fast
     return Atom(ids, [texts[0].loss] * len(ids))
