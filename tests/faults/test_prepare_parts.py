@@ -12,7 +12,7 @@ import pytest
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.prepare.dedup import find_repeated, url_hash
 from experiments.vlm.prepare.download.journal import Journal
-from experiments.vlm.prepare.folder import Folder, appearing
+from experiments.vlm.prepare.folder import Folder, appearing, read_array, write_array
 from experiments.vlm.prepare.options import Options
 from experiments.vlm.prepare.pictures import Encoding, finish, looks_whole, shrunk
 from experiments.vlm.prepare.plan import cut, make_plan
@@ -143,6 +143,14 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
         file.write(b"half")
         raise RuntimeError
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("array", [np.arange(7, dtype=np.uint64) << 60, np.array([True, False, True]), np.zeros(0, np.uint64)])
+def test_an_array_comes_back_as_it_was_written(tmp_path, array):
+    write_array(tmp_path / "x.npy", array)
+    read = read_array(tmp_path / "x.npy", array.dtype.type)
+    assert np.array_equal(read, array) and read.dtype == array.dtype
+    assert np.array_equal(np.load(tmp_path / "x.npy"), array), "any NumPy reads it"
 
 
 def test_pictures_cut_anywhere_are_told(tmp_path):

@@ -16,6 +16,7 @@ from experiments.vlm.prepare.download.crowd import Crowd
 from experiments.vlm.prepare.download.fetch import Fetcher, Limits
 from experiments.vlm.prepare.download.hosts import Hosts
 from experiments.vlm.prepare.download.journal import Journal
+from experiments.vlm.prepare.folder import read_array
 from experiments.vlm.prepare.images import references, write_images
 from experiments.vlm.prepare.job import Job
 from experiments.vlm.prepare.options import Options
@@ -65,7 +66,7 @@ async def collect_shard(job: Job, number: int, tools: Tools) -> None:
         except Exception:
             tools.crowd.stop()
             raise
-        counted.fill(len(np.load(job.folder.hashes("content", number))))
+        counted.fill(len(read_array(job.folder.hashes("content", number), np.uint64)))
 
 
 async def make_images(job: Job, number: int, tools: Tools, counted: Counted) -> None:
@@ -75,7 +76,7 @@ async def make_images(job: Job, number: int, tools: Tools, counted: Counted) -> 
 
 
 async def fetch_missing(job: Job, number: int, journal: Journal, crowd: Crowd, counted: Counted) -> None:
-    if not np.load(job.folder.hashes("urls", number)).any():
+    if not read_array(job.folder.hashes("urls", number), np.uint64).any():
         return
     urls = await asyncio.to_thread(lambda: {image.url: None for image, repeated in references(job, number) if image.url and not repeated})
     missing = [url for url in urls if url not in journal]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from experiments.vlm.prepare.folder import Folder, write_array
+from experiments.vlm.prepare.folder import Folder, read_array, write_array
 
 PASS_HASHES = 1 << 26  # hashes that are compared in one pass: 2 GB of memory
 
@@ -30,7 +30,7 @@ def mark_repeated(folder: Folder, of: str, shards: int) -> None:
     """Writes, beside the hashes of each shard, a boolean for each: is an earlier one the same?"""
     if all(folder.repeated(of, number).exists() for number in range(shards)):
         return
-    hashes = [np.load(folder.hashes(of, number), mmap_mode="r") for number in range(shards)]
+    hashes = [read_array(folder.hashes(of, number), np.uint64) for number in range(shards)]
     for number, repeated in enumerate(find_repeated(hashes)):
         write_array(folder.repeated(of, number), repeated)
 

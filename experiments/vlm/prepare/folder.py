@@ -99,6 +99,19 @@ def write_array(path: Path, array: np.ndarray) -> None:
         np.save(file, array)
 
 
+def read_array(path: Path, dtype: type[np.generic]) -> np.ndarray:
+    """An array of one dimension that `write_array` wrote, mapped into memory: [n] of `dtype`.
+
+    `np.load` would ask `ast` to read the header, which fails at times where several threads do so at once (Python 3.11).
+    """
+    with path.open("rb") as file:
+        version, _ = np.lib.format.read_magic(file)
+        size = int.from_bytes(file.read(2 if version == 1 else 4), "little")
+        start = file.tell() + size
+    count = (path.stat().st_size - start) // np.dtype(dtype).itemsize
+    return np.memmap(path, dtype, "r", start, (count,)) if count else np.empty(0, dtype)
+
+
 def remove(path: Path) -> None:
     """A file or a folder with all it holds, or nothing."""
     if path.is_dir():

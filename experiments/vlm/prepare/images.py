@@ -17,7 +17,7 @@ import numpy as np
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.prepare.dedup import hash_of
 from experiments.vlm.prepare.download.journal import Journal
-from experiments.vlm.prepare.folder import appearing, write_array, write_json
+from experiments.vlm.prepare.folder import appearing, read_array, write_array, write_json
 from experiments.vlm.prepare.job import Job
 from experiments.vlm.prepare.pictures import Encoding, finish
 from experiments.vlm.prepare.progress import Advancing
@@ -48,7 +48,7 @@ Work = Future[Picture] | Entry | int
 
 def references(job: Job, number: int) -> Iterator[tuple[Reference, bool]]:
     """The images of a shard, and whether an earlier image of the input has the same URL."""
-    repeated = iter(np.load(job.folder.repeated("urls", number))) if job.dedup else None
+    repeated = iter(read_array(job.folder.repeated("urls", number), np.bool_)) if job.dedup else None
     for _, record in job.records(number):
         if not isinstance(record, Rejected):
             for image in record.references:

@@ -14,7 +14,7 @@ import numpy as np
 
 from experiments.vlm.prepare.collect import collect
 from experiments.vlm.prepare.dedup import mark_repeated
-from experiments.vlm.prepare.folder import read_json, remove, write_json
+from experiments.vlm.prepare.folder import read_array, read_json, remove, write_json
 from experiments.vlm.prepare.job import Job
 from experiments.vlm.prepare.listing import list_urls
 from experiments.vlm.prepare.progress import Progress
@@ -61,7 +61,7 @@ def run(job: Job, runner: Runner) -> None:
         runner.run("list", list(shards))
         if job.dedup:
             mark_repeated(folder, "urls", job.shards)
-        runner.progress.stage("images", sum(len(np.load(folder.hashes("urls", number), mmap_mode="r")) for number in todo))
+        runner.progress.stage("images", sum(len(read_array(folder.hashes("urls", number), np.uint64)) for number in todo))
         runner.run("collect", todo)
         if job.dedup:
             mark_repeated(folder, "content", job.shards)

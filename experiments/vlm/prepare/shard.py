@@ -13,7 +13,7 @@ from typing import IO
 import numpy as np
 
 from experiments.vlm.data.rejects import Rejected
-from experiments.vlm.prepare.folder import appearing, read_json, remove, write_json
+from experiments.vlm.prepare.folder import appearing, read_array, read_json, remove, write_json
 from experiments.vlm.prepare.images import Entry
 from experiments.vlm.prepare.job import Job
 from experiments.vlm.prepare.records import Record
@@ -60,7 +60,7 @@ def samples(job: Job, number: int, tally: Tally) -> Iterator[Mapping[str, bytes]
 def read_pictures(job: Job, number: int, file: IO[bytes]) -> Iterator[Picture | Entry]:
     """For each image of the shard, in order, its picture, or an entry that says why there is none."""
     entries = [Entry(**entry) for entry in read_json(job.folder.image_index(number))]
-    repeated = np.load(job.folder.repeated("content", number)) if job.dedup else np.zeros(len(entries), bool)
+    repeated = read_array(job.folder.repeated("content", number), np.bool_) if job.dedup else np.zeros(len(entries), bool)
     for entry, is_repeated in zip(entries, repeated, strict=True):
         if entry.reason:
             yield entry
