@@ -13,9 +13,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from experiments.vlm.data.world.caption import describe, tell  # noqa: E402
-from experiments.vlm.data.world.render import render  # noqa: E402
-from experiments.vlm.data.world.scene import sees_scene, varied_scene  # noqa: E402
+from experiments.vlm.world.caption import describe, tell  # noqa: E402
+from experiments.vlm.world.render import render  # noqa: E402
+from experiments.vlm.world.scene import sees_scene, varied_scene  # noqa: E402
 
 WIDTH, HEIGHT = 1200, 720
 CELL_WIDTH, GAP, LINE = 236, 4, 15  # pixels

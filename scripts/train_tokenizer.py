@@ -20,9 +20,9 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
-from experiments.vlm.data.world.caption import describe, tell  # noqa: E402
-from experiments.vlm.data.world.document import draw_document  # noqa: E402
-from experiments.vlm.data.world.scene import sees_scene, varied_scene  # noqa: E402
+from experiments.vlm.world.caption import describe, tell  # noqa: E402
+from experiments.vlm.world.document import draw_document  # noqa: E402
+from experiments.vlm.world.scene import sees_scene, varied_scene  # noqa: E402
 from torchtitan.components.tokenizer import LLAMA3_SPLIT  # noqa: E402
 
 IDS = 1024

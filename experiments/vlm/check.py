@@ -8,8 +8,8 @@ from collections import Counter
 from experiments.vlm.config import Source, VLMJobConfig
 from experiments.vlm.data.chat_template import BUILT_IN as CHAT_TEMPLATES
 from experiments.vlm.data.formats import FORMATS
-from experiments.vlm.data.world.shards import SPLITS, WORLDS
 from experiments.vlm.model.flavors import FLAVORS, EncoderConfig
+from experiments.vlm.world.shards import SPLITS, WORLDS
 from torchtitan.config.check import RANGES as JOB_RANGES
 from torchtitan.config.check import check, check_ranges, check_selective, is_allowed
 from torchtitan.config.errors import did_you_mean, require

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as HFTokenizer
 
-from experiments.vlm.data.world.caption import describe
-from experiments.vlm.data.world.scene import GLYPHS, sees_scene
+from experiments.vlm.world.caption import describe
+from experiments.vlm.world.scene import GLYPHS, sees_scene
 from tests.reference import bpe
 from torchtitan.components.tokenizer import LLAMA3_SPLIT, LONGEST_RUN, ROLES, load_tokenizer
 from torchtitan.config.errors import ConfigError

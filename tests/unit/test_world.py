@@ -6,11 +6,11 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image
 
-from experiments.vlm.data.world.caption import NUMBERS, describe, tell
-from experiments.vlm.data.world.document import draw_document
-from experiments.vlm.data.world.render import render
-from experiments.vlm.data.world.scene import COLOURS, GLYPHS, GRIDS, SHAPES, Scene, sees_scene, varied_scene
-from experiments.vlm.data.world.sprites import DOTS, sprite
+from experiments.vlm.world.caption import NUMBERS, describe, tell
+from experiments.vlm.world.document import draw_document
+from experiments.vlm.world.render import render
+from experiments.vlm.world.scene import COLOURS, GLYPHS, GRIDS, SHAPES, Scene, sees_scene, varied_scene
+from experiments.vlm.world.sprites import DOTS, sprite
 from tests.reference.look import Blob, blobs, glyphs, shape_family
 
 FAMILY = {"oval": "wide", "slab": "wide", "egg": "tall", "post": "tall"}  # the others are even

@@ -2,18 +2,25 @@ import hashlib
 import io
 import json
 import os
+import random
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import webdataset
 from PIL import Image
 
-from experiments.vlm.data.world import cache, ensure
-from experiments.vlm.data.world.scene import GRIDS
-from experiments.vlm.data.world.shards import WORLDS, write_shard
+from experiments.vlm.cache_folder import cache_folder
+from experiments.vlm.world import cache, ensure
+from experiments.vlm.world.caption import describe, tell
+from experiments.vlm.world.document import draw_document
+from experiments.vlm.world.render import render
+from experiments.vlm.world.scene import GRIDS, Scene, sees_scene, varied_scene
+from experiments.vlm.world.shards import WORLDS, write_shard
 from torchtitan.config.errors import ConfigError
 
 REPOSITORY = Path(__file__).parents[2]
@@ -75,7 +82,6 @@ def test_sees_keeps_its_pictures_lossless_and_small(drawn):
 
 
 def test_webdataset_reads_the_tar_files(drawn):
-    webdataset = pytest.importorskip("webdataset")
     [shard] = ensure("captions/heldout", drawn).iterdir()
     read = list(webdataset.WebDataset(str(shard), shardshuffle=False, empty_check=False).decode("rgb8").to_tuple("jpg", "txt", "json"))
     assert len(read) == WORLDS["captions"].samples["heldout"]
@@ -109,7 +115,7 @@ def test_some_documents_hold_many_pictures_some_none(drawn):
 
 
 def test_a_shard_is_a_function_of_seed_and_number(tmp_path):
-    code = "import pathlib; from experiments.vlm.data.world.shards import write_shard as w\nw('captions/heldout', 7, pathlib.Path({!r}), 0)"
+    code = "import pathlib; from experiments.vlm.world.shards import write_shard as w\nw('captions/heldout', 7, pathlib.Path({!r}), 0)"
     for hash_seed in ("1", "2"):
         (tmp_path / hash_seed).mkdir()
         assert run(code.format(str(tmp_path / hash_seed)), PYTHONHASHSEED=hash_seed).wait() == 0
@@ -120,7 +126,7 @@ def test_a_shard_is_a_function_of_seed_and_number(tmp_path):
 
 
 def test_one_process_draws_and_the_others_wait(tmp_path):
-    code = "from torchtitan.tools.logging import init_logger; init_logger()\nfrom experiments.vlm.data.world import ensure\n"
+    code = "from torchtitan.tools.logging import init_logger; init_logger()\nfrom experiments.vlm.world import ensure\n"
     code += "print(ensure('sees/heldout', {!r}))"
     processes = [run(code.format(str(tmp_path))) for _ in range(3)]
     outputs = [process.communicate()[0] for process in processes]
@@ -153,16 +159,29 @@ def test_a_worker_that_fails_is_told_with_its_reason(tmp_path):
         cache.run_workers(["sees/heldout", "0", str(tmp_path)], 2, tmp_path)  # there is only one shard
 
 
-def test_another_seed_or_generator_draws_beside_the_old_data(drawn):
-    assert ensure("sees/heldout", drawn, seed=1).parts[-3] == f"{cache.version()}-seed1"
-    assert ensure("sees/heldout", drawn, seed=0).parts[-3] == f"{cache.version()}-seed0"
+def test_another_seed_draws_beside_the_old_data(drawn):
+    assert ensure("sees/heldout", drawn, seed=1).parts[-3] == f"{cache.VERSION}-seed1"
+    assert ensure("sees/heldout", drawn, seed=0).parts[-3] == f"{cache.VERSION}-seed0"
+
+
+def test_another_drawing_has_another_version():
+    """Else whoever has drawn before would go on with the old data."""
+    rng, drawn = random.Random(0), []
+    for _ in range(50):
+        scenes = [sees_scene(rng, False), varied_scene(rng, True, longest=512)]
+        drawn += [*scenes, describe(scenes[0]), tell(scenes[1], rng), *draw_document(rng, False)]
+    digest = hashlib.sha256("".join(map(repr, drawn)).encode()).hexdigest()[:12]
+    pixels = [np.asarray(render(scene)).mean() for scene in drawn if isinstance(scene, Scene)]
+    version = cache.VERSION, digest, round(float(np.mean(pixels)), 1)
+    assert version == ("efb1b9ae11", "c097340e2d6d", 32.7), "data is drawn differently: give it another VERSION, and state all three here"
 
 
 def test_the_default_cache_honours_xdg(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache.default_cache() == tmp_path / "torchtitan-vlm"
+    assert cache_folder("") == tmp_path / "torchtitan-vlm"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache.default_cache() == Path.home() / ".cache/torchtitan-vlm"
+    assert cache_folder("") == Path.home() / ".cache/torchtitan-vlm"
+    assert cache_folder("~/here") == Path.home() / "here"
 
 
 @pytest.mark.parametrize("name", ["sees", "sees/test", "dreams/train", ""])
@@ -178,5 +197,5 @@ def test_a_cache_folder_that_cannot_be_written_is_named(tmp_path):
 
 
 def test_workers_import_no_torch():
-    process = run("import sys, experiments.vlm.data.world.__main__; print('torch' in sys.modules)")
+    process = run("import sys, experiments.vlm.world.__main__; print('torch' in sys.modules)")
     assert process.communicate()[0] == "False\n"

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from experiments.vlm.cache_folder import cache_folder
 from experiments.vlm.config import Data
-from experiments.vlm.data.world.cache import default_cache
 
 
 class FileCache:
@@ -74,12 +74,8 @@ class FileCache:
                 total -= size
 
 
-def cache_folder(data: Data) -> Path:
-    return Path(data.cache_folder).expanduser() if data.cache_folder else default_cache()
-
-
 def file_cache(data: Data) -> FileCache:
-    return _file_cache(cache_folder(data) / "copies", int(data.cache_gb * 1e9))
+    return _file_cache(cache_folder(data.cache_folder) / "copies", int(data.cache_gb * 1e9))
 
 
 _file_cache = functools.cache(FileCache)

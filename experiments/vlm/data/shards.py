@@ -6,7 +6,7 @@
     data/cc12m                          a folder: the files below it whose suffix the format knows
     s3://bucket/cc12m/*.tar             any of these where fsspec reaches it: s3, gs, http(s) ...
     hf://datasets/ORG/NAME              a data set of the Hugging Face hub; all of it means its train split, where it has splits
-    embedded:captions/train             drawn on first use, see data/world
+    embedded:captions/train             drawn on first use, see experiments/vlm/world
 
 Remote and compressed shards (.gz, .tgz, .zst, .bz2) are copied into the cache folder, so that every shard can seek.
 """
@@ -15,9 +15,7 @@ import bz2
 import glob
 import gzip
 import io
-import itertools
 import os
-import re
 import shutil
 import time
 from collections.abc import Callable
@@ -26,12 +24,13 @@ from typing import Any
 
 import fsspec
 import pyarrow as pa
+from braceexpand import braceexpand
 
 from experiments.vlm.config import Data, Source
 from experiments.vlm.data.file_cache import file_cache, origin_of
 from experiments.vlm.data.formats import Shard, ShardFile, load_format
 from experiments.vlm.data.rejects import Rejected
-from experiments.vlm.data.world import ensure
+from experiments.vlm.world import ensure
 from torchtitan.config.errors import ConfigError
 
 TRIES = 3  # of a remote shard
@@ -73,14 +72,14 @@ def _resolve(path: str, data: Data) -> str:
 
 
 def _expand(path: str) -> list[str]:
-    """Brace ranges and lists: {0000..0012} counts and keeps the zeros in front, {a,b} names."""
-    match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", path)
-    if not match:
-        return [path]
-    first, last, names = match.groups()
-    inside = names.split(",") if names else [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
-    expanded = (_expand(path[: match.start()] + one + path[match.end() :]) for one in inside)
-    return list(itertools.chain.from_iterable(expanded))
+    """Brace ranges and lists: {0000..0012} counts and keeps the zeros in front, {a,b} names.
+
+    As webdataset's `expand_urls`, but for "::", which that takes for a list and fsspec for a chain of file systems.
+    """
+    try:
+        return list(braceexpand(path, escape=False))
+    except ValueError:
+        return [path]  # a brace that belongs to a name
 
 
 def _match(pattern: str, suffixes: tuple[str, ...]) -> list[str]:

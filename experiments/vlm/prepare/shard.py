@@ -4,8 +4,6 @@ The tar holds the samples in the order of the input with no trace of when and wh
 the same bytes, whatever was killed in between and however many machines took part.
 """
 
-import io
-import tarfile
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import IO
@@ -19,6 +17,7 @@ from experiments.vlm.prepare.job import Job
 from experiments.vlm.prepare.records import Record
 from experiments.vlm.prepare.records.record import Picture, to_json
 from experiments.vlm.prepare.tally import Tally
+from experiments.vlm.tar_file import write_samples
 
 
 def write_shard(job: Job, number: int) -> None:
@@ -26,9 +25,8 @@ def write_shard(job: Job, number: int) -> None:
     folder = job.folder
     if not folder.done(number).exists():
         tally = Tally()
-        with appearing(folder.tar(number)) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            for members in samples(job, number, tally):
-                add(tar, members)
+        with appearing(folder.tar(number)) as file:
+            write_samples(file, samples(job, number, tally))
         if not tally.written["records"]:
             remove(folder.tar(number))
         with appearing(folder.rejects(number)) as file:
@@ -80,10 +78,3 @@ def account(record: Record, key: str, found: list[Picture | Entry], kept: bool, 
             tally.keep("images")
         else:
             tally.reject("images", key, "record_rejected", "the image is good", reference.name)
-
-
-def add(tar: tarfile.TarFile, members: Mapping[str, bytes]) -> None:
-    for name, data in members.items():
-        info = tarfile.TarInfo(name)
-        info.size = len(data)
-        tar.addfile(info, io.BytesIO(data))

@@ -2,12 +2,12 @@
 
     CACHE/embedded/VERSION-seed0/sees/train/train-00000.tar ...
 
-VERSION is a hash of this package's source, so a changed generator draws anew beside the old data. One process holds the lock
-and draws, the others wait for it. The folder appears under its name when it is complete.
+A changed generator draws anew beside the old data, since whoever changes what is drawn changes VERSION (a test holds
+the two together). One process holds the lock and draws, the others wait for it. The folder appears under its name when it
+is complete.
 """
 
 import fcntl
-import hashlib
 import os
 import shutil
 import subprocess
@@ -18,21 +18,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from experiments.vlm.data.world.shards import SPLITS, WORLDS
+from experiments.vlm.cache_folder import cache_folder
+from experiments.vlm.world.shards import SPLITS, WORLDS
 from torchtitan.config.errors import ConfigError
 from torchtitan.tools.logging import logger
 
-REPOSITORY = Path(__file__).parents[4]
+REPOSITORY = Path(__file__).parents[3]
+VERSION = "efb1b9ae11"  # of what is drawn: any other letters after a change
 
 
-def ensure(name: str, cache_folder: str = "", seed: int = 0) -> Path:
-    """Folder of a world's split ("sees/train"), drawn if it is not there yet. `cache_folder` "": see `default_cache`."""
+def ensure(name: str, cache: str = "", seed: int = 0) -> Path:
+    """Folder of a world's split ("sees/train"), drawn if it is not there yet. `cache`: see `cache_folder`."""
     world, _, split = name.partition("/")
     if world not in WORLDS or split not in SPLITS:
         known = ", ".join(f"{world}/{split}" for world in WORLDS for split in SPLITS)
         raise ConfigError(f"embedded:{name} does not exist; there are {known}")
-    root = Path(cache_folder).expanduser() if cache_folder else default_cache()
-    folder = root.absolute() / "embedded" / f"{version()}-seed{seed}" / name
+    folder = cache_folder(cache).absolute() / "embedded" / f"{VERSION}-seed{seed}" / name
     if not folder.is_dir():
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -42,15 +43,6 @@ def ensure(name: str, cache_folder: str = "", seed: int = 0) -> Path:
         except OSError as error:
             raise ConfigError(f"cannot draw embedded:{name} into {folder}: {error}; choose another data.cache_folder") from error
     return folder
-
-
-def default_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "torchtitan-vlm"
-
-
-def version() -> str:
-    sources = sorted(Path(__file__).parent.glob("*.py"))
-    return hashlib.blake2b(b"".join(source.read_bytes() for source in sources), digest_size=5).hexdigest()
 
 
 @contextmanager
@@ -87,7 +79,7 @@ def run_workers(arguments: list[str], shards: int, folder: Path) -> None:
     running = []
     for first in range(processes):
         share = [str(shard) for shard in range(first, shards, processes)]
-        command = [sys.executable, "-m", "experiments.vlm.data.world", *arguments, *share]
+        command = [sys.executable, "-m", "experiments.vlm.world", *arguments, *share]
         running.append(subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True))
     try:
         while any(worker.poll() is None for worker in running):

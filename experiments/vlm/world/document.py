@@ -10,8 +10,8 @@ document has held-out scenes, a held-out story hashes to the held-out side.
 
 import random
 
-from experiments.vlm.data.world.caption import NUMBERS, a, describe, group, groups, listed, side_of, tell, written
-from experiments.vlm.data.world.scene import COLOURS, SHAPES, Scene, held_out, varied_scene
+from experiments.vlm.world.caption import NUMBERS, a, describe, group, groups, listed, side_of, tell, written
+from experiments.vlm.world.scene import COLOURS, SHAPES, Scene, held_out, varied_scene
 
 Part = str | Scene
 LONGEST = 512  # pixels

@@ -7,6 +7,6 @@
 `ensure("sees/train")` gives the folder. Worlds: captions, interleaved, sees; splits: train, heldout.
 """
 
-from experiments.vlm.data.world.cache import ensure
+from experiments.vlm.world.cache import ensure
 
 __all__ = ["ensure"]

@@ -1,10 +1,10 @@
-"""A worker of cache.py: python -m experiments.vlm.data.world NAME SEED FOLDER SHARD ... draws these shards into the folder."""
+"""A worker of cache.py: python -m experiments.vlm.world NAME SEED FOLDER SHARD ... draws these shards into the folder."""
 
 import os
 import sys
 from pathlib import Path
 
-from experiments.vlm.data.world.shards import write_shard
+from experiments.vlm.world.shards import write_shard
 
 
 def main(name: str, seed: str, folder: str, *shards: str) -> None:

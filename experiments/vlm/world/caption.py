@@ -8,7 +8,7 @@ the picture holds both.
 import random
 from collections import Counter
 
-from experiments.vlm.data.world.scene import Scene, Thing
+from experiments.vlm.world.scene import Scene, Thing
 
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}

@@ -7,18 +7,17 @@ each index, an image a record of bytes and path; `metadata` and `general_metadat
 A sample is a function of seed, name and number alone, whoever draws it.
 """
 
-import io
 import json
 import random
-import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.vlm.data.world.caption import describe, tell
-from experiments.vlm.data.world.document import draw_document
-from experiments.vlm.data.world.render import jpeg, png, render
-from experiments.vlm.data.world.scene import Scene, sees_scene, varied_scene
+from experiments.vlm.tar_file import write_samples
+from experiments.vlm.world.caption import describe, tell
+from experiments.vlm.world.document import draw_document
+from experiments.vlm.world.render import jpeg, png, render
+from experiments.vlm.world.scene import Scene, sees_scene, varied_scene
 
 SPLITS = ("train", "heldout")
 Draw = Callable[[random.Random, bool, str], dict]  # generator, held out, key -> the record of one sample
@@ -71,12 +70,8 @@ def image_record(scene: Scene, stem: str, rng: random.Random) -> dict:
 
 
 def write_tar(path: Path, records: Iterator[dict]) -> None:
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for record in records:
-            for name, content in record.items():
-                member = tarfile.TarInfo(name)  # owner and time stay 0: the same bytes everywhere
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
+    with path.open("wb") as file:
+        write_samples(file, records)
 
 
 def write_parquet(path: Path, records: Iterator[dict]) -> None:

@@ -5,8 +5,8 @@ import random
 
 from PIL import Image
 
-from experiments.vlm.data.world.scene import CELL, Scene
-from experiments.vlm.data.world.sprites import sprite
+from experiments.vlm.world.scene import CELL, Scene
+from experiments.vlm.world.sprites import sprite
 
 GRAIN = 12  # pixels a speckle; coarse, so that files stay small
 
