@@ -184,10 +184,13 @@ def decoder_units(
     table = embedding_parameters(c, vocab_size) // sizes.tp
     residual = share.bytes * share.residual * c.dim
     # Before the first block the sequence is scattered, and gathered after the last; in backward the other way round.
+    # What ties both ends together stays gathered from the one to the other, and so does the output layer alone (fsdp.py).
+    never_kept = job.parallelism.fsdp_reshard_after_forward == "always"
     around = {"tp all-gather and reduce-scatter": 2 * share.bytes * share.tokens * c.dim * (sizes.tp - 1) / sizes.tp}
     units = []
     if first:
-        units.append(unit("embedding", table, stays=c.tied_embeddings, backward=residual, sent=dict(around)))
+        again = never_kept or not c.tied_embeddings
+        units.append(unit("embedding", table, in_backward=again, stays=c.tied_embeddings, backward=residual, sent=dict(around)))
     layer = partial(unit, muon=job.optimizer.name == "Muon", tp=sizes.tp)
     units += [decoder_layer(job, config, share, layer, number) for number in range(layers)]
     if last:
@@ -195,8 +198,7 @@ def decoder_units(
             unit(
                 "output layer",
                 0 if c.tied_embeddings and first else table,
-                # Alone it stays gathered, since backward starts with it (fsdp.py).
-                in_backward=c.tied_embeddings or job.parallelism.fsdp_reshard_after_forward == "always",
+                in_backward=never_kept,
                 kept=footprint.head_kept(c, vocab_size, share),
                 forward=footprint.head_forward(c, vocab_size, share, job.training.loss_chunk_tokens),
                 backward=footprint.head_backward(c, vocab_size, share),

@@ -63,7 +63,7 @@ def apply_fsdp(model: VLM, mesh: Mesh, vision: DeviceMesh, sharding: Sharding) -
     last = [module for module in (decoder.norm, decoder.output) if module is not None]
     if model.config.decoder.tied_embeddings and first and last:
         # One parameter belongs to one group: embedding and output layer stay gathered from the one to the other.
-        shard([*first, *last], mesh.fsdp, sharding)
+        shard([*first, *last], mesh.fsdp, sharding, last=True)
     else:
         if first:
             shard(first, mesh.fsdp, sharding)

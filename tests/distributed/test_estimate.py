@@ -1,5 +1,6 @@
 """The estimated peak and traffic are those of a real step on gloo ranks: tensors that are alive, bytes that are sent."""
 
+import dataclasses
 import tempfile
 
 import pytest
@@ -20,6 +21,7 @@ TOLERANCE = 0.1
 ENCODER = EncoderConfig(128, 4, 4, 512, patch_size=4, position_grid=8)
 DECODER = DecoderConfig(128, 6, 8, 4, 16, 384, VOCAB, 10000.0, norm_eps=1e-5)
 FLAVORS["planned"] = VLMConfig(ENCODER, ProjectorConfig(96), DECODER)
+FLAVORS["planned-tied"] = VLMConfig(ENCODER, ProjectorConfig(96), dataclasses.replace(DECODER, tied_embeddings=True))
 SIZES = {"model.flavor": "planned", "training.seq_len": 256, "data.patches_per_row": 512, "training.loss_chunk_tokens": 128}
 
 
@@ -27,7 +29,7 @@ def changes_of(case, accumulation: int) -> dict:
     own = case.changes
     split = [own.get(f"parallelism.{kind}_parallel_degree", 1) for kind in ("tensor", "context", "pipeline")]
     data = case.ranks // (split[0] * split[1] * split[2])
-    return own | SIZES | {"training.global_batch_size": own["training.local_batch_size"] * data * accumulation}
+    return SIZES | own | {"training.global_batch_size": own["training.local_batch_size"] * data * accumulation}
 
 
 def measured_peak(changes: dict) -> int:
@@ -85,6 +87,7 @@ FURTHER = [
     layout("fsdp2, frozen encoder", 2, slots=2, freeze=["encoder"]),
     layout("fsdp2, frozen decoder", 2, slots=2, freeze=["decoder"]),
     layout("fsdp2, muon", 2, slots=2, optimizer="Muon"),
+    layout("fsdp2, tied", 2, slots=2, model="planned-tied"),
 ]
 
 
@@ -118,6 +121,8 @@ def test_peak_is_as_measured_with_accumulation(pool, case):
     "case",
     [
         layout("fsdp2, frozen decoder", 2, slots=2, freeze=["decoder"]),
+        layout("fsdp2, tied", 2, slots=2, model="planned-tied"),
+        layout("fsdp2, tied, always resharded", 2, slots=2, model="planned-tied", reshard="always"),
         layout("tp2, shared encoder", 2, slots=2, tp=2),
         layout("cp2", 2, slots=1, cp=2),
         layout("pp2", 2, slots=4, pp=2),

@@ -6,7 +6,8 @@ from tests.reference.tape import replay_on_rank
 
 LAYOUTS = {
     "FSDP": {"training": {"global_batch_size": 8}},
-    "FSDP, resharding": {"parallelism": {"fsdp_reshard_after_forward": "always"}},
+    "FSDP, never resharding": {"parallelism": {"fsdp_reshard_after_forward": "never"}},
+    "FSDP, tied": {"model": {"flavor": "tied"}},
     "HSDP, Muon": {"parallelism": {"data_parallel_replicate_degree": 2}, "optimizer": {"name": "Muon"}},
     "TP": {"parallelism": {"tensor_parallel_degree": 2}},
     "CP": {"parallelism": {"context_parallel_degree": 2}},

@@ -120,6 +120,10 @@ def test_a_checkpoint_holds_the_state_at_the_time_of_saving(pool, tmp_path, asyn
     assert pool.run(2, training.save_then_spoil, str(tmp_path), async_mode) == [True, True]
 
 
+def test_a_checkpoint_right_after_a_validation_holds_the_same_as_before_it(pool, tmp_path):
+    assert pool.run(2, training.validate_then_save, str(tmp_path)) == [True, True]
+
+
 def test_a_write_that_breaks_off_leaves_no_checkpoint(pool, tmp_path):
     assert pool.run(1, training.fail_while_writing, str(tmp_path)) == [[]]
 

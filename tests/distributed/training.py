@@ -163,3 +163,14 @@ def start_with_another_learning_rate(folder: str) -> str:
     with pytest.raises(ConfigError) as caught:
         require_one_job(fake_job(folder, **mine))
     return str(caught.value)
+
+
+def validate_then_save(folder: str) -> bool:
+    """Whether a checkpoint holds the same right after a validation as before it, tensor for tensor."""
+    trainer = Trainer(build(fake_job(folder), FAKE, torch.device("cpu")))
+    trainer.train_step()
+    before = {name: whole(tensor) for name, tensor in trainer.state.tensors(False).items()}
+    trainer.run.validator.evaluate()
+    after = {name: whole(tensor) for name, tensor in trainer.state.tensors(False).items()}
+    trainer.close()
+    return before.keys() == after.keys() and all(torch.equal(after[name], tensor) for name, tensor in before.items())

@@ -6,7 +6,7 @@ pytest tests/gpu
 import pytest
 import torch
 
-from tests.reference.tape import VARIANTS, assert_same, train_with
+from tests.reference.tape import VALIDATIONS, VARIANTS, assert_same, train_with
 from torchtitan.components.cuda_graph import Recorder
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -23,6 +23,6 @@ def _deterministic_here_alone():
 def test_replayed_steps_equal_driven_ones(name, compiled, tmp_path):
     # Both compiled or neither: in bfloat16 Muon makes much of a last digit.
     sections = VARIANTS[name] | {"debug": {"deterministic": True}, "compile": {"enable": compiled}}
-    driven = train_with(None, tmp_path / "driven", sections)
-    replayed = train_with(Recorder(), tmp_path / "replayed", sections)
+    driven = train_with(None, tmp_path / "driven", sections, VALIDATIONS["always"])
+    replayed = train_with(Recorder(), tmp_path / "replayed", sections, VALIDATIONS["always"])
     assert_same(replayed, driven, 1e-4)

@@ -4,7 +4,7 @@ Whatever the host decided during that run (a number, a branch) stays as it was, 
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -95,18 +95,23 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
+# After which steps the held-out split is scored; the fourth is recorded.
+VALIDATIONS = {"before": (1,), "right before": (3,), "between replays": (5, 7), "always": tuple(range(1, STEPS + 1))}
+
+
 class Seen(NamedTuple):
     losses: list[float]
     norms: list[float]
+    held_out: list[float]  # losses
     weights: dict[str, torch.Tensor]
 
 
-def train_with(recorder: Any, folder: Path, sections: dict) -> Seen:
+def train_with(recorder: Any, folder: Path, sections: dict, validate_after: Collection[int] = ()) -> Seen:
     """The fake job for a few steps in this process, each driven by Python (None) or replayed from the fourth on."""
     job = short_job(recorder, folder, sections)
     device = open_process_group(job.comm, folder)
     try:
-        return train(recorder, job, device)
+        return train(recorder, job, device, validate_after)
     finally:
         close_process_group()
 
@@ -118,16 +123,18 @@ def short_job(recorder: Any, folder: Path, sections: dict) -> VLMJobConfig:
     return fake_job(str(folder), **sections)
 
 
-def train(recorder: Any, job: VLMJobConfig, device: torch.device) -> Seen:
+def train(recorder: Any, job: VLMJobConfig, device: torch.device, validate_after: Collection[int] = ()) -> Seen:
     run = build(job, FAKE, device)
     job.compile.cuda_graphs = False  # the recorder is ours to choose
     trainer = Trainer(run)
     if recorder is not None:
         trainer.take_step = GraphedStep(trainer.optimizer_step, recorder)
-    seen = Seen([], [], {})
+    seen = Seen([], [], [], {})
     while trainer.state.step < STEPS and trainer.train_step():
         seen.losses.append(trainer.loss.item())
         seen.norms.append(trainer.grad_norm.item())
+        if trainer.state.step in validate_after:
+            seen.held_out.append(run.validator.evaluate()["loss"] or 0.0)
     for name, tensor in trainer.state.model().items():
         seen.weights[name] = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
     trainer.close()
@@ -135,11 +142,12 @@ def train(recorder: Any, job: VLMJobConfig, device: torch.device) -> Seen:
 
 
 def replay_on_rank(folder: str, sections: dict) -> None:
-    """For a rank of the pool: its steps, driven and replayed, are the same."""
+    """For a rank of the pool: its steps, driven and replayed, are the same, and validation sees the same weights after each."""
     seen = []
     with pytest.MonkeyPatch.context() as patch:
         for name, recorder in (("driven", None), ("replayed", TapeRecorder(patch))):
-            seen.append(train(recorder, short_job(recorder, Path(folder) / name, sections), torch.device("cpu")))
+            job = short_job(recorder, Path(folder) / name, sections)
+            seen.append(train(recorder, job, torch.device("cpu"), VALIDATIONS["always"]))
     assert_same(seen[1], seen[0], 1e-5)  # gloo adds in another order now and then
     assert recorder is not None and recorder.replays == 6
 
@@ -148,5 +156,6 @@ def assert_same(replayed: Seen, driven: Seen, tolerance: float) -> None:
     assert len(set(driven.losses)) == STEPS  # other batches and other weights in every step
     assert replayed.losses == pytest.approx(driven.losses, rel=tolerance)
     assert replayed.norms == pytest.approx(driven.norms, rel=10 * tolerance)
+    assert replayed.held_out == pytest.approx(driven.held_out, rel=tolerance)
     for name, tensor in driven.weights.items():
         assert torch.allclose(replayed.weights[name], tensor, rtol=10 * tolerance, atol=tolerance), name

@@ -299,6 +299,13 @@ def test_a_cuda_graph_holds_no_pipeline(monkeypatch):
     assert "compile.cuda_graphs needs parallelism.pipeline_parallel_degree = 1" in message
 
 
+def test_a_cuda_graph_keeps_the_last_group_gathered(monkeypatch):
+    monkeypatch.setattr(checks, "visible_gpus", lambda: 1)
+    checked_job([*DATA, "--compile.cuda_graphs", P + "fsdp_reshard_after_forward", "never"], 1)
+    message = told([*DATA, "--compile.cuda_graphs", P + "fsdp_reshard_after_forward", "always"], 1)
+    assert "compile.cuda_graphs needs parallelism.fsdp_reshard_after_forward = default or never, not always" in message
+
+
 def test_gpus_are_counted_without_the_tools_that_list_them(tmp_path, monkeypatch):
     for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm", "null"):
         (tmp_path / name).touch()

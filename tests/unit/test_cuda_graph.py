@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.reference.tape import VARIANTS, TapeRecorder, assert_same, train_with
+from tests.reference.tape import STEPS, VALIDATIONS, VARIANTS, TapeRecorder, assert_same, train_with
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu has real graphs")
 
@@ -14,3 +14,14 @@ def test_replayed_steps_equal_driven_ones(name, tmp_path, monkeypatch):
     recorder = TapeRecorder(monkeypatch)
     assert_same(train_with(recorder, tmp_path / "replayed", VARIANTS[name]), driven, 1e-6)
     assert recorder.replays == 6
+
+
+@pytest.mark.parametrize("when", VALIDATIONS)
+def test_validation_sees_the_present_weights_and_leaves_replayed_steps_as_they_are(when, tmp_path, monkeypatch):
+    sections = {"model": {"flavor": "tied"}} if when == "always" else {}
+    alone = train_with(None, tmp_path / "alone", sections)
+    driven = train_with(None, tmp_path / "driven", sections, VALIDATIONS[when])
+    replayed = train_with(TapeRecorder(monkeypatch), tmp_path / "replayed", sections, VALIDATIONS[when])
+    assert_same(replayed, driven, 1e-6)
+    assert replayed.losses == pytest.approx(alone.losses, rel=1e-6)
+    assert len(replayed.held_out) == len(set(replayed.held_out)) == len(VALIDATIONS[when]) <= STEPS

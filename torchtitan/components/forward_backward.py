@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from torchtitan.components.loader import Tensors
+from torchtitan.distributed.fsdp import free_gathered
 
 OfBatch = Callable[[nn.Module, Tensors], Tensor]
 
@@ -54,6 +55,7 @@ class Plain:
             return self._score(self.model, tensors)
         finally:
             self.model.train()
+            free_gathered(self.model)
 
     def copies(self) -> list[nn.Parameter]:
         return []

@@ -130,6 +130,9 @@ def check_cuda_graphs(job: JobConfig) -> None:
         # A schedule's sends and receives have not been shown to be exact inside a graph.
         pp = job.parallelism.pipeline_parallel_degree
         require(pp == 1, f"{needs} parallelism.pipeline_parallel_degree = 1, not {pp}")
+        # No GPU has shown that the last group, gathered anew when backward begins, is captured right.
+        policy = job.parallelism.fsdp_reshard_after_forward
+        require(policy != "always", f"{needs} parallelism.fsdp_reshard_after_forward = default or never, not {policy}")
         require(not job.training.enable_cpu_offload, f"{needs} training.enable_cpu_offload off: a graph cannot wait for the host")
 
 

@@ -61,6 +61,17 @@ def shard_blocks(blocks: Iterable[nn.Module], mesh: DeviceMesh, sharding: Shardi
         shard(block, mesh, sharding)
 
 
+def free_gathered(root: nn.Module) -> None:
+    """Keep the shards alone. After a backward that is so; a forward without one leaves whatever waits for its backward gathered.
+
+    A later forward would then compute with parameters of before the optimizer's step where it is replayed (CUDA graphs), and
+    the optimizer state could not be read under its names.
+    """
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def sum_gradients(root: nn.Module) -> None:
     """Add gradients over ranks. The factor alone would ask gloo for PREMUL_SUM, which it has not."""
     for module in root.modules():

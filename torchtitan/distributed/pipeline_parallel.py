@@ -13,11 +13,11 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
 from torch.distributed.tensor import DTensor
 
+from torchtitan.distributed.fsdp import free_gathered
 from torchtitan.distributed.mesh import Mesh
 from torchtitan.distributed.stages import Split, rank_of_stage, stages_of_rank
 
@@ -94,7 +94,7 @@ class Pipeline:
         passed = [self._pass({name: chunks[i] for name, chunks in split.items()}) for i in range(self._microbatches)]
         for part in self.parts:
             part.train()
-            _free_gathered(part)
+            free_gathered(part)
         scores = torch.cat(passed) if self._has_last else torch.empty(*tensors["labels"].shape, 2, device=self.mesh.device)
         dist.broadcast(scores, group=self._group, group_src=self._owners[-1])
         return self._whole_slots(scores, tensors)
@@ -153,9 +153,3 @@ class Pipeline:
 def _local_grad(parameter: nn.Parameter) -> Tensor:
     assert parameter.grad is not None
     return parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
-
-
-def _free_gathered(part: nn.Module) -> None:
-    for module in part.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
