@@ -131,3 +131,31 @@ def test_a_vocabulary_split_over_ranks_gives_the_same(tmp_path):
         assert (scores[rank] - token_scores(h, weight, labels, 8)).abs().max() < 1e-5
     assert (sum(bodies) - h.grad).abs().max() < 1e-6  # each rank has its part of a sum
     assert (torch.cat(heads) - weight.grad).abs().max() < 1e-6
+
+
+def tied_problem() -> tuple[torch.Tensor, ...]:
+    """Each token's highest logit is that of two to four words, at least one of them in each half of the vocabulary."""
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(V, D, generator=generator)
+    copies = [3, 30, 40, 69]
+    weight[copies] = 4 * weight[3]
+    weight[[7, 50]] = 4 * weight[7]
+    h = weight[torch.tensor([3, 7] * 20)] + 0.01 * torch.randn(40, D, generator=generator)
+    labels = torch.tensor([*copies, 7, 50] * 7)[:40]
+    return h, weight, labels
+
+
+def _tied_on_rank(rank: int) -> torch.Tensor:
+    h, weight, labels = tied_problem()
+    return token_scores(h, weight.chunk(2)[rank], labels, 8, dist.group.WORLD)
+
+
+def test_of_equally_likely_tokens_only_the_first_is_right(tmp_path):
+    h, weight, labels = tied_problem()
+    logits = h @ weight.T
+    tied = logits.gather(-1, labels[:, None])[:, 0] == logits.amax(-1)
+    expected = logits.argmax(-1) == labels
+    assert 0 < expected.sum() < tied.sum(), "some labels tie for the first place and do not come first"
+    assert torch.equal(token_scores(h, weight, labels, 8)[:, 1] == 1, expected)
+    for scores in on_two_ranks(_tied_on_rank, tmp_path):
+        assert torch.equal(scores[:, 1] == 1, expected)

@@ -15,18 +15,19 @@ IGNORE = -100
 
 
 class _Chunk:
-    """Log-sum-exp and label logit of one chunk over the whole vocabulary."""
+    """Log-sum-exp and label logit of one chunk over the whole vocabulary; `ranked`: the most likely token too."""
 
-    def __init__(self, h_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, group: dist.ProcessGroup | None):
+    def __init__(self, h_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, group: dist.ProcessGroup | None, ranked: bool = False):
         self.group = group
         self.logits_TV = (h_TD @ weight_VD.T).float()
-        self.valid_T = labels_T != IGNORE
+        self.labels_T, self.valid_T = labels_T, labels_T != IGNORE
         first = dist.get_rank(group) * weight_VD.shape[0] if group else 0
         # A label of another rank's columns, or none, must not index out of range: it reads column 0 and is masked.
         local_T = labels_T - first
         self.here_T = self.valid_T & (local_T >= 0) & (local_T < weight_VD.shape[0])
         self.column_T1 = local_T.where(self.here_T, 0)[:, None]
         self.highest_T = self._reduce(self.logits_TV.amax(-1), dist.ReduceOp.MAX)
+        self.best_T = self._first_highest(first) if ranked else None
         # In place: a second copy of the logits is what this file exists to avoid.
         label_T = self.logits_TV.gather(-1, self.column_T1)[:, 0]
         self.label_T = self._reduce(label_T.where(self.here_T, 0.0))
@@ -38,12 +39,19 @@ class _Chunk:
             dist.all_reduce(x, op, self.group)
         return x
 
+    def _first_highest(self, first: int) -> Tensor:
+        """Which token has the highest logit, the first of them where several have: one choice on all ranks, as argmax makes it."""
+        own_T, column_T = self.logits_TV.max(-1)
+        nobody = torch.iinfo(column_T.dtype).max
+        return self._reduce((column_T + first).where(own_T == self.highest_T, nobody), dist.ReduceOp.MIN)
+
     def nll_T(self) -> Tensor:
         return (self.highest_T + self.sum_T.log() - self.label_T).where(self.valid_T, 0.0)
 
     def correct_T(self) -> Tensor:
-        """The label is the most likely token: its logit equals the highest."""
-        return self.valid_T & (self.label_T == self.highest_T)
+        """The label is the most likely token. In bfloat16 several often tie; greedy decoding would write the first of them."""
+        assert self.best_T is not None
+        return self.valid_T & (self.labels_T == self.best_T)
 
     def dlogits_TV(self) -> Tensor:
         """Softmax minus one-hot, in place of the exponentials; zero where no loss is due."""
@@ -91,10 +99,11 @@ def cross_entropy_sum(h_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, chunk: 
 
 @torch.no_grad()
 def token_scores(h_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, chunk: int, group: dist.ProcessGroup | None = None) -> Tensor:
-    """float32 [T, 2]: negative log-likelihood of each label and whether it is the most likely token; 0 where there is none."""
+    """float32 [T, 2]: negative log-likelihood of each label and whether it is the most likely token (the first of
+    several that are equally likely, as argmax gives it); 0 where there is none."""
     scores = []
     for start in range(0, h_TD.shape[0], chunk):
-        piece = _Chunk(h_TD[start : start + chunk], weight_VD, labels_T[start : start + chunk], group)
+        piece = _Chunk(h_TD[start : start + chunk], weight_VD, labels_T[start : start + chunk], group, ranked=True)
         scores.append(torch.stack((piece.nll_T(), piece.correct_T().float()), -1))
     return torch.cat(scores)
 
