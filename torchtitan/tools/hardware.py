@@ -1,38 +1,63 @@
 """What this rank runs on: peak FLOPS for mfu, and memory in use."""
 
+import re
 import resource
 import sys
 
 import torch
 
-# Dense bfloat16 FLOPS, from the makers' data sheets. The first name that the device's own name contains counts.
+# Dense bfloat16 FLOPS, from the makers' data sheets, by what is left of a device's name without the words of NOT_TOLD.
+# What is not here is not known: another card of a similar name may be half as fast.
 PEAK_FLOPS = {
-    "H100 NVL": 835e12,
-    "H100 PCIe": 756e12,
+    "A10": 125e12,
+    "A10G": 70e12,
+    "A30": 165e12,
+    "A40": 149.7e12,
+    "A100": 312e12,
+    "A100 PCIE": 312e12,
+    "A800": 312e12,
+    "A800 PCIE": 312e12,
+    "H20": 148e12,
     "H100": 989e12,
+    "H100 PCIE": 756e12,
+    "H100 NVL": 835e12,
+    "H800": 989e12,
     "H200": 989e12,
+    "H200 NVL": 835e12,
     "GH200": 989e12,
     "B200": 2250e12,
     "B300": 2250e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "A10G": 70e12,
-    "L40S": 362e12,
+    "GB200": 2500e12,
+    "GB300": 2500e12,
     "L4": 121e12,
+    "L40": 181e12,
+    "L40S": 362e12,
+    "RTX 3090": 71e12,
     "RTX 4090": 165e12,
+    "RTX 5090": 209.5e12,
+    "RTX A6000": 154.8e12,
+    "RTX 6000 ADA GENERATION": 364e12,
+    "MI210": 181e12,
+    "MI250": 181e12,  # one of its two dies is one device; the same for MI250X
+    "MI250X": 191.5e12,
+    "MI300A": 980.6e12,
     "MI300X": 1307e12,
     "MI325X": 1307e12,
-    "MI250X": 191.5e12,  # one of its two dies is one device
 }
+# The maker, the series, the socket and the memory: they change no FLOPS.
+NOT_TOLD = re.compile(r"NVIDIA|AMD|INSTINCT|GEFORCE|OAM|SXM\d?|HBM\d?E?|\d+GB?")
 GIB = 1024**3
 
 
 def peak_flops(device: torch.device) -> float | None:
     """None where it is not known (a CPU, a GPU that is not in the table)."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for known, peak in PEAK_FLOPS.items() if known in name), None)
+    return peak_flops_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def peak_flops_of(name: str) -> float | None:
+    """`name`: as the driver gives it. None for one that is not in the table, and for a slice of a GPU (MIG)."""
+    words = [word for word in re.split(r"[\s-]+", name.upper()) if not NOT_TOLD.fullmatch(word)]
+    return PEAK_FLOPS.get(" ".join(words))
 
 
 def peak_memory_gib(device: torch.device) -> float:
