@@ -14,7 +14,7 @@ from torch import nn
 from torchtitan.components.checkpoint import Checkpointer, find, read_record
 from torchtitan.components.forward_backward import ForwardBackward, Plain
 from torchtitan.components.loader import Batch, Loader, Tensors, to_device
-from torchtitan.components.lr_scheduler import Schedule
+from torchtitan.components.lr_scheduler import Schedule, fit_warmup
 from torchtitan.components.metrics import Meter, Reporter
 from torchtitan.components.optimizer import Optimizers
 from torchtitan.components.train_state import TrainState
@@ -57,6 +57,7 @@ def build(job: JobConfig, spec: TrainSpec, device: torch.device) -> Run:
     folder, world_size = Path(job.job.dump_folder), dist.get_world_size()
     seed_generators(job)
     settle_global_batch(job)
+    fit_warmup(job.lr_scheduler, job.training.steps)
     sizes = resolve_batch(job, world_size)
     mesh = build_mesh(degrees(job.parallelism, world_size), device)
     tokenizer = spec.load_tokenizer(job)

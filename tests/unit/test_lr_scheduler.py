@@ -1,10 +1,11 @@
 """Learning rates against their closed form."""
 
+import logging
 import math
 
 import pytest
 
-from torchtitan.components.lr_scheduler import lr_factor
+from torchtitan.components.lr_scheduler import fit_warmup, lr_factor
 from torchtitan.config.job import LRScheduler
 
 
@@ -16,12 +17,18 @@ def test_warm_up_is_linear_and_reaches_the_peak():
     assert factors(100, warmup_steps=10)[:10] == pytest.approx([i / 10 for i in range(1, 11)])
 
 
-def test_warm_up_is_cut_to_a_fifth_of_a_short_run():
-    assert factors(30, warmup_steps=200)[:6] == pytest.approx([i / 6 for i in range(1, 7)])
+def test_warm_up_may_take_every_step():
+    assert factors(10, warmup_steps=10) == pytest.approx([i / 10 for i in range(1, 11)])
 
 
-def test_a_run_of_a_few_steps_has_no_warm_up():
-    assert factors(3, warmup_steps=200)[0] > 0.7
+def test_warm_up_is_cut_only_where_it_exceeds_the_steps_and_that_is_told(caplog):
+    options = LRScheduler(warmup_steps=30)
+    with caplog.at_level(logging.INFO, logger="torchtitan"):
+        fit_warmup(options, 30)
+        assert options.warmup_steps == 30 and not caplog.messages
+        fit_warmup(options, 29)
+    assert options.warmup_steps == 29
+    assert len(caplog.messages) == 1 and "lr_scheduler.warmup_steps = 30 is more than training.steps = 29" in caplog.text
 
 
 def test_stable_part_keeps_the_peak_until_the_decay():

@@ -12,6 +12,7 @@ import math
 
 from torchtitan.components.optimizer import Optimizers
 from torchtitan.config.job import LRScheduler
+from torchtitan.tools.logging import warn_once
 
 SHAPES = {  # what is left of the learning rate after a share `x` of the decay
     "linear": lambda x: 1 - x,
@@ -23,10 +24,10 @@ SHAPES = {  # what is left of the learning rate after a share `x` of the decay
 def lr_factor(step: int, steps: int, options: LRScheduler) -> float:
     """Share of the peak learning rate in step 1 .. `steps`.
 
-    Warm-up is cut to a fifth of the steps, so that a short run sees its peak. The decay ends one step after the last,
-    so that no step is taken in vain at a learning rate of zero.
+    The decay ends one step after the last, so that no step is taken in vain at a learning rate of zero.
     """
-    warmup = min(options.warmup_steps, steps // 5)
+    warmup = options.warmup_steps
+    assert warmup <= steps, "fit_warmup has cut it"
     decay = steps - warmup if options.decay_ratio is None else min(round(steps * options.decay_ratio), steps - warmup)
     if step <= warmup:
         return step / warmup
@@ -35,6 +36,16 @@ def lr_factor(step: int, steps: int, options: LRScheduler) -> float:
         return 1.0
     left = SHAPES[options.decay_type](min(1.0, into_decay / (decay + 1)))
     return options.min_lr_factor + (1 - options.min_lr_factor) * left
+
+
+def fit_warmup(options: LRScheduler, steps: int) -> None:
+    """Cut a warm-up that would not end in this run, and say so. The peak is then that of the last step."""
+    if options.warmup_steps > steps:
+        warn_once(
+            f"lr_scheduler.warmup_steps = {options.warmup_steps} is more than training.steps = {steps}: cut to {steps}, so that the "
+            f"peak learning rate comes with the last step; ask for fewer to train at it"
+        )
+        options.warmup_steps = steps
 
 
 class Schedule:

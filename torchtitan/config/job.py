@@ -60,8 +60,8 @@ class Optimizer:
 
 @dataclass
 class LRScheduler:
-    warmup_steps: int = 200  # optimizer steps of linear warm-up; cut to a fifth of training.steps where that is less
-    decay_ratio: float | None = None  # share of the steps spent in decay; unset: all after warm-up
+    warmup_steps: int = 200  # optimizer steps of linear warm-up; cut, and told, where training.steps is less
+    decay_ratio: float | None = None  # share of the steps spent in decay, of those after warm-up at most; unset: all of them
     decay_type: Literal["linear", "sqrt", "cosine"] = "linear"  # shape of the decay
     min_lr_factor: float = 0.0  # the learning rate ends at this share of its peak
 

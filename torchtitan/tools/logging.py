@@ -28,6 +28,12 @@ def log_ranks(world_size: int) -> set[int]:
     return {rank for rank in named if rank < world_size} or {0}
 
 
+def warn_once(message: str) -> None:
+    """What every rank knows alike, told by those that LOG_RANK names alone."""
+    if logger.isEnabledFor(logging.INFO):
+        logger.warning(message)
+
+
 def init_logger() -> None:
     """Print to stdout, however often it is called. `python -m experiments` calls it first."""
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
