@@ -1,4 +1,4 @@
-"""What a job needs on each rank, told without running it: memory at the peak, FLOPs, traffic. Imports no torch.
+"""What a job needs on each rank, told without running it: memory at the peak, FLOPs, traffic.
 
 What each tower keeps: the decoder's in torchtitan/models/decoder/footprint.py, the encoder's here. FLOPs are those of full slots,
 with one document a slot and images as large as allowed: the most a step can cost.
@@ -8,19 +8,23 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
+
+import torch
 
 from experiments.vlm.check import check_encoder
 from experiments.vlm.config import VLMJobConfig
+from experiments.vlm.flops import Work, flops_of_work
 from experiments.vlm.model.flavors import FLAVORS, VLMConfig
 from experiments.vlm.model.sizes import encoder_layer_parameters, patch_embedding_parameters, projector_parameters
+from experiments.vlm.model.vlm import VLM
 from experiments.vlm.sharing import rows_a_forward, sharers
 from experiments.vlm.stages import split_layers
 from torchtitan.config.check import check_pipeline, check_sequence
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.layout import BatchSizes, Degrees, resolve_batch
 from torchtitan.distributed.estimate import FLOAT32, Memory, Storage, Unit, factorisations, in_flight, peak_memory, traffic
-from torchtitan.distributed.stages import stages_of_rank
+from torchtitan.distributed.stages import Split, stages_of_rank
 from torchtitan.models.decoder import footprint
 from torchtitan.models.decoder.check import check_decoder
 from torchtitan.models.decoder.footprint import Share
@@ -35,7 +39,7 @@ class Estimate:
     batch: BatchSizes
     memory: Memory  # of the rank of a pipeline that needs most
     rank: int  # which, along pp
-    flops: float  # of a step, all ranks together, forward and backward
+    flops: int  # of a step, all ranks together, forward and backward
     sent: dict[str, float]  # bytes that rank sends in a step, by collective
     notes: tuple[str, ...]  # where the batch was changed to fit the layout
 
@@ -71,10 +75,22 @@ def estimate(job: VLMJobConfig, sizes: Degrees, vocab_size: int, on_gpu: bool = 
     check_encoder(job, config.encoder, sizes)
     check_decoder(config.decoder, job, sizes)
     batch = resolve_batch(job, sizes.dp * sizes.cp * sizes.tp * sizes.pp)
-    ranks = [_of_rank(job, sizes, batch, config, vocab_size, on_gpu, rank) for rank in range(sizes.pp)]
+    model = model_of(config, vocab_size, job.data.spatial_merge_size, tuple(job.training.freeze))
+    split = split_layers(model, job, sizes) if sizes.pp > 1 else Split(config.decoder.layers, ())
+    ranks = [_of_rank(job, sizes, batch, config, vocab_size, on_gpu, split, rank) for rank in range(sizes.pp)]
     worst = max(range(sizes.pp), key=lambda rank: ranks[rank][0].total)
     memory, sent = ranks[worst]
-    return Estimate(sizes, batch, memory, worst, flops_of_step(job, batch, config, vocab_size), sent, notes)
+    return Estimate(sizes, batch, memory, worst, flops_of_step(job, batch, model), sent, notes)
+
+
+@lru_cache(maxsize=8)
+def model_of(config: VLMConfig, vocab_size: int, merge_size: int, frozen: tuple[str, ...]) -> VLM:
+    """The whole model, on the meta device."""
+    with torch.device("meta"):
+        model = VLM(config, vocab_size, merge_size, "sdpa", loss_chunk=1)
+    for part in frozen:
+        model.get_submodule(part).requires_grad_(False)
+    return model
 
 
 def estimates(job: VLMJobConfig, world_size: int, vocab_size: int, most: Degrees) -> Iterator[Estimate]:
@@ -120,19 +136,17 @@ def slots_for_stages(job: VLMJobConfig, pp: int) -> int:
 
 
 def _of_rank(
-    job: VLMJobConfig, sizes: Degrees, batch: BatchSizes, config: VLMConfig, vocab_size: int, on_gpu: bool, rank: int
+    job: VLMJobConfig, sizes: Degrees, batch: BatchSizes, config: VLMConfig, vocab_size: int, on_gpu: bool, split: Split, rank: int
 ) -> tuple[Memory, dict[str, float]]:
-    p = job.parallelism
-    split = split_layers(config, vocab_size, job, sizes) if sizes.pp > 1 else None
-    stages = stages_of_rank(p.pipeline_parallel_schedule, rank, sizes.pp, split.stages) if split else [0]
-    count = split.stages if split else 1
+    p, count = job.parallelism, split.stages
+    stages = stages_of_rank(p.pipeline_parallel_schedule, rank, sizes.pp, count) if sizes.pp > 1 else [0]
     slots = p.pipeline_parallel_microbatch_size if sizes.pp > 1 else batch.local
     e = BYTES[job.training.mixed_precision_param]
     trains = "decoder" not in job.training.freeze
     share = Share(slots, job.training.seq_len, sizes.cp, sizes.tp, p.context_parallel_method, e, on_gpu, trains)
     parts: list[list[Unit]] = []
     for stage in stages:
-        layers = len(split.of(stage)) if split else config.decoder.layers
+        layers = len(split.of(stage))
         first, last = stage == 0, stage == count - 1
         vision = vision_units(job, sizes, config) if first else []
         parts.append(vision + decoder_units(job, sizes, config, vocab_size, share, layers, first, last))
@@ -290,21 +304,8 @@ def encoder_layer_kept(config: VLMConfig, patches: Patches) -> float:
     return patches.bytes * p * (4 * c.dim + (4 * c.dim + 2 * c.mlp_dim) / patches.tp) + lse
 
 
-def flops_of_step(job: VLMJobConfig, batch: BatchSizes, config: VLMConfig, vocab_size: int) -> float:
-    """Formula and passes as in torchtitan/components/flops.py."""
-    d, frozen, length = job.data, job.training.freeze, job.training.seq_len
-    e, c = config.encoder, config.decoder
+def flops_of_step(job: VLMJobConfig, batch: BatchSizes, model: VLM) -> int:
+    """With every slot full, of one document and of images as large as allowed."""
+    d, length = job.data, job.training.seq_len
     patches, tokens = batch.global_ * d.patch_rows * d.patches_per_row, batch.global_ * length
-    encoder = 1 if "encoder" in frozen else 3
-    projector = 1 + ("projector" not in frozen) + ("encoder" not in frozen)
-    decoder = 2 if "decoder" in frozen else 3
-    vision: float = e.layers * (4 * e.dim**2 + 2 * e.dim * e.mlp_dim) * 2 * patches * encoder
-    vision += 2 * 3 * e.patch_size**2 * e.dim * patches * min(encoder, 2)
-    vision += 4 * e.dim * e.layers * patches * d.max_patches_per_image * encoder
-    merged = d.spatial_merge_size**2
-    matrices = config.projector.hidden_dim * (e.dim * merged + c.dim)
-    width, kv_width = c.heads * c.head_dim, c.kv_heads * c.head_dim
-    layer = 2 * c.dim * (width + kv_width) + 3 * c.dim * c.mlp_dim
-    language: float = 2 * tokens * decoder * (c.layers * layer + c.dim * vocab_size)
-    language += 4 * width * c.layers * tokens * (length + 1) / 2 * 3
-    return vision + 2 * matrices * patches / merged * projector + language
+    return flops_of_work(model)(Work(patches, tokens, patches * d.max_patches_per_image, tokens * (length + 1) // 2))

@@ -1,14 +1,26 @@
-"""Useful FLOPs of a batch: the encoder on its patches, the projector on visual tokens, the decoder on its tokens (formula:
-torchtitan/components/flops.py)."""
+"""Useful FLOPs: the encoder on patches, the projector on visual tokens, the decoder on tokens.
+
+Formula: torchtitan/components/flops.py.
+"""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from experiments.vlm.batch import Batch
-from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.model.vlm import VLM
-from torchtitan.components.flops import Backward, attention_flops, causal_pairs, matrix_parameters, product_flops, segment_pairs
+from torchtitan.components.flops import attention_passes, causal_pairs, product_flops, segment_pairs, total_of
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a model has to do: rows of its matrices, and pairs that attend to each other."""
+
+    patches: int
+    tokens: int
+    image_pairs: int  # of patches of one image
+    causal_pairs: int  # of tokens of one document
 
 
 def image_pairs(grid_thw_NL3: Tensor) -> int:
@@ -17,32 +29,29 @@ def image_pairs(grid_thw_NL3: Tensor) -> int:
     return segment_pairs((h == 0) & (w == 0))
 
 
-def count_flops(job: VLMJobConfig, model: VLM) -> Callable[[Batch], int]:
-    """`model` may be on the meta device, and must be whole. Frozen parts need no gradients of their weights."""
+def flops_of_work(model: VLM) -> Callable[[Work], int]:
+    """`model` may be on the meta device, and must be whole. What is frozen is read from its parameters."""
     assert model.encoder is not None and model.projector is not None
-    config, frozen = model.config, set(job.training.freeze)
-    trains = {part: part not in frozen for part in ("encoder", "projector", "decoder")}
-    encoder = Backward(weights=trains["encoder"], inputs=trains["encoder"])
-    embedding = Backward(weights=trains["encoder"], inputs=False)  # nobody asks for the gradient of pixels
-    # Its norm trains and lies before both its matrices.
-    projector = Backward(trains["projector"], inputs=trains["projector"] or trains["encoder"])
-    # The token embeddings train with the decoder, and lie before all its layers.
-    decoder = Backward(trains["decoder"], inputs=any(trains.values()))
-    embedding_size = matrix_parameters(model.encoder.embedding)
-    encoder_size = matrix_parameters(model.encoder) - embedding_size
-    projector_size, decoder_size = matrix_parameters(model.projector), matrix_parameters(model.decoder)
-    merged = job.data.spatial_merge_size**2
+    products, passes, decoder = product_flops(model), attention_passes(model), model.config.decoder
+    a_patch, a_token = total_of("encoder", products), total_of("decoder", products)
+    a_visual_token, merged = total_of("projector", products), model.projector.merged
+    an_image_pair = 4 * model.config.encoder.dim * total_of("encoder", passes)
+    a_causal_pair = 4 * decoder.heads * decoder.head_dim * total_of("decoder", passes)
+
+    def of_work(work: Work) -> int:
+        rows = a_patch * work.patches + a_visual_token * (work.patches // merged) + a_token * work.tokens
+        return rows + an_image_pair * work.image_pairs + a_causal_pair * work.causal_pairs
+
+    return of_work
+
+
+def count_flops(model: VLM) -> Callable[[Batch], int]:
+    """Of a batch, without its padding."""
+    flops = flops_of_work(model)
 
     def of_batch(batch: Batch) -> int:
-        tensors, tokens, patches = batch.tensors, batch.counts["tokens"], batch.counts["patches"]
+        tensors, counts = batch.tensors, batch.counts
         causal = causal_pairs(tensors["positions"], tensors["document_ids"])
-        return (
-            product_flops(embedding_size, patches, embedding)
-            + product_flops(encoder_size, patches, encoder)
-            + attention_flops(config.encoder.dim, config.encoder.layers, image_pairs(tensors["grid_thw"]), encoder)
-            + product_flops(projector_size, patches // merged, projector)
-            + product_flops(decoder_size, tokens, decoder)
-            + attention_flops(config.decoder.heads * config.decoder.head_dim, config.decoder.layers, causal, decoder)
-        )
+        return flops(Work(counts["patches"], counts["tokens"], image_pairs(tensors["grid_thw"]), causal))
 
     return of_batch

@@ -42,8 +42,7 @@ def cut(model: VLM, stage: int, split: Split) -> VLM:
 
 def pipeline_vlm(model: VLM, mesh: Mesh, job: VLMJobConfig) -> Pipeline:
     p, sizes = job.parallelism, mesh.degrees
-    assert model.decoder.output is not None
-    split = split_layers(model.config, model.decoder.output.weight.shape[0], job, sizes)
+    split = split_layers(model, job, sizes)
     parts: list[nn.Module] = []
     for stage in stages_of_rank(p.pipeline_parallel_schedule, mesh.rank("pp"), sizes.pp, split.stages):
         part = cut(model, stage, split)

@@ -1,44 +1,47 @@
-"""How the layers of a VLM lie on the stages of a pipeline. Imports no torch."""
+"""How the layers of a VLM lie on the stages of a pipeline."""
 
 from experiments.vlm.config import VLMJobConfig
-from experiments.vlm.model.flavors import VLMConfig
-from experiments.vlm.model.sizes import encoder_parameters, projector_parameters
+from experiments.vlm.model.vlm import VLM
 from experiments.vlm.sharing import rows_a_forward, sharers
+from torchtitan.components.flops import forward_flops, product_flops, total_of
 from torchtitan.config.layout import Degrees
 from torchtitan.distributed.stages import Split, number_of_stages, split_evenly
-from torchtitan.models.decoder.sizes import layer_parameters
 
 
-def split_layers(config: VLMConfig, vocab_size: int, job: VLMJobConfig, sizes: Degrees) -> Split:
-    """By parallelism.pipeline_parallel_split_points, else so that no stage takes longer than it must."""
-    p, layers = job.parallelism, config.decoder.layers
+def split_layers(model: VLM, job: VLMJobConfig, sizes: Degrees) -> Split:
+    """By parallelism.pipeline_parallel_split_points, else so that no stage takes longer than it must.
+
+    `model` is whole, on any device, and frozen where the job freezes it.
+    """
+    p, layers = job.parallelism, model.config.decoder.layers
     if p.pipeline_parallel_split_points:
         return Split(layers, tuple(p.pipeline_parallel_split_points))
     stages = number_of_stages(p.pipeline_parallel_schedule, sizes.pp)
-    layer, first, last = stage_costs(config, vocab_size, job, sizes)
+    layer, first, last = stage_costs(model, job, sizes)
     return Split(layers, tuple(split_evenly([layer] * layers, first, last, stages, p.pipeline_parallel_encoder_stage)))
 
 
-def stage_costs(config: VLMConfig, vocab_size: int, job: VLMJobConfig, sizes: Degrees) -> tuple[float, float, float]:
+def stage_costs(model: VLM, job: VLMJobConfig, sizes: Degrees) -> tuple[float, float, float]:
     """FLOPs of a rank for one microbatch: of a decoder layer, of what stage 0 does before its layers, of the output layer.
 
-    2 a parameter and row, times the passes: 1 forward, one more where checkpointing computes it again, 2 backward (none through a
-    frozen encoder, 1 through a frozen decoder). Attention is left out: what documents and
-    images look like is not known here, and it is small beside the products.
+    Those of every matrix (torchtitan/components/flops.py), and those that checkpointing computes again. Attention is left
+    out: what documents and images look like is not known here, and it is small beside the products.
     """
-    p, frozen, ac = job.parallelism, job.training.freeze, job.activation_checkpoint
-    tokens = p.pipeline_parallel_microbatch_size * job.training.seq_len / (sizes.cp * sizes.tp)
+    assert model.projector is not None
+    forward, products, ac = forward_flops(model), product_flops(model), job.activation_checkpoint
+    tokens = job.parallelism.pipeline_parallel_microbatch_size * job.training.seq_len / (sizes.cp * sizes.tp)
     patches = rows_a_forward(job, sizes) * job.data.patches_per_row / sharers(job, sizes)
-    if p.encoder_tensor_parallel:
+    if job.parallelism.encoder_tensor_parallel:
         patches /= sizes.tp
-    passes = 2 if "decoder" in frozen else 3
-    encoder_passes = 1 if "encoder" in frozen else 3 + computed_again(ac.encoder_mode, ac.selective_ac_option)
-    encoder = encoder_passes * encoder_parameters(config.encoder)
-    merged = job.data.spatial_merge_size**2
-    projector = 3 * projector_parameters(config.projector, config.encoder.dim, job.data.spatial_merge_size, config.decoder.dim) / merged
-    layer = 2 * (passes + computed_again(ac.mode, ac.selective_ac_option)) * tokens * layer_parameters(config.decoder)
-    output = 2 * passes * tokens * config.decoder.dim * vocab_size
-    return layer, 2 * patches * (encoder + projector), output
+
+    def cost(part: str, mode: str = "none") -> float:
+        once, passes = total_of(part, forward), total_of(part, products)
+        # What has no backward computes nothing again.
+        return passes + (passes > once) * computed_again(mode, ac.selective_ac_option) * once
+
+    encoder = cost("encoder.embedding") + cost("encoder.layers", ac.encoder_mode)
+    visual = cost("projector") / model.projector.merged
+    return tokens * cost("decoder.layers.0", ac.mode), patches * (encoder + visual), tokens * cost("decoder.output")
 
 
 def computed_again(mode: str, option: str) -> float:

@@ -1,17 +1,27 @@
 """FLOPs against PyTorch's counter, on rows without padding."""
 
+from itertools import combinations
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from experiments.vlm.batch import Batch
-from experiments.vlm.flops import count_flops, image_pairs
+from experiments.vlm.flops import Work, count_flops, flops_of_work, image_pairs
+from experiments.vlm.model.flavors import ProjectorConfig, VLMConfig
+from experiments.vlm.model.vlm import VLM
+from experiments.vlm.spec import PARTS
+from experiments.vlm.stages import stage_costs
 from tests.reference.batches import Sizes, build_batch, draw_picture, words
+from tests.reference.fake_run import SIZES as SIZES_OF_JOB
 from tests.reference.fake_run import fake_job
-from tests.reference.models import small_vlm
+from tests.reference.models import ENCODER, LLAMA, QWEN2, small_vlm
 from torchtitan.components.flops import causal_pairs, segment_pairs
+from torchtitan.config.layout import Degrees
+from torchtitan.models.decoder.flavors import DecoderConfig
 
 SIZES = Sizes(seq_len=32, patches_per_row=48)
+FREEZES = [frozen for count in range(len(PARTS)) for frozen in combinations(PARTS, count)]
 
 
 def full_batch() -> Batch:
@@ -23,15 +33,21 @@ def full_batch() -> Batch:
     return Batch(tensors, {"tokens": 64, "patches": 96}, [])
 
 
-@pytest.mark.parametrize("freeze", [[], ["encoder"], ["encoder", "decoder"]])
-def test_flops_equal_those_that_pytorch_counts(freeze):
-    job, model, batch = fake_job("unused"), small_vlm(), full_batch()
-    job.training.freeze = freeze
+def frozen_model(freeze: tuple[str, ...], norm: bool = True, decoder: DecoderConfig = LLAMA) -> VLM:
+    """`norm`: of the projector, before its matrices."""
+    model = VLM(VLMConfig(ENCODER, ProjectorConfig(56, norm), decoder), decoder.vocab_size, 2, "sdpa", 16)
     for part in freeze:
         model.get_submodule(part).requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize(("norm", "decoder"), [(True, LLAMA), (False, QWEN2)], ids=["norm, untied", "no norm, tied"])
+@pytest.mark.parametrize("freeze", FREEZES)
+def test_flops_equal_those_that_pytorch_counts(freeze, norm, decoder):
+    model, batch = frozen_model(freeze, norm, decoder), full_batch()
     with FlopCounterMode(display=False) as counter:
         model(**batch.tensors).sum().backward()
-    config, trained = model.config, not freeze
+    config, trained = model.config, "encoder" not in freeze
     # The counter also sees what is not useful work. The resized position table is a product, once or twice:
     table = 2 * 96 * config.encoder.position_grid**2 * config.encoder.dim * (2 if trained else 1)
     # a causal call is counted with its upper triangle, and attention's backward computes the scores again (5 products for 4):
@@ -41,16 +57,25 @@ def test_flops_equal_those_that_pytorch_counts(freeze):
     images = 4 * config.encoder.dim * config.encoder.layers * sum(n * n for n in (32, 16)) * 2
     again = causal * whole // 2 + (images // 2 if trained else 0)
     extra = table + causal * (whole - allowed) * 3 + again
-    assert counter.get_total_flops() - extra == count_flops(job, model)(batch)
+    assert counter.get_total_flops() - extra == count_flops(model)(batch)
+
+
+@pytest.mark.parametrize("freeze", FREEZES)
+def test_the_split_of_a_pipeline_counts_the_same_products(freeze):
+    job, model = fake_job("unused"), frozen_model(freeze)
+    job.activation_checkpoint.mode = job.activation_checkpoint.encoder_mode = "none"
+    layer, first, last = stage_costs(model, job, Degrees(1, 1, 1, 1, 2))
+    products = Work(SIZES_OF_JOB.patches_per_row, SIZES_OF_JOB.seq_len, image_pairs=0, causal_pairs=0)
+    assert first + layer * model.config.decoder.layers + last == flops_of_work(model)(products)
 
 
 def test_padding_is_no_useful_work():
-    job, model, batch = fake_job("unused"), small_vlm(), full_batch()
+    model, batch = small_vlm(), full_batch()
     wider = Sizes(seq_len=64, patches_per_row=96)
     pictures = [draw_picture(4, 8, 4, 0), draw_picture(4, 4, 4, 1)]
     slots = [[[words(4, 0), pictures[0], words(4, 1)], [words(8, 2), pictures[1], words(4, 3)]] for _ in range(2)]
     padded = Batch(build_batch(slots, wider), batch.counts, [])
-    assert count_flops(job, model)(padded) == count_flops(job, model)(batch)
+    assert count_flops(model)(padded) == count_flops(model)(batch)
 
 
 def test_pairs_of_segments_and_of_causal_documents():

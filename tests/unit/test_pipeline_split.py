@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from experiments.vlm.config import VLMJobConfig
+from experiments.vlm.estimate import model_of
 from experiments.vlm.model.flavors import FLAVORS
 from experiments.vlm.stages import split_layers
 from torchtitan.config.layout import Degrees
@@ -52,20 +53,28 @@ def test_a_split_names_the_layers_of_each_stage():
     assert [list(split.of(stage)) for stage in range(split.stages)] == [[], [0, 1], [2, 3, 4], []]
 
 
-def layers_of_stages(patches_per_row: int, checkpointing: dict[str, str] | None = None, **parallelism) -> list[int]:
+def layers_of_stages(patches_per_row: int, checkpointing: dict[str, str] | None = None, freeze=(), **parallelism) -> list[int]:
     job = VLMJobConfig()
     job.data.patches_per_row = patches_per_row
     for name, value in (checkpointing or {}).items():
         setattr(job.activation_checkpoint, name, value)
     for name, value in parallelism.items():
         setattr(job.parallelism, "pipeline_parallel_" + name, value)
-    split = split_layers(FLAVORS["so400m-llama3.1-8B"], 128256, job, Degrees(1, 1, 1, 1, 4))
+    job.training.freeze = list(freeze)
+    model = model_of(FLAVORS["so400m-llama3.1-8B"], 128256, 2, tuple(freeze))
+    split = split_layers(model, job, Degrees(1, 1, 1, 1, 4))
     return [len(split.of(stage)) for stage in range(split.stages)]
 
 
 def test_more_patches_leave_the_first_stage_fewer_layers():
     few, many = layers_of_stages(512), layers_of_stages(8192)
     assert sum(few) == sum(many) == 32 and many[0] < few[0]
+
+
+def test_a_frozen_encoder_leaves_the_first_stage_more_layers():
+    frozen = layers_of_stages(8192, {"encoder_mode": "full"}, freeze=["encoder"])
+    assert frozen[0] > layers_of_stages(8192)[0]
+    assert frozen == layers_of_stages(8192, freeze=["encoder"]), "nothing is computed again"
 
 
 def test_what_backward_computes_again_has_its_cost():

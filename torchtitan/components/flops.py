@@ -1,9 +1,9 @@
 """Useful floating-point operations of training, by the rule of the PaLM paper (Chowdhery et al., 2022, appendix B).
 
 A product with a matrix costs 2 per parameter and row going forward; going backward once more for the gradient of the
-matrix, where it trains, and once for that of its input, where something before it trains. Attention costs 4 per allowed pair
-of query and key and unit of width forward, and twice that backward; what a checkpointed or flash backward computes again
-is not useful. Padding counts nothing, a causal mask counts its triangle, and only products are counted.
+matrix, where it trains, and once for that of its input, where something before it trains. Attention costs 4 per allowed
+pair of query and key and unit of width forward, and twice that backward; what a checkpointed or flash backward computes
+again is not useful. Padding counts nothing, a causal mask counts its triangle, and only products are counted.
 """
 
 from dataclasses import dataclass
@@ -11,10 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from torchtitan.layers.attention import InnerAttention
+
 
 @dataclass(frozen=True)
 class Backward:
-    """Which gradients a piece of the model needs."""
+    """Which gradients a module needs: of its own weights, and of what it is given."""
 
     weights: bool
     inputs: bool
@@ -26,25 +28,49 @@ class Backward:
 
     @property
     def attention(self) -> int:
-        return 3 if self.weights or self.inputs else 1
+        """Passes over the scores, forward included. Backward finds the gradients of q, k and v together."""
+        return 3 if self.inputs else 1
 
 
-def matrix_parameters(module: nn.Module) -> int:
-    """Parameters that multiply every row: embedding tables are looked up, not multiplied."""
-    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+def backward_of(model: nn.Module) -> dict[str, Backward]:
+    """What each module computes in backward, by name: the one rule for what freezing saves.
+
+    A module's input needs a gradient where something trains that was registered before it, so modules must be registered
+    in the order in which they run.
+    """
+    found, trains_before = {}, False
+    for name, module in model.named_modules():
+        trains = any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+        found[name] = Backward(weights=trains, inputs=trains_before)
+        trains_before = trains_before or trains
+    return found
 
 
-def product_flops(parameters: int, rows: int, backward: Backward) -> int:
-    return 2 * parameters * rows * backward.products
+def forward_flops(model: nn.Module) -> dict[str, int]:
+    """Of each matrix, by name, for one row. Embedding tables are looked up, not multiplied."""
+    return {name: 2 * m.weight.numel() for name, m in model.named_modules() if isinstance(m, nn.Linear)}
 
 
-def attention_flops(width: int, layers: int, pairs: int, backward: Backward) -> int:
-    """`width`: heads times size of a head."""
-    return 4 * width * layers * pairs * backward.attention
+def product_flops(model: nn.Module) -> dict[str, int]:
+    """Of each matrix, by name, for one row, forward and backward."""
+    backward = backward_of(model)
+    return {name: flops * backward[name].products for name, flops in forward_flops(model).items()}
+
+
+def attention_passes(model: nn.Module) -> dict[str, int]:
+    """Over the scores of each layer, by the name of its attention, forward included."""
+    backward = backward_of(model)
+    names = [name for name, module in model.named_modules() if isinstance(module, InnerAttention)]
+    return {name: backward[name].attention for name in names}
+
+
+def total_of(part: str, counted: dict[str, int]) -> int:
+    """What was counted in the module `part` and all inside it."""
+    return sum(count for name, count in counted.items() if f"{name}.".startswith(f"{part}."))
 
 
 def causal_pairs(positions_BS: Tensor, document_ids_BS: Tensor) -> int:
-    """Pairs of a query and a key that a causal mask inside each document allows: a token sees itself and those before it."""
+    """Pairs of a query and a key that a causal mask inside each document allows: a token sees itself and those before."""
     return int((positions_BS[document_ids_BS >= 0].long() + 1).sum())
 
 
