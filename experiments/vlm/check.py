@@ -114,11 +114,13 @@ def check_encoder(job: VLMJobConfig, encoder: EncoderConfig, sizes: Degrees) -> 
 def check_sources(job: VLMJobConfig) -> None:
     dataset, path, listed = job.training.dataset, job.training.dataset_path, job.data.sources
     if dataset or path:
-        require(not listed, "training.dataset and data.sources are both given: keep one of them")
+        others = len(listed) > 1 or any(source.format or source.path for source in listed)
+        require(not others, "training.dataset and data.sources are both given: keep one of them")
         require(bool(dataset), f"training.dataset is missing: which format is training.dataset_path = {path}?")
         require(bool(path), f"training.dataset_path is missing: where is training.dataset = {dataset}?")
         check_format(dataset, "training.dataset")
         check_path(path, "training.dataset_path")
+        check_reading(job.training_sources()[0], "data.sources[0]")
     else:
         require(bool(listed), "data.sources is empty: add [[data.sources]] tables, or --training.dataset and --training.dataset_path")
         check_list(listed, "data.sources")
@@ -138,12 +140,16 @@ def check_source(source: Source, key: str) -> None:
     require(bool(source.format), f"{key}.format is missing")
     require(bool(source.path), f"{key}.path is missing")
     check_format(source.format, f"{key}.format")
+    check_reading(source, key)
+    check_path(source.path, f"{key}.path")
+
+
+def check_reading(source: Source, key: str) -> None:
     require(is_allowed(source.weight, "> 0"), f"{key}.weight = {source.weight}: must be > 0")
     require(source.shuffle_buffer >= 1, f"{key}.shuffle_buffer = {source.shuffle_buffer}: must be >= 1")
     template = source.chat_template
     known = template in CHAT_TEMPLATES or os.path.isfile(os.path.expanduser(template))
     require(known, f"{key}.chat_template = {template}: neither a file nor one of {', '.join(CHAT_TEMPLATES)}")
-    check_path(source.path, f"{key}.path")
 
 
 def check_format(name: str, key: str) -> None:

@@ -1,9 +1,13 @@
 """The sections that the vision-language experiment adds to a job: [data], its sources, [validation.sources], [encoder]."""
 
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from torchtitan.config.errors import ConfigError
 from torchtitan.config.job import JobConfig, Validation
+
+FIRST = "data.sources.0."
 
 
 @dataclass
@@ -53,10 +57,37 @@ class VLMJobConfig(JobConfig):
     data: Data = field(default_factory=Data)
     validation: VLMValidation = field(default_factory=VLMValidation)
 
-    def use_single_source(self) -> None:
-        self.data.sources = []
+    def use_single_source(self, given: Collection[str]) -> None:
+        """Keep of [[data.sources]] how it is read alone, in one source. `given`: the options of the command line.
+
+        Raises ConfigError where that is not one thing, or where an option is about a source that is not there any more.
+        """
+        for option in sorted(given):
+            if option.startswith("data.sources.") and not option.startswith(FIRST):
+                raise ConfigError(f"--{option}: training.dataset leaves one source, {FIRST.rstrip('.')}")
+            if option in (FIRST + "format", FIRST + "path"):
+                raise ConfigError(f"--{option}: training.dataset and training.dataset_path say it; keep one of them")
+        if self.data.sources:
+            self.data.sources = [without_place(self.data.sources, given)]
 
     def training_sources(self) -> list[Source]:
-        """What to train on: [[data.sources]], or the single source of training.dataset and training.dataset_path."""
-        single = Source(format=self.training.dataset, path=self.training.dataset_path)
-        return [single] if single.format or single.path else self.data.sources
+        """What to train on: [[data.sources]], or the one that training.dataset and training.dataset_path name."""
+        format, path, listed = self.training.dataset, self.training.dataset_path, self.data.sources
+        return [replace(listed[0] if listed else Source(), format=format, path=path)] if format or path else listed
+
+
+def without_place(listed: list[Source], given: Collection[str]) -> Source:
+    """What the sources agree in, in one without format and path. Raises ConfigError where they do not agree."""
+    one = Source(weight=listed[0].weight)
+    if FIRST + "name" in given:
+        one.name = listed[0].name
+    for field_name in ("shuffle", "shuffle_buffer", "repeat", "chat_template"):
+        values = list(dict.fromkeys(getattr(source, field_name) for source in listed))
+        if len(values) > 1 and FIRST + field_name not in given:
+            raise ConfigError(
+                f"training.dataset takes the place of {len(listed)} sources that differ in {field_name} "
+                f"({', '.join(map(str, values))}): say which holds with --{FIRST}{field_name}"
+                + (f" or --{FIRST}no_{field_name}" if isinstance(values[0], bool) else "")
+            )
+        setattr(one, field_name, values[0])
+    return one

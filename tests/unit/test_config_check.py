@@ -225,6 +225,12 @@ def test_wrong_sources_are_told_by_their_place(tables, key, tmp_path):
     assert key in told(["--job.config_file", str(file)])
 
 
+def test_how_a_single_dataset_is_read_is_checked_too(tmp_path):
+    file = tmp_path / "job.toml"
+    file.write_text('[[data.sources]]\nchat_template = "chatm"')
+    assert "data.sources[0].chat_template = chatm: neither" in told(["--job.config_file", str(file), *DATA])
+
+
 @pytest.mark.parametrize("file", sorted((REPOSITORY / "train_configs").rglob("*.toml")), ids=lambda file: file.stem)
 def test_shipped_configurations_pass_once_their_data_are_there(file, tmp_path):
     """Real data and tokenizers are not in the repository, so the embedded ones stand in for what is not."""

@@ -81,6 +81,42 @@ def test_a_dataset_on_the_command_line_replaces_training_sources_alone(toml):
     assert [source.path for source in job.validation.sources] == ["held out"]
 
 
+SINGLE = ["--training.dataset", "llava", "--training.dataset_path", "x.jsonl"]
+READ = "weight = 2\nshuffle = false\nshuffle_buffer = 8\nrepeat = false\nchat_template = 'llama3'\n"
+AS_READ = {"weight": 2.0, "shuffle": False, "shuffle_buffer": 8, "repeat": False, "chat_template": "llama3"}
+
+
+def test_a_dataset_on_the_command_line_is_read_as_the_source_that_it_replaces(toml):
+    file = toml('[[data.sources]]\nname = "captions"\nformat = "cc12m"\npath = "a"\n' + READ)
+    job = parse([*file, *SINGLE], CLASSES)
+    assert job.training_sources() == [Source(format="llava", path="x.jsonl", **AS_READ)]
+    job = parse(toml(to_toml(job)), CLASSES)
+    assert job.training_sources() == [Source(format="llava", path="x.jsonl", **AS_READ)], "as config.toml tells it"
+
+
+def test_what_the_command_line_says_of_the_first_source_holds_beside_a_dataset(toml):
+    file = toml("[[data.sources]]\npath = 'a'\n" + READ + "[[data.sources]]\npath = 'b'\nchat_template = 'chatml'\n")
+    options = {"name": "mine", "chat_template": "x.jinja", "shuffle_buffer": 5}
+    argv = [word for name, value in options.items() for word in (f"--data.sources.0.{name}", str(value))]
+    job = parse([*file, *SINGLE, *argv, "--data.sources.0.shuffle", "--data.sources.0.no-repeat"], CLASSES)
+    said = {**options, "shuffle": True, "repeat": False}
+    assert [{name: getattr(source, name) for name in said} for source in job.training_sources()] == [said]
+
+
+@pytest.mark.parametrize(
+    ("tables", "options", "message"),
+    [
+        ("chat_template = 'llama3'\n[[data.sources]]\n", [], "2 sources that differ in chat_template (llama3, chatml)"),
+        ("repeat = false\n[[data.sources]]\n", [], "with --data.sources.0.repeat or --data.sources.0.no_repeat"),
+        ("[[data.sources]]\n", ["--data.sources.1.chat_template", "llama3"], "--data.sources.1.chat_template: training.dataset leaves one"),
+        ("", ["--data.sources.0.path", "y"], "--data.sources.0.path: training.dataset and training.dataset_path say it"),
+        ("", ["--data.sources.0.format", "text"], "--data.sources.0.format: training.dataset"),
+    ],
+)
+def test_a_dataset_beside_options_that_cannot_hold_is_refused(toml, tables, options, message):
+    assert message in fault([*toml("[[data.sources]]\n" + tables), *SINGLE, *options])
+
+
 def test_a_whole_number_is_a_float_in_toml(toml):
     lr = parse(toml("[optimizer]\nlr = 1\n"), CLASSES).optimizer.lr
     assert lr == 1.0 and isinstance(lr, float)

@@ -8,11 +8,14 @@ import pytest
 
 from experiments.vlm.config import Data, Source, VLMJobConfig
 from experiments.vlm.data.document import Image, Special, Text
+from experiments.vlm.data.loader import Loader
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.setup import make_deal
 from experiments.vlm.data.shards import open_shard
 from tests.samples import jpeg, write_tar
+from tests.tiny_data import Characters
 from torchtitan.config.errors import ConfigError
+from torchtitan.config.parse import parse
 
 
 @pytest.fixture
@@ -219,3 +222,16 @@ def test_a_template_that_cannot_be_used_is_told_before_any_shard_is_opened(tmp_p
     source = Source(format="llava", path="nothing", chat_template=str(tmp_path / "broken.jinja"))
     with pytest.raises(ConfigError, match="broken.jinja"):
         make_deal(source, VLMJobConfig(), 1, held_out=False)
+
+
+@pytest.mark.parametrize("asked", ["in the file", "on the command line"])
+def test_a_dataset_on_the_command_line_is_rendered_with_the_template_that_was_asked_for(tmp_path, asked):
+    (tmp_path / "x.jsonl").write_text(json.dumps(llava(("human", "What?"), ("gpt", "A cat."))))
+    (tmp_path / "job.toml").write_text("[[data.sources]]\n" + ("chat_template = 'llama3'" if asked == "in the file" else ""))
+    options = {"job.config_file": "job.toml", "training.dataset": "llava", "training.dataset_path": "x.jsonl", "job.dump_folder": "out"}
+    argv = [word for option, name in options.items() for word in (f"--{option}", name if name == "llava" else str(tmp_path / name))]
+    argv += [] if asked == "in the file" else ["--data.sources.0.chat_template", "llama3"]
+    loader = Loader(parse([*argv, "--training.seq_len", "256", "--training.local_batch_size", "1"], {"vlm": VLMJobConfig}), Characters())
+    text = Characters().decode(next(loader).batches[0].tensors["tokens"][0].tolist())
+    loader.close()
+    assert "<|start_header_id|>assistant<|end_header_id|>" in text and "<|im_start|>" not in text

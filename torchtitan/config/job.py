@@ -5,6 +5,7 @@ An experiment adds sections of its own by subclassing `JobConfig` (see experimen
 that a typo is told at once.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -68,7 +69,7 @@ class LRScheduler:
 
 @dataclass
 class Training:
-    dataset: str = ""  # format of a single source (cc12m, obelics, text, ...); on the command line replaces data.sources
+    dataset: str = ""  # format of a single source (cc12m, text, ...); on the command line it replaces those of data.sources
     dataset_path: str = ""  # its files: a file, glob, brace range or folder
     local_batch_size: int = 8  # B, slots a rank takes per forward
     global_batch_size: int = -1  # G, slots per optimizer step; -1: B * data-parallel degree
@@ -167,5 +168,6 @@ class JobConfig:
     validation: Validation = field(default_factory=Validation)
     debug: Debug = field(default_factory=Debug)
 
-    def use_single_source(self) -> None:
-        """Called when training.dataset or its path came on the command line: forget any other list of training data."""
+    def use_single_source(self, given: Collection[str]) -> None:
+        """Called when training.dataset or its path came on the command line, with the names of all options `given` there:
+        it takes the place of any list of training data."""

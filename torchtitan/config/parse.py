@@ -49,8 +49,10 @@ def parse(argv: Sequence[str], config_classes: Mapping[str, type[JobConfig]]) ->
     if "--help" in argv or "-h" in argv:
         job = _with_examples(job)
     job = run_tyro(type(job), argv, job, PROG)
-    if any(_last(groups, option) is not None for option in SINGLE_SOURCE):
-        job.use_single_source()
+    spellings = _spellings(known)
+    given = {spellings[name] for group in groups if (name := _name(group)) in spellings}
+    if not given.isdisjoint(SINGLE_SOURCE):
+        job.use_single_source(given)
     return job
 
 
