@@ -5,6 +5,7 @@ The whole configuration is checked before torch is imported, so that a typo is t
 
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from torchtitan.config.errors import UserError
 from torchtitan.config.job import JobConfig
 from torchtitan.config.parse import parse, to_toml
 from torchtitan.tools.logging import init_logger
-from torchtitan.tools.told import tell
+from torchtitan.tools.told import say, tell
 
 
 class Experiment(NamedTuple):
@@ -26,7 +27,7 @@ class Experiment(NamedTuple):
 
 EXPERIMENTS = {"vlm": Experiment(VLMJobConfig, check_vlm, "experiments.vlm:SPEC")}
 CONFIG_CLASSES = {name: experiment.config_class for name, experiment in EXPERIMENTS.items()}
-USER_ERROR = 2  # exit code
+USER_ERROR, INTERRUPTED = 2, 128 + signal.SIGINT  # exit codes
 
 
 def checked_job(argv: Sequence[str], world_size: int) -> JobConfig:
@@ -45,19 +46,30 @@ def load_spec(name: str) -> Any:
 def main(argv: Sequence[str], train: bool = True) -> int:
     """Check, then train; `train=False` stops after the check, which the launcher does once before it starts many processes."""
     init_logger()
-    try:
-        job = checked_job(argv, int(os.environ.get("WORLD_SIZE", "1")))
-        if not train:
-            return 0
-        if job.job.print_config and os.environ.get("RANK", "0") == "0":
-            print(to_toml(job), flush=True)
-        from torchtitan.train import main as run
+    return in_one_line(lambda: check_and_train(argv, train))
 
-        run(job, load_spec(job.model.name))
+
+def check_and_train(argv: Sequence[str], train: bool) -> int:
+    job = checked_job(argv, int(os.environ.get("WORLD_SIZE", "1")))
+    if not train:
+        return 0
+    if job.job.print_config and os.environ.get("RANK", "0") == "0":
+        print(to_toml(job), flush=True)
+    from torchtitan.train import main as run
+
+    return run(job, load_spec(job.model.name))
+
+
+def in_one_line(run: Callable[[], int]) -> int:
+    """What `run` returns, an exit code. What the user can mend, or has interrupted, is told in one line, without a traceback."""
+    try:
+        return run()
     except UserError as error:
         tell(error)
         return USER_ERROR
-    return 0
+    except KeyboardInterrupt:
+        say("interrupted at once: what was done since the last checkpoint is lost")
+        return INTERRUPTED
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The training loop. What it trains comes from a TrainSpec (spec.py), how it is built from build.py."""
 
 import dataclasses
+import signal
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -32,7 +33,7 @@ from torchtitan.spec import TrainSpec
 from torchtitan.tools.garbage import GarbageCollection
 from torchtitan.tools.logging import logger
 from torchtitan.tools.progress import Progress
-from torchtitan.tools.signals import StopSignals
+from torchtitan.tools.signals import WATCHED, StopSignals, exit_code
 
 CONTROLS = ("blanked", "shuffled")
 
@@ -48,6 +49,7 @@ class Trainer:
         if run.job.compile.cuda_graphs:
             self.take_step = GraphedStep(self.optimizer_step, Recorder())
         self.signals = StopSignals()
+        self.stopped_by: signal.Signals | None = None  # where the run ended early for it
         self.garbage = GarbageCollection(run.job.training.gc_freq)
         self.progress = Progress(run.job.training.steps, run.state.step, run.reporter.writes)
         self.batches = iter(run.loader)
@@ -157,17 +159,32 @@ class Trainer:
         """After the last step, at the end of the data, or when asked to stop."""
         if self.logged_step < self.state.step:
             self.log()
-        stopped = any_rank(self.signals.received is not None) and self.state.step < self.job.training.steps
-        self.save(final=not stopped)
+        early = self.state.step < self.job.training.steps
+        self.stopped_by = self.received_anywhere() if early else None
+        self.save(final=self.stopped_by is None)
         self.run.checkpointer.wait()
         self.progress.close()
-        if stopped:
-            going_on = "; the same command goes on from its checkpoint" if self.job.checkpoint.enable else ""
-            logger.info(f"stopped by a signal after step {self.state.step}{going_on}")
-        values = self.validate() if self.job.validation.enable and not stopped else None
+        if self.stopped_by is not None:
+            self.tell_stopped(self.stopped_by)
+        elif early:
+            logger.info(f"the data ended at step {self.state.step} of {self.job.training.steps}")
+        values = self.validate() if self.job.validation.enable and self.stopped_by is None else None
         self.draw_curves()
         if values is not None and self.job.validation.controls:
             self.control(values)
+
+    def received_anywhere(self) -> signal.Signals | None:
+        """The signal that asks this run to stop, whichever rank received it; all of them ask."""
+        return next((number for number in WATCHED if any_rank(self.signals.received is number)), None)
+
+    def tell_stopped(self, by: signal.Signals) -> None:
+        saved = "the same command goes on from its checkpoint"
+        if not self.job.checkpoint.enable:
+            saved = "nothing was saved, since checkpoint.enable is off"
+        elif self.state.step == 0:
+            saved = "nothing was trained yet, so nothing was saved"
+        logger.info(f"stopped by {by.name} after step {self.state.step}; {saved}")
+        dist.barrier()  # once a rank has ended with another code than 0, a launcher gives the others little time
 
     def control(self, values: Values) -> None:
         """The held-out split with its images, as just evaluated, and with images that say nothing or belong to other captions."""
@@ -202,18 +219,21 @@ def require_one_job(job: JobConfig) -> None:
         raise ConfigError(f"rank {dist.get_rank()} {differs}; start every machine with the same")
 
 
-def main(job: JobConfig, spec: TrainSpec) -> None:
-    """Train, or only look (job.dry_run). Raises ConfigError for what only shows once something is built."""
+def main(job: JobConfig, spec: TrainSpec) -> int:
+    """Train, or only look (job.dry_run). Returns the exit code, which tells a run that was stopped from one that is done.
+
+    Raises ConfigError for what only shows once something is built.
+    """
     if job.job.dry_run:
         dry_run(job, spec)
-        return
+        return 0
     device = open_process_group(job.comm, Path(job.job.dump_folder))
     require_one_job(job)
     trainer = Trainer(build(job, spec, device))
     try:
         trainer.train()
     except Exception as error:
-        logger.error(f"rank {dist.get_rank()} failed in step {trainer.state.step + 1}; {who_is_to_blame(error)}")
+        logger.error(failure(trainer.state.step + 1, error))
         write_flight_record(job.comm, trainer.folder)
         if dist.get_world_size() == 1:
             trainer.report_data()  # several ranks could no longer agree on one
@@ -221,3 +241,10 @@ def main(job: JobConfig, spec: TrainSpec) -> None:
     finally:
         trainer.close()
     close_process_group()
+    return exit_code(trainer.stopped_by)
+
+
+def failure(step: int, error: Exception) -> str:
+    """Where this rank failed, and what is known of the others, if there are any."""
+    failed = f"failed in step {step}"
+    return failed if dist.get_world_size() == 1 else f"rank {dist.get_rank()} {failed}; {who_is_to_blame(error)}"

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import sys
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -19,7 +20,7 @@ def _main(argv: list[str], environment: dict[str, str], log: str) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         os.environ.pop(name, None)
     os.environ.update(environment)
-    fake_run.main(argv)
+    sys.exit(fake_run.main(argv))
 
 
 def train(folder: Path, *options: str, **environment: str) -> int:

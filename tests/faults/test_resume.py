@@ -1,9 +1,12 @@
 """A run that was killed, stopped or spoilt goes on as if nothing had happened."""
 
 import json
+import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,13 +43,42 @@ def test_a_killed_run_repeats_the_uninterrupted_one_bit_for_bit(straight, tmp_pa
     assert runs.losses(killed) == runs.losses(whole)
 
 
-@pytest.mark.parametrize("stop", ["TERM_AFTER", "INT_AFTER"])
-def test_a_signal_saves_and_ends_cleanly_and_the_run_goes_on(straight, tmp_path, stop):
-    assert runs.train(tmp_path, **{stop: "3"}) == 0, runs.log(tmp_path)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_is_told_by_the_exit_code_and_the_run_goes_on(straight, tmp_path, number):
+    stop = f"{number.name.removeprefix('SIG')}_AFTER"
+    assert runs.train(tmp_path, **{stop: "3"}) == 128 + number, runs.log(tmp_path)
     assert runs.checkpoints(tmp_path) == ["step-2", "step-3"]
-    assert "stopped by a signal after step 3" in runs.log(tmp_path)
+    assert f"stopped by {number.name} after step 3; the same command goes on" in runs.log(tmp_path)
     assert runs.train(tmp_path) == 0, runs.log(tmp_path)
     assert runs.losses(tmp_path) == runs.losses(straight)
+
+
+def test_a_stopped_run_without_checkpoints_says_that_nothing_was_saved(tmp_path):
+    assert runs.train(tmp_path, "--checkpoint.no_enable", TERM_AFTER="3") == 128 + signal.SIGTERM, runs.log(tmp_path)
+    assert "stopped by SIGTERM after step 3; nothing was saved, since checkpoint.enable is off" in runs.log(tmp_path)
+
+
+def test_a_second_interrupt_ends_the_run_at_once_with_one_line(tmp_path):
+    assert runs.train(tmp_path, INT_TWICE_AFTER="3") == 128 + signal.SIGINT, runs.log(tmp_path)
+    assert runs.checkpoints(tmp_path) == ["step-2"]
+    last = runs.log(tmp_path).splitlines()[-1]
+    assert last.startswith("interrupted at once") and "Traceback" not in runs.log(tmp_path)
+
+
+def test_a_run_of_one_process_that_fails_speaks_of_no_ranks(tmp_path):
+    assert runs.train(tmp_path, FAIL_AFTER="3") == 1
+    assert "\nerror: failed in step 4\n" in runs.log(tmp_path) and "an accident" in runs.log(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_of_two_saves_and_ends_both_with_its_exit_code(tmp_path):
+    command = ["-m", "torchtitan.launch", "--processes", "2", "tests.reference.fake_run", "--job.dump_folder", str(tmp_path)]
+    environment = os.environ | {"TERM_AFTER": "3", "ACCIDENT_RANK": "1", "OMP_NUM_THREADS": "1"}
+    saving = ["--checkpoint.enable", "--checkpoint.interval", "2", "--training.steps", "8"]
+    run = subprocess.run([sys.executable, *command, *saving], env=environment, capture_output=True, text=True, timeout=240)
+    assert run.returncode == 128 + signal.SIGTERM, run.stderr
+    assert runs.checkpoints(tmp_path) == ["step-2", "step-3"]
+    assert "stopped by SIGTERM after step 3; the same command goes on" in run.stdout
 
 
 def test_the_next_step_is_told_only_after_the_checkpoint_is_complete(straight):
@@ -99,6 +131,7 @@ def test_the_end_of_the_data_ends_the_run_with_a_checkpoint(tmp_path, straight):
     assert runs.train(tmp_path, "--data.epochs", "1", "--metrics.log_freq", "5") == 0, runs.log(tmp_path)
     assert runs.checkpoints(tmp_path) == ["step-2", "step-3"]
     assert sorted(runs.losses(tmp_path)) == [1, 3], "the last step is told, whatever the frequency"
+    assert "\nthe data ended at step 3 of 8\n" in runs.log(tmp_path)
     report = json.loads((tmp_path / "data_report.json").read_text())
     assert report["samples"] == 6
 

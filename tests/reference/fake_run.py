@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from experiments.__main__ import in_one_line
 from experiments.vlm.batch import Batch, Delivered
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.model.flavors import ProjectorConfig, VLMConfig
@@ -128,8 +129,14 @@ FAKE = dataclasses.replace(
 )
 
 
-def main(argv: list[str]) -> None:
-    """KILL_AFTER=n in the environment: SIGKILL before step n + 1; TERM_AFTER=n and INT_AFTER=n: SIGTERM and SIGINT then."""
+ACCIDENTS = {"KILL": [signal.SIGKILL], "TERM": [signal.SIGTERM], "INT": [signal.SIGINT], "INT_TWICE": [signal.SIGINT] * 2}
+
+
+def main(argv: list[str]) -> int:
+    """KILL_AFTER=n in the environment: SIGKILL before step n + 1; the other ACCIDENTS likewise; FAIL_AFTER=n: an error then.
+
+    ACCIDENT_RANK: the one rank that gets the signals; without it all do. Returns the exit code.
+    """
     from torchtitan import train
     from torchtitan.tools.logging import init_logger
 
@@ -144,17 +151,19 @@ def main(argv: list[str]) -> None:
         name = name.removeprefix("no_")
         setattr(getattr(job, section), name, getattr(getattr(options, section), name))
 
-    plain_step = train.Trainer.train_step
+    plain_step, rank = train.Trainer.train_step, os.environ.get("RANK", "0")
 
     def step_with_accident(self) -> bool:
-        for variable, number in (("KILL_AFTER", signal.SIGKILL), ("TERM_AFTER", signal.SIGTERM), ("INT_AFTER", signal.SIGINT)):
-            if os.environ.get(variable) == str(self.state.step):
+        for name, numbers in ACCIDENTS.items():
+            now = os.environ.get(f"{name}_AFTER") == str(self.state.step)
+            for number in numbers if now and os.environ.get("ACCIDENT_RANK", rank) == rank else ():
                 os.kill(os.getpid(), number)
+        assert os.environ.get("FAIL_AFTER") != str(self.state.step), "an accident"
         return plain_step(self)
 
     train.Trainer.train_step = step_with_accident  # type: ignore[method-assign]
-    train.main(job, FAKE)
+    return in_one_line(lambda: train.main(job, FAKE))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

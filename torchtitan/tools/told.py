@@ -1,4 +1,5 @@
-"""How a user's error is told: one line on stderr; by the launcher where there is one, since every rank may find the same."""
+"""How a user's error or interrupt is told: one line on stderr; by the launcher where there is one, since every rank may
+find the same."""
 
 import os
 import sys
@@ -8,7 +9,10 @@ ERROR_FILE = "TORCHTITAN_ERROR_FILE"  # variable of a rank: where torchtitan/lau
 
 
 def tell(error: BaseException) -> None:
-    line = f"error: {error}"
+    say(f"error: {error}")
+
+
+def say(line: str) -> None:
     if file := os.environ.get(ERROR_FILE):
         Path(file).write_text(line, encoding="utf-8")
     else:
