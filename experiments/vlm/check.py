@@ -124,9 +124,9 @@ def check_sources(job: VLMJobConfig) -> None:
     else:
         require(bool(listed), "data.sources is empty: add [[data.sources]] tables, or --training.dataset and --training.dataset_path")
         check_list(listed, "data.sources")
-    held_out = job.validation.sources
-    require(not job.validation.enable or bool(held_out), "validation.sources is empty: validation.enable needs [[validation.sources]]")
-    check_list(held_out, "validation.sources")
+    if job.validation.enable:  # else nobody reads them, and they need not be on this machine
+        require(bool(job.validation.sources), "validation.sources is empty: validation.enable needs [[validation.sources]]")
+        check_list(job.validation.sources, "validation.sources")
 
 
 def check_list(sources: list[Source], key: str) -> None:

@@ -216,7 +216,10 @@ def test_right_configurations_pass(options, world_size, tmp_path):
             '[training]\ndataset = "cc12m"\ndataset_path = "assets"\n[[data.sources]]\nformat = "text"\npath = "assets"',
             "training.dataset and",
         ),
-        ('[[data.sources]]\nformat = "cc12m"\npath = "assets"\n[[validation.sources]]\nformat = "cc12m"', "validation.sources[0].path"),
+        (
+            '[validation]\nenable = true\n[[data.sources]]\nformat = "cc12m"\npath = "assets"\n[[validation.sources]]\nformat = "cc12m"',
+            "validation.sources[0].path",
+        ),
     ],
 )
 def test_wrong_sources_are_told_by_their_place(tables, key, tmp_path):
@@ -237,7 +240,6 @@ def test_shipped_configurations_pass_once_their_data_are_there(file, tmp_path):
     argv = ["--job.config_file", str(file)]
     if "embedded:" not in file.read_text():
         argv += [*DATA, "--model.tokenizer_path", "assets/tokenizer", "--validation.no_enable"]
-        argv += ["--validation.sources.0.path", "embedded:captions/heldout"]
     checked_job(argv, 8)
 
 
