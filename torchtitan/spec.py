@@ -28,6 +28,7 @@ class TrainSpec:
     capacity: Callable[[Any], dict[str, int]]  # (job): the most that a slot can hold of some counts; printed as occupancy
     rates: tuple[str, ...]  # counts that are printed per second
     tallies: Callable[[Any], tuple[str, ...]]  # (job): counts that are written to the sinks, and not printed
+    sources: Callable[[Any], tuple[str, ...]]  # (job): names of what a batch gives its epochs of
     flops: Callable[[Any, Any], Callable[[Any], int]]  # (job, model): useful FLOPs of a batch, forward and backward
     adamw_only: tuple[str, ...]  # matrices that Muon leaves to AdamW, by the beginning of their names
     aliases: Callable[[Any], dict[str, str]]  # (job): parameter -> the name it is stored under, where two are one (tied)

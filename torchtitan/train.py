@@ -14,6 +14,7 @@ from torchtitan.build import Run, build
 from torchtitan.components.cuda_graph import GraphedStep, OptimizerStep, Recorder
 from torchtitan.components.curves import draw_curves
 from torchtitan.components.data_report import write_data_report
+from torchtitan.components.epochs import Epochs
 from torchtitan.components.loader import Step, Tensors
 from torchtitan.components.metrics import Values
 from torchtitan.config.errors import ConfigError
@@ -43,6 +44,7 @@ class Trainer:
         self.run, self.job, self.state = run, run.job, run.state
         self.folder = Path(run.job.job.dump_folder)
         self.counted = run.spec.counts(run.job)
+        self.epochs = Epochs(run.spec.sources(run.job), resumed=run.state.step > 0)
         copies = {id(parameter) for parameter in run.passes.copies()}
         self.accounted = [parameter for parameter in run.optimizers.parameters if id(parameter) not in copies]
         self.take_step: OptimizerStep = self.optimizer_step
@@ -84,6 +86,7 @@ class Trainer:
         self.state.tokens += int(total[self.run.spec.tokens])
         self.state.data = step.state
         self.run.meter.add(total, data_s)
+        self.epochs.add(self.state.step, total)
         return True
 
     def optimizer_step(self, microbatches: Iterable[Tensors], scale: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -104,13 +107,15 @@ class Trainer:
 
     def sum_counts(self, step: Step | None) -> dict[str, float]:
         """What all ranks' batches of this step hold together, and whether any rank wants to stop or has no more data."""
-        own = dict.fromkeys([*self.counted, "slots", "flops"], 0.0)
+        own = dict.fromkeys([*self.counted, *self.epochs.names.values(), "slots", "flops"], 0.0)
         if step is not None and self.run.mesh.leads:
             for batch in step.batches:
                 own["slots"] += len(batch.tensors[self.run.spec.labels])
                 own["flops"] += self.run.flops(batch)
                 for name in self.counted:
                     own[name] += batch.counts.get(name, 0)
+                for source, name in self.epochs.names.items():
+                    own[name] += batch.epochs.get(source, 0)
         own |= {"ended": float(step is None), "stop": float(self.signals.received is not None)}
         return sum_over_hosts(own)
 
@@ -140,8 +145,9 @@ class Trainer:
         loss = sum_over_ranks(self.loss) / self.run.mesh.degrees.tp
         values: Values = {"loss": loss.item(), "grad_norm": self.grad_norm.item()}
         printed, tallies = self.run.meter.read()
-        tallies["lr"] = self.job.optimizer.lr * self.run.schedule.factor
+        tallies |= {"lr": self.job.optimizer.lr * self.run.schedule.factor, **self.epochs.metrics()}
         self.run.reporter.train(self.state.step, values | printed, tallies)
+        self.epochs.tell()
 
     def validate(self) -> Values:
         values = self.run.validator.evaluate()

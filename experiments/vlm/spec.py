@@ -46,10 +46,13 @@ def capacity(job: VLMJobConfig) -> dict[str, int]:
     return {"patches": job.data.patch_rows * job.data.patches_per_row, "tokens": job.training.seq_len}
 
 
+def source_names(job: VLMJobConfig) -> tuple[str, ...]:
+    return tuple(source.name for source in sources_of(job, "train"))
+
+
 def mixture_and_rejects(job: VLMJobConfig) -> tuple[str, ...]:
     """What each source gave, and what was rejected, by reason."""
-    names = [source.name for source in sources_of(job, "train")]
-    given = (f"{what}/{name}" for what in ("samples", "tokens") for name in names)
+    given = (f"{what}/{name}" for what in ("samples", "tokens") for name in source_names(job))
     return (*given, *(f"rejected/{reason}" for reason in REASONS))
 
 
@@ -78,6 +81,7 @@ SPEC = TrainSpec(
     capacity=capacity,
     rates=("images",),
     tallies=mixture_and_rejects,
+    sources=source_names,
     flops=lambda job, model: count_flops(model),
     adamw_only=("decoder.tok_embeddings", "decoder.output", "encoder.embedding.positions"),
     aliases=tied,

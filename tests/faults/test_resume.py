@@ -13,6 +13,7 @@ import pytest
 
 from tests.faults import runs
 from torchtitan.components.checkpoint import stored_sizes
+from torchtitan.components.sinks import read_history
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +135,12 @@ def test_the_end_of_the_data_ends_the_run_with_a_checkpoint(tmp_path, straight):
     assert "\nthe data ended at step 3 of 8\n" in runs.log(tmp_path)
     report = json.loads((tmp_path / "data_report.json").read_text())
     assert report["samples"] == 6
+
+
+def test_epochs_are_told_and_kept_with_the_metrics(straight):
+    assert re.findall("source fake: epoch .*", runs.log(straight)) == [f"source fake: epoch {n} began in step {3 * n - 2}" for n in (2, 3)]
+    values = [record["epochs/fake"] for record in read_history(straight)]
+    assert values == pytest.approx([step / 3 for step in range(1, 9)])
 
 
 def test_the_last_line_of_a_run_with_controls_says_what_the_images_are_worth(tmp_path):

@@ -24,7 +24,7 @@ from torchtitan.config.layout import resolve_batch
 from torchtitan.config.parse import parse
 
 SIZES = Sizes(seq_len=48, patches_per_row=64)
-STEPS_OF_DATA = 1000
+STEPS_OF_DATA, STEPS_OF_AN_EPOCH = 1000, 3
 
 
 def fake_job(folder: str, **sections: dict[str, Any]) -> VLMJobConfig:
@@ -78,10 +78,10 @@ class FakeLoader:
     def __init__(self, job: VLMJobConfig, tokenizer: Any, *, rank: int, ranks: int, split: str, control: str | None, agree: Any):
         sizes = resolve_batch(job, int(os.environ.get("WORLD_SIZE", "1")))
         self.B = job.training.local_batch_size
-        self.steps = 2 if split == "validation" else 3 * job.data.epochs or STEPS_OF_DATA
+        self.steps = 2 if split == "validation" else STEPS_OF_AN_EPOCH * job.data.epochs or STEPS_OF_DATA
         # A validation step is one forward; its slots are other ones than those of training.
-        total = sizes.global_ if split == "train" else self.B * ranks
-        own = total // ranks
+        self.total = sizes.global_ if split == "train" else self.B * ranks
+        own = self.total // ranks
         self.slots = list(range(rank * own, rank * own + own))
         self.offset = 0 if split == "train" else 10_000
         self.number = 0
@@ -95,6 +95,8 @@ class FakeLoader:
         groups = [self.slots[i : i + self.B] for i in range(0, len(self.slots), self.B)]
         batches = [draw_batch(group, self.number + self.offset) for group in groups]
         self.number += 1
+        for batch in batches:
+            batch.epochs["fake"] = self.number * self.B / (STEPS_OF_AN_EPOCH * self.total)
         return FakeStep(batches, self.state_dict())
 
     def slot_keys(self) -> list[str]:
@@ -125,6 +127,7 @@ FAKE = dataclasses.replace(
     load_tokenizer=lambda job: None,
     build_model=fake_model,
     build_loader=FakeLoader,
+    sources=lambda job: ("fake",),
     aliases=lambda job: {"decoder.output.weight": "decoder.tok_embeddings.weight"} if job.model.flavor == "tied" else {},
 )
 

@@ -10,11 +10,15 @@ State = Mapping[str, bytes]  # small pieces of a loader's position, each under a
 
 
 class Batch(Protocol):
-    """One microbatch: host tensors of fixed shapes, and host integers that describe them."""
+    """One microbatch: host tensors of fixed shapes, and host numbers that describe them.
+
+    `epochs`: name of a source -> how often it was delivered so far, the part of this batch's slots; over all they add up.
+    """
 
     tensors: Tensors
     counts: dict[str, int]
     samples: list[Any]
+    epochs: dict[str, float]
 
 
 class Step(Protocol):

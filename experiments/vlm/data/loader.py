@@ -112,7 +112,7 @@ class Loader:
 
     def report(self) -> dict[str, Any]:
         """What became of the samples of this rank's slots so far; `merge_reports` adds up those of all ranks."""
-        return report([tally_of(state) for state in self.states.values()])
+        return report(self.states.values())
 
     def close(self) -> None:
         if self.supply is not None:
@@ -164,4 +164,5 @@ class Loader:
             counts.update(step.filled.counts)
             counts.update(f"rejected/{reject.reason}" for reject in step.rejects)
             samples += [replace(delivered, row=row) for delivered in step.filled.delivered]
-        return Batch(tensors, dict(counts), samples)
+        epochs = {name: sum(step.epochs[name] for step in steps) for name in self.names}
+        return Batch(tensors, dict(counts), samples, epochs)

@@ -35,6 +35,7 @@ class SlotStep:
     filled: Filled
     planned: bool  # False: nothing was left to plan
     rejects: list[Reject]
+    epochs: dict[str, float]  # as in SlotPlan
     state: str  # JSON: the slot right after this step
 
 
@@ -80,5 +81,6 @@ class Producer:
         for name, count in filled.counts.items():
             if name.startswith("tokens/"):
                 tally.count(name.removeprefix("tokens/"), "tokens", count)
-        state = f'{{"plan": {plan.position}, "delivered": {json.dumps(tally.sources)}}}'
-        return SlotStep(filled, bool(plan.packed), plan.rejects + filled.rejects, state)
+        counted = f'"delivered": {json.dumps(tally.sources)}, "epochs": {json.dumps(plan.epochs)}'
+        state = f'{{"plan": {plan.position}, {counted}}}'
+        return SlotStep(filled, bool(plan.packed), plan.rejects + filled.rejects, plan.epochs, state)

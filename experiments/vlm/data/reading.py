@@ -5,7 +5,7 @@
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -101,6 +101,7 @@ class SourceReader:
         self.place = 0
         self.barren = 0
         self._order: tuple[int, np.ndarray] | None = None  # of the current unit, by its number
+        self._records_in: dict[int, int] = {}  # units of which records wait, and the current one
 
     def position(self) -> list[int]:
         return [self.unit, self.place, self.barren]
@@ -140,6 +141,27 @@ class SourceReader:
         if self.transform is not None:
             document = self.transform(document, shard, reference.record)
         return Record(document, path, lost)
+
+    def epochs(self, waiting: Sequence[int]) -> float:
+        """This slot's share of the passes over the source: the units that it is done with, among those of an epoch.
+
+        `waiting`: the unit of each record that was read and not delivered yet. Over all slots the shares add up to how often
+        the source was delivered, 1.0 after each unit once; rejected records count as delivered.
+        """
+        needed = {*waiting, self.unit} if self.place else set(waiting)
+        self._records_in = {number: self._records_in.get(number) or self._count_records(number) for number in needed}
+        read = self.unit + (self.place / self._records_in[self.unit] if self.place else 0)
+        return (read - sum(1 / self._records_in[number] for number in waiting)) / self.deal.units
+
+    def _count_records(self, number: int) -> int:
+        """Of the slot's unit of that number; at least 1."""
+        unit = self.deal.unit(self.slot, number)
+        assert unit is not None
+        try:
+            records = len(self.cache.get(self.source, self.deal.shards[unit.shard]).shard)
+        except Rejected:
+            records = 0
+        return max(1, len(range(unit.part, records, self.deal.parts)))
 
     def _records_of(self, unit: Unit, reject: Callable[[Reject], None]) -> np.ndarray:
         """The order of the current unit's records; none, and told, if its shard cannot be opened."""

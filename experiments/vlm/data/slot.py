@@ -88,6 +88,7 @@ class SlotPlan:
     packed: list[Packed] = field(default_factory=list)
     rejects: list[Reject] = field(default_factory=list)  # met while reading ahead for this row
     position: str = ""  # JSON: the slot's position right after this plan
+    epochs: dict[str, float] = field(default_factory=dict)  # this slot's share of the passes over each source so far
 
 
 class Slot:
@@ -108,7 +109,7 @@ class Slot:
         """The next row; an empty one once everything is over. Raises DataError if a source is rotten."""
         self.window.refill(self.draw)
         packed = [Packed(entry.reference, entry.origin, entry.head, places) for entry, places in self.window.take()]
-        plan = SlotPlan(self.number, packed, self.rejects, self.position())
+        plan = SlotPlan(self.number, packed, self.rejects, self.position(), self.epochs())
         self.rejects = []
         return plan
 
@@ -122,6 +123,12 @@ class Slot:
                 "tally": self.tally.sources,
             }
         )
+
+    def epochs(self) -> dict[str, float]:
+        """By source: see SourceReader.epochs. Of a document in pieces the last counts."""
+        waiting = [entry.reference for entry in self.window.entries]
+        units = [[one.unit for one in waiting if one.source == reader.source] for reader in self.readers]
+        return {reader.deal.name: reader.epochs(of) for reader, of in zip(self.readers, units, strict=True)}
 
     def seek(self, state: dict[str, Any]) -> None:
         """Go on from a `position`. Samples that waited are read again; one that is not there any more is told and left out."""

@@ -47,6 +47,11 @@ class Deal:
         return -(-self.slots // len(self.shards))
 
     @property
+    def units(self) -> int:
+        """Of one epoch."""
+        return len(self.shards) * self.parts
+
+    @property
     def barren(self) -> int:
         """Parts may be empty (fewer records than slots), so many of them prove nothing."""
         return BARREN_UNITS + 16 * self.parts
@@ -57,7 +62,7 @@ class Deal:
 
     def unit(self, slot: int, number: int) -> Unit | None:
         """The slot's unit of that number, from 0; None after the last epoch."""
-        epoch, place = divmod(slot + number * self.slots, len(self.shards) * self.parts)
+        epoch, place = divmod(slot + number * self.slots, self.units)
         if self.epochs is not None and epoch >= self.epochs:
             return None
         shard, part = divmod(int(_epoch_order(self, epoch)[place]), self.parts)
@@ -76,5 +81,4 @@ class Deal:
 
 @lru_cache(maxsize=8)
 def _epoch_order(deal: Deal, epoch: int) -> np.ndarray:
-    units = len(deal.shards) * deal.parts
-    return permutation(units, *deal.key, 0, epoch) if deal.shuffle else np.arange(units)
+    return permutation(deal.units, *deal.key, 0, epoch) if deal.shuffle else np.arange(deal.units)

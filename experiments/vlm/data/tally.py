@@ -1,6 +1,7 @@
 """What became of the samples of each source: delivered, cut, rejected and why. Small, adds up over slots and ranks."""
 
 import json
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -50,7 +51,7 @@ class Tally:
         self.sources: dict[str, dict[str, Any]] = sources or {}
 
     def count(self, source: str, what: str, more: int = 1) -> None:
-        counts = self._source(source)["counts"]
+        counts = self.of(source)["counts"]
         counts[what] = counts.get(what, 0) + more
 
     def reject(self, reject: Reject) -> None:
@@ -66,14 +67,14 @@ class Tally:
                     self._add_rejects(source, kind, reason, entry["count"], entry["examples"])
 
     def _add_rejects(self, source: str, kind: str, reason: str, count: int, examples: list[dict[str, str]]) -> None:
-        entry = self._source(source)["rejected"].setdefault(kind, {}).setdefault(reason, {"count": 0, "examples": []})
+        entry = self.of(source)["rejected"].setdefault(kind, {}).setdefault(reason, {"count": 0, "examples": []})
         entry["count"] += count
         entry["examples"] = (entry["examples"] + examples)[:EXAMPLES]
 
     def rejected(self, source: str, kind: str = "samples") -> int:
-        return sum(entry["count"] for entry in self._source(source)["rejected"].get(kind, {}).values())
+        return sum(entry["count"] for entry in self.of(source)["rejected"].get(kind, {}).values())
 
-    def _source(self, source: str) -> dict[str, Any]:
+    def of(self, source: str) -> dict[str, Any]:
         return self.sources.setdefault(source, {"counts": {}, "rejected": {}})
 
 
@@ -99,9 +100,13 @@ def tally_of(state: str) -> Tally:
     return tally
 
 
-def report(tallies: Iterable[Tally]) -> dict[str, Any]:
-    """{"sources": as in Tally}: numbers and lists, so that the reports of ranks add up."""
-    total = Tally()
-    for tally in tallies:
-        total.add(tally)
-    return {"sources": total.sources}
+def report(states: Iterable[str]) -> dict[str, Any]:
+    """Of slots, by their states: {"sources": {source: as in Tally, and "epochs", how often it was delivered}}.
+
+    Numbers and lists, so that the reports of ranks add up.
+    """
+    total, epochs = Tally(), Counter[str]()
+    for state in states:
+        total.add(tally_of(state))
+        epochs.update(json.loads(state)["epochs"])
+    return {"sources": {name: total.of(name) | {"epochs": times} for name, times in epochs.items()}}
