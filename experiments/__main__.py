@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.vlm.check import check_vlm
@@ -15,6 +16,7 @@ from experiments.vlm.config import VLMJobConfig
 from torchtitan.config.errors import UserError
 from torchtitan.config.job import JobConfig
 from torchtitan.config.parse import parse, to_toml
+from torchtitan.tools.disk import require_writable
 from torchtitan.tools.logging import init_logger
 from torchtitan.tools.told import say, tell
 
@@ -51,6 +53,8 @@ def main(argv: Sequence[str], train: bool = True) -> int:
 
 def check_and_train(argv: Sequence[str], train: bool) -> int:
     job = checked_job(argv, int(os.environ.get("WORLD_SIZE", "1")))
+    if not job.job.dry_run:
+        require_writable(Path(job.job.dump_folder), "job.dump_folder")
     if not train:
         return 0
     if job.job.print_config and os.environ.get("RANK", "0") == "0":

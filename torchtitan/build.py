@@ -11,18 +11,19 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from torchtitan.components.checkpoint import Checkpointer, find, read_record
+from torchtitan.components.checkpoint import Checkpointer
+from torchtitan.components.checkpoint_folder import find, read_record
 from torchtitan.components.forward_backward import ForwardBackward, Plain
 from torchtitan.components.loader import Batch, Loader, Tensors, to_device
 from torchtitan.components.lr_scheduler import Schedule, fit_warmup
 from torchtitan.components.metrics import Meter, Reporter
 from torchtitan.components.optimizer import Optimizers
+from torchtitan.components.saved_config import save_config
 from torchtitan.components.train_state import TrainState
 from torchtitan.components.validation import Validator
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.job import JobConfig
 from torchtitan.config.layout import BatchSizes, degrees, resolve_batch
-from torchtitan.config.parse import to_toml
 from torchtitan.distributed.collectives import any_rank
 from torchtitan.distributed.mesh import Mesh, build_mesh
 from torchtitan.spec import TrainSpec
@@ -56,8 +57,7 @@ def build(job: JobConfig, spec: TrainSpec, device: torch.device) -> Run:
     """In this order: what is cheap and may be wrong first, what a checkpoint fills before it is loaded."""
     folder, world_size = Path(job.job.dump_folder), dist.get_world_size()
     seed_generators(job)
-    settle_global_batch(job)
-    fit_warmup(job.lr_scheduler, job.training.steps)
+    settle(job)
     sizes = resolve_batch(job, world_size)
     mesh = build_mesh(degrees(job.parallelism, world_size), device)
     tokenizer = spec.load_tokenizer(job)
@@ -74,7 +74,8 @@ def build(job: JobConfig, spec: TrainSpec, device: torch.device) -> Run:
     state = TrainState(passes.parts, optimizers, schedule, loader, spec.aliases(job), sizes.global_)
     checkpointer = Checkpointer(job.checkpoint, folder / job.checkpoint.folder, state)
     checkpointer.load()
-    save_config(job, folder)
+    if dist.get_rank() == 0:
+        save_config(job, folder, state.step)
     feed = feed_of(job, spec, mesh)
     occupancy = tuple(spec.capacity(job))
     return Run(
@@ -114,6 +115,13 @@ def seed_generators(job: JobConfig) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
+
+
+def settle(job: JobConfig) -> None:
+    """Give options that depend on others, or on what the run did before, the value that holds and is saved."""
+    settle_global_batch(job)
+    fit_warmup(job.lr_scheduler, job.training.steps)
+    job.training.global_batch_size = resolve_batch(job, dist.get_world_size()).global_
 
 
 def settle_global_batch(job: JobConfig) -> None:
@@ -167,10 +175,3 @@ def materialise(parts: list[nn.Module], job: JobConfig, device: torch.device) ->
         part.to_empty(device="cpu" if job.training.enable_cpu_offload else device)
         part.init_weights(job.debug.seed)  # type: ignore[operator]
         part.train()
-
-
-def save_config(job: JobConfig, folder: Path) -> None:
-    """The resolved job, so that the run can be repeated from its dump folder."""
-    if dist.get_rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.toml").write_text(to_toml(job))

@@ -1,10 +1,11 @@
-"""Starts the ranks of a run on this machine, and ends as they did: with the exit code of the first that failed.
+"""Starts the ranks of a run on this machine, and ends with the exit code of the first that failed.
 
     python -m torchtitan.launch --processes 2 experiments --job.config_file job.toml
-    python -m torchtitan.launch --processes 8 --machines 4 --machine 0 --address first-machine --port 29500 experiments ...
+    python -m torchtitan.launch --processes 8 --machines 4 --machine 0 --address first --port 29500 experiments ...
 
-Ranks get the variables that torchrun would give them. What the user can mend is one line here, however many ranks say it.
-A signal goes on to every rank, each in a session of its own, so that Ctrl-C in a terminal reaches it once. Imports no torch.
+Ranks get the variables that torchrun would give them. What the user can mend is one line, however many ranks say it.
+A signal goes on to every rank, each in a session of its own, so that Ctrl-C in a terminal reaches it once. Imports
+no torch.
 """
 
 import argparse
@@ -69,7 +70,7 @@ class Ranks:
         return subprocess.Popen(command, env=environment, start_new_session=True)
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
-        """The first asks to save and stop, the second interrupts; somebody who insists gets an end at once."""
+        """The first asks to save and stop, the second interrupts; the third ends the ranks at once."""
         self.signals.append(number)
         self.send(number if len(self.signals) <= 2 else signal.SIGKILL)
 
@@ -79,7 +80,7 @@ class Ranks:
                 process.send_signal(number)
 
     def wait(self) -> int:
-        """Until all have ended. Returns the exit code of the first that failed; 128 + the signal's number if one killed it."""
+        """Until all have ended. Returns the exit code of the first that failed; 128 + the signal that killed it."""
         failed: int | None = None
         deadline = float("inf")
         while True:
@@ -108,7 +109,11 @@ class Ranks:
             print(error, file=sys.stderr, flush=True)
         elif not self.signals:
             end = f"rank {self.first + local} {_how_it_ended(self.processes[local])}"
-            print(f"{end}{'; the others are stopped' if len(self.processes) > 1 else ''}", file=sys.stderr, flush=True)
+            print(
+                f"{end}{'; the others are stopped' if len(self.processes) > 1 else ''}",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def _exit_code(process: subprocess.Popen) -> int:
@@ -124,7 +129,7 @@ def _how_it_ended(process: subprocess.Popen) -> str:
 
 
 def hold_port() -> tuple[socket.socket, int]:
-    """A free port of this machine, and what keeps it so until rank 0 listens: bound and not listening, it can be bound again."""
+    """A free port, and what keeps it so until rank 0 listens: bound but not listened on, it can be bound again."""
     held = socket.socket()
     held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     held.bind(("127.0.0.1", 0))

@@ -10,16 +10,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torchtitan.build import Run, build
+from torchtitan.build import Run, build, settle
 from torchtitan.components.cuda_graph import GraphedStep, OptimizerStep, Recorder
 from torchtitan.components.curves import draw_curves
 from torchtitan.components.data_report import write_data_report
+from torchtitan.components.dump_folder import begin
 from torchtitan.components.epochs import Epochs
 from torchtitan.components.loader import Step, Tensors
 from torchtitan.components.metrics import Values
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.job import JobConfig
-from torchtitan.distributed.collectives import any_rank, sum_over_hosts, sum_over_ranks
+from torchtitan.distributed.collectives import any_rank, from_first_rank, sum_over_hosts, sum_over_ranks
 from torchtitan.distributed.grad_norm import clip, global_norm
 from torchtitan.distributed.process_group import (
     close_process_group,
@@ -235,6 +236,10 @@ def main(job: JobConfig, spec: TrainSpec) -> int:
         return 0
     device = open_process_group(job.comm, Path(job.job.dump_folder))
     require_one_job(job)
+    settle(job)
+    if not from_first_rank(lambda: begin(job)):
+        close_process_group()
+        return 0
     trainer = Trainer(build(job, spec, device))
     try:
         trainer.train()

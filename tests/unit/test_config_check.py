@@ -1,6 +1,8 @@
 """Every wrong configuration is one line that names the key, told before torch is imported and anything is built."""
 
+import errno
 import os
+import re
 import subprocess
 import sys
 import time
@@ -22,6 +24,7 @@ from torchtitan.config.job import JobConfig, Parallelism
 from torchtitan.config.layout import BatchSizes, Degrees, degrees, resolve_batch
 from torchtitan.config.parse import option_types
 from torchtitan.models.decoder.check import check_decoder
+from torchtitan.tools import disk
 
 REPOSITORY = Path(__file__).parents[2]
 DATA = ["--training.dataset", "cc12m", "--training.dataset_path", "embedded:captions/train"]
@@ -329,11 +332,35 @@ def test_main_prints_one_line_and_gives_its_exit_code(capsys, monkeypatch):
     assert capsys.readouterr().err == "error: training.steps = 0: must be >= 1\n"
 
 
-def test_the_check_knows_the_number_of_processes(capsys, monkeypatch):
+def test_the_check_knows_the_number_of_processes(tmp_path, monkeypatch):
+    options = [*DATA, *CP2, *TP2, "--job.dump_folder", str(tmp_path)]
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert main([*DATA, *CP2, *TP2], train=False) == 0
+    assert main(options, train=False) == 0
     monkeypatch.setenv("WORLD_SIZE", "3")
-    assert main([*DATA, *CP2, *TP2], train=False) == USER_ERROR
+    assert main(options, train=False) == USER_ERROR
+
+
+@pytest.mark.parametrize("folder", ["pyproject.toml/below", "/proc/no/such"])
+def test_a_dump_folder_that_cannot_be_written_to_is_told_before_torch_is_imported(folder, capsys, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setitem(sys.modules, "torchtitan.train", None)  # importing it would raise
+    assert main([*DATA, "--job.dump_folder", folder]) == USER_ERROR
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: job.dump_folder = {folder}: cannot be written to (") and told.count("\n") == 1
+
+
+def test_a_folder_without_write_permission_is_told(tmp_path, monkeypatch):
+    def refuse(**options):
+        raise PermissionError(errno.EACCES, "Permission denied", str(options["dir"]))  # root itself is never refused
+
+    monkeypatch.setattr(disk.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(ConfigError, match=f"job.dump_folder = {tmp_path}: cannot be written to .Permission denied.; give another"):
+        disk.require_writable(tmp_path, "job.dump_folder")
+
+
+def test_a_full_disk_is_told_with_what_is_free(tmp_path):
+    told = disk.describe(OSError(errno.ENOSPC, "No space left on device"), tmp_path / "not" / "there")
+    assert re.fullmatch(r"No space left on device; \d+\.\d [MG]iB free", told)
 
 
 @pytest.mark.parametrize(

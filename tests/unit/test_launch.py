@@ -1,4 +1,4 @@
-"""The launcher of several ranks: their variables, the exit code of the one that failed first, one line, signals."""
+"""The launcher of several ranks: their variables, the exit code of the first that failed, one line, signals."""
 
 import os
 import signal
@@ -41,7 +41,14 @@ def start(tmp_path):
     def launch(what: str, *arguments: str) -> subprocess.Popen:
         (tmp_path / "a_rank.py").write_text(RANK + what)
         environment = os.environ | {"PYTHONPATH": f"{REPOSITORY}:{tmp_path}"}
-        command = [sys.executable, "-m", "torchtitan.launch", *(arguments or ("--processes", "2")), "a_rank", str(tmp_path)]
+        command = [
+            sys.executable,
+            "-m",
+            "torchtitan.launch",
+            *(arguments or ("--processes", "2")),
+            "a_rank",
+            str(tmp_path),
+        ]
         pipe = subprocess.PIPE
         # Tests in the background have SIGINT ignored, which the launcher would respect.
         heed = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
@@ -90,7 +97,8 @@ def test_a_rank_that_was_killed_gives_128_and_the_signal(start):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_reaches_every_rank_and_their_exit_code_comes_back(start, tmp_path, number):
     # The launcher is asked by a rank, once both can be stopped.
-    ask = f"if rank == 0: stay()\nothers_wait()\nsignal.signal({number:d}, lambda *_: sys.exit(128 + {number:d}))\n"
+    ask = "if rank == 0: stay()\nothers_wait()\n"
+    ask += f"signal.signal({number:d}, lambda *_: sys.exit(128 + {number:d}))\n"
     ask += f"os.kill(os.getppid(), {number:d})\ntime.sleep(60)"
     assert end(start(ask)) == (128 + number, "")
     assert (tmp_path / "stopped0").read_text() == signal.Signals(number).name

@@ -1,13 +1,6 @@
-"""Checkpoints: one folder a step, written by torch.distributed.checkpoint, there whole or not at all.
-
-checkpoint/step-100/                complete: it got this name when everything in it was written
-    .metadata  __0_0.distcp ...     tensors, by name, in the shards that the ranks held
-    train_state.json                step and the like, for people too
-checkpoint/step-200.incomplete/     being written, or what a killed run left; never read
-"""
+"""Checkpoints are written and read by torch.distributed.checkpoint. How they lie on the disk: checkpoint_folder.py."""
 
 import json
-import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -19,47 +12,19 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from torchtitan.components.checkpoint_folder import (
+    DELETED,
+    INCOMPLETE,
+    RECORD,
+    complete_steps,
+    find,
+    find_initial,
+    read_record,
+)
 from torchtitan.components.train_state import TrainState
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.job import Checkpoint
 from torchtitan.tools.logging import logger
-
-RECORD = "train_state.json"
-INCOMPLETE, DELETED = ".incomplete", ".deleted"
-
-
-def complete_steps(folder: Path) -> list[int]:
-    """Steps with a complete checkpoint, oldest first."""
-    names = [path.name for path in folder.glob("step-*")] if folder.is_dir() else []
-    return sorted(int(match[1]) for name in names if (match := re.fullmatch(r"step-(\d+)", name)))
-
-
-def find(options: Checkpoint, folder: Path) -> Path | None:
-    """The checkpoint that a run goes on from, if there is one. Raises ConfigError where load_step names none."""
-    if not options.enable:
-        return None
-    steps = complete_steps(folder)
-    if options.load_step >= 0 and options.load_step not in steps:
-        raise ConfigError(f"checkpoint.load_step = {options.load_step} is not in {folder}; complete there: {steps or 'none'}")
-    if not steps:
-        return None
-    return folder / f"step-{options.load_step if options.load_step >= 0 else steps[-1]}"
-
-
-def find_initial(options: Checkpoint) -> Path | None:
-    """`initial_load_path`: a checkpoint, or a folder of them, of which the latest."""
-    if not options.initial_load_path:
-        return None
-    path = Path(options.initial_load_path)
-    steps = complete_steps(path)
-    path = path / f"step-{steps[-1]}" if steps else path
-    if not (path / RECORD).is_file():
-        raise ConfigError(f"checkpoint.initial_load_path = {options.initial_load_path}: no complete checkpoint there")
-    return path
-
-
-def read_record(path: Path) -> dict[str, Any]:
-    return json.loads((path / RECORD).read_text())
 
 
 def stored_sizes(path: Path) -> dict[str, tuple[int, ...]]:

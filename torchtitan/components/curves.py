@@ -5,6 +5,7 @@ from pathlib import Path
 
 from torchtitan.components.sinks import read_history
 
+CURVES = "curves.png"
 Series = tuple[str, str]  # key in the history, label
 
 
@@ -22,7 +23,7 @@ def draw_curves(folder: Path, occupancy: Sequence[str], groups: Sequence[str]) -
     _plot(panels[1], history, shares, "held-out captions exact, %")
     _plot(panels[2], history, [(name, name) for name in occupancy], "occupancy, %")
     panels[1].set_ylim(0, 100)
-    path = folder / "curves.png"
+    path = folder / CURVES
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return path

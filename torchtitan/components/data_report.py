@@ -7,6 +7,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+REPORT = "data_report.json"
+
 
 def merge(reports: list[Any]) -> Any:
     """Numbers are added, mappings merged, lists joined; anything else is the same everywhere, so the first speaks."""
@@ -26,7 +28,7 @@ def write_data_report(folder: Path, own: Mapping[str, Any] | None) -> None:
     dist.all_gather_object(reports, own)
     if dist.get_rank() == 0:
         whole = merge([report for report in reports if report is not None])
-        path = folder / "data_report.json"
+        path = folder / REPORT
         unfinished = path.with_suffix(".tmp")
         unfinished.write_text(json.dumps(whole, indent=1, sort_keys=True))
         unfinished.replace(path)

@@ -24,7 +24,9 @@ class History:
     def __init__(self, folder: Path, first_step: int):
         self.path = folder / HISTORY
         kept = [record for record in read_history(folder) if record["step"] <= first_step]
-        self.path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        unfinished = self.path.with_suffix(".tmp")
+        unfinished.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        unfinished.replace(self.path)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         with self.path.open("a") as file:
@@ -47,10 +49,12 @@ def read_history(folder: Path) -> list[dict[str, float]]:
 
 
 class TensorBoard:
-    def __init__(self, folder: Path):
+    """Event files. What an earlier launch wrote after the step that this one goes on from is hidden, not shown twice."""
+
+    def __init__(self, folder: Path, first_step: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder))
+        self.writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -78,7 +82,7 @@ def open_sinks(job: JobConfig, first_step: int) -> list[Sink]:
     folder.mkdir(parents=True, exist_ok=True)
     sinks: list[Sink] = [History(folder, first_step)]
     if job.metrics.enable_tensorboard:
-        sinks.append(TensorBoard(folder / job.metrics.save_tb_folder))
+        sinks.append(TensorBoard(folder / job.metrics.save_tb_folder, first_step))
     if job.metrics.enable_wandb:
         sinks.append(WandB(folder, job))
     return sinks

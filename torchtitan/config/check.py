@@ -96,7 +96,7 @@ def check_paths(job: JobConfig) -> None:
     for key in ("profiling.save_traces_folder", "profiling.save_memory_snapshot_folder", "metrics.save_tb_folder", "checkpoint.folder"):
         section, field = key.split(".")
         below = getattr(getattr(job, section), field)
-        inside = bool(below) and not Path(below).is_absolute() and ".." not in Path(below).parts
+        inside = bool(Path(below).parts) and not Path(below).is_absolute() and ".." not in Path(below).parts
         require(inside, f"{key} = {below!r}: must be a path below job.dump_folder, without a leading / and ..")
     require(tokenizer.exists(), f"model.tokenizer_path = {tokenizer}: no such file or folder (looked from {Path.cwd()})")
     if tokenizer.is_dir():

@@ -1,10 +1,15 @@
 """Small sums over ranks: host numbers, and a scalar of the device."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from torchtitan.config.errors import UserError
+
+T = TypeVar("T")
 
 
 def sum_over_hosts(values: Mapping[str, float]) -> dict[str, float]:
@@ -21,6 +26,20 @@ def sum_over_hosts(values: Mapping[str, float]) -> dict[str, float]:
 def any_rank(holds: bool) -> bool:
     """Whether it holds on any rank; all of them ask."""
     return sum_over_hosts({"holds": float(holds)})["holds"] > 0
+
+
+def from_first_rank(decide: Callable[[], T]) -> T:
+    """What `decide` returns on rank 0, on every rank; a UserError that it raises there is raised on all of them."""
+    told: list = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            told[0] = decide()
+        except UserError as error:
+            told[1] = error
+    dist.broadcast_object_list(told)
+    if told[1] is not None:
+        raise told[1]
+    return told[0]
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:

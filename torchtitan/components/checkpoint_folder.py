@@ -1,0 +1,70 @@
+"""The checkpoints of a run on the disk: one folder a step, there whole or not at all. Imports no torch.
+
+checkpoint/step-100/                complete: it got this name when everything in it was written
+    .metadata  __0_0.distcp ...     tensors, by name, in the shards that the ranks held
+    train_state.json                step and the like, for people too
+checkpoint/step-200.incomplete/     being written, or what a killed run left; never read
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from torchtitan.config.errors import ConfigError
+from torchtitan.config.job import Checkpoint
+
+RECORD = "train_state.json"
+INCOMPLETE, DELETED = ".incomplete", ".deleted"
+
+
+def complete_steps(folder: Path) -> list[int]:
+    """Steps with a complete checkpoint, oldest first."""
+    names = [path.name for path in folder.glob("step-*")] if folder.is_dir() else []
+    return sorted(int(match[1]) for name in names if (match := re.fullmatch(r"step-(\d+)", name)))
+
+
+def find(options: Checkpoint, folder: Path) -> Path | None:
+    """The checkpoint that a run goes on from, if any. Raises ConfigError where load_step names none."""
+    if not options.enable:
+        return None
+    steps, asked = complete_steps(folder), options.load_step
+    if asked >= 0 and asked not in steps:
+        raise ConfigError(f"checkpoint.load_step = {asked} is not in {folder}; complete there: {steps or 'none'}")
+    if not steps:
+        return None
+    return folder / f"step-{asked if asked >= 0 else steps[-1]}"
+
+
+def find_initial(options: Checkpoint) -> Path | None:
+    """`initial_load_path`: a checkpoint, or a folder of them, of which the latest."""
+    if not options.initial_load_path:
+        return None
+    path = Path(options.initial_load_path)
+    steps = complete_steps(path)
+    path = path / f"step-{steps[-1]}" if steps else path
+    if not (path / RECORD).is_file():
+        raise ConfigError(f"checkpoint.initial_load_path = {options.initial_load_path}: no complete checkpoint there")
+    return path
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """train_state.json of a checkpoint. Raises ConfigError where it is not there or damaged."""
+    try:
+        return json.loads((path / RECORD).read_text())
+    except FileNotFoundError:
+        raise unreadable(path, f"it has no {RECORD}") from None
+    except (OSError, ValueError) as error:
+        raise unreadable(path, f"{RECORD}: {error}") from None
+
+
+def unreadable(path: Path, why: str) -> ConfigError:
+    """A complete checkpoint that is damaged, and how to go on without it."""
+    own = re.fullmatch(r"step-(\d+)", path.name)
+    before = [step for step in complete_steps(path.parent) if own and step < int(own[1])]
+    go_on = (
+        f"go on from the one before with --checkpoint.load_step {before[-1]}"
+        if before
+        else "there is none before it: start anew in another job.dump_folder"
+    )
+    return ConfigError(f"checkpoint {path} cannot be read ({why}); {go_on}")

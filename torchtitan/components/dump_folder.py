@@ -1,0 +1,150 @@
+"""A used dump folder: its run is finished, goes on, or makes room for a fresh one. Nothing is lost or mixed.
+
+finished     a checkpoint of the last step: one line, and nothing is changed
+goes on      from its checkpoint; options that differ are named, or refused where they make no sense
+fresh        no checkpoint to go on from: the files of the run before move to previous/1/, previous/2/ ...
+"""
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torchtitan.components.checkpoint_folder import complete_steps, find, read_record
+from torchtitan.components.curves import CURVES
+from torchtitan.components.data_report import REPORT
+from torchtitan.components.numbered import next_number
+from torchtitan.components.saved_config import LAUNCHES, NEWEST, Change, changes, read_config
+from torchtitan.components.sinks import HISTORY
+from torchtitan.components.tokenizer import find_file
+from torchtitan.config.errors import ConfigError
+from torchtitan.config.job import JobConfig
+from torchtitan.distributed.process_group import TRACES
+from torchtitan.tools.logging import logger
+
+PREVIOUS = "previous"
+FILES = (HISTORY, REPORT, CURVES, NEWEST, LAUNCHES, "rejects", TRACES)
+FOLDERS = ("metrics.save_tb_folder", "profiling.save_traces_folder", "profiling.save_memory_snapshot_folder")
+# Sections that say how a run is watched, saved or spread over ranks, not what it learns.
+NOT_LEARNT = (
+    "profiling.",
+    "metrics.",
+    "parallelism.",
+    "checkpoint.",
+    "activation_checkpoint.",
+    "compile.",
+    "comm.",
+    "validation.",
+)
+
+
+def begin(job: JobConfig) -> bool:
+    """Make the dump folder ready for this launch. False: the run is finished, and nothing was changed.
+
+    For rank 0 alone. `job` is resolved. Raises ConfigError where the options do not fit what the folder holds.
+    """
+    folder = Path(job.job.dump_folder)
+    own = find(job.checkpoint, folder / job.checkpoint.folder)
+    saved = read_config(folder)
+    if own is None:
+        refuse_checkpoints_of_others(job, saved, folder)
+        set_aside(folder, [folder / name for name in (*FILES, *folders(job, saved))])
+        return True
+    step, changed = read_record(own)["step"], [] if saved is None else changes(saved, job)
+    if is_finished(job, step, changed):
+        return False
+    refuse_another_run(job, own, changed)
+    if changed:
+        logger.info(f"{folder} goes on from step {step} with other options: {'; '.join(map(str, changed))}")
+    go_back(folder, [own.parent / f"step-{number}" for number in complete_steps(own.parent) if number > step])
+    return True
+
+
+def folders(job: JobConfig, saved: dict[str, Any] | None) -> set[str]:
+    """Of this job and of the one before, which may have called them otherwise."""
+    names = set()
+    for option in FOLDERS:
+        section, field = option.split(".")
+        names |= {getattr(getattr(job, section), field), (saved or {}).get(section, {}).get(field)}
+    return names - {None}
+
+
+def is_finished(job: JobConfig, step: int, changed: list[Change]) -> bool:
+    """Raises ConfigError where another run than the finished one is asked for."""
+    folder, steps = job.job.dump_folder, job.training.steps
+    if step > steps:
+        raise ConfigError(
+            f"training.steps = {steps}: {folder} has a checkpoint of step {step}; ask for more steps, go back with "
+            f"--checkpoint.load_step, or give another job.dump_folder"
+        )
+    if step < steps:
+        return False
+    learnt = [change for change in changed if not change.option.startswith(NOT_LEARNT)]
+    if learnt:
+        raise ConfigError(
+            f"{folder} is finished (step {step} of {steps}), with other options: {'; '.join(map(str, learnt))}; "
+            "give another job.dump_folder to train with them, or raise training.steps to go on with them"
+        )
+    done = f"{folder} is finished: step {step} of {steps}"
+    logger.info(f"{done}; raise training.steps to go on, or give another job.dump_folder")
+    return True
+
+
+def refuse_another_run(job: JobConfig, own: Path, changed: list[Change]) -> None:
+    """What a checkpoint cannot be gone on with."""
+    without = job.checkpoint.exclude_from_loading
+    if "train_state" in without:
+        raise ConfigError(
+            f"checkpoint.exclude_from_loading = train_state: {own} is of this dump folder, and its steps would be "
+            f"counted from 0 again; give another job.dump_folder with --checkpoint.initial_load_path {own}"
+        )
+    kept = {"model.name", "model.flavor"} | ({"optimizer.name"} - {f"{part}.name" for part in without})
+    for change in changed:
+        if change.option in kept or change.option == "model.tokenizer_path" and differ(change.before, change.now):
+            made = f"{change.option} = {change.now}: {own} was made with {change.before}"
+            raise ConfigError(f"{made}; keep it, or give another job.dump_folder")
+
+
+def differ(before: str, now: str) -> bool:
+    """Whether two tokenizers are there with different files. One that moved is the same."""
+    if not (Path(before).exists() and Path(now).exists()):
+        return False  # the loader compares what tokenizers do
+    return find_file(Path(before)).read_bytes() != find_file(Path(now)).read_bytes()
+
+
+def refuse_checkpoints_of_others(job: JobConfig, saved: dict[str, Any] | None, folder: Path) -> None:
+    """A run that would not go on from the checkpoints of this folder must not stand beside them either."""
+    for name in {
+        job.checkpoint.folder,
+        (saved or {}).get("checkpoint", {}).get("folder", job.checkpoint.folder),
+    }:
+        if steps := complete_steps(folder / name):
+            raise ConfigError(
+                f"{folder / name} has a checkpoint of step {steps[-1]}, and this run would begin at step 0: go on from "
+                f"it with --checkpoint.enable --checkpoint.folder {name}, or give another job.dump_folder"
+            )
+
+
+def go_back(folder: Path, later: list[Path]) -> None:
+    """checkpoint.load_step: what came after it, with its metrics, is from now on another run's."""
+    target = set_aside(folder, later)
+    if target is not None and (folder / HISTORY).is_file():
+        shutil.copy2(folder / HISTORY, target)
+
+
+def set_aside(folder: Path, paths: Iterable[Path]) -> Path | None:
+    """Move what is there to previous/NUMBER/ and say so. Returns that folder."""
+    target = folder / PREVIOUS / str(next_number(folder / PREVIOUS))
+    moved = []
+    for path in paths:
+        if path.is_file() or path.is_dir() and any(path.iterdir()):
+            to = target / path.relative_to(folder)
+            to.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(path, to)
+            moved.append(path.name)
+        if path.name == TRACES:
+            path.mkdir(exist_ok=True)  # nccl was told to write there
+    if not moved:
+        return None
+    logger.info(f"{folder}: what an earlier run wrote there is now in {target}: {', '.join(moved)}")
+    return target

@@ -1,0 +1,71 @@
+"""The configuration of each launch of a run, kept in its dump folder, and what differs between two.
+
+config.toml                         of the newest launch: it repeats the run
+launches/1-from-step-0.toml ...     of each, with the step that it went on from
+"""
+
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torchtitan.components.numbered import next_number
+from torchtitan.config.job import JobConfig
+from torchtitan.config.parse import to_toml
+from torchtitan.tools.logging import logger
+
+NEWEST, LAUNCHES = "config.toml", "launches"
+# Of one launch, not of what is trained: where it writes, and where it went on from.
+OF_A_LAUNCH = ("job.", "checkpoint.load_step")
+
+
+class Change(NamedTuple):
+    option: str
+    before: Any  # None: not set
+    now: Any
+
+    def __str__(self) -> str:
+        return f"{self.option} was {_shown(self.before)} and is {_shown(self.now)}"
+
+
+def save_config(job: JobConfig, folder: Path, step: int) -> None:
+    """The resolved job of a launch that goes on from `step`."""
+    launches = folder / LAUNCHES
+    launches.mkdir(parents=True, exist_ok=True)
+    for path in (launches / f"{next_number(launches)}-from-step-{step}.toml", folder / NEWEST):
+        path.write_text(to_toml(job), encoding="utf-8")
+
+
+def read_config(folder: Path) -> dict[str, Any] | None:
+    """The tables of the newest launch. None where there are none; a line says so where they cannot be read."""
+    path = folder / NEWEST
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        logger.warning(f"{path}: {error}; so options are not compared with those of the launch before")
+        return None
+
+
+def changes(saved: dict[str, Any], job: JobConfig) -> list[Change]:
+    """Options that differ between a saved configuration and `job`, both resolved."""
+    before, now = (dict(_leaves(table)) for table in (saved, tomllib.loads(to_toml(job))))
+    names = [name for name in {**now, **before} if not name.startswith(OF_A_LAUNCH)]
+    return [Change(name, before.get(name), now.get(name)) for name in names if before.get(name) != now.get(name)]
+
+
+def _leaves(table: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """("data.sources[0].weight", 2.0) and so on."""
+    if isinstance(table, dict):
+        for name, value in table.items():
+            yield from _leaves(value, f"{key}.{name}" if key else name)
+    elif isinstance(table, list) and table and isinstance(table[0], dict):
+        for number, item in enumerate(table):
+            yield from _leaves(item, f"{key}[{number}]")
+    else:
+        yield key, table
+
+
+def _shown(value: Any) -> str:
+    return "not set" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,34 @@
+"""Whether a folder can be written to, and what to say when a disk is full."""
+
+import errno
+import shutil
+import tempfile
+from pathlib import Path
+
+from torchtitan.config.errors import ConfigError
+
+
+def require_writable(folder: Path, key: str) -> None:
+    """Make `folder` and a file in it that is gone at once. Raises ConfigError that names the option `key`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"\0")
+    except OSError as error:
+        told = describe(error, folder)
+        raise ConfigError(f"{key} = {folder}: cannot be written to ({told}); give another folder, or mend this one") from None
+
+
+def describe(error: OSError, path: Path) -> str:
+    """In words; of a full disk with what is free."""
+    reason = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{reason}; {free(path)} free"
+    return reason
+
+
+def free(path: Path) -> str:
+    """Free space of the file system that holds `path`, which need not exist yet."""
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    mebibytes = shutil.disk_usage(there).free / 2**20
+    return f"{mebibytes / 1024:.1f} GiB" if mebibytes >= 1024 else f"{mebibytes:.1f} MiB"
