@@ -7,6 +7,7 @@ import struct
 import zlib
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -14,6 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from experiments.vlm.data import formats, tally
+from experiments.vlm.data.formats import text
 from experiments.vlm.data.loader import Loader
 from experiments.vlm.data.reject_log import RejectLog
 from experiments.vlm.data.tally import Reject
@@ -199,6 +202,29 @@ def test_a_rotten_source_stops_the_run_when_asked_to(tmp_path, workers):
     with pytest.raises(DataError, match=r"source captions: \d+ of \d+ samples are bad \(6\d.\d%\), more than data.max_bad_fraction = 0.5"):
         for _ in Loader(job, Characters()):
             pass
+
+
+def test_a_fault_of_the_reader_is_no_fault_of_the_data(tmp_path, monkeypatch, caplog):
+    def failing(record):
+        return {}["typo"] if "7" in record["text"] else text.parse(record)
+
+    monkeypatch.setitem(formats.FORMATS, "text", replace(formats.FORMATS["text"], parse=failing))
+    write_all(tmp_path / "data")
+    job = make_job(tmp_path / "data", tmp_path / "out", epochs=1)
+    (job.data.sources[2].path, job.data.sources) = str(tmp_path / "data" / "texts"), job.data.sources[2:]
+    lines = [json.dumps({"text": f"text {number}"}) for number in range(30)]
+    (tmp_path / "data" / "texts" / "texts.jsonl").write_text("\n".join(lines))
+    seen, report, _ = read_all(job)
+    failed = report["texts"]["rejected"]["samples"]
+    assert list(failed) == ["reader_failed"] and failed["reader_failed"]["count"] == 3 and len(seen) == 27
+    assert "KeyError in failing, test_bad_data.py" in failed["reader_failed"]["examples"][0]["detail"]
+    tracebacks = [record for record in caplog.records if record.exc_info]
+    assert len(tracebacks) == 1 and "'typo'" in caplog.text
+
+    monkeypatch.setattr(tally, "JUDGED_FROM", 10)
+    job.data.max_bad_fraction = 0.05
+    with pytest.raises(DataError, match="most of them: the reader failed"):
+        list(Loader(job, Characters()))
 
 
 def test_rejects_are_written_once_over_epochs_kills_and_ranks(tmp_path):

@@ -8,9 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from experiments.vlm.data import chat_template
-from experiments.vlm.data.chat_template import BUILT_IN, Turn, load_chat_template
-from experiments.vlm.data.document import Document, Image, Special, Text
-from experiments.vlm.data.formats.draft import ImageValue
+from experiments.vlm.data.chat_template import BUILT_IN, load_chat_template
+from experiments.vlm.data.document import Document, Image, ImageValue, Special, Text, Turn
 from experiments.vlm.data.image import ImagePlan
 from experiments.vlm.data.packing import Budget
 from experiments.vlm.data.rejects import Rejected

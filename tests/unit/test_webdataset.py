@@ -63,7 +63,7 @@ def test_samples_that_the_convention_takes_for_one_are_told(shard):
     opened = shard(*((f"photo.{n}.{e}", d) for n in (1, 2, 3) for e, d in (("jpg", jpeg()), ("txt", b"A cat."))))
     document, lost = opened.read(0)
     assert (len(opened), document.key, len(document.parts)) == (1, "photo", 2)
-    assert [(reject.reason, reject.detail.split()[0]) for reject in lost] == [("image_unplaced", f"photo.{n}.jpg") for n in (2, 3)]
+    assert [(reject.reason, reject.detail.split()[0]) for reject in lost] == [("image_unplaced", f"{n}.jpg") for n in (2, 3)]
 
 
 def test_a_second_image_without_a_caption_belongs_to_the_sample(shard):

@@ -17,14 +17,13 @@ import functools
 import os.path
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from experiments.vlm.data.document import Special, Text
-from experiments.vlm.data.formats.draft import ImageValue
+from experiments.vlm.data.document import Draft, ImageValue, Special, Text, Turn
 from experiments.vlm.data.jinja_template import GENERATION_END, GENERATION_START, TemplateFile, compile_template, read_template
 from experiments.vlm.data.rejects import Rejected
 from torchtitan.config.errors import ConfigError
@@ -54,12 +53,6 @@ LLAMA3 = TemplateFile(
 BUILT_IN = {"chatml": CHATML, "llama3": LLAMA3}
 
 
-@dataclass(frozen=True)
-class Turn:
-    role: str  # system, user, assistant, tool
-    content: Sequence[str | ImageValue]
-
-
 @functools.cache
 def load_chat_template(name: str) -> "ChatTemplate":
     """A key of BUILT_IN, or a file: Jinja, or a tokenizer_config.json. Raises ConfigError."""
@@ -84,6 +77,10 @@ class ChatTemplate:
             raise jinja2.TemplateError("it does not show the content of a user's message")
         self._markup = self._find_markup(_pattern(file.control))
         self._control = _pattern((*file.control, *([self._markup] if self._markup else [])))
+
+    def speak(self, draft: Draft) -> Draft:
+        """The draft of a conversation with its parts; another as it is. Raises Rejected as `render` does."""
+        return replace(draft, parts=self.render(draft.turns)) if draft.turns else draft
 
     def render(self, turns: Sequence[Turn]) -> list[Text | Special | ImageValue]:
         """The parts, images in their places. Raises Rejected("chat_template") where the template refuses."""

@@ -7,7 +7,7 @@ shuffled   a sample gets the images of another sample of its shard, at their own
 from dataclasses import replace
 
 from experiments.vlm.data.document import Document, Image
-from experiments.vlm.data.formats import Shard
+from experiments.vlm.data.formats.shard import Shard
 from experiments.vlm.data.reading import Transform, guarded
 from experiments.vlm.data.rejects import Rejected
 

@@ -68,7 +68,7 @@ class Filler:
             pixels = np.full((height, width, 3), GREY, np.uint8)
         else:
             try:
-                pixels = guarded_image(lease, image, height, width)
+                pixels = guarded(lambda: decode(lease.shard.load(image.image), height, width))
             except Rejected as rejected:
                 return rejected
         write_patches(pixels, self.plan, patches, thw)
@@ -89,15 +89,6 @@ class Done:
 
     def result(self) -> Any:
         return self.value
-
-
-def guarded_image(lease: Lease, image: PlannedImage, height: int, width: int) -> np.ndarray:
-    try:
-        return decode(guarded(lease.shard.load, image.image), height, width)
-    except (Rejected, MemoryError):
-        raise
-    except Exception as error:
-        raise Rejected("image_undecodable", f"{type(error).__name__}: {error}") from error
 
 
 class _Row:

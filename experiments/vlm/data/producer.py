@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from experiments.vlm.data.fill import Filled, Filler, Views
-from experiments.vlm.data.formats import Shard
+from experiments.vlm.data.formats.shard import Shard
 from experiments.vlm.data.reading import ShardCache
 from experiments.vlm.data.slot import Planning, Slot, SlotPlan
 from experiments.vlm.data.tally import Reject, Tally

@@ -4,6 +4,8 @@
 """
 
 import contextlib
+import os
+import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,10 +14,11 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments.vlm.data.document import Document
-from experiments.vlm.data.formats import Shard
+from experiments.vlm.data.formats.shard import Shard
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.streams import Deal, Unit
 from experiments.vlm.data.tally import Reject
+from torchtitan.tools.logging import logger
 
 
 class Reference(NamedTuple):
@@ -74,15 +77,26 @@ class ShardCache:
 
 
 def guarded(call: Callable, *args):
-    """`call(*args)`, with every error of the data as Rejected: a record that a reader stumbles over stops no run."""
+    """`call(*args)`, with every error as Rejected: a record that a reader stumbles over stops no run.
+
+    Readers raise Rejected for what is wrong with a record, so whatever else they raise is their own fault and says so.
+    """
     try:
         return call(*args)
-    except Rejected:
+    except (Rejected, MemoryError):
         raise
     except OSError as error:
         raise Rejected("shard_unreadable", f"{type(error).__name__}: {error}") from error
     except Exception as error:
-        raise Rejected("wrong_shape", f"{type(error).__name__}: {error}") from error
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        kind = f"{type(error).__name__} in {where.name}, {os.path.basename(where.filename)}:{where.lineno}"
+        if kind not in _failures:
+            _failures.add(kind)
+            logger.exception(f"a reader failed ({kind}); it is counted as reader_failed, and further ones are not shown")
+        raise Rejected("reader_failed", f"{kind}: {error}") from error
+
+
+_failures: set[str] = set()  # kinds that this process has logged
 
 
 Transform = Callable[[Document, Shard, int], Document]  # a validation control: (document, its shard, its record)

@@ -19,6 +19,7 @@ REASONS = {
     "broken_utf8": "text that is not UTF-8",
     "broken_json": "a record that is not JSON",
     "wrong_shape": "a record whose fields are not what its format says",
+    "reader_failed": "the reader failed at it, which is a fault of the program: the log has the first traceback of each kind",
     "chat_template": "the chat template refuses the conversation",
     "no_answer": "a conversation without a turn of the assistant",
     "shard_missing": "the shard is not there, or not any more",

@@ -18,6 +18,7 @@ import io
 import os
 import shutil
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,9 @@ from braceexpand import braceexpand
 
 from experiments.vlm.config import Data, Source
 from experiments.vlm.data.file_cache import file_cache, origin_of
-from experiments.vlm.data.formats import Shard, ShardFile, load_format
+from experiments.vlm.data.formats import FORMATS
+from experiments.vlm.data.formats.shard import Shard, ShardFile
+from experiments.vlm.data.formats.shard import open_shard as open_file
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.world import ensure
 from torchtitan.config.errors import ConfigError
@@ -46,7 +49,7 @@ def list_shards(path: str, format: str, data: Data) -> list[str]:
 
     Raises ConfigError where there is none.
     """
-    suffixes = load_format(format).SUFFIXES
+    suffixes = FORMATS[format].suffixes
     found = [shard for pattern in _expand(_resolve(path, data)) for shard in _match(pattern, suffixes)]
     if not found:
         raise ConfigError(f"{path}: no shard of format {format} ({', '.join(suffixes)}) there; looked from {os.getcwd()}")
@@ -56,7 +59,7 @@ def list_shards(path: str, format: str, data: Data) -> list[str]:
 def open_shard(path: str, source: Source, data: Data) -> Shard:
     """Open a shard for random access. Raises Rejected (shard_missing, shard_unreadable), ConfigError for a wrong option."""
     try:
-        return load_format(source.format).open_shard(ShardFile(path, _local(path, data)), source, data)
+        return open_file(ShardFile(path, _local(path, data)), source, data)
     except ConfigError:
         raise  # a chat template that is not there, say
     except FileNotFoundError as error:
@@ -162,7 +165,7 @@ def _decompress(path: str, copy: Path) -> None:
         try:
             while block := source.read1(STEP_BYTES):
                 target.write(block)
-        except (OSError, EOFError):
+        except (OSError, EOFError, zlib.error):
             if not target.tell():
                 raise
 

@@ -1,63 +1,51 @@
-"""Data set formats: from an opened shard to documents, by record number.
+"""Data set formats: how a record becomes a document. A format is a row of FORMATS and one pure function.
 
-A format is a module of this folder, one line in FORMATS, with
+    parse(record) -> Draft      raises Rejected for what is not of its shape; a record holds what JSON and tables can hold
 
-    SUFFIXES                            which files of a folder are its shards
-    open_shard(file, source, data)      -> Shard
-
-Most formats are a pure function from a record to a `Draft` (draft.py): record files (records.py) and tars (tar.py) do the rest.
-Imports no torch; the modules are imported when a source asks for them.
+The same function reads records of tars (tar_shard), and of JSON, TSV, parquet, Arrow and text files (record_files), in
+training (shard.open_shard) and in data preparation. Imports no torch.
 """
 
-import importlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
-from experiments.vlm.config import Data, Source
-from experiments.vlm.data.document import Document, Image
-from experiments.vlm.data.rejects import Rejected
+from experiments.vlm.data.document import Draft
+from experiments.vlm.data.formats import captions, llava, messages, obelics, text
 
-FORMATS = {
-    "cc12m": "experiments.vlm.data.formats.webdataset",
-    "webdataset": "experiments.vlm.data.formats.webdataset",
-    "obelics": "experiments.vlm.data.formats.obelics",
-    "llava": "experiments.vlm.data.formats.llava",
-    "messages": "experiments.vlm.data.formats.messages",
-    "text": "experiments.vlm.data.formats.text",
-}
+Record = Mapping[str, Any]
+RECORD_FILES = (".parquet", ".jsonl", ".ndjson", ".json", ".tsv", ".arrow", ".feather")
 
 
 @dataclass(frozen=True)
-class ShardFile:
-    path: str  # as the source lists it: what reports say, and where relative images begin
-    local: str  # the file to read: the same, or its copy in the cache
+class Format:
+    columns: tuple[str, ...]  # what `parse` reads of a record: nothing else of a table is loaded
+    parse: Callable[[Record], Draft]
+    fits: Callable[[Record], bool]  # whether a record of unknown format may be one of this
+    suffixes: tuple[str, ...] = (".tar", *RECORD_FILES)  # which files of a folder are shards
 
 
-class Shard(Protocol):
-    """An opened shard: random access by record number. `read` and `load` may be called from several threads."""
-
-    rejects: list[Rejected]  # what is wrong with the shard as a whole, such as a tail that is cut off
-
-    def __len__(self) -> int:
-        """Records, good or bad."""
-
-    def key(self, index: int) -> str:
-        """The record's name, unique in the shard: the tar key, or its number."""
-
-    def read(self, index: int) -> tuple[Document, list[Rejected]]:
-        """The document, and what it lost where it makes sense without. Raises Rejected for a bad record."""
-
-    def load(self, image: Image) -> bytes:
-        """The bytes of an image that `read` gave. Raises Rejected."""
-
-    def close(self) -> None: ...
+def having(*names: str) -> Callable[[Record], bool]:
+    return lambda record: any(name in record for name in names)
 
 
-class Format(Protocol):
-    SUFFIXES: tuple[str, ...]
+def kind_of(record: Record) -> str | None:
+    """The first format that fits."""
+    return next((name for name, format in KINDS.items() if format.fits(record)), None)
 
-    def open_shard(self, file: ShardFile, source: Source, data: Data) -> Shard: ...
+
+def parse_sample(record: Record) -> Draft:
+    """A sample of a tar in the WebDataset convention, whatever it is: a caption where nothing else fits."""
+    kind = kind_of(record)
+    return KINDS["captions" if kind in (None, "text") else kind].parse(record)
 
 
-def load_format(name: str) -> Format:
-    return importlib.import_module(FORMATS[name])  # type: ignore[return-value]
+KINDS = {
+    "llava": Format(llava.COLUMNS, llava.parse, having("conversations")),
+    "messages": Format(messages.COLUMNS, messages.parse, having("messages")),
+    "obelics": Format(obelics.COLUMNS, obelics.parse, having("texts", "images")),
+    "captions": Format(captions.COLUMNS, captions.parse, captions.fits),
+    "text": Format(text.COLUMNS, text.parse, having("text", "content"), (".tar", ".txt", *RECORD_FILES)),
+}
+WEBDATASET = Format(tuple({name for kind in KINDS.values() for name in kind.columns}), parse_sample, having(), (".tar",))
+FORMATS = {"webdataset": WEBDATASET, "cc12m": WEBDATASET, **KINDS}

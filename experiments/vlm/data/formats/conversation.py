@@ -1,26 +1,39 @@
-"""What both conversation formats share: turns with images to a draft, through the source's chat template."""
+"""What both conversation formats share: who says what, and where the images stand."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from experiments.vlm.data.chat_template import ChatTemplate, Turn
-from experiments.vlm.data.formats.draft import Draft, ImageValue
+from experiments.vlm.data.document import Draft, ImageValue, Turn
+from experiments.vlm.data.formats.image_values import is_image_name
 from experiments.vlm.data.rejects import Rejected
 
 MARKER = "<image>"
 
 
-def make_draft(turns: Sequence[Turn], template: ChatTemplate, rejects: Sequence[Rejected] = ()) -> Draft:
+def images_of(record: Mapping[str, Any]) -> list[ImageValue]:
+    """The record's images, however many: one by itself, a list, or none. Where it names none, its fields that are called
+    like image files, which is what the members of a tar are."""
+    name = "image" if record.get("image") is not None else "images"
+    value = record.get(name)
+    if value is None:
+        fields = (name for name in record if is_image_name(name) and record[name] is not None)
+        return [ImageValue(record[name], position, (name,)) for position, name in enumerate(fields)]
+    if isinstance(value, list):
+        return [ImageValue(image, position, (name, position)) for position, image in enumerate(value)]
+    return [] if isinstance(value, str) and not value else [ImageValue(value, 0, (name,))]
+
+
+def make_draft(turns: Sequence[Turn], rejects: Sequence[Rejected] = ()) -> Draft:
     """Whole or not at all: an answer about an image that is gone would teach to make things up."""
     if not turns:
         raise Rejected("empty_document")
     if not any(turn.role == "assistant" for turn in turns):
         raise Rejected("no_answer")
     has_images = any(isinstance(part, ImageValue) for turn in turns for part in turn.content)
-    return Draft(template.render(turns), caption=has_images, rejects=list(rejects))
+    return Draft([], caption=has_images, rejects=list(rejects), turns=turns)
 
 
-def place_images(turns: Sequence[tuple[str, str]], images: Sequence[Any]) -> tuple[list[Turn], list[Rejected]]:
+def place_images(turns: Sequence[tuple[str, str]], images: Sequence[ImageValue]) -> tuple[list[Turn], list[Rejected]]:
     """(role, text) with images where the text says `<image>`.
 
     Without images `<image>` is text, and so it is in answers where the questions account for all images. Images without any
@@ -35,11 +48,8 @@ def place_images(turns: Sequence[tuple[str, str]], images: Sequence[Any]) -> tup
     counts = f"{markers} times {MARKER}, {len(images)} images"
     if images and markers > len(images):
         raise Rejected("image_missing", counts)
-    waiting = [ImageValue(image, position) for position, image in enumerate(images)]
-    lost = [
-        Rejected("image_unplaced", f"{markers} times {MARKER}, {len(images)} images", image=value.position) for value in waiting[markers:]
-    ]
-    values = iter(waiting)
+    lost = [Rejected("image_unplaced", counts, image=image.position) for image in images[markers:]]
+    values = iter(images)
     return [Turn(role, _split(text, values) if images and role in roles else [text]) for role, text in turns], lost
 
 
@@ -50,7 +60,7 @@ def _ask_first(turns: Sequence[tuple[str, str]], count: int) -> list[tuple[str, 
     return [(role, (MARKER + "\n") * count + text if number == first else text) for number, (role, text) in enumerate(turns)]
 
 
-def _split(text: str, images: Any) -> list[str | ImageValue]:
+def _split(text: str, images: Iterator[ImageValue]) -> list[str | ImageValue]:
     pieces: list[str | ImageValue] = []
     for number, piece in enumerate(text.split(MARKER)):
         if number:

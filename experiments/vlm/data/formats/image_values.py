@@ -1,5 +1,17 @@
-"""The images that the records of a file name, and how their bytes are got. image_spelling.py has what a record may hold."""
+"""What a record may hold in place of an image, and how its bytes are got. Imports torch only to look at an image.
 
+b"..."                                  the bytes (in JSON: base64)
+{"bytes": b"...", "path": "..."}        bytes, or where they are None the path (Hugging Face's Image feature)
+{"url": "...", "path": "..."}           an address; a path beside it says where the image once was
+"images/1.jpg"                          a path below the record file's folder
+"https://..." or "data:image/..."       an address, or the bytes themselves
+
+An item of a message holds one of these under a name of HELD_UNDER. A record of a tar holds the members themselves, and
+names them by their extension or their name (tar_shard.py).
+"""
+
+import base64
+import binascii
 import os
 import posixpath
 from typing import Any
@@ -7,60 +19,120 @@ from typing import Any
 import fsspec
 
 from experiments.vlm.config import Data
+from experiments.vlm.data.document import ImageValue
 from experiments.vlm.data.fetch import make_fetcher
-from experiments.vlm.data.formats.draft import ImageValue
-from experiments.vlm.data.formats.image_spelling import is_address, plain_value
-from experiments.vlm.data.image import probe, probe_lazily
 from experiments.vlm.data.rejects import Rejected
 
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+IMAGE_ITEMS = ("image", "image_url")  # types of items
+HELD_UNDER = ("image", "image_url", "url", "path", "bytes", "base64")
 
-class ImageValues:
-    """Images of the records of one file."""
 
-    def __init__(self, record_file: str, data: Data):
-        self.remote = "://" in record_file
-        self.folder = record_file.rpartition("/")[0] if self.remote else os.path.dirname(os.path.abspath(record_file))
-        self.fetcher = make_fetcher(data)
+def split_name(name: str) -> tuple[str, str]:
+    """What is before and after the last dot of a field's name or a member's extension: ("0", "jpg"), ("", "txt")."""
+    part, _, kind = name.rpartition(".")
+    return part, kind
 
-    def fetch_ahead(self, images: list[ImageValue]) -> None:
-        self.fetcher.fetch_ahead(filter(None, (_address(image.value) for image in images)))
 
-    def size(self, image: ImageValue) -> tuple[int, int]:
-        """(height, width). Raises Rejected. Of a local file only the header is read."""
-        value = plain_value(image.value)
-        if isinstance(value, memoryview):
-            return probe_lazily(lambda count: bytes(value[:count]), len(value))
-        if self.remote or is_address(value):
-            return probe(self._load(value))
-        try:
-            with open(self._path(value), "rb", buffering=0) as file:
-                return probe_lazily(lambda count: os.pread(file.fileno(), count, 0), os.fstat(file.fileno()).st_size)
-        except (OSError, ValueError) as error:
-            raise Rejected("image_missing", str(error)) from error
+def is_image_name(name: str) -> bool:
+    return split_name(name)[1] in IMAGE_EXTENSIONS
 
-    def load(self, value: Any) -> bytes:
-        """The image's bytes. Raises Rejected."""
-        return self._load(plain_value(value))
 
-    def _load(self, value: memoryview | str) -> bytes:
-        if isinstance(value, memoryview):
-            return bytes(value)
-        if is_address(value):
-            return self.fetcher.fetch(value)
-        path = self._path(value)
+def held_image(item: dict[str, Any]) -> Any:
+    """What an image item says of its image; nothing where it only marks the place of one."""
+    own = {name: item[name] for name in HELD_UNDER if item.get(name) is not None}
+    return next((own[name] for name in ("image", "image_url") if name in own), own)
+
+
+def is_address(value: str) -> bool:
+    return "://" in value[:12]
+
+
+def plain_value(value: Any) -> memoryview | str:
+    """Bytes, or a path or address, out of whatever the record holds. Raises Rejected."""
+    if isinstance(value, dict):
+        name = next((name for name in ("bytes", "url", "path", "base64") if value.get(name) is not None), "")
+        value = value.get(name)
+        if name in ("bytes", "base64") and isinstance(value, str):
+            return _from_base64(value)
+    if isinstance(value, bytes | bytearray | memoryview):
+        return memoryview(value)
+    if isinstance(value, str) and value.startswith("data:"):
+        return _from_base64(value.partition(",")[2])
+    if isinstance(value, str) and value:
+        return value
+    raise Rejected("image_missing", f"neither bytes, path nor address: {type(value).__name__}")
+
+
+def _from_base64(text: str) -> memoryview:
+    try:
+        return memoryview(base64.b64decode(text, validate=True))
+    except (binascii.Error, ValueError) as error:
+        raise Rejected("image_undecodable", f"base64: {error}") from error
+
+
+def folder_of(record_file: str) -> str:
+    """Where the paths of a record file begin."""
+    return record_file.rpartition("/")[0] if "://" in record_file else os.path.dirname(os.path.abspath(record_file))
+
+
+class ImageFolder:
+    """Images by their paths below a folder, local or remote."""
+
+    def __init__(self, folder: str):
+        self.folder = folder
+        self.remote = "://" in folder
+
+    def path(self, value: str) -> str:
+        """Where the image lies: below the folder by its letters, so a link that somebody put there is followed. Raises Rejected."""
+        join, norm = (posixpath.join, posixpath.normpath) if self.remote else (os.path.join, os.path.normpath)
+        relative = norm(value if self.remote or not os.path.isabs(value) else os.path.relpath(value, self.folder))
+        if relative.startswith(("..", "/")) or "\0" in relative:
+            raise Rejected("image_outside", value[:200])
+        return join(self.folder, relative)
+
+    def read(self, value: str) -> bytes:
+        """Raises Rejected."""
+        path = self.path(value)
         try:
             with fsspec.open(path, "rb") if self.remote else open(path, "rb") as file:
                 return file.read()
         except (OSError, ValueError) as error:
             raise Rejected("image_missing", str(error)) from error
 
-    def _path(self, value: str) -> str:
-        """Below the record file's folder, by its letters: a link that somebody put there is followed."""
-        join, norm = (posixpath.join, posixpath.normpath) if self.remote else (os.path.join, os.path.normpath)
-        relative = norm(value if self.remote or not os.path.isabs(value) else os.path.relpath(value, self.folder))
-        if relative.startswith(("..", "/")) or "\0" in relative:
-            raise Rejected("image_outside", value[:200])
-        return join(self.folder, relative)
+
+class ImageValues:
+    """Images of the records of one file, whose paths begin at `folder`."""
+
+    def __init__(self, folder: str, data: Data):
+        self.folder = ImageFolder(folder)
+        self.fetcher = make_fetcher(data)
+
+    def fetch_ahead(self, images: list[ImageValue]) -> None:
+        self.fetcher.fetch_ahead(filter(None, (_address(image.value) for image in images)))
+
+    def size(self, image: ImageValue) -> tuple[int, int]:
+        """(height, width). Raises Rejected. Only the header of a local file is read."""
+        from experiments.vlm.data.image import probe, probe_lazily
+
+        value = plain_value(image.value)
+        if isinstance(value, memoryview):
+            return probe_lazily(lambda count: bytes(value[:count]), len(value))
+        if self.folder.remote or is_address(value):
+            return probe(self.load(value))
+        path = self.folder.path(value)
+        try:
+            with open(path, "rb", buffering=0) as file:
+                return probe_lazily(lambda count: os.pread(file.fileno(), count, 0), os.fstat(file.fileno()).st_size)
+        except (OSError, ValueError) as error:
+            raise Rejected("image_missing", str(error)) from error
+
+    def load(self, value: Any) -> bytes:
+        """The image's bytes. Raises Rejected."""
+        plain = plain_value(value)
+        if isinstance(plain, memoryview):
+            return bytes(plain)
+        return self.fetcher.fetch(plain) if is_address(plain) else self.folder.read(plain)
 
 
 def _address(value: Any) -> str | None:

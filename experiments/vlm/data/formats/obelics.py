@@ -3,28 +3,22 @@
     texts   ["A cat.", null,     "A dog."]
     images  [null,     IMAGE,    null    ]       exactly one of the two at each index
 
-IMAGE is anything that image_spelling.py knows. Lists that do not match are taken as far as they make sense: text always, an image
-where its place is known, which is an index of both lists where there is no text. Other columns are not read.
+IMAGE is anything that image_values.py knows. Lists that do not match are taken as far as they make sense: text always, an image
+where its place is known, which is an index of both lists where there is no text.
 """
 
+from collections.abc import Mapping
 from itertools import zip_longest
 from typing import Any
 
-from experiments.vlm.config import Data, Source
-from experiments.vlm.data.document import Text
-from experiments.vlm.data.formats import Shard, ShardFile
-from experiments.vlm.data.formats.draft import Draft, ImageValue
-from experiments.vlm.data.formats.record_shard import SUFFIXES as SUFFIXES
-from experiments.vlm.data.formats.record_shard import open_record_shard
+from experiments.vlm.data.document import Draft, ImageValue, Text
 from experiments.vlm.data.rejects import Rejected
 
-
-def open_shard(file: ShardFile, source: Source, data: Data) -> Shard:
-    return open_record_shard(file, data, ("texts", "images"), parse)
+COLUMNS = ("texts", "images")
 
 
-def parse(record: dict[str, Any]) -> Draft:
-    texts, images = _list(record, "texts"), _list(record, "images")
+def parse(record: Mapping[str, Any]) -> Draft:
+    texts, images = _list(record, "texts", "images"), _list(record, "images", "texts")
     draft = Draft([])
     position = 0
     for index, (text, image) in enumerate(zip_longest(texts, images)):
@@ -35,7 +29,7 @@ def parse(record: dict[str, Any]) -> Draft:
         if image is None:
             continue
         if text is None and index < len(texts):
-            draft.parts.append(ImageValue(image, position))
+            draft.parts.append(ImageValue(image, position, ("images", index)))
         else:
             why = "there is text too" if text is not None else f"there are {len(texts)} text slots"
             draft.rejects.append(Rejected("image_unplaced", f"images[{index}]: {why}", image=position))
@@ -43,9 +37,9 @@ def parse(record: dict[str, Any]) -> Draft:
     return draft
 
 
-def _list(record: dict[str, Any], name: str) -> list[Any]:
+def _list(record: Mapping[str, Any], name: str, other: str) -> list[Any]:
     value = record.get(name)
-    if value is None and record.get("texts" if name == "images" else "images") is not None:
+    if value is None and record.get(other) is not None:
         return []
     if not isinstance(value, list):
         raise Rejected("wrong_shape", f"{name} is a {type(value).__name__}, not a list")

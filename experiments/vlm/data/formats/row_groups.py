@@ -24,13 +24,13 @@ ROW_GROUP_BYTES = 256 << 20
 class RowGroups:
     """Those of one file. Raises OSError or pyarrow's errors where it is no parquet file."""
 
-    def __init__(self, path: str, columns: tuple[str, ...], cache: FileCache):
+    def __init__(self, path: str, columns: tuple[str, ...] | None, cache: FileCache):
         self._file = pq.ParquetFile(path)
         metadata = self._file.metadata
         self.rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
         if min(self.rows, default=0) < 0 or sum(self.rows) != metadata.num_rows:
             raise Rejected("shard_unreadable", f"its row groups hold {self.rows[:9]} rows, {metadata.num_rows} in all")
-        self._columns = [name for name in self._file.schema_arrow.names if name in columns]
+        self._columns = [name for name in self._file.schema_arrow.names if columns is None or name in columns]
         self._origin = f"{origin_of(path)} {','.join(self._columns)}"
         self._cache = cache
         self._decoded: set[int] = set()  # in this process, since the file was opened

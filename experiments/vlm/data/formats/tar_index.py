@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments.vlm.data.formats.spans import SCAN_BYTES, read_at
+from experiments.vlm.data.formats.json_index import SCAN_BYTES, read_at
 from experiments.vlm.data.rejects import Rejected
 
 BLOCK = 512

@@ -1,8 +1,9 @@
-"""A tar shard and a function from a sample's members to a draft; record formats in tars.
+"""A tar shard: each sample is a record, so any format that parses records reads it.
 
-KEY.json  KEY.0.jpg  ...    the record of any format that has a parser; an image is the name of a member of the sample:
-                            "KEY.0.jpg", also with the tar's folders before it, or "0.jpg". A conversation that names none
-                            has the sample's images in the order of the tar
+KEY.json                    its object's fields are the record's
+KEY.txt                     the field "txt"; where it says something and the format wants it, KEY.json is not read
+KEY.jpg  KEY.0.jpg  ...     the fields "jpg", "0.jpg", ...: members, which become images where the record says so. A record
+                            may also name a member: "KEY.0.jpg", with the tar's folders before it, or "0.jpg"
 """
 
 import os
@@ -10,27 +11,21 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from experiments.vlm.data.document import Document, Image
-from experiments.vlm.data.formats import ShardFile
-from experiments.vlm.data.formats.draft import Draft, ImageValue, finish
-from experiments.vlm.data.formats.spans import parse_object, read_at
+from experiments.vlm.data.document import Document, Draft, Image, ImageValue, finish
+from experiments.vlm.data.formats.image_values import is_image_name
+from experiments.vlm.data.formats.json_index import decode_utf8, parse_object, read_at
 from experiments.vlm.data.formats.tar_index import Member, TarIndex
-from experiments.vlm.data.image import probe_lazily
 from experiments.vlm.data.rejects import Rejected
-
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
-
-Read = Callable[[Member], bytes]
-Parse = Callable[[dict[str, Any]], Draft]  # a record
-ParseSample = Callable[[list[Member], Read], Draft]  # a sample's members, and how to read one
 
 
 class TarShard:
-    """Implements formats.Shard. A key is the tar key; an image's locator the offset and size of its member."""
+    """Implements shard.Shard. A key is the tar key; an image's locator the offset and size of its member."""
 
-    def __init__(self, file: ShardFile, parse: ParseSample):
-        self.file = os.open(file.local, os.O_RDONLY)
+    def __init__(self, path: str, columns: tuple[str, ...], parse: Callable[[dict[str, Any]], Draft]):
+        """columns: what `parse` reads of a record."""
+        self.file = os.open(path, os.O_RDONLY)
         self.close = weakref.finalize(self, os.close, self.file)  # at the latest when nobody reads from it any more
+        self.wants_text = "txt" in columns
         self.parse = parse
         self.index = TarIndex(self.file)
         self.rejects: list[Rejected] = [self.index.tail] if self.index.tail else []
@@ -46,17 +41,33 @@ class TarShard:
 
     def read(self, index: int) -> tuple[Document, list[Rejected]]:
         members = self.index.sample(index)
-        draft = self.parse(members, lambda member: read_at(self.file, member.offset, member.size))
+        draft = self.parse(self._record(members))
+        draft.parts = [_found(part, members) if isinstance(part, ImageValue) else part for part in draft.parts]
         return finish(draft, members[0].key, self._size, lambda image: (image.value.offset, image.value.size))
 
+    def load(self, image: Image) -> bytes:
+        return read_at(self.file, *image.locator)
+
+    def _record(self, members: list[Member]) -> dict[str, Any]:
+        record: dict[str, Any] = {member.extension: member for member in members if is_image_name(member.extension)}
+        text, fields = (_find(members, kind) for kind in ("txt", "json"))
+        if text and self.wants_text:
+            record |= {member.extension: member for member in members if member.kind == "txt"}
+            record["txt"] = decode_utf8(self._read(text))
+        if fields and not record.get("txt", "").strip():
+            record = {**parse_object(self._read(fields)), **record}
+        return record
+
+    def _read(self, member: Member) -> bytes:
+        return read_at(self.file, member.offset, member.size)
+
     def _size(self, image: ImageValue) -> tuple[int, int]:
+        from experiments.vlm.data.image import probe_lazily
+
         member = image.value
         if not isinstance(member, Member):
             raise Rejected("image_missing", f"no member {str(member)[:200]} in the sample")
         return probe_lazily(lambda count: read_at(self.file, member.offset, count), member.size)
-
-    def load(self, image: Image) -> bytes:
-        return read_at(self.file, *image.locator)
 
 
 def is_tar(path: str) -> bool:
@@ -64,36 +75,19 @@ def is_tar(path: str) -> bool:
         return path.endswith(".tar") or file.read(512)[257:262] == b"ustar"
 
 
-def record_parser(parse: Parse) -> ParseSample:
-    """Parses samples whose record is KEY.json."""
-
-    def parse_members(members: list[Member], read: Read) -> Draft:
-        record = next((member for member in members if member.extension == "json"), None)
-        if not record:
-            raise Rejected("wrong_shape", f"no .json among {', '.join(member.name for member in members)[:200]}")
-        return parse_with_members(parse, parse_object(read(record)), members)
-
-    return parse_members
+def _find(members: list[Member], kind: str) -> Member | None:
+    """The member with this extension; "KEY.txt" before "KEY.0.txt"."""
+    whole = (member for member in members if member.extension == kind)
+    last = (member for member in members if member.kind == kind)
+    return next(whole, None) or next(last, None)
 
 
-def parse_with_members(parse: Parse, record: dict[str, Any], members: list[Member]) -> Draft:
-    """The draft of a record that lies in a tar with its images."""
-    return name_members(parse(_with_images(record, members)), members)
-
-
-def _with_images(record: dict[str, Any], members: list[Member]) -> dict[str, Any]:
-    if record.get("image") is not None or record.get("images") is not None or record.keys().isdisjoint(("conversations", "messages")):
-        return record
-    return record | {"images": [member.name for member in members if member.kind in IMAGE_EXTENSIONS]}
-
-
-def name_members(draft: Draft, members: list[Member]) -> Draft:
-    """The draft with each image's name replaced by the member that bears it; `TarShard` rejects those without."""
-    named = {name.lower(): member for member in members for name in (member.extension, os.path.basename(member.name), member.name)}
-    for place, part in enumerate(draft.parts):
-        if isinstance(part, ImageValue):
-            value = part.value
-            name = value.get("path") or value.get("url") if isinstance(value, dict) else value
-            member = named.get(name.removeprefix("./").lower(), name) if isinstance(name, str) else name
-            draft.parts[place] = ImageValue(member, part.position)
-    return draft
+def _found(image: ImageValue, members: list[Member]) -> ImageValue:
+    """With the member that bears its name in place of the name; `TarShard` rejects one without."""
+    value = image.value
+    name = value.get("path") or value.get("url") if isinstance(value, dict) else value
+    if not isinstance(name, str):
+        return image
+    name = name.removeprefix("./").lower()
+    names = ((other.lower(), member) for member in members for other in (member.extension, os.path.basename(member.name), member.name))
+    return ImageValue(dict(names).get(name, name), image.position)

@@ -9,7 +9,7 @@ A conversation about an image is nothing without it: one image that cannot be ha
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from experiments.vlm.data.formats.image_spelling import HELD_UNDER, IMAGE_ITEMS, held_image
+from experiments.vlm.data.formats.image_values import HELD_UNDER, IMAGE_ITEMS, held_image
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.prepare.records.record import Members, Pictures, Record, Sources, reference, to_json
 

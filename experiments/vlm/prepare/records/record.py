@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from experiments.vlm.data.formats.image_spelling import plain_value
+from experiments.vlm.data.formats.image_values import plain_value
 from experiments.vlm.data.rejects import Rejected
 
 HAS_SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*:")
@@ -56,7 +56,7 @@ Members = dict[str, bytes]
 
 
 def reference(value: Any, sources: Sources) -> Reference:
-    """A URL, a path below `image_folder`, bytes, or whatever else the loader takes for an image (image_spelling.py). Raises Rejected."""
+    """A URL, a path below `image_folder`, bytes, or whatever else the loader takes for an image (image_values.py). Raises Rejected."""
     if isinstance(value, dict) and value.get("url") and not value.get("bytes"):
         value = value["url"]  # a path beside it tells where the image once was
     try:

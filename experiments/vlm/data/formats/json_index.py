@@ -15,8 +15,10 @@ SCAN_BYTES = 1 << 22
 
 
 class Spans:
-    def __init__(self, file: int, starts: np.ndarray, ends: np.ndarray):
-        self._file, self._starts, self._ends = file, starts, ends
+    """Pieces of a file, each from a start to an end. `tail`: why they end early, if they do."""
+
+    def __init__(self, file: int, starts: np.ndarray, ends: np.ndarray, tail: Rejected | None = None):
+        self._file, self._starts, self._ends, self.tail = file, starts, ends, tail
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -26,9 +28,9 @@ class Spans:
         return read_at(self._file, start, end - start)
 
 
-def find_lines(file: int) -> Spans:
-    """Lines without their "\\n"; blank ones left out."""
-    breaks, offset = [np.array([-1])], 0
+def find_lines(file: int, start: int = 0) -> Spans:
+    """Lines from byte `start` on, without their "\\n"; blank ones left out."""
+    breaks, offset = [np.array([start - 1])], start
     while block := os.pread(file, SCAN_BYTES, offset):
         breaks.append(np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + offset)
         offset += len(block)
@@ -50,11 +52,8 @@ def begins_list(file: int) -> bool:
     return False
 
 
-def find_items(file: int) -> tuple[Spans, Rejected | None]:
-    """The items of a JSON list, and why it ends early, if it does.
-
-    The whole file is in memory meanwhile, its objects are not.
-    """
+def find_items(file: int) -> Spans:
+    """The items of a JSON list. The whole file is in memory meanwhile, its objects are not."""
     # One character a byte, whatever the encoding, so that positions are byte offsets; JSON's own signs are ASCII.
     text = read_at(file, 0, os.fstat(file).st_size).decode("latin-1")
     decode = json.JSONDecoder(strict=False).raw_decode
@@ -71,7 +70,7 @@ def find_items(file: int) -> tuple[Spans, Rejected | None]:
         position = _skip(text, end)
     closed = text[position : position + 1] == "]"
     tail = None if closed else Rejected("shard_truncated", f"after {len(starts)} records: {why}")
-    return Spans(file, np.array(starts, np.int64), np.array(ends, np.int64)), tail
+    return Spans(file, np.array(starts, np.int64), np.array(ends, np.int64), tail)
 
 
 def read_at(file: int, offset: int, size: int) -> bytes:

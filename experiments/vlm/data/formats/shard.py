@@ -1,0 +1,86 @@
+"""An opened shard: documents by record number, read in any order, as often as one likes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from experiments.vlm.config import Data, Source
+from experiments.vlm.data.chat_template import load_chat_template
+from experiments.vlm.data.document import Document, Draft, Image, finish
+from experiments.vlm.data.file_cache import file_cache
+from experiments.vlm.data.formats import FORMATS, Record
+from experiments.vlm.data.formats.image_values import ImageValues, folder_of
+from experiments.vlm.data.formats.record_files import Records, open_records
+from experiments.vlm.data.formats.tar_shard import TarShard, is_tar
+from experiments.vlm.data.rejects import Rejected
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    path: str  # as the source lists it: what reports say, and where relative images begin
+    local: str  # the file to read: the same, or its copy in the cache
+
+
+class Shard(Protocol):
+    """`read` and `load` may be called from several threads."""
+
+    rejects: list[Rejected]  # what is wrong with the shard as a whole, such as a tail that is cut off
+
+    def __len__(self) -> int:
+        """Records, good or bad."""
+
+    def key(self, index: int) -> str:
+        """The record's name, unique in the shard: the tar key, or its number."""
+
+    def read(self, index: int) -> tuple[Document, list[Rejected]]:
+        """The document, and what it lost where it makes sense without. Raises Rejected for a bad record."""
+
+    def load(self, image: Image) -> bytes:
+        """The bytes of an image that `read` gave. Raises Rejected."""
+
+    def close(self) -> None: ...
+
+
+def open_shard(file: ShardFile, source: Source, data: Data) -> Shard:
+    """Raises OSError, pyarrow's errors or Rejected where nothing can be read, ConfigError for a chat template."""
+    format, template = FORMATS[source.format], load_chat_template(source.chat_template)
+
+    def parse(record: Record) -> Draft:
+        return template.speak(format.parse(record))
+
+    if is_tar(file.local):
+        return TarShard(file.local, format.columns, parse)
+    records = open_records(file.local, format.columns, file_cache(data))
+    return RecordShard(records, ImageValues(folder_of(file.path), data), parse)
+
+
+class RecordShard:
+    """Implements Shard. A key is the record's number; an image's locator that and its place in the record."""
+
+    def __init__(self, records: Records, images: ImageValues, parse: Callable[[Record], Draft]):
+        self.records = records
+        self.images = images
+        self.parse = parse
+        self.rejects: list[Rejected] = [records.tail] if records.tail else []
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def key(self, index: int) -> str:
+        return str(index)
+
+    def read(self, index: int) -> tuple[Document, list[Rejected]]:
+        draft = self.parse(self.records.get(index))
+        self.images.fetch_ahead(draft.images())
+        return finish(draft, self.key(index), self.images.size, lambda image: (index, image.position))
+
+    def load(self, image: Image) -> bytes:
+        index, position = image.locator
+        draft = self.parse(self.records.get(index))
+        found = next((found for found in draft.images() if found.position == position), None)
+        if found is None:
+            raise Rejected("image_missing", "the record has changed since it was read")
+        return self.images.load(found.value)
+
+    def close(self) -> None:
+        self.records.close()
