@@ -3,11 +3,22 @@
 #
 #   ./run_tests.sh [pytest options]        all but the slow tests
 #   ./run_tests.sh --slow [...]            the slow tests alone
+#   ./run_tests.sh --newest [...]          with the newest versions that pyproject.toml allows, in .venv-newest
+#   ./run_tests.sh --oldest [...]          with its lower bounds, in .venv-oldest (docs/versions.md)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 . scripts/environment.sh
-find_python dev
 
+case ${1:-} in
+    --newest | --oldest)
+        versions=${1#--}
+        shift
+        install_into ".venv-$versions" "$versions"
+        PYTHON=.venv-$versions/bin/python
+        "$PYTHON" scripts/packages.py installed dev
+        ;;
+    *) find_python dev ;;
+esac
 marker="not slow"
 if [ "${1:-}" = --slow ]; then
     marker=slow

@@ -2,15 +2,18 @@
 #
 #   VENV=folder   use this virtual environment and no other; it is made where it is missing
 #
-# Without VENV: the active Python if it has everything, else .venv, which is made and filled on first use.
+# Without VENV: the active Python if it has everything, else .venv, which is made and filled on first use, with the
+# versions of constraints.txt. docs/versions.md tells more.
 
-has_everything() { # has_everything PYTHON [EXTRA ...]
-    command -v "$1" > /dev/null && "$1" scripts/missing_packages.py "${@:2}" > /dev/null 2>&1
+has_everything() { # has_everything PYTHON [EXTRA ...]: where its versions are not those that were tested, a line says so
+    local told
+    command -v "$1" > /dev/null && told=$("$1" scripts/packages.py missing "${@:2}" 2> /dev/null) || return 1
+    if [ -n "$told" ]; then echo "note: $told" >&2; fi
 }
 
-newest_python() {
+python_among() { # python_among NAME ...: the first that is new enough
     local candidate
-    for candidate in python3 python python3.13 python3.12 python3.11; do
+    for candidate in "$@"; do
         if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null; then
             echo "$candidate"
             return
@@ -20,18 +23,26 @@ newest_python() {
     return 1
 }
 
-fill_environment() { # fill_environment FOLDER: make it if it is missing, and install what training, tests and scripts need
-    local base
+install_into() { # install_into FOLDER VERSIONS: what training, tests and scripts need; VERSIONS: tested, newest or oldest
+    local base bounds=()
     if [ ! -x "$1/bin/python" ]; then
-        base=$(newest_python) || return 1
+        if [ "$2" = oldest ]; then
+            base=$(python_among python3.11 python3.12 python3.13 python3 python) || return 1
+        else
+            base=$(python_among python3 python python3.13 python3.12 python3.11) || return 1
+        fi
         "$base" -m venv "$1" || return 1
     fi
-    echo "Installing packages into $1 (once, some minutes)" >&2
-    # Without an NVIDIA GPU a fixed torch goes first, so that a smaller CPU build is taken wherever pip is offered one.
-    if [ "$("$1/bin/python" torchtitan/config/devices.py)" = 0 ]; then
-        "$1/bin/python" -m pip install --quiet --disable-pip-version-check torch==2.13.0 || return 1
-    fi
-    "$1/bin/python" -m pip install --quiet --disable-pip-version-check -e '.[dev]' || return 1
+    case $2 in
+        tested) bounds=(--constraint constraints.txt) ;;
+        newest) bounds=(--upgrade --upgrade-strategy eager) ;;
+        oldest)
+            "$1/bin/python" scripts/packages.py oldest dev > "$1/oldest.txt" || return 1
+            bounds=(--constraint "$1/oldest.txt")
+            ;;
+    esac
+    echo "Installing packages into $1 ($2 versions; the first time takes some minutes)" >&2
+    "$1/bin/python" -m pip install --quiet --disable-pip-version-check "${bounds[@]}" -e '.[dev]'
 }
 
 find_python() { # find_python [EXTRA ...]: sets PYTHON
@@ -42,5 +53,5 @@ find_python() { # find_python [EXTRA ...]: sets PYTHON
         done
     fi
     PYTHON=$folder/bin/python
-    has_everything "$PYTHON" "$@" || fill_environment "$folder"
+    has_everything "$PYTHON" "$@" || install_into "$folder" tested
 }
