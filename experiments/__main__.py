@@ -1,11 +1,12 @@
-"""Starts a training job: `python -m experiments --job.config_file train_configs/vlm_debug.toml`. run_train.sh calls it.
+"""Starts a training job: `python -m experiments --job.config_file train_configs/vlm_debug.toml`.
+
+What `torchtitan-vlm train` (in a checkout run_train.sh) becomes, or starts for each process.
 
 The whole configuration is checked before torch is imported, so that a typo is told in a fraction of a second.
 """
 
 import importlib
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from torchtitan.config.job import JobConfig
 from torchtitan.config.parse import parse, to_toml
 from torchtitan.tools.disk import require_writable
 from torchtitan.tools.logging import init_logger
-from torchtitan.tools.told import say, tell
+from torchtitan.tools.told import INTERRUPTED, USER_ERROR, say, tell
 
 
 class Experiment(NamedTuple):
@@ -29,7 +30,6 @@ class Experiment(NamedTuple):
 
 EXPERIMENTS = {"vlm": Experiment(VLMJobConfig, check_vlm, "experiments.vlm:SPEC")}
 CONFIG_CLASSES = {name: experiment.config_class for name, experiment in EXPERIMENTS.items()}
-USER_ERROR, INTERRUPTED = 2, 128 + signal.SIGINT  # exit codes
 
 
 def checked_job(argv: Sequence[str], world_size: int) -> JobConfig:
@@ -39,24 +39,28 @@ def checked_job(argv: Sequence[str], world_size: int) -> JobConfig:
     return job
 
 
+def ready_job(argv: Sequence[str], world_size: int) -> JobConfig:
+    """The checked job of a run that is about to start: its dump folder takes files. Raises ConfigError."""
+    job = checked_job(argv, world_size)
+    if not job.job.dry_run:
+        require_writable(Path(job.job.dump_folder), "job.dump_folder")
+    return job
+
+
 def load_spec(name: str) -> Any:
     """The TrainSpec of an experiment. Imports torch."""
     module, _, attribute = EXPERIMENTS[name].spec.partition(":")
     return getattr(importlib.import_module(module), attribute)
 
 
-def main(argv: Sequence[str], train: bool = True) -> int:
-    """Check, then train; `train=False` stops after the check, which the launcher does once before it starts many processes."""
+def main(argv: Sequence[str]) -> int:
+    """Check, then train. Returns the exit code."""
     init_logger()
-    return in_one_line(lambda: check_and_train(argv, train))
+    return in_one_line(lambda: check_and_train(argv))
 
 
-def check_and_train(argv: Sequence[str], train: bool) -> int:
-    job = checked_job(argv, int(os.environ.get("WORLD_SIZE", "1")))
-    if not job.job.dry_run:
-        require_writable(Path(job.job.dump_folder), "job.dump_folder")
-    if not train:
-        return 0
+def check_and_train(argv: Sequence[str]) -> int:
+    job = ready_job(argv, int(os.environ.get("WORLD_SIZE", "1")))
     if job.job.print_config and os.environ.get("RANK", "0") == "0":
         print(to_toml(job), flush=True)
     from torchtitan.train import main as run

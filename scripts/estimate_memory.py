@@ -1,112 +1,14 @@
 """Say what a job needs on each rank, without a GPU: memory at the peak, FLOPs, bytes sent, and which layouts fit.
 
-    python scripts/estimate_memory.py --job.config_file train_configs/vlm_so400m_llama3.1_8b.toml --world_size 512
-
-Memory is that of tensors in eager execution; leave 1 to 2 GiB for CUDA and nccl, and some for fragmentation. torch.compile keeps
-less. FLOPs are those of full slots, with one document a slot.
+The command `torchtitan-vlm estimate` of a checkout: --help lists its options.
 """
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from experiments.__main__ import CONFIG_CLASSES  # noqa: E402
-from experiments.vlm.check import check_estimated  # noqa: E402
-from experiments.vlm.config import VLMJobConfig  # noqa: E402
-from experiments.vlm.estimate import Estimate, estimate, estimates  # noqa: E402
-from experiments.vlm.model.flavors import FLAVORS  # noqa: E402
-from torchtitan.components.tokenizer import load_tokenizer  # noqa: E402
-from torchtitan.config.check import is_allowed  # noqa: E402
-from torchtitan.config.errors import ConfigError, require  # noqa: E402
-from torchtitan.config.layout import Degrees, degrees  # noqa: E402
-from torchtitan.config.parse import parse_script  # noqa: E402
-from torchtitan.distributed.estimate import GIB  # noqa: E402
-
-
-@dataclass
-class Options:
-    world_size: int = 1  # ranks; thousands cost nothing
-    memory_gib: float = 80.0  # of a GPU; layouts that need more are not listed
-    max_tp: int = 8  # tensor parallel inside a machine
-    max_cp: int = 16  # context parallel
-    max_pp: int = 16  # pipeline parallel
-    max_replicate: int = 1  # HSDP: copies
-    rows: int = 20  # layouts to list, those that send least for a slot first; 0: none
-
-
-LIMITS = {
-    "world_size": ">= 1",
-    "memory_gib": "> 0",
-    "max_tp": ">= 1",
-    "max_cp": ">= 1",
-    "max_pp": ">= 1",
-    "max_replicate": ">= 1",
-    "rows": ">= 0",
-}
-
-
-def vocabulary(job: VLMJobConfig) -> int:
-    published = FLAVORS[job.model.flavor].decoder.vocab_size
-    if Path(job.model.tokenizer_path).exists():
-        return max(published, load_tokenizer(job.model.tokenizer_path).vocab_size)
-    print(f"model.tokenizer_path = {job.model.tokenizer_path} is not here: vocabulary of {published} as published")
-    return published
-
-
-def name_of(sizes: Degrees) -> str:
-    parts = {"replicate": sizes.dp_replicate, "fsdp": sizes.dp_shard, "cp": sizes.cp, "tp": sizes.tp, "pp": sizes.pp}
-    return ".".join(f"{name}{size}" for name, size in parts.items() if size > 1) or "one rank"
-
-
-def tell(e: Estimate) -> None:
-    m = e.memory
-    print(f"\n{name_of(e.sizes)}: {e.batch.local} slots a forward, {e.batch.global_} a step, in {e.batch.accumulation} forwards")
-    for note in e.notes:
-        print(f"  changed to fit: {note}")
-    where = f" of pipeline rank {e.rank}" if e.sizes.pp > 1 else ""
-    print(f"  peak memory a rank {m.total / GIB:8.2f} GiB   in {m.where}{where}")
-    for part in ("state", "gradients", "gathered", "kept", "working"):
-        print(f"    {part:16s} {getattr(m, part) / GIB:8.2f} GiB")
-    print(f"  FLOPs of a step    {e.flops:.3e} in all, {e.flops / e.ranks:.3e} a rank")
-    print("  bytes that a rank sends in a step")
-    for collective, amount in e.sent.items():
-        print(f"    {collective:34s} {amount / 1e9:10.3f} GB")
-
-
-def tell_all(found: list[Estimate], options: Options) -> None:
-    fitting = sorted((e for e in found if e.memory.total <= options.memory_gib * GIB), key=lambda e: e.sent_per_slot)
-    print(f"\n{len(fitting)} of {len(found)} layouts fit {options.memory_gib:g} GiB")
-    print(f"  {'layout':28s} {'peak GiB':>9s} {'GB/slot':>10s} {'slots':>6s} {'a step':>8s}")
-    for e in fitting[: options.rows]:
-        need = f"{e.memory.total / GIB:9.2f} {e.sent_per_slot / 1e9:10.1f}"
-        print(f"  {name_of(e.sizes):28s} {need} {e.batch.local:6d} {e.batch.global_:8d}{'  *' if e.notes else ''}")
-    if any(e.notes for e in fitting[: options.rows]):
-        print("  * slots or global batch changed to fit the layout")
-    if not fitting and found:
-        least = min(found, key=lambda e: e.memory.total)
-        print(f"  least: {name_of(least.sizes)} with {least.memory.total / GIB:.2f} GiB")
-
-
-def main() -> int:
-    try:
-        options, job = parse_script(sys.argv[1:], Options, CONFIG_CLASSES, __doc__)
-        assert isinstance(job, VLMJobConfig)
-        for name, allowed in LIMITS.items():
-            value = getattr(options, name)
-            require(is_allowed(value, allowed), f"--{name} {value}: must be {allowed}")
-        check_estimated(job)
-        vocab_size = vocabulary(job)
-        tell(estimate(job, degrees(job.parallelism, options.world_size), vocab_size))
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if options.rows:
-        most = Degrees(options.max_replicate, options.world_size, options.max_cp, options.max_tp, options.max_pp)
-        tell_all(list(estimates(job, options.world_size, vocab_size, most)), options)
-    return 0
-
+from experiments.commands import main  # noqa: E402
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["estimate", *sys.argv[1:]]))

@@ -1,7 +1,6 @@
 """The advisor simulates what the loader then does."""
 
 import os
-import runpy
 import subprocess
 import sys
 
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from experiments.commands import main
 from experiments.vlm.data.advice import advise, fitting_budget, patches_per_token, read_documents, simulate
 from experiments.vlm.data.loader import Loader
 from experiments.vlm.data.packing import Budget
@@ -82,17 +82,16 @@ def test_the_script_prints_lines_for_the_toml(data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("script", "options", "named"),
+    ("command", "options", "named"),
     [
-        ("advise_packing", ["--buffers", "16", "0"], "--buffers 16 0"),
-        ("advise_packing", ["--samples", "0"], "--samples 0"),
-        ("advise_packing", ["--out", "nowhere/advice.png"], "--out = nowhere/advice.png"),
-        ("inspect_batch", ["--out", "nowhere/report.html"], "--out = nowhere/report.html"),
-        ("inspect_batch", ["--keys", "nowhere/keys.jsonl"], "--keys = nowhere/keys.jsonl"),
+        ("advise", ["--buffers", "16", "0"], "--buffers 16 0"),
+        ("advise", ["--samples", "0"], "--samples 0"),
+        ("advise", ["--out", "nowhere/advice.png"], "--out = nowhere/advice.png"),
+        ("inspect", ["--out", "nowhere/report.html"], "--out = nowhere/report.html"),
+        ("inspect", ["--keys", "nowhere/keys.jsonl"], "--keys = nowhere/keys.jsonl"),
     ],
 )
-def test_a_wrong_option_of_a_script_is_told_before_anything_is_read(data, monkeypatch, capsys, script, options, named):
+def test_a_wrong_option_of_a_command_is_told_before_anything_is_read(data, capsys, command, options, named):
     source = ["--training.dataset", "text", "--training.dataset_path", str(data / "texts")]
-    monkeypatch.setattr(sys, "argv", [script, *options, *source])
-    assert runpy.run_path(f"scripts/{script}.py")["main"]() == 2
+    assert main([command, *options, *source]) == 2
     assert f"error: {named}: " in capsys.readouterr().err

@@ -1,63 +1,68 @@
-"""run_train.sh: what it starts, seen by a stand-in for Python that prints how it was called; and what counts as a whole environment."""
+"""`torchtitan-vlm train`: what process it becomes; run_train.sh: that it is this command in an environment that has everything."""
 
 import os
-import runpy
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from experiments.commands import main, train
+
 REPOSITORY = Path(__file__).parents[2]
-STAND_IN = """#!/bin/sh
-case "$*" in
-    *missing_packages.py*) exit 0 ;;
-    *devices.py*) echo "${FAKE_GPUS:-0}" ;;
-    *sched_getaffinity*) echo 8 ;;
-    *train=False*) echo "check WORLD_SIZE=$WORLD_SIZE"; exit "${FAKE_CHECK:-0}" ;;
-    *) echo "start $*"; echo "LOG_RANK=$LOG_RANK OMP=$OMP_NUM_THREADS WORLD_SIZE=$WORLD_SIZE" ;;
-esac
-"""
+OURS = (
+    *("NGPU", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "CONFIG_FILE", "DRY_RUN", "LOG_RANK"),
+    *("OMP_NUM_THREADS", "WORLD_SIZE", "RANK", "LOCAL_RANK"),
+)
+JOB = ["--job.config_file", "train_configs/vlm_debug.toml"]
+
+
+class Became(Exception):
+    """Stands for the end of this process, which another takes over."""
 
 
 @pytest.fixture
-def launch(tmp_path):
-    python = tmp_path / "venv" / "bin" / "python"
-    python.parent.mkdir(parents=True)
-    python.write_text(STAND_IN)
-    python.chmod(0o755)
+def launch(monkeypatch):
+    """What the process becomes (without its interpreter), on 8 cores; None where it ends with an error."""
 
-    def start(*options: str, **variables: str) -> subprocess.CompletedProcess:
-        ours = ("NGPU", "NNODES", "CONFIG_FILE", "DRY_RUN", "LOG_RANK", "OMP_NUM_THREADS", "WORLD_SIZE", "RANK")
-        environment = {name: value for name, value in os.environ.items() if name not in ours}
-        environment |= {"VENV": str(tmp_path / "venv")} | variables
-        command = [str(REPOSITORY / "run_train.sh"), *options]
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    def become(interpreter: str, command: list[str]) -> None:
+        assert interpreter == command[0] == sys.executable
+        raise Became(*command[1:])
+
+    def start(*options: str, gpus: int = 0, **variables: str) -> list[str] | None:
+        monkeypatch.setattr(os, "environ", {k: v for k, v in os.environ.items() if k not in OURS} | variables)
+        monkeypatch.setattr(os, "execv", become)
+        monkeypatch.setattr(train, "_cores", lambda: 8)
+        monkeypatch.setattr(train, "visible_gpus", lambda: gpus)
+        try:
+            assert main(["train", *options]) == 2
+        except Became as command:
+            return list(command.args)
+        return None
 
     return start
 
 
 def test_one_process_is_python_itself_with_the_debug_job(launch):
-    run = launch("--training.steps", "3")
-    assert run.stdout.splitlines() == [
-        "start -m experiments --job.config_file train_configs/vlm_debug.toml --training.steps 3",
-        "LOG_RANK=0 OMP=7 WORLD_SIZE=",
-    ]
+    command = launch("--training.steps", "3", RANK="1", WORLD_SIZE="2")
+    assert command == ["-m", "experiments", *JOB, "--training.steps", "3"]
+    assert (os.environ["LOG_RANK"], os.environ["OMP_NUM_THREADS"]) == ("0", "7")
+    assert "RANK" not in os.environ and "WORLD_SIZE" not in os.environ
 
 
 def test_a_config_file_among_the_options_comes_after_the_variable(launch):
-    line = launch("--job.config_file", "mine.toml", CONFIG_FILE="other.toml").stdout.splitlines()[0]
-    assert line == "start -m experiments --job.config_file other.toml --job.config_file mine.toml"
+    command = launch("--job.config_file", "mine.toml", CONFIG_FILE="other.toml")
+    assert command == ["-m", "experiments", "--job.config_file", "other.toml", "--job.config_file", "mine.toml"]
 
 
 @pytest.mark.parametrize("value", ["1", "true", "True", "yes"])
 def test_dry_run_is_an_option_of_the_job(launch, value):
-    assert launch(DRY_RUN=value).stdout.splitlines()[0].endswith("--job.dry_run")
+    assert launch(DRY_RUN=value)[-1] == "--job.dry_run"
 
 
 @pytest.mark.parametrize("value", ["", "0", "false", "No"])
 def test_no_dry_run_where_it_is_switched_off(launch, value):
-    run = launch(DRY_RUN=value)
-    assert run.returncode == 0 and "dry_run" not in run.stdout
+    assert launch(DRY_RUN=value) == ["-m", "experiments", *JOB]
 
 
 @pytest.mark.parametrize(
@@ -71,58 +76,58 @@ def test_no_dry_run_where_it_is_switched_off(launch, value):
         ({"NNODES": "2"}, "NNODES = 2 needs MASTER_ADDR"),
     ],
 )
-def test_a_variable_that_cannot_be_is_told_in_one_line_and_nothing_starts(launch, variables, told):
-    run = launch(**variables)
-    assert run.returncode == 2 and run.stdout == ""
-    assert run.stderr.startswith(f"error: {told}") and run.stderr.count("\n") == 1
+def test_a_variable_that_cannot_be_is_told_in_one_line_and_nothing_starts(launch, capsys, variables, told):
+    assert launch(**variables) is None
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(f"error: {told}") and err.count("\n") == 1
 
 
-def test_several_processes_are_checked_once_then_started_on_a_free_port(launch):
-    lines = launch(NGPU="2", LOG_RANK="0,1").stdout.splitlines()
-    assert lines[0] == "check WORLD_SIZE=2"
-    assert lines[1].startswith("start -m torchtitan.launch --processes 2 experiments --job.config_file")
-    assert lines[2] == "LOG_RANK=0,1 OMP=3 WORLD_SIZE="
+def test_several_processes_are_checked_once_then_started_on_a_free_port(launch, monkeypatch):
+    checked = []
+    monkeypatch.setattr(train, "ready_job", lambda options, world_size: checked.append((options, world_size)))
+    command = launch(NGPU="2", LOG_RANK="0,1")
+    assert checked == [(JOB, 2)]
+    assert command == ["-m", "torchtitan.launch", "--processes", "2", "experiments", *JOB]
+    assert (os.environ["LOG_RANK"], os.environ["OMP_NUM_THREADS"]) == ("0,1", "3")
+    assert "WORLD_SIZE" not in os.environ
 
 
 def test_the_visible_gpus_are_the_default_number_of_processes(launch):
-    assert "--processes 4" in launch(FAKE_GPUS="4").stdout
-    assert "torchtitan.launch" not in launch(FAKE_GPUS="4", NGPU="1").stdout
+    assert launch(gpus=4)[2:4] == ["--processes", "4"]
+    assert launch(gpus=4, NGPU="1")[1] == "experiments"
 
 
-def test_several_machines_meet_at_the_first(launch):
-    lines = launch(NGPU="2", NNODES="3", NODE_RANK="1", MASTER_ADDR="10.0.0.1", MASTER_PORT="1234").stdout.splitlines()
-    assert lines[0] == "check WORLD_SIZE=6"
-    assert "--processes 2 --machines 3 --machine 1 --address 10.0.0.1 --port 1234 experiments" in lines[1]
+def test_several_machines_meet_at_the_first(launch, monkeypatch):
+    checked = []
+    monkeypatch.setattr(train, "ready_job", lambda options, world_size: checked.append(world_size))
+    command = launch(NGPU="2", NNODES="3", NODE_RANK="1", MASTER_ADDR="10.0.0.1", MASTER_PORT="1234")
+    assert checked == [6]
+    assert " ".join(command).startswith(
+        "-m torchtitan.launch --processes 2 --machines 3 --machine 1 --address 10.0.0.1 --port 1234 experiments"
+    )
 
 
-def test_nothing_starts_after_a_failed_check(launch):
-    run = launch(NGPU="2", FAKE_CHECK="2")
-    assert run.returncode == 2 and "start" not in run.stdout
+def test_nothing_starts_after_a_failed_check(launch, capsys):
+    assert launch("--training.steps", "0", NGPU="2") is None
+    assert capsys.readouterr().err == "error: training.steps = 0: must be >= 1\n"
 
 
 def test_help_is_printed_once_however_many_processes(launch):
-    assert launch("--help", NGPU="4").stdout.startswith("start -m experiments")
+    assert launch("--help", NGPU="4")[1] == "experiments"
 
 
-fault = runpy.run_path(str(REPOSITORY / "scripts" / "missing_packages.py"))["fault"]
+def test_an_unknown_command_names_the_closest(capsys):
+    assert main(["insect"]) == 2
+    assert capsys.readouterr().err == "error: insect: no such command; did you mean inspect?\n"
 
 
-@pytest.mark.parametrize(
-    ("requirement", "wrong"),
-    [
-        ("thing>=2.11,<2.14", None),
-        ("thing>=2.13.1", ">= 2.13.1"),
-        ("thing<2.13", "< 2.13"),
-        ("thing", None),
-        ("no-such-thing-here", "not installed"),
-    ],
-)
-def test_a_package_counts_only_within_its_bounds(requirement, wrong, monkeypatch):
-    real = fault.__globals__["metadata"]
-    monkeypatch.setattr(real, "version", lambda name: "2.13.0+cpu" if name == "thing" else missing(real))
-    told = fault(requirement)
-    assert told is None if wrong is None else wrong in told
-
-
-def missing(metadata):
-    raise metadata.PackageNotFoundError
+def test_the_shell_script_is_the_command_in_its_environment(tmp_path):
+    """Seen by a stand-in for Python that prints how it was called."""
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\ncase "$*" in *packages.py*) exit 0 ;; esac\necho "$PWD: $*"\n')
+    python.chmod(0o755)
+    command = [str(REPOSITORY / "run_train.sh"), "--training.steps", "3"]
+    environment = os.environ | {"VENV": str(tmp_path / "venv")}
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.stdout == f"{REPOSITORY}: -m experiments.commands train --training.steps 3\n"

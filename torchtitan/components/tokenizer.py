@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from torchtitan.config.errors import ConfigError
+from torchtitan.config.shipped import shipped
 
 # Attribute -> spellings, the first that the file knows is taken; the first of the list is the name of a new one.
 ROLES = {
@@ -70,7 +71,7 @@ class Tokenizer(Protocol):
 
 def load_tokenizer(path: str) -> Tokenizer:
     """Load `path`: a tokenizer file, or a folder that holds one. Raises ConfigError naming the file."""
-    file = find_file(Path(path).expanduser())
+    file = find_file(shipped(path))
     return load_tokenizers(file) if file.suffix == ".json" else load_tiktoken(file)
 
 

@@ -16,6 +16,7 @@ from torchtitan.config.devices import visible_gpus
 from torchtitan.config.errors import did_you_mean, require
 from torchtitan.config.job import JobConfig
 from torchtitan.config.layout import BALANCE_BLOCKS, STAGES_PER_RANK, Degrees, degrees, resolve_batch
+from torchtitan.config.shipped import shipped
 
 # What a number may be. The text is both the rule and what the error says: " or " between ranges, ", " inside one.
 RANGES = {
@@ -91,7 +92,7 @@ def _holds(value: float, condition: str) -> bool:
 
 
 def check_paths(job: JobConfig) -> None:
-    folder, tokenizer = Path(job.job.dump_folder), Path(job.model.tokenizer_path)
+    folder, tokenizer = Path(job.job.dump_folder), shipped(job.model.tokenizer_path)
     require(bool(job.job.dump_folder) and (folder.is_dir() or not folder.exists()), f"job.dump_folder = {folder}: is not a folder")
     for key in ("profiling.save_traces_folder", "profiling.save_memory_snapshot_folder", "metrics.save_tb_folder", "checkpoint.folder"):
         section, field = key.split(".")

@@ -19,6 +19,7 @@ import tyro
 
 from torchtitan.config.errors import ConfigError, did_you_mean
 from torchtitan.config.job import JobConfig, Model
+from torchtitan.config.shipped import shipped_job, shipped_jobs
 from torchtitan.config.table import expected, from_table, to_table
 
 Options = TypeVar("Options")
@@ -75,9 +76,10 @@ def parse_script(
 
 def read_toml(file: str) -> dict[str, Any]:
     try:
-        table = tomllib.loads(Path(file).read_text(encoding="utf-8"))
+        table = tomllib.loads(shipped_job(file).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        reason = f"{error.strerror} (looked from {Path.cwd()})" if isinstance(error, OSError) else str(error)
+        known = f"; jobs of the package: {', '.join(shipped_jobs())}" if isinstance(error, FileNotFoundError) else ""
+        reason = f"{error.strerror} (looked from {Path.cwd()}){known}" if isinstance(error, OSError) else str(error)
         raise ConfigError(f"{COMMAND_LINE_ONLY} = {file}: {reason}") from None
     section, field = COMMAND_LINE_ONLY.split(".")
     if field in _section(table, section):

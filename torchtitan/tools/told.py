@@ -2,9 +2,11 @@
 find the same."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
+USER_ERROR, INTERRUPTED = 2, 128 + signal.SIGINT  # exit codes
 ERROR_FILE = "TORCHTITAN_ERROR_FILE"  # variable of a rank: where torchtitan/launch.py reads its line
 
 

@@ -1,4 +1,4 @@
-"""From records with image URLs, bytes or paths to WebDataset shards with the images inside. scripts/prepare_data.py runs it.
+"""From records with image URLs, bytes or paths to WebDataset shards with the images inside. `torchtitan-vlm prepare` runs it.
 
 options     what can be asked for
 plan        the input, cut into pieces that each become a shard     (rows: reads them, records/: understands them)

@@ -1,4 +1,4 @@
-"""The options of scripts/prepare_data.py. The comment after a field is its --help text. Imports no torch."""
+"""The options of `torchtitan-vlm prepare`. The comment after a field is its --help text. Imports no torch."""
 
 import dataclasses
 import ipaddress

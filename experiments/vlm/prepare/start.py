@@ -1,4 +1,4 @@
-"""What scripts/prepare_data.py calls."""
+"""What `torchtitan-vlm prepare` calls."""
 
 import dataclasses
 from pathlib import Path

@@ -1,0 +1,47 @@
+"""`torchtitan-vlm COMMAND`: what people run, one file a command. In a checkout: python -m experiments.commands.
+
+Each has `main(argv) -> exit code`, imported when it is asked for. What the user can mend is told here, in one line.
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from torchtitan import __version__
+from torchtitan.config.errors import UserError, did_you_mean
+from torchtitan.tools.told import INTERRUPTED, USER_ERROR, say, tell
+
+COMMANDS = {  # name: (module of this package, what it does)
+    "train": ("train", "train a model on one process or many, one machine or many"),
+    "inspect": ("inspect_batch", "show packed batches as the model gets them"),
+    "advise": ("advise_packing", "which S, L, rows and buffer waste least on a job's data"),
+    "estimate": ("estimate_memory", "what a job needs on each rank, and which layouts fit"),
+    "prepare": ("prepare_data", "make shards, with the images inside, from records that name their images"),
+}
+USAGE = "\n".join(
+    [
+        "usage: torchtitan-vlm COMMAND [--option value ...]        torchtitan-vlm COMMAND --help        --version\n",
+        *(f"  {name:10s} {purpose}" for name, (_, purpose) in COMMANDS.items()),
+    ]
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that `argv` (without: that of this process) names. Returns its exit code."""
+    name, *options = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    if name == "--version":
+        print(f"torchtitan-vlm {__version__}")
+        return 0
+    try:
+        if name not in COMMANDS:
+            raise UserError(f"{name}: no such command{did_you_mean(name, COMMANDS)}")
+        return importlib.import_module(f"{__name__}.{COMMANDS[name][0]}").main(options)
+    except UserError as error:
+        tell(error)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        say("interrupted")
+        return INTERRUPTED

@@ -1,0 +1,73 @@
+"""Which S, L, rows and buffer waste least on a job's data? Reads sizes, decodes nothing, and simulates the packer.
+
+    torchtitan-vlm advise --job.config_file vlm_debug --seq_lens 512 1024 2048 --out advice.png
+
+Prints a table and the lines for the TOML; the picture shows the sizes of documents and images, and the padding of each row of
+the table.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from experiments.__main__ import CONFIG_CLASSES
+from experiments.vlm.check import check_output, check_sources
+from experiments.vlm.config import VLMJobConfig
+from experiments.vlm.data.advice import Occupancy, advise, patches_per_token, read_documents
+from experiments.vlm.data.setup import make_setup
+from torchtitan.components.tokenizer import load_tokenizer
+from torchtitan.config.errors import require
+from torchtitan.config.parse import parse_script
+from torchtitan.tools.logging import init_logger
+
+
+@dataclass
+class Options:
+    samples: int = 5000  # documents to read
+    seq_lens: list[int] = field(default_factory=list)  # S to try; none: training.seq_len, half and twice of it
+    rows: list[int] = field(default_factory=lambda: [1])  # data.patch_rows to try
+    buffers: list[int] = field(default_factory=list)  # data.packing_buffer_size to try; none: that of the job and four times as many
+    out: str = ""  # a PNG
+
+
+def tell(o: Occupancy, best: bool) -> None:
+    b = o.budget
+    figures = f"{o.tokens:7.2%} {o.patches:8.2%} {o.plan_s * 1e3:8.2f} {o.images:7.1f} {o.rows:6}"
+    print(f"{b.seq_len:6} {b.patch_rows:5} {b.patches_per_row:7} {o.buffer:7} {figures}{'  <-' if best else ''}")
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command. Raises UserError."""
+    init_logger()
+    options, job = parse_script(argv, Options, CONFIG_CLASSES, __doc__ or "")
+    assert isinstance(job, VLMJobConfig)
+    check_sources(job)
+    check_output(options.out, "--out")
+    for key, values in (("samples", [options.samples]), ("rows", options.rows), ("buffers", options.buffers)):
+        require(min(values, default=1) >= 1, f"--{key} {' '.join(map(str, values))}: must be 1 or more")
+    merge, largest = job.data.spatial_merge_size, job.data.max_patches_per_image
+    seq_lens = options.seq_lens or [job.training.seq_len // 2, job.training.seq_len, job.training.seq_len * 2]
+    seq_lens = [length for length in seq_lens if length >= largest // merge**2 + 2]
+    require(bool(seq_lens), f"--seq_lens: none holds the largest image, data.max_patches_per_image = {largest}")
+    documents = read_documents(make_setup(job, load_tokenizer(job.model.tokenizer_path), "train", 1), options.samples)
+    require(bool(documents), "no good sample was found")
+    print(f"{len(documents)} documents, {patches_per_token(documents):.3f} patches per token")
+    print("     S  rows       L  buffer  tokens  patches  plan ms  images  slots")
+    buffers = options.buffers or [job.data.packing_buffer_size, 4 * job.data.packing_buffer_size]
+    tried = itertools.product(seq_lens, options.rows, buffers)
+    seen = [advise(documents, seq_len, rows, buffer, merge, largest) for seq_len, rows, buffer in tried]
+    seen = [occupancy for occupancy in seen if occupancy.rows]
+    best = min(seen, key=lambda occupancy: occupancy.padding, default=None)
+    for occupancy in seen:
+        tell(occupancy, occupancy is best)
+    if best is None:
+        print("too few samples to fill slots: raise --samples, or lower --seq_lens and --buffers")
+        return 1
+    print(f"\n[training]\nseq_len = {best.budget.seq_len}\n\n[data]\npatches_per_row = {best.budget.patches_per_row}")
+    print(f"patch_rows = {best.budget.patch_rows}\npacking_buffer_size = {best.buffer}")
+    if options.out:
+        from experiments.vlm.view.advice_picture import draw_advice
+
+        draw_advice(documents, seen, options.out)
+        print(f"\npicture: {options.out}")
+    return 0

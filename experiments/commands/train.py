@@ -1,0 +1,103 @@
+"""Train the debug model on embedded data, or any job. run_train.sh is this in a checkout.
+
+    torchtitan-vlm train [--section.field value ...]          --help lists every option
+
+    CONFIG_FILE   TOML job (train_configs/vlm_debug.toml); a --job.config_file among the options wins over it
+    NGPU          processes on this machine (the visible GPUs; 1 on CPU)
+    LOG_RANK      ranks whose lines are printed, for example 0,1 (0)
+    DRY_RUN=true  check everything, build on the meta device, read one batch, print sizes, train nothing
+    NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT         several machines: start this on each
+
+One process is `python -m experiments`; several are what torchtitan/launch.py starts.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+from experiments.__main__ import ready_job
+from torchtitan.config.devices import visible_gpus
+from torchtitan.config.errors import require
+from torchtitan.tools.logging import init_logger
+
+DEFAULT_JOB = "train_configs/vlm_debug.toml"
+DEFAULT_PORT = "29500"
+ON, OFF = ("1", "true", "yes"), ("", "0", "false", "no")
+
+
+@dataclass(frozen=True)
+class Machines:
+    """How many processes there are, and which of the machines this is."""
+
+    processes: int  # on this machine
+    machines: int
+    machine: int
+    address: str
+    port: str
+
+    @classmethod
+    def of(cls, variables: Mapping[str, str], gpus: Callable[[], int]) -> "Machines":
+        """Raises ConfigError for a variable that cannot be."""
+        processes, machines = (_number(variables, name, least) for name, least in (("NGPU", 0), ("NNODES", 1)))
+        machine, address = _number(variables, "NODE_RANK", 0), variables.get("MASTER_ADDR", "")
+        too_large = f"NODE_RANK = {machine}: must be below NNODES ({machines}), since it counts from 0"
+        require(machine < machines, too_large)
+        nowhere = f"NNODES = {machines} needs MASTER_ADDR, the address of the first machine"
+        require(machines == 1 or bool(address), nowhere)
+        port = variables.get("MASTER_PORT") or DEFAULT_PORT
+        return cls(processes or gpus() or 1, machines, machine, address, port)
+
+    @property
+    def world_size(self) -> int:
+        return self.processes * self.machines
+
+    def launcher(self) -> list[str]:
+        """Module and options that start the processes of this machine."""
+        command = ["torchtitan.launch", "--processes", str(self.processes)]
+        if self.machines > 1:
+            command += ["--machines", str(self.machines), "--machine", str(self.machine)]
+            command += ["--address", self.address, "--port", self.port]
+        return command
+
+
+def job_options(argv: Sequence[str], variables: Mapping[str, str]) -> list[str]:
+    """What the variables ask of the job, and `argv`, which wins. Raises ConfigError."""
+    dry_run = variables.get("DRY_RUN", "")
+    known = dry_run.lower() in ON + OFF
+    require(known, f"DRY_RUN = {dry_run}: expected true, yes or 1, or else false, no or 0")
+    options = ["--job.config_file", variables.get("CONFIG_FILE") or DEFAULT_JOB, *argv]
+    return [*options, "--job.dry_run"] if dry_run.lower() in ON else options
+
+
+def main(argv: Sequence[str]) -> NoReturn:
+    """Become the trainer, or the launcher of several. Raises ConfigError where it starts neither."""
+    machines, options = Machines.of(os.environ, visible_gpus), job_options(argv, os.environ)
+    for left_over in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        os.environ.pop(left_over, None)
+    os.environ["LOG_RANK"] = os.environ.get("LOG_RANK") or "0"
+    # One core is left to the loader: threads of a trainer that share it wait for each other, spinning (2 to 8 times slower).
+    os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(max(1, _cores() // machines.processes - 1))
+    if machines.world_size == 1 or "--help" in argv or "-h" in argv:
+        _become(["experiments", *options])  # signals reach the trainer itself
+    # One check before many processes start: its error comes once and at once.
+    init_logger()
+    ready_job(options, machines.world_size)
+    _become([*machines.launcher(), "experiments", *options])
+
+
+def _become(module: Sequence[str]) -> NoReturn:
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-m", *module])
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _number(variables: Mapping[str, str], name: str, least: int) -> int:
+    value = variables.get(name) or str(least)
+    plain = value.isascii() and value.isdigit() and (value == "0" or value[0] != "0")
+    require(plain and int(value) >= least, f"{name} = {value}: expected a whole number >= {least}")
+    return int(value)
