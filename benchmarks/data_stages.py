@@ -12,6 +12,7 @@ from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.data import image as image_module
 from experiments.vlm.data.buffers import Buffers, slot_views
 from experiments.vlm.data.fill import Filler
+from experiments.vlm.data.good_sample import Search
 from experiments.vlm.data.image import decode, probe, write_patches
 from experiments.vlm.data.reading import ShardCache
 from experiments.vlm.data.setup import make_setup
@@ -24,7 +25,8 @@ class Stages:
         self.images, self.data = images, job.data
         setup = make_setup(job, load_tokenizer(tokenizer), "train", 1)
         self.cache = ShardCache(setup.open_shard, 64)
-        self.slot = Slot(0, setup.planning, setup.tokenizer, self.cache)
+        doubt = Search(setup.planning, setup.tokenizer, self.cache).require
+        self.slot = Slot(0, setup.planning, setup.tokenizer, self.cache, doubt)
         self.filler = Filler(self.cache, setup.planning.plan, setup.tokenizer.pad_id)
         shape = BatchShape(1, job.training.seq_len, self.data.patch_rows, self.data.patches_per_row, self.data.patch_size)
         self.views = slot_views(Buffers(shape, 1).arrays[0], 0, self.data.patch_rows)

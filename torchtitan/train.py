@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -58,6 +59,7 @@ class Trainer:
         self.batches = iter(run.loader)
         self.first_step = run.state.step + 1
         self.logged_step = run.state.step
+        self.data_report: dict[str, Any] | None = None  # rank 0: of all ranks, at the last checkpoint or end
         if not run.state.data:
             run.state.data = run.loader.state_dict()
 
@@ -160,7 +162,12 @@ class Trainer:
         self.report_data()
 
     def report_data(self) -> None:
-        write_data_report(self.folder, self.run.loader.report() if self.run.mesh.leads else None)
+        self.data_report = write_data_report(self.folder, self.run.loader.report() if self.run.mesh.leads else None)
+
+    def tell_rejected(self) -> None:
+        """Which data were not used, from the last report, where this rank has one."""
+        if self.data_report is not None and (line := self.run.loader.summary(self.data_report)):
+            logger.info(line)
 
     def finish(self) -> None:
         """After the last step, at the end of the data, or when asked to stop."""
@@ -171,6 +178,7 @@ class Trainer:
         self.save(final=self.stopped_by is None)
         self.run.checkpointer.wait()
         self.progress.close()
+        self.tell_rejected()
         if self.stopped_by is not None:
             self.tell_stopped(self.stopped_by)
         elif early:
@@ -248,6 +256,7 @@ def main(job: JobConfig, spec: TrainSpec) -> int:
         write_flight_record(job.comm, trainer.folder)
         if dist.get_world_size() == 1:
             trainer.report_data()  # several ranks could no longer agree on one
+            trainer.tell_rejected()
         raise
     finally:
         trainer.close()

@@ -142,6 +142,9 @@ class FixedLoader:
     def report(self) -> dict:
         return {}
 
+    def summary(self, report: dict) -> str:
+        return ""
+
     def close(self) -> None:
         pass
 

@@ -135,6 +135,14 @@ def test_the_end_of_the_data_ends_the_run_with_a_checkpoint(tmp_path, straight):
     assert "\nthe data ended at step 3 of 8\n" in runs.log(tmp_path)
     report = json.loads((tmp_path / "data_report.json").read_text())
     assert report["samples"] == 6
+    assert runs.log(tmp_path).count("\n1 of 6 samples were bad\n") == 1
+
+
+def test_what_was_rejected_is_told_where_a_run_is_stopped_or_fails_too(tmp_path):
+    assert runs.train(tmp_path / "stopped", TERM_AFTER="3") == 128 + signal.SIGTERM
+    assert re.search(r"\n1 of \d samples were bad\nstopped by SIGTERM", runs.log(tmp_path / "stopped"))
+    assert runs.train(tmp_path / "failed", FAIL_AFTER="3") == 1
+    assert re.search(r"\n1 of \d samples were bad\n", runs.log(tmp_path / "failed"))
 
 
 def test_epochs_are_told_and_kept_with_the_metrics(straight):

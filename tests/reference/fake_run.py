@@ -111,6 +111,9 @@ class FakeLoader:
     def report(self) -> dict:
         return {"samples": self.number * len(self.slots), "rejected": {"bad": 1}}
 
+    def summary(self, report: dict) -> str:
+        return f"{report['rejected']['bad']} of {report['samples']} samples were bad"
+
     def close(self) -> None:
         pass
 

@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from experiments.vlm.config import Source
 from experiments.vlm.data import formats, tally
+from experiments.vlm.data import loader as loader_module
 from experiments.vlm.data.formats import text
 from experiments.vlm.data.loader import Loader
 from experiments.vlm.data.reject_log import RejectLog
@@ -162,32 +164,140 @@ def test_a_missing_shard_is_told_and_the_others_are_read(tmp_path):
     assert len(lines) == 1
 
 
-def test_a_source_that_vanishes_leaves_the_others(tmp_path):
+def tokens_of(loader: Loader, steps: int) -> list[np.ndarray]:
+    return [next(loader).batches[0].tensors["tokens"].numpy().copy() for _ in range(steps)]
+
+
+def test_a_source_that_vanished_ends_the_run_and_goes_on_once_it_is_back(tmp_path):
     folder = write_all(tmp_path / "data")
     job = make_job(folder, tmp_path / "out")
-    loader = Loader(job, Characters())
-    next(loader)
-    state = loader.state_dict()
-    loader.close()
-    shutil.rmtree(folder / "captions")
     job.data.sources[0].path = str(folder / "captions" / "captions-{0..2}.tar")
     loader = Loader(job, Characters())
+    next(loader)
+    state, expected = loader.state_dict(), tokens_of(loader, 8)
+    loader.close()
+    (folder / "captions").rename(folder / "away")
+    with pytest.raises(DataError, match=r"source captions: none of its 3 shards can be read \(shard_missing 3\); for example shard .*tar"):
+        Loader(job, Characters())
+    (folder / "away").rename(folder / "captions")
+    loader = Loader(job, Characters())
     loader.load_state_dict(state)
-    sources = {sample.source for _ in range(20) for sample in next(loader).batches[0].samples}
-    assert sources == {"documents", "texts"}
+    assert all(map(np.array_equal, tokens_of(loader, 8), expected))
     loader.close()
 
 
-@pytest.mark.parametrize(
-    ("epochs", "message"), [(0, "no source has a good sample left: captions"), (1, "no source has a good sample: captions")]
-)
-def test_no_good_sample_at_all_is_an_error(tmp_path, epochs, message):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_source_that_vanishes_while_it_is_read_ends_the_run(tmp_path, monkeypatch, workers):
+    job = make_job(write_all(tmp_path / "data"), tmp_path / "out", num_workers=workers)
+    loader = Loader(job, Characters())
+    states = [next(loader).state() for _ in range(3)]
+    loader.close()
+    shutil.rmtree(tmp_path / "data" / "captions")
+    monkeypatch.setattr(loader_module, "require_good_samples", lambda *_: None)  # as if it had vanished right after
+    job.data.sources[0].path = str(tmp_path / "data" / "captions" / "captions-{0..2}.tar")
+    loader = Loader(job, Characters())
+    with pytest.raises(DataError, match=r"source captions: none of its 3 shards can be read"):
+        for state in (next(loader).state() for _ in range(200)):
+            states.append(state)
+    loader.close()
+    assert all(b'"dry"' not in zlib.decompress(entry) for state in states for entry in state.values())
+
+
+def wholly_bad(kind: str) -> Callable[[str], Members]:
+    return kinds_of_bad()[kind][1]
+
+
+@pytest.mark.parametrize("kind", kinds_of_bad())
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_a_source_without_one_good_sample_is_an_error_beside_good_ones(tmp_path, kind, epochs):
+    folder = write_all(tmp_path / "data")
+    (folder / "rotten").mkdir()
+    members = [member for number in range(20) for member in wholly_bad(kind)(f"{number:02d}")]
+    write_tar(folder / "rotten" / "a.tar", members)
+    job = make_job(folder, tmp_path / "out", epochs=epochs)
+    job.data.sources[1] = Source(name="rotten", format="cc12m", path=str(folder / "rotten"))
+    reason = kinds_of_bad()[kind][0]
+    with pytest.raises(DataError) as error:
+        Loader(job, Characters())
+    message = str(error.value)
+    assert message.startswith(f"source rotten: none of the 20 samples that were tried is good ({reason} 20); for example shard {folder}")
+    assert "a.tar, sample " in message and "\n" not in message
+
+
+def test_a_held_out_source_without_a_good_sample_is_told_before_training(tmp_path):
+    folder = write_all(tmp_path / "data")
     (tmp_path / "rotten").mkdir()
-    write_tar(tmp_path / "rotten" / "a.tar", caption(b"no image")("1"))
-    job = mixed_job(tmp_path / "rotten", tmp_path / "out")
-    job.data.epochs = epochs
-    with pytest.raises(DataError, match=message):
-        list(Loader(job, Characters()))
+    write_tar(tmp_path / "rotten" / "a.tar", wholly_bad("no image")("1"))
+    job = make_job(folder, tmp_path / "out")
+    job.validation.sources = [Source(name="held out", format="cc12m", path=str(tmp_path / "rotten"))]
+    Loader(job, Characters())
+    job.validation.enable = True
+    with pytest.raises(DataError, match="source held out: none of the 1 samples"):
+        Loader(job, Characters())
+
+
+def test_a_source_of_documents_that_are_all_too_long_is_an_error(tmp_path):
+    job = make_job(write_all(tmp_path / "data"), tmp_path / "out", long_documents="drop", seq_len=64, max_patches_per_image=16)
+    (tmp_path / "data" / "texts" / "texts.jsonl").write_text(json.dumps({"text": "word " * 100}) + "\n")
+    with pytest.raises(DataError, match=r"source texts: none of the 1 samples that were tried is good \(too_long 1\)"):
+        Loader(job, Characters())
+
+
+def test_one_good_sample_among_many_is_enough(tmp_path):
+    (tmp_path / "mixed").mkdir()
+    members = [member for n in range(300) for member in (caption(jpeg()) if n == 211 else wholly_bad("zero bytes"))(f"{n:03d}")]
+    write_tar(tmp_path / "mixed" / "a.tar", members)
+    job = mixed_job(tmp_path / "mixed", tmp_path / "out")
+    seen, report, _ = read_all(job)
+    assert seen == Counter(["211"]) and report["captions"]["rejected"]["samples"]["image_empty"]["count"] == 299
+
+
+def test_a_source_of_which_nearly_all_shards_are_missing_stays_in_the_mixture(tmp_path):
+    folder = write_all(tmp_path / "data")
+    job = make_job(folder, tmp_path / "out")
+    job.data.sources[0].path = str(folder / "captions" / "captions-{0..400}.tar")
+    loader = Loader(job, Characters())
+    given = [sum(batch.counts["samples/captions"] for batch in next(loader).batches) for _ in range(60)]
+    loader.close()
+    assert sum(given[-10:]) > 0
+
+
+def test_slots_without_a_share_of_an_unshuffled_source_go_on_without_it(tmp_path):
+    folder = write_all(tmp_path / "data")
+    (folder / "few").mkdir()
+    members = [member for n in range(4) for member in (wholly_bad("zero bytes") if n == 2 else caption(jpeg()))(f"few {n}")]
+    write_tar(folder / "few" / "a.tar", members)
+    job = make_job(folder, tmp_path / "out", global_batch_size=8)
+    job.data.sources[0] = Source(name="few", format="cc12m", path=str(folder / "few"), shuffle=False)
+    loader = Loader(job, Characters())
+    few = {sample.key for _ in range(10) for batch in next(loader).batches for sample in batch.samples if sample.source == "few"}
+    loader.close()
+    assert few == {"few 0", "few 1", "few 3"}
+
+
+def test_slots_that_can_get_no_sample_ever_are_an_error(tmp_path):
+    (tmp_path / "few").mkdir()
+    write_tar(tmp_path / "few" / "a.tar", caption(jpeg())("0"))
+    job = mixed_job(tmp_path / "few", tmp_path / "out", global_batch_size=4)
+    job.data.epochs, job.data.sources[0].shuffle = 0, False
+    with pytest.raises(DataError, match="slots 2 to 3 get no good sample of captions, ever"):
+        next(Loader(job, Characters(), rank=1, ranks=2))
+
+
+def test_what_was_rejected_is_told_in_a_line_by_source(tmp_path):
+    _, bad = write_mixed(tmp_path / "mixed", count=200, shards=3)
+    job = mixed_job(tmp_path / "mixed", tmp_path / "out")
+    loader = Loader(job, Characters())
+    for _ in loader:
+        pass
+    report = loader.report()
+    loader.close()
+    assert len(bad) == 20 and loader.summary({"sources": {}}) == ""
+    line = loader.summary(report)
+    assert line.startswith("rejected: captions 20 of 200 samples (") and line.endswith(" images (image_unplaced 40); see rejects/")
+    assert all(f"{reason} {count}" in line for reason, count in Counter(bad.values()).items())
+    cut = {"text": {"counts": {"samples": 2400}, "rejected": {"shards": {"shard_missing": {"count": 1}}}}}
+    assert loader.summary({"sources": cut}) == "rejected: text 1 shard (shard_missing 1); see rejects/"
 
 
 @pytest.mark.parametrize("workers", [0, 1])

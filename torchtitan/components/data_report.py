@@ -22,13 +22,15 @@ def merge(reports: list[Any]) -> Any:
     return reports[0]
 
 
-def write_data_report(folder: Path, own: Mapping[str, Any] | None) -> None:
-    """Called by all ranks; `own` is None on a rank whose slots another rank reports."""
+def write_data_report(folder: Path, own: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Called by all ranks; `own` is None on a rank whose slots another rank reports. Returns what rank 0 wrote, to it."""
     reports: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(reports, own)
-    if dist.get_rank() == 0:
-        whole = merge([report for report in reports if report is not None])
-        path = folder / REPORT
-        unfinished = path.with_suffix(".tmp")
-        unfinished.write_text(json.dumps(whole, indent=1, sort_keys=True))
-        unfinished.replace(path)
+    if dist.get_rank() != 0:
+        return None
+    whole: dict[str, Any] = merge([report for report in reports if report is not None])
+    path = folder / REPORT
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(whole, indent=1, sort_keys=True))
+    unfinished.replace(path)
+    return whole

@@ -51,6 +51,10 @@ class Loader(Protocol):
 
     def report(self) -> dict: ...
 
+    def summary(self, report: Mapping[str, Any]) -> str:
+        """What a report, merged or not, says was not used, in a line for people; empty where everything was."""
+        ...
+
     def close(self) -> None: ...
 
 

@@ -12,6 +12,7 @@ from functools import cached_property
 import numpy as np
 
 from experiments.vlm.data.document import Image
+from experiments.vlm.data.good_sample import Search
 from experiments.vlm.data.packing import Budget
 from experiments.vlm.data.producer import Setup
 from experiments.vlm.data.reading import ShardCache
@@ -79,7 +80,8 @@ def read_documents(setup: Setup, limit: int) -> list[SizedDocument]:
     """The sizes of the first `limit` documents of the mixture, as one slot would read them."""
     deals = tuple(replace(deal, slots=1) for deal in setup.planning.deals)
     planning = replace(setup.planning, deals=deals, budget=Budget(UNLIMITED, 1, UNLIMITED))
-    slot = Slot(0, planning, setup.tokenizer, ShardCache(setup.open_shard, capacity=64))
+    cache = ShardCache(setup.open_shard, capacity=64)
+    slot = Slot(0, planning, setup.tokenizer, cache, Search(planning, setup.tokenizer, cache).require)
     documents: list[SizedDocument] = []
     while len(documents) < limit and (entry := slot.draw()) is not None:
         documents.append(sizes_of(entry.head))

@@ -18,12 +18,13 @@ import torch
 from experiments.vlm.batch import FIELDS, Batch, BatchShape
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.data.buffers import Arrays
+from experiments.vlm.data.good_sample import require_good_samples
 from experiments.vlm.data.producer import SlotStep
 from experiments.vlm.data.reject_log import RejectLog
 from experiments.vlm.data.resume import load_states, save_states, slot_key
 from experiments.vlm.data.setup import Control, Split, make_setup, order_facts
 from experiments.vlm.data.supply import Supply, make_supply
-from experiments.vlm.data.tally import Tally, check_bad_fraction, report, tally_of
+from experiments.vlm.data.tally import Tally, check_bad_fraction, rejected_line, report, tally_of
 from torchtitan.components.tokenizer import Tokenizer
 from torchtitan.config.errors import DataError
 from torchtitan.tools.logging import logger
@@ -40,8 +41,10 @@ class Loader:
 
     It goes on where it was with every `iter()`; to read a split again, open another. Data that ends (data.epochs, sources
     without repeat, validation) ends on every rank with the same step: once no slot of any rank has data, which `agree`,
-    given whether this rank has data, must tell (an all-reduce with "or"; it is called once a step, and once more at the end,
-    and only where `may_end`). Several ranks without `agree` get padding without end instead.
+    given whether this rank has data, must tell (an all-reduce with "or", once a step, and only where `may_end`). Several
+    ranks without `agree` get padding without end instead.
+
+    Raises DataError where a source has no good sample: of training, and of the held-out split that will be asked later.
     """
 
     def __init__(
@@ -67,6 +70,10 @@ class Loader:
         self.facts = order_facts(job, self.setup) if split == "train" else {}
         self.may_end = all(deal.epochs is not None for deal in self.setup.planning.deals)
         self.agree = agree or (lambda has_data: has_data or ranks > 1)
+        if split == "train":
+            held_out = [make_setup(job, tokenizer, "validation", total)] if job.validation.enable else []
+            for setup in (self.setup, *held_out):
+                require_good_samples(setup.planning, tokenizer, setup.open_shard, self.slots.start)
         # The controls show the samples of a validation again: what is wrong with them has been told.
         folder = Path(job.job.dump_folder) / "rejects" if job.job.dump_folder else None
         self.log = RejectLog(folder, rank) if control is None else None
@@ -89,11 +96,12 @@ class Loader:
         has_data = any(step.planned for step in steps)
         if self.may_end and not self.agree(has_data):
             self.over = True
-            if self.split == "train" and not self.agree(self._delivered_any()):
-                raise DataError(f"no source has a good sample: {', '.join(self.names)}; see data_report.json and rejects/")
             raise StopIteration
         if not self.may_end and not has_data:
-            raise DataError(f"no source has a good sample left: {', '.join(self.names)}; see data_report.json and rejects/")
+            raise DataError(
+                f"slots {self.slots.start} to {self.slots.stop - 1} get no good sample of {', '.join(self.names)}, ever: the sources have "
+                f"fewer than slots, and without shuffling each slot reads the same ones; set shuffle, or lower training.global_batch_size"
+            )
         return Step(self._batches(arrays, steps), partial(save_states, self.states, self.facts))
 
     def state_dict(self) -> dict[str, bytes]:
@@ -113,6 +121,11 @@ class Loader:
     def report(self) -> dict[str, Any]:
         """What became of the samples of this rank's slots so far; `merge_reports` adds up those of all ranks."""
         return report(self.states.values())
+
+    @staticmethod
+    def summary(report: Mapping[str, Any]) -> str:
+        """What was rejected, in one line; empty where nothing was. `report`: of one rank, or merged."""
+        return rejected_line(report["sources"])
 
     def close(self) -> None:
         if self.supply is not None:
@@ -145,9 +158,6 @@ class Loader:
             for state in self.states.values():
                 total.add(tally_of(state))
             check_bad_fraction(total, allowed)
-
-    def _delivered_any(self) -> bool:
-        return any(entry["counts"].get("samples") for entry in self.report()["sources"].values())
 
     def _batches(self, arrays: Arrays, steps: list[SlotStep]) -> list[Batch]:
         size = self.shape.slots

@@ -26,7 +26,7 @@ class Mixture:
         self.given[source] += amount
 
     def position(self) -> dict[str, list]:
-        return {"given": list(self.given), "dry": list(self.dry)}
+        return {"given": list(self.given)}
 
-    def seek(self, position: dict[str, list]) -> None:
-        self.given, self.dry = list(position["given"]), list(position["dry"])
+    def seek(self, position: dict[str, list], dry: Sequence[bool]) -> None:
+        self.given, self.dry = list(position["given"]), list(dry)

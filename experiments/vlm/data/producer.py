@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from experiments.vlm.data.fill import Filled, Filler, Views
 from experiments.vlm.data.formats.shard import Shard
+from experiments.vlm.data.good_sample import Search
 from experiments.vlm.data.reading import ShardCache
 from experiments.vlm.data.slot import Planning, Slot, SlotPlan
 from experiments.vlm.data.tally import Reject, Tally
@@ -46,7 +47,8 @@ class Producer:
         self.cache = ShardCache(setup.open_shard, capacity=2 * len(slots) * len(planning.deals) + SPARE_SHARDS)
         self.pool = ThreadPoolExecutor(setup.decode_threads, "decode") if setup.decode_threads > 1 else None
         self.filler = Filler(self.cache, planning.plan, setup.tokenizer.pad_id, self.pool)
-        self.slots = [Slot(number, planning, setup.tokenizer, self.cache) for number in slots]
+        doubt = Search(planning, setup.tokenizer, self.cache).require
+        self.slots = [Slot(number, planning, setup.tokenizer, self.cache, doubt) for number in slots]
         self.tallies = {number: Tally() for number in slots}  # of what was delivered
         for slot in self.slots:
             if slot.number in states:

@@ -117,6 +117,10 @@ class SourceReader:
         self._order: tuple[int, np.ndarray] | None = None  # of the current unit, by its number
         self._records_in: dict[int, int] = {}  # units of which records wait, and the current one
 
+    @property
+    def ended(self) -> bool:
+        return self.deal.unit(self.slot, self.unit) is None
+
     def position(self) -> list[int]:
         return [self.unit, self.place, self.barren]
 
@@ -124,12 +128,17 @@ class SourceReader:
         self.unit, self.place, self.barren = position
         self._order = None
 
-    def records(self, reject: Callable[[Reject], None]) -> Iterator[tuple[Reference, Record]]:
-        """Good records from here on; ends when the last epoch is over, or when there seem to be no good ones."""
-        while self.barren <= self.deal.barren:
-            unit = self.deal.unit(self.slot, self.unit)
-            if unit is None:
-                return
+    def records(self, reject: Callable[[Reject], None], doubt: Callable[[int], None]) -> Iterator[tuple[Reference, Record]]:
+        """Good records from here on; ends when the last epoch is over, or where this slot's share never holds a good one.
+
+        `doubt` is called with the source where there was none for long; it raises DataError if there is none at all.
+        """
+        while (unit := self.deal.unit(self.slot, self.unit)) is not None:
+            if self.barren > self.deal.barren:
+                doubt(self.source)
+                if self.deal.epochs is None and not self.deal.shuffle:
+                    return
+                self.barren = 0
             order = self._records_of(unit, reject)
             while self.place < len(order):
                 reference = Reference(self.source, self.unit, int(order[self.place]))

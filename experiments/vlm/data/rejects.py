@@ -22,6 +22,7 @@ REASONS = {
     "reader_failed": "the reader failed at it, which is a fault of the program: the log has the first traceback of each kind",
     "chat_template": "the chat template refuses the conversation",
     "no_answer": "a conversation without a turn of the assistant",
+    "too_long": "longer than a slot (data.long_documents = drop)",
     "shard_missing": "the shard is not there, or not any more",
     "shard_truncated": "the shard ends early; what is whole was read",
     "shard_unreadable": "the shard is there but cannot be read",

@@ -8,7 +8,7 @@ only what was waiting.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -92,8 +92,10 @@ class SlotPlan:
 
 
 class Slot:
-    def __init__(self, number: int, planning: Planning, tokenizer: Tokenizer, cache: ShardCache):
+    def __init__(self, number: int, planning: Planning, tokenizer: Tokenizer, cache: ShardCache, doubt: Callable[[int], None]):
+        """`doubt`: raises DataError where a source has no good sample; called when this slot met none for long."""
         self.number = number
+        self.doubt = doubt
         self.planning = planning
         self.tokenizer = tokenizer
         typical = planning.budget.seq_len / 4 if planning.weight_by == "tokens" else 1.0
@@ -133,15 +135,16 @@ class Slot:
     def seek(self, state: dict[str, Any]) -> None:
         """Go on from a `position`. Samples that waited are read again; one that is not there any more is told and left out."""
         self.window.plans = state["plans"]
-        self.mixture.seek(state["mixture"])
         self.tally = Tally(state["tally"])
         for reader, at in zip(self.readers, state["readers"], strict=True):
             reader.seek(at)
+        # A source that gave nothing good is asked again: it may have been mended.
+        self.mixture.seek(state["mixture"], [reader.ended for reader in self.readers])
         self.records = [self._records(reader) for reader in self.readers]
         self.window.entries = [entry for entry in map(self._reread, state["waiting"]) if entry is not None]
 
     def _records(self, reader: SourceReader) -> Iterator[tuple[Reference, Record]]:
-        return reader.records(self._reject)
+        return reader.records(self._reject, self.doubt)
 
     def _reject(self, reject: Reject) -> None:
         self.tally.reject(reject)
@@ -182,10 +185,11 @@ class Slot:
 
     def _count(self, source: int, record: Record, pieces: list[Sample]) -> None:
         name = self.planning.deals[source].name
-        self.tally.count(name, "read")
         if not pieces:
-            self.tally.count(name, "dropped")
-        elif len(pieces) > 1:
+            self._reject(Reject(name, record.shard, record.document.key, "too_long"))
+            return
+        self.tally.count(name, "read")
+        if len(pieces) > 1:
             self.tally.count(name, "split")
         elif pieces[0].tokens[-1] != self.tokenizer.eos_id:
             self.tally.count(name, "truncated")

@@ -8,13 +8,14 @@
 A position in a source is two integers: how many units the slot has taken, and how many records of the current one.
 """
 
+import math
 import zlib
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
-BARREN_UNITS = 64  # a slot gives a source up after so many units (or 16 rounds of the parts) without one good sample
+BARREN_UNITS = 64  # without one good sample, or 16 rounds of the parts: then the whole source is asked for one
 
 
 def permutation(count: int, *key: int) -> np.ndarray:
@@ -53,8 +54,11 @@ class Deal:
 
     @property
     def barren(self) -> int:
-        """Parts may be empty (fewer records than slots), so many of them prove nothing."""
-        return BARREN_UNITS + 16 * self.parts
+        """Units without a good sample after which a slot doubts its source. Parts may be empty: fewer records than slots.
+
+        Without shuffling a slot has then met every unit that it will ever get.
+        """
+        return max(BARREN_UNITS + 16 * self.parts, 0 if self.shuffle else self.units // math.gcd(self.units, self.slots))
 
     @property
     def key(self) -> tuple[int, int]:

@@ -2,13 +2,14 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from experiments.vlm.data.rejects import REASONS, Rejected
 from torchtitan.config.errors import DataError
 
+KINDS = ("samples", "images", "shards")
 EXAMPLES = 3  # of each reason that are kept
 JUDGED_FROM = 1000  # samples of a source before data.max_bad_fraction is applied
 
@@ -43,8 +44,8 @@ class Tally:
     {source: {"counts": {what: how many},
               "rejected": {"samples" | "images" | "shards": {reason: {"count", "examples": [{"shard", "key", "detail"}]}}}}}
 
-    Of the counts, `read` are good samples that were planned, `split`, `truncated` and `dropped` those of them that were too
-    long, `samples`, `pieces`, `tokens` and `images` what was delivered (a sample counts with its first piece).
+    Of the counts, `read` are good samples that were planned, `split` and `truncated` those of them that were too long,
+    `samples`, `pieces`, `tokens` and `images` what was delivered (a sample counts with its first piece).
     """
 
     def __init__(self, sources: dict[str, dict[str, Any]] | None = None):
@@ -71,8 +72,10 @@ class Tally:
         entry["count"] += count
         entry["examples"] = (entry["examples"] + examples)[:EXAMPLES]
 
-    def rejected(self, source: str, kind: str = "samples") -> int:
-        return sum(entry["count"] for entry in self.of(source)["rejected"].get(kind, {}).values())
+    def bad_samples(self, source: str) -> dict[str, dict[str, Any]]:
+        """Those that were rejected, by reason, but for good ones that are too long."""
+        rejected = self.of(source)["rejected"].get("samples", {})
+        return {reason: entry for reason, entry in rejected.items() if reason != "too_long"}
 
     def of(self, source: str) -> dict[str, Any]:
         return self.sources.setdefault(source, {"counts": {}, "rejected": {}})
@@ -81,15 +84,35 @@ class Tally:
 def check_bad_fraction(tally: Tally, allowed: float) -> None:
     """Raises DataError for the first source with more bad samples than `allowed`, a share, once JUDGED_FROM were read."""
     for source, entry in tally.sources.items():
-        bad = tally.rejected(source)
+        kinds = tally.bad_samples(source)
+        bad = sum(entry["count"] for entry in kinds.values())
         read = bad + entry["counts"].get("read", 0)
         if allowed < 1 and read >= JUDGED_FROM and bad > allowed * read:
-            kinds = entry["rejected"]["samples"]
             worst = max(kinds, key=lambda reason: kinds[reason]["count"])
             raise DataError(
                 f"source {source}: {bad} of {read} samples are bad ({bad / read:.1%}), more than data.max_bad_fraction = {allowed}; "
                 f"most of them: {REASONS[worst]}, as {kinds[worst]['examples'][0]}. See data_report.json and rejects/"
             )
+
+
+def rejected_line(sources: Mapping[str, Any]) -> str:
+    """Of what was rejected, one line for people; empty where nothing was. `sources`: as in Tally.
+
+    rejected: captions 12 of 2,400 samples (image_undecodable 10, caption_missing 2), 3 images (image_fetch 3)
+    """
+    told = "; ".join(filter(None, (_rejected_of(source, entry) for source, entry in sorted(sources.items()))))
+    return f"rejected: {told}; see rejects/" if told else ""
+
+
+def _rejected_of(source: str, entry: Mapping[str, Any]) -> str:
+    parts = []
+    for kind, reasons in sorted(entry["rejected"].items(), key=lambda item: KINDS.index(item[0])):
+        counts = {reason: found["count"] for reason, found in sorted(reasons.items(), key=lambda item: -item[1]["count"])}
+        bad = sum(counts.values())
+        delivered = entry["counts"].get("samples", 0)
+        of = f"{bad:,} of {bad + delivered:,} samples" if kind == "samples" else f"{bad:,} {kind if bad > 1 else kind[:-1]}"
+        parts.append(f"{of} ({', '.join(f'{reason} {count:,}' for reason, count in counts.items())})")
+    return f"{source} {', '.join(parts)}" if parts else ""
 
 
 def tally_of(state: str) -> Tally:

@@ -1,0 +1,120 @@
+"""A source without one good sample is an error: it would leave the mixture, and the run would go on without it.
+
+Looked for before training, and again where a slot has read a source for long and met none. A good sample is one that would
+be delivered: it can be read, it is not dropped for its length, and a caption's images can be decoded.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from experiments.vlm.data.document import Document, Image
+from experiments.vlm.data.formats.shard import Shard
+from experiments.vlm.data.image import decode
+from experiments.vlm.data.reading import Lease, ShardCache, guarded
+from experiments.vlm.data.rejects import Rejected
+from experiments.vlm.data.sample import plan_samples
+from experiments.vlm.data.slot import Planning
+from experiments.vlm.data.tally import Reject
+from torchtitan.components.tokenizer import Tokenizer
+from torchtitan.config.errors import DataError
+
+SHARDS = 8  # that are looked into, spread over all of them
+RECORDS = 1000  # that are tried in these together, spread over each
+UNREADABLE = 64  # shards
+UNREACHED = 64  # records whose address does not answer: each may take data.url_timeout_s
+
+
+class Search:
+    """Looks into the sources of a run for good samples; not thread-safe."""
+
+    def __init__(self, planning: Planning, tokenizer: Tokenizer, cache: ShardCache):
+        self.planning = planning
+        self.tokenizer = tokenizer
+        self.cache = cache
+
+    def require(self, source: int, first: int = 0) -> None:
+        """Raises DataError where the source has no good sample. `first`: the shard to begin with."""
+        found: list[Reject] = []
+        for reject in self._tried(source, first):
+            if reject is None:
+                return
+            found.append(reject)
+            if sum(reject.reason == "image_fetch" for reject in found) == UNREACHED:
+                break
+        raise DataError(complaint(self.planning.deals[source].name, len(self.planning.deals[source].shards), found))
+
+    def _tried(self, source: int, first: int) -> Iterator[Reject | None]:
+        """For each record and shard that is tried what is wrong with it; None for a good record."""
+        deal, looked_into = self.planning.deals[source], 0
+        for number in dict.fromkeys([first, *spread(len(deal.shards), UNREADABLE)]):
+            path = deal.shards[number]
+            try:
+                lease = self.cache.get(source, path)
+            except Rejected as rejected:
+                yield Reject(deal.name, path, "", rejected.reason, rejected.detail)
+                continue
+            for wrong in lease.shard.rejects:
+                yield Reject(deal.name, path, "", wrong.reason, wrong.detail)
+            for record in spread(len(lease.shard), RECORDS // min(SHARDS, len(deal.shards))):
+                yield self._try_record(deal.name, path, lease, record)
+            looked_into += 1
+            if looked_into == SHARDS:
+                return
+
+    def _try_record(self, name: str, path: str, lease: Lease, record: int) -> Reject | None:
+        try:
+            document, _ = guarded(lease.shard.read, record)
+            self._use(document, lease)
+        except Rejected as rejected:
+            return Reject(name, path, key_of(lease.shard, record), rejected.reason, rejected.detail)
+        return None
+
+    def _use(self, document: Document, lease: Lease) -> None:
+        """Raises Rejected."""
+        planning = self.planning
+        if planning.long == "drop" and not plan_samples(document, self.tokenizer, planning.plan, planning.budget, planning.long):
+            raise Rejected("too_long")
+        for image in document.parts if document.caption else ():
+            if isinstance(image, Image):
+                self._decode(image, lease)
+
+    def _decode(self, image: Image, lease: Lease) -> None:
+        """Raises Rejected."""
+        plan = self.planning.plan
+        h, w = plan.grid(image.height, image.width)
+        guarded(lambda: decode(lease.shard.load(image), h * plan.patch_size, w * plan.patch_size))
+
+
+def require_good_samples(planning: Planning, tokenizer: Tokenizer, open_shard: Callable[[int, str], Shard], slot: int) -> None:
+    """Raises DataError for the first source that has none. Begins with the shard that this slot will read first."""
+    search = Search(planning, tokenizer, ShardCache(open_shard, capacity=1))
+    for source, deal in enumerate(planning.deals):
+        unit = deal.unit(slot, 0)
+        search.require(source, unit.shard if unit else 0)
+
+
+def spread(count: int, most: int) -> list[int]:
+    """At most so many of range(count), from the first to the last."""
+    return np.linspace(0, count - 1, min(count, most)).astype(int).tolist()
+
+
+def key_of(shard: Shard, record: int) -> str:
+    try:
+        return guarded(shard.key, record)
+    except Rejected:
+        return f"record {record}"
+
+
+def complaint(name: str, shards: int, found: list[Reject]) -> str:
+    """One line: what was tried, why nothing of it is good, the commonest reason first, and an example of that."""
+    samples = sum(reject.kind == "samples" for reject in found)
+    reasons = Counter(reject.reason for reject in found).most_common()
+    if not reasons:
+        return f"source {name}: no record in its {shards} shards; correct its path or format, or take it out of the mixture"
+    example = next(reject for reject in found if reject.reason == reasons[0][0])
+    tried = f"none of the {samples:,} samples that were tried is good" if samples else f"none of its {shards:,} shards can be read"
+    place = f"shard {example.shard}" + (f", sample {example.key}" if example.key else "")
+    counted = ", ".join(f"{reason} {count:,}" for reason, count in reasons)
+    return f"source {name}: {tried} ({counted}); for example {place}: {example}; correct it, or take it out of the mixture"
