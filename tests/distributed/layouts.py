@@ -1,5 +1,6 @@
 """Train a few steps under a layout, with the trainer's own code, and say how far it is from one process."""
 
+import contextlib
 import dataclasses
 import tempfile
 from typing import Any
@@ -7,9 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from tests.distributed.world import TEST_SPEC, check_sizes, device, job_of
+from tests.reference.small_run import CPU, SMALL, check_sizes, job_of, whole
 from torchtitan.build import build
 from torchtitan.components.optimizer import trainable
 from torchtitan.config.check import zero_bubble_works
@@ -21,7 +21,7 @@ from torchtitan.train import Trainer
 class Layout:
     name: str
     ranks: int
-    changes: dict[str, Any]  # "section.field" -> value, see world.job_of
+    changes: dict[str, Any]  # "section.field" -> value, see small_run.job_of
 
     @property
     def runs(self) -> bool:
@@ -35,17 +35,19 @@ class Measured:
     losses: list[float]  # of each step, global
     norms: list[float]
     gradients: dict[str, Tensor]  # of the first step, whole, before clipping
+    weights: dict[str, Tensor]  # after the last step, whole
     validation: dict[str, float | None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """Largest relative differences from one process."""
+    """Largest differences from one process: relative ones, but for the weights."""
 
     loss: float
     norm: float
     gradient: float  # of the first step
     worst: str  # the parameter of `gradient`
+    weight: float
     validation: float
 
 
@@ -56,7 +58,7 @@ class Watched(Trainer):
         if self.gradients is None:
             # Wrappers of checkpointing and compile do not show in the names.
             self.gradients = {
-                name: whole(parameter.grad).clone()
+                name: whole(parameter.grad)
                 for part in self.run.passes.parts
                 for name, parameter in trainable(part)
                 if parameter.grad is not None
@@ -64,39 +66,49 @@ class Watched(Trainer):
         return super().update()
 
 
-def whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def train(changes: dict[str, Any], ranks: int, until: int = 5, validate: bool = True, folder: str = "") -> Measured | None:
+    """On each rank of a pool, to step `until`; in `folder`, where checkpoint.enable is set, from and to a checkpoint.
 
-
-def train(changes: dict[str, Any], ranks: int, steps: int = 5, validate: bool = True) -> Measured | None:
-    """On each rank of a pool. What every rank knows comes from rank 0; the gradients are those of all pipeline stages."""
-    with tempfile.TemporaryDirectory() as folder:
+    Rank 0 gives what every rank knows, which has to be the same, with gradients and weights of all pipeline stages.
+    """
+    with contextlib.nullcontext(folder) if folder else tempfile.TemporaryDirectory() as folder:
         job = job_of(changes, folder)
         check_sizes(job, ranks)
         torch._dynamo.reset()
-        trainer = Watched(build(job, TEST_SPEC, device()))
-        losses, norms = [], []
-        for _ in range(steps):
+        trainer = Watched(build(job, SMALL, CPU))
+        figures = []
+        while trainer.state.step < until:
             assert trainer.train_step()
-            losses.append(float(sum_over_ranks(trainer.loss)) / trainer.run.mesh.degrees.tp)
-            norms.append(float(trainer.grad_norm))
-        gradients = _of_all_stages(trainer)
+            loss = float(sum_over_ranks(trainer.loss)) / trainer.run.mesh.degrees.tp
+            figures.append((loss, float(trainer.grad_norm)))
+        gradients = of_all_stages(trainer, trainer.gradients or {})
+        weights = of_all_stages(trainer, {name: whole(tensor) for name, tensor in trainer.state.model().items()})
         validation = trainer.run.validator.evaluate() if validate else {}
+        if job.checkpoint.enable:
+            trainer.save()
         trainer.close()
-        return Measured(losses, norms, gradients, validation) if dist.get_rank() == 0 else None
+    require_one_opinion((figures, validation))
+    losses, norms = [list(column) for column in zip(*figures, strict=True)] if figures else ([], [])
+    return Measured(losses, norms, gradients, weights, validation) if dist.get_rank() == 0 else None
 
 
-def _of_all_stages(trainer: Watched) -> dict[str, Tensor]:
-    assert trainer.gradients is not None
+def of_all_stages(trainer: Trainer, own: dict[str, Tensor]) -> dict[str, Tensor]:
     group = trainer.run.mesh["pp"].get_group()
     parts: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(parts, trainer.gradients, group)
-    return {name: gradient for part in parts for name, gradient in part.items()}
+    dist.all_gather_object(parts, own, group)
+    return {name: tensor for part in parts for name, tensor in part.items()}
+
+
+def require_one_opinion(figures: Any) -> None:
+    opinions: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(opinions, figures)
+    assert all(opinion == opinions[0] for opinion in opinions), f"global figures differ between ranks: {opinions}"
 
 
 def compare(measured: Measured, reference: Measured) -> Difference:
     """A gradient's difference is over its own largest element, or 1e-3 of the largest of all where that is more."""
     assert measured.gradients.keys() == reference.gradients.keys(), measured.gradients.keys() ^ reference.gradients.keys()
+    assert measured.weights.keys() == reference.weights.keys(), measured.weights.keys() ^ reference.weights.keys()
     largest = max(float(g.abs().max()) for g in reference.gradients.values())
     each = {
         name: float((measured.gradients[name] - g).abs().max()) / max(float(g.abs().max()), largest * _floor(name))
@@ -108,6 +120,7 @@ def compare(measured: Measured, reference: Measured) -> Difference:
         _relative(measured.norms, reference.norms),
         each[worst],
         worst,
+        max(float((measured.weights[name] - weight).abs().max()) for name, weight in reference.weights.items()),
         _relative([measured.validation[k] or 0 for k in reference.validation], [v or 0 for v in reference.validation.values()]),
     )
 

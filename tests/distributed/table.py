@@ -1,4 +1,4 @@
-"""The layouts that are compared with one process, and the table of how far they are from it (scripts/check_layouts.py)."""
+"""The layouts that are compared with one process, and the table of how far they are from it (python -m tests.distributed)."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator
@@ -6,7 +6,7 @@ from typing import Any
 
 from tests.distributed.layouts import Difference, Layout, Measured, compare, train
 from tests.distributed.pool import Pool, RankFailed
-from tests.distributed.world import SLOTS
+from tests.reference.small_run import SLOTS
 
 # Short names of options, for a list that can be read.
 KEYS = {
@@ -24,10 +24,12 @@ KEYS = {
     "heads": "parallelism.encoder_tensor_parallel",
     "reshard": "parallelism.fsdp_reshard_after_forward",
     "slots": "training.local_batch_size",
+    "global_slots": "training.global_batch_size",
     "ac": "activation_checkpoint.mode",
     "encoder_ac": "activation_checkpoint.encoder_mode",
     "every": "activation_checkpoint.selective_ac_option",
     "compile": "compile.enable",
+    "offload": "training.enable_cpu_offload",
 }
 # These change what is trained, so that one process has to train it too.
 TASK = {
@@ -36,7 +38,8 @@ TASK = {
     "rows": "data.patch_rows",
     "optimizer": "optimizer.name",
 }
-BOUND = 1e-5
+BOUND = 1e-5  # float32 sums in another order; seen: below 4e-6
+WEIGHT_BOUND = 1e-4  # after the last step: a thirtieth of what AdamW moves a weight in one; seen: below 2e-5
 
 
 def layout(name: str, ranks: int, **options: Any) -> Layout:
@@ -54,11 +57,12 @@ ON_TWO = [
     layout("fsdp2, selective by operator", 2, ac="selective", encoder_ac="selective", reshard="always"),
     layout("fsdp2, selective by layer", 2, ac="selective", encoder_ac="selective", every="2", reshard="never"),
     layout("fsdp2, compile", 2, compile=True),
-    layout("fsdp2, frozen encoder", 2, freeze=["encoder"]),
+    layout("fsdp2, offload to the CPU", 2, offload=True),
+    layout("fsdp2, tied, frozen encoder", 2, model="small-qwen2", freeze=["encoder"]),
     layout("fsdp2, muon", 2, optimizer="Muon"),
     layout("replicate2", 2, replicate=2),
     layout("tp2", 2, tp=2),
-    layout("tp2, tied, biases", 2, tp=2, model="layouts-qwen2"),
+    layout("tp2, tied, biases", 2, tp=2, model="small-qwen2"),
     layout("tp2, encoder heads", 2, tp=2, heads=True),
     layout("tp2, shared encoder", 2, tp=2, slots=2, sharing="on"),
     layout("cp2", 2, cp=2),
@@ -70,9 +74,9 @@ ON_TWO = [
     layout("pp2, Interleaved1F1B", 2, pp=2, schedule="Interleaved1F1B"),
     layout("pp2, InterleavedZeroBubble", 2, pp=2, schedule="InterleavedZeroBubble"),
     layout("pp2, ZBVZeroBubble", 2, pp=2, schedule="ZBVZeroBubble"),
-    layout("pp2, ZBVZeroBubble, tied", 2, pp=2, schedule="ZBVZeroBubble", model="layouts-qwen3-tied"),
-    layout("pp2, tied", 2, pp=2, model="layouts-qwen3-tied"),
-    layout("pp2, tied, frozen decoder", 2, pp=2, model="layouts-qwen3-tied", freeze=["decoder"]),
+    layout("pp2, ZBVZeroBubble, tied", 2, pp=2, schedule="ZBVZeroBubble", model="small-qwen3-tied"),
+    layout("pp2, tied", 2, pp=2, model="small-qwen3-tied"),
+    layout("pp2, tied, frozen decoder", 2, pp=2, model="small-qwen3-tied", freeze=["decoder"]),
     layout("pp2, encoder stage", 2, pp=2, encoder_stage=True),
     layout("pp2, split by hand", 2, pp=2, split=[3]),
     layout("pp2, resharding after forward", 2, pp=2, reshard="always"),
@@ -92,7 +96,7 @@ ON_FOUR = [
     layout("fsdp2.cp2, compile, full checkpointing", 4, cp=2, compile=True, ac="full"),
     layout("tp2.cp2, compile, selective", 4, tp=2, cp=2, compile=True, ac="selective", encoder_ac="selective"),
     layout("tp2.pp2, compile, full checkpointing", 4, tp=2, pp=2, schedule="Interleaved1F1B", compile=True, ac="full"),
-    layout("tp4, tied", 4, tp=4, slots=4, model="layouts-qwen3-tied"),
+    layout("tp4, tied", 4, tp=4, slots=4, model="small-qwen3-tied"),
     layout("cp4", 4, cp=4),
     layout("cp4, ulysses", 4, cp=4, method="ulysses"),
     layout("pp4", 4, pp=4),
@@ -105,11 +109,11 @@ ON_EIGHT = [
     layout("fsdp2.cp2.pp2, ulysses", 8, cp=2, pp=2, method="ulysses", schedule="InterleavedZeroBubble"),
     layout("fsdp.tp2.cp2.pp2", 8, tp=2, cp=2, pp=2),
     layout("fsdp.tp2.cp2.pp2, all at once", 8, tp=2, cp=2, pp=2, schedule="Interleaved1F1B", rows=4, sharing="on", ac="selective",
-           encoder_ac="selective", model="layouts-qwen3-tied"),
+           encoder_ac="selective", model="small-qwen3-tied"),
     layout("fsdp.tp2.cp2.pp2, ZBVZeroBubble, frozen", 8, tp=2, cp=2, pp=2, schedule="ZBVZeroBubble", freeze=["encoder"]),
     layout("cp8", 8, cp=8),
     layout("tp4.cp2", 8, tp=4, cp=2),
-    layout("cp4.tp2, tied", 8, tp=2, cp=4, model="layouts-qwen3-tied"),
+    layout("cp4.tp2, tied", 8, tp=2, cp=4, model="small-qwen3-tied"),
     layout("fsdp2.pp4", 8, pp=4),
     layout("tp2.cp2.pp2, compile", 8, tp=2, cp=2, pp=2, compile=True),
 ]  # fmt: skip
@@ -118,6 +122,9 @@ LAYOUTS = {each.name: each for each in [*ON_TWO, *ON_FOUR, *ON_EIGHT] if each.ru
 # One of each kind and the largest combination, for every run of the tests.
 QUICK = (
     "fsdp2, selective by operator",
+    "fsdp2, tied, frozen encoder",
+    "fsdp2, muon",
+    "replicate2.fsdp2",
     "tp2, shared encoder",
     "cp2",
     "pp2, ZBVZeroBubble, tied",
@@ -136,7 +143,7 @@ class Row:
     @property
     def equal(self) -> bool:
         d = self.found
-        return d is not None and max(d.loss, d.norm, d.gradient, d.validation) <= BOUND
+        return d is not None and max(d.loss, d.norm, d.gradient, d.validation) <= BOUND and d.weight <= WEIGHT_BOUND
 
     def __str__(self) -> str:
         name = f"{self.layout.ranks}  {self.layout.name:42s}"
@@ -144,10 +151,10 @@ class Row:
             return f"{name} failed: {self.error.strip().splitlines()[-1]}"
         d = self.found
         verdict = "equal" if self.equal else "DIFFERENT"
-        return f"{name} {d.loss:8.1e} {d.norm:8.1e} {d.gradient:8.1e} {d.validation:8.1e}  {verdict}  {d.worst}"
+        return f"{name} {d.loss:8.1e} {d.norm:8.1e} {d.gradient:8.1e} {d.weight:8.1e} {d.validation:8.1e}  {verdict}  {d.worst}"
 
 
-HEADING = f"{'ranks  layout':45s} {'loss':>8s} {'norm':>8s} {'gradient':>8s} {'held out':>8s}"
+HEADING = f"{'ranks  layout':45s} {'loss':>8s} {'norm':>8s} {'gradient':>8s} {'weight':>8s} {'held out':>8s}"
 
 
 class Comparison:

@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.distributed.world import TEST_SPEC, batch_of, device, job_of
 from tests.reference.attention import allowed_pairs, dense_attention
 from tests.reference.batches import Sizes
+from tests.reference.small_run import CPU, SMALL, batch_of, job_of
 from torchtitan.build import lay_out, materialise
 from torchtitan.config.layout import degrees
 from torchtitan.distributed.context_parallel import METHODS, in_slot_order, rows_of_ranks
@@ -27,10 +27,10 @@ def logits(cp: int, tp: int, method: str) -> Tensor:
     with tempfile.TemporaryDirectory() as folder:
         degree = {"context_parallel_degree": cp, "tensor_parallel_degree": tp, "context_parallel_method": method}
         job = job_of({f"parallelism.{key}": value for key, value in degree.items()} | {"training.local_batch_size": 2}, folder)
-        mesh = build_mesh(degrees(job.parallelism, dist.get_world_size()), device())
-        model = TEST_SPEC.build_model(job, TEST_SPEC.load_tokenizer(job))
-        materialise(lay_out(model, mesh, job, TEST_SPEC).parts, job, device())
-        tensors = TEST_SPEC.shard_batch(batch_of([0, 1], 1, SIZES).tensors, mesh, job)
+        mesh = build_mesh(degrees(job.parallelism, dist.get_world_size()), CPU)
+        model = SMALL.build_model(job, SMALL.load_tokenizer(job))
+        materialise(lay_out(model, mesh, job, SMALL).parts, job, CPU)
+        tensors = SMALL.shard_batch(batch_of([0, 1], 1, SIZES).tensors, mesh, job)
         del tensors["labels"]
         with torch.no_grad():
             found = model(**tensors)

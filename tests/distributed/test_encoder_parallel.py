@@ -5,8 +5,8 @@ import tempfile
 import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.distributed.world import TEST_SPEC, batch_of, device, job_of
 from tests.reference.batches import Sizes
+from tests.reference.small_run import CPU, SMALL, batch_of, job_of
 from torchtitan.build import lay_out, materialise
 from torchtitan.config.layout import degrees
 from torchtitan.distributed.mesh import build_mesh
@@ -19,11 +19,11 @@ def encoder_flops(**parallelism) -> int:
     with tempfile.TemporaryDirectory() as folder:
         changes = {f"parallelism.{key}": value for key, value in parallelism.items()} | {"training.local_batch_size": 4}
         job = job_of(changes, folder)
-        mesh = build_mesh(degrees(job.parallelism, dist.get_world_size()), device())
-        model = TEST_SPEC.build_model(job, TEST_SPEC.load_tokenizer(job))
-        materialise(lay_out(model, mesh, job, TEST_SPEC).parts, job, device())
+        mesh = build_mesh(degrees(job.parallelism, dist.get_world_size()), CPU)
+        model = SMALL.build_model(job, SMALL.load_tokenizer(job))
+        materialise(lay_out(model, mesh, job, SMALL).parts, job, CPU)
         # Slots with equal images, so that shares are equal: attention depends on what a row holds.
-        tensors = TEST_SPEC.shard_batch(batch_of([0, 0, 0, 0], 1, SIZES).tensors, mesh, job)
+        tensors = SMALL.shard_batch(batch_of([0, 0, 0, 0], 1, SIZES).tensors, mesh, job)
         with FlopCounterMode(display=False) as counter:
             model.encode(tensors["pixel_values"], tensors["grid_thw"])
         return counter.get_total_flops()

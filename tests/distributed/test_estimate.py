@@ -10,9 +10,9 @@ from experiments.vlm.estimate import estimate
 from experiments.vlm.model.flavors import FLAVORS, EncoderConfig, ProjectorConfig, VLMConfig
 from tests.distributed.pool import Pool
 from tests.distributed.table import layout
-from tests.distributed.world import TEST_SPEC, VOCAB, device, job_of
 from tests.reference.live_memory import LiveMemory
 from tests.reference.sent_bytes import SentBytes
+from tests.reference.small_run import CPU, SMALL, VOCAB, job_of
 from torchtitan.build import build
 from torchtitan.config.layout import degrees
 from torchtitan.models.decoder.flavors import DecoderConfig
@@ -35,7 +35,7 @@ def changes_of(case, accumulation: int) -> dict:
 def measured_peak(changes: dict) -> int:
     """Bytes, in the second step, when the optimizer has its state."""
     with tempfile.TemporaryDirectory() as folder:
-        run = build(job_of(changes, folder), TEST_SPEC, device())
+        run = build(job_of(changes, folder), SMALL, CPU)
         for _ in range(2):
             first, *more = next(run.loader).batches
             feed = run.feed(first)
@@ -56,7 +56,7 @@ def measured_peak(changes: dict) -> int:
 def measured_traffic(changes: dict) -> float:
     """Bytes that this rank sends in a step."""
     with tempfile.TemporaryDirectory() as folder:
-        run = build(job_of(changes, folder), TEST_SPEC, device())
+        run = build(job_of(changes, folder), SMALL, CPU)
         batches = next(run.loader).batches
         with SentBytes() as sent:
             for number, batch in enumerate(batches, 1):

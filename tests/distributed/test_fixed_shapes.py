@@ -10,7 +10,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from tests.distributed.table import layout
-from tests.distributed.world import TEST_SPEC, device, job_of
+from tests.reference.small_run import CPU, SMALL, job_of
 from tests.unit.test_synchronisation import Trap
 from torchtitan.build import build
 from torchtitan.train import Trainer
@@ -33,7 +33,7 @@ def recompiles(changes: dict[str, Any], steps: int) -> tuple[int, int]:
     plain = torch.nn.Module.compile
     quick = functools.partialmethod(plain, backend="aot_eager")
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(torch.nn.Module, "compile", quick):
-        trainer = Trainer(build(job_of(changes | {"compile.enable": True, "training.steps": steps}, folder), TEST_SPEC, device()))
+        trainer = Trainer(build(job_of(changes | {"compile.enable": True, "training.steps": steps}, folder), SMALL, CPU))
         assert trainer.train_step()
         first = counters["stats"]["unique_graphs"]
         while trainer.state.step < steps:
@@ -45,7 +45,7 @@ def recompiles(changes: dict[str, Any], steps: int) -> tuple[int, int]:
 def trapped(changes: dict[str, Any]) -> int:
     """Operations of a forward and backward; raises where one would wait for a device."""
     with tempfile.TemporaryDirectory() as folder:
-        run = build(job_of(changes, folder), TEST_SPEC, device())
+        run = build(job_of(changes, folder), SMALL, CPU)
         feed = run.feed(next(run.loader).batches[0])
         run.passes.forward_backward(feed, 1.0, True)  # what is set up on first use may wait
         with LayoutTrap() as trap:

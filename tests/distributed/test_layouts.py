@@ -1,12 +1,12 @@
-"""Layouts equal one process in losses, norms and every parameter's first gradient, and validate alike.
+"""Layouts equal one process in losses, norms, every parameter's first gradient and last weight, and validate alike.
 
-A selection; `python scripts/check_layouts.py` runs them all.
+A selection; `python -m tests.distributed` runs them all.
 """
 
 import pytest
 
 from tests.distributed import broken
-from tests.distributed.layouts import compare
+from tests.distributed.layouts import compare, train
 from tests.distributed.table import BOUND, LAYOUTS, QUICK, Comparison, Row
 
 
@@ -26,6 +26,19 @@ def test_layout_equals_one_process(comparison, name):
 def test_every_other_layout_equals_one_process(comparison, name):
     row = comparison.row(LAYOUTS[name])
     assert row.equal, f"{row}\n{row.error}"
+
+
+def test_a_frozen_encoder_has_no_gradients(comparison):
+    gradients = comparison.reference(LAYOUTS["fsdp2, tied, frozen encoder"]).gradients
+    assert gradients and not any(name.startswith("encoder") for name in gradients)
+
+
+def test_bfloat16_stays_near_float32(comparison):
+    fsdp = LAYOUTS["fsdp2"]
+    low = comparison.pool.run(2, train, fsdp.changes | {"training.mixed_precision_param": "bfloat16"}, 2, comparison.steps)[0]
+    # Eight bits of mantissa: 2^-8 = 0.4 % an operation, averaged over many.
+    assert low.losses == pytest.approx(comparison.reference(fsdp).losses, rel=2e-2)
+    assert low.losses != comparison.reference(fsdp).losses
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.distributed.world import TEST_SPEC, device, job_of
+from tests.reference.small_run import CPU, SMALL, job_of
 from torchtitan.build import build
 
 ATTENTION = "torchtitan.segment_attention.default"
@@ -35,7 +35,7 @@ def count(mode: str, method: str) -> Counter:
         "activation_checkpoint.encoder_mode": mode,
     }
     with tempfile.TemporaryDirectory() as folder:
-        run = build(job_of(changes, folder), TEST_SPEC, device())
+        run = build(job_of(changes, folder), SMALL, CPU)
         batch = next(run.loader).batches[0]
         with Count() as counted:
             run.passes.forward_backward(run.feed(batch), 1.0, True)

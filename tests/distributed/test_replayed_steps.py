@@ -2,18 +2,19 @@
 
 import pytest
 
+from tests.distributed.table import layout
 from tests.reference.tape import replay_on_rank
 
-LAYOUTS = {
-    "FSDP": {"training": {"global_batch_size": 8}},
-    "FSDP, never resharding": {"parallelism": {"fsdp_reshard_after_forward": "never"}},
-    "FSDP, tied": {"model": {"flavor": "tied"}},
-    "HSDP, Muon": {"parallelism": {"data_parallel_replicate_degree": 2}, "optimizer": {"name": "Muon"}},
-    "TP": {"parallelism": {"tensor_parallel_degree": 2}},
-    "CP": {"parallelism": {"context_parallel_degree": 2}},
-}
+LAYOUTS = [
+    layout("fsdp2, accumulation of 2", 2, slots=2, global_slots=8),
+    layout("fsdp2, never resharding", 2, slots=2, reshard="never"),
+    layout("fsdp2, tied", 2, slots=2, model="small-qwen3-tied"),
+    layout("replicate2, muon", 2, slots=2, replicate=2, optimizer="Muon"),
+    layout("tp2", 2, slots=2, tp=2),
+    layout("cp2", 2, slots=2, cp=2),
+]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_replayed_steps_equal_driven_ones(pool, layout, tmp_path):
-    pool.run(2, replay_on_rank, str(tmp_path), LAYOUTS[layout])
+@pytest.mark.parametrize("case", LAYOUTS, ids=lambda case: case.name)
+def test_replayed_steps_equal_driven_ones(pool, case, tmp_path):
+    pool.run(case.ranks, replay_on_rank, str(tmp_path), case.changes)

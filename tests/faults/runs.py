@@ -1,16 +1,38 @@
 """Runs that end badly, in processes of their own, and what they left."""
 
+import contextlib
 import multiprocessing
 import os
 import sys
+import tempfile
+from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from tests.reference import fake_run
+from tests.faults import accident
+from tests.reference.small_run import job_of
 from torchtitan.components.sinks import read_history
+from torchtitan.config.parse import to_toml
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "tests.reference.fake_run"])
+_context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "tests.faults.accident"])
+
+JOB = {
+    "training.local_batch_size": 2,
+    "training.global_batch_size": -1,
+    "training.steps": 8,
+    "checkpoint.enable": True,
+    "checkpoint.interval": 2,
+}
+
+
+@contextlib.contextmanager
+def options_of(folder: Path) -> Iterator[list[str]]:
+    """That make a run in `folder` one of JOB."""
+    with tempfile.NamedTemporaryFile("w", suffix=".toml") as file:
+        file.write(to_toml(job_of(JOB, str(folder))))
+        file.flush()
+        yield ["--job.config_file", file.name]
 
 
 def _main(argv: list[str], environment: dict[str, str], log: str) -> None:
@@ -20,16 +42,17 @@ def _main(argv: list[str], environment: dict[str, str], log: str) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         os.environ.pop(name, None)
     os.environ.update(environment)
-    sys.exit(fake_run.main(argv))
+    sys.exit(accident.main(argv))
 
 
 def train(folder: Path, *options: str, **environment: str) -> int:
-    """The exit code of a run of the fake job (negative: the signal that killed it)."""
-    argv = ["--job.dump_folder", str(folder), "--training.steps", "8", "--checkpoint.enable", "--checkpoint.interval", "2", *options]
+    """The exit code of a run of JOB with `options` (negative: the signal that killed it)."""
     folder.mkdir(parents=True, exist_ok=True)
-    process: BaseProcess = _context.Process(target=_main, args=(argv, environment, str(folder / "log.txt")))
-    process.start()
-    process.join(120)
+    with options_of(folder) as job:
+        arguments = [*job, *options], environment, str(folder / "log.txt")
+        process: BaseProcess = _context.Process(target=_main, args=arguments)
+        process.start()
+        process.join(120)
     assert process.exitcode is not None, "the run hangs"
     return process.exitcode
 

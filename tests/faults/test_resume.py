@@ -73,10 +73,10 @@ def test_a_run_of_one_process_that_fails_speaks_of_no_ranks(tmp_path):
 
 @pytest.mark.slow
 def test_a_signal_to_one_rank_of_two_saves_and_ends_both_with_its_exit_code(tmp_path):
-    command = ["-m", "torchtitan.launch", "--processes", "2", "tests.reference.fake_run", "--job.dump_folder", str(tmp_path)]
+    command = [sys.executable, "-m", "torchtitan.launch", "--processes", "2", "tests.faults.accident"]
     environment = os.environ | {"TERM_AFTER": "3", "ACCIDENT_RANK": "1", "OMP_NUM_THREADS": "1"}
-    saving = ["--checkpoint.enable", "--checkpoint.interval", "2", "--training.steps", "8"]
-    run = subprocess.run([sys.executable, *command, *saving], env=environment, capture_output=True, text=True, timeout=240)
+    with runs.options_of(tmp_path) as job:
+        run = subprocess.run([*command, *job], env=environment, capture_output=True, text=True, timeout=240)
     assert run.returncode == 128 + signal.SIGTERM, run.stderr
     assert runs.checkpoints(tmp_path) == ["step-2", "step-3"]
     assert "stopped by SIGTERM after step 3; the same command goes on" in run.stdout
@@ -146,8 +146,10 @@ def test_what_was_rejected_is_told_where_a_run_is_stopped_or_fails_too(tmp_path)
 
 
 def test_epochs_are_told_and_kept_with_the_metrics(straight):
-    assert re.findall("source fake: epoch .*", runs.log(straight)) == [f"source fake: epoch {n} began in step {3 * n - 2}" for n in (2, 3)]
-    values = [record["epochs/fake"] for record in read_history(straight)]
+    assert re.findall("source drawn: epoch .*", runs.log(straight)) == [
+        f"source drawn: epoch {n} began in step {3 * n - 2}" for n in (2, 3)
+    ]
+    values = [record["epochs/drawn"] for record in read_history(straight)]
     assert values == pytest.approx([step / 3 for step in range(1, 9)])
 
 
@@ -161,7 +163,7 @@ def test_the_last_line_of_a_run_with_controls_says_what_the_images_are_worth(tmp
 
 def test_a_dry_run_tells_sizes_and_writes_nothing(tmp_path):
     assert runs.train(tmp_path, "--job.dry_run") == 0, runs.log(tmp_path)
-    assert "pixel_values: uint8 [2, 64, 48]" in runs.log(tmp_path)
+    assert "pixel_values: uint8 [2, 96, 48]" in runs.log(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["log.txt"]
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from experiments.vlm.estimate import estimate
-from tests.distributed.world import TEST_SPEC, job_of
+from tests.reference.small_run import SMALL, job_of
 from torchtitan.build import build
 from torchtitan.config.layout import degrees
 from torchtitan.distributed.process_group import close_process_group, open_process_group
@@ -36,7 +36,7 @@ class Vocabulary:
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
 def test_peak_memory_is_as_planned(tmp_path: Path, mode: str):
     job = job_of(SIZES | {"activation_checkpoint.mode": mode, "activation_checkpoint.encoder_mode": mode}, str(tmp_path))
-    spec = dataclasses.replace(TEST_SPEC, load_tokenizer=lambda job: Vocabulary())
+    spec = dataclasses.replace(SMALL, load_tokenizer=lambda job: Vocabulary())
     planned = estimate(job, degrees(job.parallelism, 1), Vocabulary.vocab_size).memory
     gc.collect()  # a model of an earlier test goes only now: FSDP makes circles of references
     before = torch.cuda.memory_allocated()

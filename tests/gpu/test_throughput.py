@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed.world import TEST_SPEC, job_of
 from tests.gpu.test_estimate import SIZES, Vocabulary
+from tests.reference.small_run import SMALL, job_of
 from torchtitan.build import build
 from torchtitan.distributed.process_group import close_process_group, open_process_group
 from torchtitan.train import Trainer
@@ -29,7 +29,7 @@ WARM_UP, TIMED = 6, 10
 
 def losses_and_rate(ways: dict, folder: Path) -> tuple[list[float], str]:
     job = job_of(SIZES | ways | {"training.steps": WARM_UP + TIMED, "optimizer.lr": 1e-4}, str(folder))
-    spec = dataclasses.replace(TEST_SPEC, load_tokenizer=lambda job: Vocabulary())
+    spec = dataclasses.replace(SMALL, load_tokenizer=lambda job: Vocabulary())
     gc.collect()  # a model of an earlier run goes only now
     device = open_process_group(job.comm, folder)
     try:

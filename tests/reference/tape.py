@@ -3,7 +3,6 @@
 Whatever the host decided during that run (a number, a branch) stays as it was, as in a CUDA graph.
 """
 
-import copy
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map
 
 from experiments.vlm.config import VLMJobConfig
-from tests.reference.fake_run import FAKE, fake_job
+from tests.reference.small_run import SMALL, job_of, whole
 from torchtitan.build import build
 from torchtitan.components.cuda_graph import GraphedStep
 from torchtitan.distributed.process_group import close_process_group, open_process_group
@@ -88,10 +87,11 @@ class TapeRecorder:
 
 
 STEPS = 9
-VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+JOB = {"training.local_batch_size": 2, "training.global_batch_size": -1, "training.steps": STEPS, "optimizer.lr": 8e-4}
+VARIANTS: dict[str, dict[str, Any]] = {
     "AdamW": {},
-    "Muon, two microbatches": {"optimizer": {"name": "Muon"}, "training": {"global_batch_size": 4}},
-    "checkpointing": {"activation_checkpoint": {"mode": "full", "encoder_mode": "selective"}},
+    "Muon, two microbatches": {"optimizer.name": "Muon", "training.global_batch_size": 4},
+    "checkpointing": {"activation_checkpoint.mode": "full", "activation_checkpoint.encoder_mode": "selective"},
 }
 
 
@@ -106,9 +106,9 @@ class Seen(NamedTuple):
     weights: dict[str, torch.Tensor]
 
 
-def train_with(recorder: Any, folder: Path, sections: dict, validate_after: Collection[int] = ()) -> Seen:
-    """The fake job for a few steps in this process, each driven by Python (None) or replayed from the fourth on."""
-    job = short_job(recorder, folder, sections)
+def train_with(recorder: Any, folder: Path, changes: dict[str, Any], validate_after: Collection[int] = ()) -> Seen:
+    """JOB for a few steps in this process, each driven by Python (None) or replayed from the fourth on."""
+    job = short_job(recorder, folder, changes)
     device = open_process_group(job.comm, folder)
     try:
         return train(recorder, job, device, validate_after)
@@ -116,15 +116,12 @@ def train_with(recorder: Any, folder: Path, sections: dict, validate_after: Coll
         close_process_group()
 
 
-def short_job(recorder: Any, folder: Path, sections: dict) -> VLMJobConfig:
-    sections = copy.deepcopy(sections)
-    sections.setdefault("training", {})["steps"] = STEPS
-    sections.setdefault("compile", {})["cuda_graphs"] = recorder is not None
-    return fake_job(str(folder), **sections)
+def short_job(recorder: Any, folder: Path, changes: dict[str, Any]) -> VLMJobConfig:
+    return job_of(JOB | {"compile.cuda_graphs": recorder is not None} | changes, str(folder))
 
 
 def train(recorder: Any, job: VLMJobConfig, device: torch.device, validate_after: Collection[int] = ()) -> Seen:
-    run = build(job, FAKE, device)
+    run = build(job, SMALL, device)
     job.compile.cuda_graphs = False  # the recorder is ours to choose
     trainer = Trainer(run)
     if recorder is not None:
@@ -136,17 +133,17 @@ def train(recorder: Any, job: VLMJobConfig, device: torch.device, validate_after
         if trainer.state.step in validate_after:
             seen.held_out.append(run.validator.evaluate()["loss"] or 0.0)
     for name, tensor in trainer.state.model().items():
-        seen.weights[name] = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+        seen.weights[name] = whole(tensor)
     trainer.close()
     return seen
 
 
-def replay_on_rank(folder: str, sections: dict) -> None:
+def replay_on_rank(folder: str, changes: dict[str, Any]) -> None:
     """For a rank of the pool: its steps, driven and replayed, are the same, and validation sees the same weights after each."""
     seen = []
     with pytest.MonkeyPatch.context() as patch:
         for name, recorder in (("driven", None), ("replayed", TapeRecorder(patch))):
-            job = short_job(recorder, Path(folder) / name, sections)
+            job = short_job(recorder, Path(folder) / name, changes)
             seen.append(train(recorder, job, torch.device("cpu"), VALIDATIONS["always"]))
     assert_same(seen[1], seen[0], 1e-5)  # gloo adds in another order now and then
     assert recorder is not None and recorder.replays == 6

@@ -18,10 +18,10 @@ def test_replayed_steps_equal_driven_ones(name, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("when", VALIDATIONS)
 def test_validation_sees_the_present_weights_and_leaves_replayed_steps_as_they_are(when, tmp_path, monkeypatch):
-    sections = {"model": {"flavor": "tied"}} if when == "always" else {}
-    alone = train_with(None, tmp_path / "alone", sections)
-    driven = train_with(None, tmp_path / "driven", sections, VALIDATIONS[when])
-    replayed = train_with(TapeRecorder(monkeypatch), tmp_path / "replayed", sections, VALIDATIONS[when])
+    changes = {"model.flavor": "small-qwen3-tied"} if when == "always" else {}
+    alone = train_with(None, tmp_path / "alone", changes)
+    driven = train_with(None, tmp_path / "driven", changes, VALIDATIONS[when])
+    replayed = train_with(TapeRecorder(monkeypatch), tmp_path / "replayed", changes, VALIDATIONS[when])
     assert_same(replayed, driven, 1e-6)
     assert replayed.losses == pytest.approx(alone.losses, rel=1e-6)
     assert len(replayed.held_out) == len(set(replayed.held_out)) == len(VALIDATIONS[when]) <= STEPS

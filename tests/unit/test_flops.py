@@ -13,9 +13,8 @@ from experiments.vlm.model.vlm import VLM
 from experiments.vlm.spec import PARTS
 from experiments.vlm.stages import stage_costs
 from tests.reference.batches import Sizes, build_batch, draw_picture, words
-from tests.reference.fake_run import SIZES as SIZES_OF_JOB
-from tests.reference.fake_run import fake_job
 from tests.reference.models import ENCODER, LLAMA, QWEN2, small_vlm
+from tests.reference.small_run import PATCHES, SEQ_LEN, job_of
 from torchtitan.components.flops import causal_pairs, segment_pairs
 from torchtitan.config.layout import Degrees
 from torchtitan.models.decoder.flavors import DecoderConfig
@@ -62,10 +61,10 @@ def test_flops_equal_those_that_pytorch_counts(freeze, norm, decoder):
 
 @pytest.mark.parametrize("freeze", FREEZES)
 def test_the_split_of_a_pipeline_counts_the_same_products(freeze):
-    job, model = fake_job("unused"), frozen_model(freeze)
+    job, model = job_of({}, "unused"), frozen_model(freeze)
     job.activation_checkpoint.mode = job.activation_checkpoint.encoder_mode = "none"
     layer, first, last = stage_costs(model, job, Degrees(1, 1, 1, 1, 2))
-    products = Work(SIZES_OF_JOB.patches_per_row, SIZES_OF_JOB.seq_len, image_pairs=0, causal_pairs=0)
+    products = Work(PATCHES, SEQ_LEN, image_pairs=0, causal_pairs=0)
     assert first + layer * model.config.decoder.layers + last == flops_of_work(model)(products)
 
 

@@ -1,25 +1,33 @@
-"""A small model and a fixed stream of batches, which every layout trains alike.
+"""A whole training run without files: small models, and a loader that draws its slots from numbers.
 
-Slots hold documents with images of many shapes, one-token documents, padding, and, every fourth slot, no image at all; some ranks
-then see text alone.
+What slot s holds in step n depends on s and n alone, so every layout and every restart trains alike. Slots hold documents with
+images of many shapes, one-token documents, padding, and, every fourth slot, no image at all; some ranks then see text alone.
 """
 
 import dataclasses
+import os
 import random
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from experiments.vlm.batch import Batch
+from experiments.vlm.batch import Batch, Delivered
+from experiments.vlm.check import check_encoder, check_patches
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.model.flavors import FLAVORS, EncoderConfig, ProjectorConfig, VLMConfig
 from experiments.vlm.spec import SPEC
-from tests.reference.batches import Document, Sizes, build_batch, draw_picture
+from tests.reference.batches import Document, Picture, Sizes, build_batch, draw_picture
+from torchtitan.config.check import RANGES, check_pipeline, check_ranges, check_selective, check_sequence
 from torchtitan.config.layout import degrees, resolve_batch
+from torchtitan.models.decoder.check import check_decoder
 from torchtitan.models.decoder.flavors import DecoderConfig
 
 VOCAB = 128
 SLOTS, SEQ_LEN, PATCHES = 8, 64, 96
+STEPS_AN_EPOCH = 3
+HELD_OUT = 1000  # the step whose slots are those of validation
 
 ENCODER = EncoderConfig(32, 2, 4, 64, patch_size=4, position_grid=4)
 DECODER = DecoderConfig(64, 4, 8, 4, 8, 96, VOCAB, 10000.0, norm_eps=1e-5)
@@ -29,7 +37,7 @@ DECODERS = {
     "qwen3": dataclasses.replace(DECODER, qk_norm=True),
     "qwen3-tied": dataclasses.replace(DECODER, qk_norm=True, tied_embeddings=True),
 }
-MODELS = {f"layouts-{name}": VLMConfig(ENCODER, ProjectorConfig(48), decoder) for name, decoder in DECODERS.items()}
+FLAVORS.update({f"small-{name}": VLMConfig(ENCODER, ProjectorConfig(48), decoder) for name, decoder in DECODERS.items()})
 
 
 class Tokenizer:
@@ -41,7 +49,7 @@ def job_of(changes: dict[str, Any], folder: str) -> VLMJobConfig:
     job = VLMJobConfig()
     base = {
         "job.dump_folder": folder,
-        "model.flavor": "layouts-qwen3",
+        "model.flavor": "small-qwen3",
         "training.seq_len": SEQ_LEN,
         "training.local_batch_size": 1,
         "training.global_batch_size": SLOTS,
@@ -52,6 +60,7 @@ def job_of(changes: dict[str, Any], folder: str) -> VLMJobConfig:
         # A gradient that is truly zero is noise of 1e-10 here; a smaller eps would make whole updates of it.
         "optimizer.eps": 1e-6,
         "lr_scheduler.warmup_steps": 0,
+        "metrics.log_freq": 1,
         "metrics.save_plot": False,
         "data.patch_size": ENCODER.patch_size,
         "data.patches_per_row": PATCHES,
@@ -91,74 +100,88 @@ def batch_of(slots: list[int], step: int, sizes: Sizes) -> Batch:
     """Those slots of a step's global batch."""
     drawn = [draw_slot(1000 * step + slot, sizes, text_only=slot % 4 == 3) for slot in slots]
     tensors = build_batch(drawn, sizes)
+    samples = [
+        Delivered(row, number, "drawn", "shard", f"{step}/{slots[row]}/{number}", image_sizes(document, sizes))
+        for row, documents in enumerate(drawn)
+        for number, document in enumerate(documents)
+    ]
     counts = {
         "tokens": int((tensors["document_ids"] >= 0).sum()),
         "loss_tokens": int((tensors["labels"] >= 0).sum()),
         "patches": int((tensors["grid_thw"][..., 0] >= 0).sum()),
-        "images": sum(isinstance(part, list) is False for slot in drawn for document in slot for part in document),
+        "images": sum(len(sample.image_sizes) for sample in samples),
     }
-    return Batch(tensors, counts, [])
+    return Batch(tensors, counts, samples)
+
+
+def image_sizes(document: Document, sizes: Sizes) -> list[tuple[int, int]]:
+    """In pixels."""
+    pictures = [part.size for part in document if isinstance(part, Picture)]
+    return [(height * sizes.patch_size, width * sizes.patch_size) for height, width in pictures]
 
 
 @dataclasses.dataclass
-class FixedStep:
+class DrawnStep:
     batches: list[Batch]
     state: dict[str, bytes]
 
 
-class FixedLoader:
-    """The same global batches whatever the layout: rank r of n owns slots r * G / n and on."""
+class DrawnLoader:
+    """The same global batches whatever the layout: rank r of n owns slots r * G / n and on.
 
-    def __init__(self, job: VLMJobConfig, tokenizer: Any, *, rank: int, ranks: int, split: str = "train", **_: Any):
-        self.sizes = Sizes(
-            job.training.seq_len, job.data.patches_per_row, job.data.patch_rows, job.data.patch_size, job.data.spatial_merge_size
-        )
-        each = job.training.global_batch_size // ranks
+    With data.epochs the steps end, after three for each; what is held out is one step.
+    """
+
+    def __init__(self, job: VLMJobConfig, tokenizer: Any, *, rank: int, ranks: int, split: str, **_: Any):
+        data = job.data
+        self.sizes = Sizes(job.training.seq_len, data.patches_per_row, data.patch_rows, data.patch_size, data.spatial_merge_size)
+        self.total = resolve_batch(job, int(os.environ.get("WORLD_SIZE", "1"))).global_
+        each = self.total // ranks
         self.mine = list(range(rank * each, (rank + 1) * each))
         self.local = job.training.local_batch_size
-        self.next_step = 1 if split == "train" else 1001
-        self.end = 10**9 if split == "train" else 1002
+        self.first = 1 if split == "train" else HELD_OUT
+        self.steps = (STEPS_AN_EPOCH * data.epochs or HELD_OUT - 1) if split == "train" else 1
+        self.given = 0
 
-    def __iter__(self) -> "FixedLoader":
+    def __iter__(self) -> "DrawnLoader":
         return self
 
-    def __next__(self) -> FixedStep:
-        if self.next_step >= self.end:
+    def __next__(self) -> DrawnStep:
+        if self.given == self.steps:
             raise StopIteration
         parts = [self.mine[start : start + self.local] for start in range(0, len(self.mine), self.local)]
-        batches = [batch_of(part, self.next_step, self.sizes) for part in parts]
-        self.next_step += 1
-        return FixedStep(batches, self.state_dict())
+        batches = [batch_of(part, self.first + self.given, self.sizes) for part in parts]
+        self.given += 1
+        for batch in batches:
+            batch.epochs["drawn"] = self.given * self.local / (STEPS_AN_EPOCH * self.total)
+        return DrawnStep(batches, self.state_dict())
 
     def state_dict(self) -> dict[str, bytes]:
-        return {key: str(self.next_step).encode() for key in self.slot_keys()}
+        return {key: str(self.given).encode() for key in self.slot_keys()}
 
     def load_state_dict(self, state: dict[str, bytes]) -> None:
-        self.next_step = int(next(iter(state.values())))
+        (self.given,) = {int(state[key]) for key in self.slot_keys()}
 
     def slot_keys(self) -> list[str]:
         return [f"slot_{slot:06d}" for slot in self.mine]
 
     def report(self) -> dict:
-        return {}
+        return {"samples": self.given * len(self.mine), "rejected": {"bad": 1}}
 
     def summary(self, report: dict) -> str:
-        return ""
+        return f"{report['rejected']['bad']} of {report['samples']} samples were bad"
 
     def close(self) -> None:
         pass
 
 
-FLAVORS.update(MODELS)
-TEST_SPEC = dataclasses.replace(SPEC, load_tokenizer=lambda job: Tokenizer(), build_loader=FixedLoader)
+def whole(tensor: Tensor) -> Tensor:
+    """A copy, on the host."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu().clone()
 
 
 def check_sizes(job: VLMJobConfig, ranks: int) -> None:
-    """What experiments/vlm/check.py checks, but for the data, which is made here."""
-    from experiments.vlm.check import check_encoder, check_patches
-    from torchtitan.config.check import RANGES, check_pipeline, check_ranges, check_selective, check_sequence
-    from torchtitan.models.decoder.check import check_decoder
-
+    """What experiments/vlm/check.py checks, but for the data, which is drawn here."""
     flavor, sizes = FLAVORS[job.model.flavor], degrees(job.parallelism, ranks)
     check_ranges(job, RANGES)
     check_selective(job)
@@ -170,5 +193,5 @@ def check_sizes(job: VLMJobConfig, ranks: int) -> None:
     check_decoder(flavor.decoder, job, sizes)
 
 
-def device() -> torch.device:
-    return torch.device("cpu")
+SMALL = dataclasses.replace(SPEC, load_tokenizer=lambda job: Tokenizer(), build_loader=DrawnLoader, sources=lambda job: ("drawn",))
+CPU = torch.device("cpu")

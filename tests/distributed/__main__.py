@@ -1,11 +1,12 @@
 """Train every layout for a few steps on gloo ranks of this machine, and print how far each is from one process.
 
-    python scripts/check_layouts.py                     all of them, about ten minutes on 2 cores
-    python scripts/check_layouts.py --ranks 2           those on 2 ranks
-    python scripts/check_layouts.py --only tp2 cp4      those whose name contains one of these
+    python -m tests.distributed                     all of them, about ten minutes on 2 cores
+    python -m tests.distributed --ranks 2           those on 2 ranks
+    python -m tests.distributed --only tp2 cp4      those whose name contains one of these
 
-Columns are the largest relative differences over the steps (loss, gradient norm, held-out loss) and over the parameters
-(the first gradient of each). It ends with an error if one exceeds its bound.
+Columns are the largest differences: relative ones over the steps (loss, gradient norm, held-out figures) and over the
+parameters (the first gradient of each), and that of any weight after the last step. It ends with an error if one exceeds
+its bound.
 """
 
 import argparse
@@ -13,9 +14,7 @@ import os
 import sys
 import tempfile
 import time
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 

@@ -1,0 +1,129 @@
+"""A run that was saved under one layout goes on under another as if nothing had happened; what is written is whole or not there."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.distributed.layouts import Layout, Measured, train
+from tests.distributed.pool import Pool
+from tests.distributed.table import Comparison, layout
+from tests.reference.small_run import CPU, SMALL, job_of, whole
+from torchtitan.build import build
+from torchtitan.components import checkpoint
+from torchtitan.train import Trainer
+
+STEPS, SAVED = 5, 2
+TOLERANCE = 1e-5
+
+TIED = {"model": "small-qwen3-tied"}
+FSDP_TP = layout("fsdp2.tp2", 4, tp=2)
+PP_CP = layout("cp2.pp2", 4, cp=2, pp=2)
+ONE = layout("one", 1)
+PAIRS = [
+    (FSDP_TP, PP_CP),
+    (layout("pp2, ZBVZeroBubble, tied", 2, pp=2, schedule="ZBVZeroBubble", **TIED), layout("tp2, tied", 2, tp=2, **TIED)),
+    (layout("fsdp2", 2), ONE),
+]
+FURTHER = [
+    (PP_CP, FSDP_TP),
+    (layout("fsdp2.tp2, muon", 4, tp=2, optimizer="Muon"), layout("pp2, muon", 2, pp=2, optimizer="Muon")),
+    (layout("fsdp2, tied", 2, **TIED), layout("tp2.cp2.pp2, interleaved, tied", 8, tp=2, cp=2, pp=2, schedule="Interleaved1F1B", **TIED)),
+    (layout("pp4", 4, pp=4), ONE),
+    (ONE, layout("fsdp4", 4)),
+    (layout("tp2, encoder heads", 2, tp=2, heads=True), layout("replicate2.cp2", 4, replicate=2, cp=2)),
+]
+
+
+@pytest.fixture(scope="module")
+def straight():
+    """Runs of one process that nothing interrupted, one for each task."""
+    return Comparison(steps=STEPS, validate=False)
+
+
+def go_on(pool: Pool, folder: Path, before: Layout, after: Layout) -> Measured:
+    """The steps after the change."""
+    for case, until in ((before, SAVED), (after, STEPS)):
+        found = pool.run(case.ranks, train, case.changes | {"checkpoint.enable": True}, case.ranks, until, False, str(folder))[0]
+    return found
+
+
+def assert_goes_on(found: Measured, straight: Measured) -> None:
+    assert len(found.losses) == STEPS - SAVED
+    assert found.losses == pytest.approx(straight.losses[SAVED:], rel=TOLERANCE)
+    assert found.norms == pytest.approx(straight.norms[SAVED:], rel=TOLERANCE)
+
+
+@pytest.mark.parametrize(("before", "after"), [pair for pair in PAIRS if all(each.runs for each in pair)], ids=lambda each: each.name)
+def test_a_run_goes_on_under_another_layout(pool, straight, tmp_path, before, after):
+    assert_goes_on(go_on(pool, tmp_path, before, after), straight.reference(before))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), FURTHER, ids=lambda each: each.name)
+def test_a_run_goes_on_under_further_layouts(pool, straight, tmp_path, before, after):
+    assert_goes_on(go_on(pool, tmp_path, before, after), straight.reference(before))
+
+
+def save_then_spoil(folder: str, async_mode: str) -> bool:
+    """Save, and change every weight and moment at once, as training would; is what was saved that of before?"""
+    changes = {"checkpoint.enable": True, "checkpoint.async_mode": async_mode, "checkpoint.interval": 100}
+    trainer = Trainer(build(job_of(changes, folder), SMALL, CPU))
+    trainer.train_step()
+    before = {name: whole(tensor) for name, tensor in trainer.state.tensors(False).items()}
+    trainer.run.checkpointer.save()
+    for tensor in (trainer.state.model() | trainer.state.optimizer()).values():
+        tensor.zero_()
+    trainer.run.checkpointer.wait()
+    dist.barrier()
+    trainer.run.checkpointer.load()
+    trainer.close()
+    after = trainer.state.tensors(False)
+    return before.keys() == after.keys() and all(torch.equal(tensor, whole(after[name])) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("async_mode", ["disabled", "async"])
+def test_a_checkpoint_holds_the_state_at_the_time_of_saving(pool, tmp_path, async_mode):
+    assert pool.run(2, save_then_spoil, str(tmp_path), async_mode) == [True, True]
+
+
+def validate_then_save(folder: str) -> bool:
+    """Whether a checkpoint holds the same right after a validation as before it, tensor for tensor."""
+    trainer = Trainer(build(job_of({}, folder), SMALL, CPU))
+    trainer.train_step()
+    before = {name: whole(tensor) for name, tensor in trainer.state.tensors(False).items()}
+    trainer.run.validator.evaluate()
+    after = {name: whole(tensor) for name, tensor in trainer.state.tensors(False).items()}
+    trainer.close()
+    return before.keys() == after.keys() and all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_a_checkpoint_right_after_a_validation_holds_the_same_as_before_it(pool, tmp_path):
+    assert pool.run(2, validate_then_save, str(tmp_path)) == [True, True]
+
+
+def fail_while_writing(folder: str) -> list[str]:
+    """Steps that count as complete after a write that broke off in the middle."""
+    trainer = Trainer(build(job_of({"checkpoint.enable": True}, folder), SMALL, CPU))
+    trainer.train_step()
+    plain, checkpoint.dcp.save = checkpoint.dcp.save, _write_half
+    try:
+        trainer.run.checkpointer.save()
+    except OSError:
+        pass
+    finally:
+        checkpoint.dcp.save = plain
+        trainer.close()
+    written = Path(folder) / "checkpoint"
+    assert any(written.iterdir()), "something was written"
+    return checkpoint.complete_steps(written)
+
+
+def _write_half(tensors, storage_writer) -> None:
+    (Path(storage_writer.path) / "__0_0.distcp").write_bytes(b"half")
+    raise OSError("no space left on device")
+
+
+def test_a_write_that_breaks_off_leaves_no_checkpoint(pool, tmp_path):
+    assert pool.run(1, fail_while_writing, str(tmp_path)) == [[]]
