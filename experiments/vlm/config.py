@@ -43,7 +43,7 @@ class Data:
     cache_folder: str = ""  # embedded data and copies of shards and images; empty: ~/.cache/torchtitan-vlm
     cache_gb: float = 50.0  # copies of remote and packed shards, row groups and images in cache_folder; the longest unused go first
     allow_private_urls: bool = False  # fetch images from private, loopback and link-local addresses too
-    url_timeout_s: float = 5.0  # for an image given by its address
+    url_timeout_s: float = 5.0  # for an image given by its address; another value asks again those that failed
     resume_changed_data: bool = False  # resume although the data's configuration changed; its order starts anew
 
 

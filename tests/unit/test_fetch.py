@@ -2,10 +2,12 @@
 
 import contextlib
 import json
+import shutil
 import socket
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -14,9 +16,11 @@ from experiments.vlm.config import Data, Source
 from experiments.vlm.data import fetch
 from experiments.vlm.data.fetch import Fetcher
 from experiments.vlm.data.file_cache import FileCache
+from experiments.vlm.data.loader import Loader
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.shards import open_shard
 from tests.samples import jpeg
+from tests.tiny_data import Characters, make_job
 
 IMAGE = jpeg(20, 30)
 TIMEOUT_S = 0.6
@@ -58,6 +62,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_inside(self):
         self.do_image(status=302, body=b"", Location=f"http://localhost:{self.server.server_port}/image/inside")
+
+    def do_down(self):
+        """Broken at first, sound ever after."""
+        first = Handler.asked[self.path] == 1
+        time.sleep(TIMEOUT_S / 4 if first else 0)
+        self.do_image(status=500 if first else 200)
 
     def do_file(self):
         self.do_image(status=302, body=b"", Location="file:///etc/hostname")
@@ -117,6 +127,37 @@ def test_what_fails_fails_in_time_and_is_not_tried_again(server, fetcher, path):
     asked = Handler.asked.copy()
     assert failed(fetcher, server + path) == "image_fetch"
     assert Handler.asked == asked
+
+
+def again(fetcher, **options) -> Fetcher:
+    """Another process, or another run."""
+    return Fetcher(FileCache(fetcher.cache.folder, 1 << 20), **({"timeout_s": TIMEOUT_S, "allow_private": True} | options))
+
+
+def test_an_address_that_failed_has_failed_for_every_rank_and_later_run(server, fetcher):
+    assert failed(fetcher, server + "/down") == "image_fetch"
+    with pytest.raises(Rejected, match=f"HTTP 500 .remembered in {fetcher.failures.folder}") as error:
+        again(fetcher).fetch(server + "/down")
+    assert error.value.reason == "image_fetch" and Handler.asked["/down"] == 1
+
+
+def test_two_that_ask_at_the_same_moment_get_the_outcome_of_the_first(server, fetcher):
+    with ThreadPoolExecutor(2) as pool:
+        outcomes = list(pool.map(lambda one: one._fetched(server + "/down"), [fetcher, again(fetcher)]))
+    assert outcomes == [False, False] and Handler.asked["/down"] == 1
+
+
+def test_what_failed_is_asked_again_after_its_notes_are_deleted_or_with_another_timeout(server, fetcher):
+    for path in ("/down/1", "/down/2"):
+        assert failed(fetcher, server + path) == "image_fetch"
+    assert again(fetcher, timeout_s=2 * TIMEOUT_S).fetch(server + "/down/1") == IMAGE
+    shutil.rmtree(fetcher.failures.folder)
+    assert again(fetcher).fetch(server + "/down/2") == IMAGE
+
+
+def test_a_refusal_is_not_remembered_once_private_addresses_are_allowed(server, fetcher):
+    assert failed(again(fetcher, allow_private=False), server + "/image/1") == "image_address"
+    assert fetcher.fetch(server + "/image/1") == IMAGE
 
 
 def test_more_bytes_than_an_image_may_have_are_not_read(server, fetcher, monkeypatch):
@@ -198,3 +239,23 @@ def test_a_document_keeps_what_its_addresses_give(server, tmp_path):
     assert {reject.reason for reject in open_shard(str(tmp_path / "x.jsonl"), Source(format="obelics"), closed).read(0)[1]} == {
         "image_address"
     }
+
+
+def test_batches_stay_equal_whatever_an_address_answers_later(server, tmp_path, caplog):
+    """One rank first, then two: what was down in the first run is up in the second."""
+    (tmp_path / "data").mkdir()
+    names = [f"{'down' if number % 3 else 'image'}/batches/{number}" for number in range(12)]
+    lines = [json.dumps({"texts": [None, f"about {name}"], "images": [f"{server}/{name}", None]}) for name in names]
+    (tmp_path / "data" / "x.jsonl").write_text("\n".join(lines))
+    runs = []
+    for ranks in (1, 2):
+        fetch._make_fetcher.cache_clear()  # as in a process of its own
+        job = make_job(tmp_path, tmp_path / "out", epochs=1, global_batch_size=2, local_batch_size=1, url_timeout_s=TIMEOUT_S)
+        job.data.allow_private_urls, job.data.sources = True, [Source(format="obelics", path=str(tmp_path / "data"))]
+        loaders = [Loader(job, Characters(), rank=rank, ranks=ranks, agree=bool) for rank in range(ranks)]
+        steps = [batch for loader in loaders for step in loader for batch in step.batches]
+        runs.append(sorted((sample.key, len(sample.image_sizes)) for batch in steps for sample in batch.samples))
+        for loader in loaders:
+            loader.close()
+    assert runs[0] == runs[1] and [images for _, images in runs[0]].count(0) == 8
+    assert sum("images by address: what did not answer stays left out" in message for message in caplog.messages) == 3

@@ -1,8 +1,12 @@
 """Images by their address, for records that hold URLs.
 
 http(s) only, a few seconds each, five redirects at most. A name is resolved once, what it resolves to is checked, and
-that very address is connected to, for redirects too. Bytes are kept in the file cache, so that a sample which is read
-again (when it is chosen, after a restart) is the same one; an address that failed is not tried again in the run.
+that very address is connected to, for redirects too.
+
+The first outcome is the outcome. Bytes are kept in the file cache, and that an address did not answer in its folder `failed`,
+so a sample that is read again, by another rank or a run that goes on, is the same one. This holds as long as they share that
+folder, file locks in it work, and nothing had to be thrown out of it. To ask again what failed, delete `failed`, or change
+data.url_timeout_s.
 
 For more than a trial, fetch beforehand: scripts/prepare_data.py.
 """
@@ -28,6 +32,7 @@ from experiments.vlm.data.rejects import Rejected
 MAX_BYTES = 64 << 20
 MAX_REDIRECTS = 5
 THREADS = 16
+FAILED_BYTES = 64 << 20  # of notes about addresses that failed; those that were met longest ago go first
 HEADERS = {"User-Agent": "torchtitan-vlm/0.1 (training data)", "Accept": "image/*, */*;q=0.5", "Accept-Encoding": "identity"}
 
 
@@ -38,6 +43,7 @@ class Fetcher:
         self.cache = cache
         self.timeout_s = timeout_s
         self.gate = Gate(allow_private)
+        self.failures = FileCache(cache.folder / "failed", FAILED_BYTES)
         self._failed: dict[str, tuple[str, str]] = {}  # reason and detail; the exceptions would keep their frames
         self._pool: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
@@ -71,7 +77,18 @@ class Fetcher:
         return True
 
     def _write(self, url: str, path: Path) -> None:
-        path.write_bytes(self._download(url))
+        """Called while no other process asks for this address: whoever waited finds the outcome."""
+        origin = f"{self.timeout_s} {url}"
+        if note := self.failures.find(origin):
+            raise Rejected("image_fetch", f"{note.read_text(errors='replace')} (remembered in {self.failures.folder})")
+        try:
+            path.write_bytes(self._download(url))
+        except Rejected as rejected:
+            # What is refused without asking, for what it is or where it leads, is refused again all the same.
+            if rejected.reason == "image_fetch":
+                detail = rejected.detail.encode("utf-8", "replace")
+                self.failures.get(origin, lambda unfinished: unfinished.write_bytes(detail))
+            raise
 
     def _download(self, url: str) -> bytes:
         attempt = _Attempt(self.gate, time.monotonic() + self.timeout_s)
@@ -151,6 +168,15 @@ class _Attempt:
                 made.close()
                 error = failed
         raise error
+
+
+def about_failures(data: Data) -> str:
+    """For people, once an address did not answer: what stays the same, and what does not."""
+    folder = file_cache(data).folder
+    return (
+        f"images by address: what did not answer stays left out for all ranks and later runs that share {folder}; batches may differ "
+        f"where machines do not share it, or where data.cache_gb is too small for all images; delete {folder / 'failed'} to ask again"
+    )
 
 
 def make_fetcher(data: Data) -> Fetcher:

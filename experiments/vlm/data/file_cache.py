@@ -29,14 +29,22 @@ class FileCache:
 
     def get(self, origin: str, make: Callable[[Path], None], suffix: str = "") -> Path:
         """The file made of `origin`; where it is not there yet, `make` writes it to the path that it gets."""
-        name = hashlib.sha256(origin.encode("utf-8", "surrogatepass")).hexdigest()[:32]
-        path = self.folder / name[:2] / (name + suffix)
+        path = self._path(origin, suffix)
         if not _used(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with _locked(self.folder / "locks" / name[:3]):
+            with _locked(self.folder / "locks" / path.name[:3]):
                 if not _used(path):
                     self._make(path, make)
         return path
+
+    def find(self, origin: str, suffix: str = "") -> Path | None:
+        """The file made of `origin`, if it is there."""
+        path = self._path(origin, suffix)
+        return path if _used(path) else None
+
+    def _path(self, origin: str, suffix: str) -> Path:
+        name = hashlib.sha256(origin.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+        return self.folder / name[:2] / (name + suffix)
 
     def _make(self, path: Path, make: Callable[[Path], None]) -> None:
         handle, name = tempfile.mkstemp(prefix=".unfinished-", dir=path.parent)

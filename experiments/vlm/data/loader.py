@@ -18,6 +18,7 @@ import torch
 from experiments.vlm.batch import FIELDS, Batch, BatchShape
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.data.buffers import Arrays
+from experiments.vlm.data.fetch import about_failures
 from experiments.vlm.data.good_sample import require_good_samples
 from experiments.vlm.data.producer import SlotStep
 from experiments.vlm.data.reject_log import RejectLog
@@ -80,6 +81,7 @@ class Loader:
         self.states: dict[int, str] = {}
         self.supply: Supply | None = None
         self.over = False
+        self.told_of_addresses = False
 
     def __iter__(self) -> "Loader":
         return self
@@ -152,6 +154,9 @@ class Loader:
         rejects = [reject for step in steps for reject in step.rejects]
         if rejects and self.log is not None:
             self.log.write(rejects)
+        if not self.told_of_addresses and any(reject.reason == "image_fetch" for reject in rejects):
+            self.told_of_addresses = True
+            logger.warning(about_failures(self.job.data))
         allowed = self.setup.planning.max_bad_fraction
         if rejects and allowed < 1:
             total = Tally()
