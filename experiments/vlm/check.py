@@ -8,6 +8,7 @@ from collections import Counter
 from experiments.vlm.config import Source, VLMJobConfig
 from experiments.vlm.data.chat_template import BUILT_IN as CHAT_TEMPLATES
 from experiments.vlm.data.formats import FORMATS
+from experiments.vlm.data.permission import denied
 from experiments.vlm.model.flavors import FLAVORS, EncoderConfig
 from experiments.vlm.world.shards import SPLITS, WORLDS
 from torchtitan.config.check import RANGES as JOB_RANGES
@@ -163,6 +164,8 @@ def check_path(path: str, key: str) -> None:
         require(path in worlds, f"{key} = {path}: no such embedded data{did_you_mean(path, worlds)}")
     elif "://" not in path:
         pattern = re.sub(r"\{[^{}]*\}", "*", os.path.expanduser(path))
+        unreadable = denied(pattern)
+        require(unreadable is None, f"{key} = {path}: permission denied: {unreadable}")
         there = os.path.exists(path) or next(glob.iglob(pattern, recursive=True), None) is not None
         hub = f"; a data set of the Hugging Face hub is hf://datasets/{path}" if re.fullmatch(r"[\w.-]+/[\w.-]+", path) else ""
         require(there, f"{key} = {path}: no such file or folder (looked from {os.getcwd()}){hub}")

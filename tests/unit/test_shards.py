@@ -1,6 +1,7 @@
 """Which shards a source has, remote and compressed ones, and those that are not there."""
 
 import bz2
+import errno
 import gzip
 import json
 import os
@@ -11,6 +12,7 @@ import fsspec
 import pyarrow as pa
 import pytest
 
+from experiments.vlm.check import check_path
 from experiments.vlm.config import Data, Source
 from experiments.vlm.data import shards
 from experiments.vlm.data.document import Text
@@ -52,6 +54,60 @@ def test_a_shard_that_a_range_names_is_listed_though_it_is_missing_and_rejected_
     with pytest.raises(Rejected) as error:
         open_shard(listed[1], Source(format="cc12m"), data)
     assert error.value.reason == "shard_missing"
+
+
+def forbid(monkeypatch, folder):
+    """As for somebody who may not read it; tests may run as root, who may read everything."""
+    true_scandir = os.scandir
+
+    def scandir(path="."):
+        if os.path.abspath(path) == str(folder):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return true_scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+
+
+@pytest.mark.parametrize("pattern", ["data", "data/*.tar", "data/a-{0..1}*.tar", "data/**/*.tar"])
+def test_a_folder_that_may_not_be_read_is_said_to_be_so(tmp_path, data, monkeypatch, pattern):
+    touch(tmp_path, "data/a-0.tar")
+    forbid(monkeypatch, tmp_path / "data")
+    for tell in (lambda path: list_shards(path, "cc12m", data), lambda path: check_path(path, "data.sources[0].path")):
+        with pytest.raises(ConfigError, match=f"permission denied: {tmp_path / 'data'}"):
+            tell(str(tmp_path / pattern))
+
+
+def test_a_folder_below_that_may_not_be_read_is_not_passed_over(tmp_path, data, monkeypatch):
+    touch(tmp_path, "data/a/0.tar", "data/b/1.tar")
+    forbid(monkeypatch, tmp_path / "data" / "b")
+    with pytest.raises(ConfigError, match=f"{tmp_path / 'data'}: permission denied: {tmp_path / 'data' / 'b'}"):
+        list_shards(str(tmp_path / "data"), "cc12m", data)
+
+
+@pytest.mark.parametrize("path", ["hf://datasets/x/y", "hf://datasets/x/y/*.parquet", "hf://datasets/x/y/data/0.parquet"])
+def test_a_hub_that_cannot_be_reached_is_one_line(data, monkeypatch, path):
+    hub = pytest.importorskip("huggingface_hub")
+    system = hub.HfFileSystem(endpoint="http://127.0.0.1:1", skip_instance_cache=True)  # nobody listens there
+    monkeypatch.setattr(shards.fsspec.core, "url_to_fs", lambda path: (system, path.removeprefix("hf://")))
+    with pytest.raises(ConfigError) as error:
+        list_shards(path, "obelics", data)
+    message = str(error.value)
+    assert message.startswith(f"{path}: the Hugging Face hub could not be reached (") and "\n" not in message
+    assert "HF_ENDPOINT" in message and "HF_TOKEN" in message
+
+
+def test_whatever_a_remote_client_raises_its_shard_is_rejected(data, monkeypatch):
+    class OfItsOwnKind(Exception):
+        pass
+
+    def fail(*_):
+        raise OfItsOwnKind("unreachable")
+
+    monkeypatch.setattr(shards.fsspec, "open", fail)
+    monkeypatch.setattr(shards, "WAIT_S", 0.0)
+    with pytest.raises(Rejected, match="OfItsOwnKind: unreachable") as error:
+        open_shard("s3://bucket/0.tar", Source(format="cc12m"), data)
+    assert error.value.reason == "shard_unreadable"
 
 
 def test_a_folder_that_datasets_saved_has_no_shards_of_settings(tmp_path, data):

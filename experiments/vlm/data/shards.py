@@ -32,6 +32,7 @@ from experiments.vlm.data.file_cache import file_cache, origin_of
 from experiments.vlm.data.formats import FORMATS
 from experiments.vlm.data.formats.shard import Shard, ShardFile
 from experiments.vlm.data.formats.shard import open_shard as open_file
+from experiments.vlm.data.permission import denied
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.world import ensure
 from torchtitan.config.errors import ConfigError
@@ -51,6 +52,8 @@ def list_shards(path: str, format: str, data: Data) -> list[str]:
     """
     suffixes = FORMATS[format].suffixes
     found = [shard for pattern in _expand(_resolve(path, data)) for shard in _match(pattern, suffixes)]
+    if not found and (unreadable := denied(path)):
+        raise ConfigError(f"{path}: permission denied: {unreadable}")
     if not found:
         raise ConfigError(f"{path}: no shard of format {format} ({', '.join(suffixes)}) there; looked from {os.getcwd()}")
     return sorted(set(found))
@@ -89,10 +92,20 @@ def _match(pattern: str, suffixes: tuple[str, ...]) -> list[str]:
     if "://" in pattern:
         return _match_remote(pattern, suffixes)
     if os.path.isdir(pattern):
-        return _of_folder([str(file) for file in Path(pattern).rglob("*") if file.is_file()], pattern, suffixes)
+        return _of_folder(_below(pattern), pattern, suffixes)
     if glob.has_magic(pattern) and not os.path.exists(pattern):
         return [file for file in glob.glob(pattern, recursive=True) if os.path.isfile(file)]
     return [pattern]
+
+
+def _below(folder: str) -> list[str]:
+    """All files in it and its folders. Raises ConfigError where one may not be read."""
+
+    def refuse(error: OSError) -> None:
+        raise ConfigError(f"{folder}: {(error.strerror or str(error)).lower()}: {error.filename or folder}") from error
+
+    files = [os.path.join(place, name) for place, _, names in os.walk(Path(folder), onerror=refuse) for name in names]
+    return [file for file in files if os.path.isfile(file)]
 
 
 def _match_remote(pattern: str, suffixes: tuple[str, ...]) -> list[str]:
@@ -103,10 +116,25 @@ def _match_remote(pattern: str, suffixes: tuple[str, ...]) -> list[str]:
         if pattern.startswith(("http://", "https://")) or not system.isdir(path):
             return [pattern]
         files = _of_folder([system.unstrip_protocol(file) for file in system.find(path)], system.unstrip_protocol(path), suffixes)
-    except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(f"{pattern} cannot be listed: {type(error).__name__}: {error}") from error
+    except Exception as error:  # clients of remote systems raise kinds of their own
+        raise ConfigError(f"{pattern}: {_unlisted(pattern, error)}") from error
     is_whole_data_set = pattern.startswith(HUB) and pattern.removeprefix(HUB).count("/") == 1
     return [file for file in files if "train" in file.removeprefix(pattern)] or files if is_whole_data_set else files
+
+
+def _unlisted(pattern: str, error: Exception) -> str:
+    """In a line, why it cannot be listed and what to do."""
+    told = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    if isinstance(error, PermissionError):
+        return f"permission denied ({told})"
+    if not pattern.startswith("hf://"):
+        return f"cannot be listed ({told})"
+    if isinstance(error, (FileNotFoundError, ImportError, ValueError)):
+        return f"cannot be listed ({told}); a private or gated data set needs HF_TOKEN"
+    return (
+        f"the Hugging Face hub could not be reached ({told}): check the network, HF_ENDPOINT, and HF_TOKEN for a private or gated "
+        "data set; or download it first, and give the folder"
+    )
 
 
 def _of_folder(files: list[str], folder: str, suffixes: tuple[str, ...]) -> list[str]:
@@ -151,11 +179,11 @@ def _download(path: str, copy: Path) -> None:
         try:
             with fsspec.open(path, "rb") as source, open(copy, "wb") as target:
                 return shutil.copyfileobj(source, target, CHUNK_BYTES)
-        except FileNotFoundError:
+        except (FileNotFoundError, PermissionError):
             raise
-        except OSError:
+        except Exception as error:  # clients of remote systems raise kinds of their own
             if trial == TRIES - 1:
-                raise
+                raise Rejected("shard_unreadable", f"{type(error).__name__}: {error}") from error
             time.sleep(WAIT_S * 2**trial)
 
 
