@@ -296,7 +296,7 @@ def test_what_was_rejected_is_told_in_a_line_by_source(tmp_path):
     line = loader.summary(report)
     assert line.startswith("rejected: captions 20 of 200 samples (") and line.endswith(" images (image_unplaced 40); see rejects/")
     assert all(f"{reason} {count}" in line for reason, count in Counter(bad.values()).items())
-    cut = {"text": {"counts": {"samples": 2400}, "rejected": {"shards": {"shard_missing": {"count": 1}}}}}
+    cut = {"text": {"counts": {"read": 2400}, "rejected": {"shards": {"shard_missing": {"count": 1}}}}}
     assert loader.summary({"sources": cut}) == "rejected: text 1 shard (shard_missing 1); see rejects/"
 
 

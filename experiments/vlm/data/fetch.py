@@ -86,9 +86,14 @@ class Fetcher:
         except Rejected as rejected:
             # What is refused without asking, for what it is or where it leads, is refused again all the same.
             if rejected.reason == "image_fetch":
-                detail = rejected.detail.encode("utf-8", "replace")
-                self.failures.get(origin, lambda unfinished: unfinished.write_bytes(detail))
+                self._remember(origin, rejected.detail)
             raise
+
+    def _remember(self, origin: str, detail: str) -> None:
+        def write(note: Path) -> None:
+            note.write_text(detail, errors="replace")
+
+        self.failures.get(origin, write)
 
     def _download(self, url: str) -> bytes:
         attempt = _Attempt(self.gate, time.monotonic() + self.timeout_s)

@@ -77,6 +77,8 @@ class Producer:
         tally = self.tallies[plan.slot]
         for reject in filled.rejects:
             tally.reject(reject)
+            if reject.kind == "samples":
+                tally.count(reject.source, "read", -1)  # the plan took it for a good one
         for delivered in filled.delivered:
             for what, more in (("samples", delivered.piece == 0), ("pieces", 1), ("images", len(delivered.image_sizes))):
                 tally.count(delivered.source, what, int(more))

@@ -109,8 +109,8 @@ def _rejected_of(source: str, entry: Mapping[str, Any]) -> str:
     for kind, reasons in sorted(entry["rejected"].items(), key=lambda item: KINDS.index(item[0])):
         counts = {reason: found["count"] for reason, found in sorted(reasons.items(), key=lambda item: -item[1]["count"])}
         bad = sum(counts.values())
-        delivered = entry["counts"].get("samples", 0)
-        of = f"{bad:,} of {bad + delivered:,} samples" if kind == "samples" else f"{bad:,} {kind if bad > 1 else kind[:-1]}"
+        read = bad + entry["counts"].get("read", 0)
+        of = f"{bad:,} of {read:,} samples" if kind == "samples" else f"{bad:,} {kind if bad > 1 else kind[:-1]}"
         parts.append(f"{of} ({', '.join(f'{reason} {count:,}' for reason, count in counts.items())})")
     return f"{source} {', '.join(parts)}" if parts else ""
 
