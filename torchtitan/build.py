@@ -18,6 +18,7 @@ from torchtitan.components.loader import Batch, Loader, Tensors, to_device
 from torchtitan.components.lr_scheduler import Schedule, fit_warmup
 from torchtitan.components.metrics import Meter, Reporter
 from torchtitan.components.optimizer import Optimizers
+from torchtitan.components.room import held_gib, require_room
 from torchtitan.components.saved_config import save_config
 from torchtitan.components.train_state import TrainState
 from torchtitan.components.validation import Validator
@@ -65,6 +66,7 @@ def build(job: JobConfig, spec: TrainSpec, device: torch.device) -> Run:
     freeze(model, job.training.freeze)
     flops = spec.flops(job, model)
     describe(model, spec, sizes)
+    require_room(held_gib(model, job, spec.adamw_only, mesh.degrees), job, device)
     open_loader = loader_of(job, spec, tokenizer, mesh)
     loader = open_loader("train", None)
     passes = lay_out(model, mesh, job, spec)

@@ -1,29 +1,64 @@
 """Look before training: the whole configuration is checked, the model built without storage, one batch read, sizes printed."""
 
+from typing import Any
+
 import torch
+from torch import nn
 
 from torchtitan.build import describe, freeze
-from torchtitan.components.optimizer import moments
+from torchtitan.components.lr_scheduler import fit_warmup
+from torchtitan.components.room import held_gib
 from torchtitan.config.job import JobConfig
-from torchtitan.config.layout import degrees, resolve_batch
+from torchtitan.config.layout import BatchSizes, Degrees, degrees, resolve_batch
+from torchtitan.config.shipped import shipped
 from torchtitan.distributed.process_group import world_size
 from torchtitan.spec import TrainSpec
-from torchtitan.tools.hardware import GIB
-from torchtitan.tools.logging import logger
+from torchtitan.tools.hardware import GIB, memory_gib
+from torchtitan.tools.logging import logger, warn_once
 
 
 def dry_run(job: JobConfig, spec: TrainSpec) -> None:
-    """Every rank would do the same, so nobody else is asked. Raises ConfigError."""
+    """Every rank would do the same, so nobody else is asked. Raises ConfigError.
+
+    Without the tokenizer's file the sizes are those of the published vocabulary, and no batch is read.
+    """
     ranks = world_size()
     sizes, layout = resolve_batch(job, ranks), degrees(job.parallelism, ranks)
-    tokenizer = spec.load_tokenizer(job)
+    fit_warmup(job.lr_scheduler, job.training.steps)
+    there = shipped(job.model.tokenizer_path).exists()
+    tokenizer = spec.load_tokenizer(job) if there else None
     model = spec.build_model(job, tokenizer)
     freeze(model, job.training.freeze)
     describe(model, spec, sizes)
-    weights = sum(parameter.numel() * (1 + parameter.requires_grad) for parameter in model.parameters())  # and their gradients
-    shards = layout.dp_shard * layout.cp * layout.tp * layout.pp
-    state = (weights + moments(model, job.optimizer, spec.adamw_only)) * torch.float32.itemsize / shards
-    logger.info(f"weights, gradients and {job.optimizer.name} state: {state / GIB:.2f} GiB a rank, over {shards} shards")
+    tell_run(job, layout, sizes)
+    tell_memory(job, spec, layout, tokenizer, held_gib(model, job, spec.adamw_only, layout))
+    if there:
+        tell_batch(job, spec, layout, tokenizer, model)
+    else:
+        warn_once(f"model.tokenizer_path = {job.model.tokenizer_path} is not here: vocabulary as published, and no batch was read")
+    logger.info("dry run: nothing was trained")
+
+
+def tell_run(job: JobConfig, layout: Degrees, sizes: BatchSizes) -> None:
+    steps, length = job.training.steps, job.training.seq_len
+    logger.info(f"layout: {layout.name}")
+    logger.info(f"tokens of the run: {steps * sizes.global_ * length:,}, in {steps:,} steps of {sizes.global_} slots of {length:,} tokens")
+
+
+def tell_memory(job: JobConfig, spec: TrainSpec, layout: Degrees, tokenizer: Any, held: float) -> None:
+    """`held`: GiB of a rank. What the peak leaves out is told in torchtitan/distributed/estimate.py."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    peak, there = spec.memory(job, layout, tokenizer, device.type == "cuda"), memory_gib(device)
+    logger.info(f"weights, gradients and {job.optimizer.name} state: {held:.2f} GiB a rank")
+    logger.info(f"peak memory: {peak.total / GIB:.2f} GiB of tensors a rank, in {peak.where}")
+    if peak.total / GIB <= there:
+        logger.info(f"it fits this machine: {there:.1f} GiB of {device.type} memory a rank")
+    else:
+        warn_once(f"it does not fit this machine: {there:.1f} GiB of {device.type} memory a rank")
+
+
+def tell_batch(job: JobConfig, spec: TrainSpec, layout: Degrees, tokenizer: Any, model: nn.Module) -> None:
+    """The first batch of rank 0: its tensors, how full it is, and what it costs."""
     loader = spec.build_loader(job, tokenizer, rank=0, ranks=layout.dp, split="train", control=None, agree=None)
     try:
         batch = next(iter(loader)).batches[0]
@@ -34,5 +69,5 @@ def dry_run(job: JobConfig, spec: TrainSpec) -> None:
         logger.info(f"{name}: {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}, {size:.1f} MiB")
     slots = len(batch.tensors[spec.labels])
     held = {name: 100 * batch.counts[name] / (size * slots) for name, size in spec.capacity(job).items()}
-    logger.info("first batch: " + ", ".join(f"{name} {share:.1f}%" for name, share in held.items()))
-    logger.info(f"{spec.flops(job, model)(batch) / 1e9:.1f} GFLOPs in it; dry run: nothing was trained")
+    shares = ", ".join(f"{name} {share:.1f}%" for name, share in held.items())
+    logger.info(f"first batch: {shares}; {spec.flops(job, model)(batch) / 1e9:.1f} GFLOPs")

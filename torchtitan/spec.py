@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from torchtitan.components.forward_backward import ForwardBackward
 from torchtitan.components.loader import Loader, Tensors
+from torchtitan.config.layout import Degrees
+from torchtitan.distributed.estimate import Memory
 from torchtitan.distributed.mesh import Mesh
 
 
@@ -16,7 +18,8 @@ class TrainSpec:
     name: str
     parts: tuple[str, ...]  # attributes of the model that training.freeze may name
     load_tokenizer: Callable[[Any], Any]  # (job)
-    build_model: Callable[[Any, Any], Any]  # (job, tokenizer): on the meta device; it has init_weights(seed)
+    build_model: Callable[[Any, Any], Any]  # (job, tokenizer; None: as published): on the meta device; it has init_weights(seed)
+    memory: Callable[[Any, Degrees, Any, bool], Memory]  # (job, layout, tokenizer or None, on a GPU?): bytes of a rank at the peak
     parallelize: Callable[[Any, Mesh, Any], None]  # (model, mesh, job): in place
     pipeline: Callable[[Any, Mesh, Any], ForwardBackward] | None  # (model, mesh, job): in place of parallelize
     build_loader: Callable[..., Loader]  # (job, tokenizer, *, rank, ranks, split, control, agree): see components/loader.py

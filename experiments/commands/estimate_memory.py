@@ -13,7 +13,7 @@ from experiments.__main__ import CONFIG_CLASSES
 from experiments.vlm.check import check_estimated
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.estimate import Estimate, estimate, estimates
-from experiments.vlm.model.flavors import FLAVORS
+from experiments.vlm.vocabulary import rows_of
 from torchtitan.components.tokenizer import load_tokenizer
 from torchtitan.config.check import is_allowed
 from torchtitan.config.errors import require
@@ -46,21 +46,16 @@ LIMITS = {
 
 
 def vocabulary(job: VLMJobConfig) -> int:
-    published = FLAVORS[job.model.flavor].decoder.vocab_size
-    if shipped(job.model.tokenizer_path).exists():
-        return max(published, load_tokenizer(job.model.tokenizer_path).vocab_size)
-    print(f"model.tokenizer_path = {job.model.tokenizer_path} is not here: vocabulary of {published} as published")
-    return published
-
-
-def name_of(sizes: Degrees) -> str:
-    parts = {"replicate": sizes.dp_replicate, "fsdp": sizes.dp_shard, "cp": sizes.cp, "tp": sizes.tp, "pp": sizes.pp}
-    return ".".join(f"{name}{size}" for name, size in parts.items() if size > 1) or "one rank"
+    tokenizer = load_tokenizer(job.model.tokenizer_path) if shipped(job.model.tokenizer_path).exists() else None
+    rows = rows_of(job, tokenizer)
+    if tokenizer is None:
+        print(f"model.tokenizer_path = {job.model.tokenizer_path} is not here: vocabulary of {rows} as published")
+    return rows
 
 
 def tell(e: Estimate) -> None:
     m = e.memory
-    print(f"\n{name_of(e.sizes)}: {e.batch.local} slots a forward, {e.batch.global_} a step, in {e.batch.accumulation} forwards")
+    print(f"\n{e.sizes.name}: {e.batch.local} slots a forward, {e.batch.global_} a step, in {e.batch.accumulation} forwards")
     for note in e.notes:
         print(f"  changed to fit: {note}")
     where = f" of pipeline rank {e.rank}" if e.sizes.pp > 1 else ""
@@ -79,12 +74,12 @@ def tell_all(found: list[Estimate], options: Options) -> None:
     print(f"  {'layout':28s} {'peak GiB':>9s} {'GB/slot':>10s} {'slots':>6s} {'a step':>8s}")
     for e in fitting[: options.rows]:
         need = f"{e.memory.total / GIB:9.2f} {e.sent_per_slot / 1e9:10.1f}"
-        print(f"  {name_of(e.sizes):28s} {need} {e.batch.local:6d} {e.batch.global_:8d}{'  *' if e.notes else ''}")
+        print(f"  {e.sizes.name:28s} {need} {e.batch.local:6d} {e.batch.global_:8d}{'  *' if e.notes else ''}")
     if any(e.notes for e in fitting[: options.rows]):
         print("  * slots or global batch changed to fit the layout")
     if not fitting and found:
         least = min(found, key=lambda e: e.memory.total)
-        print(f"  least: {name_of(least.sizes)} with {least.memory.total / GIB:.2f} GiB")
+        print(f"  least: {least.sizes.name} with {least.memory.total / GIB:.2f} GiB")
 
 
 def main(argv: Sequence[str]) -> int:

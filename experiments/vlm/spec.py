@@ -8,14 +8,18 @@ from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.data.loader import Loader
 from experiments.vlm.data.rejects import REASONS
 from experiments.vlm.data.setup import sources_of
+from experiments.vlm.estimate import estimate
 from experiments.vlm.flops import count_flops
 from experiments.vlm.model.flavors import FLAVORS
 from experiments.vlm.model.vlm import VLM
 from experiments.vlm.parallelize import parallelize_vlm
 from experiments.vlm.pipeline import pipeline_vlm
 from experiments.vlm.shard_batch import shard_batch, whole_slots
+from experiments.vlm.vocabulary import open_tokenizer, rows_of
 from torchtitan.components.loader import Tensors
-from torchtitan.components.tokenizer import Tokenizer, load_tokenizer
+from torchtitan.components.tokenizer import Tokenizer
+from torchtitan.config.layout import Degrees
+from torchtitan.distributed.estimate import Memory
 from torchtitan.distributed.mesh import Mesh
 from torchtitan.layers.attention import resolve_backend
 from torchtitan.spec import TrainSpec
@@ -24,14 +28,16 @@ PARTS = ("encoder", "projector", "decoder")
 THIN = 3  # an image is thin when one side is at least this many times the other
 
 
-def build_vlm(job: VLMJobConfig, tokenizer: Tokenizer) -> VLM:
+def build_vlm(job: VLMJobConfig, tokenizer: Tokenizer | None) -> VLM:
     """On the meta device."""
     backend = resolve_backend(job.model.attention_backend, "cuda" if torch.cuda.is_available() else "cpu")
     config = FLAVORS[job.model.flavor]
-    # Published embeddings have rows beyond the tokenizer's ids (Qwen); a tokenizer with more ids enlarges them.
-    vocab_size = max(config.decoder.vocab_size, tokenizer.vocab_size)
     with torch.device("meta"):
-        return VLM(config, vocab_size, job.data.spatial_merge_size, backend, job.training.loss_chunk_tokens)
+        return VLM(config, rows_of(job, tokenizer), job.data.spatial_merge_size, backend, job.training.loss_chunk_tokens)
+
+
+def memory(job: VLMJobConfig, layout: Degrees, tokenizer: Tokenizer | None, on_gpu: bool) -> Memory:
+    return estimate(job, layout, rows_of(job, tokenizer), on_gpu).memory
 
 
 def loss(model: torch.nn.Module, tensors: Tensors) -> Tensor:
@@ -68,8 +74,9 @@ def is_thin(sample: Delivered) -> bool:
 SPEC = TrainSpec(
     name="vlm",
     parts=PARTS,
-    load_tokenizer=lambda job: load_tokenizer(job.model.tokenizer_path),
+    load_tokenizer=open_tokenizer,
     build_model=build_vlm,
+    memory=memory,
     parallelize=parallelize_vlm,
     pipeline=pipeline_vlm,
     build_loader=Loader,

@@ -163,7 +163,8 @@ def test_the_last_line_of_a_run_with_controls_says_what_the_images_are_worth(tmp
 
 def test_a_dry_run_tells_sizes_and_writes_nothing(tmp_path):
     assert runs.train(tmp_path, "--job.dry_run") == 0, runs.log(tmp_path)
-    assert "pixel_values: uint8 [2, 96, 48]" in runs.log(tmp_path)
+    told = ("pixel_values: uint8 [2, 96, 48]", "layout: one rank", "tokens of the run: 1,024, in 8 steps", "it fits this machine")
+    assert all(f"\n{line}" in runs.log(tmp_path) for line in told), runs.log(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["log.txt"]
 
 

@@ -99,7 +99,8 @@ def check_paths(job: JobConfig) -> None:
         below = getattr(getattr(job, section), field)
         inside = bool(Path(below).parts) and not Path(below).is_absolute() and ".." not in Path(below).parts
         require(inside, f"{key} = {below!r}: must be a path below job.dump_folder, without a leading / and ..")
-    require(tokenizer.exists(), f"model.tokenizer_path = {tokenizer}: no such file or folder (looked from {Path.cwd()})")
+    there = tokenizer.exists() or job.job.dry_run  # which can do without
+    require(there, f"model.tokenizer_path = {tokenizer}: no such file or folder (looked from {Path.cwd()})")
     if tokenizer.is_dir():
         holds_one = any((tokenizer / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
         require(holds_one, f"model.tokenizer_path = {tokenizer}: holds neither tokenizer.model nor tokenizer.json")

@@ -16,7 +16,7 @@ class Job:
     dump_folder: str = "./outputs"  # everything a run writes goes below this folder
     description: str = ""  # a note for people, printed at the start
     print_config: bool = False  # print the resolved configuration before the run starts
-    dry_run: bool = False  # validate, build on the meta device, read one batch, print sizes, train nothing
+    dry_run: bool = False  # validate, build on the meta device, read one batch, print sizes and peak memory, train nothing
 
 
 @dataclass

@@ -1,8 +1,10 @@
-"""What this rank runs on: peak FLOPS for mfu, and memory in use."""
+"""What this rank runs on: peak FLOPS for mfu, memory that there is, and memory in use."""
 
+import os
 import re
 import resource
 import sys
+from pathlib import Path
 
 import torch
 
@@ -47,6 +49,7 @@ PEAK_FLOPS = {
 # The maker, the series, the socket and the memory: they change no FLOPS.
 NOT_TOLD = re.compile(r"NVIDIA|AMD|INSTINCT|GEFORCE|OAM|SXM\d?|HBM\d?E?|\d+GB?")
 GIB = 1024**3
+CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))  # cgroups 2 and 1
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -58,6 +61,20 @@ def peak_flops_of(name: str) -> float | None:
     """`name`: as the driver gives it. None for one that is not in the table, and for a slice of a GPU (MIG)."""
     words = [word for word in re.split(r"[\s-]+", name.upper()) if not NOT_TOLD.fullmatch(word)]
     return PEAK_FLOPS.get(" ".join(words))
+
+
+def memory_gib(device: torch.device) -> float:
+    """What this rank can use: its GPU's memory, or on CPU its share of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / GIB
+    return host_memory_gib() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def host_memory_gib() -> float:
+    """Of this machine, or less where a container may not use all of it."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limits = [path.read_text().strip() for path in CONTAINER_LIMITS if path.is_file()]
+    return min([physical, *(int(limit) for limit in limits if limit.isdecimal())]) / GIB  # "max": no limit
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -41,7 +41,8 @@ def _qwen3(dim: int, layers: int, heads: int, mlp_dim: int, tied: bool) -> Decod
 
 
 DECODERS = {
-    "debug": DecoderConfig(128, 3, 4, 2, 32, 384, 64, 10000.0, tied_embeddings=False, norm_eps=1e-5),
+    # Rows for the tokenizer of assets/tokenizer.
+    "debug": DecoderConfig(128, 3, 4, 2, 32, 384, 1024, 10000.0, tied_embeddings=False, norm_eps=1e-5),
     "llama3.2-1B": _llama(2048, 16, 32, 8192, 32.0, tied=True),
     "llama3.2-3B": _llama(3072, 28, 24, 8192, 32.0, tied=True),
     "llama3.1-8B": _llama(4096, 32, 32, 14336, 8.0, tied=False),
