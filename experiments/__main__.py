@@ -17,7 +17,7 @@ from experiments.vlm.config import VLMJobConfig
 from torchtitan.config.errors import UserError
 from torchtitan.config.job import JobConfig
 from torchtitan.config.parse import parse, to_toml
-from torchtitan.tools.disk import require_writable
+from torchtitan.tools.disk import describe, is_full, require_writable
 from torchtitan.tools.logging import init_logger
 from torchtitan.tools.told import INTERRUPTED, USER_ERROR, say, tell
 
@@ -74,6 +74,12 @@ def in_one_line(run: Callable[[], int]) -> int:
         return run()
     except UserError as error:
         tell(error)
+        return USER_ERROR
+    except OSError as error:
+        if not is_full(error):
+            raise
+        where = Path(error.filename or ".")
+        tell(UserError(f"{error.filename or 'a file'} was not written ({describe(error, where)}): make room"))
         return USER_ERROR
     except KeyboardInterrupt:
         say("interrupted at once: what was done since the last checkpoint is lost")

@@ -19,7 +19,7 @@ from torchtitan.components.dump_folder import begin
 from torchtitan.components.epochs import Epochs
 from torchtitan.components.loader import Step, Tensors
 from torchtitan.components.metrics import Values
-from torchtitan.config.errors import ConfigError
+from torchtitan.config.errors import CheckpointError, ConfigError
 from torchtitan.config.job import JobConfig
 from torchtitan.distributed.collectives import any_rank, from_first_rank, sum_over_hosts, sum_over_ranks
 from torchtitan.distributed.grad_norm import clip, global_norm
@@ -33,6 +33,7 @@ from torchtitan.distributed.process_group import (
 )
 from torchtitan.dry_run import dry_run
 from torchtitan.spec import TrainSpec
+from torchtitan.tools.disk import is_full
 from torchtitan.tools.garbage import GarbageCollection
 from torchtitan.tools.logging import logger
 from torchtitan.tools.progress import Progress
@@ -251,7 +252,11 @@ def main(job: JobConfig, spec: TrainSpec) -> int:
     trainer = Trainer(build(job, spec, device))
     try:
         trainer.train()
+    except CheckpointError:
+        raise  # on all ranks, and it says everything
     except Exception as error:
+        if dist.get_world_size() == 1 and is_full(error):
+            raise  # nothing more can be written
         logger.error(failure(trainer.state.step + 1, error))
         write_flight_record(job.comm, trainer.folder)
         if dist.get_world_size() == 1:

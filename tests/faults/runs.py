@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import os
+import resource
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -42,6 +43,8 @@ def _main(argv: list[str], environment: dict[str, str], log: str) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         os.environ.pop(name, None)
     os.environ.update(environment)
+    if limit := environment.get("FILE_LIMIT"):  # bytes of a file: what is longer ends as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
     sys.exit(accident.main(argv))
 
 

@@ -10,21 +10,28 @@ from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from torchtitan.components.checkpoint_folder import (
     DELETED,
     INCOMPLETE,
     RECORD,
+    Damaged,
     complete_steps,
     find,
     find_initial,
     read_record,
 )
 from torchtitan.components.train_state import TrainState
-from torchtitan.config.errors import ConfigError
+from torchtitan.config.errors import CheckpointError, ConfigError
 from torchtitan.config.job import Checkpoint
+from torchtitan.distributed.collectives import from_first_rank
+from torchtitan.tools.disk import free
 from torchtitan.tools.logging import logger
+
+Failure = (OSError, CheckpointException)  # CheckpointException, of all ranks alike, is no Exception
+CUT_SHORT = "inline_container"  # in what torch says of a file that ends too early, written or read
 
 
 def stored_sizes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -39,14 +46,17 @@ class Checkpointer:
         self.in_background = options.async_mode == "async"
         # Training and a checkpoint that is being written must not share a group: their collectives would mix.
         self.group = dist.new_group(backend="gloo") if self.in_background else None
-        self.pending: Future | None = None
+        self.pending: tuple[int, Future] | None = None  # the step that is being written
         self.saved_step = -1
         if self.writes and options.enable:
             for leftover in [*folder.glob(f"step-*{INCOMPLETE}"), *folder.glob(f"step-*{DELETED}")]:
                 shutil.rmtree(leftover)
 
     def save(self, last: bool = False) -> None:
-        """Checkpoint the present step. Unless async, it is complete on return; the `last` one always is."""
+        """Checkpoint the present step. Unless async, it is complete on return; the `last` one always is.
+
+        Raises CheckpointError on every rank where it cannot be written; those that are complete stay.
+        """
         self.wait()
         if not self.options.enable or self.state.step in (0, self.saved_step):
             return
@@ -54,27 +64,42 @@ class Checkpointer:
         model_only = last and self.options.last_save_model_only
         tensors, record = self.state.tensors(model_only), self.state.record(model_only)
         path = self.folder / f"step-{step}{INCOMPLETE}"
-        self._prepare(path, record)
+        self._once(partial(_prepare, path, record), step)
         writer = dcp.FileSystemWriter(str(path))
         if self.in_background and not last:
             written = dcp.async_save(tensors, storage_writer=writer, process_group=self.group)
-            self.pending = _then(written, partial(self._complete, path, step))
+            complete = partial(self._complete, path, step) if self.writes else lambda: None
+            self.pending = step, _then(written, complete)
             return
-        dcp.save(tensors, storage_writer=writer)
-        self._complete(path, step)
-        dist.barrier()
+        try:
+            dcp.save(tensors, storage_writer=writer)
+        except Failure as error:
+            self._once(partial(_raise, error), step)
+        self._once(partial(self._complete, path, step), step)
 
-    def _prepare(self, path: Path, record: dict[str, Any]) -> None:
-        if self.writes:
-            shutil.rmtree(path, ignore_errors=True)
-            path.mkdir(parents=True)
-            (path / RECORD).write_text(json.dumps(record, indent=1))
-        dist.barrier()
+    def _once(self, what: Callable[[], None], step: int) -> None:
+        """`what` on rank 0, while the others wait. Raises CheckpointError on all where it fails."""
+
+        def attempt() -> None:
+            try:
+                what()
+            except Failure as error:
+                raise self._unwritten(step, error) from None
+
+        from_first_rank(attempt)
+
+    def _unwritten(self, step: int, error: OSError | CheckpointException) -> CheckpointError:
+        """What to tell. What was written of this checkpoint is deleted, so that its space is there again."""
+        room = free(self.folder)
+        shutil.rmtree(self.folder / f"step-{step}{INCOMPLETE}", ignore_errors=True)
+        complete = complete_steps(self.folder)
+        return CheckpointError(
+            f"checkpoint of step {step} was not written to {self.folder} ({_reason(error)}; {room} free): make room, "
+            + (f"and the same command goes on from step {complete[-1]}" if complete else "and start again: none is complete")
+        )
 
     def _complete(self, path: Path, step: int) -> None:
-        """Rank 0's save returns after all ranks have written; giving the name is the last thing that happens."""
-        if not self.writes:
-            return
+        """For rank 0, whose save returns after all ranks have written. Giving the name is the last thing that happens."""
         named = self.folder / f"step-{step}"
         _delete(named)
         path.rename(named)
@@ -84,10 +109,11 @@ class Checkpointer:
             _delete(self.folder / f"step-{old}")
 
     def wait(self) -> None:
-        """Until the checkpoint in the background, if any, is complete. Raises what went wrong in it."""
+        """Until the checkpoint in the background, if any, is complete. Raises CheckpointError on every rank where it is not."""
         if self.pending is not None:
-            self.pending.result()
-            self.pending = None
+            (step, written), self.pending = self.pending, None
+            self._once(written.result, step)
+            written.result()
 
     def load(self) -> None:
         """Go on from the run's own checkpoint, else start from `initial_load_path`, else from nothing."""
@@ -102,15 +128,55 @@ class Checkpointer:
             self._read(own, set(self.options.exclude_from_loading))
             self.saved_step = self.state.step
         elif initial:
-            model_only = self.options.initial_load_model_only or read_record(initial)["model_only"]
-            everything = {"optimizer", "lr_scheduler", "data", "train_state"}
-            self._read(initial, everything if model_only else set(self.options.exclude_from_loading))
+            try:
+                self._read_initial(initial)
+            except Damaged as error:
+                raise Damaged(error.path, error.why, own=False) from None
+
+    def _read_initial(self, path: Path) -> None:
+        model_only = self.options.initial_load_model_only or read_record(path)["model_only"]
+        everything = {"optimizer", "lr_scheduler", "data", "train_state"}
+        self._read(path, everything if model_only else set(self.options.exclude_from_loading))
 
     def _read(self, path: Path, without: set[str]) -> None:
-        filled = self.state.to_fill(stored_sizes(path), without)
-        dcp.load(filled, checkpoint_id=str(path))
-        self.state.restore(filled, read_record(path), without)
+        record, sizes = read_record(path), readable_sizes(path)
+        filled = self.state.to_fill(sizes, without)
+        try:
+            dcp.load(filled, checkpoint_id=str(path))
+        except Failure as error:
+            raise Damaged(path, _reason(error)) from None
+        self.state.restore(filled, record, without)
         logger.info(f"loaded {path}{', without ' + ', '.join(sorted(without)) if without else ''}; at step {self.state.step}")
+
+
+def readable_sizes(path: Path) -> dict[str, tuple[int, ...]]:
+    """As stored_sizes. Raises Damaged where .metadata is missing or damaged."""
+    try:
+        return stored_sizes(path)
+    except Exception as error:  # it is a pickle, and damage in it may raise anything
+        reason = _reason(error)
+        raise Damaged(path, reason if isinstance(error, OSError) else f".metadata: {reason}") from None
+
+
+def _raise(error: BaseException) -> None:
+    raise error
+
+
+def _prepare(path: Path, record: dict[str, Any]) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    (path / RECORD).write_text(json.dumps(record, indent=1))
+
+
+def _reason(error: BaseException) -> str:
+    """The cause on the first rank that failed, in one line."""
+    if isinstance(error, CheckpointException):
+        error = next(exception for exception, _ in error.failures.values())
+    if isinstance(error, OSError):
+        return f"{Path(error.filename).name}: {error.strerror}" if error.filename else error.strerror or str(error)
+    if isinstance(error, EOFError) or CUT_SHORT in str(error):
+        return "a file was cut short"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _then(first: Any, what: Callable[[], None]) -> Future:

@@ -18,10 +18,32 @@ RECORD = "train_state.json"
 INCOMPLETE, DELETED = ".incomplete", ".deleted"
 
 
+class Damaged(ConfigError):
+    """A complete checkpoint that cannot be read, and how to go on without it."""
+
+    def __init__(self, path: Path, why: str, own: bool = True):
+        """`own`: of this run; if not, it is that of checkpoint.initial_load_path."""
+        self.path, self.why = path, why
+        before = steps_before(path)
+        if own:
+            step = f"go on from the one before with --checkpoint.load_step {before[-1]}" if before else ""
+            go_on = step or "there is none before it: start anew in another job.dump_folder"
+        else:
+            other = f"another one there: --checkpoint.initial_load_path {path.parent}/step-{before[-1]}" if before else ""
+            go_on = other or "give another checkpoint.initial_load_path"
+        super().__init__(f"checkpoint {path} cannot be read ({why}); {go_on}")
+
+
 def complete_steps(folder: Path) -> list[int]:
     """Steps with a complete checkpoint, oldest first."""
     names = [path.name for path in folder.glob("step-*")] if folder.is_dir() else []
     return sorted(int(match[1]) for name in names if (match := re.fullmatch(r"step-(\d+)", name)))
+
+
+def steps_before(path: Path) -> list[int]:
+    """Of the other complete checkpoints beside one, oldest first; none where it is not called step-NUMBER."""
+    own = re.fullmatch(r"step-(\d+)", path.name)
+    return [step for step in complete_steps(path.parent) if own and step < int(own[1])]
 
 
 def find(options: Checkpoint, folder: Path) -> Path | None:
@@ -49,22 +71,10 @@ def find_initial(options: Checkpoint) -> Path | None:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """train_state.json of a checkpoint. Raises ConfigError where it is not there or damaged."""
+    """train_state.json of a checkpoint. Raises Damaged where it is not there or cannot be read."""
     try:
         return json.loads((path / RECORD).read_text())
     except FileNotFoundError:
-        raise unreadable(path, f"it has no {RECORD}") from None
+        raise Damaged(path, f"it has no {RECORD}") from None
     except (OSError, ValueError) as error:
-        raise unreadable(path, f"{RECORD}: {error}") from None
-
-
-def unreadable(path: Path, why: str) -> ConfigError:
-    """A complete checkpoint that is damaged, and how to go on without it."""
-    own = re.fullmatch(r"step-(\d+)", path.name)
-    before = [step for step in complete_steps(path.parent) if own and step < int(own[1])]
-    go_on = (
-        f"go on from the one before with --checkpoint.load_step {before[-1]}"
-        if before
-        else "there is none before it: start anew in another job.dump_folder"
-    )
-    return ConfigError(f"checkpoint {path} cannot be read ({why}); {go_on}")
+        raise Damaged(path, f"{RECORD}: {error}") from None

@@ -1,9 +1,10 @@
 """The tree of errors, and the base of it that every room shares. Imports no torch.
 
     Exception
-      UserError        the user can mend it: one line `error: ...`, exit code 2, no traceback
-        ConfigError    an option is wrong, or a file or folder that one names
-        DataError      the data cannot carry the run: too much of it is bad, or nothing good is left
+      UserError          the user can mend it: one line `error: ...`, exit code 2, no traceback
+        ConfigError      an option is wrong, or a file or folder that one names
+        CheckpointError  a checkpoint was not written: no space, no permission
+        DataError        the data cannot carry the run: too much of it is bad, or nothing good is left
       Rejected         a sample, image or shard is not used: counted by reason, logged, skipped
                        (experiments/vlm/data/rejects.py)
       Failed           an address was not fetched, and whether to try again (vlm/prepare/download/fetch.py)
@@ -26,6 +27,10 @@ class UserError(Exception):
 
 class ConfigError(UserError, ValueError):
     """The user's configuration is wrong. One line: key, value, what is allowed, what to do."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint was not written, on all ranks alike. One line: where, why, what is free, what to do."""
 
 
 class DataError(UserError):

@@ -19,12 +19,14 @@ def require_writable(folder: Path, key: str) -> None:
         raise ConfigError(f"{key} = {folder}: cannot be written to ({told}); give another folder, or mend this one") from None
 
 
+def is_full(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
 def describe(error: OSError, path: Path) -> str:
     """In words; of a full disk with what is free."""
     reason = error.strerror or str(error)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"{reason}; {free(path)} free"
-    return reason
+    return f"{reason}; {free(path)} free" if is_full(error) else reason
 
 
 def free(path: Path) -> str:
