@@ -13,7 +13,7 @@ CHECKPOINTS_OFF = "--checkpoint.no_enable"
 
 
 def train(folder: Path, *options: str, **environment: str) -> int:
-    return runs.train(folder, "--lr_scheduler.warmup_steps", "1", *options, **environment)
+    return runs.train(folder, "--lr_scheduler.warmup_steps", "1", "--optimizer.lr", "0.0008", *options, **environment)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_the_same_options_are_no_difference(tmp_path):
     [
         (
             ("--model.flavor", "tied"),
-            "model.flavor = tied: {used}/checkpoint/step-4 was made with debugmodel; keep it",
+            "model.flavor = tied: {used}/checkpoint/step-4 was made with small-qwen3; keep it",
         ),
         (
             ("--optimizer.name", "Muon"),
