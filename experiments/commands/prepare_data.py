@@ -13,10 +13,9 @@ from collections.abc import Sequence
 
 import tyro
 
-from experiments.vlm.prepare.local import Crashed
 from experiments.vlm.prepare.options import Options
 from experiments.vlm.prepare.progress import Shown
-from experiments.vlm.prepare.start import prepare
+from experiments.vlm.prepare.start import Crashed, prepare
 from torchtitan.tools.told import INTERRUPTED, say, tell
 
 PROG = "torchtitan-vlm prepare"
@@ -41,12 +40,15 @@ def main(argv: Sequence[str]) -> int:
 
 
 def show(options: Options, report: dict) -> None:
-    for what in ("records", "images"):
-        counts = report[what]
-        print(f"{what}: {counts['written']} of {counts['read']} written")
-        for reason, count in sorted(counts["rejected"].items(), key=lambda item: -item[1]):
+    (source,) = report["sources"].values()
+    for what in ("samples", "images"):
+        rejected = {reason: entry["count"] for reason, entry in source["rejected"].get(what, {}).items()}
+        print(f"{what}: {source['counts'].get(what, 0)} written, {sum(rejected.values())} left out")
+        for reason, count in sorted(rejected.items(), key=lambda item: -item[1]):
             print(f"  {count:>8} {reason}")
-    print(f"{report['shards']} shards, {report['bytes'] / 1e6:.1f} MB in {options.out}; what was left out and why: report.json, rejects/")
-    print(f'train on them:\n  [[data.sources]]\n  format = "webdataset"\n  path = "{options.out}"')
-    if report["kind"] == "conversations":
+    size = f"{source['counts'].get('bytes', 0) / 1e6:.1f} MB"
+    print(f"{report['shards']} shards, {size} in {options.out}; what was left out and why: report.json, rejects/")
+    format = "text" if report["format"] == "text" else "webdataset"
+    print(f'train on them:\n  [[data.sources]]\n  format = "{format}"\n  path = "{options.out}"')
+    if report["format"] in ("llava", "messages"):
         print('  chat_template = "chatml"  # or "llama3", or a Jinja file')

@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from experiments.vlm.prepare import local, worker
+from experiments.vlm.prepare import start, worker
 from experiments.vlm.prepare.options import Options
-from experiments.vlm.prepare.start import prepare
 
 QUICK: dict[str, Any] = {
     "allow_networks": ("127.0.0.1/32",),
@@ -76,11 +75,22 @@ class ForkedWorker:
 
 
 def run(source: Path, out: Path, **options: Any) -> dict:
-    real, local.start_worker = local.start_worker, ForkedWorker  # type: ignore[assignment]
+    real, start.start_worker = start.start_worker, ForkedWorker  # type: ignore[assignment]
     try:
-        return prepare(Options(input=str(source), out=str(out), **(QUICK | options)), Noted())
+        return start.prepare(Options(input=str(source), out=str(out), **(QUICK | options)), Noted())
     finally:
-        local.start_worker = real
+        start.start_worker = real
+
+
+def written(report: dict, what: str = "samples") -> int:
+    (source,) = report["sources"].values()
+    return source["counts"].get(what, 0)
+
+
+def left_out(report: dict, what: str = "samples") -> dict[str, int]:
+    """By reason."""
+    (source,) = report["sources"].values()
+    return {reason: entry["count"] for reason, entry in source["rejected"].get(what, {}).items()}
 
 
 def write_tsv(path: Path, pairs: Iterable[tuple[str, str]]) -> Path:

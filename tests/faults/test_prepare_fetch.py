@@ -10,7 +10,7 @@ import pytest
 from experiments.vlm.data.addresses import REFUSED, Gate
 from experiments.vlm.prepare.download.fetch import Failed, Fetcher, Limits, inflate, retry_after_s
 from experiments.vlm.prepare.download.hosts import Hosts
-from experiments.vlm.prepare.pictures import looks_whole
+from experiments.vlm.prepare.images import looks_whole
 from tests.faults.hostile_server import HOSTS, HostileServer, image
 
 LOOPBACK = Gate(networks=(ip_network("127.0.0.1/32"),))
@@ -55,9 +55,9 @@ BAD = {
     "stall/": "timeout",
     "trickle/": "timeout",
     "announces_more/1": "incomplete",
-    "announces_huge/": "too_large",
-    "endless/": "too_large",
-    "gzip_bomb/": "too_large",
+    "announces_huge/": "image_too_large",
+    "endless/": "image_too_large",
+    "gzip_bomb/": "image_too_large",
     "drop_at_once/": "connection",
     "garbage/": "bad_response",
     "loop/": "too_many_redirects",
@@ -191,7 +191,7 @@ def test_inflate_stops_at_the_limit():
 
     data = bytes(5000)
     assert inflate(zlib.compress(data), 5000) == data
-    for limit, cut, expected in ((4999, None, "too_large"), (5000, -3, "incomplete")):
+    for limit, cut, expected in ((4999, None, "image_too_large"), (5000, -3, "incomplete")):
         with pytest.raises(Failed) as failed:
             inflate(zlib.compress(data)[:cut], limit)
         assert failed.value.reason == expected

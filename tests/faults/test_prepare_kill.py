@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from tests.faults.hostile_server import HostileServer
-from tests.faults.prepared import QUICK, bytes_of, run, samples, write_jsonl
+from tests.faults.prepared import QUICK, bytes_of, run, samples, write_jsonl, written
 
 KILLS = 10
 SCRIPT = Path(__file__).parents[2] / "scripts" / "prepare_data.py"
@@ -69,7 +69,7 @@ def test_killed_ten_times_nothing_is_fetched_twice(tmp_path):
             process.join()
         report = run(source, tmp_path / "out", records_per_shard=25, concurrency=8)
         counts = deliveries(server)
-        assert counts.total() == report["images"]["written"] == 102
+        assert counts.total() == written(report, "images") == 102
         assert set(counts.values()) == {1}, "something was fetched twice"
 
         run(source, tmp_path / "straight", records_per_shard=25)
@@ -95,7 +95,7 @@ def test_even_when_the_working_process_is_killed_what_is_on_disk_is_not_fetched_
         after = server.stats()["requests"]
         again = {path for path in before if after[path] > before[path]}
         assert not {server.url(path.lstrip("/")) for path in again} & on_disk
-        assert report["images"]["written"] == len({path for path in after if path.startswith("/slow")})
+        assert written(report, "images") == len({path for path in after if path.startswith("/slow")})
 
         run(source, tmp_path / "straight", records_per_shard=25)
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "straight")

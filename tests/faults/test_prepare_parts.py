@@ -9,18 +9,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from experiments.vlm.data.document import Document, Image
+from experiments.vlm.data.formats import KINDS
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.prepare.dedup import find_repeated, url_hash
 from experiments.vlm.prepare.download.journal import Journal
 from experiments.vlm.prepare.folder import Folder, appearing, read_array, write_array
+from experiments.vlm.prepare.images import Encoding, FinishedImage, finish_image, looks_whole, shrunk
 from experiments.vlm.prepare.options import Options
-from experiments.vlm.prepare.pictures import Encoding, finish, looks_whole, shrunk
-from experiments.vlm.prepare.plan import cut, make_plan
 from experiments.vlm.prepare.progress import Shown
-from experiments.vlm.prepare.records import KINDS, Sources
-from experiments.vlm.prepare.records.record import Picture, Reference
-from experiments.vlm.prepare.rows import read_rows
-from experiments.vlm.prepare.tally import Tally, add_reports
+from experiments.vlm.prepare.records import MEMBERS
+from experiments.vlm.prepare.shard_plan import Job, make_plan
 from tests.faults.hostile_server import image
 from torchtitan.config.errors import ConfigError
 
@@ -51,29 +50,41 @@ def write(path, form: str):
 @pytest.mark.parametrize("rows", [1, 5, 23, 100])
 def test_every_record_is_in_one_piece_whatever_the_file(tmp_path, form, rows):
     source = write(tmp_path / f"x.{form}", form)
-    plan = make_plan(Options(str(source), str(tmp_path / "out"), records_per_shard=rows), Folder(tmp_path / "out"))
-    pieces = [list(read_rows(piece)) for piece in plan.pieces]
-    assert [row for piece in pieces for row in piece] == RECORDS
-    assert all(len(piece) == rows for piece in pieces[:-1]) and plan.records == len(RECORDS) and plan.kind == "captions"
+    job = Job.begin(Options(str(source), str(tmp_path / "out"), records_per_shard=rows))
+    pieces = [[record for _, record in job.records(number)] for number in range(job.shards)]
+    assert [parsed.record for piece in pieces for parsed in piece] == RECORDS
+    assert all(len(piece) == rows for piece in pieces[:-1])
+    assert (job.plan.records, job.plan.format) == (len(RECORDS), "captions")
 
 
-def test_rows_that_cannot_be_read_are_rejected_in_their_place(tmp_path):
+def reasons(tmp_path, name: str, format: str = "auto") -> list[str]:
+    job = Job.begin(Options(str(tmp_path / name), str(tmp_path / "out" / name), format=format))
+    return [record.reason if isinstance(record, Rejected) else "good" for _, record in job.records(0)]
+
+
+def test_records_that_cannot_be_read_are_rejected_in_their_place(tmp_path):
     good = b'{"url": "http://a", "caption": "b"}\n'
     (tmp_path / "x.jsonl").write_bytes(good + b"\xff\xfe\n" + b"{oops\n" + b"[1]\n" + good)
-    (piece,) = cut(tmp_path / "x.jsonl", 10)
-    reasons = [row.reason if isinstance(row, Rejected) else "good" for row in read_rows(piece)]
-    assert reasons == ["good", "broken_utf8", "broken_json", "wrong_shape", "good"]
-
+    assert reasons(tmp_path, "x.jsonl") == ["good", "broken_utf8", "broken_json", "wrong_shape", "good"]
     (tmp_path / "x.tsv").write_text("http://a\tb\nhttp://a\tb\tc\n")
-    (piece,) = cut(tmp_path / "x.tsv", 10)
-    assert [isinstance(row, Rejected) for row in read_rows(piece)] == [False, True]
+    assert reasons(tmp_path, "x.tsv") == ["good", "wrong_shape"]
 
 
-def test_broken_text_in_parquet_costs_its_row(tmp_path):
+def test_broken_text_in_parquet_costs_its_record(tmp_path):
     captions = pa.array([b"a", b"\xff\xfe", b"c"], pa.binary()).view(pa.string())
     pq.write_table(pa.table({"url": ["http://a"] * 3, "caption": captions}), tmp_path / "x.parquet")
-    (piece,) = cut(tmp_path / "x.parquet", 10)
-    assert [row.reason if isinstance(row, Rejected) else row["caption"] for row in read_rows(piece)] == ["a", "broken_utf8", "c"]
+    assert reasons(tmp_path, "x.parquet") == ["good", "broken_utf8", "good"]
+
+
+@pytest.mark.parametrize(
+    ("option", "message"), [("image_column", "--image_column link is not among the columns url"), ("input", "holds|cannot be read")]
+)
+def test_a_column_or_a_file_that_is_not_there_is_named(tmp_path, option, message):
+    (tmp_path / "x.jsonl").write_text('{"url": "http://a", "caption": "b"}')
+    (tmp_path / "x.parquet").write_text("PAR1 and no more")
+    changed = {"image_column": "link"} if option == "image_column" else {"input": str(tmp_path / "x.parquet")}
+    with pytest.raises(ConfigError, match=message):
+        Job.begin(Options(**{"input": str(tmp_path / "x.jsonl"), "out": str(tmp_path / "out")} | changed))
 
 
 @pytest.mark.parametrize(
@@ -84,7 +95,7 @@ def test_inputs_that_say_nothing_are_refused(tmp_path, content, message):
     (tmp_path / "x.jsonl").write_text(content)
     options = Options(str(tmp_path / "x.jsonl"), str(tmp_path / "out"))
     if message is None:
-        assert make_plan(options, Folder(tmp_path / "out")).kind == "documents"
+        assert make_plan(options, Folder(tmp_path / "out")).format == "obelics"
     else:
         with pytest.raises(ConfigError, match=message):
             make_plan(options, Folder(tmp_path / "out"))
@@ -156,11 +167,11 @@ def test_an_array_comes_back_as_it_was_written(tmp_path, array):
 def test_pictures_cut_anywhere_are_told(tmp_path):
     for form in ("JPEG", "PNG", "WEBP"):
         data = image(1, form)
-        assert looks_whole(data) and finish(data, Encoding()).data == data
+        assert looks_whole(data) and finish_image(data, Encoding()).data == data
         for end in (len(data) // 2, len(data) * 9 // 10):
             assert not looks_whole(data[:end])
             with pytest.raises(Rejected):
-                finish(data[:end], Encoding())
+                finish_image(data[:end], Encoding())
     assert looks_whole(b"<html>")
     assert not looks_whole(b"")
 
@@ -168,60 +179,36 @@ def test_pictures_cut_anywhere_are_told(tmp_path):
 def test_a_side_never_vanishes():
     assert shrunk(1, 20000, 100) == (1, 100)
     assert shrunk(50, 100, 200) == (50, 100)
-    thin = finish(image(0, "PNG"), Encoding(max_side=1))
+    thin = finish_image(image(0, "PNG"), Encoding(max_side=1))
     assert (thin.height, thin.width) == (1, 1)
 
 
 @pytest.mark.parametrize(
-    ("kind", "row"),
+    ("item", "place"),
     [
-        ("captions", {"url": "http://a", "caption": 3}),
-        ("captions", {"url": 3, "caption": "a"}),
-        ("captions", {"nothing": 1}),
-        ("documents", {"texts": ["a"], "images": []}),
-        ("documents", {"texts": [1], "images": [None]}),
-        ("documents", {"texts": [None], "images": [7]}),
-        ("conversations", {"conversations": []}),
-        ("conversations", {"conversations": ["hi"]}),
+        ({"type": "image", "image": "1.jpg"}, "content"),
+        ({"type": "image", "path": "1.jpg", "text": None}, "content"),
+        ({"type": "image", "url": "http://a/1"}, "content"),
+        ({"type": "image_url", "image_url": {"url": "http://a/1"}}, "content"),
+        ({"type": "image", "image": {"bytes": "QUJD", "path": "1.jpg"}}, "content"),
+        ({"type": "image"}, "images"),
+        ({"type": "image", "index": 1}, "images"),
     ],
 )
-def test_records_of_the_wrong_shape_are_rejected(kind, row):
-    with pytest.raises(Rejected) as rejected:
-        KINDS[kind].parse(row, Sources())
-    assert rejected.value.reason == "wrong_shape"
-
-
-@pytest.mark.parametrize(
-    ("item", "named"),
-    [
-        ({"type": "image", "image": "1.jpg"}, {"path": "1.jpg"}),
-        ({"type": "image", "path": "1.jpg", "text": None}, {"path": "1.jpg"}),
-        ({"type": "image", "url": "http://a/1"}, {"url": "http://a/1"}),
-        ({"type": "image_url", "image_url": {"url": "http://a/1"}}, {"url": "http://a/1"}),
-        ({"type": "image_url", "image_url": {"url": "data:image/png;base64,QUJD"}}, {"data": b"ABC"}),
-        ({"type": "image", "image": {"bytes": "QUJD", "path": "1.jpg"}}, {"data": b"ABC"}),
-    ],
-)
-def test_whatever_a_message_calls_its_image_it_goes_into_the_shard(item, named):
-    turns = [{"role": "user", "content": [{"type": "image"}, item, {"type": "text", "text": "What?"}]}]
-    record = KINDS["conversations"].parse({"messages": turns}, Sources(image_folder="images"))
-    assert record.references == [Reference(**named)]
-    members = KINDS["conversations"].members(record, "7", [Picture(b"ABC", "png", 1, 1, "")])
-    content = json.loads(members["7.json"])["messages"][0]["content"]
-    assert content[0] == {"type": "image"} and content[2] == turns[0]["content"][2]
-    assert {name: content[1][name] for name in content[1] if name != "text"} == {"type": "image", "image": "7.0.png"}
-
-
-def test_reports_add_up():
-    tallies = [Tally() for _ in range(3)]
-    for number, tally in enumerate(tallies):
-        for index in range(10):
-            tally.reject("images", f"{number}-{index}", "http_404" if index % 2 else "dns", "", "http://a")
-            tally.keep("records", 5)
-    total = add_reports(tally.report() for tally in tallies)
-    assert total["images"] == {"read": 30, "written": 0, "rejected": {"dns": 15, "http_404": 15}}
-    assert total["records"] == {"read": 30, "written": 30, "rejected": {}} and total["bytes"] == 150
-    assert [example["key"] for example in total["examples"] if example["reason"] == "dns"] == ["0-0", "0-2", "0-4", "0-6", "0-8"]
+def test_whatever_a_message_calls_its_image_it_is_named_in_the_shard(item, place):
+    turns = [{"role": "user", "content": [item, {"type": "text", "text": "What?"}]}, {"role": "assistant", "content": "Noise."}]
+    record = {"id": 7, "messages": turns, "images": ["1.jpg", b"2"]}
+    finished = FinishedImage(b"ABC", "png", 1, 1, "")
+    (value,) = KINDS["messages"].parse(record).images()
+    members = MEMBERS["messages"](record, Document("7", [Image((value, finished), 1, 1)]), "7")
+    assert members["7.0.png"] == b"ABC"
+    told = json.loads(members["7.json"])
+    named, rest = told["messages"][0]["content"]
+    assert (told["id"], rest, told["messages"][1]) == (7, turns[0]["content"][1], turns[1])
+    if place == "content":
+        assert {name: named[name] for name in named if name != "text"} == {"type": "image", "image": "7.0.png"}
+    else:
+        assert named == item and told["images"][item.get("index", 0)] == "7.0.png"
 
 
 def test_without_a_terminal_progress_is_plain_lines(capsys):

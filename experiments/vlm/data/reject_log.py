@@ -4,7 +4,6 @@ import io
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import TextIO
 
@@ -35,7 +34,7 @@ class RejectLog:
                 if identity in self.known:
                     continue
                 self.known.add(identity)
-                file.write(json.dumps(_line(reject)) + "\n")
+                file.write(json.dumps(reject.line()) + "\n")
                 self._log(reject)
 
     def _open(self) -> TextIO:
@@ -56,7 +55,7 @@ class RejectLog:
                 whole, _, rest = file.read().rpartition(b"\n")
             lines = whole.splitlines()
             self.read[path] = start + sum(len(line) + 1 for line in lines)
-            self.known.update(hash(_reject(json.loads(line)).identity) for line in lines)
+            self.known.update(hash(Reject(**json.loads(line)).identity) for line in lines)
             if rest and path == self.path:
                 os.truncate(path, self.read[path])  # a line that a kill cut short
 
@@ -67,11 +66,3 @@ class RejectLog:
         self.logged.add(kind)
         more = f"; more of this kind in {self.path}" if self.path else "; more of this kind are not shown"
         logger.warning(f"source {reject.source}, shard {reject.shard}, sample {reject.key or '-'}: {reject}{more}")
-
-
-def _line(reject: Reject) -> dict:
-    return {name: value for name, value in asdict(reject).items() if value is not None}
-
-
-def _reject(line: dict) -> Reject:
-    return Reject(line["source"], line["shard"], line["key"], line["reason"], line.get("detail", ""), line.get("image"))

@@ -29,19 +29,42 @@ REASONS = {
 }
 
 
+OF_PREPARE = {  # and http_404, http_500 ...: what data preparation tells apart of image_fetch and image_address
+    "timeout": "the image's address did not answer in time",
+    "connection": "the connection to the image's address failed",
+    "dns": "the name in the image's address is not known",
+    "tls": "the image's address has no valid certificate",
+    "incomplete": "the answer ended before the image did",
+    "bad_response": "the answer is not HTTP",
+    "too_many_redirects": "the image's address leads from one to the next",
+    "bad_url": "the image's address is not one of http(s)",
+    "private_address": "the image's address is private, loopback or link-local",
+    "duplicate_url": "an earlier image has the same address",
+    "duplicate_content": "an earlier image has the same bytes",
+}
+
+
+def meaning(reason: str) -> str:
+    """For people. Raises KeyError for a reason that there is not."""
+    status = reason.removeprefix("http_")
+    if status.isdigit():
+        return f"the image's address answered with HTTP status {status}"
+    return REASONS.get(reason) or OF_PREPARE[reason]
+
+
 class Rejected(Exception):
     """One sample, image or shard that cannot be used.
 
-    reason: a key of REASONS. detail: what exactly, for people. image: the position of the image among those of its
-    record, where it is an image that was lost.
+    reason: a key of REASONS, or of OF_PREPARE. detail: what exactly, for people. image: the position of the image
+    among those of its record, where it is an image that was lost.
     """
 
     def __init__(self, reason: str, detail: str = "", image: int | None = None):
-        assert reason in REASONS, reason
+        meaning(reason)  # an unknown one is a fault of the program
         super().__init__(reason, detail, image)  # all three as args, so that it pickles
         self.reason = reason
         self.detail = detail
         self.image = image
 
     def __str__(self) -> str:
-        return f"{REASONS[self.reason]} ({self.detail})" if self.detail else REASONS[self.reason]
+        return f"{meaning(self.reason)} ({self.detail})" if self.detail else meaning(self.reason)

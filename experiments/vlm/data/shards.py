@@ -28,7 +28,7 @@ import pyarrow as pa
 from braceexpand import braceexpand
 
 from experiments.vlm.config import Data, Source
-from experiments.vlm.data.file_cache import file_cache, origin_of
+from experiments.vlm.data.file_cache import FileCache, file_cache, origin_of
 from experiments.vlm.data.formats import FORMATS
 from experiments.vlm.data.formats.shard import Shard, ShardFile
 from experiments.vlm.data.formats.shard import open_shard as open_file
@@ -51,7 +51,7 @@ def list_shards(path: str, format: str, data: Data) -> list[str]:
     Raises ConfigError where there is none.
     """
     suffixes = FORMATS[format].suffixes
-    found = [shard for pattern in _expand(_resolve(path, data)) for shard in _match(pattern, suffixes)]
+    found = match_files(_resolve(path, data), suffixes)
     if not found and (unreadable := denied(path)):
         raise ConfigError(f"{path}: permission denied: {unreadable}")
     if not found:
@@ -59,10 +59,15 @@ def list_shards(path: str, format: str, data: Data) -> list[str]:
     return sorted(set(found))
 
 
+def match_files(path: str, suffixes: tuple[str, ...]) -> list[str]:
+    """What a path with braces and globs stands for; of folders the files with these suffixes, packed or not."""
+    return [file for pattern in _expand(path) for file in _match(pattern, suffixes)]
+
+
 def open_shard(path: str, source: Source, data: Data) -> Shard:
     """Open a shard for random access. Raises Rejected (shard_missing, shard_unreadable), ConfigError for a wrong option."""
     try:
-        return open_file(ShardFile(path, _local(path, data)), source, data)
+        return open_file(ShardFile(path, copy_to_read(path, file_cache(data))), source, data)
     except ConfigError:
         raise  # a chat template that is not there, say
     except FileNotFoundError as error:
@@ -140,12 +145,12 @@ def _unlisted(pattern: str, error: Exception) -> str:
 def _of_folder(files: list[str], folder: str, suffixes: tuple[str, ...]) -> list[str]:
     """Those that are shards. Beside tars, other files are notes about them (reports, indexes); hidden ones are passed over."""
     visible = [file for file in files if "/." not in file.removeprefix(folder.rstrip("/"))]
-    found = {file: suffix for file in visible if (suffix := _suffix(file)) in suffixes and os.path.basename(file) not in NOT_RECORDS}
+    found = {file: suffix for file in visible if (suffix := suffix_of(file)) in suffixes and os.path.basename(file) not in NOT_RECORDS}
     tars = [file for file, suffix in found.items() if suffix == ".tar"]
     return tars or list(found)
 
 
-def _suffix(file: str) -> str:
+def suffix_of(file: str) -> str:
     """What is left when it is unpacked: ".tar" of x.tgz and x.tar.gz."""
     path = Path(file.lower())
     if path.suffix == ".tgz":
@@ -153,11 +158,11 @@ def _suffix(file: str) -> str:
     return path.with_suffix("").suffix if path.suffix in COMPRESSIONS else path.suffix
 
 
-def _local(path: str, data: Data) -> str:
-    """The shard itself, or its copy in the cache."""
+def copy_to_read(path: str, cache: FileCache) -> str:
+    """The file itself, or its copy in the cache where it is remote or packed. Raises OSError."""
     if "://" not in path and Path(path).suffix.lower() not in COMPRESSIONS:
         return path
-    return str(file_cache(data).get(origin_of(path), lambda copy: _copy(path, copy), _suffix(path)))
+    return str(cache.get(origin_of(path), lambda copy: _copy(path, copy), suffix_of(path)))
 
 
 def _copy(path: str, copy: Path) -> None:

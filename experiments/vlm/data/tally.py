@@ -3,10 +3,10 @@
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from experiments.vlm.data.rejects import REASONS, Rejected
+from experiments.vlm.data.rejects import Rejected, meaning
 from torchtitan.config.errors import DataError
 
 KINDS = ("samples", "images", "shards")
@@ -28,6 +28,10 @@ class Reject:
     @property
     def kind(self) -> str:
         return "images" if self.image is not None else "samples" if self.key else "shards"
+
+    def line(self) -> dict[str, Any]:
+        """For a file of rejects; `Reject(**line)` undoes it."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     def __str__(self) -> str:
         return str(Rejected(self.reason, self.detail))
@@ -91,7 +95,7 @@ def check_bad_fraction(tally: Tally, allowed: float) -> None:
             worst = max(kinds, key=lambda reason: kinds[reason]["count"])
             raise DataError(
                 f"source {source}: {bad} of {read} samples are bad ({bad / read:.1%}), more than data.max_bad_fraction = {allowed}; "
-                f"most of them: {REASONS[worst]}, as {kinds[worst]['examples'][0]}. See data_report.json and rejects/"
+                f"most of them: {meaning(worst)}, as {kinds[worst]['examples'][0]}. See data_report.json and rejects/"
             )
 
 

@@ -1,10 +1,12 @@
 """From records with image URLs, bytes or paths to WebDataset shards with the images inside. `torchtitan-vlm prepare` runs it.
 
+Records are read and parsed by training's own readers and formats (data/formats).
+
 options     what can be asked for
-plan        the input, cut into pieces that each become a shard     (rows: reads them, records/: understands them)
-pipeline    the stages, in order                                    (local and worker, or cluster: who runs them)
-listing     1. hashes of URLs                                       (dedup: which are repeated)
-collect     2. fetches (download/), judges and encodes (images, pictures)
-shard       3. the tar file and the account of it                   (tally)
+shard_plan  the input, cut into pieces that each become a shard; the walk through the records of one
+pipeline    the stages, in order                                    (start and worker, or cluster: who runs them)
+dedup       1. hashes of URLs, and which are repeated
+collect     2. fetches (download/), judges and encodes (images)
+shard       3. the tar file (records: its members) and the account of it
 folder      where all of that lies
 """

@@ -12,10 +12,10 @@ import ray
 import torch
 
 import experiments
-from experiments.vlm.prepare.job import Job
 from experiments.vlm.prepare.options import Options
 from experiments.vlm.prepare.pipeline import STAGES, run
 from experiments.vlm.prepare.progress import Progress
+from experiments.vlm.prepare.shard_plan import Job
 from experiments.vlm.prepare.stop import Stop
 
 LOST_NODES = 20  # times that a task is started again because its node or process died

@@ -5,27 +5,73 @@ What was fetched lies in the journal until its shard is written, so a process th
 
 import asyncio
 import ipaddress
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
 from experiments.vlm.data.addresses import Gate
-from experiments.vlm.prepare.download.crowd import Crowd
-from experiments.vlm.prepare.download.fetch import Fetcher, Limits
+from experiments.vlm.data.formats.image_values import is_address, name_of
+from experiments.vlm.prepare.download.fetch import Failed, Fetcher, Limits
 from experiments.vlm.prepare.download.hosts import Hosts
 from experiments.vlm.prepare.download.journal import Journal
 from experiments.vlm.prepare.folder import read_array
-from experiments.vlm.prepare.images import references, write_images
-from experiments.vlm.prepare.job import Job
+from experiments.vlm.prepare.images import images_of, looks_whole, write_images
 from experiments.vlm.prepare.options import Options
-from experiments.vlm.prepare.pictures import looks_whole
 from experiments.vlm.prepare.progress import Counted, Progress
+from experiments.vlm.prepare.shard_plan import Job
 from experiments.vlm.prepare.stop import Stop, Stopped
 
 SHARDS_AT_ONCE = 4  # while one is judged, or waits for a slow host, the others fetch
 CROWD = 8  # URLs on their way for each that may be on the wire: the others wait for their hosts
+
+
+class Crowd:
+    """Many URLs at once, of several shards, and an end without loss.
+
+    At most `size` URLs are on their way (asking, or waiting for their host), so memory does not grow with the shards. To
+    stop is to ask for nothing new and to wait for the answers on the wire: they are journalled like any other.
+    """
+
+    def __init__(self, fetcher: Fetcher, size: int) -> None:
+        self.fetcher = fetcher
+        self._window = asyncio.Semaphore(size)
+        self._tasks: set[asyncio.Task] = set()
+
+    async def fetch_all(self, urls: Iterable[str], journal: Journal, tell: Callable[[str], None]) -> None:
+        """Brings every url into the journal and calls `tell(url)` after each. Raises Stopped."""
+        async with asyncio.TaskGroup() as group:
+            for url in urls:
+                await self._window.acquire()
+                if self.fetcher.stopping:
+                    self._window.release()
+                    break
+                task = group.create_task(self._fetch(url, journal, tell))
+                self._tasks.add(task)
+                task.add_done_callback(self._leave)
+        if self.fetcher.stopping:
+            raise Stopped
+
+    def stop(self) -> None:
+        """From the loop's thread. Who only waits goes home; who is on the wire finishes."""
+        self.fetcher.stopping = True
+        for task in self._tasks - self.fetcher.in_flight:
+            task.cancel()
+
+    async def _fetch(self, url: str, journal: Journal, tell: Callable[[str], None]) -> None:
+        # Nothing is awaited between the last byte and the journal.
+        try:
+            journal.arrived(url, await self.fetcher.fetch(url))
+        except Failed as failure:
+            journal.failed(url, failure.reason, failure.detail)
+        except Stopped:
+            return
+        tell(url)
+
+    def _leave(self, task: asyncio.Task) -> None:
+        self._tasks.discard(task)
+        self._window.release()
 
 
 @dataclass(frozen=True)
@@ -78,7 +124,7 @@ async def make_images(job: Job, number: int, tools: Tools, counted: Counted) -> 
 async def fetch_missing(job: Job, number: int, journal: Journal, crowd: Crowd, counted: Counted) -> None:
     if not read_array(job.folder.hashes("urls", number), np.uint64).any():
         return
-    urls = await asyncio.to_thread(lambda: {image.url: None for image, repeated in references(job, number) if image.url and not repeated})
+    urls = await asyncio.to_thread(list_addresses, job, number)
     missing = [url for url in urls if url not in journal]
     counted.advance(len(urls) - len(missing), before=True)
 
@@ -87,6 +133,12 @@ async def fetch_missing(job: Job, number: int, journal: Journal, crowd: Crowd, c
         counted.advance(1, failed=int(bool(outcome.reason)), size=outcome.length)
 
     await crowd.fetch_all(missing, journal, tell)
+
+
+def list_addresses(job: Job, number: int) -> list[str]:
+    """The addresses of a shard's images, each once, but for those that an earlier image of the input has."""
+    names = (name_of(image.value) for image, repeated in images_of(job, number) if not repeated)
+    return list(dict.fromkeys(name for name in names if is_address(name)))
 
 
 def make_fetcher(options: Options) -> Fetcher:

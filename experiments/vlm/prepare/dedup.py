@@ -1,4 +1,4 @@
-"""Each image once: which of many hashes are not the first of their kind, in the order of the input.
+"""The first stage of a shard, a hash of each image's URL; and each image once: which of many hashes are repeated.
 
 Shards are worked on in any order, on any number of machines, so nothing can be decided on arrival. Every shard writes the
 hashes of its images (64 bits; 0: none), and when all have, one pass over these files says of each whether an earlier one
@@ -11,14 +11,26 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from experiments.vlm.data.formats.image_values import is_address, name_of
+from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.prepare.folder import Folder, read_array, write_array
+from experiments.vlm.prepare.shard_plan import Job
 
 PASS_HASHES = 1 << 26  # hashes that are compared in one pass: 2 GB of memory
 
 
+def list_urls(job: Job, number: int) -> None:
+    """Idempotent. 0 stands for an image that has no URL."""
+    path = job.folder.hashes("urls", number)
+    if not path.exists():
+        records = (record for _, record in job.records(number) if not isinstance(record, Rejected))
+        names = (name_of(image.value) for record in records for image in record.draft.images())
+        write_array(path, np.array([url_hash(name) if is_address(name) else 0 for name in names], np.uint64))
+
+
 def url_hash(url: str) -> int:
     """Of a URL without its fragment, which never reaches the server."""
-    return hash_of(hashlib.sha256(url.partition("#")[0].encode("utf-8", "replace")).hexdigest()) if url else 0
+    return hash_of(hashlib.sha256(url.strip().partition("#")[0].encode("utf-8", "replace")).hexdigest()) if url else 0
 
 
 def hash_of(sha256: str) -> int:

@@ -1,10 +1,10 @@
 """Where everything lies below the output folder, and how a file appears there: whole, under its name, or not at all.
 
 OUT/00000.tar ...               finished shards; a shard without a sample has no file
-OUT/rejects/00000.jsonl         a line for each record and each image of the input that is not in a shard
+OUT/rejects/00000.jsonl         a line for each record that is not in a shard, and each image that its document goes without
 OUT/report.json                 counts and examples
 OUT/.prepare/plan.json          the input, cut into shards, and the options that made it
-OUT/.prepare/inputs/            compressed inputs and JSON arrays, as plain lines
+OUT/.prepare/inputs/            packed inputs unpacked, and row groups that are wanted again
 OUT/.prepare/urls/00000.npy     a hash of each image's URL            } and, beside each, which
 OUT/.prepare/content/00000.npy  a hash of each image's bytes          } are not the first of their kind
 OUT/.prepare/journal/00000/     what was fetched for a shard that is not collected yet

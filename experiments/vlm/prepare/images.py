@@ -1,31 +1,59 @@
-"""The images of a shard, judged, shrunk and encoded, into one file and an index of what became of each.
+"""The images of a shard, judged whole, shrunk and encoded anew where that was asked for, into one file and an index.
 
 images/00000.bin    finished images, one after another
 images/00000.json   for each image of the shard, in order: where it lies, or why it does not
 content/00000.npy   a hash of each
 """
 
+import hashlib
+import io
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, Future
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import IO, TypeVar
 
 import numpy as np
+from PIL import Image as PILImage
 
+from experiments.vlm.data.document import ImageValue
+from experiments.vlm.data.formats.image_values import ImageFolder, is_address, name_of, plain_value
+from experiments.vlm.data.image import decode, probe
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.prepare.dedup import hash_of
 from experiments.vlm.prepare.download.journal import Journal
 from experiments.vlm.prepare.folder import appearing, read_array, write_array, write_json
-from experiments.vlm.prepare.job import Job
-from experiments.vlm.prepare.pictures import Encoding, finish
 from experiments.vlm.prepare.progress import Advancing
-from experiments.vlm.prepare.records.record import Picture, Reference
+from experiments.vlm.prepare.shard_plan import Job
 from experiments.vlm.prepare.stop import Stop
 
 IN_WORK = 64  # images that are read, judged and not yet written
 Item = TypeVar("Item")
+
+# Formats that may stay as they are, with the names that readers of shards know them by. Others become PNG.
+EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}
+ENCODED = {"jpeg": "JPEG", "png": "PNG", "webp": "WEBP"}
+SIDE_LIMITS = {"JPEG": 65500, "WEBP": 16383}  # pixels a side that can be encoded; longer images become PNG
+BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF")  # of images, which Pillow may not open when cut (WebP)
+CHECK_SHRINK = 32  # a check decodes every byte, but to as few pixels as the decoder can
+
+
+@dataclass(frozen=True)
+class FinishedImage:
+    """An image as it goes into a shard."""
+
+    data: bytes
+    extension: str
+    height: int  # pixels as a person sees it, after EXIF orientation
+    width: int
+    sha256: str  # of the bytes as they came
+
+
+@dataclass(frozen=True)
+class Encoding:
+    encode: str = "keep"
+    max_side: int = 0
+    quality: int = 92
 
 
 @dataclass(frozen=True)
@@ -43,15 +71,15 @@ class Entry:
 
 
 # An image in work, an image that is not wanted, or the number of an earlier one with the same name.
-Work = Future[Picture] | Entry | int
+Work = Future[FinishedImage] | Entry | int
 
 
-def references(job: Job, number: int) -> Iterator[tuple[Reference, bool]]:
+def images_of(job: Job, number: int) -> Iterator[tuple[ImageValue, bool]]:
     """The images of a shard, and whether an earlier image of the input has the same URL."""
     repeated = iter(read_array(job.folder.repeated("urls", number), np.bool_)) if job.dedup else None
     for _, record in job.records(number):
         if not isinstance(record, Rejected):
-            for image in record.references:
+            for image in record.draft.images():
                 yield image, repeated is not None and bool(next(repeated))
 
 
@@ -71,47 +99,34 @@ def write_images(job: Job, number: int, journal: Journal, pool: Executor, progre
 
 def start_works(job: Job, number: int, journal: Journal, pool: Executor, progress: Advancing) -> Iterator[Work]:
     """What a shard names twice is judged and stored once."""
-    options = job.options
+    options, folder = job.options, job.image_folder(number)
     encoding = Encoding(options.encode, options.max_side, options.quality)
     first: dict[str, int] = {}
-    for index, (image, repeated) in enumerate(references(job, number)):
+    for index, (image, repeated) in enumerate(images_of(job, number)):
+        name = name_of(image.value)
         if repeated:
             yield Entry(reason="duplicate_url")
-        elif image.name in first:
-            yield first[image.name]
-        elif image.url and journal.outcomes[image.url].reason:
-            yield Entry(reason=journal.outcomes[image.url].reason, detail=journal.outcomes[image.url].detail)
+        elif name in first:
+            yield first[name]
+        elif is_address(name) and (failed := journal.outcomes[name]).reason:
+            yield Entry(reason=failed.reason, detail=failed.detail)
         else:
-            if image.name:
-                first[image.name] = index
-            if not image.url:
+            if name:
+                first[name] = index
+            if not is_address(name):
                 progress.advance()
-            yield pool.submit(bring, image, journal, options.image_folder, encoding)
+            yield pool.submit(bring, image, journal, folder, encoding)
 
 
-def bring(image: Reference, journal: Journal, folder: str, encoding: Encoding) -> Picture:
+def bring(image: ImageValue, journal: Journal, folder: ImageFolder, encoding: Encoding) -> FinishedImage:
     """In a thread of the pool. Raises Rejected."""
-    if image.data is not None:
-        data = image.data
-    elif image.url:
-        data = journal.read(image.url)
-    else:
-        data = read_inside(Path(folder), image.path)
-    return finish(data, encoding)
+    value = plain_value(image.value)
+    if isinstance(value, memoryview):
+        return finish_image(bytes(value), encoding)
+    return finish_image(journal.read(value) if is_address(value) else folder.read(value), encoding)
 
 
-def read_inside(folder: Path, name: str) -> bytes:
-    """Raises Rejected. A record cannot name a file outside the folder."""
-    path = (folder / name).resolve()
-    if not path.is_relative_to(folder.resolve()):
-        raise Rejected("image_outside", name)
-    try:
-        return path.read_bytes()
-    except (OSError, ValueError) as error:
-        raise Rejected("image_missing", f"{name}: {error}") from error
-
-
-def store(work: Future[Picture], file: IO[bytes]) -> Entry:
+def store(work: Future[FinishedImage], file: IO[bytes]) -> Entry:
     try:
         picture = work.result()
     except Rejected as rejected:
@@ -129,3 +144,51 @@ def ahead(items: Iterable[Item], count: int) -> Iterator[Item]:
         if len(waiting) > count:
             yield waiting.popleft()
     yield from waiting
+
+
+def finish_image(data: bytes, encoding: Encoding) -> FinishedImage:
+    """Raises Rejected. Bytes that already are what was asked for stay the same bytes."""
+    height, width = probe(data)
+    with PILImage.open(io.BytesIO(data)) as image:
+        came_as = str(image.format)
+    target = shrunk(height, width, encoding.max_side)
+    wanted = ENCODED.get(encoding.encode, came_as if came_as in EXTENSIONS else "PNG")
+    if target == (height, width) and EXTENSIONS[wanted] == EXTENSIONS.get(came_as):
+        check(data, height, width)
+        out = data
+    else:
+        if wanted not in ENCODED.values() or max(target) > SIDE_LIMITS.get(wanted, max(target)):
+            wanted = "PNG"
+        out = encoded(data, target, wanted, encoding.quality)
+    return FinishedImage(out, EXTENSIONS[wanted], *target, hashlib.sha256(data).hexdigest())
+
+
+def check(data: bytes, height: int, width: int) -> None:
+    decode(data, max(1, height // CHECK_SHRINK), max(1, width // CHECK_SHRINK))
+
+
+def looks_whole(data: bytes) -> bool:
+    """False where an image begins well and does not end: its connection may have broken. What is no image is whole."""
+    try:
+        height, width = probe(data)
+    except Rejected:
+        return bool(data) and not data.startswith(BEGINNINGS)
+    try:
+        check(data, height, width)
+    except Rejected:
+        return False
+    return True
+
+
+def shrunk(height: int, width: int, max_side: int) -> tuple[int, int]:
+    """Never enlarged, never less than a pixel."""
+    scale = max_side / max(height, width) if max_side else 1.0
+    if scale >= 1:
+        return height, width
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def encoded(data: bytes, size: tuple[int, int], wanted: str, quality: int) -> bytes:
+    out = io.BytesIO()
+    PILImage.fromarray(decode(data, *size)).save(out, wanted, **({} if wanted == "PNG" else {"quality": quality}))
+    return out.getvalue()

@@ -29,12 +29,12 @@ FREE = (
 
 @dataclass(frozen=True)
 class Options:
-    input: str  # records: a file, glob or folder of .parquet, .tsv, .jsonl or .json (the last three also as .gz)
+    input: str  # records: a file, glob or folder of .parquet, .arrow, .tsv, .jsonl, .json or .txt, also packed as .gz, .bz2 or .zst
     out: str  # folder of the shards; on a cluster one that all nodes share
-    kind: Literal["auto", "captions", "documents", "conversations"] = "auto"  # what a record is; auto: told by its columns
+    format: Literal["auto", "captions", "obelics", "llava", "messages", "text"] = "auto"  # what a record is; auto: its columns tell
     image_column: str = ""  # captions: column of the image (URL, path or bytes); empty: found by its usual names
     text_column: str = ""  # captions: column of the text; empty: found by its usual names
-    image_folder: str = ""  # where the paths of images begin; empty: an image is a URL or bytes
+    image_folder: str = ""  # where the paths of images begin; empty: at the folder of the record file
     records_per_shard: int = 5000  # records of the input that make one shard
     max_side: int = 0  # shrink images whose longer side has more pixels than this; 0: never
     encode: Literal["keep", "jpeg", "png", "webp"] = "keep"  # format of the images; keep: their own. Bytes change only where they must

@@ -12,15 +12,14 @@ from typing import Protocol
 
 import numpy as np
 
+from experiments.vlm.data.tally import Tally
 from experiments.vlm.prepare.collect import collect
-from experiments.vlm.prepare.dedup import mark_repeated
+from experiments.vlm.prepare.dedup import list_urls, mark_repeated
 from experiments.vlm.prepare.folder import read_array, read_json, remove, write_json
-from experiments.vlm.prepare.job import Job
-from experiments.vlm.prepare.listing import list_urls
 from experiments.vlm.prepare.progress import Progress
 from experiments.vlm.prepare.shard import write_shard
+from experiments.vlm.prepare.shard_plan import Job
 from experiments.vlm.prepare.stop import Stop
-from experiments.vlm.prepare.tally import add_reports
 
 Stage = Callable[[Job, Iterable[int], Progress, Stop], None]
 
@@ -38,14 +37,14 @@ def list_all(job: Job, numbers: Iterable[int], progress: Progress, stop: Stop) -
     for number in numbers:
         stop.check()
         list_urls(job, number)
-        progress.advance(job.plan.pieces[number].rows)
+        progress.advance(job.plan.pieces[number].count)
 
 
 def write_all(job: Job, numbers: Iterable[int], progress: Progress, stop: Stop) -> None:
     for number in numbers:
         stop.check()
         write_shard(job, number)
-        progress.advance(job.plan.pieces[number].rows)
+        progress.advance(job.plan.pieces[number].count)
 
 
 STAGES: dict[str, Stage] = {"list": list_all, "collect": collect, "write": write_all}
@@ -56,7 +55,7 @@ def run(job: Job, runner: Runner) -> None:
     folder, shards = job.folder, range(job.shards)
     todo = [number for number in shards if not folder.done(number).exists()]
     if todo:
-        rows = sum(job.plan.pieces[number].rows for number in todo)
+        rows = sum(job.plan.pieces[number].count for number in todo)
         runner.progress.stage("records read", job.plan.records)
         runner.run("list", list(shards))
         if job.dedup:
@@ -72,8 +71,12 @@ def run(job: Job, runner: Runner) -> None:
 
 def write_report(job: Job) -> None:
     """Of the whole run, made of the shards' reports; then the state is not needed any more, but for these and the plan."""
-    reports = [read_json(job.folder.done(number)) for number in range(job.shards)]
-    head = {"kind": job.plan.kind, "shards": sum(report["records"]["written"] > 0 for report in reports)}
-    write_json(job.folder.report, {**head, **add_reports(reports), "options": job.plan.options, "inputs": job.plan.inputs})
+    total, shards = Tally(), 0
+    for number in range(job.shards):
+        tally = Tally(read_json(job.folder.done(number)))
+        shards += bool(tally.of(job.plan.format)["counts"].get("samples"))
+        total.add(tally)
+    about = {"format": job.plan.format, "shards": shards, "options": job.plan.options, "inputs": job.plan.inputs}
+    write_json(job.folder.report, {**about, "sources": total.sources})
     for leftover in ("urls", "content", "journal", "images", "inputs"):
         remove(job.folder.state / leftover)

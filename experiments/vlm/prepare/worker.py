@@ -17,10 +17,10 @@ from typing import BinaryIO
 import torch
 
 from experiments.vlm.prepare.folder import Folder
-from experiments.vlm.prepare.job import Job
 from experiments.vlm.prepare.options import Options
 from experiments.vlm.prepare.pipeline import STAGES, run
 from experiments.vlm.prepare.progress import Progress, Told
+from experiments.vlm.prepare.shard_plan import Job
 from experiments.vlm.prepare.stop import Stop, Stopped
 
 

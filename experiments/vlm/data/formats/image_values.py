@@ -64,6 +64,15 @@ def plain_value(value: Any) -> memoryview | str:
     raise Rejected("image_missing", f"neither bytes, path nor address: {type(value).__name__}")
 
 
+def name_of(value: Any) -> str:
+    """The path or address of an image; empty where it has none."""
+    try:
+        plain = plain_value(value)
+    except Rejected:
+        return ""
+    return plain if isinstance(plain, str) else ""
+
+
 def _from_base64(text: str) -> memoryview:
     try:
         return memoryview(base64.b64decode(text, validate=True))
@@ -109,7 +118,7 @@ class ImageValues:
         self.fetcher = make_fetcher(data)
 
     def fetch_ahead(self, images: list[ImageValue]) -> None:
-        self.fetcher.fetch_ahead(filter(None, (_address(image.value) for image in images)))
+        self.fetcher.fetch_ahead(filter(is_address, (name_of(image.value) for image in images)))
 
     def size(self, image: ImageValue) -> tuple[int, int]:
         """(height, width). Raises Rejected. Only the header of a local file is read."""
@@ -133,11 +142,3 @@ class ImageValues:
         if isinstance(plain, memoryview):
             return bytes(plain)
         return self.fetcher.fetch(plain) if is_address(plain) else self.folder.read(plain)
-
-
-def _address(value: Any) -> str | None:
-    try:
-        plain = plain_value(value)
-    except Rejected:
-        return None
-    return plain if isinstance(plain, str) and is_address(plain) else None

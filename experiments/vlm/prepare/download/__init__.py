@@ -3,5 +3,4 @@
 hosts       how often and how widely one host may be asked
 fetch       one URL: redirects, limits, retries
 journal     what arrived and what failed, on disk, so that nothing is fetched twice
-crowd       many URLs at once, and an end without loss
 """

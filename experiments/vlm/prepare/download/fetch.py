@@ -19,6 +19,7 @@ import aiohttp
 from yarl import URL
 
 from experiments.vlm.data.addresses import REFUSED, Gate
+from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.prepare.download.hosts import Hosts
 from experiments.vlm.prepare.stop import Stopped
 
@@ -38,12 +39,12 @@ class Limits:
     max_retry_after_s: float = 120.0  # a host that asks for a longer rest is given up
 
 
-class Failed(Exception):
+class Failed(Rejected):
     """A URL that cannot be had, by reason. `again`: a later try may succeed, not before `after_s` seconds."""
 
     def __init__(self, reason: str, detail: str = "", again: bool = False, after_s: float = 0.0) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason, self.detail, self.again, self.after_s = reason, detail, again, after_s
+        super().__init__(reason, detail)
+        self.again, self.after_s = again, after_s
 
 
 class Fetcher:
@@ -147,12 +148,12 @@ class Fetcher:
     async def _read(self, response: aiohttp.ClientResponse) -> bytes:
         limit = self.limits.max_bytes
         if (response.content_length or 0) > limit:
-            raise Failed("too_large", f"{response.content_length} bytes announced")
+            raise Failed("image_too_large", f"{response.content_length} bytes announced")
         data = bytearray()
         async for chunk in response.content.iter_any():
             data += chunk
             if len(data) > limit:
-                raise Failed("too_large", f"more than {limit} bytes")
+                raise Failed("image_too_large", f"more than {limit} bytes")
         if response.headers.get("Content-Encoding", "identity").lower() in ("gzip", "x-gzip", "deflate"):
             return inflate(bytes(data), limit)
         return bytes(data)
@@ -177,7 +178,7 @@ def inflate(data: bytes, limit: int) -> bytes:
     except zlib.error as error:
         raise Failed("incomplete", f"compressed answer: {error}", again=True) from error
     if inflater.unconsumed_tail:
-        raise Failed("too_large", f"more than {limit} bytes when decompressed")
+        raise Failed("image_too_large", f"more than {limit} bytes when decompressed")
     if not inflater.eof:
         raise Failed("incomplete", "compressed answer cut short", again=True)
     return out
