@@ -6,7 +6,6 @@ import sys
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from experiments.commands import main
 from experiments.vlm.data.advice import advise, fitting_budget, patches_per_token, read_documents, simulate
@@ -62,12 +61,19 @@ def test_the_advised_row_fills_both_sides():
     assert seen.tokens > 0.98 and seen.patches > 0.96 and seen.longest_wait <= 256
 
 
-def test_the_picture_is_drawn(tmp_path):
+def test_the_picture_shows_what_was_counted(tmp_path, figures):
     documents = [[(20, 0), (27, 100)], [(63, 0)]] * 400
     seen = [simulate(documents, Budget(256, 1, 512), buffer, 2) for buffer in (32, 64)]
     draw_advice(documents, seen, str(tmp_path / "advice.png"))
-    with Image.open(tmp_path / "advice.png") as picture:
-        assert picture.width > 800
+    assert (tmp_path / "advice.png").is_file()
+    [figure] = figures
+    assert figure.get_suptitle() == "800 documents, 400 images, 0.909 patches per token"
+    tokens, images, ratios, padding = figure.axes
+    counted = [sum(bar.get_height() for bar in axes.patches) for axes in (tokens, images, ratios)]
+    assert counted == [800, 400, 800]
+    assert tokens.get_title() == "median 55, 95 % up to 63, largest 63"
+    bars = [[bar.get_height() for bar in kind] for kind in padding.containers]
+    assert bars == [[100 * (1 - o.tokens) for o in seen], [100 * (1 - o.patches) for o in seen]]
 
 
 def test_the_script_prints_lines_for_the_toml(data, tmp_path):

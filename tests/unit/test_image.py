@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 
+import einops
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -81,7 +82,6 @@ def test_patches_are_in_the_order_of_the_contract(merge):
 
 
 def test_patches_equal_the_contract_written_in_einops():
-    einops = pytest.importorskip("einops")
     pixels = noise(64, 96)
     patches, thw = np.zeros((24, 768), np.uint8), np.zeros((24, 3), np.int32)
     write_patches(pixels[:, ::-1], ImagePlan(), patches, thw)  # a view, as flips give

@@ -6,7 +6,6 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from experiments.vlm.data.image import ImagePlan, decode, write_patches
 from experiments.vlm.data.loader import Loader
@@ -108,10 +107,32 @@ def test_a_data_set_cannot_write_into_the_page(data, tmp_path):
     loader.close()
 
 
-def test_the_picture_is_drawn(data, tmp_path):
-    inspect(make_job(data, tmp_path / "out"), Characters(), steps=1, shown=2, out=str(tmp_path / "report.png"), keys="")
-    with Image.open(tmp_path / "report.png") as picture:
-        assert picture.width > 1000 and picture.height > 800
+def test_the_picture_shows_the_images_and_words_of_each_slot(data, tmp_path, figures):
+    job = make_job(data, tmp_path / "out")
+    inspect(job, Characters(), steps=1, shown=2, out=str(tmp_path / "report.png"), keys="")
+    assert (tmp_path / "report.png").is_file()
+    loader = Loader(job, Characters())
+    batch = next(loader).batches[0]
+    slots = [read_slot(batch, row, 1, row, loader.shape, 2, Characters()) for row in range(2)]
+    loader.close()
+    *parts, _ = figures[0].subfigs
+    for part, slot in zip(parts, slots, strict=True):
+        assert part.get_suptitle().startswith(f"step 1, slot {slot.slot}: ")
+        tokens, strips, *images, words = part.axes
+        assert len(images) == min(12, len(slot.images)) > 0
+        for axes, image in zip(images, slot.images, strict=False):
+            assert np.array_equal(axes.images[0].get_array(), image.pixels)
+        text = Characters().decode(slot.tokens[slot.kinds == Kind.TARGET][:20].tolist())
+        assert " ".join(text.split())[:10] in words.texts[0].get_text()
+        cells = tokens.images[0].get_array().reshape(-1, 3)[: len(slot.tokens)]
+        # Kinds and images are told apart by their colours alone.
+        shades = [np.unique(cells[slot.kinds == kind], axis=0) for kind in Kind if kind != Kind.IMAGE and (slot.kinds == kind).any()]
+        shades += [np.unique(cells[slice(*image.tokens)], axis=0) for image in slot.images]
+        assert all(len(shade) == 1 for shade in shades)
+        assert len({tuple(shade[0]) for shade in shades}) == len(shades)
+        strip, first = strips.images[0].get_array(), next(image for image in slot.images if image.row == image.first == 0)
+        assert strip.shape[1] == 4 * min(256, loader.shape.patches_per_row)
+        assert np.array_equal(strip[0, 0], first.pixels[:16, :16].mean((0, 1)).astype(int)), "a patch is its mean colour"
 
 
 def test_keys_hold_every_sample_and_a_hash_of_every_slot(data, tmp_path):

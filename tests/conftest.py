@@ -1,0 +1,53 @@
+"""For all tests: figures that are saved, and skips that continuous integration does not allow."""
+
+import os
+from collections.abc import Iterable
+
+import pytest
+
+# Beginnings of the reasons for which a test may be skipped where CI is set, and why that cannot be mended there.
+MAY_BE_SKIPPED = {
+    "needs a GPU": "CI has none; whoever has one runs `pytest tests/gpu`",
+    "could not import 'ray'": "an extra for preparing data on several machines, larger than all else together",
+    "could not import 'torchvision'": "its release pins a torch of its own, and pip would replace ours",
+    "transformers before 5.24": "an environment of lower bounds has one, which masks an answer otherwise",
+}
+SKIPS = pytest.StashKey[list[str]]()
+
+
+def skips_that_may_not_be(reasons: Iterable[str]) -> list[str]:
+    """Those that MAY_BE_SKIPPED does not list."""
+    return [reason for reason in reasons if not reason.startswith(tuple(MAY_BE_SKIPPED))]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Where the environment has CI: what is skipped for ever is tested nowhere, so the session fails."""
+    if not os.environ.get("CI"):
+        return
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    reports = reporter.stats.get("skipped", []) if reporter else []
+    # (file, line, "Skipped: reason"); an expected failure is no skip.
+    found = [report.longrepr[2].removeprefix("Skipped: ") for report in reports if isinstance(report.longrepr, tuple)]
+    session.config.stash[SKIPS] = skips_that_may_not_be(found)
+    if session.config.stash[SKIPS] and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    for reason in sorted(set(config.stash.get(SKIPS, []))):
+        terminalreporter.write_line(f"skipped in CI, which tests/conftest.py does not list: {reason}", red=True)
+
+
+@pytest.fixture
+def figures(monkeypatch) -> list:
+    """What matplotlib saves during the test: figures, whose artists can be asked what they show."""
+    from matplotlib.figure import Figure
+
+    saved, save = [], Figure.savefig
+
+    def keep(figure, *arguments, **options):
+        saved.append(figure)
+        return save(figure, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return saved
