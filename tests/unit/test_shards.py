@@ -5,8 +5,6 @@ import errno
 import gzip
 import json
 import os
-import threading
-import time
 
 import fsspec
 import pyarrow as pa
@@ -16,7 +14,6 @@ from experiments.vlm.check import check_path
 from experiments.vlm.config import Data, Source
 from experiments.vlm.data import shards
 from experiments.vlm.data.document import Text
-from experiments.vlm.data.file_cache import FileCache
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.shards import list_shards, open_shard
 from tests.samples import jpeg, write_tar
@@ -86,7 +83,8 @@ def test_a_folder_below_that_may_not_be_read_is_not_passed_over(tmp_path, data, 
 
 @pytest.mark.parametrize("path", ["hf://datasets/x/y", "hf://datasets/x/y/*.parquet", "hf://datasets/x/y/data/0.parquet"])
 def test_a_hub_that_cannot_be_reached_is_one_line(data, monkeypatch, path):
-    hub = pytest.importorskip("huggingface_hub")
+    import huggingface_hub as hub
+
     system = hub.HfFileSystem(endpoint="http://127.0.0.1:1", skip_instance_cache=True)  # nobody listens there
     monkeypatch.setattr(shards.fsspec.core, "url_to_fs", lambda path: (system, path.removeprefix("hf://")))
     with pytest.raises(ConfigError) as error:
@@ -251,47 +249,6 @@ def test_of_a_data_set_of_the_hub_the_train_split_is_taken(data, monkeypatch):
     assert len(list_shards("hf://datasets/M/D/data", "obelics", data)) == 3
     monkeypatch.setattr(shards.fsspec.core, "url_to_fs", lambda path: (Hub(files[:1]), path))
     assert list_shards("hf://datasets/M/D", "obelics", data) == ["hf://datasets/M/D/data/test-0.parquet"]
-
-
-def size_of(folder):
-    return sum(file.stat().st_size for file in folder.glob("??/*"))
-
-
-def test_the_cache_stays_within_its_bound_and_keeps_what_was_used_last(tmp_path):
-    cache = FileCache(tmp_path, limit_bytes=1000)
-    for number in range(40):
-        cache.get(f"file {number}", lambda path: path.write_bytes(b"x" * 90))
-        cache.get("favourite", lambda path: path.write_bytes(b"y" * 90))
-        time.sleep(0.002)  # so that times differ
-        assert size_of(tmp_path) <= 1000 + 90
-    made = []
-    cache.get("favourite", lambda path: made.append(path))
-    assert not made
-
-
-def test_a_file_is_made_once_for_all_and_never_seen_half(tmp_path):
-    cache, made, seen = FileCache(tmp_path, 10_000), [], []
-
-    def make(path):
-        made.append(path)
-        path.write_bytes(b"half")
-        time.sleep(0.05)
-        path.write_bytes(b"whole")
-
-    threads = [threading.Thread(target=lambda: seen.append(cache.get("one", make).read_bytes())) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(made) == 1 and seen == [b"whole"] * 4
-
-
-def test_what_could_not_be_made_leaves_nothing_behind(tmp_path):
-    cache = FileCache(tmp_path, 10_000)
-    with pytest.raises(OSError):
-        cache.get("one", lambda path: os.stat(tmp_path / "missing"))
-    assert not list(tmp_path.glob("??/*")) and not list(tmp_path.glob("??/.*"))
-    assert cache.get("one", lambda path: path.write_bytes(b"1")).read_bytes() == b"1"
 
 
 def test_text_is_not_a_place_for_images(tmp_path, data):
