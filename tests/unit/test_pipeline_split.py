@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from experiments.vlm.config import VLMJobConfig
-from experiments.vlm.estimate import model_of
 from experiments.vlm.model.flavors import FLAVORS
+from experiments.vlm.rank_share import build_on_meta
 from experiments.vlm.stages import split_layers
 from torchtitan.config.layout import Degrees
 from torchtitan.distributed.pipeline_parallel import Pipeline
@@ -61,7 +61,7 @@ def layers_of_stages(patches_per_row: int, checkpointing: dict[str, str] | None 
     for name, value in parallelism.items():
         setattr(job.parallelism, "pipeline_parallel_" + name, value)
     job.training.freeze = list(freeze)
-    model = model_of(FLAVORS["so400m-llama3.1-8B"], 128256, 2, tuple(freeze))
+    model = build_on_meta(job, FLAVORS["so400m-llama3.1-8B"], 128256)
     split = split_layers(model, job, Degrees(1, 1, 1, 1, 4))
     return [len(split.of(stage)) for stage in range(split.stages)]
 

@@ -84,6 +84,15 @@ def directions_apart(updates: list[Tensor], group: dist.ProcessGroup, dtype: tor
     return [shard.view(held[rank], columns) for shard in shards.chunk(len(updates))]
 
 
+def sent_for_directions(numbers: int, shards: int, tp: int) -> float:
+    """Numbers that a rank sends in a step, of whose matrices it holds `numbers` / `shards`, and `tp` - 1 ranks as many each."""
+    others = (shards - 1) / shards
+    if tp == 1:
+        # Rows to the rank that orthogonalises their matrix, and back.
+        return 2 * others * numbers / shards
+    return numbers * (others + tp - 1)
+
+
 class Muon(torch.optim.Optimizer):
     """For matrices only. The learning rate is scaled by sqrt(max(1, rows / columns)) for each."""
 

@@ -1,13 +1,13 @@
 """AdamW for everything, or Muon for matrices and AdamW for the rest. Frozen parameters are in no optimizer and keep no state."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from torchtitan.components.muon import Muon
+from torchtitan.components.muon import Muon, sent_for_directions
 from torchtitan.config.job import Optimizer
 
 Named = tuple[str, nn.Parameter]
@@ -34,9 +34,18 @@ def _is_muons(name: str, parameter: Tensor, options: Optimizer, adamw_only: tupl
     return options.name == "Muon" and parameter.ndim == 2 and not name.startswith(adamw_only)
 
 
-def moments(model: nn.Module, options: Optimizer, adamw_only: tuple[str, ...]) -> int:
-    """Numbers of optimizer state of a whole model: two for an element, one where Muon moves it."""
-    return sum(parameter.numel() * (2 - _is_muons(name, parameter, options, adamw_only)) for name, parameter in trainable(model))
+def moments(named: Iterable[Named], options: Optimizer, adamw_only: tuple[str, ...]) -> int:
+    """Numbers of optimizer state of these parameters: two for an element, one where Muon moves it."""
+    return sum(p.numel() * (2 - _is_muons(name, p, options, adamw_only)) for name, p in named)
+
+
+def sent_for_updates(named: Iterable[Named], options: Optimizer, adamw_only: tuple[str, ...], shards: int, tp: int, itemsize: int) -> float:
+    """Bytes that a rank sends in a step to update these parameters, its own before FSDP divides them over `shards` ranks.
+
+    `tp`: ranks of tensor parallel that hold the rest of each. `itemsize`: bytes of an element of an update.
+    """
+    muons = sum(p.numel() for name, p in named if _is_muons(name, p, options, adamw_only))
+    return sent_for_directions(muons, shards, tp) * itemsize
 
 
 def _adamw_groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict]:

@@ -6,7 +6,7 @@ That is weights, gradients and optimizer state, all of them there when the optim
 import torch
 from torch import nn
 
-from torchtitan.components.optimizer import moments
+from torchtitan.components.optimizer import moments, trainable
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.job import JobConfig
 from torchtitan.config.layout import Degrees
@@ -20,7 +20,7 @@ def held_gib(model: nn.Module, job: JobConfig, adamw_only: tuple[str, ...], layo
     """Of a rank, on the mean over its shards. `model`: the whole, frozen where it is to be, on the meta device."""
     weights = sum(parameter.numel() * (1 + parameter.requires_grad) for parameter in model.parameters())  # and their gradients
     shards = layout.dp_shard * layout.cp * layout.tp * layout.pp
-    return (weights + moments(model, job.optimizer, adamw_only)) * torch.float32.itemsize / shards / GIB
+    return (weights + moments(trainable(model), job.optimizer, adamw_only)) * torch.float32.itemsize / shards / GIB
 
 
 def require_room(held: float, job: JobConfig, device: torch.device) -> None:

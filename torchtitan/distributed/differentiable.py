@@ -6,19 +6,34 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed import _functional_collectives as functional
 
+from torchtitan.distributed.imagined import ImaginedGroup, through
+
+Group = ProcessGroup | ImaginedGroup
+
 # Renamed in torch 2.13; the old name warns there.
 _all_gather = getattr(functional, "all_gather_single_autograd", None) or functional.all_gather_tensor_autograd
 
 
-def gather(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
-    """Every rank's `x` side by side along `dim`, in rank order. Backward: each rank gets the sum of what all ranks found for its part."""
-    whole = _all_gather(x.contiguous(), gather_dim=0, group=group)
+def gather(x: Tensor, dim: int, group: Group) -> Tensor:
+    """Every rank's `x` side by side along `dim`, in rank order.
+
+    Backward: each rank gets the sum of what all ranks found for its part.
+    """
+    if isinstance(group, ImaginedGroup):
+        whole = through(x, group, "all-gather", "reduce-scatter")
+    else:
+        whole = _all_gather(x.contiguous(), gather_dim=0, group=group)
     # Along another dimension torch 2.12 calls a function that torch.compile refuses to trace.
     return torch.cat(whole.split(x.shape[0]), dim) if dim else whole
 
 
-def exchange(x: Tensor, group: ProcessGroup) -> Tensor:
-    """All-to-all: part i of dimension 0 goes to rank i, and part i of the result came from rank i. Backward is the same again."""
+def exchange(x: Tensor, group: Group) -> Tensor:
+    """All-to-all: part i of dimension 0 goes to rank i, and part i of the result came from rank i.
+
+    Backward is the same again.
+    """
+    if isinstance(group, ImaginedGroup):
+        return through(x, group, "all-to-all", "all-to-all")
     return functional.all_to_all_single_autograd(x.contiguous(), None, None, group)
 
 
@@ -35,6 +50,8 @@ class _SumGradient(torch.autograd.Function):
         return total, None
 
 
-def sum_gradient(x: Tensor, group: ProcessGroup) -> Tensor:
-    """`x` as it is. Backward: the sum of the gradients that the ranks found, for a value that all of them hold and each uses in part."""
+def sum_gradient(x: Tensor, group: Group) -> Tensor:
+    """`x` as it is, which all ranks hold and each uses in part. Backward: the sum of the gradients that they found."""
+    if isinstance(group, ImaginedGroup):
+        return through(x, group, backward="all-reduce")
     return _SumGradient.apply(x, group)

@@ -1,4 +1,4 @@
-"""Memory and traffic of a training step in closed form, for any number of ranks, without any of them. Imports no torch.
+"""Memory and traffic of a training step, for any number of ranks, from what each unit of a model needs.
 
 A model is a list of units in the order of forward, each a group of parameters that FSDP gathers together. Memory is followed
 through one forward and backward: parameters, gradients and optimizer state that stay; what each unit keeps for backward;
@@ -7,9 +7,11 @@ buffers of nccl (together about 1 to 2 GiB a GPU), and a compiler that keeps les
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from operator import mul
 
 from torchtitan.config.layout import Degrees
+from torchtitan.distributed.footprint import Footprint
 
 FLOAT32 = 4
 GIB = 2**30
@@ -17,21 +19,18 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Unit:
-    """Bytes are those of one forward on one rank; parameters are this rank's before FSDP divides them (after TP has)."""
+    """Parameters that FSDP gathers together, counted before it divides them (after TP has), and one forward on this rank."""
 
     name: str
-    parameters: int
-    shards: int  # ranks that FSDP divides the parameters over
+    parameters: int = 0
+    shards: int = 1  # ranks that FSDP divides the parameters over
     copies: int = 1  # groups of such ranks that hold the same (HSDP)
-    trains: bool = True
+    trains: bool = False
     in_backward: bool = True  # gathered for it anew; what is frozen too, where it passes gradients on to what trains before it
-    muon: bool = False  # moves it, and keeps one moment; else AdamW, which keeps two
-    tp: int = 1  # ranks of tensor parallel that hold the rest of it
+    moments: int = 0  # numbers of the optimizer's state, before FSDP divides them
+    exchanged: float = 0  # bytes that this rank sends in a step to update them
     stays: bool = False  # gathered from the first forward to the last backward
-    kept: float = 0  # from forward to backward
-    forward: float = 0  # beside `kept` while it runs forward
-    backward: float = 0  # beside `kept` while it runs backward; with checkpointing what it computes again
-    sent: dict[str, float] = field(default_factory=dict)  # what this rank sends in forward and backward, by collective
+    use: Footprint = Footprint()
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,6 @@ class Storage:
     forwards: int  # before an optimizer step: accumulation times microbatches
     reductions: int  # of gradients over ranks before an optimizer step
     all_reductions: int  # of these, how many go on to the copies of a shard
-    update: int = 2  # bytes of an element that Muon's ranks exchange: bfloat16 on GPU
     offload: bool = False  # shards of parameters, their gradients and optimizer state are in host memory
 
     @property
@@ -72,38 +70,49 @@ class Memory:
 def peak_memory(
     stages: Sequence[Sequence[Unit]], storage: Storage, in_flight: Sequence[tuple[int, ...]] = ((1,),), batch: float = 0
 ) -> Memory:
-    """`stages`: the units of each that this rank holds. `in_flight`: how many microbatches of each can be between forward and
-    backward at one time. `batch`: bytes of input that stay on the device."""
-    kept = [sum(unit.kept for unit in stage) for stage in stages]
-    most = max(sum(n * k for n, k in zip(counts, kept, strict=True)) for counts in in_flight)
-    return max(_moments(stages, storage, most, batch), key=lambda moment: moment.total)
+    """`stages`: the units of each that this rank holds. `in_flight`: how many microbatches of each can be between forward
+    and backward at one time. `batch`: bytes of input that stay on the device."""
+    kept, gradients = max(_loads(stages, storage, in_flight), key=sum)
+    return max(_moments(stages, storage, kept, gradients, batch), key=lambda moment: moment.total)
 
 
-def _moments(stages: Sequence[Sequence[Unit]], s: Storage, most_kept: float, batch: float) -> Iterator[Memory]:
+def _loads(stages: Sequence[Sequence[Unit]], s: Storage, in_flight: Sequence[tuple[int, ...]]) -> Iterator[tuple[float, float]]:
+    """What the microbatches in flight keep, and the gradients of those before, in bytes."""
+    kept = [sum(unit.use.kept for unit in stage) for stage in stages]
+    trained = [[unit for unit in stage if unit.trains] for stage in stages]
+    if not s.whole_gradients:
+        shards = sum(u.parameters / u.shards * FLOAT32 for stage in trained for u in stage)
+        earlier = shards if s.reductions > 1 and not s.offload else 0.0
+        yield from ((sum(map(mul, counts, kept)), earlier) for counts in in_flight)
+        return
+    whole, every = [sum(u.parameters * s.reduced for u in stage) for stage in trained], s.forwards // s.reductions
+    for counts in in_flight:
+        # A stage has gradients once a microbatch has gone back through it: not while all are in flight, but one later.
+        for flying in (counts, [n - (n == every) for n in counts]):
+            yield sum(map(mul, flying, kept)), sum(w for n, w in zip(flying, whole, strict=True) if n < every)
+
+
+def _moments(stages: Sequence[Sequence[Unit]], s: Storage, most_kept: float, earlier: float, batch: float) -> Iterator[Memory]:
     units, on_device = [unit for stage in stages for unit in stage], not s.offload
-    state = sum(u.parameters / u.shards * FLOAT32 * (1 + u.trains * (2 - u.muon)) for u in units) * on_device + batch
+    state = sum((u.parameters + u.moments) / u.shards * FLOAT32 for u in units) * on_device + batch
     full = [u.parameters * s.parameter for u in units]
-    earlier = 0.0  # gradients of the microbatches before
-    if s.whole_gradients:
-        earlier = sum(u.parameters * s.reduced for u in units if u.trains)
-    elif s.reductions > 1:
-        earlier = on_device * sum(u.parameters / u.shards * FLOAT32 for u in units if u.trains)
     for i, (unit, later) in enumerate(_with_later(stages)):
         # What the rest of this microbatch's stage keeps is not there yet in forward, and no more in backward.
         kept = most_kept - later
         # The next unit is gathered while this one works.
-        yield Memory(f"forward of {unit.name}", state, earlier, _gathered(units, full, s, i, i + 1, forward=True), kept, unit.forward)
+        gathered = _gathered(units, full, s, i, i + 1, forward=True)
+        yield Memory(f"forward of {unit.name}", state, earlier, gathered, kept, unit.use.forward)
         done = on_device * sum(u.parameters / u.shards * FLOAT32 for u in units[i + 1 :] if u.trains)
         own = unit.parameters * (s.parameter + s.reduced) if unit.trains else 0
         gathered = _gathered(units, full, s, i, i - 1, forward=False)
-        yield Memory(f"backward of {unit.name}", state, max(earlier, done), gathered, kept, unit.backward + own)
+        yield Memory(f"backward of {unit.name}", state, max(earlier, done), gathered, kept, unit.use.backward + own)
 
 
 def _with_later(stages: Sequence[Sequence[Unit]]) -> Iterator[tuple[Unit, float]]:
     """Each unit, and what those after it in its stage keep."""
     for stage in stages:
         for i, unit in enumerate(stage):
-            yield unit, sum(later.kept for later in stage[i + 1 :])
+            yield unit, sum(later.use.kept for later in stage[i + 1 :])
 
 
 def _gathered(units: Sequence[Unit], full: Sequence[float], s: Storage, at: int, next_to: int, forward: bool) -> float:
@@ -129,18 +138,10 @@ def traffic(units: Sequence[Unit], storage: Storage) -> dict[str, float]:
             add("fsdp reduce-scatter", storage.reductions * others * unit.parameters * storage.reduced)
             shard = unit.parameters / unit.shards
             add("hsdp all-reduce", storage.all_reductions * 2 * (unit.copies - 1) / unit.copies * shard * storage.reduced)
-            add("muon updates", unit.muon * _exchanged_by_muon(unit, storage.update))
-        for name, amount in unit.sent.items():
+            add("optimizer updates", unit.exchanged)
+        for name, amount in unit.use.sent.items():
             add(name, amount * storage.forwards)
     return total
-
-
-def _exchanged_by_muon(unit: Unit, update: int) -> float:
-    """Rows to the rank that orthogonalises their matrix, and back; with tensor parallel every rank gathers all (muon.py)."""
-    others = (unit.shards - 1) / unit.shards
-    if unit.tp == 1:
-        return 2 * others * unit.parameters / unit.shards * update
-    return unit.parameters * (others + unit.tp - 1) * update
 
 
 def in_flight(schedule: str, rank: int, ranks: int, microbatches: int) -> list[tuple[int, ...]]:

@@ -13,11 +13,13 @@ each holds a part of the gradient, and summing over all of dp, cp and tp is righ
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from torchtitan.config.layout import Degrees
+from torchtitan.distributed.imagined import ImaginedGroup, ImaginedWorld
 
 DIMS = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 
@@ -70,3 +72,11 @@ def _with_copies(world: DeviceMesh, shards: DeviceMesh) -> DeviceMesh:
     """Under HSDP (copies, shards), else the shards alone."""
     copies = world["dp_replicate"]
     return shards if copies.size() == 1 else DeviceMesh._concatenate([copies, shards])
+
+
+def imagine_mesh(degrees: Degrees) -> Mesh:
+    """The mesh of a rank that is alone (imagined.py), for meta tensors. Only what splits a model can use it."""
+    world: Any = ImaginedWorld(degrees)
+    cptp: Any = ImaginedGroup("cp x tp", degrees.cp * degrees.tp, world.sent)
+    none: Any = None
+    return Mesh(degrees, torch.device("meta"), world, data=none, loss=none, fsdp=none, enc=none, cptp=cptp)

@@ -21,11 +21,16 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from torchtitan.distributed.differentiable import gather
+from torchtitan.distributed.differentiable import gather, sum_gradient
+from torchtitan.distributed.imagined import ImaginedGroup, through
 
 
-def split(module: nn.Module, mesh: DeviceMesh, plan: dict[str, ParallelStyle]) -> None:
+def split(module: nn.Module, mesh: DeviceMesh | ImaginedGroup, plan: dict[str, ParallelStyle]) -> None:
     """Give each submodule that `plan` names its style."""
+    if isinstance(mesh, ImaginedGroup):
+        for name, style in plan.items():
+            _imagine(module.get_submodule(name), style, mesh)
+        return
     frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
     parallelize_module(module, mesh, plan)
     for name in frozen:
@@ -88,3 +93,40 @@ class VocabularyParallel(ParallelStyle):
         # The gradient of each rank's columns is a part of a sum, which the gather's backward adds up.
         head.register_forward_pre_hook(lambda module, inputs: (gather(inputs[0], 1, group), *inputs[1:]))
         return module
+
+
+def _imagine(module: nn.Module, style: ParallelStyle, group: ImaginedGroup) -> None:
+    """What `style` leaves of a plain module on one rank, and what crosses the group before and after it, without DTensors."""
+    if isinstance(style, VocabularyParallel):
+        _keep_part(module, 0, group)
+        module.register_forward_pre_hook(lambda module, inputs: (gather(inputs[0], 1, group), *inputs[1:]))
+    elif isinstance(style, ColwiseParallel):
+        _keep_part(module, 0, group)
+    elif isinstance(style, RowwiseParallel):
+        _keep_part(module, 0 if isinstance(module, nn.Embedding) else 1, group)
+        is_split = style.output_layouts[0] == Shard(1)
+        module.register_forward_hook(lambda module, inputs, x: _scatter_sum(x, group) if is_split else _sum(x, group))
+    elif isinstance(style, PrepareModuleInput):
+        is_split = style.input_layouts is not None and style.input_layouts[0] == Shard(1)
+        bring = (lambda x: gather(x, 1, group)) if is_split else (lambda x: sum_gradient(x, group))
+        module.register_forward_pre_hook(lambda module, inputs: (bring(inputs[0]), *inputs[1:]))
+    else:
+        assert isinstance(style, SequenceParallel), f"nothing is known of {style}"  # whole on every rank
+
+
+def _keep_part(module: nn.Module, dim: int, group: ImaginedGroup) -> None:
+    """Of the weight along `dim`, and of the bias where that is what is divided."""
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        if dim < parameter.ndim:
+            part = parameter.detach().chunk(group.size(), dim)[0].clone()
+            setattr(module, name, nn.Parameter(part, parameter.requires_grad))
+
+
+def _sum(x: torch.Tensor, group: ImaginedGroup) -> torch.Tensor:
+    return through(x, group, "all-reduce")
+
+
+def _scatter_sum(x_BSD: torch.Tensor, group: ImaginedGroup) -> torch.Tensor:
+    """The ranks' sum, of which each gets a part of the sequence."""
+    parts = torch.cat(x_BSD.chunk(group.size(), 1))
+    return through(parts, group, "reduce-scatter", "all-gather")

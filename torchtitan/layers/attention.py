@@ -26,7 +26,8 @@ class _Segments(NamedTuple):
 
 def _prepare_sdpa(mask: Mask) -> _Segments | Tensor:
     """Segments where the description allows it (CPU, no predicate), else the dense bool mask [B, 1, Q, K]."""
-    if mask.segments.device.type != "cpu" or mask.predicate is not None:
+    # On the meta device as on CPU: what is kept is then what FlexAttention keeps on GPU too.
+    if mask.segments.device.type not in ("cpu", "meta") or mask.predicate is not None:
         return mask.dense()
     return _Segments(mask.segments, mask.keys(), mask.query_rows().contiguous(), mask.key_rows().contiguous(), mask.causal)
 

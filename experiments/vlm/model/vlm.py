@@ -52,6 +52,9 @@ def place_visual_tokens(h_BSD: Tensor, visual_BVD: Tensor, visual_index_BS: Tens
 class VLM(nn.Module):
     """Parts are `encoder`, `projector` and `decoder`. A pipeline stage holds some; what it lacks is None."""
 
+    # Rows of these are looked up or scored one by one: an optimizer of whole matrices has no business with them.
+    TABLES = ("decoder.tok_embeddings", "decoder.output", "encoder.embedding.positions")
+
     def __init__(self, config: VLMConfig, vocab_size: int, merge_size: int, backend: str, loss_chunk: int):
         super().__init__()
         self.config = config

@@ -1,0 +1,160 @@
+"""One rank's share of a VLM, run once on the meta device: what its units hold, keep and send.
+
+The share is made by what splits and checkpoints the model that trains, so nothing of a tower is said here but where its
+units are. Few layers are run, since those of a tower are alike but for the first, whose input others hold too.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from experiments.vlm.batch import FIELDS, BatchShape
+from experiments.vlm.config import VLMJobConfig
+from experiments.vlm.model.flavors import VLMConfig
+from experiments.vlm.model.vlm import VLM
+from experiments.vlm.parallelize import split_decoder, split_encoder
+from experiments.vlm.shard_batch import shard_batch
+from experiments.vlm.sharing import sharers
+from torchtitan.components.flops import backward_of
+from torchtitan.components.optimizer import moments, sent_for_updates
+from torchtitan.config.layout import Degrees
+from torchtitan.distributed.activation_checkpoint import apply_activation_checkpoint
+from torchtitan.distributed.estimate import Unit
+from torchtitan.distributed.footprint import Footprint, footprints, fuse_norms
+from torchtitan.distributed.mesh import Mesh, imagine_mesh
+
+
+def build_on_meta(job: VLMJobConfig, config: VLMConfig, vocab_size: int) -> VLM:
+    """Frozen where the job freezes it."""
+    with torch.device("meta"):
+        model = VLM(config, vocab_size, job.data.spatial_merge_size, "sdpa", job.training.loss_chunk_tokens)
+    for part in job.training.freeze:
+        model.get_submodule(part).requires_grad_(False)
+    return model
+
+
+class RankShare:
+    """Of a layout, for `slots` slots a forward. `on_gpu`: with the kernels that run there, else with those of a CPU."""
+
+    def __init__(self, job: VLMJobConfig, config: VLMConfig, vocab: int, sizes: Degrees, slots: int, on_gpu: bool):
+        self._job, self._config = job, config
+        self._dtype = getattr(torch, job.training.mixed_precision_param)
+        self._update = 2 if on_gpu else 4  # bytes of an element that Muon's ranks exchange
+        option = job.activation_checkpoint.selective_ac_option
+        self._every = 1 if option == "op" else int(option)
+        model, mesh = build_on_meta(job, self._shallow(), vocab).to(self._dtype), imagine_mesh(sizes)
+        self._backward = backward_of(model)
+        split_decoder(model, mesh, _quiet(job, sizes))
+        split_encoder(model, mesh, _quiet(job, sizes))
+        self._parameters = dict(model.named_parameters())
+        batch = _batch_of(job, mesh, slots)
+        self.batch_bytes = sum(tensor.numel() * tensor.element_size() for tensor in batch.values())
+        tokens = slots * job.training.seq_len / (sizes.cp * sizes.tp)
+        self.residual_bytes = tokens * config.decoder.dim * self._dtype.itemsize  # what goes from stage to stage
+        table = self._parameters["decoder.tok_embeddings.weight"]
+        self.tied_numbers = table.numel() if config.decoder.tied_embeddings and table.requires_grad else 0
+        self._spans = self._run(model, mesh, batch, on_gpu)
+
+    def _shallow(self) -> VLMConfig:
+        """After the first layer of a tower one of each kind: checkpointed, and not where every n-th is."""
+        towers = {name: getattr(self._config, name) for name in ("encoder", "decoder")}
+        layers = 2 if self._every == 1 else 3
+        return dataclasses.replace(self._config, **{name: dataclasses.replace(tower, layers=layers) for name, tower in towers.items()})
+
+    def _run(self, model: VLM, mesh: Mesh, batch: dict[str, Tensor], on_gpu: bool) -> dict[str, Footprint]:
+        ac, option = self._job.activation_checkpoint, "2" if self._every > 1 else None
+        assert model.encoder is not None
+        for tower, mode in ((model.encoder, ac.encoder_mode), (model.decoder, ac.mode)):
+            apply_activation_checkpoint(tower.layers, mode, option or ac.selective_ac_option)
+        if on_gpu:
+            fuse_norms(model)
+        spans = {name: model.get_submodule(name) for name in _span_names(model)}
+        world: Any = mesh.world
+        return footprints(spans, lambda: model(**batch), [*model.parameters(), *batch.values()], world.sent)
+
+    def units(self, sizes: Degrees, layers: range, first: bool, last: bool) -> Iterator[Unit]:
+        """The groups of FSDP of a stage with these layers of the decoder, in the order of forward."""
+        tied = self._config.decoder.tied_embeddings
+        unit = partial(self._unit, copies=sizes.dp_replicate, shards=sizes.dp_shard * sizes.cp, tp=sizes.tp)
+        if first:
+            yield from self._vision(sizes)
+            yield unit("embedding", "decoder.tok_embeddings", ("decoder.tok_embeddings",), stays=tied)
+        else:
+            # A stage keeps what it received.
+            yield Unit("received", use=Footprint(self.residual_bytes))
+        for number in layers:
+            yield unit(f"decoder layer {number}", self._layer("decoder", number), ("decoder.layers.1",))
+        if last:
+            own = ("decoder.norm", "decoder.output", *(("decoder.tok_embeddings",) if tied and not first else ()))
+            always = self._job.parallelism.fsdp_reshard_after_forward == "always"
+            # Alone it stays gathered, since backward starts with it (fsdp.py).
+            yield dataclasses.replace(unit("output layer", "decoder.norm", own), in_backward=tied or always)
+
+    def _vision(self, sizes: Degrees) -> Iterator[Unit]:
+        heads = sizes.tp if self._job.parallelism.encoder_tensor_parallel else 1
+        shards = sizes.dp_shard * sizes.cp * sizes.tp // heads
+        unit = partial(self._unit, copies=sizes.dp_replicate, shards=shards, tp=1)
+        ends = ("encoder.embedding", "encoder.norm")  # one group
+        yield unit("patch embedding", "encoder.embedding", ends)
+        for number in range(self._config.encoder.layers):
+            yield unit(f"encoder layer {number}", self._layer("encoder", number), ("encoder.layers.1",), tp=heads)
+        yield unit("encoder norm", "encoder.norm", ())
+        yield unit("projector", "projector", ("projector",))
+
+    def _layer(self, tower: str, number: int) -> str:
+        """The layer that was run in the place of layer `number`."""
+        kind = 1 if self._every == 1 or number % self._every else 2
+        return f"{tower}.layers.{kind if number else 0}"
+
+    def _unit(self, name: str, span: str, modules: tuple[str, ...], *, shards: int, copies: int, tp: int, stays: bool = False) -> Unit:
+        """The parameters of `modules`, and what was seen of `span`."""
+        begin = tuple(f"{module}." for module in modules)
+        own = {name: parameter for name, parameter in self._parameters.items() if name.startswith(begin)}
+        backward = [wants for name, wants in self._backward.items() if f"{name}.".startswith(begin)]
+        trained = [(name, parameter) for name, parameter in own.items() if parameter.requires_grad]
+        optimizer = self._job.optimizer, VLM.TABLES
+        return Unit(
+            name,
+            sum(parameter.numel() for parameter in own.values()),
+            shards,
+            copies,
+            trains=bool(trained),
+            in_backward=any(wants.weights or wants.inputs for wants in backward),
+            moments=moments(trained, *optimizer),
+            exchanged=sent_for_updates(trained, *optimizer, shards, tp, self._update),
+            stays=stays,
+            use=self._spans[span],
+        )
+
+
+def _span_names(model: VLM) -> list[str]:
+    """Modules in the order of forward; each span of memory and traffic begins with the call of one."""
+    assert model.encoder is not None
+    encoder = [f"encoder.layers.{number}" for number in model.encoder.layers]
+    decoder = [f"decoder.layers.{number}" for number in model.decoder.layers]
+    ends = ["encoder.norm", "projector", "decoder.tok_embeddings"]
+    return ["encoder.embedding", *encoder, *ends, *decoder, "decoder.norm"]
+
+
+def _batch_of(job: VLMJobConfig, mesh: Mesh, slots: int) -> dict[str, Tensor]:
+    """This rank's arguments of the model, on the meta device."""
+    d = job.data
+    shape = BatchShape(slots, job.training.seq_len, d.patch_rows, d.patches_per_row, d.patch_size)
+    # Documents are dealt to ranks by their values; pixels are only sliced.
+    batch = {
+        name: torch.zeros(shape.of(name), dtype=getattr(torch, field.dtype), device="cpu" if field.dims == "BS" else "meta")
+        for name, field in FIELDS.items()
+    }
+    return {name: tensor.to("meta") for name, tensor in shard_batch(batch, mesh, job).items()}
+
+
+def _quiet(job: VLMJobConfig, sizes: Degrees) -> VLMJobConfig:
+    """The job without what only real ranks can do, and without what splitting would log of it."""
+    parallelism = dataclasses.replace(job.parallelism, enable_async_tensor_parallel=False)
+    if sharers(job, sizes) == 1:
+        parallelism.encoder_sharing = "off"
+    return dataclasses.replace(job, parallelism=parallelism)
