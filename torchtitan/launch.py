@@ -122,6 +122,8 @@ def _exit_code(process: subprocess.Popen) -> int:
 
 
 def _how_it_ended(process: subprocess.Popen) -> str:
+    if process.returncode - 128 in FORWARDED:  # it stopped by itself for a signal that it alone received
+        return f"was stopped by {signal.Signals(process.returncode - 128).name}"
     if process.returncode >= 0:
         return f"failed with exit code {process.returncode}"
     number = signal.Signals(-process.returncode)

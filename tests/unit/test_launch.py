@@ -89,6 +89,11 @@ def test_a_rank_that_fails_ends_the_others_and_gives_its_exit_code(start, tmp_pa
     assert (tmp_path / "stopped0").read_text() == "SIGTERM"
 
 
+def test_a_rank_that_was_stopped_is_not_said_to_have_failed(start):
+    code, errors = end(start("if rank == 0: stay()\nothers_wait()\nsys.exit(128 + signal.SIGTERM)"))
+    assert (code, errors) == (143, "rank 1 was stopped by SIGTERM; the others are stopped\n")
+
+
 def test_a_rank_that_was_killed_gives_128_and_the_signal(start):
     code, errors = end(start("if rank == 0: stay()\nothers_wait()\nos.kill(os.getpid(), signal.SIGKILL)"))
     assert (code, errors) == (137, "rank 1 was killed by SIGKILL (out of memory?); the others are stopped\n")
