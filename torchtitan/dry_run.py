@@ -35,14 +35,16 @@ def dry_run(job: JobConfig, spec: TrainSpec) -> None:
     if there:
         tell_batch(job, spec, layout, tokenizer, model)
     else:
-        warn_once(f"model.tokenizer_path = {job.model.tokenizer_path} is not here: vocabulary as published, and no batch was read")
+        path = f"model.tokenizer_path = {job.model.tokenizer_path}"
+        warn_once(f"{path} is not here: vocabulary as published, and no batch was read")
     logger.info("dry run: nothing was trained")
 
 
 def tell_run(job: JobConfig, layout: Degrees, sizes: BatchSizes) -> None:
     steps, length = job.training.steps, job.training.seq_len
     logger.info(f"layout: {layout.name}")
-    logger.info(f"tokens of the run: {steps * sizes.global_ * length:,}, in {steps:,} steps of {sizes.global_} slots of {length:,} tokens")
+    a_step = f"{sizes.global_} slots of {length:,} tokens"
+    logger.info(f"tokens of the run: {steps * sizes.global_ * length:,}, in {steps:,} steps of {a_step}")
 
 
 def tell_memory(job: JobConfig, spec: TrainSpec, layout: Degrees, tokenizer: Any, held: float) -> None:

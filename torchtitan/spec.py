@@ -18,8 +18,10 @@ class TrainSpec:
     name: str
     parts: tuple[str, ...]  # attributes of the model that training.freeze may name
     load_tokenizer: Callable[[Any], Any]  # (job)
-    build_model: Callable[[Any, Any], Any]  # (job, tokenizer; None: as published): on the meta device; it has init_weights(seed)
-    memory: Callable[[Any, Degrees, Any, bool], Memory]  # (job, layout, tokenizer or None, on a GPU?): bytes of a rank at the peak
+    # (job, tokenizer; None: as published): on the meta device; it has init_weights(seed)
+    build_model: Callable[[Any, Any], Any]
+    # (job, layout, tokenizer or None, on a GPU?): bytes of a rank at the peak
+    memory: Callable[[Any, Degrees, Any, bool], Memory]
     parallelize: Callable[[Any, Mesh, Any], None]  # (model, mesh, job): in place
     pipeline: Callable[[Any, Mesh, Any], ForwardBackward] | None  # (model, mesh, job): in place of parallelize
     build_loader: Callable[..., Loader]  # (job, tokenizer, *, rank, ranks, split, control, agree): see components/loader.py

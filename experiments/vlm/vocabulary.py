@@ -5,11 +5,12 @@ from experiments.vlm.model.flavors import FLAVORS
 from torchtitan.components.tokenizer import Tokenizer, load_tokenizer
 from torchtitan.tools.logging import warn_once
 
-FEW = 0.9  # share of the published rows below which a tokenizer is hardly the model's own; theirs have 0.99 and more
+# Share of the published rows below which a tokenizer is hardly the model's own; theirs have 0.99 and more.
+FEW = 0.9
 
 
 def rows_of(job: VLMJobConfig, tokenizer: Tokenizer | None) -> int:
-    """Published embeddings have rows beyond the tokenizer's ids (Qwen); a tokenizer with more ids enlarges them."""
+    """Published embeddings have rows beyond the tokenizer's ids (Qwen); one with more ids enlarges them."""
     return max(FLAVORS[job.model.flavor].decoder.vocab_size, tokenizer.vocab_size if tokenizer else 0)
 
 
@@ -17,7 +18,8 @@ def open_tokenizer(job: VLMJobConfig) -> Tokenizer:
     """The job's tokenizer; where it is hardly the flavor's own, that is told."""
     tokenizer = load_tokenizer(job.model.tokenizer_path)
     ids, published = tokenizer.vocab_size, FLAVORS[job.model.flavor].decoder.vocab_size
-    sizes = f"model.tokenizer_path = {job.model.tokenizer_path} has {ids:,} ids, model.flavor = {job.model.flavor} {published:,} rows"
+    flavor = f"model.flavor = {job.model.flavor} {published:,} rows"
+    sizes = f"model.tokenizer_path = {job.model.tokenizer_path} has {ids:,} ids, {flavor}"
     if ids > published:
         warn_once(f"{sizes}: the embedding is enlarged by {ids - published:,} rows, which no published weights fill")
     elif ids < FEW * published:

@@ -26,7 +26,7 @@ def told(caplog, monkeypatch, tmp_path):
 def test_layout_memory_and_tokens_are_told_without_the_tokenizer(told):
     assert "layout: fsdp4" in told
     assert "tokens of the run: 16,384,000, in 1,000 steps of 8 slots of 2,048 tokens" in told
-    # 1,332,153,600 parameters with a table of 128,256 rows once: four numbers of four bytes each, over four ranks.
+    # 1,332,153,600 parameters, with a table of 128,256 rows once: four float32 numbers each, over four ranks.
     assert "weights, gradients and AdamW state: 4.96 GiB a rank" in told
     assert "it does not fit this machine: 8.0 GiB of cpu memory a rank" in told
     assert any(line.startswith("peak memory: ") for line in told)

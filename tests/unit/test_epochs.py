@@ -41,7 +41,8 @@ def test_epochs_are_the_samples_delivered_over_those_of_the_source(data, tmp_pat
             for batch in step.batches:
                 seen.update({name: batch.counts[f"samples/{name}"] for name in SIZES})
         epochs = added(steps)
-        # Units of captions are of one size, so each sample weighs the same. Of the others some come in pieces, and the last counts.
+        # Units of captions are of one size, so each sample weighs the same. Of the others some come in
+        # pieces, and the last of them counts.
         assert epochs["captions"] == pytest.approx(seen["captions"] / SIZES["captions"], abs=1e-9)
         assert 0 <= epochs["texts"] <= seen["texts"] / SIZES["texts"] + 1e-9
     assert min(epochs.values()) > 1

@@ -1,4 +1,4 @@
-"""What a rank holds, against the tensors of a real step; and a job that does not fit, told before it is built."""
+"""What a rank holds, against the tensors of a real step; a job that does not fit is told before it is built."""
 
 import pytest
 import torch

@@ -1,7 +1,7 @@
 """How often each source of data was delivered, by all ranks together, and a line when it begins anew.
 
-One epoch is over when each part of the source was delivered once; some parts may then have come twice and others not at all,
-since slots go on by themselves.
+One epoch is over when as much as the source holds was delivered; some of it may then have come twice and some
+not at all, since slots go on by themselves.
 """
 
 import math

@@ -12,7 +12,8 @@ State = Mapping[str, bytes]  # small pieces of a loader's position, each under a
 class Batch(Protocol):
     """One microbatch: host tensors of fixed shapes, and host numbers that describe them.
 
-    `epochs`: name of a source -> how often it was delivered so far, the part of this batch's slots; over all they add up.
+    `epochs`: name of a source -> this batch's share in how often it was delivered so far; over all batches of a
+    step they add up.
     """
 
     tensors: Tensors

@@ -1,6 +1,7 @@
-"""Whether a job fits this machine, told before it gets storage: by what every rank holds whatever it computes.
+"""Whether a job fits this machine, told before it gets storage: by what a rank holds whatever it computes.
 
-That is weights, gradients and optimizer state, all of them there when the optimizer steps. Activations come on top.
+That is weights, gradients and optimizer state, all of them there when the optimizer steps. Activations come on
+top.
 """
 
 import torch
@@ -17,22 +18,25 @@ NEAR = 0.8  # share of the memory from which on activations may find no room
 
 
 def held_gib(model: nn.Module, job: JobConfig, adamw_only: tuple[str, ...], layout: Degrees) -> float:
-    """Of a rank, on the mean over its shards. `model`: the whole, frozen where it is to be, on the meta device."""
-    weights = sum(parameter.numel() * (1 + parameter.requires_grad) for parameter in model.parameters())  # and their gradients
+    """Of a rank, on the mean over its shards. `model`: the whole, on the meta device, frozen where it is to be."""
+    parameters = list(model.parameters())
+    weights = sum(parameter.numel() * (1 + parameter.requires_grad) for parameter in parameters)  # and gradients
     shards = layout.dp_shard * layout.cp * layout.tp * layout.pp
     return (weights + moments(trainable(model), job.optimizer, adamw_only)) * torch.float32.itemsize / shards / GIB
 
 
 def require_room(held: float, job: JobConfig, device: torch.device) -> None:
-    """`held`: GiB of a rank. Raises ConfigError where that alone is more than there is; where it is most of it, that is told."""
+    """`held`: GiB of a rank. Raises ConfigError where that is more than there is; tells where it is most of it."""
     offload = job.training.enable_cpu_offload
     there = memory_gib(torch.device("cpu") if offload else device)
     what = "of host memory" if offload or device.type == "cpu" else "of GPU memory"
-    need = f"weights, gradients and {job.optimizer.name} state take {held:.1f} GiB a rank, and a rank has {there:.1f} GiB {what}"
+    state = f"weights, gradients and {job.optimizer.name} state"
+    need = f"{state} take {held:.1f} GiB a rank, and a rank has {there:.1f} GiB {what}"
     if held > there:
         raise ConfigError(
             f"model.flavor = {job.model.flavor} does not fit this machine: {need}; "
             f"take a smaller flavor, freeze parts (training.freeze), or share it among more processes"
         )
     if held > NEAR * there:
-        warn_once(f"model.flavor = {job.model.flavor} nearly fills this machine: {need}; DRY_RUN=1 tells the peak with activations")
+        peak = "DRY_RUN=1 tells the peak with activations"
+        warn_once(f"model.flavor = {job.model.flavor} nearly fills this machine: {need}; {peak}")

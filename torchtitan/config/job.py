@@ -16,7 +16,7 @@ class Job:
     dump_folder: str = "./outputs"  # everything a run writes goes below this folder
     description: str = ""  # a note for people, printed at the start
     print_config: bool = False  # print the resolved configuration before the run starts
-    dry_run: bool = False  # validate, build on the meta device, read one batch, print sizes and peak memory, train nothing
+    dry_run: bool = False  # validate, build on the meta device, read one batch, print sizes and memory, train nothing
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Optimizer:
 @dataclass
 class LRScheduler:
     warmup_steps: int = 200  # optimizer steps of linear warm-up; cut, and told, where training.steps is less
-    decay_ratio: float | None = None  # share of the steps spent in decay, of those after warm-up at most; unset: all of them
+    decay_ratio: float | None = None  # share of the steps spent in decay, after warm-up; unset: all that are left
     decay_type: Literal["linear", "sqrt", "cosine"] = "linear"  # shape of the decay
     min_lr_factor: float = 0.0  # the learning rate ends at this share of its peak
 

@@ -62,10 +62,10 @@ def shard_blocks(blocks: Iterable[nn.Module], mesh: DeviceMesh, sharding: Shardi
 
 
 def free_gathered(root: nn.Module) -> None:
-    """Keep the shards alone. After a backward that is so; a forward without one leaves whatever waits for its backward gathered.
+    """Keep the shards alone, as after a backward; a forward without one leaves gathered what waits for its backward.
 
-    A later forward would then compute with parameters of before the optimizer's step where it is replayed (CUDA graphs), and
-    the optimizer state could not be read under its names.
+    A later forward that is replayed (CUDA graphs) would then compute with parameters of before the optimizer's
+    step, and the optimizer state could not be read under its names.
     """
     for module in root.modules():
         if isinstance(module, FSDPModule):

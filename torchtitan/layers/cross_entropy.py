@@ -15,7 +15,7 @@ IGNORE = -100
 
 
 class _Chunk:
-    """Log-sum-exp and label logit of one chunk over the whole vocabulary; `ranked`: the most likely token too."""
+    """Log-sum-exp and label logit of a chunk over the whole vocabulary; `ranked`: the most likely token too."""
 
     def __init__(self, h_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, group: dist.ProcessGroup | None, ranked: bool = False):
         self.group = group
@@ -40,7 +40,7 @@ class _Chunk:
         return x
 
     def _first_highest(self, first: int) -> Tensor:
-        """Which token has the highest logit, the first of them where several have: one choice on all ranks, as argmax makes it."""
+        """Which token has the highest logit; the first of several, as argmax chooses, and the same on all ranks."""
         own_T, column_T = self.logits_TV.max(-1)
         nobody = torch.iinfo(column_T.dtype).max
         return self._reduce((column_T + first).where(own_T == self.highest_T, nobody), dist.ReduceOp.MIN)
@@ -49,7 +49,7 @@ class _Chunk:
         return (self.highest_T + self.sum_T.log() - self.label_T).where(self.valid_T, 0.0)
 
     def correct_T(self) -> Tensor:
-        """The label is the most likely token. In bfloat16 several often tie; greedy decoding would write the first of them."""
+        """The label is the most likely token. In bfloat16 several often tie; greedy decoding writes the first."""
         assert self.best_T is not None
         return self.valid_T & (self.labels_T == self.best_T)
 
@@ -99,8 +99,8 @@ def cross_entropy_sum(h_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, chunk: 
 
 @torch.no_grad()
 def token_scores(h_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, chunk: int, group: dist.ProcessGroup | None = None) -> Tensor:
-    """float32 [T, 2]: negative log-likelihood of each label and whether it is the most likely token (the first of
-    several that are equally likely, as argmax gives it); 0 where there is none."""
+    """float32 [T, 2]: negative log-likelihood of each label and whether it is the most likely token
+    (the first of several that are equally likely); 0 where there is none."""
     scores = []
     for start in range(0, h_TD.shape[0], chunk):
         piece = _Chunk(h_TD[start : start + chunk], weight_VD, labels_T[start : start + chunk], group, ranked=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-# Dense bfloat16 FLOPS, from the makers' data sheets, by what is left of a device's name without the words of NOT_TOLD.
+# Dense bfloat16 FLOPS, from the makers' data sheets, by a device's name without the words of NOT_TOLD.
 # What is not here is not known: another card of a similar name may be half as fast.
 PEAK_FLOPS = {
     "A10": 125e12,
@@ -49,7 +49,8 @@ PEAK_FLOPS = {
 # The maker, the series, the socket and the memory: they change no FLOPS.
 NOT_TOLD = re.compile(r"NVIDIA|AMD|INSTINCT|GEFORCE|OAM|SXM\d?|HBM\d?E?|\d+GB?")
 GIB = 1024**3
-CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))  # cgroups 2 and 1
+# Of cgroups 2 and 1.
+CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 def peak_flops(device: torch.device) -> float | None:

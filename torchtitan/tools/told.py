@@ -1,5 +1,5 @@
-"""How a user's error or interrupt is told: one line on stderr; by the launcher where there is one, since every rank may
-find the same."""
+"""How a user's error or interrupt is told: one line on stderr; by the launcher where there is one, since every
+rank may find the same."""
 
 import os
 import signal

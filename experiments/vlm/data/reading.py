@@ -166,10 +166,10 @@ class SourceReader:
         return Record(document, path, lost)
 
     def epochs(self, waiting: Sequence[int]) -> float:
-        """This slot's share of the passes over the source: the units that it is done with, among those of an epoch.
+        """This slot's share of the passes over the source: the units that it is done with among those of an epoch.
 
-        `waiting`: the unit of each record that was read and not delivered yet. Over all slots the shares add up to how often
-        the source was delivered, 1.0 after each unit once; rejected records count as delivered.
+        `waiting`: the unit of each record that was read and not delivered yet. Over all slots the shares add up to
+        how often the source was delivered, 1.0 after each unit once; rejected records count as delivered.
         """
         needed = {*waiting, self.unit} if self.place else set(waiting)
         self._records_in = {number: self._records_in.get(number) or self._count_records(number) for number in needed}
