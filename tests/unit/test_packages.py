@@ -13,8 +13,14 @@ REPOSITORY = Path(__file__).parents[2]
 PACKAGES = runpy.run_path(str(REPOSITORY / "scripts" / "packages.py"))
 OURS = ("torchtitan", "experiments", "tests", "benchmarks")
 # Not imported by name: torch's TensorBoard writer and compiler, file systems that fsspec finds, plug-ins and tools.
-NOT_IMPORTED = {"tensorboard", "setuptools", "s3fs", "gcsfs", "huggingface-hub", "pytest-timeout", "mypy", "ruff", "types-tqdm"}
-IMPORT_NAMES = {"pillow": "PIL", "opencv-python-headless": "cv2", "scikit-image": "skimage", "scikit-learn": "sklearn"}
+NOT_IMPORTED = {"tensorboard", "setuptools", "s3fs", "gcsfs", "pytest-timeout", "mypy", "ruff", "types-tqdm"}
+IMPORT_NAMES = {
+    "pillow": "PIL",
+    "opencv-python-headless": "cv2",
+    "scikit-image": "skimage",
+    "scikit-learn": "sklearn",
+    "huggingface-hub": "huggingface_hub",
+}
 
 
 @pytest.fixture
