@@ -7,9 +7,9 @@ from ipaddress import ip_network
 
 import pytest
 
-from experiments.vlm.data.addresses import REFUSED, Gate
-from experiments.vlm.prepare.download.fetch import Failed, Fetcher, Limits, inflate, retry_after_s
-from experiments.vlm.prepare.download.hosts import Hosts
+from experiments.vlm.data.download.addresses import REFUSED, Gate
+from experiments.vlm.data.download.client import Client, Failed, Limits, inflate, retry_after_s
+from experiments.vlm.data.download.hosts import Hosts
 from experiments.vlm.prepare.images import looks_whole
 from tests.faults.hostile_server import HOSTS, HostileServer, image
 
@@ -24,15 +24,15 @@ def server():
 
 
 def fetch(*urls: str, gate: Gate = LOOPBACK, max_per_host: int = 8, delay_s: float = 0.0) -> list[bytes | Failed]:
-    async def one(fetcher: Fetcher, url: str) -> bytes | Failed:
+    async def one(client: Client, url: str) -> bytes | Failed:
         try:
-            return await fetcher.fetch(url)
+            return await client.fetch(url)
         except Failed as failed:
             return failed
 
     async def all_of_them() -> list[bytes | Failed]:
-        async with Fetcher(LIMITS, gate, Hosts(max_per_host, delay_s), 64, "test", looks_whole) as fetcher:
-            return await asyncio.gather(*(one(fetcher, url) for url in urls))
+        async with Client(LIMITS, gate, Hosts(max_per_host, delay_s), 64, "test", looks_whole) as client:
+            return await asyncio.gather(*(one(client, url) for url in urls))
 
     return asyncio.run(all_of_them())
 
@@ -159,9 +159,9 @@ def test_retry_after_leaves_the_whole_host_alone():
 
 def test_what_a_server_sends_after_its_answer_harms_no_other_image(server):
     async def one_after_the_other() -> list[bytes]:
-        async with Fetcher(LIMITS, LOOPBACK, Hosts(8, 0.0), 64, "test", looks_whole) as fetcher:
+        async with Client(LIMITS, LOOPBACK, Hosts(8, 0.0), 64, "test", looks_whole) as client:
             for paths in ([f"goes_on/{number}" for number in range(8)], [f"good/{number}" for number in range(8)]):
-                got = await asyncio.gather(*(fetcher.fetch(server.url(path)) for path in paths))
+                got = await asyncio.gather(*(client.fetch(server.url(path)) for path in paths))
                 await asyncio.sleep(0.1)
             return got
 

@@ -13,9 +13,9 @@ from experiments.vlm.data.document import Document, Image
 from experiments.vlm.data.formats import KINDS
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.prepare.dedup import find_repeated, url_hash
-from experiments.vlm.prepare.download.journal import Journal
 from experiments.vlm.prepare.folder import Folder, appearing, read_array, write_array
 from experiments.vlm.prepare.images import Encoding, FinishedImage, finish_image, looks_whole, shrunk
+from experiments.vlm.prepare.journal import Journal
 from experiments.vlm.prepare.options import Options
 from experiments.vlm.prepare.progress import Shown
 from experiments.vlm.prepare.records import MEMBERS

@@ -105,6 +105,10 @@ def test_a_tsv_without_a_header_is_known_by_its_addresses(tmp_path):
     assert reasons == ["image_address", "wrong_shape", "broken_utf8"]
 
 
-def test_the_table_imports_no_torch():
-    code = "import sys, experiments.vlm.data.formats.shard; sys.exit('torch' in sys.modules)"
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [("data.formats", "aiohttp"), ("data.formats", "torch"), ("data.formats.shard", "torch"), ("prepare.start", "torch")],
+)
+def test_what_looks_at_no_image_imports_nothing_heavy(module, heavy):
+    code = f"import sys, experiments.vlm.{module}; sys.exit({heavy!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -7,11 +7,11 @@
         DataError        the data cannot carry the run: too much of it is bad, or nothing good is left
       Rejected         a sample, image or shard is not used: counted by reason, logged, skipped
                        (experiments/vlm/data/rejects.py)
-      Failed           an address was not fetched, and whether to try again (vlm/prepare/download/fetch.py)
-      Stopped          somebody asked for a stop: unwinds to where work is saved (vlm/prepare/stop.py)
+        Failed         an address was not fetched, and whether to try again (vlm/data/download/client.py)
+      Stopped          somebody asked for a stop: unwinds to where work is saved (vlm/data/download/client.py)
       RuntimeError
         Crashed        the working process of `prepare` died: one line, exit code 1; the same command goes on
-                       (vlm/prepare/local.py)
+                       (vlm/prepare/start.py)
 
 A UserError ends a run. Rejected, Failed and Stopped never reach the user: whoever works on samples, addresses
 or shards catches them. Everything else is a mistake of ours and keeps its traceback.

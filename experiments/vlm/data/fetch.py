@@ -1,7 +1,7 @@
 """Images by their address, for records that hold URLs.
 
-http(s) only, a few seconds each, five redirects at most. A name is resolved once, what it resolves to is checked, and
-that very address is connected to, for redirects too.
+The client is that of data preparation (download/): http(s) only, a few redirects at most, no private addresses. Here an image
+has a few seconds in all, and one try.
 
 The first outcome is the outcome. Bytes are kept in the file cache, and that an address did not answer in its folder `failed`,
 so a sample that is read again, by another rank or a run that goes on, is the same one. This holds as long as they share that
@@ -11,29 +11,25 @@ data.url_timeout_s.
 For more than a trial, fetch beforehand: scripts/prepare_data.py.
 """
 
-import contextlib
+import asyncio
 import functools
-import http.client
 import os
-import socket
-import ssl
 import threading
-import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from urllib.parse import SplitResult, urljoin, urlsplit
 
 from experiments.vlm.config import Data
-from experiments.vlm.data.addresses import REFUSED, Gate
+from experiments.vlm.data.download.addresses import Gate
+from experiments.vlm.data.download.client import Client, Failed, Limits
+from experiments.vlm.data.download.hosts import Hosts
 from experiments.vlm.data.file_cache import FileCache, file_cache
-from experiments.vlm.data.rejects import Rejected
+from experiments.vlm.data.rejects import REASONS, Rejected
 
 MAX_BYTES = 64 << 20
-MAX_REDIRECTS = 5
 THREADS = 16
 FAILED_BYTES = 64 << 20  # of notes about addresses that failed; those that were met longest ago go first
-HEADERS = {"User-Agent": "torchtitan-vlm/0.1 (training data)", "Accept": "image/*, */*;q=0.5", "Accept-Encoding": "identity"}
+USER_AGENT = "torchtitan-vlm/0.1 (training data)"
 
 
 class Fetcher:
@@ -46,6 +42,7 @@ class Fetcher:
         self.failures = FileCache(cache.folder / "failed", FAILED_BYTES)
         self._failed: dict[str, tuple[str, str]] = {}  # reason and detail; the exceptions would keep their frames
         self._pool: ThreadPoolExecutor | None = None
+        self._running: asyncio.AbstractEventLoop | None = None
         self._lock = threading.Lock()
 
     def fetch(self, url: str) -> bytes:
@@ -96,83 +93,30 @@ class Fetcher:
         self.failures.get(origin, write)
 
     def _download(self, url: str) -> bytes:
-        attempt = _Attempt(self.gate, time.monotonic() + self.timeout_s)
+        """Raises Rejected, with few reasons, since steps count each: the detail says which of the client's it was."""
         try:
-            return attempt.run(url)
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            if isinstance(error, OSError) and error.errno == REFUSED:
-                raise Rejected("image_address", f"{url}: {error.strerror}") from error
-            raise Rejected("image_fetch", f"{url}: {error or type(error).__name__}") from error
+            return asyncio.run_coroutine_threadsafe(self._asked(url), self._loop()).result()
+        except Failed as failed:
+            refused = failed.reason in ("bad_url", "private_address")
+            reason = "image_address" if refused else failed.reason if failed.reason in REASONS else "image_fetch"
+            detail = ", ".join(filter(None, (failed.reason, failed.detail)))
+            raise Rejected(reason, f"{url[:200]}: {detail}") from failed
+        except TimeoutError as error:
+            raise Rejected("image_fetch", f"{url[:200]}: timeout") from error
 
+    async def _asked(self, url: str) -> bytes:
+        """In the loop's thread. The time limit is for the sum of everything."""
+        limits = Limits(self.timeout_s, self.timeout_s, MAX_BYTES, retries=0, keep_alive=False)
+        async with Client(limits, self.gate, Hosts(THREADS, 0.0), THREADS, USER_AGENT) as client, asyncio.timeout(self.timeout_s):
+            return await client.fetch(url)
 
-class _Attempt:
-    """One download. The deadline holds for the sum of everything, by closing the connection from outside."""
-
-    def __init__(self, gate: Gate, deadline: float):
-        self.gate = gate
-        self.deadline = deadline
-
-    def run(self, url: str) -> bytes:
-        for _ in range(MAX_REDIRECTS + 1):
-            body, redirect = self._get(url)
-            if not redirect:
-                return body
-            url = urljoin(url, redirect)
-        raise Rejected("image_fetch", f"{url}: more than {MAX_REDIRECTS} redirects")
-
-    def left(self) -> float:
-        left = self.deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError("too slow")
-        return left
-
-    def _get(self, url: str) -> tuple[bytes, str]:
-        """The body, or the address it has moved to."""
-        target = urlsplit(url)
-        if target.scheme not in ("http", "https") or not target.hostname:
-            raise Rejected("image_address", f"{url[:200]}: not an http(s) address")
-        connection = http.client.HTTPConnection(target.hostname, target.port, timeout=self.left())
-        connection.sock = self._connect(target)
-        # A server may drip a byte a second, each within the socket's own limit: this ends it.
-        guard = threading.Timer(self.left(), _shut, (connection.sock,))
-        guard.start()
-        try:
-            path = (target.path or "/") + (f"?{target.query}" if target.query else "")
-            connection.request("GET", _ascii(path), headers={**HEADERS, "Host": target.netloc.rpartition("@")[2]})
-            response = connection.getresponse()
-            if response.status in (301, 302, 303, 307, 308):
-                return b"", response.getheader("Location") or ""
-            if response.status != 200:
-                raise Rejected("image_fetch", f"{url}: HTTP {response.status}")
-            return self._body(response), ""
-        finally:
-            guard.cancel()
-            connection.close()
-
-    def _body(self, response: http.client.HTTPResponse) -> bytes:
-        body = response.read(MAX_BYTES + 1)
-        self.left()
-        if len(body) > MAX_BYTES:
-            raise Rejected("image_too_large", f"more than {MAX_BYTES >> 20} MiB")
-        if response.length:
-            raise http.client.IncompleteRead(body, response.length)
-        return body
-
-    def _connect(self, target: SplitResult) -> socket.socket:
-        port = target.port or (443 if target.scheme == "https" else 80)
-        error: OSError = OSError("no address")
-        for row in socket.getaddrinfo(target.hostname, port, type=socket.SOCK_STREAM):
-            made = self.gate.make_socket(row)
-            try:
-                made.settimeout(self.left())
-                made.connect(row[4])
-                if target.scheme == "https":
-                    made = ssl.create_default_context().wrap_socket(made, server_hostname=target.hostname)
-                return made
-            except OSError as failed:
-                made.close()
-                error = failed
-        raise error
+    def _loop(self) -> asyncio.AbstractEventLoop:
+        """One that runs in a thread of its own, which ends with the process."""
+        with self._lock:
+            if self._running is None:
+                self._running = asyncio.new_event_loop()
+                threading.Thread(target=self._running.run_forever, name="fetch", daemon=True).start()
+            return self._running
 
 
 def about_failures(data: Data) -> str:
@@ -192,13 +136,3 @@ def make_fetcher(data: Data) -> Fetcher:
 @functools.cache
 def _make_fetcher(process: int, cache: FileCache, timeout_s: float, allow_private: bool) -> Fetcher:
     return Fetcher(cache, timeout_s, allow_private)
-
-
-def _shut(connection: socket.socket) -> None:
-    with contextlib.suppress(OSError):  # it has ended by itself
-        socket.socket.shutdown(connection, socket.SHUT_RDWR)  # not TLS's own, which would wait for an answer
-
-
-def _ascii(path: str) -> str:
-    """Addresses in the wild hold spaces and letters that should have been escaped."""
-    return "".join(c if "!" <= c <= "~" else "".join(f"%{byte:02X}" for byte in c.encode("utf-8", "replace")) for c in path)

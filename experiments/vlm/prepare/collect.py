@@ -11,17 +11,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from experiments.vlm.data.addresses import Gate
+from experiments.vlm.data.download.addresses import Gate
+from experiments.vlm.data.download.client import Client, Failed, Limits, Stopped
+from experiments.vlm.data.download.hosts import Hosts
 from experiments.vlm.data.formats.image_values import is_address, name_of
-from experiments.vlm.prepare.download.fetch import Failed, Fetcher, Limits
-from experiments.vlm.prepare.download.hosts import Hosts
-from experiments.vlm.prepare.download.journal import Journal
 from experiments.vlm.prepare.folder import read_array
 from experiments.vlm.prepare.images import images_of, looks_whole, write_images
+from experiments.vlm.prepare.journal import Journal
 from experiments.vlm.prepare.options import Options
 from experiments.vlm.prepare.progress import Counted, Progress
 from experiments.vlm.prepare.shard_plan import Job
-from experiments.vlm.prepare.stop import Stop, Stopped
+from experiments.vlm.prepare.stop import Stop
 
 SHARDS_AT_ONCE = 4  # while one is judged, or waits for a slow host, the others fetch
 CROWD = 8  # URLs on their way for each that may be on the wire: the others wait for their hosts
@@ -34,8 +34,8 @@ class Crowd:
     stop is to ask for nothing new and to wait for the answers on the wire: they are journalled like any other.
     """
 
-    def __init__(self, fetcher: Fetcher, size: int) -> None:
-        self.fetcher = fetcher
+    def __init__(self, client: Client, size: int) -> None:
+        self.client = client
         self._window = asyncio.Semaphore(size)
         self._tasks: set[asyncio.Task] = set()
 
@@ -44,25 +44,25 @@ class Crowd:
         async with asyncio.TaskGroup() as group:
             for url in urls:
                 await self._window.acquire()
-                if self.fetcher.stopping:
+                if self.client.stopping:
                     self._window.release()
                     break
                 task = group.create_task(self._fetch(url, journal, tell))
                 self._tasks.add(task)
                 task.add_done_callback(self._leave)
-        if self.fetcher.stopping:
+        if self.client.stopping:
             raise Stopped
 
     def stop(self) -> None:
         """From the loop's thread. Who only waits goes home; who is on the wire finishes."""
-        self.fetcher.stopping = True
-        for task in self._tasks - self.fetcher.in_flight:
+        self.client.stopping = True
+        for task in self._tasks - self.client.in_flight:
             task.cancel()
 
     async def _fetch(self, url: str, journal: Journal, tell: Callable[[str], None]) -> None:
         # Nothing is awaited between the last byte and the journal.
         try:
-            journal.arrived(url, await self.fetcher.fetch(url))
+            journal.arrived(url, await self.client.fetch(url))
         except Failed as failure:
             journal.failed(url, failure.reason, failure.detail)
         except Stopped:
@@ -91,8 +91,8 @@ def collect(job: Job, numbers: Iterable[int], progress: Progress, stop: Stop) ->
 
 
 async def collect_all(job: Job, numbers: Iterable[int], progress: Progress, stop: Stop) -> None:
-    async with make_fetcher(job.options) as fetcher:
-        crowd = Crowd(fetcher, CROWD * job.options.concurrency)
+    async with make_client(job.options) as client:
+        crowd = Crowd(client, CROWD * job.options.concurrency)
         with ThreadPoolExecutor(job.options.threads or None) as pool, stop.calling(crowd.stop):
             tools = Tools(crowd, pool, asyncio.Semaphore(SHARDS_AT_ONCE), progress, stop)
             results = await asyncio.gather(*(collect_shard(job, number, tools) for number in numbers), return_exceptions=True)
@@ -141,9 +141,9 @@ def list_addresses(job: Job, number: int) -> list[str]:
     return list(dict.fromkeys(name for name in names if is_address(name)))
 
 
-def make_fetcher(options: Options) -> Fetcher:
+def make_client(options: Options) -> Client:
     networks = tuple(ipaddress.ip_network(network) for network in options.allow_networks)
-    return Fetcher(
+    return Client(
         Limits(
             timeout_s=options.timeout_s,
             read_timeout_s=options.read_timeout_s,

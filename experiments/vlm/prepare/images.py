@@ -17,12 +17,13 @@ import numpy as np
 from PIL import Image as PILImage
 
 from experiments.vlm.data.document import ImageValue
-from experiments.vlm.data.formats.image_values import ImageFolder, is_address, name_of, plain_value
+from experiments.vlm.data.formats.image_values import is_address, name_of, plain_value
+from experiments.vlm.data.formats.record_shard import ImageFolder
 from experiments.vlm.data.image import decode, probe
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.prepare.dedup import hash_of
-from experiments.vlm.prepare.download.journal import Journal
 from experiments.vlm.prepare.folder import appearing, read_array, write_array, write_json
+from experiments.vlm.prepare.journal import Journal
 from experiments.vlm.prepare.progress import Advancing
 from experiments.vlm.prepare.shard_plan import Job
 from experiments.vlm.prepare.stop import Stop

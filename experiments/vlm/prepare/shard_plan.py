@@ -15,8 +15,8 @@ import pyarrow as pa
 from experiments.vlm.data.document import Draft
 from experiments.vlm.data.file_cache import FileCache
 from experiments.vlm.data.formats import KINDS, RECORD_FILES, Record, captions, kind_of
-from experiments.vlm.data.formats.image_values import ImageFolder, folder_of
 from experiments.vlm.data.formats.record_files import Records, open_records
+from experiments.vlm.data.formats.record_shard import ImageFolder, folder_of
 from experiments.vlm.data.reading import guarded
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.shards import copy_to_read, match_files, suffix_of

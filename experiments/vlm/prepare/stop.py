@@ -5,9 +5,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-
-class Stopped(Exception):
-    """The run ends before it is done; everything needed to go on is on disk."""
+from experiments.vlm.data.download.client import Stopped
 
 
 class Stop:

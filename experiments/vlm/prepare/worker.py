@@ -16,12 +16,13 @@ from typing import BinaryIO
 
 import torch
 
+from experiments.vlm.data.download.client import Stopped
 from experiments.vlm.prepare.folder import Folder
 from experiments.vlm.prepare.options import Options
 from experiments.vlm.prepare.pipeline import STAGES, run
 from experiments.vlm.prepare.progress import Progress, Told
 from experiments.vlm.prepare.shard_plan import Job
-from experiments.vlm.prepare.stop import Stop, Stopped
+from experiments.vlm.prepare.stop import Stop
 
 
 @dataclass(frozen=True)

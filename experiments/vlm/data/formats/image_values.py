@@ -1,4 +1,4 @@
-"""What a record may hold in place of an image, and how its bytes are got. Imports torch only to look at an image.
+"""What a record may hold in place of an image.
 
 b"..."                                  the bytes (in JSON: base64)
 {"bytes": b"...", "path": "..."}        bytes, or where they are None the path (Hugging Face's Image feature)
@@ -12,15 +12,8 @@ names them by their extension or their name (tar_shard.py).
 
 import base64
 import binascii
-import os
-import posixpath
 from typing import Any
 
-import fsspec
-
-from experiments.vlm.config import Data
-from experiments.vlm.data.document import ImageValue
-from experiments.vlm.data.fetch import make_fetcher
 from experiments.vlm.data.rejects import Rejected
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
@@ -78,67 +71,3 @@ def _from_base64(text: str) -> memoryview:
         return memoryview(base64.b64decode(text, validate=True))
     except (binascii.Error, ValueError) as error:
         raise Rejected("image_undecodable", f"base64: {error}") from error
-
-
-def folder_of(record_file: str) -> str:
-    """Where the paths of a record file begin."""
-    return record_file.rpartition("/")[0] if "://" in record_file else os.path.dirname(os.path.abspath(record_file))
-
-
-class ImageFolder:
-    """Images by their paths below a folder, local or remote."""
-
-    def __init__(self, folder: str):
-        self.folder = folder
-        self.remote = "://" in folder
-
-    def path(self, value: str) -> str:
-        """Where the image lies: below the folder by its letters, so a link that somebody put there is followed. Raises Rejected."""
-        join, norm = (posixpath.join, posixpath.normpath) if self.remote else (os.path.join, os.path.normpath)
-        relative = norm(value if self.remote or not os.path.isabs(value) else os.path.relpath(value, self.folder))
-        if relative.startswith(("..", "/")) or "\0" in relative:
-            raise Rejected("image_outside", value[:200])
-        return join(self.folder, relative)
-
-    def read(self, value: str) -> bytes:
-        """Raises Rejected."""
-        path = self.path(value)
-        try:
-            with fsspec.open(path, "rb") if self.remote else open(path, "rb") as file:
-                return file.read()
-        except (OSError, ValueError) as error:
-            raise Rejected("image_missing", str(error)) from error
-
-
-class ImageValues:
-    """Images of the records of one file, whose paths begin at `folder`."""
-
-    def __init__(self, folder: str, data: Data):
-        self.folder = ImageFolder(folder)
-        self.fetcher = make_fetcher(data)
-
-    def fetch_ahead(self, images: list[ImageValue]) -> None:
-        self.fetcher.fetch_ahead(filter(is_address, (name_of(image.value) for image in images)))
-
-    def size(self, image: ImageValue) -> tuple[int, int]:
-        """(height, width). Raises Rejected. Only the header of a local file is read."""
-        from experiments.vlm.data.image import probe, probe_lazily
-
-        value = plain_value(image.value)
-        if isinstance(value, memoryview):
-            return probe_lazily(lambda count: bytes(value[:count]), len(value))
-        if self.folder.remote or is_address(value):
-            return probe(self.load(value))
-        path = self.folder.path(value)
-        try:
-            with open(path, "rb", buffering=0) as file:
-                return probe_lazily(lambda count: os.pread(file.fileno(), count, 0), os.fstat(file.fileno()).st_size)
-        except (OSError, ValueError) as error:
-            raise Rejected("image_missing", str(error)) from error
-
-    def load(self, value: Any) -> bytes:
-        """The image's bytes. Raises Rejected."""
-        plain = plain_value(value)
-        if isinstance(plain, memoryview):
-            return bytes(plain)
-        return self.fetcher.fetch(plain) if is_address(plain) else self.folder.read(plain)

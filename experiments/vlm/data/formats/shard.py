@@ -1,16 +1,15 @@
 """An opened shard: documents by record number, read in any order, as often as one likes."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from experiments.vlm.config import Data, Source
 from experiments.vlm.data.chat_template import load_chat_template
-from experiments.vlm.data.document import Document, Draft, Image, finish
+from experiments.vlm.data.document import Document, Draft, Image
 from experiments.vlm.data.file_cache import file_cache
 from experiments.vlm.data.formats import FORMATS, Record
-from experiments.vlm.data.formats.image_values import ImageValues, folder_of
-from experiments.vlm.data.formats.record_files import Records, open_records
+from experiments.vlm.data.formats.record_files import open_records
+from experiments.vlm.data.formats.record_shard import ImageValues, RecordShard, folder_of
 from experiments.vlm.data.formats.tar_shard import TarShard, is_tar
 from experiments.vlm.data.rejects import Rejected
 
@@ -52,35 +51,3 @@ def open_shard(file: ShardFile, source: Source, data: Data) -> Shard:
         return TarShard(file.local, format.columns, parse)
     records = open_records(file.local, format.columns, file_cache(data))
     return RecordShard(records, ImageValues(folder_of(file.path), data), parse)
-
-
-class RecordShard:
-    """Implements Shard. A key is the record's number; an image's locator that and its place in the record."""
-
-    def __init__(self, records: Records, images: ImageValues, parse: Callable[[Record], Draft]):
-        self.records = records
-        self.images = images
-        self.parse = parse
-        self.rejects: list[Rejected] = [records.tail] if records.tail else []
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def key(self, index: int) -> str:
-        return str(index)
-
-    def read(self, index: int) -> tuple[Document, list[Rejected]]:
-        draft = self.parse(self.records.get(index))
-        self.images.fetch_ahead(draft.images())
-        return finish(draft, self.key(index), self.images.size, lambda image: (index, image.position))
-
-    def load(self, image: Image) -> bytes:
-        index, position = image.locator
-        draft = self.parse(self.records.get(index))
-        found = next((found for found in draft.images() if found.position == position), None)
-        if found is None:
-            raise Rejected("image_missing", "the record has changed since it was read")
-        return self.images.load(found.value)
-
-    def close(self) -> None:
-        self.records.close()

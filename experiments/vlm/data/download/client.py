@@ -18,10 +18,9 @@ from email.utils import parsedate_to_datetime
 import aiohttp
 from yarl import URL
 
-from experiments.vlm.data.addresses import REFUSED, Gate
+from experiments.vlm.data.download.addresses import REFUSED, Gate
+from experiments.vlm.data.download.hosts import Hosts
 from experiments.vlm.data.rejects import Rejected
-from experiments.vlm.prepare.download.hosts import Hosts
-from experiments.vlm.prepare.stop import Stopped
 
 REDIRECTS = {301, 302, 303, 307, 308}
 RETRIED = {408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524}
@@ -37,6 +36,11 @@ class Limits:
     retries: int = 3
     backoff_s: float = 1.0  # doubles with each retry
     max_retry_after_s: float = 120.0  # a host that asks for a longer rest is given up
+    keep_alive: bool = True  # ask again on a connection that was good: what fails then wants a retry
+
+
+class Stopped(Exception):
+    """Nothing more is asked, since everything is to end; everything needed to go on is on disk."""
 
 
 class Failed(Rejected):
@@ -47,7 +51,7 @@ class Failed(Rejected):
         self.again, self.after_s = again, after_s
 
 
-class Fetcher:
+class Client:
     """An HTTP client for many URLs at once. Use as an async context manager.
 
     `looks_whole(bytes) -> bool` is asked only where HTTP cannot tell: an answer without a length that ends when the
@@ -55,7 +59,13 @@ class Fetcher:
     """
 
     def __init__(
-        self, limits: Limits, gate: Gate, hosts: Hosts, concurrency: int, user_agent: str, looks_whole: Callable[[bytes], bool]
+        self,
+        limits: Limits,
+        gate: Gate,
+        hosts: Hosts,
+        concurrency: int,
+        user_agent: str,
+        looks_whole: Callable[[bytes], bool] = lambda data: True,
     ) -> None:
         self.limits, self.gate, self.hosts, self.looks_whole = limits, gate, hosts, looks_whole
         self.places = asyncio.Semaphore(concurrency)
@@ -64,10 +74,11 @@ class Fetcher:
         # identity: pictures do not shrink, and a compressed answer can be a bomb (one that comes all the same: `inflate`).
         self._headers = {"User-Agent": user_agent, "Accept": "image/*,*/*;q=0.5", "Accept-Encoding": "identity"}
 
-    async def __aenter__(self) -> "Fetcher":
+    async def __aenter__(self) -> "Client":
         # A further try gets a connection of its own: one that was used before may be what failed, full of what a server sent
         # after its answer.
-        self._first, self._further = self._open_session(force_close=False), self._open_session(force_close=True)
+        self._first = self._open_session(force_close=not self.limits.keep_alive)
+        self._further = self._open_session(force_close=True)
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -1,0 +1,115 @@
+"""A file of records as a shard, and how the images that they name are got: inside, below a folder, or by address.
+
+Imports torch only to look at an image, since data preparation plans without it.
+"""
+
+import os
+import posixpath
+from collections.abc import Callable
+from typing import Any
+
+import fsspec
+
+from experiments.vlm.config import Data
+from experiments.vlm.data.document import Document, Draft, Image, ImageValue, finish
+from experiments.vlm.data.fetch import make_fetcher
+from experiments.vlm.data.formats import Record
+from experiments.vlm.data.formats.image_values import is_address, name_of, plain_value
+from experiments.vlm.data.formats.record_files import Records
+from experiments.vlm.data.rejects import Rejected
+
+
+def folder_of(record_file: str) -> str:
+    """Where the paths of a record file begin."""
+    return record_file.rpartition("/")[0] if "://" in record_file else os.path.dirname(os.path.abspath(record_file))
+
+
+class ImageFolder:
+    """Images by their paths below a folder, local or remote."""
+
+    def __init__(self, folder: str):
+        self.folder = folder
+        self.remote = "://" in folder
+
+    def path(self, value: str) -> str:
+        """Where the image lies: below the folder by its letters, so a link that somebody put there is followed. Raises Rejected."""
+        join, norm = (posixpath.join, posixpath.normpath) if self.remote else (os.path.join, os.path.normpath)
+        relative = norm(value if self.remote or not os.path.isabs(value) else os.path.relpath(value, self.folder))
+        if relative.startswith(("..", "/")) or "\0" in relative:
+            raise Rejected("image_outside", value[:200])
+        return join(self.folder, relative)
+
+    def read(self, value: str) -> bytes:
+        """Raises Rejected."""
+        path = self.path(value)
+        try:
+            with fsspec.open(path, "rb") if self.remote else open(path, "rb") as file:
+                return file.read()
+        except (OSError, ValueError) as error:
+            raise Rejected("image_missing", str(error)) from error
+
+
+class ImageValues:
+    """Images of the records of one file, whose paths begin at `folder`."""
+
+    def __init__(self, folder: str, data: Data):
+        self.folder = ImageFolder(folder)
+        self.fetcher = make_fetcher(data)
+
+    def fetch_ahead(self, images: list[ImageValue]) -> None:
+        self.fetcher.fetch_ahead(filter(is_address, (name_of(image.value) for image in images)))
+
+    def size(self, image: ImageValue) -> tuple[int, int]:
+        """(height, width). Raises Rejected. Only the header of a local file is read."""
+        from experiments.vlm.data.image import probe, probe_lazily
+
+        value = plain_value(image.value)
+        if isinstance(value, memoryview):
+            return probe_lazily(lambda count: bytes(value[:count]), len(value))
+        if self.folder.remote or is_address(value):
+            return probe(self.load(value))
+        path = self.folder.path(value)
+        try:
+            with open(path, "rb", buffering=0) as file:
+                return probe_lazily(lambda count: os.pread(file.fileno(), count, 0), os.fstat(file.fileno()).st_size)
+        except (OSError, ValueError) as error:
+            raise Rejected("image_missing", str(error)) from error
+
+    def load(self, value: Any) -> bytes:
+        """The image's bytes. Raises Rejected."""
+        plain = plain_value(value)
+        if isinstance(plain, memoryview):
+            return bytes(plain)
+        return self.fetcher.fetch(plain) if is_address(plain) else self.folder.read(plain)
+
+
+class RecordShard:
+    """Implements Shard. A key is the record's number; an image's locator that and its place in the record."""
+
+    def __init__(self, records: Records, images: ImageValues, parse: Callable[[Record], Draft]):
+        self.records = records
+        self.images = images
+        self.parse = parse
+        self.rejects: list[Rejected] = [records.tail] if records.tail else []
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def key(self, index: int) -> str:
+        return str(index)
+
+    def read(self, index: int) -> tuple[Document, list[Rejected]]:
+        draft = self.parse(self.records.get(index))
+        self.images.fetch_ahead(draft.images())
+        return finish(draft, self.key(index), self.images.size, lambda image: (index, image.position))
+
+    def load(self, image: Image) -> bytes:
+        index, position = image.locator
+        draft = self.parse(self.records.get(index))
+        found = next((found for found in draft.images() if found.position == position), None)
+        if found is None:
+            raise Rejected("image_missing", "the record has changed since it was read")
+        return self.images.load(found.value)
+
+    def close(self) -> None:
+        self.records.close()
