@@ -58,22 +58,24 @@ class VLMJobConfig(JobConfig):
     validation: VLMValidation = field(default_factory=VLMValidation)
 
     def use_single_source(self, given: Collection[str]) -> None:
-        """Keep of [[data.sources]] how it is read alone, in one source. `given`: the options of the command line.
+        """Keep of [[data.sources]] how it is read alone, in one source. `given`: options of the command line.
 
-        Raises ConfigError where that is not one thing, or where an option is about a source that is not there any more.
+        Raises ConfigError where that is not one thing, or where an option is about a source that is gone.
         """
         for option in sorted(given):
             if option.startswith("data.sources.") and not option.startswith(FIRST):
                 raise ConfigError(f"--{option}: training.dataset leaves one source, {FIRST.rstrip('.')}")
             if option in (FIRST + "format", FIRST + "path"):
-                raise ConfigError(f"--{option}: training.dataset and training.dataset_path say it; keep one of them")
+                raise ConfigError(f"--{option}: training.dataset and its path say it; keep one of them")
         if self.data.sources:
             self.data.sources = [without_place(self.data.sources, given)]
 
     def training_sources(self) -> list[Source]:
         """What to train on: [[data.sources]], or the one that training.dataset and training.dataset_path name."""
         format, path, listed = self.training.dataset, self.training.dataset_path, self.data.sources
-        return [replace(listed[0] if listed else Source(), format=format, path=path)] if format or path else listed
+        if not (format or path):
+            return listed
+        return [replace(listed[0] if listed else Source(), format=format, path=path)]
 
 
 def without_place(listed: list[Source], given: Collection[str]) -> Source:

@@ -109,7 +109,7 @@ def test_what_the_command_line_says_of_the_first_source_holds_beside_a_dataset(t
         ("chat_template = 'llama3'\n[[data.sources]]\n", [], "2 sources that differ in chat_template (llama3, chatml)"),
         ("repeat = false\n[[data.sources]]\n", [], "with --data.sources.0.repeat or --data.sources.0.no_repeat"),
         ("[[data.sources]]\n", ["--data.sources.1.chat_template", "llama3"], "--data.sources.1.chat_template: training.dataset leaves one"),
-        ("", ["--data.sources.0.path", "y"], "--data.sources.0.path: training.dataset and training.dataset_path say it"),
+        ("", ["--data.sources.0.path", "y"], "--data.sources.0.path: training.dataset and its path say it"),
         ("", ["--data.sources.0.format", "text"], "--data.sources.0.format: training.dataset"),
     ],
 )

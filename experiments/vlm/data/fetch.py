@@ -3,10 +3,10 @@
 The client is that of data preparation (download/): http(s) only, a few redirects at most, no private addresses. Here an image
 has a few seconds in all, and one try.
 
-The first outcome is the outcome. Bytes are kept in the file cache, and that an address did not answer in its folder `failed`,
-so a sample that is read again, by another rank or a run that goes on, is the same one. This holds as long as they share that
-folder, file locks in it work, and nothing had to be thrown out of it. To ask again what failed, delete `failed`, or change
-data.url_timeout_s.
+The first outcome is the outcome. Bytes are kept in the file cache, and that an address did not answer in its
+folder `failed`, so a sample that is read again, by another rank or a run that goes on, is the same one. This holds
+as long as they share that folder, file locks in it work, and nothing had to be thrown out of it. To ask again what
+failed, delete `failed`, or change data.url_timeout_s.
 
 For more than a trial, fetch beforehand: scripts/prepare_data.py.
 """
@@ -77,7 +77,8 @@ class Fetcher:
         """Called while no other process asks for this address: whoever waited finds the outcome."""
         origin = f"{self.timeout_s} {url}"
         if note := self.failures.find(origin):
-            raise Rejected("image_fetch", f"{note.read_text(errors='replace')} (remembered in {self.failures.folder})")
+            detail = note.read_text(errors="replace")
+            raise Rejected("image_fetch", f"{detail} (remembered in {self.failures.folder})")
         try:
             path.write_bytes(self._download(url))
         except Rejected as rejected:
@@ -123,8 +124,9 @@ def about_failures(data: Data) -> str:
     """For people, once an address did not answer: what stays the same, and what does not."""
     folder = file_cache(data).folder
     return (
-        f"images by address: what did not answer stays left out for all ranks and later runs that share {folder}; batches may differ "
-        f"where machines do not share it, or where data.cache_gb is too small for all images; delete {folder / 'failed'} to ask again"
+        f"images by address: what did not answer stays left out for all ranks and later runs that share {folder}; "
+        "batches may differ where machines do not share it, or where data.cache_gb is too small for all images; "
+        f"delete {folder / 'failed'} to ask again"
     )
 
 

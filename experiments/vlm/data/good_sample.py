@@ -1,7 +1,7 @@
-"""A source without one good sample is an error: it would leave the mixture, and the run would go on without it.
+"""A source without one good sample is an error: it would leave the mixture, and the run would go on.
 
-Looked for before training, and again where a slot has read a source for long and met none. A good sample is one that would
-be delivered: it can be read, it is not dropped for its length, and a caption's images can be decoded.
+Looked for before training, and again where a slot has read a source for long and met none. A good sample is one
+that would be delivered: it can be read, it is not dropped for its length, and a caption's images can be decoded.
 """
 
 from collections import Counter
@@ -25,6 +25,8 @@ RECORDS = 1000  # that are tried in these together, spread over each
 UNREADABLE = 64  # shards
 UNREACHED = 64  # records whose address does not answer: each may take data.url_timeout_s
 
+OpenShard = Callable[[int, str], Shard]  # (source, path)
+
 
 class Search:
     """Looks into the sources of a run for good samples; not thread-safe."""
@@ -37,13 +39,16 @@ class Search:
     def require(self, source: int, first: int = 0) -> None:
         """Raises DataError where the source has no good sample. `first`: the shard to begin with."""
         found: list[Reject] = []
+        unreached = 0
         for reject in self._tried(source, first):
             if reject is None:
                 return
             found.append(reject)
-            if sum(reject.reason == "image_fetch" for reject in found) == UNREACHED:
+            unreached += reject.reason == "image_fetch"
+            if unreached == UNREACHED:
                 break
-        raise DataError(complaint(self.planning.deals[source].name, len(self.planning.deals[source].shards), found))
+        deal = self.planning.deals[source]
+        raise DataError(complaint(deal.name, len(deal.shards), found))
 
     def _tried(self, source: int, first: int) -> Iterator[Reject | None]:
         """For each record and shard that is tried what is wrong with it; None for a good record."""
@@ -73,8 +78,8 @@ class Search:
 
     def _use(self, document: Document, lease: Lease) -> None:
         """Raises Rejected."""
-        planning = self.planning
-        if planning.long == "drop" and not plan_samples(document, self.tokenizer, planning.plan, planning.budget, planning.long):
+        plan, budget, long = self.planning.plan, self.planning.budget, self.planning.long
+        if long == "drop" and not plan_samples(document, self.tokenizer, plan, budget, long):
             raise Rejected("too_long")
         for image in document.parts if document.caption else ():
             if isinstance(image, Image):
@@ -87,8 +92,8 @@ class Search:
         guarded(lambda: decode(lease.shard.load(image), h * plan.patch_size, w * plan.patch_size))
 
 
-def require_good_samples(planning: Planning, tokenizer: Tokenizer, open_shard: Callable[[int, str], Shard], slot: int) -> None:
-    """Raises DataError for the first source that has none. Begins with the shard that this slot will read first."""
+def require_good_samples(planning: Planning, tokenizer: Tokenizer, open_shard: OpenShard, slot: int) -> None:
+    """Raises DataError for the first source that has none. Begins with the shard that this slot reads first."""
     search = Search(planning, tokenizer, ShardCache(open_shard, capacity=1))
     for source, deal in enumerate(planning.deals):
         unit = deal.unit(slot, 0)
@@ -108,13 +113,14 @@ def key_of(shard: Shard, record: int) -> str:
 
 
 def complaint(name: str, shards: int, found: list[Reject]) -> str:
-    """One line: what was tried, why nothing of it is good, the commonest reason first, and an example of that."""
+    """One line: what was tried, why nothing of it is good, the commonest reason first, an example of that."""
     samples = sum(reject.kind == "samples" for reject in found)
     reasons = Counter(reject.reason for reject in found).most_common()
+    mend = "correct it, or take it out of the mixture"
     if not reasons:
-        return f"source {name}: no record in its {shards} shards; correct its path or format, or take it out of the mixture"
-    example = next(reject for reject in found if reject.reason == reasons[0][0])
-    tried = f"none of the {samples:,} samples that were tried is good" if samples else f"none of its {shards:,} shards can be read"
-    place = f"shard {example.shard}" + (f", sample {example.key}" if example.key else "")
+        return f"source {name}: no record in its {shards:,} shards; {mend}"
+    tried = f"the {samples:,} samples that were tried is good" if samples else f"its {shards:,} shards can be read"
     counted = ", ".join(f"{reason} {count:,}" for reason, count in reasons)
-    return f"source {name}: {tried} ({counted}); for example {place}: {example}; correct it, or take it out of the mixture"
+    example = next(reject for reject in found if reject.reason == reasons[0][0])
+    place = f"shard {example.shard}" + (f", sample {example.key}" if example.key else "")
+    return f"source {name}: none of {tried} ({counted}); for example {place}: {example}; {mend}"

@@ -45,7 +45,7 @@ class Loader:
     given whether this rank has data, must tell (an all-reduce with "or", once a step, and only where `may_end`). Several
     ranks without `agree` get padding without end instead.
 
-    Raises DataError where a source has no good sample: of training, and of the held-out split that will be asked later.
+    Raises DataError where a source has no good sample: of training, and of the held-out split of later.
     """
 
     def __init__(
@@ -101,8 +101,9 @@ class Loader:
             raise StopIteration
         if not self.may_end and not has_data:
             raise DataError(
-                f"slots {self.slots.start} to {self.slots.stop - 1} get no good sample of {', '.join(self.names)}, ever: the sources have "
-                f"fewer than slots, and without shuffling each slot reads the same ones; set shuffle, or lower training.global_batch_size"
+                f"slots {self.slots.start} to {self.slots.stop - 1} get no good sample of {', '.join(self.names)}, ever: "
+                "the sources have fewer than slots, and without shuffling each slot reads the same ones; set shuffle, "
+                "or lower training.global_batch_size"
             )
         return Step(self._batches(arrays, steps), partial(save_states, self.states, self.facts))
 

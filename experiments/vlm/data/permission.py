@@ -1,11 +1,14 @@
-"""Whether data may be read. Globs and walks pass over what they may not enter, as if nothing were there. Imports no torch."""
+"""Whether data may be read: globs and walks pass over what they may not enter, as if nothing were there.
+
+Imports no torch.
+"""
 
 import glob
 import os
 
 
 def denied(path: str) -> str | None:
-    """Of a local file, folder or glob the file or folder that may not be read; None where all is well, or nothing there."""
+    """Of a local file, folder or glob what may not be read; None where all is well, or nothing is there."""
     place = os.path.expanduser(path)
     while glob.has_magic(place) and not os.path.exists(place):
         place = os.path.dirname(place) or "."

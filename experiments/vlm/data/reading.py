@@ -129,9 +129,9 @@ class SourceReader:
         self._order = None
 
     def records(self, reject: Callable[[Reject], None], doubt: Callable[[int], None]) -> Iterator[tuple[Reference, Record]]:
-        """Good records from here on; ends when the last epoch is over, or where this slot's share never holds a good one.
+        """Good records from here on, until the last epoch is over, or where this slot's share never holds one.
 
-        `doubt` is called with the source where there was none for long; it raises DataError if there is none at all.
+        `doubt` is called with the source where there was none for long: it raises DataError if it has none.
         """
         while (unit := self.deal.unit(self.slot, self.unit)) is not None:
             if self.barren > self.deal.barren:

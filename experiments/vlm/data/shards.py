@@ -107,10 +107,10 @@ def _below(folder: str) -> list[str]:
     """All files in it and its folders. Raises ConfigError where one may not be read."""
 
     def refuse(error: OSError) -> None:
-        raise ConfigError(f"{folder}: {(error.strerror or str(error)).lower()}: {error.filename or folder}") from error
+        raise ConfigError(f"{folder}: {(error.strerror or str(error)).lower()}: {error.filename}") from error
 
-    files = [os.path.join(place, name) for place, _, names in os.walk(Path(folder), onerror=refuse) for name in names]
-    return [file for file in files if os.path.isfile(file)]
+    walk = os.walk(Path(folder), onerror=refuse)
+    return [file for place, _, names in walk for name in names if os.path.isfile(file := os.path.join(place, name))]
 
 
 def _match_remote(pattern: str, suffixes: tuple[str, ...]) -> list[str]:
@@ -137,8 +137,8 @@ def _unlisted(pattern: str, error: Exception) -> str:
     if isinstance(error, (FileNotFoundError, ImportError, ValueError)):
         return f"cannot be listed ({told}); a private or gated data set needs HF_TOKEN"
     return (
-        f"the Hugging Face hub could not be reached ({told}): check the network, HF_ENDPOINT, and HF_TOKEN for a private or gated "
-        "data set; or download it first, and give the folder"
+        f"the Hugging Face hub could not be reached ({told}): check the network, HF_ENDPOINT, and HF_TOKEN for a "
+        "private or gated data set; or download it first, and give the folder"
     )
 
 

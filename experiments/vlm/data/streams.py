@@ -15,7 +15,7 @@ from functools import lru_cache
 
 import numpy as np
 
-BARREN_UNITS = 64  # without one good sample, or 16 rounds of the parts: then the whole source is asked for one
+BARREN_UNITS = 64  # without a good sample, and 16 rounds of the parts: then the whole source is asked for one
 
 
 def permutation(count: int, *key: int) -> np.ndarray:
@@ -54,11 +54,12 @@ class Deal:
 
     @property
     def barren(self) -> int:
-        """Units without a good sample after which a slot doubts its source. Parts may be empty: fewer records than slots.
+        """Units without a good sample after which a slot doubts its source. Parts may be empty.
 
         Without shuffling a slot has then met every unit that it will ever get.
         """
-        return max(BARREN_UNITS + 16 * self.parts, 0 if self.shuffle else self.units // math.gcd(self.units, self.slots))
+        met = 0 if self.shuffle else self.units // math.gcd(self.units, self.slots)
+        return max(BARREN_UNITS + 16 * self.parts, met)
 
     @property
     def key(self) -> tuple[int, int]:

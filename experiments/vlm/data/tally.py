@@ -111,11 +111,11 @@ def rejected_line(sources: Mapping[str, Any]) -> str:
 def _rejected_of(source: str, entry: Mapping[str, Any]) -> str:
     parts = []
     for kind, reasons in sorted(entry["rejected"].items(), key=lambda item: KINDS.index(item[0])):
-        counts = {reason: found["count"] for reason, found in sorted(reasons.items(), key=lambda item: -item[1]["count"])}
-        bad = sum(counts.values())
+        counts = Counter({reason: found["count"] for reason, found in reasons.items()})
+        bad = counts.total()
         read = bad + entry["counts"].get("read", 0)
         of = f"{bad:,} of {read:,} samples" if kind == "samples" else f"{bad:,} {kind if bad > 1 else kind[:-1]}"
-        parts.append(f"{of} ({', '.join(f'{reason} {count:,}' for reason, count in counts.items())})")
+        parts.append(f"{of} ({', '.join(f'{reason} {count:,}' for reason, count in counts.most_common())})")
     return f"{source} {', '.join(parts)}" if parts else ""
 
 
