@@ -17,6 +17,7 @@ from torchtitan.config.errors import did_you_mean, require
 from torchtitan.config.job import JobConfig
 from torchtitan.config.layout import BALANCE_BLOCKS, STAGES_PER_RANK, Degrees, degrees, resolve_batch
 from torchtitan.config.shipped import shipped
+from torchtitan.tools.hub import command_for
 
 # What a number may be. The text is both the rule and what the error says: " or " between ranges, ", " inside one.
 RANGES = {
@@ -100,10 +101,11 @@ def check_paths(job: JobConfig) -> None:
         inside = bool(Path(below).parts) and not Path(below).is_absolute() and ".." not in Path(below).parts
         require(inside, f"{key} = {below!r}: must be a path below job.dump_folder, without a leading / and ..")
     there = tokenizer.exists() or job.job.dry_run  # which can do without
-    require(there, f"model.tokenizer_path = {tokenizer}: no such file or folder (looked from {Path.cwd()})")
+    key, get_it = f"model.tokenizer_path = {tokenizer}", f"; download it with `{command_for(tokenizer)}`"
+    require(there, f"{key}: no such file or folder (looked from {Path.cwd()}){get_it}")
     if tokenizer.is_dir():
         holds_one = any((tokenizer / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
-        require(holds_one, f"model.tokenizer_path = {tokenizer}: holds neither tokenizer.model nor tokenizer.json")
+        require(holds_one, f"{key}: holds neither tokenizer.model nor tokenizer.json{get_it}")
 
 
 def check_devices(job: JobConfig) -> None:

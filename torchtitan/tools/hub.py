@@ -1,0 +1,80 @@
+"""Tokenizers and weights from the Hugging Face hub, with the hub's own library. Imports no torch."""
+
+from pathlib import Path
+from typing import Literal
+
+from torchtitan.config.errors import UserError
+from torchtitan.tools.disk import describe, is_full, require_writable
+
+What = Literal["tokenizer", "weights", "all"]
+TOKENIZERS = ["tokenizer.json", "tokenizer.model", "original/tokenizer.model"]
+FILES = {
+    "tokenizer": [*TOKENIZERS, "tokenizer_config.json", "special_tokens_map.json", "special_tokens.json"],
+    "weights": ["*.safetensors", "*.safetensors.index.json", "config.json"],
+}
+TWICE = ["consolidated*.safetensors"]  # the same weights again, under other names
+OWNERS = {"Llama": "meta-llama", "Qwen": "Qwen"}  # what a model's name begins with -> who keeps it
+
+
+def command_for(path: Path) -> str:
+    """What downloads the tokenizer that should be at `path`, as far as its name tells."""
+    name = path.parent.name if path.suffix in (".json", ".model") else path.name
+    folder = path.parent if path.suffix in (".json", ".model") else path
+    owner = next((owner for start, owner in OWNERS.items() if name.startswith(start)), None)
+    return f"python -m experiments.commands download --repo {f'{owner}/{name}' if owner else 'OWNER/NAME'} --out {folder}"
+
+
+def download(repo: str, what: What, folder: Path, token: str = "", revision: str = "main") -> list[Path]:
+    """The files of `repo` that `what` names, into `folder`; those that are there and whole are not fetched again.
+
+    Returns what is there then, by name. Raises UserError: not found, gated, not reachable, no room, or not in there.
+    """
+    require_writable(folder, "--out")
+    wanted = [name for part, names in FILES.items() if what in (part, "all") for name in names]
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise UserError("downloads need the package huggingface_hub: pip install huggingface_hub") from None
+    try:
+        snapshot_download(
+            repo,
+            revision=revision,
+            local_dir=folder,
+            allow_patterns=wanted,
+            ignore_patterns=TWICE,
+            token=token or None,
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(reason(error, repo, revision, folder)) from None
+    found = sorted({path for pattern in wanted for path in folder.glob(pattern) if path.is_file()})
+    check_whole(found, repo, what, folder)
+    return found
+
+
+def check_whole(found: list[Path], repo: str, what: What, folder: Path) -> None:
+    names = {str(path.relative_to(folder)) for path in found}
+    if what != "weights" and not names & set(TOKENIZERS):
+        raise UserError(f"{repo} has no {' or '.join(TOKENIZERS[:2])}; name another repository that has the model's tokenizer")
+    if what != "tokenizer" and not any(name.endswith(".safetensors") for name in names):
+        raise UserError(f"{repo} has no .safetensors; name a repository that has the weights in this format")
+
+
+def reason(error: OSError | ValueError, repo: str, revision: str, folder: Path) -> str:
+    """The line for what the hub's library raised. All of it are OSErrors or ValueErrors."""
+    from huggingface_hub import errors
+
+    page, access = f"https://huggingface.co/{repo}", "--token, HF_TOKEN or `hf auth login`"
+    if isinstance(error, errors.GatedRepoError):
+        return f"{repo} is gated: accept its terms at {page}, then say who you are with {access}"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"{repo} is not on the hub, or private: check the name at {page}; a private one needs {access}"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{repo} has no revision {revision}: see {page}"
+    if isinstance(error, errors.HFValidationError):
+        return f"--repo {repo}: expected OWNER/NAME, such as meta-llama/Llama-3.2-1B"
+    if is_full(error):
+        return f"{folder}: {describe(error, folder)}; make room, and the same command goes on"  # type: ignore[arg-type]
+    told = " ".join(str(error).split())[:200]
+    if isinstance(error, errors.HfHubHTTPError):
+        return f"{repo}: the hub answers: {told}"
+    return f"{repo}: the hub cannot be reached ({type(error).__name__}: {told}); try again, or copy the files to {folder}"
