@@ -138,7 +138,7 @@ def _unlisted(pattern: str, error: Exception) -> str:
         return f"cannot be listed ({told}); a private or gated data set needs HF_TOKEN"
     return (
         f"the Hugging Face hub could not be reached ({told}): check the network, HF_ENDPOINT, and HF_TOKEN for a "
-        "private or gated data set; or download it first, and give the folder"
+        "private or gated data set; or download it first (hf download NAME --repo-type dataset), and give the folder"
     )
 
 
