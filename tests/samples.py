@@ -1,9 +1,8 @@
-"""Made for tests: images of every kind, tars, and the photographs that other packages bring along."""
+"""Made for tests: images of every kind, tars, and photographs."""
 
 import functools
 import io
 import math
-import os
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -46,11 +45,6 @@ def psnr(one: np.ndarray, other: np.ndarray) -> float:
 
 @functools.cache
 def photographs() -> dict[str, Image.Image]:
-    """Real ones, RGB, from the wheels of scikit-image and scikit-learn."""
-    import skimage
-    import sklearn
-
-    folders = Path(os.path.dirname(skimage.__file__), "data"), Path(os.path.dirname(sklearn.__file__), "datasets/images")
-    names = ("coffee.png", "astronaut.png", "chelsea.png", "motorcycle_left.png", "hubble_deep_field.jpg", "rocket.jpg", "china.jpg")
-    files = [folder / name for folder in folders for name in (*names, "flower.jpg") if (folder / name).is_file()]
-    return {file.name: Image.open(file).convert("RGB") for file in files}
+    """Real ones, RGB, by the names of their files (tests/photographs/README.md)."""
+    files = sorted(Path(__file__).with_name("photographs").glob("*.jpg"))
+    return {file.stem: Image.open(file).convert("RGB") for file in files}

@@ -17,8 +17,6 @@ NOT_IMPORTED = {"tensorboard", "setuptools", "s3fs", "gcsfs", "pytest-timeout", 
 IMPORT_NAMES = {
     "pillow": "PIL",
     "opencv-python-headless": "cv2",
-    "scikit-image": "skimage",
-    "scikit-learn": "sklearn",
     "huggingface-hub": "huggingface_hub",
 }
 
