@@ -4,15 +4,15 @@ import errno
 import fnmatch
 from pathlib import Path
 
+import huggingface_hub as hub
 import pytest
+from huggingface_hub import errors
 
 from experiments.__main__ import checked_job
 from experiments.commands import main
 from torchtitan.config.errors import ConfigError
 from torchtitan.tools.hub import command_for, download
 
-hub = pytest.importorskip("huggingface_hub")
-errors = pytest.importorskip("huggingface_hub.errors")
 REPOSITORY_FILES = [
     *("tokenizer.json", "tokenizer_config.json", "original/tokenizer.model", "original/consolidated.00.pth"),
     *("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"),
