@@ -1,0 +1,26 @@
+"""Images on their way into a shard: cut ones are told, sides never vanish."""
+
+import pytest
+
+from experiments.vlm.data.rejects import Rejected
+from experiments.vlm.prepare.images import Encoding, finish_image, looks_whole, shrunk
+from tests.faults.hostile_server import image
+
+
+def test_pictures_cut_anywhere_are_told(tmp_path):
+    for form in ("JPEG", "PNG", "WEBP"):
+        data = image(1, form)
+        assert looks_whole(data) and finish_image(data, Encoding()).data == data
+        for end in (len(data) // 2, len(data) * 9 // 10):
+            assert not looks_whole(data[:end])
+            with pytest.raises(Rejected):
+                finish_image(data[:end], Encoding())
+    assert looks_whole(b"<html>")
+    assert not looks_whole(b"")
+
+
+def test_a_side_never_vanishes():
+    assert shrunk(1, 20000, 100) == (1, 100)
+    assert shrunk(50, 100, 200) == (50, 100)
+    thin = finish_image(image(0, "PNG"), Encoding(max_side=1))
+    assert (thin.height, thin.width) == (1, 1)
