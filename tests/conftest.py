@@ -1,9 +1,15 @@
-"""For all tests: figures that are saved, and skips that continuous integration does not allow."""
+"""For all tests: figures that are saved, interrupts that arrive, and skips that continuous integration does not allow."""
 
 import os
+import signal
 from collections.abc import Iterable
 
 import pytest
+
+# A job in the background has SIGINT ignored, as have all that it starts: then nobody here could be interrupted. Whoever is
+# started from a process with a handler gets the system's default.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Beginnings of the reasons for which a test may be skipped where CI is set, and why that cannot be mended there.
 MAY_BE_SKIPPED = {

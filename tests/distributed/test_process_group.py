@@ -1,6 +1,7 @@
 """A rank that hangs, fails or was started otherwise is named, before or after the others have waited for it."""
 
 import time
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
@@ -14,6 +15,7 @@ from torchtitan.train import Trainer, require_one_job
 
 def wait_for_a_stuck_rank(folder: str) -> str:
     """Rank 1 stays in step 2; what rank 0 then knows."""
+    given_up = Path(folder) / "given_up"
     trainer = Trainer(build(job_of({"comm.train_timeout_seconds": 2}, folder), SMALL, CPU))
     try:
         trainer.train_step()
@@ -21,7 +23,8 @@ def wait_for_a_stuck_rank(folder: str) -> str:
         process_group.set_timeout(2)
         process_group.note_step(2)
         if dist.get_rank() == 1:
-            time.sleep(5)
+            while not given_up.exists():
+                time.sleep(0.05)
             return ""
         process_group.note_step(3)
         trainer.sum_counts(None)
@@ -29,6 +32,7 @@ def wait_for_a_stuck_rank(folder: str) -> str:
         assert "time" in str(error).lower()
         return process_group.laggards()
     finally:
+        given_up.touch()
         trainer.close()
     raise AssertionError("the collective was not given up")
 

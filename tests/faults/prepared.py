@@ -14,8 +14,8 @@ from experiments.vlm.prepare.options import Options
 
 QUICK: dict[str, Any] = {
     "allow_networks": ("127.0.0.1/32",),
-    "timeout_s": 1.5,
-    "read_timeout_s": 1.0,
+    "timeout_s": 120,  # of a busy machine
+    "read_timeout_s": 120,
     "retries": 1,
     "max_retry_after_s": 5.0,
     "max_bytes": 1 << 20,

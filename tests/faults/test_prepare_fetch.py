@@ -3,6 +3,7 @@
 import asyncio
 import socket
 import time
+from dataclasses import replace
 from ipaddress import ip_network
 
 import pytest
@@ -14,7 +15,8 @@ from experiments.vlm.prepare.images import looks_whole
 from tests.faults.hostile_server import HOSTS, HostileServer, image
 
 LOOPBACK = Gate(networks=(ip_network("127.0.0.1/32"),))
-LIMITS = Limits(timeout_s=2.0, read_timeout_s=1.0, max_bytes=1 << 20, retries=1, backoff_s=0.02, max_retry_after_s=5.0)
+# As long as a busy machine may need.
+LIMITS = Limits(timeout_s=120, read_timeout_s=120, max_bytes=1 << 20, retries=1, backoff_s=0.02, max_retry_after_s=5.0)
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +25,7 @@ def server():
         yield server
 
 
-def fetch(*urls: str, gate: Gate = LOOPBACK, max_per_host: int = 8, delay_s: float = 0.0) -> list[bytes | Failed]:
+def fetch(*urls: str, gate: Gate = LOOPBACK, max_per_host: int = 8, limits: Limits = LIMITS) -> list[bytes | Failed]:
     async def one(client: Client, url: str) -> bytes | Failed:
         try:
             return await client.fetch(url)
@@ -31,7 +33,7 @@ def fetch(*urls: str, gate: Gate = LOOPBACK, max_per_host: int = 8, delay_s: flo
             return failed
 
     async def all_of_them() -> list[bytes | Failed]:
-        async with Client(LIMITS, gate, Hosts(max_per_host, delay_s), 64, "test", looks_whole) as client:
+        async with Client(limits, gate, Hosts(max_per_host, 0.0), 64, "test", looks_whole) as client:
             return await asyncio.gather(*(one(client, url) for url in urls))
 
     return asyncio.run(all_of_them())
@@ -52,8 +54,6 @@ BAD = {
     "status/429": "http_429",
     "status/410": "http_410",
     "asks_long_rest/": "http_429",
-    "stall/": "timeout",
-    "trickle/": "timeout",
     "announces_more/1": "incomplete",
     "announces_huge/": "image_too_large",
     "endless/": "image_too_large",
@@ -77,6 +77,13 @@ def test_every_answer_arrives_or_fails_for_its_reason(server):
     assert [reason(result) for result in results[len(GOOD) :]] == list(BAD.values())
     assert results[: len(GOOD)] == [image(number) for number in range(1, len(GOOD) + 1)]
     assert server.stats()["reached"][1] == 0, "a private address was connected to"
+
+
+@pytest.mark.parametrize("path", ["stall/", "trickle/"])
+def test_what_says_nothing_or_never_ends_is_given_up(server, path):
+    """The server would go on for an hour."""
+    limits = replace(LIMITS, timeout_s=0.6, read_timeout_s=0.3)
+    assert reason(fetch(server.url(path), limits=limits)[0]) == "timeout"
 
 
 @pytest.mark.parametrize("url", ["ftp://host/x", "file:///etc/passwd", "http://", "nonsense", "http://[::1", "javascript:alert(1)", ""])
@@ -132,20 +139,19 @@ def test_a_host_gets_no_more_connections_than_allowed():
 
 
 def test_requests_to_a_host_are_apart_and_other_hosts_do_not_wait():
-    async def visit() -> tuple[list[float], float]:
+    async def visit() -> tuple[list[float], list[float]]:
         hosts, starts = Hosts(4, 0.02), []
 
         async def turn(name: str, starts: list[float]) -> None:
             async with hosts.turn(name):
                 starts.append(asyncio.get_running_loop().time())
 
-        begun = asyncio.get_running_loop().time()
         await asyncio.gather(*(turn("a", starts) for _ in range(10)), turn("b", others := []))
-        return starts, others[0] - begun
+        return starts, others
 
-    starts, other = asyncio.run(visit())
+    starts, [other] = asyncio.run(visit())
     assert min(later - sooner for sooner, later in zip(starts, starts[1:], strict=False)) >= 0.02
-    assert other < 0.15
+    assert other <= starts[1]
 
 
 def test_retry_after_leaves_the_whole_host_alone():
@@ -169,8 +175,8 @@ def test_what_a_server_sends_after_its_answer_harms_no_other_image(server):
 
 
 def test_retry_after_as_a_date():
-    when = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 30))
-    assert 27 < retry_after_s({"Retry-After": when}) < 31
+    when = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 7200))
+    assert 6000 < retry_after_s({"Retry-After": when}) <= 7201
     assert retry_after_s({"Retry-After": "7"}) == 7
     assert retry_after_s({"Retry-After": "soon"}) == retry_after_s({}) == 0
 

@@ -50,9 +50,7 @@ def start(tmp_path):
             str(tmp_path),
         ]
         pipe = subprocess.PIPE
-        # Tests in the background have SIGINT ignored, which the launcher would respect.
-        heed = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
-        started.append(subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True, **heed))
+        started.append(subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True))
         return started[-1]
 
     yield launch
@@ -62,7 +60,7 @@ def start(tmp_path):
 
 
 def end(process: subprocess.Popen) -> tuple[int, str]:
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate()
     return process.returncode, errors
 
 
