@@ -70,13 +70,13 @@ class _CrossEntropySum(torch.autograd.Function):
             part = slice(start, start + chunk)
             piece = _Chunk(h_TD[part], weight_VD, labels_T[part], group)
             loss += piece.nll_T().sum()
-            if dh_TD is None and dw_VD is None:
-                continue
-            d_TV = piece.dlogits_TV().to(h_TD.dtype)
+            d_TV = piece.dlogits_TV().to(h_TD.dtype) if dh_TD is not None or dw_VD is not None else None
+            del piece  # or the next chunk's logits would come beside these
             if dh_TD is not None:
                 torch.mm(d_TV, weight_VD, out=dh_TD[part])
             if dw_VD is not None:
                 dw_VD += d_TV.T @ h_TD[part]
+            del d_TV
         ctx.save_for_backward(dh_TD, dw_VD)
         ctx.weight_dtype = weight_VD.dtype
         return loss
@@ -105,6 +105,7 @@ def token_scores(h_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, chunk: int, 
     for start in range(0, h_TD.shape[0], chunk):
         piece = _Chunk(h_TD[start : start + chunk], weight_VD, labels_T[start : start + chunk], group, ranked=True)
         scores.append(torch.stack((piece.nll_T(), piece.correct_T().float()), -1))
+        del piece
     return torch.cat(scores)
 
 
