@@ -20,6 +20,7 @@ from torchtitan.config.parse import parse, to_toml
 from torchtitan.tools.disk import describe, is_full, require_writable
 from torchtitan.tools.logging import init_logger
 from torchtitan.tools.told import INTERRUPTED, USER_ERROR, say, tell
+from torchtitan.tools.wandb_login import require_wandb
 
 
 class Experiment(NamedTuple):
@@ -44,6 +45,8 @@ def ready_job(argv: Sequence[str], world_size: int) -> JobConfig:
     job = checked_job(argv, world_size)
     if not job.job.dry_run:
         require_writable(Path(job.job.dump_folder), "job.dump_folder")
+    if job.metrics.enable_wandb:
+        require_wandb()
     return job
 
 

@@ -7,7 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
+from torchtitan.config.errors import ConfigError
 from torchtitan.config.job import JobConfig
+from torchtitan.tools.wandb_login import OFFLINE
 
 HISTORY = "metrics.jsonl"
 
@@ -68,7 +70,12 @@ class WandB:
     def __init__(self, folder: Path, job: JobConfig):
         import wandb
 
-        self.run = wandb.init(project=os.environ.get("WANDB_PROJECT", "torchtitan"), dir=str(folder), config=asdict(job))
+        project = os.environ.get("WANDB_PROJECT", "torchtitan")
+        try:
+            self.run = wandb.init(project=project, dir=str(folder), config=asdict(job))
+        except wandb.errors.Error as error:  # no network, no such project
+            told = " ".join(str(error).split())
+            raise ConfigError(f"metrics.enable_wandb: {told}; {OFFLINE}") from None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self.run.log(dict(values), step=step)

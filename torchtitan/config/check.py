@@ -5,7 +5,6 @@ it: torchtitan/models/decoder/check.py, experiments/vlm/check.py. Imports no tor
 """
 
 import importlib.metadata
-import importlib.util
 import math
 import operator
 from collections.abc import Mapping
@@ -109,7 +108,7 @@ def check_paths(job: JobConfig) -> None:
 
 
 def check_devices(job: JobConfig) -> None:
-    """What needs a GPU, a compiler pass or a package that is not there."""
+    """What needs a GPU or a compiler pass that is not there."""
     p = job.parallelism
     if p.enable_async_tensor_parallel:
         needs = "parallelism.enable_async_tensor_parallel needs"
@@ -124,8 +123,6 @@ def check_devices(job: JobConfig) -> None:
     }
     for key, wanted in needs_gpu.items():
         require(not wanted or visible_gpus() > 0, f"{key} needs a GPU, and none is visible")
-    has_wandb = importlib.util.find_spec("wandb") is not None
-    require(not job.metrics.enable_wandb or has_wandb, "metrics.enable_wandb needs the package wandb: pip install wandb")
 
 
 def check_cuda_graphs(job: JobConfig) -> None:
