@@ -35,4 +35,4 @@ SEEN_IN = [("mean of gradients", "fsdp2"), ("encoder over the decoder's mesh", "
 
 def train_with(fault: str, changes: dict[str, Any], ranks: int) -> Measured | None:
     with FAULTS[fault]():
-        return train(changes, ranks, steps=2)
+        return train(changes, ranks, until=2)

@@ -100,7 +100,7 @@ def validate_then_save(folder: str) -> bool:
     return before.keys() == after.keys() and all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
-def test_a_checkpoint_right_after_a_validation_holds_the_same_as_before_it(pool, tmp_path):
+def test_validation_changes_nothing_that_a_checkpoint_holds(pool, tmp_path):
     assert pool.run(2, validate_then_save, str(tmp_path)) == [True, True]
 
 

@@ -54,14 +54,14 @@ def trapped(changes: dict[str, Any]) -> int:
 
 
 @pytest.mark.parametrize("case", [layout("one", 1, slots=4), layout("cp2", 2, cp=2, slots=4, sharing="on")], ids=lambda case: case.name)
-def test_fifty_steps_of_mixed_images_compile_nothing_after_the_first(pool, case):
+def test_fifty_steps_of_mixed_images_compile_only_once(pool, case):
     for first, later in pool.run(case.ranks, recompiles, case.changes, STEPS):
         # One for each kind of block, forward; their backwards are part of it.
         assert first == 2 and later == 0
 
 
 @pytest.mark.slow
-def test_nothing_is_compiled_after_the_first_step_of_a_large_layout(pool):
+def test_a_large_layout_compiles_only_in_its_first_step(pool):
     case = layout("fsdp2.tp2.cp2", 8, tp=2, cp=2)
     for first, later in pool.run(case.ranks, recompiles, case.changes, 5):
         assert first == 2 and later == 0

@@ -43,7 +43,7 @@ def test_bfloat16_stays_near_float32(comparison):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("fault", "name"), broken.SEEN_IN)
-def test_the_comparison_sees_what_is_wrong_without_an_error(comparison, fault, name):
+def test_the_comparison_sees_what_raises_no_error(comparison, fault, name):
     """Each of these trains on, and its losses of a few steps look right."""
     layout = LAYOUTS[name]
     found = comparison.pool.run(layout.ranks, broken.train_with, fault, layout.changes, layout.ranks)[0]

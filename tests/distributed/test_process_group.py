@@ -65,7 +65,7 @@ def start_with_another_learning_rate(folder: str) -> str:
     return str(caught.value)
 
 
-def test_ranks_with_other_options_are_told_before_they_wait_for_each_other(pool, tmp_path):
+def test_ranks_with_other_options_are_told_before_they_wait(pool, tmp_path):
     first, second = pool.run(2, start_with_another_learning_rate, str(tmp_path))
     assert second.startswith("rank 1 has other options than rank 0: optimizer.lr, lr_scheduler.warmup_steps;")
     assert first.startswith("rank 0 sees ranks with other options")

@@ -45,7 +45,7 @@ def test_a_killed_run_repeats_the_uninterrupted_one_bit_for_bit(straight, tmp_pa
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_is_told_by_the_exit_code_and_the_run_goes_on(straight, tmp_path, number):
+def test_a_signal_saves_sets_the_exit_code_and_the_run_goes_on(straight, tmp_path, number):
     stop = f"{number.name.removeprefix('SIG')}_AFTER"
     assert runs.train(tmp_path, **{stop: "3"}) == 128 + number, runs.log(tmp_path)
     assert runs.checkpoints(tmp_path) == ["step-2", "step-3"]
@@ -54,7 +54,7 @@ def test_a_signal_saves_and_is_told_by_the_exit_code_and_the_run_goes_on(straigh
     assert runs.losses(tmp_path) == runs.losses(straight)
 
 
-def test_a_stopped_run_without_checkpoints_says_that_nothing_was_saved(tmp_path):
+def test_a_stopped_run_without_checkpoints_says_so(tmp_path):
     assert runs.train(tmp_path, "--checkpoint.no_enable", TERM_AFTER="3") == 128 + signal.SIGTERM, runs.log(tmp_path)
     assert "stopped by SIGTERM after step 3; nothing was saved, since checkpoint.enable is off" in runs.log(tmp_path)
 
@@ -72,7 +72,7 @@ def test_a_run_of_one_process_that_fails_speaks_of_no_ranks(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_rank_of_two_saves_and_ends_both_with_its_exit_code(tmp_path):
+def test_a_signal_to_one_rank_of_two_saves_and_ends_both(tmp_path):
     command = [sys.executable, "-m", "torchtitan.launch", "--processes", "2", "tests.faults.accident"]
     environment = os.environ | {"TERM_AFTER": "3", "ACCIDENT_RANK": "1", "OMP_NUM_THREADS": "1"}
     with runs.options_of(tmp_path) as job:
@@ -82,7 +82,7 @@ def test_a_signal_to_one_rank_of_two_saves_and_ends_both_with_its_exit_code(tmp_
     assert "stopped by SIGTERM after step 3; the same command goes on" in run.stdout
 
 
-def test_the_next_step_is_told_only_after_the_checkpoint_is_complete(straight):
+def test_the_next_step_is_told_after_the_checkpoint_is_complete(straight):
     lines = runs.log(straight).splitlines()
     place = {line.split(" loss")[0]: number for number, line in enumerate(lines)}
     complete = [number for number, line in enumerate(lines) if line.startswith("checkpoint of step 4 is complete")]
@@ -138,7 +138,7 @@ def test_the_end_of_the_data_ends_the_run_with_a_checkpoint(tmp_path, straight):
     assert runs.log(tmp_path).count("\n1 of 6 samples were bad\n") == 1
 
 
-def test_what_was_rejected_is_told_where_a_run_is_stopped_or_fails_too(tmp_path):
+def test_rejects_are_told_where_a_run_is_stopped_or_fails_too(tmp_path):
     assert runs.train(tmp_path / "stopped", TERM_AFTER="3") == 128 + signal.SIGTERM
     assert re.search(r"\n1 of \d samples were bad\nstopped by SIGTERM", runs.log(tmp_path / "stopped"))
     assert runs.train(tmp_path / "failed", FAIL_AFTER="3") == 1
@@ -153,7 +153,7 @@ def test_epochs_are_told_and_kept_with_the_metrics(straight):
     assert values == pytest.approx([step / 3 for step in range(1, 9)])
 
 
-def test_the_last_line_of_a_run_with_controls_says_what_the_images_are_worth(tmp_path):
+def test_the_last_line_with_controls_says_what_images_are_worth(tmp_path):
     assert runs.train(tmp_path, "--training.steps", "1", "--validation.enable", "--validation.controls", "--metrics.save_plot") == 0
     *_, validation, curves, last = runs.log(tmp_path).splitlines()
     assert re.fullmatch(r"held-out exact \d+\.\d % blanked \d+\.\d % shuffled \d+\.\d %", last)

@@ -97,7 +97,7 @@ def test_the_script_prints_lines_for_the_toml(data, tmp_path):
         ("inspect", ["--keys", "nowhere/keys.jsonl"], "--keys = nowhere/keys.jsonl"),
     ],
 )
-def test_a_wrong_option_of_a_command_is_told_before_anything_is_read(data, capsys, command, options, named):
+def test_a_wrong_option_is_told_before_anything_is_read(data, capsys, command, options, named):
     source = ["--training.dataset", "text", "--training.dataset_path", str(data / "texts")]
     assert main([command, *options, *source]) == 2
     assert f"error: {named}: " in capsys.readouterr().err

@@ -17,7 +17,7 @@ def test_replayed_steps_equal_driven_ones(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("when", VALIDATIONS)
-def test_validation_sees_the_present_weights_and_leaves_replayed_steps_as_they_are(when, tmp_path, monkeypatch):
+def test_validation_sees_present_weights_amid_replayed_steps(when, tmp_path, monkeypatch):
     changes = {"model.flavor": "small-qwen3-tied"} if when == "always" else {}
     alone = train_with(None, tmp_path / "alone", changes)
     driven = train_with(None, tmp_path / "driven", changes, VALIDATIONS[when])

@@ -13,7 +13,7 @@ def size_of(folder):
     return sum(file.stat().st_size for file in folder.glob("??/*"))
 
 
-def test_the_cache_stays_within_its_bound_and_keeps_what_was_used_last(tmp_path):
+def test_the_cache_stays_bounded_and_keeps_what_was_used_last(tmp_path):
     cache = FileCache(tmp_path, limit_bytes=1000)
     for number in range(40):
         cache.get(f"file {number}", lambda path: path.write_bytes(b"x" * 90))

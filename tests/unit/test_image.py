@@ -42,7 +42,7 @@ def test_every_image_gets_between_one_cell_and_the_maximum(plan, height, width):
 
 @settings(max_examples=200, deadline=None)
 @given(PLANS, SIDES, SIDES)
-def test_the_grid_follows_the_rule_of_the_exported_processor_wherever_that_keeps_its_maximum(plan, height, width):
+def test_the_grid_is_the_exported_processors_within_its_maximum(plan, height, width):
     most, least = (patches * plan.patch_size**2 for patches in (plan.max_patches, plan.min_patches))
     h, w = size_rule(height, width, plan.patch_size * plan.merge_size, least, most)
     if h * w <= most:
@@ -99,13 +99,13 @@ def test_photographs_equal_pillow_to_50_decibels(scale):
 
 
 @pytest.mark.parametrize("target", [(96, 160), (64, 64), (32, 256)])
-def test_a_small_jpeg_is_shrunk_in_the_decoder_only_where_50_decibels_remain(target):
+def test_small_jpegs_are_shrunk_only_where_50_decibels_remain(target):
     for name, photo in photographs().items():
         data = encoded(photo.crop((0, 0, photo.width - 1, photo.height - 1)), quality=90)  # odd sides: no whole blocks
         assert psnr(decode(data, *target), in_pillow(data, *target)) > 50, name
 
 
-def test_a_large_jpeg_is_shrunk_in_the_decoder_and_stays_above_40_decibels():
+def test_large_jpegs_are_shrunk_and_stay_above_40_decibels():
     photo = photographs()["astronaut"]  # the most high frequencies; tiled, so that they are those of a sharp large photograph
     tiled = Image.new("RGB", (photo.width * 7 - 3, photo.height * 7 - 3))
     for place in range(49):
@@ -141,7 +141,7 @@ def turn(image: Image.Image, orientation: int) -> Image.Image:
     return image.transpose(turns[orientation]) if orientation in turns else image
 
 
-def test_a_header_that_is_longer_than_what_is_read_first_is_read_whole():
+def test_a_header_longer_than_the_first_read_is_read_whole():
     data = jpeg(40, 60)
     padding = b"\xff\xe2\xff\xff" + b"x" * 65533  # an application segment of the largest size
     long = data[:2] + padding * 3 + data[2:]

@@ -61,7 +61,7 @@ def test_batches_do_not_depend_on_workers_and_threads(data, expected, tmp_path, 
     assert run(open_loader(data, tmp_path, global_batch_size=8, **options)) == expected
 
 
-def test_a_run_killed_again_and_again_at_other_sizes_goes_on_exactly(data, expected, tmp_path):
+def test_a_run_killed_again_and_again_at_other_sizes_is_exact(data, expected, tmp_path):
     """1 -> 4 -> 2 -> 8 -> 1 ranks; each time the last step's state is used though the loader was ahead."""
     state: dict[str, bytes] = {}
     seen: Hashes = []

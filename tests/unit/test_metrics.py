@@ -35,7 +35,7 @@ def test_occupancy_and_rates_count_what_all_ranks_did(monkeypatch):
     assert read["data_wait"] == 20.0 and read["mfu"] is None
 
 
-def test_a_run_that_goes_on_forgets_what_came_after_its_checkpoint(tmp_path):
+def test_a_resumed_run_forgets_what_came_after_its_checkpoint(tmp_path):
     history = History(tmp_path, first_step=0)
     for step in range(1, 5):
         history.write(step, {"loss": 1.0 / step})
@@ -59,7 +59,7 @@ def test_curves_are_those_of_the_history(tmp_path, figures):
     ]
 
 
-def test_curves_of_a_history_without_validation_leave_its_panel_empty(tmp_path, figures):
+def test_curves_without_validation_leave_its_panel_empty(tmp_path, figures):
     History(tmp_path, first_step=0).write(1, {"loss": 1.0, "tokens": 99.0})
     assert draw_curves(tmp_path, ("tokens",), ("thin",)).is_file()
     assert [len(panel.lines) for panel in figures[0].axes] == [1, 0, 1]

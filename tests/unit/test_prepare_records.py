@@ -22,7 +22,7 @@ from experiments.vlm.prepare.records import MEMBERS
         ({"type": "image", "index": 1}, "images"),
     ],
 )
-def test_whatever_a_message_calls_its_image_it_is_named_in_the_shard(item, place):
+def test_whatever_a_message_calls_its_image_the_shard_names_it(item, place):
     turns = [{"role": "user", "content": [item, {"type": "text", "text": "What?"}]}, {"role": "assistant", "content": "Noise."}]
     record = {"id": 7, "messages": turns, "images": ["1.jpg", b"2"]}
     finished = FinishedImage(b"ABC", "png", 1, 1, "")

@@ -44,7 +44,7 @@ def test_files_ranges_globs_and_folders(tmp_path, data):
     assert names(tmp_path, "b", data) == ["b/c/x.tar", "b/y.tar.gz", "b/z.TGZ"]
 
 
-def test_a_shard_that_a_range_names_is_listed_though_it_is_missing_and_rejected_when_opened(tmp_path, data):
+def test_a_missing_shard_of_a_range_is_rejected_when_opened(tmp_path, data):
     touch(tmp_path, "a-0.tar")
     listed = list_shards(str(tmp_path / "a-{0..1}.tar"), "cc12m", data)
     assert len(listed) == 2
@@ -146,7 +146,7 @@ def zstd(content, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["gz", "bz2", "zst"])
-def test_compressed_shards_are_read_and_a_cut_one_gives_what_came_before(tmp_path, data, suffix):
+def test_a_cut_compressed_shard_gives_what_came_before(tmp_path, data, suffix):
     content = lines(20_000)
     compress = {"gz": gzip.compress, "bz2": bz2.compress, "zst": lambda content: zstd(content, tmp_path)}[suffix]
     whole = compress(content)
