@@ -1,12 +1,12 @@
-"""Train every layout for a few steps on gloo ranks of this machine, and print how far each is from one process.
+"""Train every layout a few steps on gloo ranks of this machine, and print how far each is from one process.
 
     python -m tests.distributed                     all of them, about ten minutes on 2 cores
     python -m tests.distributed --ranks 2           those on 2 ranks
     python -m tests.distributed --only tp2 cp4      those whose name contains one of these
 
-Columns are the largest differences: relative ones over the steps (loss, gradient norm, held-out figures) and over the
-parameters (the first gradient of each), and that of any weight after the last step. It ends with an error if one exceeds
-its bound.
+Columns are the largest differences: relative ones over the steps (loss, gradient norm, held-out figures) and
+over the parameters (the first gradient of each), and that of any weight after the last step. It ends with an
+error if one exceeds its bound.
 """
 
 import argparse

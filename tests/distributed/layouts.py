@@ -66,10 +66,16 @@ class Watched(Trainer):
         return super().update()
 
 
-def train(changes: dict[str, Any], ranks: int, until: int = 5, validate: bool = True, folder: str = "") -> Measured | None:
-    """On each rank of a pool, to step `until`; in `folder`, where checkpoint.enable is set, from and to a checkpoint.
+def train(
+    changes: dict[str, Any],
+    ranks: int,
+    until: int = 5,
+    validate: bool = True,
+    folder: str = "",
+) -> Measured | None:
+    """On each rank of a pool, to step `until`; with checkpoint.enable, from and to a checkpoint in `folder`.
 
-    Rank 0 gives what every rank knows, which has to be the same, with gradients and weights of all pipeline stages.
+    Rank 0 gives what every rank knows, which has to be the same, and gradients and weights of all stages.
     """
     with contextlib.nullcontext(folder) if folder else tempfile.TemporaryDirectory() as folder:
         job = job_of(changes, folder)
@@ -106,9 +112,9 @@ def require_one_opinion(figures: Any) -> None:
 
 
 def compare(measured: Measured, reference: Measured) -> Difference:
-    """A gradient's difference is over its own largest element, or 1e-3 of the largest of all where that is more."""
-    assert measured.gradients.keys() == reference.gradients.keys(), measured.gradients.keys() ^ reference.gradients.keys()
-    assert measured.weights.keys() == reference.weights.keys(), measured.weights.keys() ^ reference.weights.keys()
+    """A gradient's difference is over its own largest element, or 1e-3 of the largest of all if that is more."""
+    for ours, whole_model in ((measured.gradients, reference.gradients), (measured.weights, reference.weights)):
+        assert ours.keys() == whole_model.keys(), ours.keys() ^ whole_model.keys()
     largest = max(float(g.abs().max()) for g in reference.gradients.values())
     each = {
         name: float((measured.gradients[name] - g).abs().max()) / max(float(g.abs().max()), largest * _floor(name))
@@ -126,7 +132,8 @@ def compare(measured: Measured, reference: Measured) -> Difference:
 
 
 def _floor(name: str) -> float:
-    # The same bias on all keys changes no softmax: without rotary embedding its true gradient is zero, and what is there is rounding.
+    # The same bias on all keys changes no softmax: without rotary embedding its true gradient is zero, and what
+    # is there is rounding.
     return 1e-2 if name.startswith("encoder") and name.endswith("wk.bias") else 1e-3
 
 

@@ -1,4 +1,7 @@
-"""The layouts that are compared with one process, and the table of how far they are from it (python -m tests.distributed)."""
+"""The layouts that are compared with one process, and the table of how far they are from it.
+
+`python -m tests.distributed` prints it.
+"""
 
 import dataclasses
 from collections.abc import Iterable, Iterator
@@ -143,7 +146,9 @@ class Row:
     @property
     def equal(self) -> bool:
         d = self.found
-        return d is not None and max(d.loss, d.norm, d.gradient, d.validation) <= BOUND and d.weight <= WEIGHT_BOUND
+        if d is None:
+            return False
+        return max(d.loss, d.norm, d.gradient, d.validation) <= BOUND and d.weight <= WEIGHT_BOUND
 
     def __str__(self) -> str:
         name = f"{self.layout.ranks}  {self.layout.name:42s}"
@@ -175,9 +180,8 @@ class Comparison:
     def row(self, layout: Layout) -> Row:
         reference = self.reference(layout)
         try:
-            return Row(
-                layout, compare(self.pool.run(layout.ranks, train, layout.changes, layout.ranks, self.steps, self.validate)[0], reference)
-            )
+            arguments = layout.changes, layout.ranks, self.steps, self.validate
+            return Row(layout, compare(self.pool.run(layout.ranks, train, *arguments)[0], reference))
         except RankFailed as error:
             return Row(layout, None, str(error))
 

@@ -1,4 +1,4 @@
-"""A run that was saved under one layout goes on under another as if nothing had happened; what is written is whole or not there."""
+"""A run that was saved under one layout goes on under another; what is written is whole or not there."""
 
 from pathlib import Path
 
@@ -68,7 +68,7 @@ def test_a_run_goes_on_under_further_layouts(pool, straight, tmp_path, before, a
 
 
 def save_then_spoil(folder: str, async_mode: str) -> bool:
-    """Save, and change every weight and moment at once, as training would; is what was saved that of before?"""
+    """Save, and change every weight and moment at once, as training would: is what was saved as before?"""
     changes = {"checkpoint.enable": True, "checkpoint.async_mode": async_mode, "checkpoint.interval": 100}
     trainer = Trainer(build(job_of(changes, folder), SMALL, CPU))
     trainer.train_step()

@@ -1,4 +1,4 @@
-"""Layouts equal one process in losses, norms, every parameter's first gradient and last weight, and validate alike.
+"""Layouts equal one process in losses, norms, held-out figures, every first gradient and last weight.
 
 A selection; `python -m tests.distributed` runs them all.
 """

@@ -31,7 +31,7 @@ def test_norm_over_several_meshes_is_that_of_the_whole_gradients(pool, tmp_path)
 
 
 def muon_apart_and_together() -> float:
-    """Largest difference between sharing the work and doing all of it, over shapes whose rows do not divide evenly."""
+    """Largest difference between sharing the work and doing all of it; some rows do not divide evenly."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     worst = 0.0
     for rows, columns, matrices in ((8, 6, 3), (7, 12, 2), (5, 5, 1), (1, 9, 2)):

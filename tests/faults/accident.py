@@ -2,8 +2,8 @@
 
     python -m tests.faults.accident --job.config_file X ...
 
-KILL_AFTER=n in the environment: SIGKILL before step n + 1; the other ACCIDENTS likewise; FAIL_AFTER=n: an error then.
-ACCIDENT_RANK: the one rank that gets the signals; without it all do.
+KILL_AFTER=n in the environment: SIGKILL before step n + 1; the other ACCIDENTS likewise; FAIL_AFTER=n: an
+error then. ACCIDENT_RANK: the one rank that gets the signals; without it all do.
 """
 
 import os

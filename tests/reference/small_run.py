@@ -1,7 +1,8 @@
 """A whole training run without files: small models, and a loader that draws its slots from numbers.
 
-What slot s holds in step n depends on s and n alone, so every layout and every restart trains alike. Slots hold documents with
-images of many shapes, one-token documents, padding, and, every fourth slot, no image at all; some ranks then see text alone.
+What slot s holds in step n depends on s and n alone, so every layout and every restart trains alike. Slots hold
+documents with images of many shapes, one-token documents, padding, and, every fourth slot, no image at all; some
+ranks then see text alone.
 """
 
 import dataclasses
@@ -134,7 +135,8 @@ class DrawnLoader:
 
     def __init__(self, job: VLMJobConfig, tokenizer: Any, *, rank: int, ranks: int, split: str, **_: Any):
         data = job.data
-        self.sizes = Sizes(job.training.seq_len, data.patches_per_row, data.patch_rows, data.patch_size, data.spatial_merge_size)
+        rows = job.training.seq_len, data.patches_per_row, data.patch_rows
+        self.sizes = Sizes(*rows, data.patch_size, data.spatial_merge_size)
         self.total = resolve_batch(job, int(os.environ.get("WORLD_SIZE", "1"))).global_
         each = self.total // ranks
         self.mine = list(range(rank * each, (rank + 1) * each))
@@ -193,5 +195,10 @@ def check_sizes(job: VLMJobConfig, ranks: int) -> None:
     check_decoder(flavor.decoder, job, sizes)
 
 
-SMALL = dataclasses.replace(SPEC, load_tokenizer=lambda job: Tokenizer(), build_loader=DrawnLoader, sources=lambda job: ("drawn",))
+SMALL = dataclasses.replace(
+    SPEC,
+    load_tokenizer=lambda job: Tokenizer(),
+    build_loader=DrawnLoader,
+    sources=lambda job: ("drawn",),
+)
 CPU = torch.device("cpu")

@@ -1,4 +1,4 @@
-"""Inputs of every kind are cut into pieces without loss; what cannot be read is told before anything is fetched."""
+"""Inputs of every kind are cut into pieces without loss; what cannot be read is told before any fetching."""
 
 import gzip
 import json
