@@ -26,7 +26,7 @@ QUICK: dict[str, Any] = {
 
 @dataclass
 class Noted:
-    """A Progress that remembers."""
+    """A StageProgress that remembers."""
 
     stages: list[tuple[str, int]] = field(default_factory=list)
     count: int = 0

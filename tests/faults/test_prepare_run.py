@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import webdataset
 from PIL import Image
 
 from experiments.vlm.config import Data, Source
@@ -153,6 +154,9 @@ def test_the_loader_reads_what_was_prepared(server, tmp_path):
     captions = [{"image": {"bytes": image(number), "path": None}, "caption": f"c{number}", "score": 0.5} for number in range(3)]
     pq.write_table(pa.Table.from_pylist(captions), tmp_path / "captions.parquet")
     run(tmp_path / "captions.parquet", tmp_path / "captions")
+    judged = webdataset.WebDataset(str(tmp_path / "captions" / "00000.tar"), shardshuffle=False, empty_check=False)
+    by_key = {sample["__key__"]: {name: sample[name] for name in sample if name[0] != "_"} for sample in judged}
+    assert by_key == samples(tmp_path / "captions")
     assert read_back(tmp_path / "captions") == [[(60 + number, 80), f"c{number}"] for number in range(3)]
     assert json.loads(samples(tmp_path / "captions")["00000-00001"]["json"])["score"] == 0.5
 

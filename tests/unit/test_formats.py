@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from experiments.vlm.config import Data, Source
 from experiments.vlm.data.document import Draft, Text
-from experiments.vlm.data.formats import FORMATS, KINDS, kind_of
+from experiments.vlm.data.formats import FORMATS, RECORD_FORMATS, format_of
 from experiments.vlm.data.formats.image_values import plain_value
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.shards import open_shard
@@ -27,13 +27,13 @@ VALUES = st.recursive(
 )
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", RECORD_FORMATS)
 @settings(deadline=None, max_examples=60)
 @given(data=st.data())
 def test_whatever_a_record_holds_it_gives_a_draft_or_a_reason(name, data):
-    columns = st.sampled_from(KINDS[name].columns)
+    columns = st.sampled_from(RECORD_FORMATS[name].columns)
     record = data.draw(st.dictionaries(columns, VALUES, max_size=4))
-    for parse in (KINDS[name].parse, FORMATS["webdataset"].parse):
+    for parse in (RECORD_FORMATS[name].parse, FORMATS["webdataset"].parse):
         try:
             draft = parse(record)
         except Rejected:
@@ -68,7 +68,7 @@ def test_whatever_stands_for_an_image_it_is_bytes_a_string_or_rejected(value):
     ],
 )
 def test_a_record_tells_its_kind(record, kind):
-    assert kind_of(record) == kind
+    assert format_of(record) == kind
 
 
 def open_file(path, format: str):

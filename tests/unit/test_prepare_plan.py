@@ -10,7 +10,7 @@ import pytest
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.prepare.folder import Folder
 from experiments.vlm.prepare.options import Options
-from experiments.vlm.prepare.shard_plan import Job, make_plan
+from experiments.vlm.prepare.shard_plan import PrepareJob, make_plan
 from torchtitan.config.errors import ConfigError
 
 RECORDS = [{"url": f"http://a/{number}", "caption": f"ä{number}"} for number in range(23)]
@@ -40,7 +40,7 @@ def write(path, form: str):
 @pytest.mark.parametrize("rows", [1, 5, 23, 100])
 def test_every_record_is_in_one_piece_whatever_the_file(tmp_path, form, rows):
     source = write(tmp_path / f"x.{form}", form)
-    job = Job.begin(Options(str(source), str(tmp_path / "out"), records_per_shard=rows))
+    job = PrepareJob.begin(Options(str(source), str(tmp_path / "out"), records_per_shard=rows))
     pieces = [[record for _, record in job.records(number)] for number in range(job.shards)]
     assert [parsed.record for piece in pieces for parsed in piece] == RECORDS
     assert all(len(piece) == rows for piece in pieces[:-1])
@@ -48,7 +48,7 @@ def test_every_record_is_in_one_piece_whatever_the_file(tmp_path, form, rows):
 
 
 def reasons(tmp_path, name: str, format: str = "auto") -> list[str]:
-    job = Job.begin(Options(str(tmp_path / name), str(tmp_path / "out" / name), format=format))
+    job = PrepareJob.begin(Options(str(tmp_path / name), str(tmp_path / "out" / name), format=format))
     return [record.reason if isinstance(record, Rejected) else "good" for _, record in job.records(0)]
 
 
@@ -74,7 +74,7 @@ def test_a_column_or_a_file_that_is_not_there_is_named(tmp_path, option, message
     (tmp_path / "x.parquet").write_text("PAR1 and no more")
     changed = {"image_column": "link"} if option == "image_column" else {"input": str(tmp_path / "x.parquet")}
     with pytest.raises(ConfigError, match=message):
-        Job.begin(Options(**{"input": str(tmp_path / "x.jsonl"), "out": str(tmp_path / "out")} | changed))
+        PrepareJob.begin(Options(**{"input": str(tmp_path / "x.jsonl"), "out": str(tmp_path / "out")} | changed))
 
 
 @pytest.mark.parametrize(

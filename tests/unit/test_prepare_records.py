@@ -5,7 +5,7 @@ import json
 import pytest
 
 from experiments.vlm.data.document import Document, Image
-from experiments.vlm.data.formats import KINDS
+from experiments.vlm.data.formats import RECORD_FORMATS
 from experiments.vlm.prepare.images import FinishedImage
 from experiments.vlm.prepare.records import MEMBERS
 
@@ -26,7 +26,7 @@ def test_whatever_a_message_calls_its_image_the_shard_names_it(item, place):
     turns = [{"role": "user", "content": [item, {"type": "text", "text": "What?"}]}, {"role": "assistant", "content": "Noise."}]
     record = {"id": 7, "messages": turns, "images": ["1.jpg", b"2"]}
     finished = FinishedImage(b"ABC", "png", 1, 1, "")
-    (value,) = KINDS["messages"].parse(record).images()
+    (value,) = RECORD_FORMATS["messages"].parse(record).images()
     members = MEMBERS["messages"](record, Document("7", [Image((value, finished), 1, 1)]), "7")
     assert members["7.0.png"] == b"ABC"
     told = json.loads(members["7.json"])

@@ -20,9 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from experiments.vlm.config import Data
-from experiments.vlm.data.download.addresses import Gate
 from experiments.vlm.data.download.client import Client, Failed, Limits
-from experiments.vlm.data.download.hosts import Hosts
+from experiments.vlm.data.download.hosts import Gate, Hosts
 from experiments.vlm.data.file_cache import FileCache, file_cache
 from experiments.vlm.data.rejects import REASONS, Rejected
 

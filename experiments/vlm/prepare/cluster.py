@@ -14,8 +14,8 @@ import torch
 import experiments
 from experiments.vlm.prepare.options import Options
 from experiments.vlm.prepare.pipeline import STAGES, run
-from experiments.vlm.prepare.progress import Progress
-from experiments.vlm.prepare.shard_plan import Job
+from experiments.vlm.prepare.progress import StageProgress
+from experiments.vlm.prepare.shard_plan import PrepareJob
 from experiments.vlm.prepare.stop import Stop
 
 LOST_NODES = 20  # times that a task is started again because its node or process died
@@ -23,7 +23,7 @@ WAITING = 2  # tasks that wait for each that can run: a billion URLs are too man
 
 
 class Sum:
-    """A Progress that adds up what a task did."""
+    """A StageProgress that adds up what a task did."""
 
     def __init__(self) -> None:
         self.total = {False: [0, 0, 0], True: [0, 0, 0]}
@@ -40,14 +40,14 @@ class Sum:
 def do_shard(options: Options, stage: str, number: int) -> dict[bool, list[int]]:
     torch.set_num_threads(1)
     progress = Sum()
-    STAGES[stage](Job.join(options), [number], progress, Stop())
+    STAGES[stage](PrepareJob.join(options), [number], progress, Stop())
     return progress.total
 
 
 class Cluster:
     """The runner of a cluster. Results come in any order; what they leave on disk does not depend on it."""
 
-    def __init__(self, options: Options, progress: Progress) -> None:
+    def __init__(self, options: Options, progress: StageProgress) -> None:
         self.options, self.progress = options, progress
 
     def run(self, stage: str, numbers: list[int]) -> None:
@@ -62,12 +62,12 @@ class Cluster:
                     self.progress.advance(count, failed, size, before)
 
 
-def run_on_cluster(options: Options, progress: Progress) -> None:
+def run_on_cluster(options: Options, progress: StageProgress) -> None:
     """For a plan that is made."""
     # The nodes import this very code: its folder is taken to be where it is here.
     path = os.pathsep.join([str(Path(experiments.__path__[0]).parent), os.environ.get("PYTHONPATH", "")])
     ray.init(options.ray_address, runtime_env={"env_vars": {"PYTHONPATH": path}}, log_to_driver=False)
     try:
-        run(Job.join(options), Cluster(options, progress))
+        run(PrepareJob.join(options), Cluster(options, progress))
     finally:
         ray.shutdown()

@@ -11,16 +11,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from experiments.vlm.data.download.addresses import Gate
 from experiments.vlm.data.download.client import Client, Failed, Limits, Stopped
-from experiments.vlm.data.download.hosts import Hosts
+from experiments.vlm.data.download.hosts import Gate, Hosts
 from experiments.vlm.data.formats.image_values import is_address, name_of
 from experiments.vlm.prepare.folder import read_array
 from experiments.vlm.prepare.images import images_of, looks_whole, write_images
 from experiments.vlm.prepare.journal import Journal
 from experiments.vlm.prepare.options import Options
-from experiments.vlm.prepare.progress import Counted, Progress
-from experiments.vlm.prepare.shard_plan import Job
+from experiments.vlm.prepare.progress import Counted, StageProgress
+from experiments.vlm.prepare.shard_plan import PrepareJob
 from experiments.vlm.prepare.stop import Stop
 
 SHARDS_AT_ONCE = 4  # while one is judged, or waits for a slow host, the others fetch
@@ -81,16 +80,16 @@ class Tools:
     crowd: Crowd
     pool: ThreadPoolExecutor
     turns: asyncio.Semaphore
-    progress: Progress
+    progress: StageProgress
     stop: Stop
 
 
-def collect(job: Job, numbers: Iterable[int], progress: Progress, stop: Stop) -> None:
+def collect(job: PrepareJob, numbers: Iterable[int], progress: StageProgress, stop: Stop) -> None:
     """Raises Stopped when it was asked to stop; what was on the wire is in the journals by then."""
     asyncio.run(collect_all(job, numbers, progress, stop))
 
 
-async def collect_all(job: Job, numbers: Iterable[int], progress: Progress, stop: Stop) -> None:
+async def collect_all(job: PrepareJob, numbers: Iterable[int], progress: StageProgress, stop: Stop) -> None:
     async with make_client(job.options) as client:
         crowd = Crowd(client, CROWD * job.options.concurrency)
         with ThreadPoolExecutor(job.options.threads or None) as pool, stop.calling(crowd.stop):
@@ -101,7 +100,7 @@ async def collect_all(job: Job, numbers: Iterable[int], progress: Progress, stop
         raise error
 
 
-async def collect_shard(job: Job, number: int, tools: Tools) -> None:
+async def collect_shard(job: PrepareJob, number: int, tools: Tools) -> None:
     """Idempotent: what is there is not made again."""
     async with tools.turns:
         counted = Counted(tools.progress)
@@ -115,13 +114,13 @@ async def collect_shard(job: Job, number: int, tools: Tools) -> None:
         counted.fill(len(read_array(job.folder.hashes("content", number), np.uint64)))
 
 
-async def make_images(job: Job, number: int, tools: Tools, counted: Counted) -> None:
+async def make_images(job: PrepareJob, number: int, tools: Tools, counted: Counted) -> None:
     with Journal(job.folder.journal(number)) as journal:
         await fetch_missing(job, number, journal, tools.crowd, counted)
         await asyncio.to_thread(write_images, job, number, journal, tools.pool, counted, tools.stop)
 
 
-async def fetch_missing(job: Job, number: int, journal: Journal, crowd: Crowd, counted: Counted) -> None:
+async def fetch_missing(job: PrepareJob, number: int, journal: Journal, crowd: Crowd, counted: Counted) -> None:
     if not read_array(job.folder.hashes("urls", number), np.uint64).any():
         return
     urls = await asyncio.to_thread(list_addresses, job, number)
@@ -135,7 +134,7 @@ async def fetch_missing(job: Job, number: int, journal: Journal, crowd: Crowd, c
     await crowd.fetch_all(missing, journal, tell)
 
 
-def list_addresses(job: Job, number: int) -> list[str]:
+def list_addresses(job: PrepareJob, number: int) -> list[str]:
     """The addresses of a shard's images, each once, but for those that an earlier image of the input has."""
     names = (name_of(image.value) for image, repeated in images_of(job, number) if not repeated)
     return list(dict.fromkeys(name for name in names if is_address(name)))

@@ -14,12 +14,12 @@ import numpy as np
 from experiments.vlm.data.formats.image_values import is_address, name_of
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.prepare.folder import Folder, read_array, write_array
-from experiments.vlm.prepare.shard_plan import Job
+from experiments.vlm.prepare.shard_plan import PrepareJob
 
 PASS_HASHES = 1 << 26  # hashes that are compared in one pass: 2 GB of memory
 
 
-def list_urls(job: Job, number: int) -> None:
+def list_urls(job: PrepareJob, number: int) -> None:
     """Idempotent. 0 stands for an image that has no URL."""
     path = job.folder.hashes("urls", number)
     if not path.exists():

@@ -25,7 +25,7 @@ from experiments.vlm.prepare.dedup import hash_of
 from experiments.vlm.prepare.folder import appearing, read_array, write_array, write_json
 from experiments.vlm.prepare.journal import Journal
 from experiments.vlm.prepare.progress import Advancing
-from experiments.vlm.prepare.shard_plan import Job
+from experiments.vlm.prepare.shard_plan import PrepareJob
 from experiments.vlm.prepare.stop import Stop
 
 IN_WORK = 64  # images that are read, judged and not yet written
@@ -58,7 +58,7 @@ class Encoding:
 
 
 @dataclass(frozen=True)
-class Entry:
+class ImageEntry:
     """An image of a shard: where it lies in the .bin file, or (`reason`) why it does not."""
 
     offset: int = 0
@@ -72,10 +72,10 @@ class Entry:
 
 
 # An image in work, an image that is not wanted, or the number of an earlier one with the same name.
-Work = Future[FinishedImage] | Entry | int
+Work = Future[FinishedImage] | ImageEntry | int
 
 
-def images_of(job: Job, number: int) -> Iterator[tuple[ImageValue, bool]]:
+def images_of(job: PrepareJob, number: int) -> Iterator[tuple[ImageValue, bool]]:
     """The images of a shard, and whether an earlier image of the input has the same URL."""
     repeated = iter(read_array(job.folder.repeated("urls", number), np.bool_)) if job.dedup else None
     for _, record in job.records(number):
@@ -84,9 +84,9 @@ def images_of(job: Job, number: int) -> Iterator[tuple[ImageValue, bool]]:
                 yield image, repeated is not None and bool(next(repeated))
 
 
-def write_images(job: Job, number: int, journal: Journal, pool: Executor, progress: Advancing, stop: Stop) -> None:
+def write_images(job: PrepareJob, number: int, journal: Journal, pool: Executor, progress: Advancing, stop: Stop) -> None:
     """Raises Stopped."""
-    entries: list[Entry] = []
+    entries: list[ImageEntry] = []
     with appearing(job.folder.images(number)) as file:
         for work in ahead(start_works(job, number, journal, pool, progress), IN_WORK):
             stop.check()
@@ -98,7 +98,7 @@ def write_images(job: Job, number: int, journal: Journal, pool: Executor, progre
     write_json(job.folder.image_index(number), [asdict(entry) for entry in entries])
 
 
-def start_works(job: Job, number: int, journal: Journal, pool: Executor, progress: Advancing) -> Iterator[Work]:
+def start_works(job: PrepareJob, number: int, journal: Journal, pool: Executor, progress: Advancing) -> Iterator[Work]:
     """What a shard names twice is judged and stored once."""
     options, folder = job.options, job.image_folder(number)
     encoding = Encoding(options.encode, options.max_side, options.quality)
@@ -106,11 +106,11 @@ def start_works(job: Job, number: int, journal: Journal, pool: Executor, progres
     for index, (image, repeated) in enumerate(images_of(job, number)):
         name = name_of(image.value)
         if repeated:
-            yield Entry(reason="duplicate_url")
+            yield ImageEntry(reason="duplicate_url")
         elif name in first:
             yield first[name]
         elif is_address(name) and (failed := journal.outcomes[name]).reason:
-            yield Entry(reason=failed.reason, detail=failed.detail)
+            yield ImageEntry(reason=failed.reason, detail=failed.detail)
         else:
             if name:
                 first[name] = index
@@ -127,14 +127,14 @@ def bring(image: ImageValue, journal: Journal, folder: ImageFolder, encoding: En
     return finish_image(journal.read(value) if is_address(value) else folder.read(value), encoding)
 
 
-def store(work: Future[FinishedImage], file: IO[bytes]) -> Entry:
+def store(work: Future[FinishedImage], file: IO[bytes]) -> ImageEntry:
     try:
         picture = work.result()
     except Rejected as rejected:
-        return Entry(reason=rejected.reason, detail=rejected.detail)
+        return ImageEntry(reason=rejected.reason, detail=rejected.detail)
     offset = file.tell()
     file.write(picture.data)
-    return Entry(offset, len(picture.data), picture.extension, picture.height, picture.width, picture.sha256)
+    return ImageEntry(offset, len(picture.data), picture.extension, picture.height, picture.width, picture.sha256)
 
 
 def ahead(items: Iterable[Item], count: int) -> Iterator[Item]:

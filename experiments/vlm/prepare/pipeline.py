@@ -16,31 +16,31 @@ from experiments.vlm.data.tally import Tally
 from experiments.vlm.prepare.collect import collect
 from experiments.vlm.prepare.dedup import list_urls, mark_repeated
 from experiments.vlm.prepare.folder import read_array, read_json, remove, write_json
-from experiments.vlm.prepare.progress import Progress
+from experiments.vlm.prepare.progress import StageProgress
 from experiments.vlm.prepare.shard import write_shard
-from experiments.vlm.prepare.shard_plan import Job
+from experiments.vlm.prepare.shard_plan import PrepareJob
 from experiments.vlm.prepare.stop import Stop
 
-Stage = Callable[[Job, Iterable[int], Progress, Stop], None]
+Stage = Callable[[PrepareJob, Iterable[int], StageProgress, Stop], None]
 
 
 class Runner(Protocol):
     @property
-    def progress(self) -> Progress: ...
+    def progress(self) -> StageProgress: ...
 
     def run(self, stage: str, numbers: list[int]) -> None:
         """Does a stage (a key of STAGES) for these shards."""
         ...
 
 
-def list_all(job: Job, numbers: Iterable[int], progress: Progress, stop: Stop) -> None:
+def list_all(job: PrepareJob, numbers: Iterable[int], progress: StageProgress, stop: Stop) -> None:
     for number in numbers:
         stop.check()
         list_urls(job, number)
         progress.advance(job.plan.pieces[number].count)
 
 
-def write_all(job: Job, numbers: Iterable[int], progress: Progress, stop: Stop) -> None:
+def write_all(job: PrepareJob, numbers: Iterable[int], progress: StageProgress, stop: Stop) -> None:
     for number in numbers:
         stop.check()
         write_shard(job, number)
@@ -50,7 +50,7 @@ def write_all(job: Job, numbers: Iterable[int], progress: Progress, stop: Stop) 
 STAGES: dict[str, Stage] = {"list": list_all, "collect": collect, "write": write_all}
 
 
-def run(job: Job, runner: Runner) -> None:
+def run(job: PrepareJob, runner: Runner) -> None:
     """Ends with the report in place. Raises Stopped."""
     folder, shards = job.folder, range(job.shards)
     todo = [number for number in shards if not folder.done(number).exists()]
@@ -69,7 +69,7 @@ def run(job: Job, runner: Runner) -> None:
     write_report(job)
 
 
-def write_report(job: Job) -> None:
+def write_report(job: PrepareJob) -> None:
     """Of the whole run, made of the shards' reports; then the state is not needed any more, but for these and the plan."""
     total, shards = Tally(), 0
     for number in range(job.shards):

@@ -19,7 +19,7 @@ class Advancing(Protocol):
         ...
 
 
-class Progress(Advancing, Protocol):
+class StageProgress(Advancing, Protocol):
     def stage(self, name: str, total: int) -> None: ...
 
     def note(self, text: str) -> None: ...
@@ -85,8 +85,8 @@ class Shown:
 
 
 @dataclass(frozen=True)
-class Told:
-    """A Progress that writes everything down as lines of JSON. When nobody reads any more, that is no fault."""
+class JsonProgress:
+    """A StageProgress that writes everything down as lines of JSON. When nobody reads any more, that is no fault."""
 
     file: BinaryIO
 
@@ -107,7 +107,7 @@ class Told:
 class Counted:
     """Passes on what one shard advances, and counts it."""
 
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self, progress: StageProgress) -> None:
         self._progress = progress
         self.count = 0
 

@@ -17,15 +17,15 @@ from experiments.vlm.data.formats.image_values import is_address, name_of
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.tally import Reject, Tally
 from experiments.vlm.prepare.folder import appearing, read_array, read_json, remove, write_json
-from experiments.vlm.prepare.images import Entry, FinishedImage
+from experiments.vlm.prepare.images import FinishedImage, ImageEntry
 from experiments.vlm.prepare.records import MEMBERS, Members, to_json
-from experiments.vlm.prepare.shard_plan import Job, Parsed
+from experiments.vlm.prepare.shard_plan import Parsed, PrepareJob
 from experiments.vlm.tar_file import write_samples
 
-Outcome = FinishedImage | Entry  # an entry says why there is no image
+Judged = FinishedImage | ImageEntry  # an entry says why there is no image
 
 
-def write_shard(job: Job, number: int) -> None:
+def write_shard(job: PrepareJob, number: int) -> None:
     """Idempotent. The report is written last and says that the shard is finished."""
     folder = job.folder
     if not folder.done(number).exists():
@@ -58,7 +58,7 @@ class Account:
             self.tally.count(self.source, what, more)
 
 
-def samples(job: Job, number: int, account: Account) -> Iterator[Members]:
+def samples(job: PrepareJob, number: int, account: Account) -> Iterator[Members]:
     with job.folder.images(number).open("rb") as file:
         outcomes = read_images(job, number, file)
         for key, record in job.records(number):
@@ -70,13 +70,13 @@ def samples(job: Job, number: int, account: Account) -> Iterator[Members]:
         account.reject(tail, "")
 
 
-def sample(parsed: Parsed, key: str, outcomes: list[Outcome], account: Account) -> Members | None:
+def sample(parsed: Parsed, key: str, outcomes: list[Judged], account: Account) -> Members | None:
     """The members of a record's sample; None, and accounted for, where nothing worth keeping is left."""
     by_position = dict(zip((image.position for image in parsed.draft.images()), outcomes, strict=True))
 
     def size(value: ImageValue) -> tuple[int, int]:
         outcome = by_position[value.position]
-        if isinstance(outcome, Entry):
+        if isinstance(outcome, ImageEntry):
             address = name_of(value.value)
             raise Rejected(outcome.reason, ": ".join(filter(None, (address * is_address(address), outcome.detail))))
         return outcome.height, outcome.width
@@ -91,20 +91,20 @@ def sample(parsed: Parsed, key: str, outcomes: list[Outcome], account: Account) 
     for image in lost:
         account.reject(image, key, image.image or 0)
     members = MEMBERS[account.source](parsed.record, document, key)
-    account.keep(members, len(by_position) - sum(isinstance(outcome, Entry) for outcome in outcomes))
+    account.keep(members, len(by_position) - sum(isinstance(outcome, ImageEntry) for outcome in outcomes))
     return members
 
 
-def read_images(job: Job, number: int, file: IO[bytes]) -> Iterator[Outcome]:
+def read_images(job: PrepareJob, number: int, file: IO[bytes]) -> Iterator[Judged]:
     """What became of each image of the shard, in order."""
-    entries = [Entry(**entry) for entry in read_json(job.folder.image_index(number))]
+    entries = [ImageEntry(**entry) for entry in read_json(job.folder.image_index(number))]
     none = np.zeros(len(entries), np.bool_)
     repeated = read_array(job.folder.repeated("content", number), np.bool_) if job.dedup else none
     for entry, is_repeated in zip(entries, repeated, strict=True):
         if entry.reason:
             yield entry
         elif is_repeated:
-            yield Entry(reason="duplicate_content", detail=f"sha256 {entry.sha256}")
+            yield ImageEntry(reason="duplicate_content", detail=f"sha256 {entry.sha256}")
         else:
             file.seek(entry.offset)
             yield FinishedImage(file.read(entry.length), entry.extension, entry.height, entry.width, entry.sha256)

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from experiments.vlm.data.document import Draft
 from experiments.vlm.data.file_cache import FileCache
-from experiments.vlm.data.formats import KINDS, RECORD_FILES, Record, captions, kind_of
+from experiments.vlm.data.formats import RECORD_FILES, RECORD_FORMATS, Record, captions, format_of
 from experiments.vlm.data.formats.record_files import Records, open_records
 from experiments.vlm.data.formats.record_shard import ImageFolder, folder_of
 from experiments.vlm.data.reading import guarded
@@ -30,7 +30,7 @@ SHARED = ("llava", "messages")  # formats whose images may stand in many records
 
 
 @dataclass(frozen=True)
-class Piece:
+class InputSpan:
     """Records first ... first + count - 1 of an input file."""
 
     file: str
@@ -41,7 +41,7 @@ class Piece:
 @dataclass(frozen=True)
 class Plan:
     format: str
-    pieces: list[Piece]
+    pieces: list[InputSpan]
     options: dict
     inputs: dict[str, int]  # file -> bytes
 
@@ -59,7 +59,7 @@ class Parsed:
 
 
 @dataclass(frozen=True)
-class Job:
+class PrepareJob:
     """One run: its options, folder and plan."""
 
     options: Options
@@ -67,13 +67,13 @@ class Job:
     plan: Plan
 
     @classmethod
-    def begin(cls, options: Options) -> "Job":
+    def begin(cls, options: Options) -> "PrepareJob":
         """Makes the plan, or finds it. Raises ConfigError."""
         folder = Folder(Path(options.out))
         return cls(options, folder, make_plan(options, folder))
 
     @classmethod
-    def join(cls, options: Options) -> "Job":
+    def join(cls, options: Options) -> "PrepareJob":
         """For another process of the same run."""
         folder = Folder(Path(options.out))
         return cls(options, folder, load_plan(folder))
@@ -115,7 +115,7 @@ def _parsed(records: Records, index: int, parse: Callable[[Record], Draft]) -> P
 def parser(format: str, options: Options) -> Callable[[Record], Draft]:
     if format == "captions":
         return functools.partial(captions.parse, image=options.image_column, text=options.text_column)
-    return KINDS[format].parse
+    return RECORD_FORMATS[format].parse
 
 
 @functools.lru_cache(maxsize=8)
@@ -144,13 +144,13 @@ def make_plan(options: Options, folder: Folder) -> Plan:
     return plan
 
 
-def cut(file: str, count: int, size: int) -> list[Piece]:
-    return [Piece(file, first, min(size, count - first)) for first in range(0, count, size)]
+def cut(file: str, count: int, size: int) -> list[InputSpan]:
+    return [InputSpan(file, first, min(size, count - first)) for first in range(0, count, size)]
 
 
 def load_plan(folder: Folder) -> Plan:
     value = read_json(folder.plan)
-    return Plan(**{**value, "pieces": [Piece(**piece) for piece in value["pieces"]]})
+    return Plan(**{**value, "pieces": [InputSpan(**piece) for piece in value["pieces"]]})
 
 
 def check_same(plan: Plan, options: Options, inputs: dict[str, int], folder: Folder) -> None:
@@ -170,7 +170,7 @@ def list_inputs(pattern: str) -> list[str]:
     return files
 
 
-def find_format(options: Options, pieces: list[Piece], folder: Folder) -> str:
+def find_format(options: Options, pieces: list[InputSpan], folder: Folder) -> str:
     """The first record that can be read tells it, where it was not said."""
     record = next(_readable(pieces, folder), {})
     columns = ", ".join(record or ["(none)"])
@@ -180,14 +180,14 @@ def find_format(options: Options, pieces: list[Piece], folder: Folder) -> str:
             raise ConfigError(f"--{option} {name} is not among the columns {columns}")
     if options.format != "auto":
         return options.format
-    kind = "captions" if options.image_column and options.text_column else kind_of(record)
-    if kind is None:
-        fit = f"columns {columns} fit none of {', '.join(KINDS)}"
+    format = "captions" if options.image_column and options.text_column else format_of(record)
+    if format is None:
+        fit = f"columns {columns} fit none of {', '.join(RECORD_FORMATS)}"
         raise ConfigError(f"--format auto: {fit}: say --format, --image_column, --text_column")
-    return kind
+    return format
 
 
-def _readable(pieces: list[Piece], folder: Folder) -> Iterator[Record]:
+def _readable(pieces: list[InputSpan], folder: Folder) -> Iterator[Record]:
     for piece in pieces:
         for index in range(piece.first, piece.first + piece.count):
             try:

@@ -16,8 +16,8 @@ from pathlib import Path
 import experiments
 from experiments.vlm.prepare.folder import read_json
 from experiments.vlm.prepare.options import Options
-from experiments.vlm.prepare.progress import Progress
-from experiments.vlm.prepare.shard_plan import Job
+from experiments.vlm.prepare.progress import StageProgress
+from experiments.vlm.prepare.shard_plan import PrepareJob
 from torchtitan.config.errors import ConfigError
 
 
@@ -25,10 +25,10 @@ class Crashed(RuntimeError):
     """The worker ended before its work was done: its traceback, or its exit code."""
 
 
-def prepare(options: Options, progress: Progress) -> dict:
+def prepare(options: Options, progress: StageProgress) -> dict:
     """Makes the shards, or goes on where an earlier call was stopped. Returns the report. Raises ConfigError."""
     options = dataclasses.replace(options, out=absolute(options.out), image_folder=absolute(options.image_folder))
-    job = Job.begin(options)
+    job = PrepareJob.begin(options)
     if options.ray_address:
         try:
             from experiments.vlm.prepare.cluster import run_on_cluster
@@ -45,7 +45,7 @@ def absolute(path: str) -> str:
     return path and str(Path(path).resolve())
 
 
-def run_local(options: Options, progress: Progress) -> None:
+def run_local(options: Options, progress: StageProgress) -> None:
     """For a plan that is made. Raises Crashed, and KeyboardInterrupt when it was interrupted, after the worker has ended."""
     worker = start_worker()
     assert worker.stdin and worker.stdout
@@ -75,8 +75,8 @@ def start_worker() -> subprocess.Popen:
     )
 
 
-def follow(lines: Iterable[bytes], progress: Progress) -> None:
-    """Shows what the worker tells (progress.Told), until it ends."""
+def follow(lines: Iterable[bytes], progress: StageProgress) -> None:
+    """Shows what the worker tells (progress.JsonProgress), until it ends."""
     for line in lines:
         name, arguments = json.loads(line)
         if name == "crashed":

@@ -20,8 +20,8 @@ from experiments.vlm.data.download.client import Stopped
 from experiments.vlm.prepare.folder import Folder
 from experiments.vlm.prepare.options import Options
 from experiments.vlm.prepare.pipeline import STAGES, run
-from experiments.vlm.prepare.progress import Progress, Told
-from experiments.vlm.prepare.shard_plan import Job
+from experiments.vlm.prepare.progress import JsonProgress, StageProgress
+from experiments.vlm.prepare.shard_plan import PrepareJob
 from experiments.vlm.prepare.stop import Stop
 
 
@@ -29,8 +29,8 @@ from experiments.vlm.prepare.stop import Stop
 class Here:
     """The runner of a single process."""
 
-    job: Job
-    progress: Progress
+    job: PrepareJob
+    progress: StageProgress
     stop: Stop
 
     def run(self, stage: str, numbers: list[int]) -> None:
@@ -38,7 +38,7 @@ class Here:
 
 
 def main() -> None:
-    told, stop = Told(own_stdout()), Stop()
+    told, stop = JsonProgress(own_stdout()), Stop()
     line = sys.stdin.readline()
     if not line:
         return  # whoever started this has ended already
@@ -47,7 +47,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: stop.ask())
     prepare_process()
     try:
-        job = Job.join(options)
+        job = PrepareJob.join(options)
         with only_run(job.folder, told, stop):
             run(job, Here(job, told, stop))
     except Stopped:
@@ -77,7 +77,7 @@ def prepare_process() -> None:
 
 
 @contextlib.contextmanager
-def only_run(folder: Folder, progress: Progress, stop: Stop) -> Iterator[None]:
+def only_run(folder: Folder, progress: StageProgress, stop: Stop) -> Iterator[None]:
     """Waits for an earlier worker. Raises Stopped. The lock ends with its process, however that ends."""
     with (folder.state / "lock").open("w") as file:
         waits = False

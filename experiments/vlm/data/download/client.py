@@ -18,8 +18,7 @@ from email.utils import parsedate_to_datetime
 import aiohttp
 from yarl import URL
 
-from experiments.vlm.data.download.addresses import REFUSED, Gate
-from experiments.vlm.data.download.hosts import Hosts
+from experiments.vlm.data.download.hosts import REFUSED, Gate, Hosts
 from experiments.vlm.data.rejects import Rejected
 
 REDIRECTS = {301, 302, 303, 307, 308}

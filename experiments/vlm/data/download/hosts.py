@@ -1,9 +1,57 @@
-"""Politeness: how many connections a host gets at once, how far apart, and when it asked to be left alone."""
+"""Which addresses may be connected to, and how politely a host is asked.
+
+The check of an address sits where the socket is made, so what is checked is what is connected to: a name that resolves
+differently the second time, a redirect, or an address written in an odd way reaches it like any other.
+"""
 
 import asyncio
+import ipaddress
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from typing import Any
+
+Address = IPv4Address | IPv6Address
+Network = IPv4Network | IPv6Network
+
+NAT64 = IPv6Network("64:ff9b::/96")
+# Not an errno of any system: tells a refusal of ours from one of the kernel, through libraries that keep only the number.
+REFUSED = -7001
+
+
+def carried_ipv4(address: IPv6Address) -> IPv4Address | None:
+    """The IPv4 address that packets to an IPv6 address end up at, where it carries one (mapped, 6to4, NAT64)."""
+    if address in NAT64:
+        return IPv4Address(int(address) & 0xFFFFFFFF)
+    return address.ipv4_mapped or address.sixtofour
+
+
+def is_public(address: Address) -> bool:
+    """Neither private, loopback, link-local, multicast nor reserved (IANA's registries, as `ipaddress` knows them)."""
+    if isinstance(address, IPv6Address) and (carried := carried_ipv4(address)):
+        address = carried
+    return address.is_global and not address.is_multicast and not address.is_reserved
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Makes sockets for permitted addresses only."""
+
+    allow_private: bool = False
+    networks: tuple[Network, ...] = field(default=())  # permitted although private
+
+    def permits(self, text: str) -> bool:
+        address = ipaddress.ip_address(text.partition("%")[0])  # without the scope of fe80::1%eth0
+        return self.allow_private or is_public(address) or any(address in network for network in self.networks)
+
+    def make_socket(self, address_info: tuple[Any, ...]) -> socket.socket:
+        """For aiohttp's `socket_factory`: `address_info` is a row of getaddrinfo. Raises OSError(REFUSED)."""
+        family, kind, protocol, _, target = address_info
+        if not self.permits(target[0]):
+            raise OSError(REFUSED, f"{target[0]} is not a public address")
+        return socket.socket(family, kind, protocol)
 
 
 @dataclass

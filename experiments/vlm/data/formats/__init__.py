@@ -19,6 +19,8 @@ RECORD_FILES = (".parquet", ".jsonl", ".ndjson", ".json", ".tsv", ".arrow", ".fe
 
 @dataclass(frozen=True)
 class Format:
+    """To add one: a file with COLUMNS and `parse`, and a row below."""
+
     columns: tuple[str, ...]  # what `parse` reads of a record: nothing else of a table is loaded
     parse: Callable[[Record], Draft]
     fits: Callable[[Record], bool]  # whether a record of unknown format may be one of this
@@ -26,26 +28,28 @@ class Format:
 
 
 def having(*names: str) -> Callable[[Record], bool]:
-    return lambda record: any(name in record for name in names)
+    """Whether a record has any of these fields."""
+    return lambda record: not record.keys().isdisjoint(names)
 
 
-def kind_of(record: Record) -> str | None:
+def format_of(record: Record) -> str | None:
     """The first format that fits."""
-    return next((name for name, format in KINDS.items() if format.fits(record)), None)
+    return next((name for name, format in RECORD_FORMATS.items() if format.fits(record)), None)
 
 
 def parse_sample(record: Record) -> Draft:
     """A sample of a tar in the WebDataset convention, whatever it is: a caption where nothing else fits."""
-    kind = kind_of(record)
-    return KINDS["captions" if kind in (None, "text") else kind].parse(record)
+    formats = (RECORD_FORMATS[name] for name in ("llava", "messages", "obelics"))
+    return next((format for format in formats if format.fits(record)), RECORD_FORMATS["captions"]).parse(record)
 
 
-KINDS = {
+RECORD_FORMATS = {
     "llava": Format(llava.COLUMNS, llava.parse, having("conversations")),
     "messages": Format(messages.COLUMNS, messages.parse, having("messages")),
     "obelics": Format(obelics.COLUMNS, obelics.parse, having("texts", "images")),
     "captions": Format(captions.COLUMNS, captions.parse, captions.fits),
     "text": Format(text.COLUMNS, text.parse, having("text", "content"), (".tar", ".txt", *RECORD_FILES)),
 }
-WEBDATASET = Format(tuple({name for kind in KINDS.values() for name in kind.columns}), parse_sample, having(), (".tar",))
-FORMATS = {"webdataset": WEBDATASET, "cc12m": WEBDATASET, **KINDS}
+COLUMNS = tuple({name for format in RECORD_FORMATS.values() for name in format.columns})
+WEBDATASET = Format(COLUMNS, parse_sample, having(), (".tar",))
+FORMATS = {"webdataset": WEBDATASET, "cc12m": WEBDATASET, **RECORD_FORMATS}

@@ -4,7 +4,8 @@
 KEY.jpg  KEY.txt  KEY.json                 the .txt, or where that is blank "caption" or "text" of the .json
 """
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from experiments.vlm.data.document import Draft, ImageValue, Text
@@ -17,6 +18,7 @@ COLUMNS = (*IMAGE_EXTENSIONS, *IMAGES, *TEXTS)
 
 
 def fits(record: Mapping[str, Any]) -> bool:
+    """Whether it has an image and a field that may be its caption."""
     return image_field(record) is not None and any(name in record for name in TEXTS)
 
 
@@ -36,15 +38,16 @@ def parse(record: Mapping[str, Any], image: str = "", text: str = "") -> Draft:
 
 def image_field(record: Mapping[str, Any]) -> str | None:
     """ "jpg" before "0.jpg" before the other names."""
-    whole = (name for name in record if name in IMAGE_EXTENSIONS)
-    last = (name for name in record if is_image_name(name))
-    return next((name for name in (*whole, *last, *IMAGES) if record.get(name) is not None), None)
+    named: tuple[Iterable[str], ...] = (filter(IMAGE_EXTENSIONS.__contains__, record), filter(is_image_name, record), IMAGES)
+    return next((name for name in itertools.chain(*named) if record.get(name) is not None), None)
 
 
 def _swallowed(record: Mapping[str, Any], image: str) -> list[Rejected]:
-    """Samples that differ only after their first dot (a.1.jpg, a.2.jpg) are one to the convention of tars. All but one are lost."""
-    own, _ = split_name(image)
-    captioned = {part for part, kind in map(split_name, record) if kind == "txt"} - {own}
-    others = [name for name in record if is_image_name(name) and split_name(name)[0] in captioned]
+    """Samples that differ only after their first dot (a.1.jpg, a.2.jpg) are one to the convention of tars: one is kept."""
+    others = [name for name in record if name != image and is_image_name(name)]
+    if not others:
+        return []
+    captioned = {part for part, kind in map(split_name, record) if kind == "txt"} - {split_name(image)[0]}
+    lost = [name for name in others if split_name(name)[0] in captioned]
     why = f"has a caption of its own, but a key ends at the first dot: the sample is that of {image}"
-    return [Rejected("image_unplaced", f"{name} {why}", image=number) for number, name in enumerate(others, 1)]
+    return [Rejected("image_unplaced", f"{name} {why}", image=number) for number, name in enumerate(lost, 1)]

@@ -28,7 +28,8 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def is_image_name(name: str) -> bool:
-    return split_name(name)[1] in IMAGE_EXTENSIONS
+    """Whether a field is called like an image file."""
+    return name.rpartition(".")[2] in IMAGE_EXTENSIONS
 
 
 def held_image(item: dict[str, Any]) -> Any:

@@ -71,6 +71,7 @@ class TarShard:
 
 
 def is_tar(path: str) -> bool:
+    """By its name or its content. Raises OSError."""
     with open(path, "rb") as file:
         return path.endswith(".tar") or file.read(512)[257:262] == b"ustar"
 
@@ -89,5 +90,7 @@ def _found(image: ImageValue, members: list[Member]) -> ImageValue:
     if not isinstance(name, str):
         return image
     name = name.removeprefix("./").lower()
-    names = ((other.lower(), member) for member in members for other in (member.extension, os.path.basename(member.name), member.name))
-    return ImageValue(dict(names).get(name, name), image.position)
+    borne: dict[str, Member] = {}
+    for member in members:
+        borne |= {own.lower(): member for own in (member.extension, os.path.basename(member.name), member.name)}
+    return ImageValue(borne.get(name, name), image.position)
