@@ -72,6 +72,8 @@ class _CrossEntropySum(torch.autograd.Function):
             loss += piece.nll_T().sum()
             d_TV = piece.dlogits_TV().to(h_TD.dtype) if dh_TD is not None or dw_VD is not None else None
             del piece  # or the next chunk's logits would come beside these
+            if d_TV is None:
+                continue
             if dh_TD is not None:
                 torch.mm(d_TV, weight_VD, out=dh_TD[part])
             if dw_VD is not None:
