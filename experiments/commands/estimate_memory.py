@@ -20,7 +20,7 @@ from torchtitan.config.errors import require
 from torchtitan.config.layout import Degrees, degrees
 from torchtitan.config.parse import parse_script
 from torchtitan.config.shipped import shipped
-from torchtitan.distributed.estimate import GIB
+from torchtitan.tools.hardware import GIB
 
 
 @dataclass

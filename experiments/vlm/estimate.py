@@ -9,8 +9,6 @@ import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
-
 from experiments.vlm.check import check_encoder
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.flops import Work, flops_of_work
@@ -21,6 +19,7 @@ from torchtitan.config.check import check_pipeline, check_sequence
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.layout import BatchSizes, Degrees, resolve_batch
 from torchtitan.distributed.estimate import FLOAT32, Memory, Storage, factorisations, in_flight, peak_memory, traffic
+from torchtitan.distributed.fsdp import Sharding
 from torchtitan.distributed.stages import Split, stages_of_rank
 from torchtitan.models.decoder.check import check_decoder
 
@@ -102,7 +101,12 @@ def _of_rank(
     stages = stages_of_rank(schedule, rank, sizes.pp, split.stages) if sizes.pp > 1 else [0]
     units = [list(share.units(sizes, split.of(stage), stage == 0, stage == last)) for stage in stages]
     microbatches = batch.local // slots
-    storage = storage_of(job, sizes, batch, microbatches)
+    storage = Storage(
+        Sharding.of(job),
+        forwards=batch.accumulation * microbatches,
+        reductions=batch.accumulation,
+        all_reductions=batch.accumulation if sizes.pp > 1 else 1,
+    )
     flying = in_flight(schedule, rank, sizes.pp, microbatches)
     memory = peak_memory(units, storage, flying, microbatches * share.batch_bytes)
     sent = traffic([unit for stage in units for unit in stage], storage)
@@ -148,19 +152,6 @@ def slots_for_stages(job: VLMJobConfig, pp: int) -> int:
     if job.parallelism.pipeline_parallel_schedule.startswith("Interleaved") and count % (count // pp):
         count = -(-count // pp) * pp
     return count * size
-
-
-def storage_of(job: VLMJobConfig, sizes: Degrees, batch: BatchSizes, microbatches: int) -> Storage:
-    t, policy = job.training, job.parallelism.fsdp_reshard_after_forward
-    return Storage(
-        parameter=getattr(torch, t.mixed_precision_param).itemsize,
-        reduced=getattr(torch, t.mixed_precision_reduce).itemsize,
-        reshard=policy == "always" or (policy == "default" and sizes.pp == 1),
-        forwards=batch.accumulation * microbatches,
-        reductions=batch.accumulation,
-        all_reductions=batch.accumulation if sizes.pp > 1 else 1,
-        offload=t.enable_cpu_offload,
-    )
 
 
 def work_of_step(job: VLMJobConfig, batch: BatchSizes) -> Work:

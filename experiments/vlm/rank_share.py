@@ -25,6 +25,7 @@ from torchtitan.config.layout import Degrees
 from torchtitan.distributed.activation_checkpoint import apply_activation_checkpoint
 from torchtitan.distributed.estimate import Unit
 from torchtitan.distributed.footprint import Footprint, footprints, fuse_norms
+from torchtitan.distributed.fsdp import Sharding
 from torchtitan.distributed.mesh import Mesh, imagine_mesh
 
 
@@ -90,9 +91,9 @@ class RankShare:
             yield unit(f"decoder layer {number}", self._layer("decoder", number), ("decoder.layers.1",))
         if last:
             own = ("decoder.norm", "decoder.output", *(("decoder.tok_embeddings",) if tied and not first else ()))
-            always = self._job.parallelism.fsdp_reshard_after_forward == "always"
-            # Alone it stays gathered, since backward starts with it (fsdp.py).
-            yield dataclasses.replace(unit("output layer", "decoder.norm", own), in_backward=tied or always)
+            # Alone it may stay gathered, since backward starts with it.
+            again = tied or not Sharding.of(self._job).keep_last
+            yield dataclasses.replace(unit("output layer", "decoder.norm", own), in_backward=again)
 
     def _vision(self, sizes: Degrees) -> Iterator[Unit]:
         heads = sizes.tp if self._job.parallelism.encoder_tensor_parallel else 1

@@ -176,7 +176,8 @@ def ask(*options: str) -> int:
 
 
 def test_the_command_reports_the_job_and_what_else_fits(capsys):
-    assert ask("--world_size", "512", "--training.global_batch_size", "100", "--rows", "3") == 0
+    few = ("--rows", "3", "--max_tp", "2", "--max_cp", "2", "--max_pp", "2")
+    assert ask("--world_size", "512", "--training.global_batch_size", "100", *few) == 0
     printed = capsys.readouterr().out
     for expected in ("fsdp512:", "100 -> 4096", "peak memory a rank", "fsdp all-gather", "layouts fit 80 GiB"):
         assert expected in printed

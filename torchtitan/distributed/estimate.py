@@ -12,9 +12,9 @@ from operator import mul
 
 from torchtitan.config.layout import Degrees
 from torchtitan.distributed.footprint import Footprint
+from torchtitan.distributed.fsdp import Sharding
 
 FLOAT32 = 4
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,22 @@ class Unit:
 
 @dataclass(frozen=True)
 class Storage:
-    """How parameters are kept and moved: see Sharding in fsdp.py."""
+    """How parameters are kept, and how often they are moved before an optimizer step."""
 
-    parameter: int  # bytes of one in forward and backward
-    reduced: int  # bytes of a gradient's element while it is summed over ranks
-    reshard: bool  # gathered parameters are freed after forward
-    forwards: int  # before an optimizer step: accumulation times microbatches
-    reductions: int  # of gradients over ranks before an optimizer step
+    sharding: Sharding
+    forwards: int  # accumulation times microbatches
+    reductions: int  # of gradients over ranks
     all_reductions: int  # of these, how many go on to the copies of a shard
-    offload: bool = False  # shards of parameters, their gradients and optimizer state are in host memory
+
+    @property
+    def parameter(self) -> int:
+        """Bytes of one in forward and backward."""
+        return self.sharding.param_dtype.itemsize
+
+    @property
+    def reduced(self) -> int:
+        """Bytes of a gradient's element while it is summed over ranks."""
+        return self.sharding.reduce_dtype.itemsize
 
     @property
     def whole_gradients(self) -> bool:
@@ -82,7 +89,7 @@ def _loads(stages: Sequence[Sequence[Unit]], s: Storage, in_flight: Sequence[tup
     trained = [[unit for unit in stage if unit.trains] for stage in stages]
     if not s.whole_gradients:
         shards = sum(u.parameters / u.shards * FLOAT32 for stage in trained for u in stage)
-        earlier = shards if s.reductions > 1 and not s.offload else 0.0
+        earlier = shards if s.reductions > 1 and not s.sharding.offload else 0.0
         yield from ((sum(map(mul, counts, kept)), earlier) for counts in in_flight)
         return
     whole, every = [sum(u.parameters * s.reduced for u in stage) for stage in trained], s.forwards // s.reductions
@@ -93,7 +100,7 @@ def _loads(stages: Sequence[Sequence[Unit]], s: Storage, in_flight: Sequence[tup
 
 
 def _moments(stages: Sequence[Sequence[Unit]], s: Storage, most_kept: float, earlier: float, batch: float) -> Iterator[Memory]:
-    units, on_device = [unit for stage in stages for unit in stage], not s.offload
+    units, on_device = [unit for stage in stages for unit in stage], not s.sharding.offload
     state = sum((u.parameters + u.moments) / u.shards * FLOAT32 for u in units) * on_device + batch
     full = [u.parameters * s.parameter for u in units]
     for i, (unit, later) in enumerate(_with_later(stages)):
@@ -117,7 +124,7 @@ def _with_later(stages: Sequence[Sequence[Unit]]) -> Iterator[tuple[Unit, float]
 
 def _gathered(units: Sequence[Unit], full: Sequence[float], s: Storage, at: int, next_to: int, forward: bool) -> float:
     """Bytes of gathered parameters while unit `at` works and `next_to` is on its way; all up to there where none are freed."""
-    if not s.reshard:
+    if not s.sharding.reshard_after_forward:
         return sum(full[: next_to + 1]) if forward and not s.whole_gradients else sum(full)
     return sum(f for j, (u, f) in enumerate(zip(units, full, strict=True)) if u.stays or j in (at, next_to))
 
@@ -132,7 +139,7 @@ def traffic(units: Sequence[Unit], storage: Storage) -> dict[str, float]:
 
     for unit in units:
         others = (unit.shards - 1) / unit.shards
-        gathers = storage.forwards * (1 + unit.in_backward) if storage.reshard else storage.reductions
+        gathers = storage.forwards * (1 + unit.in_backward) if storage.sharding.reshard_after_forward else storage.reductions
         add("fsdp all-gather", gathers * others * unit.parameters * storage.parameter)
         if unit.trains:
             add("fsdp reduce-scatter", storage.reductions * others * unit.parameters * storage.reduced)

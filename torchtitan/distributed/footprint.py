@@ -41,7 +41,7 @@ def footprints(
     for parameter in there:
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(watch.forget_gradient)
-    with watch:
+    with watch, torch.enable_grad():
         loss = run()
         *_, last = units
         watch.mark("backward", last)
