@@ -8,7 +8,7 @@ OTHER = "torchtitan"  # a different distribution, with the import name of our tr
 
 
 def _refuse_other_torchtitan() -> None:
-    """Ends the process with one line. `torchtitan` is found without importing it, since that may fail in many ways."""
+    """Ends the process with one line. Finds `torchtitan` without importing it: that may fail in many ways."""
     found = importlib.util.find_spec("torchtitan")
     folder = Path(found.origin).parent if found and found.origin else None
     if folder is None or not (folder / "config" / "table.py").is_file():
@@ -24,7 +24,7 @@ def _refuse_other_torchtitan() -> None:
 
 
 def _installed_into(folder: Path) -> bool:
-    """Whether the other distribution put its files there: then some of the files are its own, whichever came last."""
+    """Whether the other distribution put its files there: then some are its own, whichever came last."""
     return any(
         Path(str(found.locate_file(""))).resolve() == folder.resolve()
         for found in metadata.distributions(name=OTHER)

@@ -34,7 +34,7 @@ CONFIG_CLASSES = {name: experiment.config_class for name, experiment in EXPERIME
 
 
 def checked_job(argv: Sequence[str], world_size: int) -> JobConfig:
-    """The job that the command line describes, every cross-check passed. Raises ConfigError; imports no torch."""
+    """The job of a command line, every cross-check passed. Raises ConfigError; imports no torch."""
     job = parse(argv, CONFIG_CLASSES)
     EXPERIMENTS[job.model.name].check(job, world_size)
     return job
@@ -72,7 +72,7 @@ def check_and_train(argv: Sequence[str]) -> int:
 
 
 def in_one_line(run: Callable[[], int]) -> int:
-    """What `run` returns, an exit code. What the user can mend, or has interrupted, is told in one line, without a traceback."""
+    """The exit code that `run` returns. What the user can mend or has interrupted is told in one line."""
     try:
         return run()
     except UserError as error:

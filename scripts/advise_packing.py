@@ -1,4 +1,4 @@
-"""Which S, L, rows and buffer waste least on a job's data? Reads sizes, decodes nothing, and simulates the packer.
+"""Which S, L, rows and buffer waste least on a job's data? Decodes nothing, simulates the packer.
 
 The command `torchtitan-vlm advise` of a checkout: --help lists its options.
 """

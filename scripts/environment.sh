@@ -5,7 +5,8 @@
 # Without VENV: the active Python if it has everything, else .venv, which is made and filled on first use, with the
 # versions of constraints.txt. docs/versions.md tells more.
 
-has_everything() { # has_everything PYTHON [EXTRA ...]: where its versions are not those that were tested, a line says so
+# has_everything PYTHON [EXTRA ...]: where its versions are not those that were tested, a line says so
+has_everything() {
     local told
     command -v "$1" > /dev/null && told=$("$1" scripts/packages.py missing "${@:2}" 2> /dev/null) || return 1
     if [ -n "$told" ]; then echo "note: $told" >&2; fi
@@ -23,7 +24,8 @@ python_among() { # python_among NAME ...: the first that is new enough
     return 1
 }
 
-install_into() { # install_into FOLDER VERSIONS: what training, tests and scripts need; VERSIONS: tested, newest or oldest
+# install_into FOLDER VERSIONS: what training, tests and scripts need; VERSIONS: tested, newest or oldest
+install_into() {
     local base bounds=()
     if [ ! -x "$1/bin/python" ]; then
         if [ "$2" = oldest ]; then

@@ -1,4 +1,4 @@
-"""Say what a job needs on each rank, without a GPU: memory at the peak, FLOPs, bytes sent, and which layouts fit.
+"""Say what a job needs on each rank, without a GPU: peak memory, FLOPs, bytes sent, and which layouts fit.
 
 The command `torchtitan-vlm estimate` of a checkout: --help lists its options.
 """

@@ -1,9 +1,9 @@
-"""Write constraints.txt anew: one torch, and the newest of everything else that pyproject.toml allows beside it.
+"""Write constraints.txt anew: one torch, and the newest of all else that pyproject.toml allows beside it.
 
     python3.11 scripts/lock_versions.py [torch==VERSION]        without: the torch of constraints.txt
 
-Downloads little and installs nothing: pip says what it would take. Use the oldest Python that is supported, since what
-its packages are newer ones have too. Run ./run_tests.sh and ./run_tests.sh --slow with the result before it is committed.
+Downloads little and installs nothing: pip says what it would take. Use the oldest Python that is supported:
+what its packages are, newer ones have too. Run ./run_tests.sh, with --slow too, before it is committed.
 """
 
 import json
@@ -23,7 +23,17 @@ LEFT_TO_TORCH = re.compile(r"(nvidia|cuda|triton|pytorch-triton)\b")
 
 def resolve(torch: str) -> dict[str, str]:
     """Package -> version that pip would install into an empty environment."""
-    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet", "--report", "-"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--dry-run",
+        "--ignore-installed",
+        "--quiet",
+        "--report",
+        "-",
+    ]
     done = subprocess.run([*command, torch, f".[{EXTRAS}]"], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, check=True)
     packages = [entry["metadata"] for entry in json.loads(done.stdout)["install"]]
     return {package["name"]: package["version"].partition("+")[0] for package in packages}

@@ -1,9 +1,9 @@
-"""What this Python has of the packages that pyproject.toml asks for. Standard library alone: nothing may be there yet.
+"""What this Python has of the packages in pyproject.toml. Standard library alone: nothing may be there yet.
 
-    python scripts/packages.py missing [EXTRA ...]    what is missing or out of bounds, and exit code 1; else, in one
-                                                      line, what differs from the tested versions in constraints.txt
-    python scripts/packages.py oldest [EXTRA ...]     the lower bounds, as constraints for pip
-    python scripts/packages.py installed [EXTRA ...]  what is here, in one line
+    packages.py missing [EXTRA ...]     what is missing or out of bounds, and exit code 1; else, in one line,
+                                        what differs from the tested versions in constraints.txt
+    packages.py oldest [EXTRA ...]      the lower bounds, as constraints for pip
+    packages.py installed [EXTRA ...]   what is here, in one line
 
 An EXTRA is one of pyproject.toml's, for example dev.
 """

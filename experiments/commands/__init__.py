@@ -1,6 +1,7 @@
-"""`torchtitan-vlm COMMAND`: what people run, one file a command. In a checkout: python -m experiments.commands.
+"""`torchtitan-vlm COMMAND`: what people run, a file a command. In a checkout: python -m experiments.commands.
 
-Each has `main(argv) -> exit code`, imported when it is asked for. What the user can mend is told here, in one line.
+Each has `main(argv) -> exit code`, imported when it is asked for. What the user can mend is told here, in a
+line.
 """
 
 import importlib
@@ -21,7 +22,7 @@ COMMANDS = {  # name: (module of this package, what it does)
 }
 USAGE = "\n".join(
     [
-        "usage: torchtitan-vlm COMMAND [--option value ...]        torchtitan-vlm COMMAND --help        --version\n",
+        "usage: torchtitan-vlm COMMAND [--option value ...]    torchtitan-vlm COMMAND --help    --version\n",
         *(f"  {name:10s} {purpose}" for name, (_, purpose) in COMMANDS.items()),
     ]
 )

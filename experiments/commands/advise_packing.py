@@ -1,9 +1,9 @@
-"""Which S, L, rows and buffer waste least on a job's data? Reads sizes, decodes nothing, and simulates the packer.
+"""Which S, L, rows and buffer waste least on a job's data? Decodes nothing, simulates the packer.
 
     torchtitan-vlm advise --job.config_file vlm_debug --seq_lens 512 1024 2048 --out advice.png
 
-Prints a table and the lines for the TOML; the picture shows the sizes of documents and images, and the padding of each row of
-the table.
+Prints a table and the lines for the TOML; the picture shows the sizes of documents and images, and the
+padding of each row of the table.
 """
 
 import itertools

@@ -1,9 +1,9 @@
-"""Say what a job needs on each rank, without a GPU: memory at the peak, FLOPs, bytes sent, and which layouts fit.
+"""Say what a job needs on each rank, without a GPU: peak memory, FLOPs, bytes sent, and which layouts fit.
 
     torchtitan-vlm estimate --job.config_file vlm_so400m_llama3.1_8b --world_size 512
 
-Memory is that of tensors in eager execution; leave 1 to 2 GiB for CUDA and nccl, and some for fragmentation. torch.compile keeps
-less. FLOPs are those of full slots, with one document a slot.
+Memory is that of tensors in eager execution; leave 1 to 2 GiB for CUDA and nccl, and some for fragmentation.
+torch.compile keeps less. FLOPs are those of full slots, with one document a slot.
 """
 
 from collections.abc import Sequence

@@ -77,7 +77,8 @@ def main(argv: Sequence[str]) -> NoReturn:
     for left_over in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         os.environ.pop(left_over, None)
     os.environ["LOG_RANK"] = os.environ.get("LOG_RANK") or "0"
-    # One core is left to the loader: threads of a trainer that share it wait for each other, spinning (2 to 8 times slower).
+    # One core is left to the loader: threads of a trainer that share it wait for each other, spinning (2 to 8
+    # times slower).
     os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(max(1, _cores() // machines.processes - 1))
     if machines.world_size == 1 or "--help" in argv or "-h" in argv:
         _become(["experiments", *options])  # signals reach the trainer itself

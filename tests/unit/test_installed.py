@@ -1,4 +1,4 @@
-"""The wheel works where there is no checkout: its command, job files, tokenizer and embedded worlds, from any folder."""
+"""The wheel works where no checkout is: command, jobs, tokenizer and embedded worlds, from any folder."""
 
 import os
 import shutil
@@ -19,7 +19,7 @@ PIP = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """Built from a copy: setuptools would leave a folder build/ in the checkout, and take what is old in it."""
+    """Built from a copy: setuptools would leave build/ in the checkout, and take what is old there."""
     copy, built = tmp_path_factory.mktemp("copy"), tmp_path_factory.mktemp("wheel")
     ignored = shutil.ignore_patterns("__pycache__")
     for name in SOURCES:
@@ -57,7 +57,11 @@ def test_the_wheel_holds_data_types_and_a_description(wheel):
     tokenizer = {f"experiments/shipped/assets/tokenizer/{name}" for name in ("tokenizer.model", "special_tokens.json")}
     other = {"experiments/vlm/view/page.html", "experiments/py.typed", "torchtitan/py.typed"}
     assert jobs | tokenizer | other <= names
-    assert {name.partition("/")[0] for name in names} == {"experiments", "torchtitan", f"torchtitan_vlm-{__version__}.dist-info"}
+    assert {name.partition("/")[0] for name in names} == {
+        "experiments",
+        "torchtitan",
+        f"torchtitan_vlm-{__version__}.dist-info",
+    }
     assert about["Version"] == __version__ and "# torchtitan-vlm" in about.get_payload()
 
 
@@ -67,8 +71,24 @@ def test_the_command_tells_its_version(installed, tmp_path):
 
 def test_the_installed_package_trains_on_what_it_brings(installed, tmp_path):
     """Job, tokenizer and world are those of the package, and nothing else is there."""
-    small = ["--training.steps", "2", "--training.seq_len", "256", "--data.patches_per_row", "512", "--metrics.log_freq", "1"]
-    data = ["--training.dataset", "cc12m", "--training.dataset_path", "embedded:sees/heldout", "--data.cache_folder", "cache"]
+    small = [
+        "--training.steps",
+        "2",
+        "--training.seq_len",
+        "256",
+        "--data.patches_per_row",
+        "512",
+        "--metrics.log_freq",
+        "1",
+    ]
+    data = [
+        "--training.dataset",
+        "cc12m",
+        "--training.dataset_path",
+        "embedded:sees/heldout",
+        "--data.cache_folder",
+        "cache",
+    ]
     done = run(installed, tmp_path, "train", *small, *data, "--validation.no_enable", "--validation.no_controls")
     assert done.returncode == 0, done.stderr
     assert "step: 2 loss: " in done.stdout

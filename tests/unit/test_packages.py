@@ -1,4 +1,4 @@
-"""What a whole environment is: bounds of pyproject.toml, the tested versions, and that both tell the truth."""
+"""What a whole environment is: the bounds of pyproject.toml, the tested versions, and that both are true."""
 
 import ast
 import re
@@ -12,7 +12,7 @@ import pytest
 REPOSITORY = Path(__file__).parents[2]
 PACKAGES = runpy.run_path(str(REPOSITORY / "scripts" / "packages.py"))
 OURS = ("torchtitan", "experiments", "tests", "benchmarks")
-# Not imported by name: torch's TensorBoard writer and compiler, file systems that fsspec finds, plug-ins and tools.
+# Not imported by name: what torch imports, file systems that fsspec finds, plug-ins and tools.
 NOT_IMPORTED = {"tensorboard", "setuptools", "s3fs", "gcsfs", "pytest-timeout", "mypy", "ruff", "types-tqdm"}
 IMPORT_NAMES = {
     "pillow": "PIL",
@@ -94,7 +94,10 @@ def test_the_package_declares_what_it_imports_and_nothing_else():
 
 
 def test_the_extras_hold_what_tests_and_benchmarks_import_and_nothing_else():
-    used = imported("tests", "benchmarks", "scripts", "torchtitan", "experiments") - {"torchvision", "packages"}
+    used = imported("tests", "benchmarks", "scripts", "torchtitan", "experiments") - {
+        "torchvision",
+        "packages",
+    }
     assert used - declared("dev", "ray") == set()
     assert declared("dev", "ray", "s3", "gcs", "hf") - used <= NOT_IMPORTED
 

@@ -1,7 +1,8 @@
 """Files that come with the package, found from every folder: job files and the tokenizer of the debug models.
 
-A relative path that does not exist here is looked for among them: `assets/tokenizer` means the same everywhere. A job may be
-named alone too, `vlm_debug` for train_configs/vlm_debug.toml. What lies in the current folder comes first. Imports no torch.
+A relative path that does not exist here is looked for among them: `assets/tokenizer` means one thing everywhere.
+A job may be named alone too, `vlm_debug` for train_configs/vlm_debug.toml. What lies in the current folder
+comes first. Imports no torch.
 """
 
 from pathlib import Path
@@ -19,7 +20,7 @@ def shipped(path: str) -> Path:
 
 
 def shipped_job(path: str) -> Path:
-    """As `shipped`, for a TOML file; a name without an ending is one of the package's jobs where no such file is here."""
+    """As `shipped`, for a TOML file; a name without ending may be one of the package's jobs."""
     ours = JOBS / f"{path}.toml"
     return ours if not Path(path).is_file() and ours.is_file() else shipped(path)
 
