@@ -1,11 +1,11 @@
 """Starts the ranks of a run on this machine, and ends with the exit code of the first that failed.
 
     python -m torchtitan.launch --processes 2 experiments --job.config_file job.toml
-    python -m torchtitan.launch --processes 8 --machines 4 --machine 0 --address first --port 29500 experiments ...
+    python -m torchtitan.launch --processes 8 --machines 4 --machine 0 --address first --port 29500 ...
 
-Ranks get the variables that torchrun would give them. What the user can mend is one line, however many ranks say it.
-A signal goes on to every rank, each in a session of its own, so that Ctrl-C in a terminal reaches it once. Imports
-no torch.
+Ranks get the variables that torchrun would give them. What the user can mend is one line, however many ranks
+say it. A signal goes on to every rank, each in a session of its own, so that Ctrl-C in a terminal reaches it once.
+Imports no torch.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from types import FrameType
 from torchtitan.tools.told import ERROR_FILE
 
 POLL_S = 0.05
-GRACE_S = 30.0  # from the first failure until the other ranks are killed: they may have to say whom they waited for
+GRACE_S = 30.0  # from the first failure until the others are killed: they may say whom they waited for
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -80,7 +80,7 @@ class Ranks:
                 process.send_signal(number)
 
     def wait(self) -> int:
-        """Until all have ended. Returns the exit code of the first that failed; 128 + the signal that killed it."""
+        """Until all have ended. Returns the exit code of the first that failed, or 128 + its signal."""
         failed: int | None = None
         deadline = float("inf")
         while True:
@@ -131,7 +131,7 @@ def _how_it_ended(process: subprocess.Popen) -> str:
 
 
 def hold_port() -> tuple[socket.socket, int]:
-    """A free port, and what keeps it so until rank 0 listens: bound but not listened on, it can be bound again."""
+    """A free port, and what keeps it so until rank 0 listens: without a listener it can be bound again."""
     held = socket.socket()
     held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     held.bind(("127.0.0.1", 0))

@@ -1,4 +1,4 @@
-"""Tokenizers and weights by name, from a hub that is a stand-in here; and the command that a missing tokenizer names."""
+"""Tokenizers and weights by name, from a stand-in for the hub; and the command that a missing tokenizer names."""
 
 import errno
 import fnmatch
@@ -71,12 +71,18 @@ def http_error(kind: type) -> Exception:
 @pytest.mark.parametrize(
     ("error", "told"),
     [
-        (http_error(errors.GatedRepoError), "is gated: accept its terms at https://huggingface.co/owner/model"),
+        (
+            http_error(errors.GatedRepoError),
+            "is gated: accept its terms at https://huggingface.co/owner/model",
+        ),
         (http_error(errors.RepositoryNotFoundError), "owner/model is not on the hub, or private"),
         (http_error(errors.RevisionNotFoundError), "has no revision main"),
         (http_error(errors.HfHubHTTPError), "the hub answers: "),
         (errors.HFValidationError("Repo id must ..."), "--repo owner/model: expected OWNER/NAME"),
-        (errors.LocalEntryNotFoundError("no\nnetwork"), "cannot be reached (LocalEntryNotFoundError: no network)"),
+        (
+            errors.LocalEntryNotFoundError("no\nnetwork"),
+            "cannot be reached (LocalEntryNotFoundError: no network)",
+        ),
         (ConnectionError("offline mode"), "cannot be reached (ConnectionError: offline mode)"),
         (OSError(errno.ENOSPC, "No space left on device"), "No space left on device; "),
     ],

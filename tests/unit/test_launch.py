@@ -1,4 +1,4 @@
-"""The launcher of several ranks: their variables, the exit code of the first that failed, one line, signals."""
+"""The launcher of several ranks: their variables, the exit code of the first that failed, signals."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Checkpoints are written and read by torch.distributed.checkpoint. How they lie on the disk: checkpoint_folder.py."""
+"""Checkpoints, written and read by torch.distributed.checkpoint. How they lie on the disk: checkpoint_folder.py."""
 
 import json
 import shutil
@@ -93,13 +93,14 @@ class Checkpointer:
         room = free(self.folder)
         shutil.rmtree(self.folder / f"step-{step}{INCOMPLETE}", ignore_errors=True)
         complete = complete_steps(self.folder)
+        again = f"the same command goes on from step {complete[-1]}" if complete else ""
+        go_on = again or "start again: none is complete"
         return CheckpointError(
-            f"checkpoint of step {step} was not written to {self.folder} ({_reason(error)}; {room} free): make room, "
-            + (f"and the same command goes on from step {complete[-1]}" if complete else "and start again: none is complete")
+            f"checkpoint of step {step} was not written to {self.folder} ({_reason(error)}; {room} free): make room, and {go_on}"
         )
 
     def _complete(self, path: Path, step: int) -> None:
-        """For rank 0, whose save returns after all ranks have written. Giving the name is the last thing that happens."""
+        """For rank 0, whose save returns after all ranks have written. Giving the name is the last step."""
         named = self.folder / f"step-{step}"
         _delete(named)
         path.rename(named)
@@ -109,7 +110,7 @@ class Checkpointer:
             _delete(self.folder / f"step-{old}")
 
     def wait(self) -> None:
-        """Until the checkpoint in the background, if any, is complete. Raises CheckpointError on every rank where it is not."""
+        """Until the checkpoint in the background, if any, is complete. Raises CheckpointError as `save` does."""
         if self.pending is not None:
             (step, written), self.pending = self.pending, None
             self._once(written.result, step)
@@ -196,7 +197,7 @@ def _then(first: Any, what: Callable[[], None]) -> Future:
 
 
 def _delete(path: Path) -> None:
-    """Out of sight at once, then from the disk, so that half a checkpoint never bears a complete one's name."""
+    """Out of sight at once, then from the disk: half a checkpoint never bears a complete one's name."""
     if path.exists():
         away = path.with_name(path.name + DELETED)
         shutil.rmtree(away, ignore_errors=True)

@@ -29,7 +29,8 @@ class Damaged(ConfigError):
             step = f"go on from the one before with --checkpoint.load_step {before[-1]}" if before else ""
             go_on = step or "there is none before it: start anew in another job.dump_folder"
         else:
-            other = f"another one there: --checkpoint.initial_load_path {path.parent}/step-{before[-1]}" if before else ""
+            option = "--checkpoint.initial_load_path"
+            other = f"another one there: {option} {path.parent}/step-{before[-1]}" if before else ""
             go_on = other or "give another checkpoint.initial_load_path"
         super().__init__(f"checkpoint {path} cannot be read ({why}); {go_on}")
 
@@ -52,7 +53,8 @@ def find(options: Checkpoint, folder: Path) -> Path | None:
         return None
     steps, asked = complete_steps(folder), options.load_step
     if asked >= 0 and asked not in steps:
-        raise ConfigError(f"checkpoint.load_step = {asked} is not in {folder}; complete there: {steps or 'none'}")
+        known = steps or "none"
+        raise ConfigError(f"checkpoint.load_step = {asked} is not in {folder}; complete there: {known}")
     if not steps:
         return None
     return folder / f"step-{asked if asked >= 0 else steps[-1]}"
@@ -66,7 +68,8 @@ def find_initial(options: Checkpoint) -> Path | None:
     steps = complete_steps(path)
     path = path / f"step-{steps[-1]}" if steps else path
     if not (path / RECORD).is_file():
-        raise ConfigError(f"checkpoint.initial_load_path = {options.initial_load_path}: no complete checkpoint there")
+        asked = f"checkpoint.initial_load_path = {options.initial_load_path}"
+        raise ConfigError(f"{asked}: no complete checkpoint there")
     return path
 
 

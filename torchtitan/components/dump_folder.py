@@ -41,7 +41,7 @@ NOT_LEARNT = (
 def begin(job: JobConfig) -> bool:
     """Make the dump folder ready for this launch. False: the run is finished, and nothing was changed.
 
-    For rank 0 alone. `job` is resolved. Raises ConfigError where the options do not fit what the folder holds.
+    For rank 0 alone. `job` is resolved. Raises ConfigError where it does not fit what the folder holds.
     """
     folder = Path(job.job.dump_folder)
     own = find(job.checkpoint, folder / job.checkpoint.folder)
@@ -74,15 +74,16 @@ def is_finished(job: JobConfig, step: int, changed: list[Change]) -> bool:
     folder, steps = job.job.dump_folder, job.training.steps
     if step > steps:
         raise ConfigError(
-            f"training.steps = {steps}: {folder} has a checkpoint of step {step}; ask for more steps, go back with "
-            f"--checkpoint.load_step, or give another job.dump_folder"
+            f"training.steps = {steps}: {folder} has a checkpoint of step {step}; ask for more steps, go back "
+            f"with --checkpoint.load_step, or give another job.dump_folder"
         )
     if step < steps:
         return False
     learnt = [change for change in changed if not change.option.startswith(NOT_LEARNT)]
     if learnt:
+        others = "; ".join(map(str, learnt))
         raise ConfigError(
-            f"{folder} is finished (step {step} of {steps}), with other options: {'; '.join(map(str, learnt))}; "
+            f"{folder} is finished (step {step} of {steps}), with other options: {others}; "
             "give another job.dump_folder to train with them, or raise training.steps to go on with them"
         )
     done = f"{folder} is finished: step {step} of {steps}"
@@ -95,12 +96,13 @@ def refuse_another_run(job: JobConfig, own: Path, changed: list[Change]) -> None
     without = job.checkpoint.exclude_from_loading
     if "train_state" in without:
         raise ConfigError(
-            f"checkpoint.exclude_from_loading = train_state: {own} is of this dump folder, and its steps would be "
-            f"counted from 0 again; give another job.dump_folder with --checkpoint.initial_load_path {own}"
+            f"checkpoint.exclude_from_loading = train_state: {own} is of this dump folder, and its steps would "
+            f"be counted from 0 again; give another job.dump_folder with --checkpoint.initial_load_path {own}"
         )
     kept = {"model.name", "model.flavor"} | ({"optimizer.name"} - {f"{part}.name" for part in without})
     for change in changed:
-        if change.option in kept or change.option == "model.tokenizer_path" and differ(change.before, change.now):
+        other_tokenizer = change.option == "model.tokenizer_path" and differ(change.before, change.now)
+        if change.option in kept or other_tokenizer:
             made = f"{change.option} = {change.now}: {own} was made with {change.before}"
             raise ConfigError(f"{made}; keep it, or give another job.dump_folder")
 
@@ -120,8 +122,8 @@ def refuse_checkpoints_of_others(job: JobConfig, saved: dict[str, Any] | None, f
     }:
         if steps := complete_steps(folder / name):
             raise ConfigError(
-                f"{folder / name} has a checkpoint of step {steps[-1]}, and this run would begin at step 0: go on from "
-                f"it with --checkpoint.enable --checkpoint.folder {name}, or give another job.dump_folder"
+                f"{folder / name} has a checkpoint of step {steps[-1]}, and this run would begin at step 0: "
+                f"go on from it with --checkpoint.enable --checkpoint.folder {name}, or give another job.dump_folder"
             )
 
 

@@ -37,7 +37,7 @@ def save_config(job: JobConfig, folder: Path, step: int) -> None:
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
-    """The tables of the newest launch. None where there are none; a line says so where they cannot be read."""
+    """The tables of the newest launch. None where there are none; a line tells where they cannot be read."""
     path = folder / NEWEST
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
@@ -52,7 +52,8 @@ def changes(saved: dict[str, Any], job: JobConfig) -> list[Change]:
     """Options that differ between a saved configuration and `job`, both resolved."""
     before, now = (dict(_leaves(table)) for table in (saved, tomllib.loads(to_toml(job))))
     names = [name for name in {**now, **before} if not name.startswith(OF_A_LAUNCH)]
-    return [Change(name, before.get(name), now.get(name)) for name in names if before.get(name) != now.get(name)]
+    found = [Change(name, before.get(name), now.get(name)) for name in names]
+    return [change for change in found if change.before != change.now]
 
 
 def _leaves(table: Any, key: str = "") -> Iterator[tuple[str, Any]]:

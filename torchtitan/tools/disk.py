@@ -16,7 +16,8 @@ def require_writable(folder: Path, key: str) -> None:
             file.write(b"\0")
     except OSError as error:
         told = describe(error, folder)
-        raise ConfigError(f"{key} = {folder}: cannot be written to ({told}); give another folder, or mend this one") from None
+        wrong = f"{key} = {folder}: cannot be written to ({told})"
+        raise ConfigError(f"{wrong}; give another folder, or mend this one") from None
 
 
 def is_full(error: BaseException) -> bool:

@@ -21,13 +21,14 @@ def command_for(path: Path) -> str:
     name = path.parent.name if path.suffix in (".json", ".model") else path.name
     folder = path.parent if path.suffix in (".json", ".model") else path
     owner = next((owner for start, owner in OWNERS.items() if name.startswith(start)), None)
-    return f"python -m experiments.commands download --repo {f'{owner}/{name}' if owner else 'OWNER/NAME'} --out {folder}"
+    repo = f"{owner}/{name}" if owner else "OWNER/NAME"
+    return f"python -m experiments.commands download --repo {repo} --out {folder}"
 
 
 def download(repo: str, what: What, folder: Path, token: str = "", revision: str = "main") -> list[Path]:
-    """The files of `repo` that `what` names, into `folder`; those that are there and whole are not fetched again.
+    """The files of `repo` that `what` names, into `folder`; what is there and whole is not fetched again.
 
-    Returns what is there then, by name. Raises UserError: not found, gated, not reachable, no room, or not in there.
+    Returns what is there then. Raises UserError: not found, gated, not reachable, no room, or not in there.
     """
     require_writable(folder, "--out")
     wanted = [name for part, names in FILES.items() if what in (part, "all") for name in names]
@@ -54,7 +55,7 @@ def download(repo: str, what: What, folder: Path, token: str = "", revision: str
 def check_whole(found: list[Path], repo: str, what: What, folder: Path) -> None:
     names = {str(path.relative_to(folder)) for path in found}
     if what != "weights" and not names & set(TOKENIZERS):
-        raise UserError(f"{repo} has no {' or '.join(TOKENIZERS[:2])}; name another repository that has the model's tokenizer")
+        raise UserError(f"{repo} has no {' or '.join(TOKENIZERS[:2])}; name a repository that has the tokenizer")
     if what != "tokenizer" and not any(name.endswith(".safetensors") for name in names):
         raise UserError(f"{repo} has no .safetensors; name a repository that has the weights in this format")
 
@@ -77,4 +78,5 @@ def reason(error: OSError | ValueError, repo: str, revision: str, folder: Path) 
     told = " ".join(str(error).split())[:200]
     if isinstance(error, errors.HfHubHTTPError):
         return f"{repo}: the hub answers: {told}"
-    return f"{repo}: the hub cannot be reached ({type(error).__name__}: {told}); try again, or copy the files to {folder}"
+    unreached = f"{repo}: the hub cannot be reached ({type(error).__name__}: {told})"
+    return f"{unreached}; try again, or copy the files to {folder}"

@@ -24,4 +24,5 @@ def require_wandb() -> None:
             known = bool(wandb.api.api_key)
     if not known:
         login = "run `wandb login`, or set WANDB_API_KEY"
-        raise ConfigError(f"metrics.enable_wandb: nobody is logged in to Weights & Biases: {login}; {OFFLINE}")
+        nobody = "metrics.enable_wandb: nobody is logged in to Weights & Biases"
+        raise ConfigError(f"{nobody}: {login}; {OFFLINE}")
