@@ -47,7 +47,7 @@ class Noted:
 
 
 class ForkedWorker:
-    """In place of the process that run_local starts: the same code, but for the time to start Python and torch."""
+    """In place of the process that run_local starts: the same code, without starting Python and torch."""
 
     def __init__(self) -> None:
         (its_in, our_out), (our_in, its_out) = os.pipe(), os.pipe()

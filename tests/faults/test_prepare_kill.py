@@ -1,4 +1,4 @@
-"""Killed at any moment, a run goes on where it was: nothing that arrived is fetched again, and the shards are the same bytes."""
+"""Killed at any moment, a run goes on: nothing that arrived is fetched again, and the shards are equal."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""The same run on a Ray cluster of this machine, with a node killed in the middle. Skipped where Ray is not installed."""
+"""The same run on a Ray cluster of this machine, with a node killed in the middle; needs Ray."""
 
 import os
 import subprocess

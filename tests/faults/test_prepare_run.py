@@ -211,7 +211,7 @@ def test_what_json_does_not_know_stops_no_run(tmp_path):
 
 
 def test_no_thread_asks_ast_to_read_an_array(tmp_path, monkeypatch):
-    """In Python 3.11 it fails at times where several do so at once: here it always does, in the working process too."""
+    """In Python 3.11 it fails at times where several do so at once: here always, in the worker too."""
     true_eval = ast.literal_eval
 
     def fail(source):

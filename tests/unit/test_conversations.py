@@ -1,4 +1,4 @@
-"""LLaVA records and Hugging Face messages: who says what, where the images stand, and what is wrong with them."""
+"""LLaVA records and Hugging Face messages: who says what, where images stand, and what is wrong."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The table of formats: pure functions that take whatever a record may hold, in every file that holds records."""
+"""The table of formats: pure functions of whatever a record may hold, in every file of records."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""A record costs the same whether training reads it or `prepare` makes a shard of it first, however it is malformed."""
+"""However malformed, a record costs the same whether training reads it or a shard made of it."""
 
 import base64
 import json
@@ -43,7 +43,7 @@ RECORDS = {
     ],
     "obelics": [
         *({"texts": ["one", None, "two"], "images": [None, image, None]} for image in SPELLINGS + BAD_IMAGES),
-        # Not "cut.jpg": its header is good, so training plans a document, of which only decoding leaves nothing.
+        # Not "cut.jpg": its header is good, so training plans a document that decoding then empties.
         *({"texts": [None], "images": [image]} for image in ["1.jpg", *BAD_IMAGES] if image != "cut.jpg"),
         {"texts": ["one", None], "images": [None, "1.jpg", "1.jpg", "2.jpg"]},
         {"texts": ["one", "two"], "images": ["1.jpg", None]},
@@ -92,7 +92,7 @@ def write(folder: Path, format: str) -> Path:
 
 
 def train(path: Path, format: str, dump: Path) -> tuple[dict[int, tuple], list[dict]]:
-    """What is delivered of each record, its text and the sizes of its images; and the lines of what is rejected."""
+    """What is delivered of each record, its text and the sizes of its images; and the lines of rejects."""
     job = make_job(path, dump, epochs=1)
     job.data.sources = [Source(format=format, path=str(path))]
     loader, delivered = Loader(job, Characters()), {}
@@ -112,7 +112,7 @@ def number(key: str) -> int:
 
 
 def costs(lines: list[dict]) -> set[tuple[int, bool, str]]:
-    """(record, only an image of it?, why). What a conversation does not place stays in its record, so it is told twice."""
+    """(record, only an image of it?, why). What a conversation does not place is told twice."""
     return {(number(line["key"]), "image" in line, COARSER.get(line["reason"], line["reason"])) for line in lines}
 
 

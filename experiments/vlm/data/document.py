@@ -3,8 +3,9 @@
     record --parse--> Draft    the parts in order, images as the record names them    (formats/)
     Draft --finish--> Document  images by reference, with their sizes; what is bad left out
 
-Parts that are `Text` and stand next to each other are one text to the tokenizer (a chat turn's header and its answer
-share a word boundary, and may share a token); they are told apart only by loss. `encode_texts` does that.
+Parts that are `Text` and stand next to each other are one text to the tokenizer (a chat turn's header and its
+answer share a word boundary, and may share a token); they are told apart only by loss. `encode_texts` does
+that.
 """
 
 from collections.abc import Callable, Sequence
@@ -66,7 +67,7 @@ class Turn:
 
 @dataclass
 class Draft:
-    """What a format makes of a record. A conversation gives turns, from which a chat template then makes the parts."""
+    """What a format makes of a record; of a conversation the turns, whose parts a chat template makes."""
 
     parts: list[Text | Special | ImageValue]
     caption: bool = False  # as in Document
@@ -81,7 +82,7 @@ class Draft:
 def finish(
     draft: Draft, key: str, size: Callable[[ImageValue], tuple[int, int]], locator: Callable[[ImageValue], Any]
 ) -> tuple[Document, list[Rejected]]:
-    """The document and the images it lost. Raises Rejected where nothing is left, or a caption has lost its image.
+    """The document and what it lost. Raises Rejected where nothing is left, or a caption lost its image.
 
     size: (height, width) of an image, or raises Rejected. locator: what the document keeps to find it again.
     """
@@ -110,7 +111,8 @@ class OffsetEncoder(Protocol):
 def encode_texts(texts: Sequence[Text], tokenizer: OffsetEncoder) -> tuple[list[int], list[bool]]:
     """Token ids of neighbouring texts, tokenised as one, and whether each carries loss.
 
-    A token carries loss if any of its characters does, whether it reaches over a border or holds a part of a character.
+    A token carries loss if any of its characters does, whether it reaches over a border or holds a part of a
+    character.
     """
     ids, spans = tokenizer.encode_with_offsets("".join(text.text for text in texts))
     carries = [text.loss for text in texts for _ in text.text]

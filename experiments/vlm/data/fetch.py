@@ -1,12 +1,12 @@
 """Images by their address, for records that hold URLs.
 
-The client is that of data preparation (download/): http(s) only, a few redirects at most, no private addresses. Here an image
-has a few seconds in all, and one try.
+The client is that of data preparation (download/): http(s) only, a few redirects at most, no private
+addresses. Here an image has a few seconds in all, and one try.
 
 The first outcome is the outcome. Bytes are kept in the file cache, and that an address did not answer in its
-folder `failed`, so a sample that is read again, by another rank or a run that goes on, is the same one. This holds
-as long as they share that folder, file locks in it work, and nothing had to be thrown out of it. To ask again what
-failed, delete `failed`, or change data.url_timeout_s.
+folder `failed`, so a sample that is read again, by another rank or a run that goes on, is the same one. This
+holds as long as they share that folder, file locks in it work, and nothing had to be thrown out of it. To ask
+again what failed, delete `failed`, or change data.url_timeout_s.
 
 For more than a trial, fetch beforehand: scripts/prepare_data.py.
 """
@@ -57,7 +57,7 @@ class Fetcher:
             return self._download(url)
 
     def fetch_ahead(self, urls: Iterable[str]) -> None:
-        """Fetch several at one time, so that a document waits for its slowest image and not for the sum of them."""
+        """Fetch several at one time: a document waits for its slowest image, not for the sum of them."""
         waiting = [url for url in dict.fromkeys(urls) if url not in self._failed]
         if len(waiting) < 2:
             return
@@ -93,7 +93,7 @@ class Fetcher:
         self.failures.get(origin, write)
 
     def _download(self, url: str) -> bytes:
-        """Raises Rejected, with few reasons, since steps count each: the detail says which of the client's it was."""
+        """Raises Rejected for one of few reasons, since steps count each; the detail has the client's."""
         try:
             return asyncio.run_coroutine_threadsafe(self._asked(url), self._loop()).result()
         except Failed as failed:
@@ -130,7 +130,7 @@ def about_failures(data: Data) -> str:
 
 
 def make_fetcher(data: Data) -> Fetcher:
-    """One a process, so that it knows what failed before; a forked worker has its own, with threads of its own."""
+    """One a process, so that it knows what failed before; a forked worker has its own threads."""
     return _make_fetcher(os.getpid(), file_cache(data), data.url_timeout_s, data.allow_private_urls)
 
 

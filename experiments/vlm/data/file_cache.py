@@ -1,8 +1,8 @@
-"""A folder of copies that may be thrown away: remote and compressed shards, decoded row groups, images that were fetched.
+"""A folder of copies that may be thrown away: remote and packed shards, row groups, fetched images.
 
-Files are named by a hash of where they came from, appear under their name only when complete, and are made once for all
-processes of the machine. When all of them together exceed the limit, those that were used longest ago go; a file
-that a process has open stays readable for it (POSIX). Imports no torch.
+Files are named by a hash of where they came from, appear under their name only when complete, and are made
+once for all processes of the machine. When all of them together exceed the limit, those that were used
+longest ago go; a file that a process has open stays readable for it (POSIX). Imports no torch.
 """
 
 import fcntl

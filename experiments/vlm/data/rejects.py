@@ -1,7 +1,8 @@
 """What is wrong with a sample, an image or a shard: one exception, one fixed list of reasons.
 
-A reader raises `Rejected` for a record that gives no document, and hands back a list of them for the images that a
-document lost and still makes sense without. Whoever reads counts them by reason; nothing here stops a run.
+A reader raises `Rejected` for a record that gives no document, and hands back a list of them for the images
+that a document lost and still makes sense without. Whoever reads counts them by reason; nothing here stops a
+run.
 """
 
 REASONS = {
@@ -55,8 +56,8 @@ def meaning(reason: str) -> str:
 class Rejected(Exception):
     """One sample, image or shard that cannot be used.
 
-    reason: a key of REASONS, or of OF_PREPARE. detail: what exactly, for people. image: the position of the image
-    among those of its record, where it is an image that was lost.
+    reason: a key of REASONS, or of OF_PREPARE. detail: what exactly, for people. image: the position of the
+    image among those of its record, where it is an image that was lost.
     """
 
     def __init__(self, reason: str, detail: str = "", image: int | None = None):

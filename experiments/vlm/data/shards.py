@@ -8,7 +8,8 @@
     hf://datasets/ORG/NAME              a data set of the Hugging Face hub; all of it means its train split, where it has splits
     embedded:captions/train             drawn on first use, see experiments/vlm/world
 
-Remote and compressed shards (.gz, .tgz, .zst, .bz2) are copied into the cache folder, so that every shard can seek.
+Remote and compressed shards (.gz, .tgz, .zst, .bz2) are copied into the cache folder, so that every shard can
+seek.
 """
 
 import bz2
@@ -46,7 +47,7 @@ NOT_RECORDS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "
 
 
 def list_shards(path: str, format: str, data: Data) -> list[str]:
-    """The shards of a source, sorted. One that a range names need not be there: it is missed when it is opened.
+    """The shards of a source, sorted. One that a range names need not be there: opening it tells.
 
     Raises ConfigError where there is none.
     """
@@ -60,12 +61,12 @@ def list_shards(path: str, format: str, data: Data) -> list[str]:
 
 
 def match_files(path: str, suffixes: tuple[str, ...]) -> list[str]:
-    """What a path with braces and globs stands for; of folders the files with these suffixes, packed or not."""
+    """The files that a path with braces and globs means; of folders those with these suffixes, packed or not."""
     return [file for pattern in _expand(path) for file in _match(pattern, suffixes)]
 
 
 def open_shard(path: str, source: Source, data: Data) -> Shard:
-    """Open a shard for random access. Raises Rejected (shard_missing, shard_unreadable), ConfigError for a wrong option."""
+    """A shard, for random access. Raises Rejected (shard_missing, shard_unreadable), and ConfigError."""
     try:
         return open_file(ShardFile(path, copy_to_read(path, file_cache(data))), source, data)
     except ConfigError:
@@ -85,7 +86,8 @@ def _resolve(path: str, data: Data) -> str:
 def _expand(path: str) -> list[str]:
     """Brace ranges and lists: {0000..0012} counts and keeps the zeros in front, {a,b} names.
 
-    As webdataset's `expand_urls`, but for "::", which that takes for a list and fsspec for a chain of file systems.
+    As webdataset's `expand_urls`, but for "::", which that takes for a list and fsspec for a chain of file
+    systems.
     """
     try:
         return list(braceexpand(path, escape=False))
@@ -143,7 +145,7 @@ def _unlisted(pattern: str, error: Exception) -> str:
 
 
 def _of_folder(files: list[str], folder: str, suffixes: tuple[str, ...]) -> list[str]:
-    """Those that are shards. Beside tars, other files are notes about them (reports, indexes); hidden ones are passed over."""
+    """Those that are shards. Beside tars, other files are notes about them; hidden ones do not count."""
     visible = [file for file in files if "/." not in file.removeprefix(folder.rstrip("/"))]
     found = {file: suffix for file in visible if (suffix := suffix_of(file)) in suffixes and os.path.basename(file) not in NOT_RECORDS}
     tars = [file for file, suffix in found.items() if suffix == ".tar"]

@@ -1,4 +1,4 @@
-"""What became of the samples of each source: delivered, cut, rejected and why. Small, adds up over slots and ranks."""
+"""What became of the samples of each source: delivered, cut, rejected and why. Adds up over ranks."""
 
 import json
 from collections import Counter
@@ -38,7 +38,7 @@ class Reject:
 
     @property
     def identity(self) -> str:
-        """What makes two of them the same. Images are numbered after their document has lost others: hence the reason."""
+        """What makes two of them the same. Images are numbered after others were lost: hence the reason."""
         return "\n".join((self.shard, self.key, "" if self.image is None else f"{self.image} {self.reason}"))
 
 
@@ -46,10 +46,12 @@ class Tally:
     """Counts of each source, in plain values that JSON can hold:
 
     {source: {"counts": {what: how many},
-              "rejected": {"samples" | "images" | "shards": {reason: {"count", "examples": [{"shard", "key", "detail"}]}}}}}
+              "rejected": {"samples" | "images" | "shards": {reason: {"count", "examples": [EXAMPLE]}}}}}
+    EXAMPLE: {"shard", "key", "detail"}
 
-    Of the counts, `read` are good samples that were planned, `split` and `truncated` those of them that were too long,
-    `samples`, `pieces`, `tokens` and `images` what was delivered (a sample counts with its first piece).
+    Of the counts, `read` are good samples that were planned, `split` and `truncated` those of them that were
+    too long, `samples`, `pieces`, `tokens` and `images` what was delivered (a sample counts with its first
+    piece).
     """
 
     def __init__(self, sources: dict[str, dict[str, Any]] | None = None):
@@ -86,7 +88,7 @@ class Tally:
 
 
 def check_bad_fraction(tally: Tally, allowed: float) -> None:
-    """Raises DataError for the first source with more bad samples than `allowed`, a share, once JUDGED_FROM were read."""
+    """Raises DataError for a source with more bad samples than `allowed`, a share of JUDGED_FROM or more."""
     for source, entry in tally.sources.items():
         kinds = tally.bad_samples(source)
         bad = sum(entry["count"] for entry in kinds.values())
@@ -128,7 +130,8 @@ def tally_of(state: str) -> Tally:
 
 
 def report(states: Iterable[str]) -> dict[str, Any]:
-    """Of slots, by their states: {"sources": {source: as in Tally, and "epochs", how often it was delivered}}.
+    """Of slots, by their states: {"sources": {source: as in Tally, and "epochs", how often it was
+    delivered}}.
 
     Numbers and lists, so that the reports of ranks add up.
     """

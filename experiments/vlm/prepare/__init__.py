@@ -1,4 +1,4 @@
-"""From records with image URLs, bytes or paths to WebDataset shards with the images inside. `torchtitan-vlm prepare` runs it.
+"""From records that name their images to WebDataset shards with the images inside.
 
 Records are read and parsed by training's own readers and formats (data/formats).
 

@@ -1,7 +1,8 @@
-"""The same stages on a Ray cluster, a task for each shard. The output folder must be one that all nodes share.
+"""The same stages on a Ray cluster, a task for each shard. All nodes must share the output folder.
 
-A node that dies costs its tasks, which Ray starts again elsewhere: what they had fetched is in their journals. The limits of
-politeness hold for each task, so a host may see them as many times as there are tasks at once (--max_per_host).
+A node that dies costs its tasks, which Ray starts again elsewhere: what they had fetched is in their
+journals. The limits of politeness hold for each task, so a host may see them as many times as there are tasks
+at once (--max_per_host).
 """
 
 import os

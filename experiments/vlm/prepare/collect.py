@@ -1,6 +1,7 @@
-"""The images of shards: fetched, each shard's into its journal, then judged and encoded into one file (images.py).
+"""The images of shards: fetched into a journal, then judged and encoded into one file (images.py).
 
-What was fetched lies in the journal until its shard is written, so a process that dies here costs only computing time.
+What was fetched lies in the journal until its shard is written, so a process that dies here costs only
+computing time.
 """
 
 import asyncio
@@ -29,8 +30,9 @@ CROWD = 8  # URLs on their way for each that may be on the wire: the others wait
 class Crowd:
     """Many URLs at once, of several shards, and an end without loss.
 
-    At most `size` URLs are on their way (asking, or waiting for their host), so memory does not grow with the shards. To
-    stop is to ask for nothing new and to wait for the answers on the wire: they are journalled like any other.
+    At most `size` URLs are on their way (asking, or waiting for their host), so memory does not grow with the
+    shards. To stop is to ask for nothing new and to wait for the answers on the wire: they are journalled
+    like any other.
     """
 
     def __init__(self, client: Client, size: int) -> None:

@@ -1,8 +1,9 @@
-"""The first stage of a shard, a hash of each image's URL; and each image once: which of many hashes are repeated.
+"""The first stage of a shard, a hash of each image's URL; and which of all hashes are repeated.
 
-Shards are worked on in any order, on any number of machines, so nothing can be decided on arrival. Every shard writes the
-hashes of its images (64 bits; 0: none), and when all have, one pass over these files says of each whether an earlier one
-is the same. Among a billion images one is taken for another with a probability of 3 %.
+Shards are worked on in any order, on any number of machines, so nothing can be decided on arrival. Every
+shard writes the hashes of its images (64 bits; 0: none), and when all have, one pass over these files says of
+each whether an earlier one is the same. Among a billion images one is taken for another with a probability of
+3 %.
 """
 
 import hashlib
@@ -48,7 +49,10 @@ def mark_repeated(folder: Folder, of: str, shards: int) -> None:
 
 
 def find_repeated(hashes: Sequence[np.ndarray], pass_hashes: int = PASS_HASHES) -> list[np.ndarray]:
-    """For each array of uint64 one of booleans. In passes over a share of the hash values each, so memory is bounded."""
+    """For each array of uint64 one of booleans.
+
+    In passes over a share of the hash values each, so memory is bounded.
+    """
     starts = np.cumsum([0, *map(len, hashes)])
     repeated = np.ones(starts[-1], bool)
     passes = max(1, math.ceil(starts[-1] / pass_hashes))

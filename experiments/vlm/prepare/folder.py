@@ -1,4 +1,4 @@
-"""Where everything lies below the output folder, and how a file appears there: whole, under its name, or not at all.
+"""Where everything lies below the output folder, and how a file appears there: whole or not at all.
 
 OUT/00000.tar ...               finished shards; a shard without a sample has no file
 OUT/rejects/00000.jsonl         a line for each record that is not in a shard, and each image that its document goes without
@@ -72,7 +72,10 @@ class Folder:
 
 @contextmanager
 def appearing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write that takes its name when it is whole and on disk. Whoever else writes the same file does not matter."""
+    """A file to write that takes its name when it is whole and on disk.
+
+    Whoever else writes the same file does not matter.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     try:
@@ -102,7 +105,8 @@ def write_array(path: Path, array: np.ndarray) -> None:
 def read_array(path: Path, dtype: type[np.generic]) -> np.ndarray:
     """An array of one dimension that `write_array` wrote, mapped into memory: [n] of `dtype`.
 
-    `np.load` would ask `ast` to read the header, which fails at times where several threads do so at once (Python 3.11).
+    `np.load` would ask `ast` to read the header, which fails at times where several threads do so at once
+    (Python 3.11).
     """
     with path.open("rb") as file:
         version, _ = np.lib.format.read_magic(file)

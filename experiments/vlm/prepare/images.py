@@ -1,4 +1,4 @@
-"""The images of a shard, judged whole, shrunk and encoded anew where that was asked for, into one file and an index.
+"""The images of a shard, judged whole, shrunk and encoded where asked for, into a file and an index.
 
 images/00000.bin    finished images, one after another
 images/00000.json   for each image of the shard, in order: where it lies, or why it does not
@@ -169,7 +169,10 @@ def check(data: bytes, height: int, width: int) -> None:
 
 
 def looks_whole(data: bytes) -> bool:
-    """False where an image begins well and does not end: its connection may have broken. What is no image is whole."""
+    """False where an image begins well and does not end: its connection may have broken.
+
+    What is no image is whole.
+    """
     try:
         height, width = probe(data)
     except Rejected:

@@ -3,9 +3,9 @@
     FOLDER/ATTEMPT.bin      the bytes that arrived, one answer after another
     FOLDER/ATTEMPT.jsonl    a line for each URL: where its bytes lie, or why there are none
 
-An attempt (a process that works on the shard) writes files of its own and reads those of all before it. So a process that
-was killed, or that a cluster believes dead although it still runs, disturbs nothing: a line cut short is no line, and bytes
-without a line are nobody's.
+An attempt (a process that works on the shard) writes files of its own and reads those of all before it. So a
+process that was killed, or that a cluster believes dead although it still runs, disturbs nothing: a line cut
+short is no line, and bytes without a line are nobody's.
 """
 
 import json

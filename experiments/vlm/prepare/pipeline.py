@@ -4,7 +4,8 @@
     collect   each shard: fetch, judge, encode         then: which images are not the first of their content
     write     each shard: tar, rejects, report         then: one report of all
 
-A stage does a shard again without harm, and skips what is there: that is all there is to resuming and to retries.
+A stage does a shard again without harm, and skips what is there: that is all there is to resuming and to
+retries.
 """
 
 from collections.abc import Callable, Iterable
@@ -70,7 +71,7 @@ def run(job: PrepareJob, runner: Runner) -> None:
 
 
 def write_report(job: PrepareJob) -> None:
-    """Of the whole run, made of the shards' reports; then the state is not needed any more, but for these and the plan."""
+    """The report of the whole run, of the shards' own; then little of the state is needed any more."""
     total, shards = Tally(), 0
     for number in range(job.shards):
         tally = Tally(read_json(job.folder.done(number)))

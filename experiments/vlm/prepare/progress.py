@@ -1,4 +1,4 @@
-"""How far a run is: shown as a bar on a terminal and as a line every ten seconds elsewhere, or sent to who shows it."""
+"""How far a run is: a bar on a terminal, a line every ten seconds elsewhere, or sent to who shows it."""
 
 import contextlib
 import json
@@ -15,7 +15,7 @@ LINE_EVERY_S = 10.0
 
 class Advancing(Protocol):
     def advance(self, count: int = 1, failed: int = 0, size: int = 0, before: bool = False) -> None:
-        """size: bytes that came. before: done in an earlier run, or without work, so it does not count in the rate."""
+        """size: bytes that came. before: done earlier, or without work, so it is not in the rate."""
         ...
 
 
@@ -86,7 +86,10 @@ class Shown:
 
 @dataclass(frozen=True)
 class JsonProgress:
-    """A StageProgress that writes everything down as lines of JSON. When nobody reads any more, that is no fault."""
+    """A StageProgress that writes everything down as lines of JSON.
+
+    When nobody reads any more, that is no fault.
+    """
 
     file: BinaryIO
 

@@ -1,4 +1,4 @@
-"""What a record becomes in a shard: the members of its sample, name -> bytes, in the layout that its format has in tars.
+"""What a record becomes in a shard: the members of its sample, name -> bytes.
 
 captions    KEY.jpg, KEY.txt, KEY.json (the layout of CC12M)
 obelics     KEY.json names its images, which are members of the same sample:
@@ -51,7 +51,7 @@ def obelics(record: Record, document: Document, key: str) -> Members:
 
 
 def image_metadata(record: Record) -> dict[int, dict]:
-    """OBELICS' `metadata` by index: a list parallel to the images, or a JSON string of one. Anything else tells nothing."""
+    """OBELICS' `metadata` by index: a list parallel to the images, or JSON of one. Else nothing."""
     value = record.get("metadata")
     if isinstance(value, str):
         try:
@@ -77,7 +77,7 @@ def conversation(record: Record, document: Document, key: str) -> Members:
 
 
 def renamed(value: Any, names: dict[Place, str], place: Place = ()) -> Any:
-    """The record with the name of a member in place of each image; an item of a message holds it under "image"."""
+    """The record with a member's name in place of each image; in items of messages under "image"."""
     if place in names and place[0] == "messages":
         return {name: value[name] for name in value if name not in HELD_UNDER} | {"type": "image", "image": names[place]}
     if place in names:

@@ -1,8 +1,8 @@
-"""The last stage of a shard: its samples into a tar file, and the account of what became of each record and image.
+"""The last stage of a shard: its samples into a tar file, and the account of each record and image.
 
-The tar holds the samples in the order of the input with no trace of when and where it was made, so the same input gives
-the same bytes, whatever was killed in between and however many machines took part. What makes a document of a draft, and
-what it costs where images are lost, is what training does (document.finish).
+The tar holds the samples in the order of the input with no trace of when and where it was made, so the same
+input gives the same bytes, whatever was killed in between and however many machines took part. What makes a
+document of a draft, and what it costs where images are lost, is what training does (document.finish).
 """
 
 from collections.abc import Iterator

@@ -1,7 +1,8 @@
-"""A run's input, cut into pieces that each become one shard, and how the records of a piece are walked through.
+"""A run's input, cut into pieces that each become one shard, and the walk through a piece's records.
 
-A plan depends on the input alone: not on how many processes or machines work on it, nor on how often they were killed. It
-is made once and kept in the output folder. Every stage walks the same way, so the n-th image of a shard is the same in all.
+A plan depends on the input alone: not on how many processes or machines work on it, nor on how often they
+were killed. It is made once and kept in the output folder. Every stage walks the same way, so the n-th image
+of a shard is the same in all.
 """
 
 import dataclasses
@@ -129,7 +130,7 @@ def open_input(file: str, copies: Path) -> Records:
 
 
 def make_plan(options: Options, folder: Folder) -> Plan:
-    """The plan of the folder, or a new one. Raises ConfigError where the folder's is of another input or other options."""
+    """The folder's plan, or a new one. Raises ConfigError where it is of another input or other options."""
     inputs = {file: Path(file).stat().st_size for file in list_inputs(options.input)}
     if folder.plan.exists():
         plan = load_plan(folder)

@@ -1,8 +1,9 @@
-"""A run from its start: on a cluster, or on this machine in a working process that outlives this one by the answers on the wire.
+"""A run from its start: on a cluster, or on this machine in a working process of its own.
 
-This process only shows how far the work is. The worker reads its options from its standard input, which then stays open: when
-it ends, because this process was interrupted or killed, the worker asks for nothing new, waits for what is on the wire (at
-most --timeout_s), journals it and ends. So even a killed run fetched nothing in vain.
+This process only shows how far the work is. The worker reads its options from its standard input, which then
+stays open: when it ends, because this process was interrupted or killed, the worker asks for nothing new,
+waits for what is on the wire (at most --timeout_s), journals it and ends. So even a killed run fetched
+nothing in vain.
 """
 
 import dataclasses
@@ -26,7 +27,7 @@ class Crashed(RuntimeError):
 
 
 def prepare(options: Options, progress: StageProgress) -> dict:
-    """Makes the shards, or goes on where an earlier call was stopped. Returns the report. Raises ConfigError."""
+    """Make the shards, or go on where an earlier call was stopped. The report. Raises ConfigError."""
     options = dataclasses.replace(options, out=absolute(options.out), image_folder=absolute(options.image_folder))
     job = PrepareJob.begin(options)
     if options.ray_address:
@@ -46,7 +47,7 @@ def absolute(path: str) -> str:
 
 
 def run_local(options: Options, progress: StageProgress) -> None:
-    """For a plan that is made. Raises Crashed, and KeyboardInterrupt when it was interrupted, after the worker has ended."""
+    """For a plan that is made. Raises Crashed, or KeyboardInterrupt after the worker has ended."""
     worker = start_worker()
     assert worker.stdin and worker.stdout
     worker.stdin.write(json.dumps(dataclasses.asdict(options)).encode() + b"\n")

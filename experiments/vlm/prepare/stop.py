@@ -1,4 +1,4 @@
-"""The wish to end: set from a signal or when the parent process died, seen by loops and by an event loop alike."""
+"""The wish to end: set by a signal or the parent's death, seen by loops and by an event loop alike."""
 
 import asyncio
 import threading

@@ -1,4 +1,4 @@
-"""A worker of cache.py: python -m experiments.vlm.world NAME SEED FOLDER SHARD ... draws these shards into the folder."""
+"""A worker of cache.py: python -m experiments.vlm.world NAME SEED FOLDER SHARD ... draws these shards."""
 
 import os
 import sys

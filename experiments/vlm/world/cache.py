@@ -2,9 +2,9 @@
 
     CACHE/embedded/VERSION-seed0/sees/train/train-00000.tar ...
 
-A changed generator draws anew beside the old data, since whoever changes what is drawn changes VERSION (a test holds
-the two together). One process holds the lock and draws, the others wait for it. The folder appears under its name when it
-is complete.
+A changed generator draws anew beside the old data, since whoever changes what is drawn changes VERSION (a
+test holds the two together). One process holds the lock and draws, the others wait for it. The folder appears
+under its name when it is complete.
 """
 
 import fcntl
@@ -72,7 +72,8 @@ def draw(name: str, seed: int, folder: Path) -> None:
 def run_workers(arguments: list[str], shards: int, folder: Path) -> None:
     """One process a core, each with its share of the shards.
 
-    Fresh interpreters: a fork of a trainer with running threads may hang, and spawned ones would import its main module.
+    Fresh interpreters: a fork of a trainer with running threads may hang, and spawned ones would import its
+    main module.
     """
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     processes = min(cores, shards)

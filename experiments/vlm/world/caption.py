@@ -1,8 +1,8 @@
 """Scenes to words. Every sentence is true of the picture, and none can be guessed without it.
 
-`describe` is the caption of `sees`: one for each picture, about 70 different words. `tell` says the same in many styles,
-with more facts about the picture now and then; since its cells have many sizes, it calls a thing big or small only where
-the picture holds both.
+`describe` is the caption of `sees`: one for each picture, about 70 different words. `tell` says the same in
+many styles, with more facts about the picture now and then; since its cells have many sizes, it calls a thing
+big or small only where the picture holds both.
 """
 
 import random

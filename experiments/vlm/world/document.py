@@ -4,8 +4,8 @@
     quiz    1 to 5 pictures, each with a question and its answer
     story   text alone: 1 to 60 short tales of things that change hands, with the count kept right
 
-Short ones are common and long ones rare, as on the web: a few are longer than a row of 2,048 tokens. A held-out
-document has held-out scenes, a held-out story hashes to the held-out side.
+Short ones are common and long ones rare, as on the web: a few are longer than a row of 2,048 tokens. A
+held-out document has held-out scenes, a held-out story hashes to the held-out side.
 """
 
 import random

@@ -1,7 +1,7 @@
 """What a picture of the embedded world holds, before anything is drawn.
 
-A scene is a grid of cells of about 32 px with at most one thing a cell. Its kind follows from the things alone, so a
-picture has one right caption:
+A scene is a grid of cells of about 32 px with at most one thing a cell. Its kind follows from the things
+alone, so a picture has one right caption:
 
     single     one shape: its size, colour and place
     relation   two shapes in one row or column, a big and a small one: how the big one lies to the small one
@@ -10,11 +10,11 @@ picture has one right caption:
     text       1 to 4 glyphs along a row (down the column where there is only one): what is written, and its colour
     listing    different shapes, in half of the cells or more: each in reading order (not in `sees`)
 
-Circle, oval and egg differ in nothing but their aspect ratio, and so do square, slab and post: a model that squeezes
-pictures to squares cannot tell them apart.
+Circle, oval and egg differ in nothing but their aspect ratio, and so do square, slab and post: a model that
+squeezes pictures to squares cannot tell them apart.
 
-Splits are a partition of the scenes themselves: `held_out` hashes grid, things and cells. So a held-out arrangement
-never occurs in training, in no world and with no seed, not even at another size or jitter.
+Splits are a partition of the scenes themselves: `held_out` hashes grid, things and cells. So a held-out
+arrangement never occurs in training, in no world and with no seed, not even at another size or jitter.
 """
 
 import hashlib
@@ -89,7 +89,7 @@ def sees_scene(rng: random.Random, heldout: bool) -> Scene:
 
 
 def varied_scene(rng: random.Random, heldout: bool, longest: int) -> Scene:
-    """The same world with listings, cells of 32 to 256 px, no side much above `longest`, on painted backgrounds."""
+    """The same world with listings, cells of 32 to 256 px, sides up to about `longest`, painted grounds."""
     while True:
         rows, columns = rng.choice(GRIDS)
         cell = CELL * min(8.0, longest / CELL / max(rows, columns)) ** rng.random()
@@ -108,7 +108,7 @@ def compose(rng: random.Random, kind: str, rows: int, columns: int, cell: float 
 
 
 def side(rng: random.Random, cells: int, cell: float) -> int:
-    """Up to 6 px (of a cell of 32) off the grid, 2 at most for each cell: a circle stays rounder than an oval is."""
+    """Up to 6 px (of a cell of 32) off the grid, 2 for each cell: a circle stays rounder than an oval."""
     off = min(6, 2 * cells)
     return round((cells * CELL + rng.randint(-off, off)) * cell / CELL)
 

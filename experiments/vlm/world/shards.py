@@ -1,8 +1,9 @@
 """The embedded worlds and how their shards are written.
 
-`captions` and `sees` are tar files as CC12M has them (KEY.jpg, KEY.txt, KEY.json; `sees` keeps lossless KEY.png and KEY.txt:
-half the size). `interleaved` is parquet as OBELICS has it: `texts` and `images` are parallel lists, one of the two null at
-each index, an image a record of bytes and path; `metadata` and `general_metadata` are JSON strings.
+`captions` and `sees` are tar files as CC12M has them (KEY.jpg, KEY.txt, KEY.json; `sees` keeps lossless
+KEY.png and KEY.txt: half the size). `interleaved` is parquet as OBELICS has it: `texts` and `images` are
+parallel lists, one of the two null at each index, an image a record of bytes and path; `metadata` and
+`general_metadata` are JSON strings.
 
 A sample is a function of seed, name and number alone, whoever draws it.
 """
@@ -92,7 +93,7 @@ WORLDS = {
 
 
 def write_shard(name: str, seed: int, folder: Path, number: int) -> None:
-    """Draw shard `number` of a world's split into `folder`, e.g. "sees/train" into train-00007.tar; there whole or not at all."""
+    """Draw shard `number` of a world's split ("sees/train") into `folder`, whole or not at all."""
     world_name, split = name.split("/")
     world = WORLDS[world_name]
     keys = ((f"{sample:09d}", random.Random(f"{seed} {name} {sample}")) for sample in world.shards(split)[number])

@@ -1,7 +1,7 @@
 """Masks of the world's shapes and glyphs, drawn once for each size.
 
-Shapes are polygons and ellipses, drawn four times too large and averaged down. Glyphs are our own 5 x 7 dots (below: seven rows
-of five bits), so that no font file or font library decides what a letter looks like.
+Shapes are polygons and ellipses, drawn four times too large and averaged down. Glyphs are our own 5 x 7 dots
+(below: seven rows of five bits), so that no font file or font library decides what a letter looks like.
 """
 
 import math

@@ -1,7 +1,8 @@
 """One URL to its bytes: redirects, limits and retries. Judges the transfer, never the image.
 
-Only http and https. A redirect is followed by hand, so that each hop has its host's politeness, its scheme checked and,
-by `Gate`, its address. The time limit is for a hop as a whole, so a server that sends a byte a second ends too.
+Only http and https. A redirect is followed by hand, so that each hop has its host's politeness, its scheme
+checked and, by `Gate`, its address. The time limit is for a hop as a whole, so a server that sends a byte a
+second ends too.
 """
 
 import asyncio
@@ -53,8 +54,8 @@ class Failed(Rejected):
 class Client:
     """An HTTP client for many URLs at once. Use as an async context manager.
 
-    `looks_whole(bytes) -> bool` is asked only where HTTP cannot tell: an answer without a length that ends when the
-    connection closes looks the same whether the server finished or died.
+    `looks_whole(bytes) -> bool` is asked only where HTTP cannot tell: an answer without a length that ends
+    when the connection closes looks the same whether the server finished or died.
     """
 
     def __init__(
@@ -70,12 +71,13 @@ class Client:
         self.places = asyncio.Semaphore(concurrency)
         self.stopping = False
         self.in_flight: set[asyncio.Task] = set()  # tasks whose request is on the wire
-        # identity: pictures do not shrink, and a compressed answer can be a bomb (one that comes all the same: `inflate`).
+        # identity: pictures do not shrink, and a compressed answer can be a bomb (one that comes all the
+        # same: `inflate`).
         self._headers = {"User-Agent": user_agent, "Accept": "image/*,*/*;q=0.5", "Accept-Encoding": "identity"}
 
     async def __aenter__(self) -> "Client":
-        # A further try gets a connection of its own: one that was used before may be what failed, full of what a server sent
-        # after its answer.
+        # A further try gets a connection of its own: one that was used before may be what failed, full of
+        # what a server sent after its answer.
         self._first = self._open_session(force_close=not self.limits.keep_alive)
         self._further = self._open_session(force_close=True)
         return self
@@ -118,7 +120,7 @@ class Client:
         raise Failed("too_many_redirects", f"more than {MAX_REDIRECTS}, last to {url}")
 
     async def _hop(self, url: URL, session: aiohttp.ClientSession) -> bytes | URL:
-        """One request: the body, or where it is said to be. Waiting for a turn does not count against the time limit."""
+        """One request: the body, or where it is said to be. The time limit does not count waiting for a turn."""
         host = url.host or ""
         async with self.hosts.turn(host), self.places, self._on_the_wire():
             try:

@@ -1,7 +1,8 @@
 """Which addresses may be connected to, and how politely a host is asked.
 
-The check of an address sits where the socket is made, so what is checked is what is connected to: a name that resolves
-differently the second time, a redirect, or an address written in an odd way reaches it like any other.
+The check of an address sits where the socket is made, so what is checked is what is connected to: a name that
+resolves differently the second time, a redirect, or an address written in an odd way reaches it like any
+other.
 """
 
 import asyncio
@@ -17,19 +18,19 @@ Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
 
 NAT64 = IPv6Network("64:ff9b::/96")
-# Not an errno of any system: tells a refusal of ours from one of the kernel, through libraries that keep only the number.
+# Not an errno of any system: marks a refusal of ours, through libraries that keep only the number.
 REFUSED = -7001
 
 
 def carried_ipv4(address: IPv6Address) -> IPv4Address | None:
-    """The IPv4 address that packets to an IPv6 address end up at, where it carries one (mapped, 6to4, NAT64)."""
+    """The IPv4 address that an IPv6 address leads to, where it carries one (mapped, 6to4, NAT64)."""
     if address in NAT64:
         return IPv4Address(int(address) & 0xFFFFFFFF)
     return address.ipv4_mapped or address.sixtofour
 
 
 def is_public(address: Address) -> bool:
-    """Neither private, loopback, link-local, multicast nor reserved (IANA's registries, as `ipaddress` knows them)."""
+    """Neither private, loopback, link-local, multicast nor reserved, as `ipaddress` knows IANA's registries."""
     if isinstance(address, IPv6Address) and (carried := carried_ipv4(address)):
         address = carried
     return address.is_global and not address.is_multicast and not address.is_reserved

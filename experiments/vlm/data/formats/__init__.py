@@ -2,8 +2,8 @@
 
     parse(record) -> Draft      raises Rejected for what is not of its shape; a record holds what JSON and tables can hold
 
-The same function reads records of tars (tar_shard), and of JSON, TSV, parquet, Arrow and text files (record_files), in
-training (shard.open_shard) and in data preparation. Imports no torch.
+The same function reads records of tars (tar_shard), and of JSON, TSV, parquet, Arrow and text files
+(record_files), in training (shard.open_shard) and in data preparation. Imports no torch.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""An image and its caption under any of the usual names: what img2dataset and CC12M write, as a record or as a sample of a tar.
+"""An image and its caption under any of the usual names, as a record or as a sample of a tar.
 
 {"url": IMAGE, "caption": "A cat."}        an image is anything that image_values.py knows
 KEY.jpg  KEY.txt  KEY.json                 the .txt, or where that is blank "caption" or "text" of the .json
@@ -43,7 +43,7 @@ def image_field(record: Mapping[str, Any]) -> str | None:
 
 
 def _swallowed(record: Mapping[str, Any], image: str) -> list[Rejected]:
-    """Samples that differ only after their first dot (a.1.jpg, a.2.jpg) are one to the convention of tars: one is kept."""
+    """Samples that differ only after the first dot (a.1.jpg, a.2.jpg) are one in a tar: one is kept."""
     others = [name for name in record if name != image and is_image_name(name)]
     if not others:
         return []

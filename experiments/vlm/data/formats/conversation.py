@@ -11,8 +11,8 @@ MARKER = "<image>"
 
 
 def images_of(record: Mapping[str, Any]) -> list[ImageValue]:
-    """The record's images, however many: one by itself, a list, or none. Where it names none, its fields that are called
-    like image files, which is what the members of a tar are."""
+    """The record's images, however many: one by itself, a list, or none. Where it names none, its fields that
+    are called like image files, which is what the members of a tar are."""
     name = "image" if record.get("image") is not None else "images"
     value = record.get(name)
     if value is None:
@@ -36,8 +36,9 @@ def make_draft(turns: Sequence[Turn], rejects: Sequence[Rejected] = ()) -> Draft
 def place_images(turns: Sequence[tuple[str, str]], images: Sequence[ImageValue]) -> tuple[list[Turn], list[Rejected]]:
     """(role, text) with images where the text says `<image>`.
 
-    Without images `<image>` is text, and so it is in answers where the questions account for all images. Images without any
-    marker stand before the first question; of too many, the last are left out and reported. Raises Rejected for too few.
+    Without images `<image>` is text, and so it is in answers where the questions account for all images.
+    Images without any marker stand before the first question; of too many, the last are left out and
+    reported. Raises Rejected for too few.
     """
     asked = sum(text.count(MARKER) for role, text in turns if role != "assistant")
     everywhere = sum(text.count(MARKER) for _, text in turns)

@@ -6,8 +6,8 @@ b"..."                                  the bytes (in JSON: base64)
 "images/1.jpg"                          a path below the record file's folder
 "https://..." or "data:image/..."       an address, or the bytes themselves
 
-An item of a message holds one of these under a name of HELD_UNDER. A record of a tar holds the members themselves, and
-names them by their extension or their name (tar_shard.py).
+An item of a message holds one of these under a name of HELD_UNDER. A record of a tar holds the members
+themselves, and names them by their extension or their name (tar_shard.py).
 """
 
 import base64
@@ -22,7 +22,7 @@ HELD_UNDER = ("image", "image_url", "url", "path", "bytes", "base64")
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """What is before and after the last dot of a field's name or a member's extension: ("0", "jpg"), ("", "txt")."""
+    """Before and after the last dot of a field's name or an extension: ("0", "jpg"), ("", "txt")."""
     part, _, kind = name.rpartition(".")
     return part, kind
 

@@ -54,7 +54,7 @@ def begins_list(file: int) -> bool:
 
 def find_items(file: int) -> Spans:
     """The items of a JSON list. The whole file is in memory meanwhile, its objects are not."""
-    # One character a byte, whatever the encoding, so that positions are byte offsets; JSON's own signs are ASCII.
+    # One character a byte, so that positions are byte offsets; JSON's own signs are ASCII.
     text = read_at(file, 0, os.fstat(file).st_size).decode("latin-1")
     decode = json.JSONDecoder(strict=False).raw_decode
     starts, ends, why = [], [], "the list is not closed"

@@ -4,8 +4,9 @@
                   {"role": "assistant", "content": "A cat."}],
      "images": [IMAGE]}
 
-A content is a string (where `<image>` stands for the record's next image) or a list of typed items. An image item holds
-its image under one of HELD_UNDER, or it is the record's next one (or that of "index"). See image_values.py.
+A content is a string (where `<image>` stands for the record's next image) or a list of typed items. An image
+item holds its image under one of HELD_UNDER, or it is the record's next one (or that of "index"). See
+image_values.py.
 """
 
 from collections.abc import Mapping

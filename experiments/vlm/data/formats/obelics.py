@@ -3,8 +3,8 @@
     texts   ["A cat.", null,     "A dog."]
     images  [null,     IMAGE,    null    ]       exactly one of the two at each index
 
-IMAGE is anything that image_values.py knows. Lists that do not match are taken as far as they make sense: text always, an image
-where its place is known, which is an index of both lists where there is no text.
+IMAGE is anything that image_values.py knows. Lists that do not match are taken as far as they make sense:
+text always, an image where its place is known, which is an index of both lists where there is no text.
 """
 
 from collections.abc import Mapping

@@ -1,7 +1,8 @@
 """Files of records, opened for random access: JSON lines, a JSON list, TSV, parquet, Arrow, lines of text.
 
-What a file is, its first bytes tell, and its name where they cannot (TSV, text). A file that ends early gives the
-records that are whole, and a reject for its tail. Memory: 16 bytes a record of text; of parquet what row_groups.py says.
+What a file is, its first bytes tell, and its name where they cannot (TSV, text). A file that ends early gives
+the records that are whole, and a reject for its tail. Memory: 16 bytes a record of text; of parquet what
+row_groups.py says.
 """
 
 import os
@@ -70,7 +71,7 @@ def json_records(path: str) -> Records:
 
 
 def tsv_records(path: str) -> Records:
-    """The columns are those of the first line, unless that has an address in it and so is a record already."""
+    """The columns are those of the first line, unless that has an address in it and so is a record."""
     with open(path, "rb") as file:
         line = file.readline()
     names = line.decode("utf-8-sig", "replace").rstrip("\r\n").split("\t")

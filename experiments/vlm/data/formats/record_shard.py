@@ -1,4 +1,4 @@
-"""A file of records as a shard, and how the images that they name are got: inside, below a folder, or by address.
+"""A file of records as a shard, and how their images are got: inside, below a folder, or by address.
 
 Imports torch only to look at an image, since data preparation plans without it.
 """
@@ -32,7 +32,7 @@ class ImageFolder:
         self.remote = "://" in folder
 
     def path(self, value: str) -> str:
-        """Where the image lies: below the folder by its letters, so a link that somebody put there is followed. Raises Rejected."""
+        """Where the image lies: below the folder by its letters; a link there is followed. Raises Rejected."""
         join, norm = (posixpath.join, posixpath.normpath) if self.remote else (os.path.join, os.path.normpath)
         relative = norm(value if self.remote or not os.path.isabs(value) else os.path.relpath(value, self.folder))
         if relative.startswith(("..", "/")) or "\0" in relative:

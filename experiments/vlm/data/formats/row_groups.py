@@ -1,8 +1,9 @@
 """The row groups of parquet files as tables, each reached at any time.
 
-A decoded group stays in memory while all of them together take at most ROW_GROUP_BYTES of the process (and always the one in
-use). One that is wanted again after that is decoded a second time, written to the cache folder as Arrow, and from then on
-mapped: slots read a shard at many places at once, and a group of a gigabyte would else be decoded for every few samples.
+A decoded group stays in memory while all of them together take at most ROW_GROUP_BYTES of the process (and
+always the one in use). One that is wanted again after that is decoded a second time, written to the cache
+folder as Arrow, and from then on mapped: slots read a shard at many places at once, and a group of a gigabyte
+would else be decoded for every few samples.
 """
 
 import itertools

@@ -41,7 +41,7 @@ class Shard(Protocol):
 
 
 def open_shard(file: ShardFile, source: Source, data: Data) -> Shard:
-    """Raises OSError, pyarrow's errors or Rejected where nothing can be read, ConfigError for a chat template."""
+    """Raises OSError, pyarrow's errors or Rejected where nothing can be read; ConfigError."""
     format, template = FORMATS[source.format], load_chat_template(source.chat_template)
 
     def parse(record: Record) -> Draft:

@@ -1,4 +1,4 @@
-"""Tables as records: parquet and Arrow files. Bytes come as views, so that of a row with many images only one is copied."""
+"""Tables as records: parquet and Arrow files. Bytes come as views: of many images only one is copied."""
 
 import functools
 import os
@@ -43,10 +43,10 @@ class ParquetRecords:
 
 
 class ArrowRecords:
-    """Arrow files (feather) and streams (what Hugging Face `datasets` saves), mapped into memory, so not copied.
+    """Arrow files (feather) and streams (what Hugging Face `datasets` saves), mapped into memory.
 
-    Two things would end the process, so they are looked at first: bytes that are gone since the file was opened (the kernel's
-    SIGBUS), and offsets that lead astray (Arrow's own abort), in each record batch once.
+    Two things would end the process, so they are looked at first: bytes that are gone since the file was
+    opened (the kernel's SIGBUS), and offsets that lead astray (Arrow's own abort), in each record batch once.
     """
 
     def __init__(self, path: str, columns: tuple[str, ...] | None):
@@ -118,7 +118,7 @@ def _row(table: pa.Table | pa.RecordBatch, row: int) -> dict[str, Any]:
 
 
 def _plain(value: pa.Scalar) -> Any:
-    """Python's own types, but binary values as views: of a row with many images one is wanted, or its first bytes."""
+    """Python's own types, but binary values as views: of many images one is wanted, or its first bytes."""
     if not value.is_valid:
         return None
     if not _holds_bytes(value.type):

@@ -1,10 +1,10 @@
-"""Where the members of a tar lie, found once from the headers alone, in groups that the WebDataset convention makes.
+"""Where the members of a tar lie, found once from the headers alone, in samples as WebDataset has them.
 
     a/0001.jpg, a/0001.txt, a/0001.seg.png    one sample of key "a/0001" with members "jpg", "txt", "seg.png"
 
-A key is the path up to the first dot of the file's name. Members of a sample need not be neighbours; a name that comes
-a second time begins a new sample. What is kept is 8 bytes a member: names and sizes are read again from the headers. Python's
-tarfile takes ten times as long, and a loader opens a shard for each of its slots.
+A key is the path up to the first dot of the file's name. Members of a sample need not be neighbours; a name
+that comes a second time begins a new sample. What is kept is 8 bytes a member: names and sizes are read again
+from the headers. Python's tarfile takes ten times as long, and a loader opens a shard for each of its slots.
 """
 
 import os
@@ -114,7 +114,7 @@ class TarIndex:
             self.tail = Rejected("shard_truncated", rejected.detail)
 
     def _appended(self, start: int) -> int:
-        """Where after the zeros at its end another tar begins (`cat a.tar b.tar`); the end of the file if none does."""
+        """Where after its zeros another tar begins (`cat a.tar b.tar`); the end of the file if none does."""
         first = start
         while block := os.pread(self._file, SCAN_BYTES, start):
             if (place := len(block) - len(block.lstrip(b"\0"))) < len(block):
@@ -129,7 +129,7 @@ class TarIndex:
             return self._size  # something else, which is none of ours
 
     def _header(self, start: int) -> Header | None:
-        """The header at `start`, with what extension headers before it say; None for the zeros at the end of a tar."""
+        """The header at `start`, with what extension headers before it say; None for the zeros at the end."""
         name, size = "", -1
         while True:
             block = read_at(self._file, start, BLOCK)
@@ -148,7 +148,7 @@ class TarIndex:
 
 
 def _checked_size(block: bytes, start: int) -> int:
-    """The size field. Raises Rejected where the checksum is wrong, so that garbage is never taken for a header."""
+    """The size field. Raises Rejected where the checksum is wrong: garbage is never taken for a header."""
     try:
         if int(block[148:156].strip(b" \0"), 8) == sum(block) - sum(block[148:156]) + 8 * ord(" "):
             return _number(block[124:136])

@@ -1,5 +1,5 @@
-"""Text alone, so that a mixture can carry language: a string under "text", else "content" (in tars KEY.txt or KEY.json, of .txt
-files a document a line)."""
+"""Text alone, so that a mixture can carry language: a string under "text", else "content" (in tars KEY.txt or
+KEY.json, of .txt files a document a line)."""
 
 from collections.abc import Mapping
 from typing import Any
