@@ -88,7 +88,7 @@ class Tally:
 
 
 def check_bad_fraction(tally: Tally, allowed: float) -> None:
-    """Raises DataError for a source with more bad samples than `allowed`, a share of JUDGED_FROM or more."""
+    """Raises DataError for a source whose share of bad samples is above `allowed`, from JUDGED_FROM read on."""
     for source, entry in tally.sources.items():
         kinds = tally.bad_samples(source)
         bad = sum(entry["count"] for entry in kinds.values())

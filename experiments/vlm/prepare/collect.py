@@ -123,6 +123,7 @@ async def make_images(job: PrepareJob, number: int, tools: Tools, counted: Count
 
 
 async def fetch_missing(job: PrepareJob, number: int, journal: Journal, crowd: Crowd, counted: Counted) -> None:
+    """Into the journal, what is not there yet. Raises Stopped."""
     if not read_array(job.folder.hashes("urls", number), np.uint64).any():
         return
     urls = await asyncio.to_thread(list_addresses, job, number)
@@ -143,6 +144,7 @@ def list_addresses(job: PrepareJob, number: int) -> list[str]:
 
 
 def make_client(options: Options) -> Client:
+    """To be entered in the event loop that it works in."""
     networks = tuple(ipaddress.ip_network(network) for network in options.allow_networks)
     return Client(
         Limits(

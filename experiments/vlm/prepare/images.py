@@ -128,6 +128,7 @@ def bring(image: ImageValue, journal: Journal, folder: ImageFolder, encoding: En
 
 
 def store(work: Future[FinishedImage], file: IO[bytes]) -> ImageEntry:
+    """Waits for the image and appends its bytes; an entry with the reason where it was rejected."""
     try:
         picture = work.result()
     except Rejected as rejected:
@@ -165,6 +166,7 @@ def finish_image(data: bytes, encoding: Encoding) -> FinishedImage:
 
 
 def check(data: bytes, height: int, width: int) -> None:
+    """Raises Rejected where the image cannot be decoded to its end."""
     decode(data, max(1, height // CHECK_SHRINK), max(1, width // CHECK_SHRINK))
 
 

@@ -114,6 +114,7 @@ def _parsed(records: Records, index: int, parse: Callable[[Record], Draft]) -> P
 
 
 def parser(format: str, options: Options) -> Callable[[Record], Draft]:
+    """The parse of a format; of captions with the columns that the options name."""
     if format == "captions":
         return functools.partial(captions.parse, image=options.image_column, text=options.text_column)
     return RECORD_FORMATS[format].parse
@@ -142,6 +143,7 @@ def make_plan(options: Options, folder: Folder) -> Plan:
         raise ConfigError(f"--input {options.input} holds no record")
     plan = Plan(find_format(options, pieces, folder), pieces, options.outcome(), inputs)
     write_json(folder.plan, dataclasses.asdict(plan))
+    open_input.cache_clear()  # the process that only shows the progress needs no row group
     return plan
 
 
@@ -150,11 +152,13 @@ def cut(file: str, count: int, size: int) -> list[InputSpan]:
 
 
 def load_plan(folder: Folder) -> Plan:
+    """The plan that is kept in the folder. Raises OSError where there is none."""
     value = read_json(folder.plan)
     return Plan(**{**value, "pieces": [InputSpan(**piece) for piece in value["pieces"]]})
 
 
 def check_same(plan: Plan, options: Options, inputs: dict[str, int], folder: Folder) -> None:
+    """Raises ConfigError where the plan is of other options or another input."""
     for name, value in options.outcome().items():
         if plan.options.get(name) != value:
             begun = f"{folder.out} was begun with --{name} {plan.options.get(name)}, not {value}"
@@ -164,6 +168,7 @@ def check_same(plan: Plan, options: Options, inputs: dict[str, int], folder: Fol
 
 
 def list_inputs(pattern: str) -> list[str]:
+    """The input files of a path, glob, brace range or folder, absolute and sorted. Raises ConfigError for none."""
     found = [Path(file).resolve() for file in match_files(pattern, SUFFIXES) if suffix_of(file) in SUFFIXES]
     files = sorted({str(file) for file in found if file.is_file()})
     if not files:

@@ -89,6 +89,7 @@ def read_at(file: int, offset: int, size: int) -> bytes:
 
 
 def decode_utf8(data: bytes) -> str:
+    """Without a byte order mark. Raises Rejected("broken_utf8")."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -96,6 +97,7 @@ def decode_utf8(data: bytes) -> str:
 
 
 def parse_json(data: bytes) -> Any:
+    """Raises Rejected("broken_utf8" or "broken_json")."""
     text = decode_utf8(data)
     try:
         return json.loads(text)
@@ -104,6 +106,7 @@ def parse_json(data: bytes) -> Any:
 
 
 def parse_object(data: bytes) -> dict[str, Any]:
+    """As parse_json; Rejected("wrong_shape") where it is no object."""
     value = parse_json(data)
     if not isinstance(value, dict):
         raise Rejected("wrong_shape", f"the record is a {type(value).__name__}, not an object")

@@ -4,7 +4,8 @@
 
 A key is the path up to the first dot of the file's name. Members of a sample need not be neighbours; a name
 that comes a second time begins a new sample. What is kept is 8 bytes a member: names and sizes are read again
-from the headers. Python's tarfile takes ten times as long, and a loader opens a shard for each of its slots.
+from the headers. Python's tarfile takes ten times as long, and a loader opens a shard for each of its slots;
+webdataset reads in sequence, where a sample that waits for its slot must be read again by its number.
 """
 
 import os
