@@ -49,13 +49,13 @@ def main(argv: Sequence[str]) -> int:
     seq_lens = options.seq_lens or [job.training.seq_len // 2, job.training.seq_len, job.training.seq_len * 2]
     seq_lens = [length for length in seq_lens if length >= largest // merge**2 + 2]
     require(bool(seq_lens), f"--seq_lens: none holds the largest image, data.max_patches_per_image = {largest}")
-    documents = read_documents(make_setup(job, load_tokenizer(job.model.tokenizer_path), "train", 1), options.samples)
-    require(bool(documents), "no good sample was found")
-    print(f"{len(documents)} documents, {patches_per_token(documents):.3f} patches per token")
+    stream = read_documents(make_setup(job, load_tokenizer(job.model.tokenizer_path), "train", 1), options.samples)
+    require(bool(stream.documents), "no good sample was found")
+    print(f"{len(stream.documents)} documents, {patches_per_token(stream.documents):.3f} patches per token")
     print("     S  rows       L  buffer  tokens  patches  plan ms  images  slots")
     buffers = options.buffers or [job.data.packing_buffer_size, 4 * job.data.packing_buffer_size]
     tried = itertools.product(seq_lens, options.rows, buffers)
-    seen = [advise(documents, seq_len, rows, buffer, merge, largest) for seq_len, rows, buffer in tried]
+    seen = [advise(stream, seq_len, rows, buffer, merge, largest) for seq_len, rows, buffer in tried]
     seen = [occupancy for occupancy in seen if occupancy.rows]
     best = min(seen, key=lambda occupancy: occupancy.padding, default=None)
     for occupancy in seen:
@@ -68,6 +68,6 @@ def main(argv: Sequence[str]) -> int:
     if options.out:
         from experiments.vlm.view.advice_picture import draw_advice
 
-        draw_advice(documents, seen, options.out)
+        draw_advice(stream.documents, seen, options.out)
         print(f"\npicture: {options.out}")
     return 0

@@ -62,7 +62,7 @@ class Delivered:
     shard: str
     key: str
     image_sizes: list[tuple[int, int]] = field(default_factory=list)  # (height, width) in pixels before resizing
-    piece: int = 0  # which piece of a document that was too long for one slot
+    offset: int = 0  # where in its document it begins, in tokens: above 0 in later pieces of one too long for a slot
 
 
 @dataclass

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments.commands import main
-from experiments.vlm.data.advice import advise, fitting_budget, patches_per_token, read_documents, simulate
+from experiments.vlm.data.advice import Stream, advise, fitting_budget, patches_per_token, read_documents, simulate
 from experiments.vlm.data.loader import Loader
 from experiments.vlm.data.packing import Budget
 from experiments.vlm.data.setup import make_setup
@@ -23,7 +23,7 @@ def data(tmp_path_factory):
 
 def test_sizes_are_those_of_the_delivered_samples(data, tmp_path):
     job = make_job(data, tmp_path, epochs=1)
-    documents = read_documents(make_setup(job, Characters(), "train", 1), limit=1000)
+    documents = read_documents(make_setup(job, Characters(), "train", 1), limit=1000).documents
     assert len(documents) == 102
     loader = Loader(job, Characters())
     counts = [step.batches[0].counts for step in loader]
@@ -36,8 +36,8 @@ def test_sizes_are_those_of_the_delivered_samples(data, tmp_path):
 def test_the_simulation_is_what_the_loader_packs(data, tmp_path):
     """One slot, the same documents in the same order: the same rows."""
     job = make_job(data, tmp_path, local_batch_size=1)
-    documents = read_documents(make_setup(job, Characters(), "train", 1), limit=400)
-    seen = simulate(documents, Budget(256, 1, 256), buffer=16, merge=2)
+    stream = read_documents(make_setup(job, Characters(), "train", 1), limit=400)
+    seen = simulate(stream, Budget(256, 1, 256), buffer=16, merge=2)
     loader = Loader(job, Characters())
     first = seen.rows // 3  # rows before those that are counted
     counts = [step.batches[0].counts for _, step in zip(range(first + seen.rows), loader, strict=False)][first:]
@@ -57,13 +57,13 @@ def test_a_row_is_as_long_as_the_patches_per_token_ask_for():
 def test_the_advised_row_fills_both_sides():
     random = np.random.default_rng(0)
     documents = [[(int(text), 0), (int(visual) + 2, 4 * int(visual))] for text, visual in random.integers([5, 10], [60, 200], (2500, 2))]
-    seen = advise(documents, 2048, 1, 256, merge=2, largest_image=800)
+    seen = advise(Stream(documents, [0] * len(documents)), 2048, 1, 256, merge=2, largest_image=800)
     assert seen.tokens > 0.98 and seen.patches > 0.96 and seen.longest_wait <= 256
 
 
 def test_the_picture_shows_what_was_counted(tmp_path, figures):
     documents = [[(20, 0), (27, 100)], [(63, 0)]] * 400
-    seen = [simulate(documents, Budget(256, 1, 512), buffer, 2) for buffer in (32, 64)]
+    seen = [simulate(Stream(documents, [0] * 800), Budget(256, 1, 512), buffer, 2) for buffer in (32, 64)]
     draw_advice(documents, seen, str(tmp_path / "advice.png"))
     assert (tmp_path / "advice.png").is_file()
     [figure] = figures

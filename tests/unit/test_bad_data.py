@@ -105,7 +105,7 @@ def write_mixed(folder: Path, count: int, shards: int) -> tuple[set[str], dict[s
 def read_all(job) -> tuple[Counter, dict, list[dict]]:
     """One epoch: how often each key was delivered, the report, and the lines of the reject file."""
     loader = Loader(job, Characters())
-    seen = Counter(s.key for step in loader for batch in step.batches for s in batch.samples if s.piece == 0)
+    seen = Counter(s.key for step in loader for batch in step.batches for s in batch.samples if s.offset == 0)
     report = loader.report()["sources"]
     loader.close()
     path = Path(job.job.dump_folder) / "rejects" / "0.jsonl"

@@ -11,9 +11,8 @@ from experiments.vlm.data import chat_template
 from experiments.vlm.data.chat_template import BUILT_IN, load_chat_template
 from experiments.vlm.data.document import Document, Image, ImageValue, Special, Text, Turn
 from experiments.vlm.data.image import ImagePlan
-from experiments.vlm.data.packing import Budget
 from experiments.vlm.data.rejects import Rejected
-from experiments.vlm.data.sample import plan_samples
+from experiments.vlm.data.sample import make_sample
 from tests.tiny_data import Characters
 from torchtitan.components.tokenizer import load_tokenizer
 from torchtitan.config.errors import ConfigError
@@ -82,7 +81,7 @@ def load(folder, source):
 def tokens_of(parts, tokenizer):
     """Ids and loss as a sample gets them, but for the bos and eos of every document; an image is one visual token and its marks."""
     images = [Image(part.value, 32, 32) if isinstance(part, ImageValue) else part for part in parts]
-    (sample,) = plan_samples(Document("key", images), tokenizer, ImagePlan(), Budget(10_000, 1, 10_000))
+    sample = make_sample(Document("key", images), tokenizer, ImagePlan())
     end = None if parts[-1] == Special("</s>", True) else -1  # the template's own eos is not doubled
     assert (sample.tokens[0], sample.tokens[-1], sample.targets[-1]) == (tokenizer.bos_id, tokenizer.eos_id, True)
     return sample.tokens[1:end].tolist(), sample.targets[1:end].tolist()

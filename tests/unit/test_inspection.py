@@ -143,7 +143,7 @@ def test_keys_hold_every_sample_and_a_hash_of_every_slot(data, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert lines == [json.loads(line) for line in (tmp_path / "b.jsonl").read_text().splitlines()]
     samples = [line for line in lines if "key" in line]
-    assert len({(line["shard"], line["key"]) for line in samples}) == len([line for line in samples if line["piece"] == 0]) == 102
+    assert len({(line["shard"], line["key"]) for line in samples}) == len([line for line in samples if line["offset"] == 0]) == 102
     slots = [line for line in lines if "hash" in line]
     assert {line["slot"] for line in slots} == {0, 1, 2, 3} and len(slots) == 4 * max(line["step"] for line in lines)
 

@@ -1,20 +1,17 @@
-"""From document to token ids: what is a target, and how a long document is cut."""
+"""From document to token ids: what is a target, where images stand, and what a piece is."""
 
 from dataclasses import dataclass
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments.vlm.data.document import Document, Image, Special, Text
-from experiments.vlm.data.packing import Budget
-from experiments.vlm.data.sample import Sample, plan_samples
+from experiments.vlm.data.sample import Sample, make_sample
 from tests.tiny_data import Characters
 
 TOKENIZER = Characters()
 BOS, EOS, IMAGE, BEGIN, END = 256, 257, 259, 260, 261
-SLOT = Budget(seq_len=64, patch_rows=1, patches_per_row=64)
 
 
 @dataclass(frozen=True)
@@ -27,8 +24,8 @@ class Sizes:
         return height, width
 
 
-def plan(parts, budget=SLOT, long="split") -> list[Sample]:
-    return plan_samples(Document("key", parts), TOKENIZER, Sizes(), budget, long)
+def sample_of(parts) -> Sample:
+    return make_sample(Document("key", parts), TOKENIZER, Sizes())
 
 
 def spelled(sample: Sample) -> str:
@@ -42,57 +39,26 @@ def targets(sample: Sample) -> str:
 
 
 def test_text_and_the_end_are_targets_and_images_are_not():
-    (sample,) = plan([Text("ab"), Image(0, 2, 4), Text("c")])
+    sample = sample_of([Text("ab"), Image(0, 2, 4), Text("c")])
     assert spelled(sample) == "<ab[**]c>"
     assert targets(sample) == ".ab....c>"
     assert [(image.start, image.h, image.w) for image in sample.images] == [(3, 2, 4)]
 
 
 def test_context_is_no_target():
-    (sample,) = plan([Special("<|turn|>"), Text("user ", loss=False), Text("answer"), Special("<|turn|>", loss=True)])
+    sample = sample_of([Special("<|turn|>"), Text("user ", loss=False), Text("answer"), Special("<|turn|>", loss=True)])
     assert spelled(sample) == "<@user answer@>"
     assert targets(sample) == "." * 7 + "answer@>"
 
 
 def test_an_unknown_marker_is_spelled_out():
-    (sample,) = plan([Special("<|no|>"), Text("x")])
+    sample = sample_of([Special("<|no|>"), Text("x")])
     assert spelled(sample) == "<<|no|>x>" and targets(sample) == "." * 7 + "x>"
 
 
 def test_the_placeholder_in_a_text_is_text():
-    (sample,) = plan([Text("<|image|>")])
+    sample = sample_of([Text("<|image|>")])
     assert IMAGE not in sample.tokens
-
-
-def test_a_long_document_is_cut_where_parts_meet():
-    pieces = plan([Text("a" * 30), Image(0, 4, 8), Text("b" * 25), Image(1, 4, 8), Text("c" * 20)])
-    image = "[" + "*" * 8 + "]"
-    assert [spelled(piece) for piece in pieces] == ["<" + "a" * 30, image + "b" * 25, image + "c" * 20 + ">"]
-    assert [[image.number for image in piece.images] for piece in pieces] == [[], [0], [1]]
-
-
-@pytest.mark.parametrize("patches, lengths", [(16, [64, 64, 24]), (64, [32, 32, 32, 32, 24]), (160, [16] * 9 + [8]), (256, [16] * 9 + [8])])
-def test_a_long_text_leaves_room_for_as_many_images_as_slots_are_made_for(patches, lengths):
-    pieces = plan([Text("a" * 150)], Budget(64, 1, patches))
-    assert [len(piece.tokens) for piece in pieces] == lengths
-    assert targets(pieces[0])[0] == "." and targets(pieces[-1])[-1] == ">"
-
-
-def test_pieces_with_images_leave_room_for_others():
-    pieces = plan([Text("a" * 20), Image(0, 4, 4), Text("b" * 20), Image(1, 4, 4), Text("c" * 20), Image(2, 4, 4), Text("d" * 20)])
-    assert [len(piece.tokens) for piece in pieces] == [27, 26, 26, 21]
-
-
-def test_truncation_keeps_the_longest_beginning():
-    (sample,) = plan([Text("a" * 40), Image(0, 4, 4), Text("b" * 40)], long="truncate")
-    assert spelled(sample) == "<" + "a" * 40 + "[****]" + "b" * 17
-    (sample,) = plan([Text("a" * 50), Image(0, 8, 8), Text("b")], long="truncate")
-    assert spelled(sample) == "<" + "a" * 50
-
-
-def test_dropping_leaves_nothing():
-    assert plan([Text("a" * 64)], long="drop") == []
-    assert len(plan([Text("a" * 62)], long="drop")) == 1
 
 
 parts = st.one_of(
@@ -102,25 +68,29 @@ parts = st.one_of(
 )
 
 
-@settings(max_examples=150, deadline=None)
-@given(st.lists(parts, min_size=1, max_size=20), st.integers(1, 2), st.sampled_from([64, 100, 140]))
-def test_pieces_fit_a_slot_and_joined_are_the_document(document, rows, patches):
-    budget = Budget(64, rows, patches)
-    (whole,) = plan(document, Budget(10**6, 1, 10**6))
-    pieces = plan(document, budget)
+@settings(max_examples=100, deadline=None)
+@given(st.lists(parts, min_size=1, max_size=20), st.data())
+def test_pieces_joined_are_the_document(document, data):
+    whole = sample_of(document)
+    inside = {token for image in whole.images for token in range(image.start + 1, image.start + image.visual_tokens + 2)}
+    allowed = [token for token in range(1, whole.length) if token not in inside]
+    cuts = sorted(data.draw(st.sets(st.sampled_from(allowed), max_size=5)) if allowed else [])
+    bounds = list(zip([0, *cuts], [*cuts, whole.length], strict=True))
+    pieces = [whole.piece(start, end) for start, end in bounds]
     np.testing.assert_array_equal(np.concatenate([piece.tokens for piece in pieces]), whole.tokens)
     np.testing.assert_array_equal(np.concatenate([piece.targets for piece in pieces]), whole.targets)
-    starts = np.cumsum([0, *(len(piece.tokens) for piece in pieces)])
     assert [
         (start + image.start, image.number, image.h, image.w)
-        for start, piece in zip(starts, pieces, strict=False)
+        for (start, _), piece in zip(bounds, pieces, strict=True)
         for image in piece.images
     ] == [(image.start, image.number, image.h, image.w) for image in whole.images]
-    for piece in pieces:
-        assert budget.holds(len(piece.tokens), [image.patches for image in piece.images])
-        assert np.count_nonzero(piece.tokens == BEGIN) == np.count_nonzero(piece.tokens == END) == len(piece.images)
 
 
-@pytest.mark.parametrize("length, pieces", [(62, 1), (63, 2), (126, 2), (127, 3), (10_000, 157)])
-def test_a_text_is_cut_no_oftener_than_it_must(length, pieces):
-    assert len(plan([Text("a" * length)], Budget(64, 1, 16))) == pieces
+@settings(max_examples=50, deadline=None)
+@given(st.lists(parts, min_size=1, max_size=20))
+def test_the_outline_says_where_images_lie(document):
+    sample = sample_of(document)
+    outline = sample.outline
+    begins, ends = np.flatnonzero(sample.tokens == BEGIN), np.flatnonzero(sample.tokens == END) + 1
+    assert (outline.length, outline.starts.tolist(), outline.ends.tolist()) == (sample.length, begins.tolist(), ends.tolist())
+    assert outline.patches.tolist() == [image.h * image.w for image in sample.images]

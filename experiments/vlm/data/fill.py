@@ -123,7 +123,7 @@ class _Row:
             (row, first, first + sample.images[number].patches) for number, (row, first) in enumerate(packed.places) if number in good
         ]
         sizes = [(sample.images[number].image.height, sample.images[number].image.width) for number in good]
-        delivered = Delivered(0, document, origin.source, origin.shard, origin.key, sizes, packed.reference.piece)
+        delivered = Delivered(0, document, origin.source, origin.shard, origin.key, sizes, packed.reference.offset)
         self.filled.delivered.append(delivered)
         self._count(delivered, len(tokens))
 
@@ -147,7 +147,7 @@ class _Row:
         used = np.ones(len(packed.sample.tokens), bool)
         for number, image in enumerate(packed.sample.images):
             if number not in good:
-                used[image.start : image.start + image.patches // self.merge + 2] = False
+                used[image.start : image.start + image.visual_tokens + 2] = False
         index = np.flatnonzero(used)
         return packed.sample.tokens[index], index
 
@@ -170,5 +170,5 @@ class _Row:
 
     def _count(self, delivered: Delivered, tokens: int) -> None:
         counts, source = self.filled.counts, delivered.source
-        for name, more in ((f"samples/{source}", int(delivered.piece == 0)), (f"tokens/{source}", tokens)):
+        for name, more in ((f"samples/{source}", int(delivered.offset == 0)), (f"tokens/{source}", tokens)):
             counts[name] = counts.get(name, 0) + more

@@ -14,8 +14,9 @@ from experiments.vlm.data.formats.shard import Shard
 from experiments.vlm.data.image import decode
 from experiments.vlm.data.reading import Lease, ShardCache, guarded
 from experiments.vlm.data.rejects import Rejected
-from experiments.vlm.data.sample import plan_samples
+from experiments.vlm.data.sample import make_sample
 from experiments.vlm.data.slot import Planning
+from experiments.vlm.data.split import Splitter
 from experiments.vlm.data.tally import Reject
 from torchtitan.components.tokenizer import Tokenizer
 from torchtitan.config.errors import DataError
@@ -78,9 +79,11 @@ class Search:
 
     def _use(self, document: Document, lease: Lease) -> None:
         """Raises Rejected."""
-        plan, budget, long = self.planning.plan, self.planning.budget, self.planning.long
-        if long == "drop" and not plan_samples(document, self.tokenizer, plan, budget, long):
-            raise Rejected("too_long")
+        planning = self.planning
+        if planning.long == "drop":
+            splitter = Splitter(planning.budget, planning.plan.merge_size)
+            if not splitter.holds(make_sample(document, self.tokenizer, planning.plan).outline):
+                raise Rejected("too_long")
         for image in document.parts if document.caption else ():
             if isinstance(image, Image):
                 self._decode(image, lease)

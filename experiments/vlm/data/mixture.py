@@ -2,11 +2,16 @@
 
 There is nothing to draw, so the shares are exact to a sample and a position is one number a source. Each slot starts at a
 phase of its own, or all slots would ask a rare source at the same step.
+
+Samples that were drawn wait for a slot where they fit. So that waiting changes no shares, a source that is ahead of its
+weight in what has left waits for the others: `quota` says how much each may still give.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
+
+AHEAD = 4.0  # slots' worth of the mixture that a source may be ahead: less costs occupancy, more lets the shares drift
 
 
 class Mixture:
@@ -24,6 +29,18 @@ class Mixture:
 
     def give(self, source: int, amount: int) -> None:
         self.given[source] += amount
+
+    def quota(self, waiting: Sequence[float], slots: float) -> np.ndarray:
+        """How much of each source may join the next slot; what joins while some is left may exceed it.
+
+        waiting: what of each source was given and has not left. slots: how many slots all of that fills.
+        """
+        held, weights = np.array(waiting, np.float64), np.array(self.weights)
+        left = np.array(self.given) - held
+        shares = weights / weights.sum()
+        # A source of which nothing waits holds nobody back: its next sample has not been drawn yet, or it has ended.
+        level = (left / shares)[held > 0].min() if held.any() else 0.0
+        return (level + AHEAD * held.sum() / max(slots, 1.0)) * shares - left
 
     def position(self) -> dict[str, list]:
         return {"given": list(self.given)}

@@ -4,9 +4,9 @@ A slot is one budget with two sides, S tokens and `patch_rows` rows of L patches
 oldest waiting sample always goes in, so none waits for more slots than there were samples before it. The others are found
 by a few randomised tries, of which the fullest is kept:
 
-    1. a base: the oldest, then samples in turn from two queues, those with more patches per token than the slot and those
-       with fewer, whichever side lags behind. Both sides stay in step, and what keeps waiting stays like the stream itself.
-       A long text throws a slot out of step: the samples that make up for most of it follow, and no second long text
+    1. a base: the oldest, then samples in turn from two queues, those with more patches per token than the slot and
+       those with fewer, whichever side lags behind. Both sides stay in step, and what keeps waiting stays like the
+       stream itself. A long text throws a slot out of step: samples that make up for most of it follow, no second one
     2. stop while about two samples' room is left
     3. fill it with the best pair (or single) of all that fit, by brute force over thousands of pairs at once
 
@@ -46,11 +46,19 @@ class Budget:
 
 @dataclass(frozen=True)
 class Waiting:
-    """What waits for a slot, oldest first. `images[i]`: patches of each image of sample i; needed for several rows only."""
+    """What waits for a slot: a row for each sample, the oldest first, then rows for other ways to take one of them.
 
-    tokens: np.ndarray  # int64 [n]
-    patches: np.ndarray  # int64 [n]
-    images: Sequence[Sequence[int]] = ()
+    A sample that costs joins only while its group (a source) has some of its quota left. The oldest always joins.
+    """
+
+    tokens: np.ndarray  # int64 [rows]
+    patches: np.ndarray  # int64 [rows]
+    images: Sequence[Sequence[int]] = ()  # patches of each image of a row; needed where a slot has several patch rows
+    owner: np.ndarray | None = None  # int64 [rows]: whose way to be taken a row is; None: each sample has one way
+    group: np.ndarray | None = None  # int64 [rows]
+    cost: np.ndarray | None = None  # float64 [rows]
+    quota: np.ndarray | None = None  # float64 [groups]; None: no limit
+    text_fills: bool = False  # text will fill the tokens that are left, so that patches alone count
 
 
 def place(images: Sequence[int], budget: Budget) -> list[tuple[int, int]] | None:
@@ -73,11 +81,10 @@ def place(images: Sequence[int], budget: Budget) -> list[tuple[int, int]] | None
 
 
 def choose(waiting: Waiting, budget: Budget) -> list[int]:
-    """Indices, ascending, of the samples for the next slot. Holds 0, the oldest; each alone must fit an empty slot."""
-    n = len(waiting.tokens)
-    if waiting.tokens.sum() <= budget.seq_len and _fits_rows(range(n), waiting, budget):
-        return list(range(n))
+    """Rows, ascending, for the next slot, at most one of each sample, one of the oldest. Each alone must fit an empty slot."""
     tries = _Tries(waiting, budget)
+    if waiting.tokens[: tries.samples].sum() <= budget.seq_len and _fits_rows(range(tries.samples), waiting, budget):
+        return list(range(tries.samples))
     best, least = [0], 2.0
     for number in range(TRIES):
         chosen = tries.once(number)
@@ -101,52 +108,70 @@ class _Tries:
     """What the tries for one slot share."""
 
     def __init__(self, waiting: Waiting, budget: Budget):
+        rows = np.arange(len(waiting.tokens))
         self.tokens, self.patches = waiting.tokens, waiting.patches
+        self.owner = rows if waiting.owner is None else waiting.owner
+        self.samples = int(np.count_nonzero(self.owner == rows))
+        self.oldest = np.flatnonzero(self.owner == 0).tolist()  # the ways to take it, the usual one first
         self.S, self.P = budget.seq_len, budget.patches
+        self.token_weight = 0.0 if waiting.text_fills else 1.0
         self.token_list, self.patch_list = self.tokens.tolist(), self.patches.tolist()
         self.ratios = (self.patches / self.tokens).tolist()
-        self.mean = float(self.tokens.mean()), float(self.patches.mean())
-        self.heavy = self.patches * self.S > self.tokens * self.P
-        # Where a slot is far too large on one side for what waits (text alone, say), no try can fill that side.
+        self.mean = float(self.tokens[: self.samples].mean()), float(self.patches[: self.samples].mean())
+        self.group = np.zeros(len(rows), np.int64) if waiting.group is None else waiting.group
+        self.cost = np.zeros(len(rows)) if waiting.cost is None else waiting.cost
+        self.quota = np.full(self.group.max() + 1, np.inf) if waiting.quota is None else waiting.quota
+        # Where a slot is far too large on one side for what waits (text alone, say), no try can fill that side: what cannot be
+        # filled is left out when the sides are kept in step.
         ratio = self.mean[1] * self.S / (self.mean[0] * self.P)
-        self.unreachable = max(0.0, 1 - SKEW * ratio, 1 - SKEW / ratio if ratio else 0.0)
+        tokens_missing, patches_missing = max(0.0, 1 - SKEW / ratio) if ratio else 0.0, max(0.0, 1 - SKEW * ratio)
+        self.unreachable = patches_missing + self.token_weight * tokens_missing
+        self.spare_tokens, self.spare_patches = self.S * tokens_missing, self.P * patches_missing
+        self.slope = (self.P - self.spare_patches) / (self.S - self.spare_tokens)  # patches a token that slots can have
+        self.heavy = self.patches > self.slope * self.tokens
         self.random = np.random.Generator(np.random.PCG64(0))
 
     def once(self, number: int) -> list[int]:
         order = self._order(number)
-        chosen, tokens_left, patches_left = self._base(order, HOLES[number % len(HOLES)])
-        fits = (self.tokens <= tokens_left) & (self.patches <= patches_left)
-        fits[chosen] = False
-        return chosen + self._pair(order[fits[order]][:CANDIDATES], tokens_left, patches_left)
+        chosen, left = self._base(self.oldest[number % len(self.oldest)], order, HOLES[number % len(HOLES)])
+        return chosen + self._pair(self._candidates(order, chosen, left), left)
 
     def waste(self, chosen: list[int]) -> float:
-        return float(2 - self.tokens[chosen].sum() / self.S - self.patches[chosen].sum() / self.P)
+        tokens, patches = self.tokens[chosen].sum() / self.S, self.patches[chosen].sum() / self.P
+        return float(self.token_weight * (1 - tokens) + 1 - patches)
 
     def _order(self, number: int) -> np.ndarray:
         """By age in the first try, later ever more at random."""
-        ages = np.arange(1, len(self.token_list))
+        ages = np.arange(1, self.samples)
         if number == 0:
             return ages
         spread = 0.5 if number < 6 else 2.0
         return ages[np.argsort(ages + self.random.random(len(ages)) * (spread * len(ages)), kind="stable")]
 
-    def _base(self, order: np.ndarray, hole: float) -> tuple[list[int], int, int]:
-        """The oldest and more in `order`, kept in step, until `hole` mean samples would still fit on one of the sides."""
+    def _base(self, oldest: int, order: np.ndarray, hole: float) -> tuple[list[int], "_Left"]:
+        """The oldest, taken as that row, and more in `order`, kept in step, until `hole` mean samples fit on one of the sides."""
         heavy = self.heavy[order]
         light_queue, heavy_queue = order[~heavy][::-1].tolist(), order[heavy][::-1].tolist()
-        chosen = [0]
-        tokens_left, patches_left = self.S - self.token_list[0], self.P - self.patch_list[0]
-        while (light_queue or heavy_queue) and tokens_left > hole * self.mean[0] and patches_left > hole * self.mean[1]:
-            behind = patches_left * self.S / (tokens_left * self.P)  # above 1: patches lag
+        chosen = [oldest]
+        left = _Left(self.S - self.token_list[oldest], self.P - self.patch_list[oldest], self.quota.copy())
+        while (light_queue or heavy_queue) and left.tokens > hole * self.mean[0] and left.patches > hole * self.mean[1]:
+            behind = self._behind(left.tokens, left.patches)
             queue = (heavy_queue if behind >= 1 else light_queue) or light_queue or heavy_queue
             i = queue.pop(self._steepest(queue, behind))
             tokens, patches = self.token_list[i], self.patch_list[i]
-            fits = tokens <= tokens_left and patches <= patches_left
-            if fits and (patches_left - patches) * self.S <= LOST * (tokens_left - tokens) * self.P:
+            fits = tokens <= left.tokens and patches <= left.patches
+            may = self.cost[i] == 0 or left.quota[self.group[i]] > 0
+            if may and fits and self._behind(left.tokens - tokens, left.patches - patches) <= max(LOST, behind):
                 chosen.append(i)
-                tokens_left -= tokens
-                patches_left -= patches
-        return chosen, tokens_left, patches_left
+                left.take(tokens, patches, int(self.group[i]), float(self.cost[i]))
+        return chosen, left
+
+    def _behind(self, tokens: int, patches: int) -> float:
+        """How many times as full the tokens are as the patches, of what can be filled, where so much is left; above 1: patches lag."""
+        usable_tokens, usable_patches = tokens - self.spare_tokens, patches - self.spare_patches
+        if usable_patches <= 0:
+            return 0.0
+        return usable_patches / (self.slope * usable_tokens) if usable_tokens > 0 else np.inf
 
     def _steepest(self, queue: list[int], behind: float) -> int:
         """Place in the queue of the sample to take: the next one, or while one side lags far behind (a long text has come in) the
@@ -156,16 +181,42 @@ class _Tries:
         places = range(max(0, len(queue) - STEEPEST_OF), len(queue))
         return (max if behind > 1 else min)(places, key=lambda place: self.ratios[queue[place]])
 
-    def _pair(self, candidates: np.ndarray, tokens_left: int, patches_left: int) -> list[int]:
+    def _candidates(self, order: np.ndarray, chosen: list[int], left: "_Left") -> np.ndarray:
+        """Rows of samples not chosen that fit what is left, in `order`; the several rows of a sample stand together."""
+        rank = np.empty(self.samples, np.int64)
+        rank[order] = np.arange(len(order))
+        free = np.ones(self.samples, bool)
+        free[self.owner[chosen]] = False
+        fits = (self.tokens <= left.tokens) & (self.patches <= left.patches)
+        may = (self.cost == 0) | (left.quota[self.group] > 0)
+        rows = np.flatnonzero(fits & may & free[self.owner])
+        return rows[np.argsort(rank[self.owner[rows]], kind="stable")][:CANDIDATES]
+
+    def _pair(self, candidates: np.ndarray, left: "_Left") -> list[int]:
         """The one or two candidates that fill most of what is left."""
         n = len(candidates)
         # float32 halves the memory that is swept and is exact here: sizes are whole and below 2^24. The last row stands for none.
         tokens, patches = np.zeros(n + 1, np.float32), np.zeros(n + 1, np.float32)
         tokens[:n], patches[:n] = self.tokens[candidates], self.patches[candidates]
-        value = tokens / np.float32(self.S) + patches / np.float32(self.P)
+        owner = np.append(self.owner[candidates], -1)
+        value = tokens * np.float32(self.token_weight / self.S) + patches / np.float32(self.P)
         values = value[:, None] + value
-        values *= tokens[:, None] + tokens <= tokens_left
-        values *= patches[:, None] + patches <= patches_left
-        values.flat[:: n + 2] = 0  # nothing is chosen twice
+        values *= tokens[:, None] + tokens <= left.tokens
+        values *= patches[:, None] + patches <= left.patches
+        values[owner[:, None] == owner] = 0  # no sample is taken twice
         best = divmod(int(values.argmax()), n + 1)
         return [int(candidates[i]) for i in dict.fromkeys(best) if i < n]
+
+
+@dataclass
+class _Left:
+    """What a slot that is being filled has left."""
+
+    tokens: int
+    patches: int
+    quota: np.ndarray  # float64 [groups]
+
+    def take(self, tokens: int, patches: int, group: int, cost: float) -> None:
+        self.tokens -= tokens
+        self.patches -= patches
+        self.quota[group] -= cost

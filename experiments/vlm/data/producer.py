@@ -80,7 +80,7 @@ class Producer:
             if reject.kind == "samples":
                 tally.count(reject.source, "read", -1)  # the plan took it for a good one
         for delivered in filled.delivered:
-            for what, more in (("samples", delivered.piece == 0), ("pieces", 1), ("images", len(delivered.image_sizes))):
+            for what, more in (("samples", delivered.offset == 0), ("pieces", 1), ("images", len(delivered.image_sizes))):
                 tally.count(delivered.source, what, int(more))
         for name, count in filled.counts.items():
             if name.startswith("tokens/"):

@@ -27,7 +27,7 @@ class Reference(NamedTuple):
     source: int
     unit: int  # the slot's unit of that number
     record: int
-    piece: int = 0  # the first piece that was not delivered
+    offset: int = 0  # tokens of it that were delivered
 
 
 @dataclass(frozen=True)

@@ -4,27 +4,21 @@
     target     a token that is to be predicted from the one before it. Text is, and eos; bos, image tokens and texts
                without loss (a user's turn) are not. So the first text token after an image is a target
 
-A document that does not fit a slot is cut where parts meet; a text longer than a slot is cut inside. Pieces are documents of
-their own, and joined give the document again: bos stands in the first alone, eos in the last.
+A document that does not fit a slot is a sample all the same, and leaves in pieces (split.py): bos stands in the first
+alone, eos in the last.
 """
 
 import itertools
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from experiments.vlm.data.document import Document, Image, Special, Text, encode_texts
-from experiments.vlm.data.packing import Budget
+from experiments.vlm.data.split import Outline
 from torchtitan.components.tokenizer import Tokenizer
-
-GOAL = 2 / 3  # of a slot, at most, for pieces of documents with images
-TEXT_RATIO = 0.5  # slots with fewer patches a token are for text
-DENSE = 0.8  # of a sample that is nearly all image, the share of its tokens that are visual
-MOST_PARTS = 4  # of a slot, that a long text is cut into
 
 
 class Grid(Protocol):
@@ -42,6 +36,7 @@ class PlannedImage:
     number: int  # among the images of its document
     h: int  # patches
     w: int
+    visual_tokens: int
     image: Image
 
     @property
@@ -49,58 +44,52 @@ class PlannedImage:
         return self.h * self.w
 
 
-@dataclass
+@dataclass(frozen=True)
 class Sample:
     """A document, or a piece of one."""
 
     tokens: np.ndarray  # int32 [t]
     targets: np.ndarray  # bool [t]
     images: list[PlannedImage] = field(default_factory=list)
+    parts: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))  # tokens at which a part begins
 
     @property
     def length(self) -> int:
         return len(self.tokens)
 
     @cached_property
-    def image_patches(self) -> list[int]:
-        return [image.patches for image in self.images]
+    def outline(self) -> Outline:
+        starts = np.array([image.start for image in self.images], np.int64)
+        visual = np.array([image.visual_tokens for image in self.images], np.int64)
+        patches = np.array([image.patches for image in self.images], np.int64)
+        return Outline(self.length, starts, starts + visual + 2, patches, self.parts)
 
-    @cached_property
-    def patches(self) -> int:
-        return sum(self.image_patches)
+    def piece(self, start: int, end: int) -> "Sample":
+        """The tokens [start, end), without copying them. Images lie inside or outside, never across."""
+        if (start, end) == (0, self.length):
+            return self
+        images = [replace(image, start=image.start - start) for image in self.images if start <= image.start < end]
+        return Sample(self.tokens[start:end], self.targets[start:end], images)
 
 
 class Atom(NamedTuple):
-    """A part of a document in token space. Text may be cut anywhere, an image nowhere."""
+    """A part of a document in token space."""
 
     tokens: Sequence[int]
     targets: Sequence[bool]
-    image: Image | None = None
-    h: int = 0
-    w: int = 0
-    number: int = 0  # of the image among those of the document
-
-    @property
-    def patches(self) -> int:
-        return self.h * self.w
-
-    def chunks(self, first: int, later: int) -> list["Atom"]:
-        """Of a text: the first so long (none if it would be empty), the later ones so."""
-        starts = [*([0] if first > 0 else []), *range(max(0, first), len(self.tokens), later)]
-        return [Atom(self.tokens[i:j], self.targets[i:j]) for i, j in zip(starts, [*starts[1:], len(self.tokens)], strict=True)]
+    image: PlannedImage | None = None  # as if it began at token 0
 
 
-def plan_samples(
-    document: Document, tokenizer: Tokenizer, plan: Grid, budget: Budget, long: Literal["split", "truncate", "drop"] = "split"
-) -> list[Sample]:
-    """The document as samples that each fit an empty slot: one, or several pieces in order; none if it is dropped."""
+def make_sample(document: Document, tokenizer: Tokenizer, plan: Grid) -> Sample:
+    """The whole document, however long."""
     atoms = list(encode(document, tokenizer, plan))
-    if budget.holds(sum(len(atom.tokens) for atom in atoms), [atom.patches for atom in atoms if atom.image]):
-        return [join(atoms)]
-    if long == "drop":
-        return []
-    pieces = truncate(atoms, budget) if long == "truncate" else split(atoms, budget, plan.merge_size)
-    return [join(piece) for piece in pieces]
+    starts = list(itertools.accumulate((len(atom.tokens) for atom in atoms[:-1]), initial=0))
+    return Sample(
+        tokens=np.fromiter(itertools.chain.from_iterable(atom.tokens for atom in atoms), np.int32),
+        targets=np.fromiter(itertools.chain.from_iterable(atom.targets for atom in atoms), bool),
+        images=[replace(atom.image, start=start) for start, atom in zip(starts, atoms, strict=True) if atom.image],
+        parts=np.array(starts, np.int64),
+    )
 
 
 def encode(document: Document, tokenizer: Tokenizer, plan: Grid) -> Iterator[Atom]:
@@ -134,7 +123,7 @@ def encode_image(image: Image, tokenizer: Tokenizer, plan: Grid, number: int) ->
     h, w = plan.grid(image.height, image.width)
     visual = h * w // plan.merge_size**2
     ids = [tokenizer.begin_image_id, *[tokenizer.image_id] * visual, tokenizer.end_image_id]
-    return Atom(ids, [False] * len(ids), image, h, w, number)
+    return Atom(ids, [False] * len(ids), PlannedImage(0, number, h, w, visual, image))
 
 
 def encode_special(part: Special, tokenizer: Tokenizer) -> Atom:
@@ -142,82 +131,3 @@ def encode_special(part: Special, tokenizer: Tokenizer) -> Atom:
     known = tokenizer.special_id(part.spelling)
     ids = tokenizer.encode(part.spelling) if known is None else [known]
     return Atom(ids, [part.loss] * len(ids))
-
-
-def join(atoms: list[Atom]) -> Sample:
-    starts = itertools.accumulate((len(atom.tokens) for atom in atoms), initial=0)
-    return Sample(
-        tokens=np.fromiter(itertools.chain.from_iterable(atom.tokens for atom in atoms), np.int32),
-        targets=np.fromiter(itertools.chain.from_iterable(atom.targets for atom in atoms), bool),
-        images=[
-            PlannedImage(start, atom.number, atom.h, atom.w, atom.image) for start, atom in zip(starts, atoms, strict=False) if atom.image
-        ],
-    )
-
-
-class _Piece:
-    """Atoms that are being gathered into one piece."""
-
-    def __init__(self, budget: Budget):
-        self.budget = budget
-        self.atoms: list[Atom] = []
-        self.tokens = 0
-        self.patches = 0
-
-    def room_for(self, atom: Atom) -> bool:
-        images = [kept.patches for kept in (*self.atoms, atom) if kept.image]
-        return self.budget.holds(self.tokens + len(atom.tokens), images)
-
-    def add(self, atom: Atom) -> None:
-        self.atoms.append(atom)
-        self.tokens += len(atom.tokens)
-        self.patches += atom.patches
-
-
-def split(atoms: list[Atom], budget: Budget, merge: int) -> list[list[Atom]]:
-    """Pieces near the goal: an atom joins if at least half of it lies on this side of it."""
-    goal_tokens, goal_patches = piece_goal(atoms, budget, merge)
-    pieces = [_Piece(budget)]
-    rest = atoms[::-1]
-    while rest:
-        atom, piece = rest.pop(), pieces[-1]
-        near = piece.tokens + len(atom.tokens) / 2 <= goal_tokens and (not atom.image or piece.patches + atom.patches / 2 <= goal_patches)
-        closing = len(atom.tokens) == 1  # bos, eos or a chat marker: no piece of its own
-        if piece.room_for(atom) and (near or closing or not piece.atoms):
-            piece.add(atom)
-        elif not atom.image and len(atom.tokens) > budget.seq_len:
-            rest += reversed(atom.chunks(goal_tokens - piece.tokens, goal_tokens))
-        else:
-            assert piece.atoms, "an image larger than a slot: the configuration check lets none through"
-            pieces.append(_Piece(budget))
-            rest.append(atom)
-    return [piece.atoms for piece in pieces]
-
-
-def piece_goal(atoms: list[Atom], budget: Budget, merge: int) -> tuple[int, float]:
-    """Tokens and patches that a piece should have, so that what shares its slot can fill both sides.
-
-    With images, about equal pieces of at most two thirds of a slot. Text alone: so much of a slot that images in the rest of
-    it, at most merge^2 patches a token, can bring all of the slot's patches; a whole slot where slots are not for images.
-    """
-    tokens, patches = sum(len(atom.tokens) for atom in atoms), sum(atom.patches for atom in atoms)
-    if patches:
-        count = math.ceil(max(tokens / budget.seq_len, patches / budget.patches) / GOAL)
-        return math.ceil(tokens / count), patches / count
-    ratio = budget.patches / budget.seq_len
-    if ratio < TEXT_RATIO:
-        return budget.seq_len, 0
-    room = max(1 - ratio / (DENSE * merge**2), 1 / MOST_PARTS)
-    return budget.seq_len // math.ceil(1 / room), 0
-
-
-def truncate(atoms: list[Atom], budget: Budget) -> list[list[Atom]]:
-    """The longest beginning that fits: a text is cut, an image is left out and ends it."""
-    piece = _Piece(budget)
-    for atom in atoms:
-        if not piece.room_for(atom):
-            if not atom.image and piece.tokens < budget.seq_len:
-                piece.add(atom.chunks(budget.seq_len - piece.tokens, budget.seq_len)[0])
-            break
-        piece.add(atom)
-    return [piece.atoms]

@@ -1,28 +1,28 @@
 """One slot: a stream of planned rows, the same whoever runs it.
 
-    draw      the mixture says which source, its reader gives the next good document, sample.py cuts it into pieces
-    wait      in the window, until the packer chooses who shares the next row
+    draw      the mixture says which source, its reader gives the next good document, sample.py makes tokens of it
+    wait      in the look-ahead, until a row is planned that the document, or a piece of it, goes into
 
-State: the readers' positions, what the mixture gave, references to those that wait, counts. A resumed slot reads again
-only what was waiting.
+State: the readers' positions, what the mixture gave, references to those that wait (with the token from which on they do),
+counts. A resumed slot reads again only what was waiting.
 """
 
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, Literal
 
 from experiments.vlm.data.control import CONTROLS
 from experiments.vlm.data.image import ImagePlan
+from experiments.vlm.data.lookahead import LookAhead, Place, Queued, Taken
 from experiments.vlm.data.mixture import Mixture
 from experiments.vlm.data.packing import Budget
 from experiments.vlm.data.reading import Record, Reference, ShardCache, SourceReader
 from experiments.vlm.data.rejects import Rejected
-from experiments.vlm.data.sample import Sample, plan_samples
+from experiments.vlm.data.sample import Sample, make_sample
+from experiments.vlm.data.split import Splitter
 from experiments.vlm.data.streams import Deal
 from experiments.vlm.data.tally import Reject, Tally, check_bad_fraction
-from experiments.vlm.data.window import Place, Window
 from torchtitan.components.tokenizer import Tokenizer
 
 
@@ -50,26 +50,13 @@ class Origin:
     caption: bool  # nothing of it is used when an image fails
 
 
-@dataclass
-class Entry:
-    """A document of which at least one piece waits."""
+@dataclass(frozen=True)
+class Drawn:
+    """A document that waits."""
 
-    reference: Reference  # of the first of `pieces`
+    reference: Reference  # offset 0: the look-ahead knows how much of it has left
     origin: Origin
-    pieces: list[Sample]  # those not delivered yet
-
-    @property
-    def head(self) -> Sample:
-        return self.pieces[0]
-
-    @cached_property
-    def length(self) -> int:
-        return sum(piece.length for piece in self.pieces)
-
-    def rest(self) -> "Entry | None":
-        if len(self.pieces) == 1:
-            return None
-        return Entry(self.reference._replace(piece=self.reference.piece + 1), self.origin, self.pieces[1:])
+    sample: Sample
 
 
 @dataclass(frozen=True)
@@ -103,14 +90,15 @@ class Slot:
         transform = CONTROLS[planning.control] if planning.control else None
         self.readers = [SourceReader(source, deal, number, cache, transform) for source, deal in enumerate(planning.deals)]
         self.records = [self._records(reader) for reader in self.readers]
-        self.window: Window[Entry] = Window(planning.budget, planning.buffer)
+        self.splitter = Splitter(planning.budget, planning.plan.merge_size)
+        self.look_ahead: LookAhead[Drawn] = LookAhead(self.splitter, planning.buffer, self.mixture, planning.weight_by == "tokens")
         self.tally = Tally()
         self.rejects: list[Reject] = []
 
     def plan(self) -> SlotPlan:
         """The next row; an empty one once everything is over. Raises DataError if a source is rotten."""
-        self.window.refill(self.draw)
-        packed = [Packed(entry.reference, entry.origin, entry.head, places) for entry, places in self.window.take()]
+        self.look_ahead.refill(self.draw)
+        packed = [self._packed(taken) for taken in self.look_ahead.take()]
         plan = SlotPlan(self.number, packed, self.rejects, self.position(), self.epochs())
         self.rejects = []
         return plan
@@ -118,30 +106,30 @@ class Slot:
     def position(self) -> str:
         return json.dumps(
             {
-                "plans": self.window.plans,
+                "plans": self.look_ahead.plans,
                 "readers": [reader.position() for reader in self.readers],
                 "mixture": self.mixture.position(),
-                "waiting": [entry.reference for entry in self.window.entries],
+                "waiting": [entry.payload.reference._replace(offset=entry.start) for entry in self.look_ahead.entries],
                 "tally": self.tally.sources,
             }
         )
 
     def epochs(self) -> dict[str, float]:
         """By source: see SourceReader.epochs. Of a document in pieces the last counts."""
-        waiting = [entry.reference for entry in self.window.entries]
+        waiting = [entry.payload.reference for entry in self.look_ahead.entries]
         units = [[one.unit for one in waiting if one.source == reader.source] for reader in self.readers]
         return {reader.deal.name: reader.epochs(of) for reader, of in zip(self.readers, units, strict=True)}
 
     def seek(self, state: dict[str, Any]) -> None:
         """Go on from a `position`. Samples that waited are read again; one that is not there any more is told and left out."""
-        self.window.plans = state["plans"]
+        self.look_ahead.plans = state["plans"]
         self.tally = Tally(state["tally"])
         for reader, at in zip(self.readers, state["readers"], strict=True):
             reader.seek(at)
         # A source that gave nothing good is asked again: it may have been mended.
         self.mixture.seek(state["mixture"], [reader.ended for reader in self.readers])
         self.records = [self._records(reader) for reader in self.readers]
-        self.window.entries = [entry for entry in map(self._reread, state["waiting"]) if entry is not None]
+        self.look_ahead.entries = [entry for entry in map(self._reread, state["waiting"]) if entry is not None]
 
     def _records(self, reader: SourceReader) -> Iterator[tuple[Reference, Record]]:
         return reader.records(self._reject, self.doubt)
@@ -151,18 +139,18 @@ class Slot:
         self.rejects.append(reject)
         check_bad_fraction(self.tally, self.planning.max_bad_fraction)
 
-    def _reread(self, waited: list[int]) -> Entry | None:
+    def _reread(self, waited: list[int]) -> Queued[Drawn] | None:
         reference = Reference(*waited)
         reader = self.readers[reference.source]
         try:
-            record = reader.read(reference)
+            record = reader.read(reference._replace(offset=0))
         except Rejected as rejected:
             self._reject(reader.told(reference, rejected))
             return None
-        pieces = self._pieces(record)[reference.piece :]
-        return Entry(reference, self._origin(reference, record), pieces) if pieces else None
+        entry = self._queued(reference, record)
+        return entry if entry and entry.length > 0 else None
 
-    def draw(self) -> Entry | None:
+    def draw(self) -> Queued[Drawn] | None:
         """The next document of the mixture; None when all sources are dry."""
         while (source := self.mixture.pick()) is not None:
             found = next(self.records[source], None)
@@ -170,28 +158,37 @@ class Slot:
                 self.mixture.dry[source] = True
                 continue
             reference, record = found
-            pieces = self._pieces(record)
-            self._count(source, record, pieces)
-            if pieces:
+            entry = self._queued(reference, record)
+            self._count(source, record, entry)
+            if entry is not None:
                 self.readers[source].barren = 0
-                entry = Entry(reference, self._origin(reference, record), pieces)
                 self.mixture.give(source, entry.length if self.planning.weight_by == "tokens" else 1)
                 return entry
         return None
 
-    def _pieces(self, record: Record) -> list[Sample]:
-        planning = self.planning
-        return plan_samples(record.document, self.tokenizer, planning.plan, planning.budget, planning.long)
+    def _queued(self, reference: Reference, record: Record) -> Queued[Drawn] | None:
+        """The document from reference.offset on; None if it is dropped for its length."""
+        sample = make_sample(record.document, self.tokenizer, self.planning.plan)
+        if self.planning.long != "split" and not self.splitter.holds(sample.outline):
+            if self.planning.long == "drop":
+                return None
+            sample = sample.piece(0, self.splitter.longest(sample.outline))
+        drawn = Drawn(reference._replace(offset=0), self._origin(reference, record), sample)
+        return Queued(drawn, sample.outline, reference.source, self.splitter, reference.offset)
 
-    def _count(self, source: int, record: Record, pieces: list[Sample]) -> None:
+    def _packed(self, taken: Taken[Drawn]) -> Packed:
+        drawn, start = taken.queued.payload, taken.queued.start
+        if start == 0 and taken.end < drawn.sample.length:
+            self.tally.count(drawn.origin.source, "split")
+        return Packed(drawn.reference._replace(offset=start), drawn.origin, drawn.sample.piece(start, taken.end), taken.places)
+
+    def _count(self, source: int, record: Record, entry: Queued[Drawn] | None) -> None:
         name = self.planning.deals[source].name
-        if not pieces:
+        if entry is None:
             self._reject(Reject(name, record.shard, record.document.key, "too_long"))
             return
         self.tally.count(name, "read")
-        if len(pieces) > 1:
-            self.tally.count(name, "split")
-        elif pieces[0].tokens[-1] != self.tokenizer.eos_id:
+        if entry.payload.sample.tokens[-1] != self.tokenizer.eos_id:
             self.tally.count(name, "truncated")
 
     def _origin(self, reference: Reference, record: Record) -> Origin:

@@ -10,11 +10,11 @@ from experiments.vlm.batch import FIELDS, Batch
 def lines(batch: Batch, step: int, slots: list[int]) -> Iterator[str]:
     """`slots[row]`: the number of that row's slot.
 
-    {"step", "slot", "source", "shard", "key", "piece", "document"} and {"step", "slot", "hash"}
+    {"step", "slot", "source", "shard", "key", "offset", "document"} and {"step", "slot", "hash"}
     """
     for row, slot in enumerate(slots):
         for sample in (sample for sample in batch.samples if sample.row == row):
-            named = {"source": sample.source, "shard": sample.shard, "key": sample.key, "piece": sample.piece, "document": sample.document}
+            named = {name: getattr(sample, name) for name in ("source", "shard", "key", "offset", "document")}
             yield json.dumps({"step": step, "slot": slot} | named)
         yield json.dumps({"step": step, "slot": slot, "hash": slot_hash(batch, row, len(slots))})
 

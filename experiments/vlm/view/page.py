@@ -79,7 +79,7 @@ def _document(slot: SlotView, sample: Delivered, tokenizer: Tokenizer) -> str:
             text = html.escape(tokenizer.decode(slot.tokens[run].tolist()))
             parts.append(text if kind == Kind.TARGET else f'<span class="quiet">{text}</span>')
     sizes = ", ".join(f"{height} x {width}" for height, width in sample.image_sizes)
-    piece = f", piece {sample.piece}" if sample.piece else ""
+    piece = f", from token {sample.offset}" if sample.offset else ""
     origin = f"document {sample.document}{piece}: {sample.source}, {sample.shard}, key {sample.key}, {len(places)} tokens"
     images = f"; images of {sizes} pixels before resizing" if sizes else ""
     return f'<div class="document" style="border-color:#cfd6db"><small>{html.escape(origin + images)}</small>{"".join(parts)}</div>'
