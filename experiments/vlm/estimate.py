@@ -132,8 +132,9 @@ def with_degrees(job: VLMJobConfig, sizes: Degrees) -> VLMJobConfig:
 
 
 def fit_batch(job: VLMJobConfig, sizes: Degrees) -> tuple[VLMJobConfig, tuple[str, ...]]:
-    """A batch that the layout can train: enough slots for the stages, and a global batch that divides."""
+    """The job with a batch that the layout can train: enough slots for the stages, and a global batch that divides."""
     job, notes = copy.deepcopy(job), []
+    job.parallelism.pipeline_parallel_degree = sizes.pp
     local = slots_for_stages(job, sizes.pp) if sizes.pp > 1 else job.training.local_batch_size
     if local != job.training.local_batch_size:
         notes.append(f"training.local_batch_size {job.training.local_batch_size} -> {local}, for {sizes.pp} stages")

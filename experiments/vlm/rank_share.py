@@ -75,7 +75,7 @@ class RankShare:
             fuse_norms(model)
         spans = {name: model.get_submodule(name) for name in _span_names(model)}
         world: Any = mesh.world
-        return footprints(spans, lambda: model(**batch), [*model.parameters(), *batch.values()], world.sent)
+        return footprints(spans, lambda: model(**batch), [*model.parameters(), *batch.values()], world.ranks)
 
     def units(self, sizes: Degrees, layers: range, first: bool, last: bool) -> Iterator[Unit]:
         """The groups of FSDP of a stage with these layers of the decoder, in the order of forward."""

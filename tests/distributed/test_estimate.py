@@ -117,24 +117,37 @@ def test_peak_is_as_measured_with_accumulation(pool, case):
     compare(pool, case, accumulation=3)
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        layout("fsdp2, frozen decoder", 2, slots=2, freeze=["decoder"]),
-        layout("fsdp2, tied", 2, slots=2, model="planned-tied"),
-        layout("fsdp2, tied, always resharded", 2, slots=2, model="planned-tied", reshard="always"),
-        layout("tp2, shared encoder", 2, slots=2, tp=2),
-        layout("cp2", 2, slots=1, cp=2),
-        layout("pp2", 2, slots=4, pp=2),
-        layout("fsdp2, muon", 2, slots=2, optimizer="Muon"),
-        layout("tp2, muon", 2, slots=2, tp=2, optimizer="Muon"),
-        layout("fsdp2.tp2, muon", 4, slots=2, tp=2, optimizer="Muon"),
-    ],
-    ids=lambda case: case.name,
-)
-def test_traffic_is_as_counted(pool, case):
+SENT = [
+    layout("fsdp2, frozen decoder", 2, slots=2, freeze=["decoder"]),
+    layout("tp2, shared encoder", 2, slots=2, tp=2),
+    layout("cp2", 2, slots=1, cp=2),
+    layout("pp2", 2, slots=4, pp=2),
+    layout("fsdp2, muon", 2, slots=2, optimizer="Muon"),
+    layout("tp2, muon", 2, slots=2, tp=2, optimizer="Muon"),
+    layout("fsdp2.tp2, muon", 4, slots=2, tp=2, optimizer="Muon"),
+    layout("tp2, selective by operator", 2, slots=2, tp=2, ac="selective", encoder_ac="selective"),
+]
+SENT_TOO = [
+    layout("tp2, full checkpointing", 2, slots=2, tp=2, ac="full", encoder_ac="full"),
+    layout("cp2, ulysses, selective by operator", 2, slots=2, cp=2, method="ulysses", ac="selective"),
+    layout("cp2, full checkpointing", 2, slots=2, cp=2, ac="full"),
+]
+
+
+def compare_traffic(pool: Pool, case) -> None:
     changes = changes_of(case, accumulation=2)
     job = job_of(changes, "/nowhere")
     expected = estimate(job, degrees(job.parallelism, case.ranks), VOCAB, on_gpu=False).sent
     counted = max(pool.run(case.ranks, measured_traffic, changes))
     assert sum(expected.values()) == pytest.approx(counted, rel=0.005), expected
+
+
+@pytest.mark.parametrize("case", SENT, ids=lambda case: case.name)
+def test_traffic_is_as_counted(pool, case):
+    compare_traffic(pool, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SENT_TOO, ids=lambda case: case.name)
+def test_traffic_is_as_counted_in_further_layouts(pool, case):
+    compare_traffic(pool, case)

@@ -36,6 +36,8 @@ class SentBytes(TorchDispatchMode):
             case "alltoall_base_":
                 to_others = [size for rank, size in enumerate(args[4]) if rank != _group(args).rank()]
                 self.total += sum(to_others) * args[1].element_size()
+            case "all_to_all_single":
+                self.total += _bytes(args[0]) * (1 - 1 / len(args[2]))  # parts of equal size
             case "send":
                 self.total += sum(map(_bytes, args[0]))
         return func(*args, **(kwargs or {}))

@@ -17,6 +17,16 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+c10d = torch.ops._c10d_functional
+
+# Of the bytes that a rank gives to a collective of n ranks, how many times as many it sends.
+SENT: dict[Any, tuple[str, Callable[[int], float]]] = {
+    c10d.all_gather_into_tensor.default: ("all-gather", lambda n: n - 1),
+    c10d.reduce_scatter_tensor.default: ("reduce-scatter", lambda n: 1 - 1 / n),
+    c10d.all_to_all_single.default: ("all-to-all", lambda n: 1 - 1 / n),
+    c10d.all_reduce.default: ("all-reduce", lambda n: 2 * (1 - 1 / n)),
+}
+
 
 @dataclass(frozen=True)
 class Footprint:
@@ -29,13 +39,13 @@ class Footprint:
 
 
 def footprints(
-    units: Mapping[str, nn.Module], run: Callable[[], Tensor], there: Sequence[Tensor], sent: dict[str, float]
+    units: Mapping[str, nn.Module], run: Callable[[], Tensor], there: Sequence[Tensor], ranks: Mapping[str, int]
 ) -> dict[str, Footprint]:
     """Of `units`, which `run` calls in this order, each once, on its way to a loss. They keep hooks: throw them away.
 
-    `there`: tensors that are not counted (parameters, the batch). `sent`: what collectives count into (imagined.py).
+    `there`: tensors that are not counted (parameters, the batch). `ranks`: of imagined groups, by name.
     """
-    watch = _Watch(there, sent)
+    watch = _Watch(there, ranks)
     for name, unit in units.items():
         watch.mark_calls(name, unit)
     for parameter in there:
@@ -61,19 +71,23 @@ class _Mark(NamedTuple):
 
 
 class _Watch(TorchDispatchMode):
-    def __init__(self, there: Sequence[Tensor], sent: dict[str, float]):
+    def __init__(self, there: Sequence[Tensor], ranks: Mapping[str, int]):
         super().__init__()
         self._alive, self._after = 0, [0]  # bytes now, and after each operation
         self._storages: dict[int, Any] = {tensor.untyped_storage()._cdata: None for tensor in there}
         self._born: dict[int, int] = {}  # storage -> operation
         self._marks: list[_Mark] = []
-        self._sent = sent
+        self._sent: dict[str, float] = defaultdict(float)
+        self._ranks = ranks
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = operator(*args, **(kwargs or {}))
         for leaf in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self._see(leaf.untyped_storage())
+        if operator in SENT:
+            collective, times = SENT[operator]
+            self._sent[f"{args[-1]} {collective}"] += times(self._ranks[args[-1]]) * args[0].nbytes
         self._after.append(self._alive)
         return out
 
@@ -89,7 +103,7 @@ class _Watch(TorchDispatchMode):
         del self._storages[key], self._born[key]
 
     def mark(self, phase: str, unit: str) -> None:
-        self._marks.append(_Mark(phase, unit, len(self._after), self._alive, dict(self._sent)))
+        self._marks.append(_Mark(phase, unit, len(self._after), self._alive, self._sent.copy()))
         self._after.append(self._alive)
 
     def mark_calls(self, name: str, unit: nn.Module) -> None:
@@ -128,7 +142,7 @@ class _Watch(TorchDispatchMode):
             over = max(self._after[mark.operation : then.operation]) - ends[mark.unit]
             peaks[mark.phase, mark.unit] = max(peaks[mark.phase, mark.unit], over)
             for collective, total in then.sent.items():
-                sent[mark.unit][collective] += total - mark.sent.get(collective, 0.0)
+                sent[mark.unit][collective] += total - mark.sent[collective]
         starts = {mark.unit: mark.alive for mark, _ in spans if mark.phase == "forward"}
         # What was made before the first unit is the first unit's.
         starts[self._marks[0].unit] = 0

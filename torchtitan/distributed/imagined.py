@@ -1,10 +1,10 @@
 """One rank without the others: groups and meshes that are only imagined, on the meta device.
 
-What splits a model takes them for real ones, so what a rank of any layout would hold is seen by running its share of the
-model alone; what it would send is counted here.
+What splits a model takes them for real ones. So what a rank of any layout would hold and send is seen by running its share
+of the model alone (footprint.py).
 """
 
-from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,12 +16,11 @@ c10d = torch.ops._c10d_functional
 class ImaginedGroup:
     """A process group, or a mesh of one dimension, of which this is the first rank and the only one that is there."""
 
-    def __init__(self, name: str, ranks: int, sent: dict[str, float]):
-        """`sent`: bytes that this rank sent, by group and collective; shared by all groups of a world."""
-        self.group_name, self.ranks, self._sent = name, ranks, sent
+    def __init__(self, name: str, ranks: int):
+        self.group_name, self._ranks = name, ranks
 
     def size(self) -> int:
-        return self.ranks
+        return self._ranks
 
     def get_group(self) -> "ImaginedGroup":
         return self
@@ -31,32 +30,27 @@ class ImaginedGroup:
 
     def collective(self, name: str, x: Tensor) -> Tensor:
         """What this rank gets of the collective `name`; of none, a view of `x`."""
-        ranks, others = self.ranks, 1 - 1 / self.ranks
         match name:
             case "all-gather":
-                sent, out = ranks - 1.0, c10d.all_gather_into_tensor(x, ranks, self.group_name)
+                return c10d.all_gather_into_tensor(x, self._ranks, self.group_name)
             case "reduce-scatter":
-                sent, out = others, c10d.reduce_scatter_tensor(x, "sum", ranks, self.group_name)
+                return c10d.reduce_scatter_tensor(x, "sum", self._ranks, self.group_name)
             case "all-to-all":
-                parts = [x.shape[0] // ranks] * ranks
-                sent, out = others, c10d.all_to_all_single(x, parts, parts, self.group_name)
+                parts = [x.shape[0] // self._ranks] * self._ranks
+                return c10d.all_to_all_single(x, parts, parts, self.group_name)
             case "all-reduce":
-                sent, out = 2 * others, c10d.all_reduce(x, "sum", self.group_name)
-            case _:
-                return x.view_as(x)
-        self._sent[f"{self.group_name} {name}"] += sent * x.numel() * x.element_size()
-        return out
+                return c10d.all_reduce(x, "sum", self.group_name)
+        return x.view_as(x)
 
 
 class ImaginedWorld:
-    """Stands for the world of a Mesh: its dimensions by name."""
+    """Stands for the world of a Mesh. `ranks`: of its groups, by name."""
 
-    def __init__(self, degrees: Any):
-        self.sent: dict[str, float] = defaultdict(float)
-        self._degrees = degrees
+    def __init__(self, ranks: Mapping[str, int]):
+        self.ranks = ranks
 
     def __getitem__(self, name: str) -> ImaginedGroup:
-        return ImaginedGroup(name, getattr(self._degrees, name), self.sent)
+        return ImaginedGroup(name, self.ranks[name])
 
     def get_local_rank(self, name: str) -> int:
         return 0

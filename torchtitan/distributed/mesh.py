@@ -19,7 +19,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from torchtitan.config.layout import Degrees
-from torchtitan.distributed.imagined import ImaginedGroup, ImaginedWorld
+from torchtitan.distributed.imagined import ImaginedWorld
 
 DIMS = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 
@@ -76,7 +76,7 @@ def _with_copies(world: DeviceMesh, shards: DeviceMesh) -> DeviceMesh:
 
 def imagine_mesh(degrees: Degrees) -> Mesh:
     """The mesh of a rank that is alone (imagined.py), for meta tensors. Only what splits a model can use it."""
-    world: Any = ImaginedWorld(degrees)
-    cptp: Any = ImaginedGroup("cp x tp", degrees.cp * degrees.tp, world.sent)
+    ranks = {name: getattr(degrees, name) for name in DIMS} | {"cp x tp": degrees.cp * degrees.tp}
+    world: Any = ImaginedWorld(ranks)
     none: Any = None
-    return Mesh(degrees, torch.device("meta"), world, data=none, loss=none, fsdp=none, enc=none, cptp=cptp)
+    return Mesh(degrees, torch.device("meta"), world, data=none, loss=none, fsdp=none, enc=none, cptp=world["cp x tp"])
