@@ -201,6 +201,15 @@ def test_conversations_are_nothing_without_their_images(tmp_path):
     assert json.loads(sample["json"])["messages"][0]["content"][0] == {"type": "image", "image": "00000-00000.0.jpg"}
 
 
+def test_columns_of_other_names_are_read_where_they_are_named(tmp_path):
+    rows = [{"picture": image(1), "words": "A heron.", "url": "http://10.0.0.1/not-this", "caption": "nor this"}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
+    report = run(tmp_path / "x.parquet", tmp_path / "out", image_column="picture", text_column="words")
+    (sample,) = samples(tmp_path / "out").values()
+    assert (report["format"], sample["jpg"], sample["txt"]) == ("captions", image(1), b"A heron.")
+    assert json.loads(sample["json"])["caption"] == "A heron."
+
+
 def test_what_json_does_not_know_stops_no_run(tmp_path):
     about = {"when": datetime.datetime(2024, 5, 6), "price": decimal.Decimal("1.50"), "raw": b"\xff"}
     rows = [{"texts": ["a", None], "images": [None, {"bytes": image(1), "path": None}], "general_metadata": about}]
