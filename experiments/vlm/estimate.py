@@ -1,7 +1,7 @@
 """What a job needs on each rank, told without running it: memory at the peak, FLOPs, traffic.
 
-What each unit of the model needs is seen by running one rank's share of it on the meta device (rank_share.py). FLOPs are
-those of full slots, with one document a slot and images as large as allowed: the most a step can cost.
+What each unit of the model needs is seen by running one rank's share of it on the meta device (rank_share.py).
+FLOPs are those of full slots, with one document a slot and images as large as allowed: the most a step can cost.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """One rank's share of a VLM, run once on the meta device: what its units hold, keep and send.
 
-The share is made by what splits and checkpoints the model that trains, so nothing of a tower is said here but where its
-units are. Few layers are run, since those of a tower are alike but for the first, whose input others hold too.
+The share is made by what splits and checkpoints the model that trains, so nothing of a tower is said here but where
+its units are. Few layers are run, since all are alike but for the first of a tower, whose input others hold too.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ def build_on_meta(job: VLMJobConfig, config: VLMConfig, vocab_size: int) -> VLM:
 
 
 class RankShare:
-    """Of a layout, for `slots` slots a forward. `on_gpu`: with the kernels that run there, else with those of a CPU."""
+    """Of a layout, for `slots` slots a forward. `on_gpu`: with the kernels of GPUs, else with those of a CPU."""
 
     def __init__(self, job: VLMJobConfig, config: VLMConfig, vocab: int, sizes: Degrees, slots: int, on_gpu: bool):
         self._job, self._config = job, config

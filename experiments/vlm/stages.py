@@ -9,7 +9,7 @@ from torchtitan.distributed.stages import Split, number_of_stages, split_evenly
 
 
 def split_layers(model: VLM, job: VLMJobConfig, sizes: Degrees) -> Split:
-    """By parallelism.pipeline_parallel_split_points, else so that no stage takes longer than it must.
+    """By parallelism.pipeline_parallel_split_points, else so that the slowest stage takes as little as it can.
 
     `model` is whole, on any device, and frozen where the job freezes it.
     """
@@ -22,10 +22,10 @@ def split_layers(model: VLM, job: VLMJobConfig, sizes: Degrees) -> Split:
 
 
 def stage_costs(model: VLM, job: VLMJobConfig, sizes: Degrees) -> tuple[float, float, float]:
-    """FLOPs of a rank for one microbatch: of a decoder layer, of what stage 0 does before its layers, of the output layer.
+    """FLOPs of a rank for one microbatch: of a decoder layer, of what comes before the layers, of the output layer.
 
-    Those of every matrix (torchtitan/components/flops.py), and those that checkpointing computes again. Attention is left
-    out: what documents and images look like is not known here, and it is small beside the products.
+    Those of every matrix (torchtitan/components/flops.py), and those that checkpointing computes again. Attention is
+    left out: what documents and images look like is not known here, and it is small beside the products.
     """
     assert model.projector is not None
     forward, products, ac = forward_flops(model), product_flops(model), job.activation_checkpoint

@@ -146,7 +146,7 @@ def test_what_crosses_a_group():
     assert sent["cp all-gather"] == sent["cp reduce-scatter"] == 32 * 2 * 2 * 2048 * 8 * 128
 
 
-def test_what_crosses_a_group_when_the_decoder_is_frozen_or_its_ends_are_one():
+def test_what_crosses_a_group_when_the_decoder_is_frozen_or_its_ends_are_one(monkeypatch):
     job = job_of()
     job.training.freeze = ["decoder"]
     frozen = estimate(job, Degrees(1, 8, 1, 1, 1), VOCAB).sent
@@ -155,8 +155,10 @@ def test_what_crosses_a_group_when_the_decoder_is_frozen_or_its_ends_are_one():
     job = job_of()
     job.model.flavor = "so400m-llama3.2-1B"
     assert estimate(job, Degrees(1, 2, 1, 1, 2), VOCAB).sent["pp tied embedding"] == 4 * VOCAB * 2048 / 2
+    # One rank holds both ends of this schedule, which older versions of torch cannot run.
+    monkeypatch.setattr("torchtitan.config.check.zero_bubble_works", lambda: True)
     job.parallelism.pipeline_parallel_schedule = "ZBVZeroBubble"
-    assert "pp tied embedding" not in estimate(job, Degrees(1, 2, 1, 1, 2), VOCAB).sent  # one rank holds both ends
+    assert "pp tied embedding" not in estimate(job, Degrees(1, 2, 1, 1, 2), VOCAB).sent
 
 
 def meta_model() -> VLM:

@@ -1,9 +1,10 @@
 """Useful floating-point operations of training, by the rule of the PaLM paper (Chowdhery et al., 2022, appendix B).
 
-A product with a matrix costs 2 per parameter and row going forward; going backward once more for the gradient of the
-matrix, where it trains, and once for that of its input, where something before it trains. Attention costs 4 per allowed
-pair of query and key and unit of width forward, and twice that backward; what a checkpointed or flash backward computes
-again is not useful. Padding counts nothing, a causal mask counts its triangle, and only products are counted.
+A product with a matrix costs 2 per parameter and row going forward; going backward once more for the gradient of
+the matrix, where it trains, and once for that of its input, where something before it trains. Attention costs 4 per
+allowed pair of query and key and unit of width forward, and twice that backward; what a checkpointed or flash
+backward computes again is not useful. Padding counts nothing, a causal mask counts its triangle, and only products
+are counted.
 """
 
 from dataclasses import dataclass
@@ -35,8 +36,8 @@ class Backward:
 def backward_of(model: nn.Module) -> dict[str, Backward]:
     """What each module computes in backward, by name: the one rule for what freezing saves.
 
-    A module's input needs a gradient where something trains that was registered before it, so modules must be registered
-    in the order in which they run.
+    A module's input needs a gradient where something trains that was registered before it, so modules must be
+    registered in the order in which they run.
     """
     found, trains_before = {}, False
     for name, module in model.named_modules():

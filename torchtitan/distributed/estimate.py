@@ -1,9 +1,10 @@
 """Memory and traffic of a training step, for any number of ranks, from what each unit of a model needs.
 
-A model is a list of units in the order of forward, each a group of parameters that FSDP gathers together. Memory is followed
-through one forward and backward: parameters, gradients and optimizer state that stay; what each unit keeps for backward;
-what is gathered; and what a unit needs while it works. Not seen: the allocator's fragmentation and rounding, CUDA's context,
-buffers of nccl (together about 1 to 2 GiB a GPU), and a compiler that keeps less than eager execution does.
+A model is a list of units in the order of forward, each a group of parameters that FSDP gathers together. Memory is
+followed through one forward and backward: parameters, gradients and optimizer state that stay; what each unit keeps
+for backward; what is gathered; and what a unit needs while it works. Not seen: the allocator's fragmentation and
+rounding, CUDA's context, buffers of nccl (together about 1 to 2 GiB a GPU), and a compiler that keeps less than eager
+execution does.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,14 +20,14 @@ FLOAT32 = 4
 
 @dataclass(frozen=True)
 class Unit:
-    """Parameters that FSDP gathers together, counted before it divides them (after TP has), and one forward on this rank."""
+    """Parameters that FSDP gathers together, counted before it divides them (after TP has), and their footprint."""
 
     name: str
     parameters: int = 0
     shards: int = 1  # ranks that FSDP divides the parameters over
     copies: int = 1  # groups of such ranks that hold the same (HSDP)
     trains: bool = False
-    in_backward: bool = True  # gathered for it anew; what is frozen too, where it passes gradients on to what trains before it
+    in_backward: bool = True  # gathered for it anew; what is frozen too, where something before it trains
     moments: int = 0  # numbers of the optimizer's state, before FSDP divides them
     exchanged: float = 0  # bytes that this rank sends in a step to update them
     stays: bool = False  # gathered from the first forward to the last backward

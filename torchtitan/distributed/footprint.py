@@ -1,8 +1,8 @@
-"""What the units of a model keep, need and send in one forward and backward: watched while it runs on the meta device.
+"""What units of a model keep, need and send in a forward and backward: watched while it runs on the meta device.
 
-Nothing is known of what a unit computes. Storages are counted as they come and go, so what activation checkpointing drops
-and computes again, what a layout gathers, and what an operator keeps for its backward are all seen, whatever the model.
-What an operator of one's own allocates inside itself is not.
+Nothing is known of what a unit computes. Storages are counted as they come and go, so what activation checkpointing
+drops and computes again, what a layout gathers, and what an operator keeps for its backward are all seen, whatever
+the model. What an operator of our own allocates inside itself is not.
 """
 
 import weakref
@@ -32,7 +32,7 @@ SENT: dict[Any, tuple[str, Callable[[int], float]]] = {
 class Footprint:
     """Bytes of one unit; a unit lasts from its own call to that of the next, what lies between included."""
 
-    kept: float = 0  # from forward to backward; less than none where what the unit before had made is no longer needed
+    kept: float = 0  # from forward to backward; negative where the unit frees more of the one before than it keeps
     forward: float = 0  # beside all that is kept by then, while it runs forward
     backward: float = 0  # the same while it runs backward; gradients of weights are not in it
     sent: dict[str, float] = field(default_factory=dict)  # forward and backward, by group and collective
@@ -41,9 +41,10 @@ class Footprint:
 def footprints(
     units: Mapping[str, nn.Module], run: Callable[[], Tensor], there: Sequence[Tensor], ranks: Mapping[str, int]
 ) -> dict[str, Footprint]:
-    """Of `units`, which `run` calls in this order, each once, on its way to a loss. They keep hooks: throw them away.
+    """Of `units`, which `run` calls in this order, each once, on its way to a loss.
 
-    `there`: tensors that are not counted (parameters, the batch). `ranks`: of imagined groups, by name.
+    `there`: tensors that are not counted (parameters, the batch). `ranks`: of imagined groups, by name. The units and
+    parameters keep hooks, so they are of no further use.
     """
     watch = _Watch(there, ranks)
     for name, unit in units.items():
@@ -166,7 +167,7 @@ class _FusedNorm(torch.autograd.Function):
 
 
 def fuse_norms(model: nn.Module) -> None:
-    """RMSNorm as GPUs compute it: on the meta device, as on CPU, it is a row of operators that keep copies in float32."""
+    """RMSNorm as GPUs compute it. On the meta device, as on CPU, it is several operators that keep float32 copies."""
     for module in model.modules():
         if isinstance(module, nn.RMSNorm):
             module.forward = partial(_fused_norm, module)  # type: ignore[method-assign]

@@ -1,7 +1,7 @@
 """One rank without the others: groups and meshes that are only imagined, on the meta device.
 
-What splits a model takes them for real ones. So what a rank of any layout would hold and send is seen by running its share
-of the model alone (footprint.py).
+What splits a model takes them for real ones. So what a rank of any layout would hold and send is seen by running its
+share of the model alone (footprint.py).
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ c10d = torch.ops._c10d_functional
 
 
 class ImaginedGroup:
-    """A process group, or a mesh of one dimension, of which this is the first rank and the only one that is there."""
+    """A process group, or a mesh of one dimension, of which only the first rank is there: this one."""
 
     def __init__(self, name: str, ranks: int):
         self.group_name, self._ranks = name, ranks
