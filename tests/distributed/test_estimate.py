@@ -20,9 +20,9 @@ from torchtitan.models.decoder.flavors import DecoderConfig
 TOLERANCE = 0.1
 ENCODER = EncoderConfig(128, 4, 4, 512, patch_size=4, position_grid=8)
 DECODER = DecoderConfig(128, 6, 8, 4, 16, 384, VOCAB, 10000.0, norm_eps=1e-5)
-FLAVORS["planned"] = VLMConfig(ENCODER, ProjectorConfig(96), DECODER)
-FLAVORS["planned-tied"] = VLMConfig(ENCODER, ProjectorConfig(96), dataclasses.replace(DECODER, tied_embeddings=True))
-SIZES = {"model.flavor": "planned", "training.seq_len": 256, "data.patches_per_row": 512, "training.loss_chunk_tokens": 128}
+FLAVORS["estimated"] = VLMConfig(ENCODER, ProjectorConfig(96), DECODER)
+FLAVORS["estimated-tied"] = VLMConfig(ENCODER, ProjectorConfig(96), dataclasses.replace(DECODER, tied_embeddings=True))
+SIZES = {"model.flavor": "estimated", "training.seq_len": 256, "data.patches_per_row": 512, "training.loss_chunk_tokens": 128}
 
 
 def changes_of(case, accumulation: int) -> dict:
@@ -87,7 +87,7 @@ FURTHER = [
     layout("fsdp2, frozen encoder", 2, slots=2, freeze=["encoder"]),
     layout("fsdp2, frozen decoder", 2, slots=2, freeze=["decoder"]),
     layout("fsdp2, muon", 2, slots=2, optimizer="Muon"),
-    layout("fsdp2, tied", 2, slots=2, model="planned-tied"),
+    layout("fsdp2, tied", 2, slots=2, model="estimated-tied"),
 ]
 
 
