@@ -32,10 +32,10 @@ from itertools import product
 import numpy as np
 
 from benchmarks.photos import make_jpegs
-from experiments.vlm.data.advice import SizedDocument, Stream, advise
 from experiments.vlm.data.image import ImagePlan, decode, probe
 from experiments.vlm.data.lookahead import MOST_TOKENS
-from experiments.vlm.data.mixture import Mixture
+from experiments.vlm.data.sources.mixture import Mixture
+from experiments.vlm.view.packing_advice import SizedDocument, Stream, advise
 
 EXPECTED = 0.98
 PLAN = ImagePlan()

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from experiments.__main__ import CONFIG_CLASSES
 from experiments.vlm.check import check_output, check_sources
 from experiments.vlm.config import VLMJobConfig
-from experiments.vlm.data.advice import Occupancy, advise, patches_per_token, read_documents
 from experiments.vlm.data.setup import make_setup
+from experiments.vlm.view.packing_advice import Occupancy, advise, patches_per_token, read_documents
 from torchtitan.components.tokenizer import load_tokenizer
 from torchtitan.config.errors import require
 from torchtitan.config.parse import parse_script

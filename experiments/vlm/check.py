@@ -8,7 +8,7 @@ from collections import Counter
 from experiments.vlm.config import Source, VLMJobConfig
 from experiments.vlm.data.chat_template import BUILT_IN as CHAT_TEMPLATES
 from experiments.vlm.data.formats import FORMATS
-from experiments.vlm.data.permission import denied
+from experiments.vlm.data.sources.permission import denied
 from experiments.vlm.model.flavors import FLAVORS, EncoderConfig
 from experiments.vlm.world.shards import SPLITS, WORLDS
 from torchtitan.config.check import RANGES as JOB_RANGES

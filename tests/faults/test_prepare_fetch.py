@@ -8,8 +8,8 @@ from ipaddress import ip_network
 
 import pytest
 
-from experiments.vlm.data.download.client import Client, Failed, Limits, inflate, retry_after_s
-from experiments.vlm.data.download.hosts import REFUSED, Gate, Hosts
+from experiments.vlm.data.storage.client import Client, Failed, Limits, inflate, retry_after_s
+from experiments.vlm.data.storage.hosts import REFUSED, Gate, Hosts
 from experiments.vlm.prepare.images import looks_whole
 from tests.faults.hostile_server import HOSTS, HostileServer, image
 

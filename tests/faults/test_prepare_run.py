@@ -18,9 +18,9 @@ import webdataset
 from PIL import Image
 
 from experiments.vlm.config import Data, Source
-from experiments.vlm.data import shards
 from experiments.vlm.data.document import Image as DocumentImage
 from experiments.vlm.data.document import Text
+from experiments.vlm.data.sources import shards
 from tests.faults.hostile_server import HostileServer, image
 from tests.faults.prepared import QUICK, left_out, rejects, run, samples, write_jsonl, write_tsv, written
 from torchtitan.config.errors import ConfigError

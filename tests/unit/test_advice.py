@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from experiments.commands import main
-from experiments.vlm.data.advice import Stream, advise, fitting_budget, patches_per_token, read_documents, simulate
 from experiments.vlm.data.loader import Loader
 from experiments.vlm.data.packing import Budget
 from experiments.vlm.data.setup import make_setup
 from experiments.vlm.view.advice_picture import draw_advice
+from experiments.vlm.view.packing_advice import Stream, advise, fitting_budget, patches_per_token, read_documents, simulate
 from tests.tiny_data import Characters, make_job, write_all
 
 

@@ -16,12 +16,13 @@ import pytest
 from PIL import Image
 
 from experiments.vlm.config import Source
-from experiments.vlm.data import formats, tally
+from experiments.vlm.data import formats
 from experiments.vlm.data import loader as loader_module
+from experiments.vlm.data import report as report_of_data
 from experiments.vlm.data.formats import text
 from experiments.vlm.data.loader import Loader
 from experiments.vlm.data.reject_log import RejectLog
-from experiments.vlm.data.tally import Reject
+from experiments.vlm.data.rejects import Reject
 from tests.samples import encoded, jpeg, noise, write_tar
 from tests.tiny_data import Characters, make_job, write_all, write_captions
 from torchtitan.config.errors import DataError
@@ -331,7 +332,7 @@ def test_a_fault_of_the_reader_is_no_fault_of_the_data(tmp_path, monkeypatch, ca
     tracebacks = [record for record in caplog.records if record.exc_info]
     assert len(tracebacks) == 1 and "'typo'" in caplog.text
 
-    monkeypatch.setattr(tally, "JUDGED_FROM", 10)
+    monkeypatch.setattr(report_of_data, "JUDGED_FROM", 10)
     job.data.max_bad_fraction = 0.05
     with pytest.raises(DataError, match="most of them: the reader failed"):
         list(Loader(job, Characters()))

@@ -11,7 +11,7 @@ from experiments.vlm.data.document import Image, Special, Text
 from experiments.vlm.data.loader import Loader
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.setup import make_deal
-from experiments.vlm.data.shards import open_shard
+from experiments.vlm.data.sources.shards import open_shard
 from tests.samples import jpeg, write_tar
 from tests.tiny_data import Characters
 from torchtitan.config.errors import ConfigError

@@ -13,12 +13,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from experiments.vlm.config import Data, Source
-from experiments.vlm.data import fetch
-from experiments.vlm.data.fetch import Fetcher
-from experiments.vlm.data.file_cache import FileCache
 from experiments.vlm.data.loader import Loader
 from experiments.vlm.data.rejects import Rejected
-from experiments.vlm.data.shards import open_shard
+from experiments.vlm.data.sources.shards import open_shard
+from experiments.vlm.data.storage import fetch
+from experiments.vlm.data.storage.fetch import Fetcher
+from experiments.vlm.data.storage.file_cache import FileCache
 from tests.samples import jpeg
 from tests.tiny_data import Characters, make_job
 

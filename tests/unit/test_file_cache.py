@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from experiments.vlm.data.file_cache import FileCache
+from experiments.vlm.data.storage.file_cache import FileCache
 
 
 def size_of(folder):

@@ -14,7 +14,7 @@ from experiments.vlm.data.document import Draft, Text
 from experiments.vlm.data.formats import FORMATS, RECORD_FORMATS, format_of
 from experiments.vlm.data.formats.image_values import plain_value
 from experiments.vlm.data.rejects import Rejected
-from experiments.vlm.data.shards import open_shard
+from experiments.vlm.data.sources.shards import open_shard
 from tests.samples import jpeg
 
 TELLING = ["<image>", "", " ", "user", "human", "gpt", "assistant", "image", "image_url", "text", "1.jpg", "http://a/1.jpg", "data:,x"]

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments.vlm.data.lookahead import LookAhead, Queued, Taken
-from experiments.vlm.data.mixture import Mixture
 from experiments.vlm.data.packing import Budget, place
+from experiments.vlm.data.sources.mixture import Mixture
 from experiments.vlm.data.split import Splitter, outline_of
 
 Parts = list[tuple[int, int]]  # (tokens, patches) of each part; patches 0: text

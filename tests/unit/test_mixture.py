@@ -4,7 +4,7 @@ from collections import Counter
 
 import numpy as np
 
-from experiments.vlm.data.mixture import Mixture
+from experiments.vlm.data.sources.mixture import Mixture
 
 
 def test_shares_are_exact_to_a_sample():

@@ -13,7 +13,7 @@ from experiments.vlm.config import Data, Source
 from experiments.vlm.data.document import Image, Text
 from experiments.vlm.data.formats import row_groups
 from experiments.vlm.data.rejects import Rejected
-from experiments.vlm.data.shards import open_shard
+from experiments.vlm.data.sources.shards import open_shard
 from tests.samples import jpeg, write_tar
 
 RECORDS = [{"texts": ["one", None, f"two {n}"], "images": [None, {"bytes": jpeg(20 + n, 30), "path": None}, None]} for n in range(7)]

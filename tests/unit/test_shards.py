@@ -12,10 +12,10 @@ import pytest
 
 from experiments.vlm.check import check_path
 from experiments.vlm.config import Data, Source
-from experiments.vlm.data import shards
 from experiments.vlm.data.document import Text
 from experiments.vlm.data.rejects import Rejected
-from experiments.vlm.data.shards import list_shards, open_shard
+from experiments.vlm.data.sources import shards
+from experiments.vlm.data.sources.shards import list_shards, open_shard
 from tests.samples import jpeg, write_tar
 from torchtitan.config.errors import ConfigError
 

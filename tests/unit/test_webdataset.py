@@ -8,7 +8,7 @@ from experiments.vlm.config import Data, Source
 from experiments.vlm.data.document import Image, Text
 from experiments.vlm.data.image import decode
 from experiments.vlm.data.rejects import Rejected
-from experiments.vlm.data.shards import open_shard
+from experiments.vlm.data.sources.shards import open_shard
 from tests.samples import encoded, jpeg, noise, write_tar
 
 EXTENSIONS = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP", "gif": "GIF", "bmp": "BMP", "tif": "TIFF", "tiff": "TIFF"}

@@ -17,15 +17,15 @@ import torch
 
 from experiments.vlm.batch import FIELDS, Batch, BatchShape
 from experiments.vlm.config import VLMJobConfig
-from experiments.vlm.data.buffers import Arrays
-from experiments.vlm.data.fetch import about_failures
-from experiments.vlm.data.good_sample import require_good_samples
 from experiments.vlm.data.producer import SlotStep
 from experiments.vlm.data.reject_log import RejectLog
+from experiments.vlm.data.report import Tally, check_bad_fraction, rejected_line, report, tally_of
 from experiments.vlm.data.resume import load_states, save_states, slot_key
 from experiments.vlm.data.setup import Control, Split, make_setup, order_facts
+from experiments.vlm.data.shared_memory import Arrays
+from experiments.vlm.data.sources.good_sample import require_good_samples
+from experiments.vlm.data.storage.fetch import about_failures
 from experiments.vlm.data.supply import Supply, make_supply
-from experiments.vlm.data.tally import Tally, check_bad_fraction, rejected_line, report, tally_of
 from torchtitan.components.tokenizer import Tokenizer
 from torchtitan.config.errors import DataError
 from torchtitan.tools.logging import logger

@@ -15,8 +15,8 @@ from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from experiments.vlm.data.mixture import Mixture
 from experiments.vlm.data.packing import Budget, Waiting, choose, place
+from experiments.vlm.data.sources.mixture import Mixture
 from experiments.vlm.data.split import Outline, Splitter
 
 FIRST_LOOK = 64  # documents that wait at the first plan; it doubles up to the size, so that training starts early

@@ -8,32 +8,22 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from experiments.vlm.data.fill import Filled, Filler, Views
-from experiments.vlm.data.formats.shard import Shard
-from experiments.vlm.data.good_sample import Search
-from experiments.vlm.data.reading import ShardCache
-from experiments.vlm.data.slot import Planning, Slot, SlotPlan
-from experiments.vlm.data.tally import Reject, Tally
-from torchtitan.components.tokenizer import Tokenizer
+from experiments.vlm.data.collate import Collator, FilledSlot, Views
+from experiments.vlm.data.rejects import Reject
+from experiments.vlm.data.report import Tally
+from experiments.vlm.data.setup import Setup
+from experiments.vlm.data.slot import Slot, SlotPlan
+from experiments.vlm.data.sources.good_sample import Search
+from experiments.vlm.data.sources.reader import ShardCache
 
 SPARE_SHARDS = 32  # kept open beside two of each source for every slot
-
-
-@dataclass(frozen=True)
-class Setup:
-    """All that a process needs to run slots. Picklable."""
-
-    planning: Planning
-    tokenizer: Tokenizer
-    open_shard: Callable[[int, str], Shard]  # (source, path)
-    decode_threads: int
 
 
 @dataclass
 class SlotStep:
     """One slot of one step. Plain data."""
 
-    filled: Filled
+    filled: FilledSlot
     planned: bool  # False: nothing was left to plan
     rejects: list[Reject]
     epochs: dict[str, float]  # as in SlotPlan
@@ -46,7 +36,7 @@ class Producer:
         planning = setup.planning
         self.cache = ShardCache(setup.open_shard, capacity=2 * len(slots) * len(planning.deals) + SPARE_SHARDS)
         self.pool = ThreadPoolExecutor(setup.decode_threads, "decode") if setup.decode_threads > 1 else None
-        self.filler = Filler(self.cache, planning.plan, setup.tokenizer.pad_id, self.pool)
+        self.filler = Collator(self.cache, planning.plan, setup.tokenizer.pad_id, self.pool)
         doubt = Search(planning, setup.tokenizer, self.cache).require
         self.slots = [Slot(number, planning, setup.tokenizer, self.cache, doubt) for number in slots]
         self.tallies = {number: Tally() for number in slots}  # of what was delivered
@@ -58,7 +48,7 @@ class Producer:
 
     def start(self, views: Sequence[Views]) -> Callable[[], list[SlotStep]]:
         """Begin one step: `views[i]` is filled with the next row of slot i. What is returned waits for it."""
-        started: list[tuple[SlotPlan, Callable[[], Filled]]] = []
+        started: list[tuple[SlotPlan, Callable[[], FilledSlot]]] = []
         done: list[SlotStep] = []
         for slot, view in zip(self.slots, views, strict=True):
             plan = slot.plan()
@@ -72,7 +62,7 @@ class Producer:
             self.pool.shutdown(cancel_futures=True)
         self.cache.close()
 
-    def _finish(self, plan: SlotPlan, finish: Callable[[], Filled]) -> SlotStep:
+    def _finish(self, plan: SlotPlan, finish: Callable[[], FilledSlot]) -> SlotStep:
         filled = finish()
         tally = self.tallies[plan.slot]
         for reject in filled.rejects:

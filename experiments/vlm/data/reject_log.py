@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TextIO
 
-from experiments.vlm.data.tally import Reject
+from experiments.vlm.data.rejects import Reject
 from torchtitan.tools.logging import logger
 
 

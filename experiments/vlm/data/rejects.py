@@ -5,6 +5,9 @@ that a document lost and still makes sense without. Whoever reads counts them by
 run.
 """
 
+from dataclasses import asdict, dataclass
+from typing import Any
+
 REASONS = {
     "image_empty": "the image has no bytes",
     "image_undecodable": "Pillow does not open, load or convert the image",
@@ -69,3 +72,31 @@ class Rejected(Exception):
 
     def __str__(self) -> str:
         return f"{meaning(self.reason)} ({self.detail})" if self.detail else meaning(self.reason)
+
+
+@dataclass(frozen=True)
+class Reject:
+    """One sample, image (`image` says which of its sample) or shard (no key) that was not used."""
+
+    source: str
+    shard: str
+    key: str
+    reason: str
+    detail: str = ""
+    image: int | None = None
+
+    @property
+    def kind(self) -> str:
+        return "images" if self.image is not None else "samples" if self.key else "shards"
+
+    def line(self) -> dict[str, Any]:
+        """For a file of rejects; `Reject(**line)` undoes it."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    def __str__(self) -> str:
+        return str(Rejected(self.reason, self.detail))
+
+    @property
+    def identity(self) -> str:
+        """What makes two of them the same. Images are numbered after others were lost: hence the reason."""
+        return "\n".join((self.shard, self.key, "" if self.image is None else f"{self.image} {self.reason}"))

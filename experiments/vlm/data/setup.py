@@ -2,23 +2,34 @@
 
 import json
 import zlib
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
 from experiments.vlm.config import Source, VLMJobConfig
 from experiments.vlm.data.chat_template import load_chat_template
+from experiments.vlm.data.formats.shard import Shard
 from experiments.vlm.data.image import ImagePlan
 from experiments.vlm.data.packing import Budget
-from experiments.vlm.data.producer import Setup
-from experiments.vlm.data.shards import list_shards, open_shard
-from experiments.vlm.data.slot import Planning
-from experiments.vlm.data.streams import Deal
+from experiments.vlm.data.slot import SlotSettings
+from experiments.vlm.data.sources.order import Deal
+from experiments.vlm.data.sources.shards import list_shards, open_shard
 from torchtitan.components.tokenizer import Tokenizer
 
 Split = Literal["train", "validation"]
 Control = Literal["blanked", "shuffled"]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """All that a process needs to run slots. Picklable."""
+
+    planning: SlotSettings
+    tokenizer: Tokenizer
+    open_shard: Callable[[int, str], Shard]  # (source, path)
+    decode_threads: int
 
 
 def sources_of(job: VLMJobConfig, split: Split) -> list[Source]:
@@ -31,7 +42,7 @@ def make_setup(job: VLMJobConfig, tokenizer: Tokenizer, split: Split, slots: int
     """`slots`: G. Raises ConfigError where a source has no shards, or a chat template that cannot be used."""
     data, sources = job.data, sources_of(job, split)
     held_out = split == "validation"
-    planning = Planning(
+    planning = SlotSettings(
         deals=tuple(make_deal(source, job, slots, held_out) for source in sources),
         weights=tuple(source.weight for source in sources),
         weight_by=data.weight_by,

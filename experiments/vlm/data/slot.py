@@ -12,22 +12,22 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from experiments.vlm.data.control import CONTROLS
+from experiments.vlm.data.controls import CONTROLS
 from experiments.vlm.data.image import ImagePlan
 from experiments.vlm.data.lookahead import LookAhead, Place, Queued, Taken
-from experiments.vlm.data.mixture import Mixture
 from experiments.vlm.data.packing import Budget
-from experiments.vlm.data.reading import Record, Reference, ShardCache, SourceReader
-from experiments.vlm.data.rejects import Rejected
+from experiments.vlm.data.rejects import Reject, Rejected
+from experiments.vlm.data.report import Tally, check_bad_fraction
 from experiments.vlm.data.sample import Sample, make_sample
+from experiments.vlm.data.sources.mixture import Mixture
+from experiments.vlm.data.sources.order import Deal
+from experiments.vlm.data.sources.reader import Record, Reference, ShardCache, SourceReader
 from experiments.vlm.data.split import Splitter
-from experiments.vlm.data.streams import Deal
-from experiments.vlm.data.tally import Reject, Tally, check_bad_fraction
 from torchtitan.components.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
-class Planning:
+class SlotSettings:
     """What all slots of a run have in common. Picklable."""
 
     deals: tuple[Deal, ...]
@@ -79,7 +79,7 @@ class SlotPlan:
 
 
 class Slot:
-    def __init__(self, number: int, planning: Planning, tokenizer: Tokenizer, cache: ShardCache, doubt: Callable[[int], None]):
+    def __init__(self, number: int, planning: SlotSettings, tokenizer: Tokenizer, cache: ShardCache, doubt: Callable[[int], None]):
         """`doubt`: raises DataError where a source has no good sample; called when this slot met none for long."""
         self.number = number
         self.doubt = doubt
@@ -161,7 +161,7 @@ class Slot:
             entry = self._queued(reference, record)
             self._count(source, record, entry)
             if entry is not None:
-                self.readers[source].barren = 0
+                self.readers[source].empty_units = 0
                 self.mixture.give(source, entry.length if self.planning.weight_by == "tokens" else 1)
                 return entry
         return None

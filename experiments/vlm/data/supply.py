@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from experiments.vlm.batch import BatchShape
-from experiments.vlm.data.buffers import Arrays, Buffers, slot_views
-from experiments.vlm.data.producer import Producer, Setup, SlotStep
+from experiments.vlm.data.producer import Producer, SlotStep
+from experiments.vlm.data.setup import Setup
+from experiments.vlm.data.shared_memory import Arrays, Buffers, slot_views
 from experiments.vlm.data.workers import Assignment, Worker, close_all
 
 KEPT = 2  # steps that hold after they were given: the one in use, and the one before it
@@ -59,8 +60,8 @@ class FromWorkers:
         self.places = [list(range(worker, len(slots), workers)) for worker in range(workers)]
         self.slots = slots
         self.workers: list[Worker] = []
-        # Before multiprocessing's own farewell, which would wait for workers that nobody told to end.
-        self.farewell = multiprocessing.util.Finalize(self, close_all, (self.workers,), exitpriority=100)
+        # Before multiprocessing's own shutdown, which would wait for workers that nobody told to end.
+        self.shutdown = multiprocessing.util.Finalize(self, close_all, (self.workers,), exitpriority=100)
         for number, places in enumerate(self.places):
             self.workers.append(Worker(number, setup, shape, self.buffers, self._assignment(places, states)))
         self.asked = self.given = 0
@@ -80,7 +81,7 @@ class FromWorkers:
         return arrays, [step for step in steps if step is not None]
 
     def close(self) -> None:
-        self.farewell()
+        self.shutdown()
         self.buffers.close()
 
     def _assignment(self, places: list[int], states: dict[int, str]) -> Assignment:

@@ -23,8 +23,9 @@ from typing import Any
 import torch
 
 from experiments.vlm.batch import BatchShape
-from experiments.vlm.data.buffers import Buffers, slot_views
-from experiments.vlm.data.producer import Producer, Setup, SlotStep
+from experiments.vlm.data.producer import Producer, SlotStep
+from experiments.vlm.data.setup import Setup
+from experiments.vlm.data.shared_memory import Buffers, slot_views
 from torchtitan.config.errors import DataError
 
 GRACE_S = 5.0  # for a worker to end by itself
@@ -137,7 +138,7 @@ def run(pipe: Connection, setup: Setup, memory: _Memory, assignment: Assignment)
         _tell(pipe, "data_error", str(error))
     except BaseException:
         _tell(pipe, "failed", traceback.format_exc())
-    # Without Python's own farewell: threads that still decode would hold it up.
+    # Without Python's own shutdown: threads that still decode would hold it up.
     os._exit(0)
 
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from experiments.vlm.data.download.client import Client, Failed, Limits, Stopped
-from experiments.vlm.data.download.hosts import Gate, Hosts
 from experiments.vlm.data.formats.image_values import is_address, name_of
+from experiments.vlm.data.storage.client import Client, Failed, Limits, Stopped
+from experiments.vlm.data.storage.hosts import Gate, Hosts
 from experiments.vlm.prepare.folder import read_array
 from experiments.vlm.prepare.images import images_of, looks_whole, write_images
 from experiments.vlm.prepare.journal import Journal

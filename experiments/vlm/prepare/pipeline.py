@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from experiments.vlm.data.tally import Tally
+from experiments.vlm.data.report import Tally
 from experiments.vlm.prepare.collect import collect
 from experiments.vlm.prepare.dedup import list_urls, mark_repeated
 from experiments.vlm.prepare.folder import read_array, read_json, remove, write_json

@@ -14,8 +14,8 @@ import numpy as np
 from experiments.vlm.data.chat_template import load_chat_template
 from experiments.vlm.data.document import ImageValue, finish
 from experiments.vlm.data.formats.image_values import is_address, name_of
-from experiments.vlm.data.rejects import Rejected
-from experiments.vlm.data.tally import Reject, Tally
+from experiments.vlm.data.rejects import Reject, Rejected
+from experiments.vlm.data.report import Tally
 from experiments.vlm.prepare.folder import appearing, read_array, read_json, remove, write_json
 from experiments.vlm.prepare.images import FinishedImage, ImageEntry
 from experiments.vlm.prepare.records import MEMBERS, Members, to_json

@@ -14,13 +14,13 @@ from pathlib import Path
 import pyarrow as pa
 
 from experiments.vlm.data.document import Draft
-from experiments.vlm.data.file_cache import FileCache
 from experiments.vlm.data.formats import RECORD_FILES, RECORD_FORMATS, Record, captions, format_of
 from experiments.vlm.data.formats.record_files import Records, open_records
 from experiments.vlm.data.formats.record_shard import ImageFolder, folder_of
-from experiments.vlm.data.reading import guarded
 from experiments.vlm.data.rejects import Rejected
-from experiments.vlm.data.shards import copy_to_read, match_files, suffix_of
+from experiments.vlm.data.sources.reader import guarded
+from experiments.vlm.data.sources.shards import copy_to_read, match_files, suffix_of
+from experiments.vlm.data.storage.file_cache import FileCache
 from experiments.vlm.prepare.folder import Folder, read_json, write_json
 from experiments.vlm.prepare.options import Options
 from torchtitan.config.errors import ConfigError

@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from experiments.vlm.data.download.client import Stopped
+from experiments.vlm.data.storage.client import Stopped
 
 
 class Stop:

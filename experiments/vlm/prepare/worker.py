@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 import torch
 
-from experiments.vlm.data.download.client import Stopped
+from experiments.vlm.data.storage.client import Stopped
 from experiments.vlm.prepare.folder import Folder
 from experiments.vlm.prepare.options import Options
 from experiments.vlm.prepare.pipeline import STAGES, run

@@ -10,10 +10,10 @@ import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from experiments.vlm.data.file_cache import FileCache
 from experiments.vlm.data.formats.json_index import Spans, begins_list, decode_utf8, find_items, find_lines, parse_object
 from experiments.vlm.data.formats.tables import ArrowRecords, ParquetRecords
 from experiments.vlm.data.rejects import Rejected
+from experiments.vlm.data.storage.file_cache import FileCache
 
 UNNAMED_COLUMNS = {0: ["url", "caption"], 1: ["caption", "url"]}  # of a TSV, by where its first address stands
 

@@ -12,11 +12,11 @@ import fsspec
 
 from experiments.vlm.config import Data
 from experiments.vlm.data.document import Document, Draft, Image, ImageValue, finish
-from experiments.vlm.data.fetch import make_fetcher
 from experiments.vlm.data.formats import Record
 from experiments.vlm.data.formats.image_values import is_address, name_of, plain_value
 from experiments.vlm.data.formats.record_files import Records
 from experiments.vlm.data.rejects import Rejected
+from experiments.vlm.data.storage.fetch import make_fetcher
 
 
 def folder_of(record_file: str) -> str:

@@ -16,8 +16,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from experiments.vlm.data.file_cache import FileCache, origin_of
 from experiments.vlm.data.rejects import Rejected
+from experiments.vlm.data.storage.file_cache import FileCache, origin_of
 
 ROW_GROUP_BYTES = 256 << 20
 

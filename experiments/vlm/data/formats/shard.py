@@ -6,12 +6,12 @@ from typing import Protocol
 from experiments.vlm.config import Data, Source
 from experiments.vlm.data.chat_template import load_chat_template
 from experiments.vlm.data.document import Document, Draft, Image
-from experiments.vlm.data.file_cache import file_cache
 from experiments.vlm.data.formats import FORMATS, Record
 from experiments.vlm.data.formats.record_files import open_records
 from experiments.vlm.data.formats.record_shard import ImageValues, RecordShard, folder_of
 from experiments.vlm.data.formats.tar_shard import TarShard, is_tar
 from experiments.vlm.data.rejects import Rejected
+from experiments.vlm.data.storage.file_cache import file_cache
 
 
 @dataclass(frozen=True)

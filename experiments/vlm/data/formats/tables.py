@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from experiments.vlm.data.file_cache import FileCache
 from experiments.vlm.data.formats.row_groups import RowGroups
 from experiments.vlm.data.rejects import Rejected
+from experiments.vlm.data.storage.file_cache import FileCache
 
 
 class Numbers:

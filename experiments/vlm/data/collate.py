@@ -1,6 +1,6 @@
 """A planned row becomes arrays: images decoded into their patches, tokens, labels and indices written beside them.
 
-In: a SlotPlan, and views of one slot's part of the batch. Out: the views filled to the last element, and a Filled with the
+In: a SlotPlan, and views of one slot's part of the batch. Out: the views filled to the last element, and a FilledSlot with the
 counts. Every other place holds its field's padding value, whatever was there before.
 
 The plan stands. An image that fails only now leaves padding in its patches; its tokens are taken out, those of its
@@ -10,24 +10,22 @@ document that follow close up, and the padding comes after the document, which s
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
 from experiments.vlm.batch import FIELDS, IGNORE, Delivered
-from experiments.vlm.data.control import BLANK, GREY
+from experiments.vlm.data.controls import BLANK, GREY
 from experiments.vlm.data.image import ImagePlan, decode, write_patches
-from experiments.vlm.data.reading import Lease, ShardCache, guarded
-from experiments.vlm.data.rejects import Rejected
+from experiments.vlm.data.rejects import Reject, Rejected
 from experiments.vlm.data.sample import PlannedImage
 from experiments.vlm.data.slot import Packed, SlotPlan
-from experiments.vlm.data.tally import Reject
+from experiments.vlm.data.sources.reader import Lease, ShardCache, guarded
 
 Views = dict[str, np.ndarray]  # field -> [S], [rows, L, D] or [rows, L, 3]
 
 
 @dataclass
-class Filled:
+class FilledSlot:
     """What is in a slot now. Plain data."""
 
     slot: int
@@ -36,7 +34,7 @@ class Filled:
     rejects: list[Reject] = field(default_factory=list)  # met while decoding
 
 
-class Filler:
+class Collator:
     def __init__(self, cache: ShardCache, plan: ImagePlan, pad_id: int, pool: Executor | None = None):
         """`pool`: threads that decode; without one the caller does."""
         self.cache = cache
@@ -44,21 +42,21 @@ class Filler:
         self.pad_id = pad_id
         self.pool = pool
 
-    def start(self, plan: SlotPlan, views: Views) -> Callable[[], Filled]:
+    def start(self, plan: SlotPlan, views: Views) -> Callable[[], FilledSlot]:
         """Begin to decode. What is returned waits for the pixels, writes the rest and tells what became of the samples."""
         decoding = [[self._submit(packed, number, views) for number in range(len(packed.places))] for packed in plan.packed]
         return lambda: self._finish(plan, views, decoding)
 
-    def _submit(self, packed: Packed, number: int, views: Views) -> "Future | Done":
+    def _submit(self, packed: Packed, number: int, views: Views) -> Future:
         image, (row, first) = packed.sample.images[number], packed.places[number]
         span = slice(first, first + image.patches)
         targets = views["pixel_values"][row, span], views["grid_thw"][row, span]
         try:
             lease = guarded(self.cache.get, packed.reference.source, packed.origin.shard)
         except Rejected as rejected:
-            return Done(rejected)
+            return finished(rejected)
         if self.pool is None:
-            return Done(self._decode(lease, image, *targets))
+            return finished(self._decode(lease, image, *targets))
         return self.pool.submit(self._decode, lease, image, *targets)
 
     def _decode(self, lease: Lease, image: PlannedImage, patches: np.ndarray, thw: np.ndarray) -> Rejected | None:
@@ -74,21 +72,17 @@ class Filler:
         write_patches(pixels, self.plan, patches, thw)
         return None
 
-    def _finish(self, plan: SlotPlan, views: Views, decoding: "list[list[Future | Done]]") -> Filled:
+    def _finish(self, plan: SlotPlan, views: Views, decoding: list[list[Future]]) -> FilledSlot:
         row = _Row(plan, views, self.plan.merge_size**2, self.pad_id)
         for packed, results in zip(plan.packed, decoding, strict=True):
             row.add(packed, [result.result() for result in results])
         return row.close()
 
 
-class Done:
-    """A Future of something that is over."""
-
-    def __init__(self, value: Any):
-        self.value = value
-
-    def result(self) -> Any:
-        return self.value
+def finished(result: Rejected | None) -> Future:
+    future: Future = Future()
+    future.set_result(result)
+    return future
 
 
 class _Row:
@@ -97,7 +91,7 @@ class _Row:
     def __init__(self, plan: SlotPlan, views: Views, merge: int, pad_id: int):
         self.views = views
         self.merge = merge  # patches of a visual token
-        self.filled = Filled(plan.slot)
+        self.filled = FilledSlot(plan.slot)
         for name in ("tokens", "labels", "positions", "document_ids", "visual_index"):
             views[name][:] = pad_id if name == "tokens" else FIELDS[name].padding
         self.rows, self.length = views["grid_thw"].shape[:2]
@@ -127,7 +121,7 @@ class _Row:
         self.filled.delivered.append(delivered)
         self._count(delivered, len(tokens))
 
-    def close(self) -> Filled:
+    def close(self) -> FilledSlot:
         """Write padding into every patch that holds no image, and count."""
         cursor = dict.fromkeys(range(self.rows), 0)
         ends = [(row, self.length, self.length) for row in range(self.rows)]

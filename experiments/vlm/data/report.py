@@ -3,43 +3,14 @@
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
 from typing import Any
 
-from experiments.vlm.data.rejects import Rejected, meaning
+from experiments.vlm.data.rejects import Reject, meaning
 from torchtitan.config.errors import DataError
 
 KINDS = ("samples", "images", "shards")
 EXAMPLES = 3  # of each reason that are kept
 JUDGED_FROM = 1000  # samples of a source before data.max_bad_fraction is applied
-
-
-@dataclass(frozen=True)
-class Reject:
-    """One sample, image (`image` says which of its sample) or shard (no key) that was not used."""
-
-    source: str
-    shard: str
-    key: str
-    reason: str
-    detail: str = ""
-    image: int | None = None
-
-    @property
-    def kind(self) -> str:
-        return "images" if self.image is not None else "samples" if self.key else "shards"
-
-    def line(self) -> dict[str, Any]:
-        """For a file of rejects; `Reject(**line)` undoes it."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
-
-    def __str__(self) -> str:
-        return str(Rejected(self.reason, self.detail))
-
-    @property
-    def identity(self) -> str:
-        """What makes two of them the same. Images are numbered after others were lost: hence the reason."""
-        return "\n".join((self.shard, self.key, "" if self.image is None else f"{self.image} {self.reason}"))
 
 
 class Tally:

@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from experiments.vlm.data.good_sample import Search
 from experiments.vlm.data.lookahead import LookAhead, Queued, Taken
-from experiments.vlm.data.mixture import Mixture
 from experiments.vlm.data.packing import Budget
-from experiments.vlm.data.producer import Setup
-from experiments.vlm.data.reading import ShardCache
 from experiments.vlm.data.sample import Sample
+from experiments.vlm.data.setup import Setup
 from experiments.vlm.data.slot import Slot
+from experiments.vlm.data.sources.good_sample import Search
+from experiments.vlm.data.sources.mixture import Mixture
+from experiments.vlm.data.sources.reader import ShardCache
 from experiments.vlm.data.split import Splitter, outline_of
 
 UNLIMITED = 1 << 40

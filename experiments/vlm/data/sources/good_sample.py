@@ -12,12 +12,11 @@ import numpy as np
 from experiments.vlm.data.document import Document, Image
 from experiments.vlm.data.formats.shard import Shard
 from experiments.vlm.data.image import decode
-from experiments.vlm.data.reading import Lease, ShardCache, guarded
-from experiments.vlm.data.rejects import Rejected
+from experiments.vlm.data.rejects import Reject, Rejected
 from experiments.vlm.data.sample import make_sample
-from experiments.vlm.data.slot import Planning
+from experiments.vlm.data.slot import SlotSettings
+from experiments.vlm.data.sources.reader import Lease, ShardCache, guarded
 from experiments.vlm.data.split import Splitter
-from experiments.vlm.data.tally import Reject
 from torchtitan.components.tokenizer import Tokenizer
 from torchtitan.config.errors import DataError
 
@@ -32,7 +31,7 @@ OpenShard = Callable[[int, str], Shard]  # (source, path)
 class Search:
     """Looks into the sources of a run for good samples; not thread-safe."""
 
-    def __init__(self, planning: Planning, tokenizer: Tokenizer, cache: ShardCache):
+    def __init__(self, planning: SlotSettings, tokenizer: Tokenizer, cache: ShardCache):
         self.planning = planning
         self.tokenizer = tokenizer
         self.cache = cache
@@ -95,7 +94,7 @@ class Search:
         guarded(lambda: decode(lease.shard.load(image), h * plan.patch_size, w * plan.patch_size))
 
 
-def require_good_samples(planning: Planning, tokenizer: Tokenizer, open_shard: OpenShard, slot: int) -> None:
+def require_good_samples(planning: SlotSettings, tokenizer: Tokenizer, open_shard: OpenShard, slot: int) -> None:
     """Raises DataError for the first source that has none. Begins with the shard that this slot reads first."""
     search = Search(planning, tokenizer, ShardCache(open_shard, capacity=1))
     for source, deal in enumerate(planning.deals):

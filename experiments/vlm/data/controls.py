@@ -8,8 +8,8 @@ from dataclasses import replace
 
 from experiments.vlm.data.document import Document, Image
 from experiments.vlm.data.formats.shard import Shard
-from experiments.vlm.data.reading import Transform, guarded
 from experiments.vlm.data.rejects import Rejected
+from experiments.vlm.data.sources.reader import Transform, guarded
 
 BLANK = "blank"  # locator of an image that is not loaded but painted
 GREY = 128  # 0.004 after normalisation

@@ -4,11 +4,12 @@ from collections import Counter
 
 import pytest
 
-from experiments.vlm.data.streams import Deal, permutation
+from experiments.vlm.data.sources.order import Deal, permutation
 
 
-def deal(shards: int, slots: int, epochs: int | None = 2, shuffle: bool = True, window: int = 8) -> Deal:
-    return Deal("captions", tuple(f"{i}.tar" for i in range(shards)), slots, seed=3, epochs=epochs, shuffle=shuffle, window=window)
+def deal(shards: int, slots: int, epochs: int | None = 2, shuffle: bool = True, shuffle_buffer: int = 8) -> Deal:
+    paths = tuple(f"{i}.tar" for i in range(shards))
+    return Deal("captions", paths, slots, seed=3, epochs=epochs, shuffle=shuffle, shuffle_buffer=shuffle_buffer)
 
 
 def read_all(dealt: Deal, records: int) -> list[list[tuple[int, int, int]]]:
@@ -37,7 +38,7 @@ def test_every_slot_has_work_from_the_first_epoch_on():
 
 
 def test_records_move_inside_their_window_only():
-    dealt = deal(1, 1, window=8)
+    dealt = deal(1, 1, shuffle_buffer=8)
     order = dealt.order(dealt.unit(0, 0), 30)
     assert [sorted(order[start : start + 8]) for start in range(0, 30, 8)] == [
         list(range(start, min(30, start + 8))) for start in range(0, 30, 8)

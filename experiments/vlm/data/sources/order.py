@@ -15,7 +15,7 @@ from functools import lru_cache
 
 import numpy as np
 
-BARREN_UNITS = 64  # without a good sample, and 16 rounds of the parts: then the whole source is asked for one
+MOST_EMPTY_UNITS = 64  # without a good sample, and 16 rounds of the parts: then the whole source is asked for one
 
 
 def permutation(count: int, *key: int) -> np.ndarray:
@@ -41,7 +41,7 @@ class Deal:
     seed: int
     epochs: int | None  # None: without end
     shuffle: bool = True
-    window: int = 1024
+    shuffle_buffer: int = 1024
 
     @property
     def parts(self) -> int:
@@ -53,13 +53,13 @@ class Deal:
         return len(self.shards) * self.parts
 
     @property
-    def barren(self) -> int:
+    def empty_units(self) -> int:
         """Units without a good sample after which a slot doubts its source. Parts may be empty.
 
         Without shuffling a slot has then met every unit that it will ever get.
         """
         met = 0 if self.shuffle else self.units // math.gcd(self.units, self.slots)
-        return max(BARREN_UNITS + 16 * self.parts, met)
+        return max(MOST_EMPTY_UNITS + 16 * self.parts, met)
 
     @property
     def key(self) -> tuple[int, int]:
@@ -79,7 +79,7 @@ class Deal:
         if not self.shuffle:
             return indices
         place = unit.shard * self.parts + unit.part
-        windows = [indices[start : start + self.window] for start in range(0, len(indices), self.window)]
+        windows = [indices[start : start + self.shuffle_buffer] for start in range(0, len(indices), self.shuffle_buffer)]
         shuffled = [window[permutation(len(window), *self.key, 1, unit.epoch, place, i)] for i, window in enumerate(windows)]
         return np.concatenate(shuffled) if shuffled else indices
 

@@ -1,4 +1,4 @@
-"""One source, read by one slot: records in the order that streams.py deals, bad ones told and skipped.
+"""One source, read by one slot: records in the order that order.py deals, bad ones logged and skipped.
 
 `ShardCache` keeps shards open for all slots of a process; `SourceReader` is one slot's position in one source.
 """
@@ -15,9 +15,8 @@ import numpy as np
 
 from experiments.vlm.data.document import Document
 from experiments.vlm.data.formats.shard import Shard
-from experiments.vlm.data.rejects import Rejected
-from experiments.vlm.data.streams import Deal, Unit
-from experiments.vlm.data.tally import Reject
+from experiments.vlm.data.rejects import Reject, Rejected
+from experiments.vlm.data.sources.order import Deal, Unit
 from torchtitan.tools.logging import logger
 
 
@@ -103,7 +102,7 @@ Transform = Callable[[Document, Shard, int], Document]  # a validation control: 
 
 
 class SourceReader:
-    """One slot's position in one source. Position: `unit`, `place` in the unit's order, `barren` units since a useful sample."""
+    """One slot's position in one source. Position: `unit`, `place` in the unit's order, `empty_units` units since a useful sample."""
 
     def __init__(self, source: int, deal: Deal, slot: int, cache: ShardCache, transform: Transform | None = None):
         self.source = source
@@ -113,7 +112,7 @@ class SourceReader:
         self.transform = transform
         self.unit = 0
         self.place = 0
-        self.barren = 0
+        self.empty_units = 0
         self._order: tuple[int, np.ndarray] | None = None  # of the current unit, by its number
         self._records_in: dict[int, int] = {}  # units of which records wait, and the current one
 
@@ -122,10 +121,10 @@ class SourceReader:
         return self.deal.unit(self.slot, self.unit) is None
 
     def position(self) -> list[int]:
-        return [self.unit, self.place, self.barren]
+        return [self.unit, self.place, self.empty_units]
 
     def seek(self, position: list[int]) -> None:
-        self.unit, self.place, self.barren = position
+        self.unit, self.place, self.empty_units = position
         self._order = None
 
     def records(self, reject: Callable[[Reject], None], doubt: Callable[[int], None]) -> Iterator[tuple[Reference, Record]]:
@@ -134,11 +133,11 @@ class SourceReader:
         `doubt` is called with the source where there was none for long: it raises DataError if it has none.
         """
         while (unit := self.deal.unit(self.slot, self.unit)) is not None:
-            if self.barren > self.deal.barren:
+            if self.empty_units > self.deal.empty_units:
                 doubt(self.source)
                 if self.deal.epochs is None and not self.deal.shuffle:
                     return
-                self.barren = 0
+                self.empty_units = 0
             order = self._records_of(unit, reject)
             while self.place < len(order):
                 reference = Reference(self.source, self.unit, int(order[self.place]))
@@ -152,7 +151,7 @@ class SourceReader:
                     reject(self._told(unit, lost, record.document.key, lost.image or 0))
                 yield reference, record
             self.unit, self.place = self.unit + 1, 0
-            self.barren += 1  # set back by whoever could use a sample
+            self.empty_units += 1  # set back by whoever could use a sample
 
     def read(self, reference: Reference) -> Record:
         """Raises Rejected."""

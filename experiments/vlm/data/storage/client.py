@@ -19,8 +19,8 @@ from email.utils import parsedate_to_datetime
 import aiohttp
 from yarl import URL
 
-from experiments.vlm.data.download.hosts import REFUSED, Gate, Hosts
 from experiments.vlm.data.rejects import Rejected
+from experiments.vlm.data.storage.hosts import REFUSED, Gate, Hosts
 
 REDIRECTS = {301, 302, 303, 307, 308}
 RETRIED = {408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524}

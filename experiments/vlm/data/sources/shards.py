@@ -29,12 +29,12 @@ import pyarrow as pa
 from braceexpand import braceexpand
 
 from experiments.vlm.config import Data, Source
-from experiments.vlm.data.file_cache import FileCache, file_cache, origin_of
 from experiments.vlm.data.formats import FORMATS
 from experiments.vlm.data.formats.shard import Shard, ShardFile
 from experiments.vlm.data.formats.shard import open_shard as open_file
-from experiments.vlm.data.permission import denied
 from experiments.vlm.data.rejects import Rejected
+from experiments.vlm.data.sources.permission import denied
+from experiments.vlm.data.storage.file_cache import FileCache, file_cache, origin_of
 from experiments.vlm.world import ensure
 from torchtitan.config.errors import ConfigError
 

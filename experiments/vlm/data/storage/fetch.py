@@ -20,10 +20,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from experiments.vlm.config import Data
-from experiments.vlm.data.download.client import Client, Failed, Limits
-from experiments.vlm.data.download.hosts import Gate, Hosts
-from experiments.vlm.data.file_cache import FileCache, file_cache
 from experiments.vlm.data.rejects import REASONS, Rejected
+from experiments.vlm.data.storage.client import Client, Failed, Limits
+from experiments.vlm.data.storage.file_cache import FileCache, file_cache
+from experiments.vlm.data.storage.hosts import Gate, Hosts
 
 MAX_BYTES = 64 << 20
 THREADS = 16
