@@ -2,9 +2,11 @@
 
 import os
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import pytest
+
+from torchtitan.tools.logging import logger
 
 # A job in the background has SIGINT ignored, as have all that it starts: then nobody here could be interrupted. Whoever is
 # started from a process with a handler gets the system's default.
@@ -19,6 +21,14 @@ MAY_BE_SKIPPED = {
     "transformers before 5.24": "an environment of lower bounds has one, which masks an answer otherwise",
 }
 SKIPS = pytest.StashKey[list[str]]()
+
+
+@pytest.fixture(autouse=True)
+def logger_as_it_was() -> Iterator[None]:
+    """A test that starts a command in this process sets up the logger, which then tells caplog nothing any more."""
+    before = logger.handlers[:], logger.level, logger.propagate
+    yield
+    logger.handlers[:], logger.level, logger.propagate = before
 
 
 def skips_that_may_not_be(reasons: Iterable[str]) -> list[str]:
