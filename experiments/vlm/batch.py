@@ -4,7 +4,22 @@ A slot is one row of S tokens and the `patch_rows` rows of L patches that hold i
 rows b * patch_rows ... belong to token row b. Every shape is fixed for a run. Letters: B slots, S tokens, N patch rows,
 L patches a row, D values a patch (patch_size * patch_size * 3), T the three of (t, h, w).
 
-The packer allocates from this table, context parallel slices the S dims, pipeline parallel chunks the B and N dims.
+The loader allocates from this table, context parallel slices the S dims, pipeline parallel chunks the B and N dims.
+
+A batch at B = 1, S = 16 and L = 16, with patches of 16 pixels and spatial_merge_size = 2: one document of two images,
+32 x 32 and 32 x 64 pixels, and the text "cats!". < and > are begin and end of an image, v is a visual token, - in
+the labels -100. The patches of a visual token lie next to each other, as grid_thw shows (h,w here; t is 0).
+
+    tokens       bos   <   v   >   <   v   v   >   c   a   t   s   ! eos pad pad
+    labels         -   -   -   -   -   -   -   c   a   t   s   ! eos   -   -   -
+    positions      0   1   2   3   4   5   6   7   8   9  10  11  12  13   0   0
+    document_ids   0   0   0   0   0   0   0   0   0   0   0   0   0   0  -1  -1
+    visual_index  -1  -1   0  -1  -1   1   2  -1  -1  -1  -1  -1  -1  -1  -1  -1
+    grid_thw     0,0 0,1 1,0 1,1 0,0 0,1 1,0 1,1 0,2 0,3 1,2 1,3   -   -   -   -
+
+    tokens ... visual_index [1, 16]    pixel_values [1, 16, 768]    grid_thw [1, 16, 3]
+
+A second document would begin at place 14 with document id 1 and position 0, its images at patch 12.
 """
 
 from dataclasses import dataclass, field

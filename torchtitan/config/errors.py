@@ -3,12 +3,13 @@
     Exception
       UserError          the user can mend it: one line `error: ...`, exit code 2, no traceback
         ConfigError      an option is wrong, or a file or folder that one names
+          Damaged        a complete checkpoint that cannot be read (components/checkpoint_folder.py)
         CheckpointError  a checkpoint was not written: no space, no permission
         DataError        the data cannot carry the run: too much of it is bad, or nothing good is left
       Rejected         a sample, image or shard is not used: counted by reason, logged, skipped
                        (experiments/vlm/data/rejects.py)
-        Failed         an address was not fetched, and whether to try again (vlm/data/download/client.py)
-      Stopped          somebody asked for a stop: unwinds to where work is saved (vlm/data/download/client.py)
+        Failed         an address was not fetched, and whether to try again (vlm/data/storage/client.py)
+      Stopped          somebody asked for a stop: unwinds to where work is saved (vlm/data/storage/client.py)
       RuntimeError
         Crashed        the working process of `prepare` died: one line, exit code 1; the same command goes on
                        (vlm/prepare/start.py)

@@ -1,0 +1,21 @@
+"""From shards to batches in two passes: a row is planned on integers alone, then filled with pixels.
+
+PLAN: what the next row of a slot holds, a SlotPlan (`Slot.plan`)
+    sources/     which records of which shard a slot reads when (order, mixture), one after the other (reader)
+    formats/     record -> document: texts and references to images (document; conversations: chat_template)
+    sample       document -> token ids, targets, sizes of images in patches
+    split        where a document that is longer than a slot may be cut
+    lookahead    what waits; which documents or pieces share the next row
+    packing      the search for those, on integers
+    slot         all of that for one slot, and the state to resume it from
+FILL: a SlotPlan becomes one slot's part of a batch (`Collator.start`)
+    collate      tokens, labels, indices, counts, padding; image decodes, resizes and writes patches
+RUN: who plans and fills; the steps are the same whoever does (`next(Loader)`)
+    producer     the slots of one process; setup makes what they need from a job
+    workers      processes, each with a producer, that write into shared_memory; supply: with or without them
+    loader       the steps of a rank as the trainer takes them; resume: their state in a checkpoint
+
+Alongside: rejects, reject_log and report (what is not used, why, how much), controls (validation with spoilt
+images), storage/ (copies of files, addresses). RUN imports FILL, and FILL imports PLAN, never the reverse.
+What comes out, with an example: experiments/vlm/batch.py.
+"""

@@ -1,5 +1,8 @@
 """Which waiting samples share the next slot: planned on integers, before any pixel exists.
 
+In: tokens and patches of each sample that waits, and a slot's Budget. Out: which of them go in (`choose`), and the
+patch row and first patch of each image (`place`).
+
 A slot is one budget with two sides, S tokens and `patch_rows` rows of L patches; an image never straddles two rows. The
 oldest waiting sample always goes in, so none waits for more slots than there were samples before it. The others are found
 by a few randomised tries, of which the fullest is kept:

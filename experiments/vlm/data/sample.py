@@ -1,5 +1,7 @@
 """A document as the model will read it: token ids, which of them are targets, and where its images go.
 
+In: a Document, whose images are references with their sizes in pixels. Out: a Sample; no image has been decoded.
+
     document   [bos] parts [eos]         an image: begin_image, image * (h * w / merge^2), end_image
     target     a token that is to be predicted from the one before it. Text is, and eos; bos, image tokens and texts
                without loss (a user's turn) are not. So the first text token after an image is a target

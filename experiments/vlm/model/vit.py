@@ -1,5 +1,7 @@
 """SigLIP2 (NaFlex) vision encoder on packed rows of patches (Tschannen et al., 2025; NaViT, Dehghani et al., 2023).
 
+In: uint8 patches [N, L, C] and their coordinates. Out: features [N, L, D].
+
 Unusual here: a row holds many images of any size, and attention stays inside each image; raw uint8 patches come in and are
 normalised on the device; positions are resized for all images at once (positions.py). The pooling head of the published
 model is left out, since a VLM reads the patches.

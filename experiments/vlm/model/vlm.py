@@ -1,5 +1,7 @@
 """A native-resolution vision-language model: SigLIP2 -> projector -> placed among the token embeddings -> decoder.
 
+In: the tensors of a batch (experiments/vlm/batch.py). Out: their summed loss, float32 [1].
+
 Unusual here: every shape is fixed, images or not. Visual tokens reach their places by a gather inside the slot, so the device
 never waits for the host, and a batch without images runs the same code on padding.
 

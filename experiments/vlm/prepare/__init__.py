@@ -6,7 +6,7 @@ options     what can be asked for
 shard_plan  the input, cut into pieces that each become a shard; the walk through the records of one
 pipeline    the stages, in order                                    (start and worker, or cluster: who runs them)
 dedup       1. hashes of URLs, and which are repeated
-collect     2. fetches (data/download; journal: what came), judges and encodes (images)
+collect     2. fetches (data/storage/client; journal: what came), judges and encodes (images)
 shard       3. the tar file (records: its members) and the account of it
 folder      where all of that lies
 """

@@ -1,4 +1,4 @@
-"""The working process of a run on this machine: started by local.py, which also says how it ends."""
+"""The working process of a run on this machine: started by start.py, which also says how it ends."""
 
 import contextlib
 import fcntl

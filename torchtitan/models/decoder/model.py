@@ -1,5 +1,7 @@
 """One pre-norm decoder; Llama 3, Qwen 2 and Qwen 3 are rows of data (flavors.py).
 
+In: embeddings [B, S, D], positions, a mask, labels. Out: the summed loss, float32 [1], or logits [B, S, V].
+
 Unusual here: it takes embeddings, positions and a mask description rather than tokens alone, since documents are packed and
 image tokens are placed into the embeddings first; and its output layer computes the loss, so that all logits never exist.
 Papers: Llama 3 (Dubey et al., 2024), Qwen 2.5 and Qwen 3 (Yang et al., 2024, 2025).

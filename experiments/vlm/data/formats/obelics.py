@@ -1,5 +1,7 @@
 """OBELICS: documents of text and images in reading order (Hugging Face `HuggingFaceM4/OBELICS`).
 
+In: a record of two lists. Out: a Draft, texts and images in their order, and what had no place.
+
     texts   ["A cat.", null,     "A dog."]
     images  [null,     IMAGE,    null    ]       exactly one of the two at each index
 

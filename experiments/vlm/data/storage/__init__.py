@@ -1,5 +1,7 @@
-"""From an address to bytes, politely, for training (data/fetch) and data preparation alike.
+"""Bytes from elsewhere, for training and data preparation alike.
 
-client      one address: redirects, limits, retries; why it failed
+file_cache  local copies of what is remote, packed or drawn, bounded in size
+fetch       an image of a training record by its address, by way of the cache
+client      one address, politely: redirects, limits, retries; why it failed
 hosts       which addresses may be connected to, and how often and how widely one host may be asked
 """

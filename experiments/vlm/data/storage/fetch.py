@@ -1,6 +1,6 @@
 """Images by their address, for records that hold URLs.
 
-The client is that of data preparation (download/): http(s) only, a few redirects at most, no private
+The client is that of data preparation (client.py): http(s) only, a few redirects at most, no private
 addresses. Here an image has a few seconds in all, and one try.
 
 The first outcome is the outcome. Bytes are kept in the file cache, and that an address did not answer in its
