@@ -51,7 +51,12 @@ GOOD = {
 def test_what_pillow_reads_is_delivered_as_pillow_reads_it(kind):
     data = GOOD[kind]
     assert probe(data) == (HEIGHT, WIDTH)
-    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    try:
+        expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    except OSError:  # a YCbCr TIFF is cut short for a Pillow before 13
+        with pytest.raises(Rejected):
+            decode(data, HEIGHT, WIDTH)
+        return
     assert psnr(decode(data, HEIGHT, WIDTH), expected) > 50
 
 
