@@ -29,7 +29,7 @@ class Experiment(NamedTuple):
     spec: str  # "module:NAME" of its TrainSpec; imported after the check, since it imports torch
 
 
-EXPERIMENTS = {"vlm": Experiment(VLMJobConfig, check_vlm, "experiments.vlm:SPEC")}
+EXPERIMENTS = {"vlm": Experiment(VLMJobConfig, check_vlm, "experiments.vlm.spec:SPEC")}
 CONFIG_CLASSES = {name: experiment.config_class for name, experiment in EXPERIMENTS.items()}
 
 

@@ -16,7 +16,7 @@ from torchtitan.components.checkpoint_folder import find, read_record
 from torchtitan.components.forward_backward import ForwardBackward, Plain
 from torchtitan.components.loader import Batch, Loader, Tensors, to_device
 from torchtitan.components.lr_scheduler import Schedule, fit_warmup
-from torchtitan.components.metrics import Meter, Reporter
+from torchtitan.components.metrics import Counts, Meter, Reporter
 from torchtitan.components.optimizer import Optimizers
 from torchtitan.components.room import held_gib, require_room
 from torchtitan.components.saved_config import save_config
@@ -46,6 +46,7 @@ class Run:
     loader: Loader
     feed: Callable[[Batch], Tensors]
     flops: Callable[[Batch], int]
+    counts: Counts
     state: TrainState
     checkpointer: Checkpointer
     validator: Validator
@@ -66,20 +67,22 @@ def build(job: JobConfig, spec: TrainSpec, device: torch.device) -> Run:
     freeze(model, job.training.freeze)
     flops = spec.flops(job, model)
     describe(model, spec, sizes)
-    require_room(held_gib(model, job, spec.adamw_only, mesh.degrees), job, device)
+    require_room(held_gib(model, job, mesh.degrees), job, device)
     open_loader = loader_of(job, spec, tokenizer, mesh)
     loader = open_loader("train", None)
     passes = lay_out(model, mesh, job, spec)
     materialise(passes.parts, job, device)
-    optimizers = Optimizers(passes.parts, job.optimizer, spec.adamw_only, rates_on=device if job.compile.cuda_graphs else None)
+    rates_on = device if job.compile.cuda_graphs else None
+    optimizers = Optimizers(passes.parts, job.optimizer, model.ADAMW_ONLY, rates_on)
     schedule = Schedule(optimizers, job.training.steps, job.lr_scheduler)
-    state = TrainState(passes.parts, optimizers, schedule, loader, spec.aliases(job), sizes.global_)
+    state = TrainState(passes.parts, optimizers, schedule, loader, model.tied_names(), sizes.global_)
     checkpointer = Checkpointer(job.checkpoint, folder / job.checkpoint.folder, state)
     checkpointer.load()
     if dist.get_rank() == 0:
         save_config(job, folder, state.step)
     feed = feed_of(job, spec, mesh)
-    occupancy = tuple(spec.capacity(job))
+    counts = spec.counts(job)
+    percentages = (*counts.capacity, "exact", *spec.scoring.groups)
     return Run(
         job=job,
         spec=spec,
@@ -91,6 +94,7 @@ def build(job: JobConfig, spec: TrainSpec, device: torch.device) -> Run:
         loader=loader,
         feed=feed,
         flops=flops,
+        counts=counts,
         state=state,
         checkpointer=checkpointer,
         validator=Validator(
@@ -98,13 +102,11 @@ def build(job: JobConfig, spec: TrainSpec, device: torch.device) -> Run:
             mesh=mesh,
             open_loader=lambda control: open_loader("validation", control),
             feed=feed,
-            documents=spec.documents,
-            labels=spec.labels,
-            groups=spec.groups,
+            scoring=spec.scoring,
             steps=job.validation.steps,
         ),
-        meter=Meter(device, world_size, spec.capacity(job), spec.rates, spec.tokens, spec.tallies(job)),
-        reporter=Reporter(job, (*occupancy, "exact", *spec.groups), state.step, dist.get_rank(), world_size),
+        meter=Meter(device, world_size, counts),
+        reporter=Reporter(job, percentages, state.step, dist.get_rank(), world_size),
         profiler=Profiler(job.profiling, job.job.dump_folder, dist.get_rank(), state.step),
     )
 

@@ -31,7 +31,7 @@ def dry_run(job: JobConfig, spec: TrainSpec) -> None:
     freeze(model, job.training.freeze)
     describe(model, spec, sizes)
     tell_run(job, layout, sizes)
-    tell_memory(job, spec, layout, tokenizer, held_gib(model, job, spec.adamw_only, layout))
+    tell_memory(job, spec, layout, tokenizer, held_gib(model, job, layout))
     if there:
         tell_batch(job, spec, layout, tokenizer, model)
     else:
@@ -69,7 +69,7 @@ def tell_batch(job: JobConfig, spec: TrainSpec, layout: Degrees, tokenizer: Any,
     for name, tensor in batch.tensors.items():
         size = tensor.numel() * tensor.element_size() / 2**20
         logger.info(f"{name}: {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}, {size:.1f} MiB")
-    slots = len(batch.tensors[spec.labels])
-    held = {name: 100 * batch.counts[name] / (size * slots) for name, size in spec.capacity(job).items()}
+    slots = len(batch.tensors[spec.scoring.labels])
+    held = {name: 100 * batch.counts[name] / (size * slots) for name, size in spec.counts(job).capacity.items()}
     shares = ", ".join(f"{name} {share:.1f}%" for name, share in held.items())
     logger.info(f"first batch: {shares}; {spec.flops(job, model)(batch) / 1e9:.1f} GFLOPs")

@@ -39,15 +39,12 @@ from torchtitan.tools.logging import logger
 from torchtitan.tools.progress import Progress
 from torchtitan.tools.signals import WATCHED, StopSignals, exit_code
 
-CONTROLS = ("blanked", "shuffled")
-
 
 class Trainer:
     def __init__(self, run: Run):
         self.run, self.job, self.state = run, run.job, run.state
         self.folder = Path(run.job.job.dump_folder)
-        self.counted = run.spec.counts(run.job)
-        self.epochs = Epochs(run.spec.sources(run.job), resumed=run.state.step > 0)
+        self.epochs = Epochs(run.counts.sources, resumed=run.state.step > 0)
         copies = {id(parameter) for parameter in run.passes.copies()}
         self.accounted = [parameter for parameter in run.optimizers.parameters if id(parameter) not in copies]
         self.take_step: OptimizerStep = self.optimizer_step
@@ -82,12 +79,12 @@ class Trainer:
             return False
 
         # Everyone divides by the same number: the tokens that carry loss in the whole global step.
-        scale = 1 / max(1.0, total[self.run.spec.loss_weight])
+        scale = 1 / max(1.0, total[self.run.counts.loss_weight])
         self.run.schedule.advance()
         self.loss, self.grad_norm = self.take_step(map(self.run.feed, step.batches), scale)
 
         self.state.step += 1
-        self.state.tokens += int(total[self.run.spec.tokens])
+        self.state.tokens += int(total[self.run.counts.tokens])
         self.state.data = step.state
         self.run.meter.add(total, data_s)
         self.epochs.add(self.state.step, total)
@@ -111,12 +108,12 @@ class Trainer:
 
     def sum_counts(self, step: Step | None) -> dict[str, float]:
         """What all ranks' batches of this step hold together, and whether any rank wants to stop or has no more data."""
-        own = dict.fromkeys([*self.counted, *self.epochs.names.values(), "slots", "flops"], 0.0)
+        own = dict.fromkeys([*self.run.counts.names, *self.epochs.names.values(), "slots", "flops"], 0.0)
         if step is not None and self.run.mesh.leads:
             for batch in step.batches:
-                own["slots"] += len(batch.tensors[self.run.spec.labels])
+                own["slots"] += len(batch.tensors[self.run.spec.scoring.labels])
                 own["flops"] += self.run.flops(batch)
-                for name in self.counted:
+                for name in self.run.counts.names:
                     own[name] += batch.counts.get(name, 0)
                 for source, name in self.epochs.names.items():
                     own[name] += batch.epochs.get(source, 0)
@@ -203,13 +200,15 @@ class Trainer:
         dist.barrier()  # once a rank has ended with another code than 0, a launcher gives the others little time
 
     def control(self, values: Values) -> None:
-        """The held-out split with its images, as just evaluated, and with images that say nothing or belong to other captions."""
-        exact = {"held-out exact": values["exact"]} | {name: self.run.validator.evaluate(name)["exact"] for name in CONTROLS}
+        """The held-out split as it is, just evaluated, and spoilt in each of the ways that the experiment knows."""
+        controls = self.run.spec.scoring.controls
+        exact = {"held-out exact": values["exact"]}
+        exact |= {name: self.run.validator.evaluate(name)["exact"] for name in controls}
         logger.info(" ".join(f"{name} {share:.1f} %" for name, share in exact.items()))
 
     def draw_curves(self) -> None:
         if self.job.metrics.save_plot and self.run.reporter.writes:
-            path = draw_curves(self.folder, tuple(self.run.spec.capacity(self.job)), tuple(self.run.spec.groups))
+            path = draw_curves(self.folder, tuple(self.run.counts.capacity), tuple(self.run.spec.scoring.groups))
             logger.info(f"curves: {path}")
 
     def close(self) -> None:

@@ -82,9 +82,8 @@ class Delivered:
 
 @dataclass
 class Batch:
-    """One microbatch. `tensors` follows FIELDS; `counts` are host integers, so that nothing asks the device for them:
-    tokens (not padding), loss_tokens (label >= 0), patches (not padding), images, and samples/SOURCE, tokens/SOURCE.
-    `epochs`: the share of these slots in how often each source was delivered so far."""
+    """One microbatch. `tensors` follows FIELDS; `counts` (data/counts.py) are host integers, so that nothing asks the device
+    for them. `epochs`: the share of these slots in how often each source was delivered so far."""
 
     tensors: dict
     counts: dict[str, int]

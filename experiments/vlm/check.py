@@ -5,7 +5,7 @@ import os
 import re
 from collections import Counter
 
-from experiments.vlm.config import Source, VLMJobConfig
+from experiments.vlm.config import PARTS, Source, VLMJobConfig
 from experiments.vlm.data.chat_template import BUILT_IN as CHAT_TEMPLATES
 from experiments.vlm.data.formats import FORMATS
 from experiments.vlm.data.sources.permission import denied
@@ -33,7 +33,6 @@ RANGES = {
     "data.cache_gb": "> 0",
     "data.url_timeout_s": "> 0",
 }
-PARTS = ("encoder", "projector", "decoder")
 
 
 def check_vlm(job: VLMJobConfig, world_size: int) -> None:

@@ -8,6 +8,7 @@ from torchtitan.config.errors import ConfigError
 from torchtitan.config.job import JobConfig, Validation
 
 FIRST = "data.sources.0."
+PARTS = ("encoder", "projector", "decoder")  # of the model; training.freeze names them
 
 
 @dataclass

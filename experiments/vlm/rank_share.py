@@ -117,7 +117,7 @@ class RankShare:
         own = {name: parameter for name, parameter in self._parameters.items() if name.startswith(begin)}
         backward = [wants for name, wants in self._backward.items() if f"{name}.".startswith(begin)]
         trained = [(name, parameter) for name, parameter in own.items() if parameter.requires_grad]
-        optimizer = self._job.optimizer, VLM.TABLES
+        optimizer = self._job.optimizer, VLM.ADAMW_ONLY
         return Unit(
             name,
             sum(parameter.numel() for parameter in own.values()),

@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from experiments.vlm.batch import Delivered
-from experiments.vlm.config import VLMJobConfig
+from experiments.vlm.config import PARTS, VLMJobConfig
+from experiments.vlm.data.controls import CONTROLS
+from experiments.vlm.data.counts import COUNTS, written_names
 from experiments.vlm.data.loader import Loader
-from experiments.vlm.data.rejects import REASONS
 from experiments.vlm.data.setup import sources_of
 from experiments.vlm.estimate import estimate
 from experiments.vlm.flops import count_flops
@@ -17,14 +18,15 @@ from experiments.vlm.pipeline import pipeline_vlm
 from experiments.vlm.shard_batch import shard_batch, whole_slots
 from experiments.vlm.vocabulary import open_tokenizer, rows_of
 from torchtitan.components.loader import Tensors
+from torchtitan.components.metrics import Counts
 from torchtitan.components.tokenizer import Tokenizer
+from torchtitan.components.validation import Scoring
 from torchtitan.config.layout import Degrees
 from torchtitan.distributed.estimate import Memory
 from torchtitan.distributed.mesh import Mesh
 from torchtitan.layers.attention import resolve_backend
 from torchtitan.spec import TrainSpec
 
-PARTS = ("encoder", "projector", "decoder")
 THIN = 3  # an image is thin when one side is at least this many times the other
 
 
@@ -48,23 +50,16 @@ def score(model: torch.nn.Module, tensors: Tensors, mesh: Mesh) -> Tensor:
     return whole_slots(model(**tensors, per_token=True), tensors, mesh)
 
 
-def capacity(job: VLMJobConfig) -> dict[str, int]:
-    return {"patches": job.data.patch_rows * job.data.patches_per_row, "tokens": job.training.seq_len}
-
-
-def source_names(job: VLMJobConfig) -> tuple[str, ...]:
-    return tuple(source.name for source in sources_of(job, "train"))
-
-
-def mixture_and_rejects(job: VLMJobConfig) -> tuple[str, ...]:
-    """What each source gave, and what was rejected, by reason."""
-    given = (f"{what}/{name}" for what in ("samples", "tokens") for name in source_names(job))
-    return (*given, *(f"rejected/{reason}" for reason in REASONS))
-
-
-def tied(job: VLMJobConfig) -> dict[str, str]:
-    is_tied = FLAVORS[job.model.flavor].decoder.tied_embeddings
-    return {"decoder.output.weight": "decoder.tok_embeddings.weight"} if is_tied else {}
+def counts(job: VLMJobConfig) -> Counts:
+    sources = tuple(source.name for source in sources_of(job, "train"))
+    return Counts(
+        loss_weight="loss_tokens",
+        tokens="tokens",
+        capacity={name: count.capacity(job) for name, count in COUNTS.items() if count.capacity},
+        rates=tuple(name for name, count in COUNTS.items() if count.per_second),
+        tallies=written_names(sources),
+        sources=sources,
+    )
 
 
 def is_thin(sample: Delivered) -> bool:
@@ -83,16 +78,7 @@ SPEC = TrainSpec(
     shard_batch=shard_batch,
     loss=loss,
     score=score,
-    loss_weight="loss_tokens",
-    tokens="tokens",
-    capacity=capacity,
-    rates=("images",),
-    tallies=mixture_and_rejects,
-    sources=source_names,
+    scoring=Scoring("document_ids", "labels", groups={"thin": is_thin}, controls=tuple(CONTROLS)),
+    counts=counts,
     flops=lambda job, model: count_flops(model),
-    adamw_only=VLM.TABLES,
-    aliases=tied,
-    documents="document_ids",
-    labels="labels",
-    groups={"thin": is_thin},
 )

@@ -199,6 +199,6 @@ SMALL = dataclasses.replace(
     SPEC,
     load_tokenizer=lambda job: Tokenizer(),
     build_loader=DrawnLoader,
-    sources=lambda job: ("drawn",),
+    counts=lambda job: dataclasses.replace(SPEC.counts(job), sources=("drawn",)),
 )
 CPU = torch.device("cpu")

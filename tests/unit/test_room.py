@@ -43,9 +43,9 @@ def test_a_rank_holds_what_is_counted(changes, tmp_path):
     job = job_of(changes, str(tmp_path))
     model = SMALL.build_model(job, Tokenizer())
     freeze(model, job.training.freeze)
-    counted = room.held_gib(model, job, SMALL.adamw_only, ALONE)
+    counted = room.held_gib(model, job, ALONE)
     assert counted * GIB == pytest.approx(bytes_after_a_step(job, tmp_path))
-    assert room.held_gib(model, job, SMALL.adamw_only, Degrees(2, 4, 1, 2, 1)) == pytest.approx(counted / 8), "copies share nothing"
+    assert room.held_gib(model, job, Degrees(2, 4, 1, 2, 1)) == pytest.approx(counted / 8), "copies share nothing"
 
 
 def test_a_model_that_cannot_fit_is_told_before_it_gets_storage(tmp_path, monkeypatch):

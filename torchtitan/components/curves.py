@@ -20,7 +20,7 @@ def draw_curves(folder: Path, occupancy: Sequence[str], groups: Sequence[str]) -
     shares = [("validate/exact", "exact"), *((f"validate/{name}", name) for name in groups)]
     figure, panels = pyplot.subplots(1, 3, figsize=(15, 4), layout="constrained")
     _plot(panels[0], history, [("loss", "training"), ("validate/loss", "held out")], "loss, nats a token")
-    _plot(panels[1], history, shares, "held-out captions exact, %")
+    _plot(panels[1], history, shares, "held-out documents exact, %")
     _plot(panels[2], history, [(name, name) for name in occupancy], "occupancy, %")
     panels[1].set_ylim(0, 100)
     path = folder / CURVES

@@ -33,7 +33,7 @@ class Step(Protocol):
 
 
 class Loader(Protocol):
-    """Steps of data-parallel rank `rank` of `ranks`; `split` is train or validation, `control` spoils the images of the latter.
+    """Steps of data-parallel rank `rank` of `ranks`; `split` is train or validation, `control` spoils the latter (Scoring.controls).
 
     It ends on every rank at the same step: `agree`, called by all, tells whether any of them still has data.
     """

@@ -4,6 +4,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 
@@ -27,19 +28,27 @@ FORMATS: dict[str, Callable[[float], str]] = {
 COLOURS = {"step": 31, "loss": 32, "grad_norm": 33, "memory": 36, "tps": 34, "tflops": 35, "mfu": 31}
 
 
+@dataclass(frozen=True)
+class Counts:
+    """The numbers of a batch (Batch.counts) that the trainer adds up over ranks, by what it makes of each."""
+
+    loss_weight: str  # what a step's summed loss is divided by, over all ranks
+    tokens: str  # what tps speaks of
+    capacity: Mapping[str, int]  # the most that a slot can hold of some; printed as occupancy
+    rates: tuple[str, ...]  # printed per second
+    tallies: tuple[str, ...]  # written to the sinks, and not printed
+    sources: tuple[str, ...]  # of which a batch gives its epochs (Batch.epochs)
+
+    @property
+    def names(self) -> list[str]:
+        return sorted({self.loss_weight, self.tokens, *self.rates, *self.capacity, *self.tallies})
+
+
 class Meter:
     """What happened since the last line."""
 
-    def __init__(
-        self,
-        device: torch.device,
-        ranks: int,
-        capacity: Mapping[str, int],
-        rates: tuple[str, ...],
-        tokens: str,
-        tallies: tuple[str, ...] = (),
-    ):
-        self.device, self.ranks, self.capacity, self.rates, self.tokens, self.tallies = device, ranks, capacity, rates, tokens, tallies
+    def __init__(self, device: torch.device, ranks: int, counts: Counts):
+        self.device, self.ranks, self.counts = device, ranks, counts
         self.peak = peak_flops(device)
         self.restart()
 
@@ -67,14 +76,15 @@ class Meter:
         flops = self.totals["flops"] / elapsed / self.ranks
         values: Values = {
             "memory": peak_memory_gib(self.device),
-            "tps": self.totals[self.tokens] / elapsed / self.ranks,
+            "tps": self.totals[self.counts.tokens] / elapsed / self.ranks,
             "tflops": flops / 1e12,
             "mfu": None if self.peak is None else 100 * flops / self.peak,
         }
-        values |= {name: 100 * self.totals[name] / (size * self.totals["slots"]) for name, size in self.capacity.items()}
-        values |= {f"{name}/s": self.totals[name] / elapsed for name in self.rates}
+        slots, capacity = self.totals["slots"], self.counts.capacity
+        values |= {name: 100 * self.totals[name] / (size * slots) for name, size in capacity.items()}
+        values |= {f"{name}/s": self.totals[name] / elapsed for name in self.counts.rates}
         values["data_wait"] = 100 * self.data_s / elapsed
-        tallies: Values = {name: self.totals[name] for name in self.tallies}
+        tallies: Values = {name: self.totals[name] for name in self.counts.tallies}
         self.restart()
         return values, tallies
 

@@ -4,8 +4,9 @@ That is weights, gradients and optimizer state, all of them there when the optim
 top.
 """
 
+from typing import Any
+
 import torch
-from torch import nn
 
 from torchtitan.components.optimizer import moments, trainable
 from torchtitan.config.errors import ConfigError
@@ -17,12 +18,13 @@ from torchtitan.tools.logging import warn_once
 NEAR = 0.8  # share of the memory from which on activations may find no room
 
 
-def held_gib(model: nn.Module, job: JobConfig, adamw_only: tuple[str, ...], layout: Degrees) -> float:
-    """Of a rank, on the mean over its shards. `model`: the whole, on the meta device, frozen where it is to be."""
+def held_gib(model: Any, job: JobConfig, layout: Degrees) -> float:
+    """Of a rank, on the mean over its shards. `model`: the whole Model (spec.py), on the meta device, frozen where it is to be."""
     parameters = list(model.parameters())
     weights = sum(parameter.numel() * (1 + parameter.requires_grad) for parameter in parameters)  # and gradients
     shards = layout.dp_shard * layout.cp * layout.tp * layout.pp
-    return (weights + moments(trainable(model), job.optimizer, adamw_only)) * torch.float32.itemsize / shards / GIB
+    state = moments(trainable(model), job.optimizer, model.ADAMW_ONLY)
+    return (weights + state) * torch.float32.itemsize / shards / GIB
 
 
 def require_room(held: float, job: JobConfig, device: torch.device) -> None:

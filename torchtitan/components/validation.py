@@ -19,16 +19,24 @@ from torchtitan.distributed.mesh import Mesh
 
 
 @dataclass(frozen=True)
+class Scoring:
+    """How held-out batches are judged: which fields say what, and what is told apart."""
+
+    documents: str  # field of a batch that tells documents apart
+    labels: str  # field that holds the labels; negative where there is none
+    groups: Mapping[str, Callable[[Any], bool]]  # name -> is this sample in it: breakdowns of `exact`
+    controls: tuple[str, ...]  # ways to spoil the held-out split, for validation.controls
+
+
+@dataclass(frozen=True)
 class Validator:
-    """Fields as in TrainSpec; `open_loader(control)` gives the held-out split, as it is or spoilt by a control."""
+    """`open_loader(control)` gives the held-out split, as it is or spoilt by a control."""
 
     passes: ForwardBackward
     mesh: Mesh
     open_loader: Callable[[str | None], Loader]
     feed: Callable[[Batch], Tensors]  # host batch -> what this rank's forward takes, on the device
-    documents: str
-    labels: str
-    groups: Mapping[str, Callable[[Any], bool]]
+    scoring: Scoring
     steps: int  # the most batches to look at; -1: all
 
     def evaluate(self, control: str | None = None) -> Values:
@@ -46,19 +54,20 @@ class Validator:
             loader.close()
         total = sum_over_hosts(sums)
         values: Values = {"loss": total["nll"] / max(1.0, total["tokens"]), "exact": _share(total, "")}
-        return values | {group: _share(total, group) for group in self.groups} | {"documents": total["documents"]}
+        return values | {group: _share(total, group) for group in self.scoring.groups} | {"documents": total["documents"]}
 
     def _names(self) -> list[str]:
-        return ["nll", "tokens", *(kind + group for kind in ("documents", "exact") for group in ("", *self.groups))]
+        return ["nll", "tokens", *(kind + group for kind in ("documents", "exact") for group in ("", *self.scoring.groups))]
 
     def _count(self, batch: Batch, scores_BS2: np.ndarray, sums: dict[str, float]) -> None:
-        labelled_BS = batch.tensors[self.labels].numpy() >= 0
+        labelled_BS = batch.tensors[self.scoring.labels].numpy() >= 0
         sums["nll"] += float(scores_BS2[..., 0].sum(dtype=np.float64))
         sums["tokens"] += int(labelled_BS.sum())
-        exact = exact_documents(scores_BS2[..., 1], labelled_BS, batch.tensors[self.documents].numpy())
+        exact = exact_documents(scores_BS2[..., 1], labelled_BS, batch.tensors[self.scoring.documents].numpy())
         samples = {(sample.row, sample.document): sample for sample in batch.samples}
         for place, right in exact.items():
-            within = [group for group, belongs in self.groups.items() if place in samples and belongs(samples[place])]
+            sample = samples.get(place)
+            within = [group for group, holds in self.scoring.groups.items() if sample is not None and holds(sample)]
             for group in ("", *within):
                 sums["documents" + group] += 1
                 sums["exact" + group] += right

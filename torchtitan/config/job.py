@@ -142,7 +142,7 @@ class Validation:
     enable: bool = False  # evaluate on validation.sources
     freq: int = 100  # steps between two evaluations; the last step is always evaluated
     steps: int = -1  # batches per evaluation; -1: the held-out split once
-    controls: bool = False  # after the last step evaluate with blanked and with shuffled images too
+    controls: bool = False  # after the last step evaluate the experiment's controls too: held-out data spoilt on purpose
 
 
 @dataclass

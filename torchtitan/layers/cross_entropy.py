@@ -11,8 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-IGNORE = -100
-
 
 class _Chunk:
     """Log-sum-exp and label logit of a chunk over the whole vocabulary; `ranked`: the most likely token too."""
@@ -20,7 +18,7 @@ class _Chunk:
     def __init__(self, h_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, group: dist.ProcessGroup | None, ranked: bool = False):
         self.group = group
         self.logits_TV = (h_TD @ weight_VD.T).float()
-        self.labels_T, self.valid_T = labels_T, labels_T != IGNORE
+        self.labels_T, self.valid_T = labels_T, labels_T >= 0
         first = dist.get_rank(group) * weight_VD.shape[0] if group else 0
         # A label of another rank's columns, or none, must not index out of range: it reads column 0 and is masked.
         local_T = labels_T - first
@@ -92,7 +90,7 @@ class _CrossEntropySum(torch.autograd.Function):
 
 
 def cross_entropy_sum(h_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, chunk: int, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Sum over labels != -100 of -log softmax(h @ weight.T)[label], float32 [1]; `chunk` tokens' logits exist at a time.
+    """Sum over labels >= 0 of -log softmax(h @ weight.T)[label], float32 [1]; `chunk` tokens' logits exist at a time.
 
     With `group`, `weight_VD` is this rank's share of the rows and the gradient of `h_TD` is this rank's part of a sum.
     """

@@ -7,6 +7,7 @@ The plan stands. An image that fails only now leaves padding in its patches; its
 document that follow close up, and the padding comes after the document, which so stays in one piece.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
@@ -14,7 +15,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from experiments.vlm.batch import FIELDS, IGNORE, Delivered
-from experiments.vlm.data.controls import BLANK, GREY
+from experiments.vlm.data.controls import Painted
+from experiments.vlm.data.counts import count_by_source, count_slot
 from experiments.vlm.data.image import ImagePlan, decode, write_patches
 from experiments.vlm.data.rejects import Reject, Rejected
 from experiments.vlm.data.sample import PlannedImage
@@ -29,7 +31,7 @@ class FilledSlot:
     """What is in a slot now. Plain data."""
 
     slot: int
-    counts: dict[str, int] = field(default_factory=dict)  # as in Batch.counts
+    counts: Counter[str] = field(default_factory=Counter)  # as in Batch.counts
     delivered: list[Delivered] = field(default_factory=list)
     rejects: list[Reject] = field(default_factory=list)  # met while decoding
 
@@ -62,8 +64,9 @@ class Collator:
     def _decode(self, lease: Lease, image: PlannedImage, patches: np.ndarray, thw: np.ndarray) -> Rejected | None:
         """Runs in a thread. None: it went well."""
         height, width = image.h * self.plan.patch_size, image.w * self.plan.patch_size
-        if image.image.locator == BLANK:
-            pixels = np.full((height, width, 3), GREY, np.uint8)
+        locator = image.image.locator
+        if isinstance(locator, Painted):
+            pixels = locator.paint(height, width)
         else:
             try:
                 pixels = guarded(lambda: decode(lease.shard.load(image.image), height, width))
@@ -119,7 +122,7 @@ class _Row:
         sizes = [(sample.images[number].image.height, sample.images[number].image.width) for number in good]
         delivered = Delivered(0, document, origin.source, origin.shard, origin.key, sizes, packed.reference.offset)
         self.filled.delivered.append(delivered)
-        self._count(delivered, len(tokens))
+        self.filled.counts.update(count_by_source(delivered, len(tokens)))
 
     def close(self) -> FilledSlot:
         """Write padding into every patch that holds no image, and count."""
@@ -129,11 +132,7 @@ class _Row:
             for name in ("pixel_values", "grid_thw"):
                 self.views[name][row, cursor[row] : first] = FIELDS[name].padding
             cursor[row] = end
-        counts = self.filled.counts
-        counts["tokens"] = int((self.views["document_ids"] >= 0).sum())
-        counts["loss_tokens"] = int((self.views["labels"] >= 0).sum())
-        counts["patches"] = sum(end - first for _, first, end in self.kept)
-        counts["images"] = len(self.kept)
+        self.filled.counts.update(count_slot(self.views, self.filled.delivered))
         return self.filled
 
     def _without_lost(self, packed: Packed, good: list[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -161,8 +160,3 @@ class _Row:
         self.views["positions"][start:end] = np.arange(len(tokens))
         self.views["document_ids"][start:end] = document
         self.views["visual_index"][start:end] = visual_index
-
-    def _count(self, delivered: Delivered, tokens: int) -> None:
-        counts, source = self.filled.counts, delivered.source
-        for name, more in ((f"samples/{source}", int(delivered.offset == 0)), (f"tokens/{source}", tokens)):
-            counts[name] = counts.get(name, 0) + more

@@ -4,20 +4,32 @@ blanked    every image is mid-grey, at its own size
 shuffled   a sample gets the images of another sample of its shard, at their own sizes
 """
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from experiments.vlm.data.document import Document, Image
 from experiments.vlm.data.formats.shard import Shard
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.sources.reader import Transform, guarded
 
-BLANK = "blank"  # locator of an image that is not loaded but painted
-GREY = 128  # 0.004 after normalisation
 NEIGHBOURS = 32  # records that are tried for images before a sample is blanked instead
 
 
+@dataclass(frozen=True)
+class Painted:
+    """Locator of an image that is not loaded but painted."""
+
+    paint: Callable[[int, int], np.ndarray]  # (height, width) -> uint8 [height, width, 3]
+
+
+def grey(height: int, width: int) -> np.ndarray:
+    return np.full((height, width, 3), 128, np.uint8)  # 0.004 after normalisation
+
+
 def blanked(document: Document, shard: Shard, record: int) -> Document:
-    parts = [replace(part, locator=BLANK) if isinstance(part, Image) else part for part in document.parts]
+    parts = [replace(part, locator=Painted(grey)) if isinstance(part, Image) else part for part in document.parts]
     return replace(document, parts=parts)
 
 
@@ -49,4 +61,5 @@ def _images_of_another(shard: Shard, record: int) -> list[Image]:
     return []
 
 
+# Name -> what it makes of a document. A new control is a row here: validation.controls goes through all of them.
 CONTROLS: dict[str, Transform] = {"blanked": blanked, "shuffled": shuffled}

@@ -17,11 +17,12 @@ import torch
 
 from experiments.vlm.batch import FIELDS, Batch, BatchShape
 from experiments.vlm.config import VLMJobConfig
+from experiments.vlm.data.counts import names_by_source, rejected_name
 from experiments.vlm.data.producer import SlotStep
 from experiments.vlm.data.reject_log import RejectLog
 from experiments.vlm.data.report import Tally, check_bad_fraction, rejected_line, report, tally_of
 from experiments.vlm.data.resume import load_states, save_states, slot_key
-from experiments.vlm.data.setup import Control, Split, make_setup, order_facts
+from experiments.vlm.data.setup import Split, make_setup, order_facts
 from experiments.vlm.data.shared_memory import Arrays
 from experiments.vlm.data.sources.good_sample import require_good_samples
 from experiments.vlm.data.storage.fetch import about_failures
@@ -56,7 +57,7 @@ class Loader:
         rank: int = 0,
         ranks: int = 1,
         split: Split = "train",
-        control: Control | None = None,
+        control: str | None = None,
         agree: Callable[[bool], bool] | None = None,
     ):
         self.job, self.split = job, split
@@ -174,11 +175,11 @@ class Loader:
         for name, array in arrays.items():
             rows = self.shape.patch_rows if FIELDS[name].dims[0] == "N" else 1
             tensors[name] = torch.from_numpy(array[first * rows : (first + len(steps)) * rows])
-        counts = Counter({f"{what}/{name}": 0 for what in ("samples", "tokens") for name in self.names})
+        counts = Counter(dict.fromkeys(names_by_source(self.names), 0))
         samples = []
         for row, step in enumerate(steps):
             counts.update(step.filled.counts)
-            counts.update(f"rejected/{reject.reason}" for reject in step.rejects)
+            counts.update(rejected_name(reject.reason) for reject in step.rejects)
             samples += [replace(delivered, row=row) for delivered in step.filled.delivered]
         epochs = {name: sum(step.epochs[name] for step in steps) for name in self.names}
         return Batch(tensors, dict(counts), samples, epochs)

@@ -19,7 +19,6 @@ from experiments.vlm.data.sources.shards import list_shards, open_shard
 from torchtitan.components.tokenizer import Tokenizer
 
 Split = Literal["train", "validation"]
-Control = Literal["blanked", "shuffled"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ def sources_of(job: VLMJobConfig, split: Split) -> list[Source]:
     return [replace(source, name=source.name or source.format) for source in sources]
 
 
-def make_setup(job: VLMJobConfig, tokenizer: Tokenizer, split: Split, slots: int, control: Control | None = None) -> Setup:
+def make_setup(job: VLMJobConfig, tokenizer: Tokenizer, split: Split, slots: int, control: str | None = None) -> Setup:
     """`slots`: G. Raises ConfigError where a source has no shards, or a chat template that cannot be used."""
     data, sources = job.data, sources_of(job, split)
     held_out = split == "validation"

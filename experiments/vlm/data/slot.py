@@ -38,7 +38,7 @@ class SlotSettings:
     long: Literal["split", "truncate", "drop"]
     buffer: int
     seed: int
-    control: Literal["blanked", "shuffled"] | None = None
+    control: str | None = None  # a key of CONTROLS
     max_bad_fraction: float = 1.0
 
 

@@ -54,8 +54,8 @@ def place_visual_tokens(h_BSD: Tensor, visual_BVD: Tensor, visual_index_BS: Tens
 class VLM(nn.Module):
     """Parts are `encoder`, `projector` and `decoder`. A pipeline stage holds some; what it lacks is None."""
 
-    # Rows of these are looked up or scored one by one: an optimizer of whole matrices has no business with them.
-    TABLES = ("decoder.tok_embeddings", "decoder.output", "encoder.embedding.positions")
+    # Tables: their rows are looked up or scored one by one: an optimizer of whole matrices has no business with them.
+    ADAMW_ONLY = ("decoder.tok_embeddings", "decoder.output", "encoder.embedding.positions")
 
     def __init__(self, config: VLMConfig, vocab_size: int, merge_size: int, backend: str, loss_chunk: int):
         super().__init__()
@@ -98,6 +98,10 @@ class VLM(nn.Module):
         h_BSD = tokens if self.encoder is None else self.embed(tokens, pixel_values, grid_thw, visual_index)
         mask = Mask(segments=document_ids, causal=True, kv_segments=kv_document_ids, rows=rows, kv_rows=kv_rows)
         return self.decoder(h_BSD, positions, mask, labels, per_token)
+
+    def tied_names(self) -> dict[str, str]:
+        """Parameter -> the one that it is."""
+        return {"decoder.output.weight": "decoder.tok_embeddings.weight"} if self.config.decoder.tied_embeddings else {}
 
     def init_weights(self, seed: int) -> None:
         """Deterministic from `seed`, whatever the sharding; call it once parameters have storage."""

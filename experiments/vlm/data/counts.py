@@ -1,0 +1,65 @@
+"""What a batch counts: every number of Batch.counts, how it is counted in a slot, and what the trainer shows of it.
+
+A new metric of batches is a row of COUNTS. What each source gave and what was rejected is counted under names of its own.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from experiments.vlm.batch import Delivered
+from experiments.vlm.config import VLMJobConfig
+from experiments.vlm.data.rejects import REASONS
+
+Views = Mapping[str, np.ndarray]  # field -> [S], [rows, L, D] or [rows, L, 3]
+
+
+@dataclass(frozen=True)
+class Count:
+    of: Callable[[Views, list[Delivered]], int]  # (a finished slot's arrays, the samples in it)
+    capacity: Callable[[VLMJobConfig], int] | None = None  # the most that a slot can hold: shown as occupancy
+    per_second: bool = False  # shown as a rate
+    written: bool = False  # in the sinks alone
+
+
+COUNTS: dict[str, Count] = {
+    "patches": Count(
+        lambda views, samples: int((views["grid_thw"][..., 0] >= 0).sum()),
+        capacity=lambda job: job.data.patch_rows * job.data.patches_per_row,
+    ),
+    "tokens": Count(
+        lambda views, samples: int((views["document_ids"] >= 0).sum()),
+        capacity=lambda job: job.training.seq_len,
+    ),
+    "loss_tokens": Count(lambda views, samples: int((views["labels"] >= 0).sum())),
+    "images": Count(
+        lambda views, samples: sum(len(sample.image_sizes) for sample in samples),
+        per_second=True,
+    ),
+}
+
+
+def count_slot(views: Views, samples: list[Delivered]) -> dict[str, int]:
+    return {name: count.of(views, samples) for name, count in COUNTS.items()}
+
+
+def count_by_source(sample: Delivered, tokens: int) -> dict[str, int]:
+    """What one sample, or piece of one, adds to the counts of its source."""
+    first = sample.offset == 0  # a document in pieces is one sample
+    return {f"samples/{sample.source}": int(first), f"tokens/{sample.source}": tokens}
+
+
+def names_by_source(sources: Iterable[str]) -> list[str]:
+    sources = list(sources)
+    return [f"{what}/{source}" for what in ("samples", "tokens") for source in sources]
+
+
+def rejected_name(reason: str) -> str:
+    return f"rejected/{reason}"
+
+
+def written_names(sources: Iterable[str]) -> tuple[str, ...]:
+    """Counts that the sinks get and the console does not."""
+    counted = (name for name, count in COUNTS.items() if count.written)
+    return (*counted, *names_by_source(sources), *map(rejected_name, REASONS))
