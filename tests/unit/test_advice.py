@@ -56,8 +56,8 @@ def test_a_row_is_as_long_as_the_patches_per_token_ask_for():
 
 def test_the_advised_row_fills_both_sides():
     random = np.random.default_rng(0)
-    documents = [[(int(text), 0), (int(visual) + 2, 4 * int(visual))] for text, visual in random.integers([5, 10], [60, 200], (2500, 2))]
-    seen = advise(Stream(documents, [0] * len(documents)), 2048, 1, 256, merge=2, largest_image=800)
+    documents = [[(int(text), 0), (int(visual) + 2, 4 * int(visual))] for text, visual in random.integers([5, 10], [60, 200], (1200, 2))]
+    seen = advise(Stream(documents, [0] * len(documents)), 2048, 1, 256, merge=2, largest_image=800, patch_cost=1.0)
     assert seen.tokens > 0.98 and seen.patches > 0.96 and seen.longest_wait <= 256
 
 

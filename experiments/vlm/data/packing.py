@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 
 TRIES = 16
+PATIENCE = 5  # tries in a row that find nothing better end the search
 # Room left for the pair, in mean samples, by try: a wider hole has more pairs, a narrower one finer ones.
 HOLES = (2.0, 1.5, 2.5, 1.0, 3.0)
 CANDIDATES = 128  # of the samples that still fit, those that are paired with each other
@@ -88,15 +89,15 @@ def choose(waiting: Waiting, budget: Budget) -> list[int]:
     tries = _Tries(waiting, budget)
     if waiting.tokens[: tries.samples].sum() <= budget.seq_len and _fits_rows(range(tries.samples), waiting, budget):
         return list(range(tries.samples))
-    best, least = [0], 2.0
+    best, least, found = [0], 2.0, 0
     for number in range(TRIES):
         chosen = tries.once(number)
         while not _fits_rows(chosen, waiting, budget):
             chosen.pop()
         waste = tries.waste(chosen)
         if waste < least:
-            best, least = chosen, waste
-        if least < tries.unreachable + GOOD_ENOUGH:
+            best, least, found = chosen, waste, number
+        if least < tries.unreachable + GOOD_ENOUGH or number - found == PATIENCE:
             break
     return sorted(best)
 

@@ -1,7 +1,8 @@
 """Which S and L waste least on a data set: measured on its documents' sizes, simulated with the packer itself.
 
-L follows from S: S times the patches per token of the mixture, for a slot's two sides run full together only then. No pixel
-is decoded; sizes come from headers and from the tokenizer.
+L follows from S: S times the patches per token of the mixture, for a slot's two sides run full together only then.
+Where images are large for such a row (one fills most of it), a longer row costs less: padding of patches is cheaper than
+padding of tokens. No pixel is decoded; sizes come from headers and from the tokenizer.
 """
 
 import itertools
@@ -23,7 +24,7 @@ from experiments.vlm.data.split import Splitter, outline_of
 
 UNLIMITED = 1 << 40
 WARM_UP = 0.25  # share of the rows that are not counted: the look-ahead is not yet what it will be
-SLACKS = (1.0, 1.01, 1.02)  # a little too long a row often wastes less: texts that fill a slot alone leave others more patches
+SLACKS = (1.0, 1.02, 1.1, 1.25, 1.5, 2.0)  # how much longer than the patches per token ask for L is tried
 
 SizedDocument = list[tuple[int, int]]  # (tokens, patches) of each part in order; patches 0: text
 
@@ -49,10 +50,9 @@ class Occupancy:
     images: float  # a row
     longest_wait: int  # rows
 
-    @property
-    def padding(self) -> float:
-        """Mean of what both sides waste."""
-        return 1 - (self.tokens + self.patches) / 2
+    def cost(self, patch_cost: float) -> float:
+        """What a useful token costs, padding and patches included; 1: a slot of tokens alone, full to the last."""
+        return (1 + patch_cost * self.budget.patches / self.budget.seq_len) / self.tokens if self.tokens else float("inf")
 
 
 def read_documents(setup: Setup, limit: int) -> Stream:
@@ -124,8 +124,12 @@ def simulate(stream: Stream, budget: Budget, buffer: int, merge: int) -> Occupan
     )
 
 
-def advise(stream: Stream, seq_len: int, rows: int, buffer: int, merge: int, largest_image: int) -> Occupancy:
-    """The L with the least padding for this S, number of rows and look-ahead."""
+def advise(stream: Stream, seq_len: int, rows: int, buffer: int, merge: int, largest_image: int, patch_cost: float) -> Occupancy:
+    """The L at which a token costs least for this S, number of rows and look-ahead.
+
+    patch_cost: what a patch costs to encode, in tokens of the decoder.
+    """
     ratio = patches_per_token(stream.documents)
     budgets = {fitting_budget(seq_len, rows, ratio * slack, merge, largest_image) for slack in SLACKS}
-    return min((simulate(stream, budget, buffer, merge) for budget in sorted(budgets)), key=lambda seen: seen.padding)
+    seen = [simulate(stream, budget, buffer, merge) for budget in sorted(budgets)]
+    return min(seen, key=lambda occupancy: occupancy.cost(patch_cost))
