@@ -1,6 +1,7 @@
 """What the loader delivers depends on the data and the configuration alone, and every sample comes exactly as often as asked."""
 
 import hashlib
+import json
 from collections import Counter
 
 import pytest
@@ -88,6 +89,24 @@ def test_a_run_with_workers_resumes_without_them(data, expected, tmp_path):
     loader = open_loader(data, tmp_path, global_batch_size=8)
     loader.load_state_dict(state)
     assert first + run(loader, 3) == expected
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_state_stays_what_it_was_while_the_loader_goes_on(data, tmp_path, workers):
+    loader = open_loader(data, tmp_path, num_workers=workers)
+    states, at_once = [], []
+    for _ in range(6):
+        states.append(next(loader).state)
+        at_once.append(states[-1]())
+    assert [state() for state in states] == at_once
+    loader.load_state_dict(at_once[1])
+    resumed_from = loader.state_dict()
+    kept = dict(loader.states)
+    texts = {slot: json.dumps(state) for slot, state in kept.items()}
+    for _ in range(3):
+        next(loader)
+    assert resumed_from == at_once[1] and {slot: json.dumps(state) for slot, state in kept.items()} == texts
+    loader.close()
 
 
 def test_the_state_is_small_and_holds_no_pixels(data, tmp_path):

@@ -9,7 +9,8 @@ PLAN: what the next row of a slot holds, a SlotPlan (`Slot.plan`)
     packing      the search for those, on integers
     slot         all of that for one slot, and the state to resume it from
 FILL: a SlotPlan becomes one slot's part of a batch (`Collator.start`)
-    collate      tokens, labels, indices, counts, padding; image decodes, resizes and writes patches
+    collate      tokens, labels, indices, padding; image decodes, resizes and writes patches
+    counts       what a batch counts of itself: a new metric is a row there
 RUN: who plans and fills; the steps are the same whoever does (`next(Loader)`)
     producer     the slots of one process; setup makes what they need from a job
     workers      processes, each with a producer, that write into shared_memory; supply: with or without them

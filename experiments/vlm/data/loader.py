@@ -21,7 +21,7 @@ from experiments.vlm.data.counts import names_by_source, rejected_name
 from experiments.vlm.data.producer import SlotStep
 from experiments.vlm.data.reject_log import RejectLog
 from experiments.vlm.data.report import Tally, check_bad_fraction, rejected_line, report, tally_of
-from experiments.vlm.data.resume import load_states, save_states, slot_key
+from experiments.vlm.data.resume import SlotState, load_states, save_states, slot_key
 from experiments.vlm.data.setup import Split, make_setup, order_facts
 from experiments.vlm.data.shared_memory import Arrays
 from experiments.vlm.data.sources.good_sample import require_good_samples
@@ -79,7 +79,7 @@ class Loader:
         # The controls show the samples of a validation again: what is wrong with them has been told.
         folder = Path(job.job.dump_folder) / "rejects" if job.job.dump_folder else None
         self.log = RejectLog(folder, rank) if control is None else None
-        self.states: dict[int, str] = {}
+        self.states: dict[int, SlotState] = {}
         self.supply: Supply | None = None
         self.over = False
         self.told_of_addresses = False

@@ -3,7 +3,6 @@
 With threads, a slot is planned while the one before it is still decoding.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from experiments.vlm.data.collate import Collator, FilledSlot, Views
 from experiments.vlm.data.rejects import Reject
 from experiments.vlm.data.report import Tally
+from experiments.vlm.data.resume import SlotState
 from experiments.vlm.data.setup import Setup
 from experiments.vlm.data.slot import Slot, SlotPlan
 from experiments.vlm.data.sources.good_sample import Search
@@ -27,11 +27,11 @@ class SlotStep:
     planned: bool  # False: nothing was left to plan
     rejects: list[Reject]
     epochs: dict[str, float]  # as in SlotPlan
-    state: str  # JSON: the slot right after this step
+    state: SlotState  # right after this step
 
 
 class Producer:
-    def __init__(self, setup: Setup, slots: Sequence[int], states: dict[int, str]):
+    def __init__(self, setup: Setup, slots: Sequence[int], states: dict[int, SlotState]):
         """`states`: of slots that go on; the others start anew."""
         planning = setup.planning
         self.cache = ShardCache(setup.open_shard, capacity=2 * len(slots) * len(planning.deals) + SPARE_SHARDS)
@@ -42,7 +42,7 @@ class Producer:
         self.tallies = {number: Tally() for number in slots}  # of what was delivered
         for slot in self.slots:
             if slot.number in states:
-                state = json.loads(states[slot.number])
+                state = states[slot.number]
                 slot.seek(state["plan"])
                 self.tallies[slot.number] = Tally(state["delivered"])
 
@@ -75,6 +75,5 @@ class Producer:
         for name, count in filled.counts.items():
             if name.startswith("tokens/"):
                 tally.count(name.removeprefix("tokens/"), "tokens", count)
-        counted = f'"delivered": {json.dumps(tally.sources)}, "epochs": {json.dumps(plan.epochs)}'
-        state = f'{{"plan": {plan.position}, {counted}}}'
+        state = SlotState(plan=plan.position, delivered=tally.snapshot(), epochs=plan.epochs)
         return SlotStep(filled, bool(plan.packed), plan.rejects + filled.rejects, plan.epochs, state)

@@ -1,11 +1,11 @@
 """What became of the samples of each source: delivered, cut, rejected and why. Adds up over ranks."""
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from experiments.vlm.data.rejects import Reject, meaning
+from experiments.vlm.data.resume import SlotState
 from torchtitan.config.errors import DataError
 
 KINDS = ("samples", "images", "shards")
@@ -25,8 +25,12 @@ class Tally:
     piece).
     """
 
-    def __init__(self, sources: dict[str, dict[str, Any]] | None = None):
-        self.sources: dict[str, dict[str, Any]] = sources or {}
+    def __init__(self, sources: Mapping[str, Any] | None = None):
+        """`sources`: a snapshot to go on from."""
+        self.sources: dict[str, dict[str, Any]] = _copied(sources or {})
+
+    def snapshot(self) -> dict[str, dict[str, Any]]:
+        return _copied(self.sources)
 
     def count(self, source: str, what: str, more: int = 1) -> None:
         counts = self.of(source)["counts"]
@@ -56,6 +60,17 @@ class Tally:
 
     def of(self, source: str) -> dict[str, Any]:
         return self.sources.setdefault(source, {"counts": {}, "rejected": {}})
+
+
+def _copied(sources: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """A copy that counting further changes nothing of."""
+    return {
+        source: {
+            "counts": dict(entry["counts"]),
+            "rejected": {kind: {reason: dict(found) for reason, found in reasons.items()} for kind, reasons in entry["rejected"].items()},
+        }
+        for source, entry in sources.items()
+    }
 
 
 def check_bad_fraction(tally: Tally, allowed: float) -> None:
@@ -92,15 +107,14 @@ def _rejected_of(source: str, entry: Mapping[str, Any]) -> str:
     return f"{source} {', '.join(parts)}" if parts else ""
 
 
-def tally_of(state: str) -> Tally:
+def tally_of(state: SlotState) -> Tally:
     """Everything that a slot's state has counted, at planning and at delivery."""
-    slot = json.loads(state)
-    tally = Tally(slot["plan"]["tally"])
-    tally.add(Tally(slot["delivered"]))
+    tally = Tally(state["plan"]["tally"])
+    tally.add(Tally(state["delivered"]))
     return tally
 
 
-def report(states: Iterable[str]) -> dict[str, Any]:
+def report(states: Iterable[SlotState]) -> dict[str, Any]:
     """Of slots, by their states: {"sources": {source: as in Tally, and "epochs", how often it was
     delivered}}.
 
@@ -109,5 +123,5 @@ def report(states: Iterable[str]) -> dict[str, Any]:
     total, epochs = Tally(), Counter[str]()
     for state in states:
         total.add(tally_of(state))
-        epochs.update(json.loads(state)["epochs"])
+        epochs.update(state["epochs"])
     return {"sources": {name: total.of(name) | {"epochs": times} for name, times in epochs.items()}}

@@ -1,14 +1,15 @@
 """The state of slots as a checkpoint holds it: a few kilobytes each, under the slot's number.
 
-    slot_000017 -> zlib(JSON {"facts": what the order depends on, "slot": the slot's state})
+    slot_000017 -> zlib(JSON {"facts": what the order depends on, "slot": SlotState})
 
+Everywhere else a state is plain values: numbers, lists and dicts. They become text here, and only when a checkpoint is made.
 Which rank or worker runs the slot is no part of it, so a run goes on with any number of either.
 """
 
 import json
 import zlib
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypedDict
 
 from torchtitan.config.errors import ConfigError
 from torchtitan.tools.logging import logger
@@ -16,16 +17,24 @@ from torchtitan.tools.logging import logger
 MISSING = "not set"
 
 
+class SlotState(TypedDict):
+    """One slot right after a step. Nobody changes it: the loader, a checkpoint and the next run may hold the same one."""
+
+    plan: dict[str, Any]  # Slot.position
+    delivered: dict[str, Any]  # Tally.snapshot of what reached a batch
+    epochs: dict[str, float]  # as in SlotPlan
+
+
 def slot_key(slot: int) -> str:
     return f"slot_{slot:06d}"
 
 
-def save_states(states: Mapping[int, str], facts: dict[str, Any]) -> dict[str, bytes]:
-    header = json.dumps(facts)
-    return {slot_key(slot): zlib.compress(f'{{"facts": {header}, "slot": {state}}}'.encode()) for slot, state in states.items()}
+def save_states(states: Mapping[int, SlotState], facts: dict[str, Any]) -> dict[str, bytes]:
+    entries = {slot_key(slot): {"facts": facts, "slot": state} for slot, state in states.items()}
+    return {key: zlib.compress(json.dumps(entry).encode()) for key, entry in entries.items()}
 
 
-def load_states(saved: Mapping[str, bytes], slots: Iterable[int], facts: dict[str, Any], anew: bool) -> dict[int, str]:
+def load_states(saved: Mapping[str, bytes], slots: Iterable[int], facts: dict[str, Any], anew: bool) -> dict[int, SlotState]:
     """The state of each slot; none where the data starts anew. Raises ConfigError if it cannot go on exactly, unless `anew`."""
     states = {}
     for slot in slots:
@@ -34,7 +43,7 @@ def load_states(saved: Mapping[str, bytes], slots: Iterable[int], facts: dict[st
         else:
             entry = json.loads(zlib.decompress(saved[slot_key(slot)]))
             changes = differences(entry["facts"], facts)
-            states[slot] = json.dumps(entry["slot"])
+            states[slot] = entry["slot"]
         if changes and not anew:
             raise ConfigError(
                 f"the data cannot go on exactly where the checkpoint left it: {'; '.join(changes)}. Change it back, or set "

@@ -7,7 +7,6 @@ State: the readers' positions, what the mixture gave, references to those that w
 counts. A resumed slot reads again only what was waiting.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -74,7 +73,7 @@ class SlotPlan:
     slot: int
     packed: list[Packed] = field(default_factory=list)
     rejects: list[Reject] = field(default_factory=list)  # met while reading ahead for this row
-    position: str = ""  # JSON: the slot's position right after this plan
+    position: dict[str, Any] = field(default_factory=dict)  # the slot's, right after this plan
     epochs: dict[str, float] = field(default_factory=dict)  # this slot's share of the passes over each source so far
 
 
@@ -103,16 +102,16 @@ class Slot:
         self.rejects = []
         return plan
 
-    def position(self) -> str:
-        return json.dumps(
-            {
-                "plans": self.look_ahead.plans,
-                "readers": [reader.position() for reader in self.readers],
-                "mixture": self.mixture.position(),
-                "waiting": [entry.payload.reference._replace(offset=entry.start) for entry in self.look_ahead.entries],
-                "tally": self.tally.sources,
-            }
-        )
+    def position(self) -> dict[str, Any]:
+        """Plain values of its own: what the slot does next changes none of them."""
+        return {
+            "plans": self.look_ahead.plans,
+            "readers": [reader.position() for reader in self.readers],
+            "mixture": self.mixture.position(),
+            # Plain tuples: references with names take five times as long to come from a worker.
+            "waiting": [(*entry.payload.reference[:-1], entry.start) for entry in self.look_ahead.entries],
+            "tally": self.tally.snapshot(),
+        }
 
     def epochs(self) -> dict[str, float]:
         """By source: see SourceReader.epochs. Of a document in pieces the last counts."""

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from experiments.vlm.batch import BatchShape
 from experiments.vlm.data.producer import Producer, SlotStep
+from experiments.vlm.data.resume import SlotState
 from experiments.vlm.data.setup import Setup
 from experiments.vlm.data.shared_memory import Arrays, Buffers, slot_views
 from experiments.vlm.data.workers import Assignment, Worker, close_all
@@ -24,7 +25,7 @@ class Supply(Protocol):
     def close(self) -> None: ...
 
 
-def make_supply(setup: Setup, slots: Sequence[int], states: dict[int, str], shape: BatchShape, workers: int, prefetch: int) -> Supply:
+def make_supply(setup: Setup, slots: Sequence[int], states: dict[int, SlotState], shape: BatchShape, workers: int, prefetch: int) -> Supply:
     if workers == 0:
         return InProcess(setup, slots, states, shape)
     return FromWorkers(setup, slots, states, shape, workers, prefetch)
@@ -33,7 +34,7 @@ def make_supply(setup: Setup, slots: Sequence[int], states: dict[int, str], shap
 class InProcess:
     """Reads and decodes when it is asked."""
 
-    def __init__(self, setup: Setup, slots: Sequence[int], states: dict[int, str], shape: BatchShape):
+    def __init__(self, setup: Setup, slots: Sequence[int], states: dict[int, SlotState], shape: BatchShape):
         self.slots = slots
         self.arrays = deque(Buffers(shape, KEPT).arrays)
         self.rows = shape.patch_rows
@@ -54,7 +55,7 @@ class FromWorkers:
     Step n lies in buffer n modulo their number, prefetch + KEPT: the one that step n + prefetch overwrites is n - KEPT's.
     """
 
-    def __init__(self, setup: Setup, slots: Sequence[int], states: dict[int, str], shape: BatchShape, workers: int, prefetch: int):
+    def __init__(self, setup: Setup, slots: Sequence[int], states: dict[int, SlotState], shape: BatchShape, workers: int, prefetch: int):
         self.prefetch = prefetch
         self.buffers = Buffers(shape, prefetch + KEPT)
         self.places = [list(range(worker, len(slots), workers)) for worker in range(workers)]
@@ -84,6 +85,6 @@ class FromWorkers:
         self.shutdown()
         self.buffers.close()
 
-    def _assignment(self, places: list[int], states: dict[int, str]) -> Assignment:
+    def _assignment(self, places: list[int], states: dict[int, SlotState]) -> Assignment:
         slots = [self.slots[place] for place in places]
         return Assignment(slots, places, {slot: states[slot] for slot in slots if slot in states})

@@ -24,6 +24,7 @@ import torch
 
 from experiments.vlm.batch import BatchShape
 from experiments.vlm.data.producer import Producer, SlotStep
+from experiments.vlm.data.resume import SlotState
 from experiments.vlm.data.setup import Setup
 from experiments.vlm.data.shared_memory import Buffers, slot_views
 from torchtitan.config.errors import DataError
@@ -37,7 +38,7 @@ class Assignment:
 
     slots: list[int]
     places: list[int]
-    states: dict[int, str]
+    states: dict[int, SlotState]
 
 
 class Worker:
