@@ -1,14 +1,16 @@
 """The batch contract, as one table.
 
-A slot is one row of S tokens and the `patch_rows` rows of L patches that hold its images: N = B * patch_rows, and patch
-rows b * patch_rows ... belong to token row b. Every shape is fixed for a run. Letters: B slots, S tokens, N patch rows,
-L patches a row, D values a patch (patch_size * patch_size * 3), T the three of (t, h, w).
+A slot is one row of S tokens and the `patch_rows` rows of L patches that hold its images: N = B * patch_rows,
+and patch rows b * patch_rows ... belong to token row b. Every shape is fixed for a run. Letters: B slots,
+S tokens, N patch rows, L patches a row, D values a patch (patch_size * patch_size * 3), T the three of t, h, w.
 
-The loader allocates from this table, context parallel slices the S dims, pipeline parallel chunks the B and N dims.
+The loader allocates from this table, context parallel slices the S dims, pipeline parallel chunks the B and N
+dims.
 
-A batch at B = 1, S = 16 and L = 16, with patches of 16 pixels and spatial_merge_size = 2: one document of two images,
-32 x 32 and 32 x 64 pixels, and the text "cats!". < and > are begin and end of an image, v is a visual token, - in
-the labels -100. The patches of a visual token lie next to each other, as grid_thw shows (h,w here; t is 0).
+A batch at B = 1, S = 16 and L = 16, with patches of 16 pixels and spatial_merge_size = 2: one document of two
+images, 32 x 32 and 32 x 64 pixels, and the text "cats!". < and > are begin and end of an image, v is a visual
+token, - in the labels -100. The patches of a visual token lie next to each other, as grid_thw shows (h,w
+here; t is 0, on padding -1).
 
     tokens       bos   <   v   >   <   v   v   >   c   a   t   s   ! eos pad pad
     labels         -   -   -   -   -   -   -   c   a   t   s   ! eos   -   -   -

@@ -1,0 +1,27 @@
+"""What the pages say of files is true of the files."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FILES = {
+    path.relative_to(ROOT).as_posix()
+    for place in ("torchtitan", "experiments", "tests", "scripts", "benchmarks")
+    for path in (ROOT / place).rglob("*.py")
+}
+LINK = re.compile(r"\]\(([^)#:]+)\)")
+FILE = re.compile(r"(?<![\w./])((?:[a-z_]+/)*[a-z_]+\.py)\b")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages_link_to_what_is_there(page):
+    assert [link for link in LINK.findall(page.read_text()) if not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_pages_name_are_there(page):
+    named = set(FILE.findall(page.read_text()))
+    assert {name for name in named if not any(f"/{file}".endswith(f"/{name}") for file in FILES)} == set()
