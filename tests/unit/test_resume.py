@@ -1,9 +1,13 @@
 """When a changed configuration makes an exact resume impossible, it is said by name, and a flag goes on anyway."""
 
+from dataclasses import fields
+
 import pytest
 
+from experiments.vlm.config import Data, Source
 from experiments.vlm.data.loader import Loader
 from experiments.vlm.data.resume import differences
+from experiments.vlm.data.setup import FREE_OF_DATA, FREE_OF_SOURCE, make_setup, order_facts
 from tests.tiny_data import Characters, make_job, write_all
 from torchtitan.config.errors import ConfigError
 
@@ -71,6 +75,29 @@ def test_the_flag_starts_the_data_anew(data, saved, tmp_path):
 @pytest.mark.parametrize("options", [{"num_workers": 3}, {"prefetch": 5}, {"decode_threads": 2}, {"max_bad_fraction": 0.5}])
 def test_what_does_not_change_the_order_may_change(data, saved, tmp_path, options):
     resume(make_job(data, tmp_path, **options), saved).close()
+
+
+COUNTING = {
+    Data: "weight_by epochs patches_per_row patch_rows max_patches_per_image min_patches_per_image patch_size "
+    "spatial_merge_size resize packing_buffer_size long_documents",
+    Source: "format weight shuffle shuffle_buffer repeat chat_template",
+}
+
+
+@pytest.mark.parametrize("section, free", [(Data, FREE_OF_DATA), (Source, FREE_OF_SOURCE)])
+def test_every_option_either_counts_for_the_order_or_is_free(section, free):
+    """A new option counts, unless it is listed as free; put it here in the first case."""
+    names = {field.name for field in fields(section)}
+    assert names - set(free) == set(COUNTING[section].split())
+    assert set(free) <= names, "what is free is an option"
+
+
+def test_what_counts_is_among_the_facts_and_what_is_free_is_not(data, tmp_path):
+    job = make_job(data, tmp_path)
+    facts = order_facts(job, make_setup(job, Characters(), "train", 2))
+    assert {name for name in facts if name.startswith("data.") and "[" not in name} == {f"data.{name}" for name in COUNTING[Data].split()}
+    of_captions = {name.rpartition(".")[2] for name in facts if name.startswith("data.sources[captions].")}
+    assert of_captions == {*COUNTING[Source].split(), "path"}, "of the path the names of the shards"
 
 
 def test_another_tokenizer_is_a_change(data, saved, tmp_path):

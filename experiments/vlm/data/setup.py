@@ -20,6 +20,24 @@ from torchtitan.components.tokenizer import Tokenizer
 
 Split = Literal["train", "validation"]
 
+# What may change where a run goes on, and why: the samples and their order stay as they are.
+FREE_OF_DATA = {
+    "sources": "each is compared by itself",
+    "num_workers": "a slot gives the same rows whoever runs it",
+    "decode_threads": "a slot gives the same rows whoever runs it",
+    "prefetch": "a state is that of the step that was used, not of the one that was read",
+    "max_bad_fraction": "it ends a run and changes none",
+    "cache_folder": "copies hold what the originals hold",
+    "cache_gb": "copies hold what the originals hold",
+    "allow_private_urls": "where addresses lead is the network's to say, at any time",
+    "url_timeout_s": "whether an address answers in time is the network's to say, at any time",
+    "resume_changed_data": "it says what to do about a change",
+}
+FREE_OF_SOURCE = {
+    "name": "it is part of every other name",
+    "path": "the same shards may lie elsewhere: their names are compared",
+}
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -70,7 +88,10 @@ def open_source(sources: list[Source], job: VLMJobConfig, source: int, path: str
 
 
 def order_facts(job: VLMJobConfig, setup: Setup) -> dict[str, Any]:
-    """Everything that the order of the samples depends on, by the name of the option that says it."""
+    """Everything that the order of the samples depends on, by the name of the option that says it.
+
+    That is each option of [data] and of a source that is not free.
+    """
     planning, data = setup.planning, job.data
     facts: dict[str, Any] = {
         "training.global_batch_size": planning.deals[0].slots,
@@ -78,14 +99,10 @@ def order_facts(job: VLMJobConfig, setup: Setup) -> dict[str, Any]:
         "debug.seed": planning.seed,
         "model.tokenizer_path": tokenizer_print(setup.tokenizer),
     }
-    for name in ("weight_by", "epochs", "patches_per_row", "patch_rows", "max_patches_per_image", "min_patches_per_image"):
-        facts[f"data.{name}"] = getattr(data, name)
-    for name in ("patch_size", "spatial_merge_size", "resize", "packing_buffer_size", "long_documents"):
-        facts[f"data.{name}"] = getattr(data, name)
+    facts |= {f"data.{name}": value for name, value in vars(data).items() if name not in FREE_OF_DATA}
     for deal, source in zip(planning.deals, sources_of(job, "train"), strict=True):
         key = f"data.sources[{deal.name}]"
-        for name in ("format", "weight", "shuffle", "shuffle_buffer", "repeat", "chat_template"):
-            facts[f"{key}.{name}"] = getattr(source, name)
+        facts |= {f"{key}.{name}": value for name, value in vars(source).items() if name not in FREE_OF_SOURCE}
         # The same files may lie elsewhere when the run goes on.
         names = [PurePosixPath(path).name for path in deal.shards]
         facts[f"{key}.path"] = f"{len(names)} shards, {zlib.crc32(json.dumps(names).encode()):08x}"
