@@ -127,7 +127,7 @@ class Ours:
         return {name: batch.counts[name] for name in ("images", "tokens", "patches")} | {"megapixels": megapixels} | room
 
     def workers(self) -> list[int]:
-        return [worker.process.pid for worker in getattr(self.loader.supply, "workers", [])]
+        return [worker.process.pid for worker in getattr(self.loader.supply.steps, "workers", [])]
 
 
 class Processor:

@@ -5,6 +5,8 @@ import json
 from collections import Counter
 
 import pytest
+import torchdata.nodes
+from torchdata.nodes.types import Stateful
 
 from experiments.vlm.config import Source
 from experiments.vlm.data.loader import Loader, Step
@@ -107,6 +109,25 @@ def test_a_state_stays_what_it_was_while_the_loader_goes_on(data, tmp_path, work
         next(loader)
     assert resumed_from == at_once[1] and {slot: json.dumps(state) for slot, state in kept.items()} == texts
     loader.close()
+
+
+def test_a_loader_is_stateful_for_torchdata(data, expected, tmp_path):
+    """torchdata saves and restores what is inside its nodes by this protocol alone."""
+
+    def open_nodes() -> tuple[Loader, torchdata.nodes.Loader]:
+        loader = open_loader(data, tmp_path, global_batch_size=8)
+        assert isinstance(loader, Stateful)
+        return loader, torchdata.nodes.Loader(torchdata.nodes.IterableWrapper(loader))
+
+    loader, nodes = open_nodes()
+    first = [slot_hashes(loader, step) for _, step in zip(range(3), nodes, strict=False)]
+    state = nodes.state_dict()
+    loader.close()
+    loader, nodes = open_nodes()
+    nodes.load_state_dict(state)
+    rest = [slot_hashes(loader, step) for _, step in zip(range(3), nodes, strict=False)]
+    loader.close()
+    assert first + rest == expected
 
 
 def test_the_state_is_small_and_holds_no_pixels(data, tmp_path):

@@ -60,7 +60,7 @@ class Loader(Protocol):
 
 
 def to_device(tensors: Tensors, device) -> Tensors:
-    """Without waiting: on a GPU by way of pinned memory, on the stream that uses them."""
+    """Without waiting, on the stream that uses them: on a GPU by way of pinned memory, if not there yet."""
     if device.type == "cpu":
         return tensors
     return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in tensors.items()}

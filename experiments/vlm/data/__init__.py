@@ -13,7 +13,8 @@ FILL: a SlotPlan becomes one slot's part of a batch (`Collator.start`)
     counts       what a batch counts of itself: a new metric is a row there
 RUN: who plans and fills; the steps are the same whoever does (`next(Loader)`)
     producer     the slots of one process; setup makes what they need from a job
-    workers      processes, each with a producer, that write into shared_memory; supply: with or without them
+    workers      processes, each with a producer, that write into shared_memory
+    prefetch     steps with or without workers, as nodes of torchdata, which pin them for a GPU
     loader       the steps of a rank as the trainer takes them; resume: their state in a checkpoint
 
 Alongside: image (sizes in patches for PLAN, decoding for FILL), rejects, reject_log and

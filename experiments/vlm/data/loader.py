@@ -4,6 +4,8 @@ What a step holds depends on the configuration and the data alone: not on ranks,
 (data.num_workers processes) run ahead by data.prefetch steps; without them the trainer's own process reads and decodes.
 
 A step's tensors lie in memory that is used again: they hold until the second `next()` after the one that gave them.
+Where the process uses a GPU they are pinned copies, made beside training (prefetch.py), and hold as long as somebody
+holds them.
 """
 
 from collections import Counter
@@ -13,20 +15,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from experiments.vlm.batch import FIELDS, Batch, BatchShape
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.data.counts import names_by_source, rejected_name
+from experiments.vlm.data.prefetch import FromWorkers, InProcess, Supply
 from experiments.vlm.data.producer import SlotStep
 from experiments.vlm.data.reject_log import RejectLog
 from experiments.vlm.data.report import Tally, check_bad_fraction, rejected_line, report, tally_of
 from experiments.vlm.data.resume import SlotState, load_states, save_states, slot_key
 from experiments.vlm.data.setup import Split, make_setup, order_facts
-from experiments.vlm.data.shared_memory import Arrays
 from experiments.vlm.data.sources.good_sample import require_good_samples
 from experiments.vlm.data.storage.fetch import about_failures
-from experiments.vlm.data.supply import Supply, make_supply
 from torchtitan.components.tokenizer import Tokenizer
 from torchtitan.config.errors import DataError
 from torchtitan.tools.logging import logger
@@ -93,7 +94,7 @@ class Loader:
             raise StopIteration
         if self.supply is None:
             self.supply = self._start()
-        arrays, steps = self.supply.next()
+        tensors, steps = self.supply.next()
         self.states = {step.filled.slot: step.state for step in steps}
         self._tell(steps)
         has_data = any(step.planned for step in steps)
@@ -106,7 +107,7 @@ class Loader:
                 "the sources have fewer than slots, and without shuffling each slot reads the same ones; set shuffle, "
                 "or lower training.global_batch_size"
             )
-        return Step(self._batches(arrays, steps), partial(save_states, self.states, self.facts))
+        return Step(self._batches(tensors, steps), partial(save_states, self.states, self.facts))
 
     def state_dict(self) -> dict[str, bytes]:
         """After the last step that was handed out; empty before the first."""
@@ -150,7 +151,9 @@ class Loader:
             setup = replace(setup, decode_threads=threads)
             logger.info(f"data.num_workers = {data.num_workers} for {slots} slots a rank: {workers} workers, {threads} threads each")
         shape = replace(self.shape, slots=slots)
-        return make_supply(setup, self.slots, self.states, shape, workers, data.prefetch)
+        if workers == 0:
+            return Supply(InProcess(setup, self.slots, self.states, shape))
+        return Supply(FromWorkers(setup, self.slots, self.states, shape, workers, data.prefetch))
 
     def _tell(self, steps: list[SlotStep]) -> None:
         rejects = [reject for step in steps for reject in step.rejects]
@@ -166,15 +169,16 @@ class Loader:
                 total.add(tally_of(state))
             check_bad_fraction(total, allowed)
 
-    def _batches(self, arrays: Arrays, steps: list[SlotStep]) -> list[Batch]:
+    def _batches(self, whole: dict[str, Tensor], steps: list[SlotStep]) -> list[Batch]:
         size = self.shape.slots
-        return [self._batch(arrays, steps[first : first + size], first) for first in range(0, len(steps), size)]
+        places = range(0, len(steps), size)
+        return [self._batch(whole, steps[first : first + size], first) for first in places]
 
-    def _batch(self, arrays: Arrays, steps: list[SlotStep], first: int) -> Batch:
+    def _batch(self, whole: dict[str, Tensor], steps: list[SlotStep], first: int) -> Batch:
         tensors = {}
-        for name, array in arrays.items():
+        for name, tensor in whole.items():
             rows = self.shape.patch_rows if FIELDS[name].dims[0] == "N" else 1
-            tensors[name] = torch.from_numpy(array[first * rows : (first + len(steps)) * rows])
+            tensors[name] = tensor[first * rows : (first + len(steps)) * rows]
         counts = Counter(dict.fromkeys(names_by_source(self.names), 0))
         samples = []
         for row, step in enumerate(steps):

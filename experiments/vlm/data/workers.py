@@ -12,6 +12,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import socket
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -76,6 +77,11 @@ class Worker:
             self.process.join(GRACE_S)
             raise RuntimeError(f"{self.name} {_death(self.process.exitcode)}")
         return value
+
+    def hang_up(self) -> None:
+        """End the connection for both ends: the worker ends, and a thread in `answer` gets RuntimeError."""
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self.pipe.fileno())) as end:
+            end.shutdown(socket.SHUT_RDWR)
 
     def close(self, deadline: float) -> None:
         """Let it end by itself until `deadline` (time.monotonic), then kill it."""

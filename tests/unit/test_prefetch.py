@@ -1,0 +1,142 @@
+"""How long a step's tensors hold, and what the threads that pin steps for a GPU change: nothing but that."""
+
+import os
+import signal
+import threading
+
+import pytest
+import torch
+from torchdata.nodes import Mapper, Prefetcher
+
+from experiments.vlm.data import workers as worker_module
+from experiments.vlm.data.loader import Loader
+from tests.tiny_data import Characters, make_job, write_all
+
+STEPS = 6
+WORKERS = [{"num_workers": 0}, {"num_workers": 2, "prefetch": 1}, {"num_workers": 2, "prefetch": 3}]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_all(tmp_path_factory.mktemp("data"))
+
+
+def copied(given):
+    if isinstance(given, Exception):
+        return given
+    tensors, steps = given
+    return {name: tensor.clone() for name, tensor in tensors.items()}, steps
+
+
+@pytest.fixture
+def pinned(monkeypatch):
+    """As on a GPU, but the copies are not in pinned memory. A thread that is one step ahead makes them, as PinMemory's."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(
+        "experiments.vlm.data.prefetch.PinMemory",
+        lambda steps, device, snapshot_frequency: Prefetcher(Mapper(steps, copied), 1, snapshot_frequency),
+    )
+
+
+class Failing(Characters):
+    """Fails on a text that the data has."""
+
+    def encode(self, text: str) -> list[int]:
+        if "document 1-007" in text:
+            raise ZeroDivisionError("in the tokenizer")
+        return super().encode(text)
+
+
+def open_loader(data, dump, **options) -> Loader:
+    return Loader(make_job(data, dump, **options), Characters())
+
+
+def contents(step) -> list[bytes]:
+    return [tensor.numpy().tobytes() for batch in step.batches for tensor in batch.tensors.values()]
+
+
+@pytest.fixture
+def expected(data, tmp_path) -> list[list[bytes]]:
+    loader = open_loader(data, tmp_path)
+    steps = [contents(next(loader)) for _ in range(STEPS)]
+    loader.close()
+    return steps
+
+
+@pytest.mark.parametrize("options", WORKERS)
+def test_a_step_holds_until_the_second_next_after_it(data, tmp_path, expected, options):
+    loader = open_loader(data, tmp_path, **options)
+    kept = [next(loader)]
+    for number in range(1, STEPS):
+        kept.append(next(loader))
+        assert [contents(step) for step in kept[-2:]] == expected[number - 1 : number + 1]
+    loader.close()
+
+
+@pytest.mark.parametrize("options", WORKERS)
+def test_pinned_steps_hold_however_many_are_kept(data, tmp_path, expected, pinned, options):
+    loader = open_loader(data, tmp_path, **options)
+    kept = [next(loader) for _ in range(STEPS)]
+    loader.close()
+    assert [contents(step) for step in kept] == expected
+
+
+@pytest.mark.parametrize("options", WORKERS)
+def test_pinned_steps_have_the_state_right_after_them(data, tmp_path, expected, pinned, options):
+    loader = open_loader(data, tmp_path, **options)
+    state = [next(loader) for _ in range(3)][-1].state()
+    loader.close()
+    loader = open_loader(data, tmp_path, **options)
+    loader.load_state_dict(state)
+    assert [contents(next(loader)) for _ in range(3)] == expected[3:]
+    loader.close()
+
+
+def test_an_error_beside_training_is_raised_as_it_was(data, tmp_path, pinned):
+    loader = Loader(make_job(data, tmp_path), Failing())
+    with pytest.raises(ZeroDivisionError) as caught:
+        for _ in range(50):
+            next(loader)
+    loader.close()
+    assert str(caught.value) == "in the tokenizer"
+
+
+def test_a_worker_killed_beside_training_is_told_as_it_was(data, tmp_path, pinned):
+    loader = open_loader(data, tmp_path, num_workers=2)
+    next(loader)
+    os.kill(loader.supply.steps.workers[1].process.pid, signal.SIGKILL)
+    with pytest.raises(RuntimeError, match=r"^data worker 1 \(slots 1\) was killed by SIGKILL"):
+        for _ in range(10):
+            next(loader)
+    loader.close()
+
+
+@pytest.mark.parametrize("options", WORKERS)
+def test_closing_ends_the_threads(data, tmp_path, pinned, options):
+    before = set(threading.enumerate())
+    loader = open_loader(data, tmp_path, **options)
+    next(loader)
+    started = [thread for thread in threading.enumerate() if thread not in before]
+    assert started
+    loader.close()
+    for thread in started:
+        thread.join()
+
+
+def test_closing_does_not_wait_for_a_worker_that_stands_still(data, tmp_path, pinned, monkeypatch):
+    monkeypatch.setattr(worker_module, "GRACE_S", 0.1)
+    loader = open_loader(data, tmp_path, num_workers=1)
+    next(loader)
+    process = loader.supply.steps.workers[0].process
+    os.kill(process.pid, signal.SIGSTOP)
+    loader.close()
+    with pytest.raises(ValueError, match="closed"):
+        process.is_alive()
+
+
+def test_without_a_gpu_there_is_no_thread(data, tmp_path):
+    before = threading.active_count()
+    loader = open_loader(data, tmp_path, num_workers=2)
+    next(loader)
+    assert threading.active_count() == before
+    loader.close()
