@@ -70,7 +70,7 @@ def build(job: JobConfig, spec: TrainSpec, device: torch.device) -> Run:
     require_room(held_gib(model, job, mesh.degrees), job, device)
     open_loader = loader_of(job, spec, tokenizer, mesh)
     loader = open_loader("train", None)
-    passes = lay_out(model, mesh, job, spec)
+    passes = parallelize(model, mesh, job, spec)
     materialise(passes.parts, job, device)
     rates_on = device if job.compile.cuda_graphs else None
     optimizers = Optimizers(passes.parts, job.optimizer, model.ADAMW_ONLY, rates_on)
@@ -163,7 +163,7 @@ def feed_of(job: JobConfig, spec: TrainSpec, mesh: Mesh) -> Callable[[Batch], Te
     return lambda batch: to_device(spec.shard_batch(batch.tensors, mesh, job), mesh.device)
 
 
-def lay_out(model: nn.Module, mesh: Mesh, job: JobConfig, spec: TrainSpec) -> ForwardBackward:
+def parallelize(model: nn.Module, mesh: Mesh, job: JobConfig, spec: TrainSpec) -> ForwardBackward:
     """Still on the meta device."""
     if mesh.degrees.pp > 1:
         if spec.pipeline is None:
