@@ -71,7 +71,7 @@ def build(job: JobConfig, spec: TrainSpec, device: torch.device) -> Run:
     open_loader = loader_of(job, spec, tokenizer, mesh)
     loader = open_loader("train", None)
     passes = parallelize(model, mesh, job, spec)
-    materialise(passes.parts, job, device)
+    init_weights(passes.parts, job, device)
     rates_on = device if job.compile.cuda_graphs else None
     optimizers = Optimizers(passes.parts, job.optimizer, model.ADAMW_ONLY, rates_on)
     schedule = Schedule(optimizers, job.training.steps, job.lr_scheduler)
@@ -173,7 +173,7 @@ def parallelize(model: nn.Module, mesh: Mesh, job: JobConfig, spec: TrainSpec) -
     return Plain(model, spec.loss, lambda part, tensors: spec.score(part, tensors, mesh))
 
 
-def materialise(parts: list[nn.Module], job: JobConfig, device: torch.device) -> None:
+def init_weights(parts: list[nn.Module], job: JobConfig, device: torch.device) -> None:
     """Give each rank storage for its shards alone, and the initial weights."""
     for part in parts:
         part.to_empty(device="cpu" if job.training.enable_cpu_offload else device)

@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.reference.attention import allowed_pairs, dense_attention
 from tests.reference.batches import Sizes
 from tests.reference.small_run import CPU, SMALL, batch_of, job_of
-from torchtitan.build import materialise, parallelize
+from torchtitan.build import init_weights, parallelize
 from torchtitan.config.layout import degrees
 from torchtitan.distributed.context_parallel import METHODS, in_slot_order, rows_of_ranks
 from torchtitan.distributed.differentiable import gather
@@ -29,7 +29,7 @@ def logits(cp: int, tp: int, method: str) -> Tensor:
         job = job_of({f"parallelism.{key}": value for key, value in degree.items()} | {"training.local_batch_size": 2}, folder)
         mesh = build_mesh(degrees(job.parallelism, dist.get_world_size()), CPU)
         model = SMALL.build_model(job, SMALL.load_tokenizer(job))
-        materialise(parallelize(model, mesh, job, SMALL).parts, job, CPU)
+        init_weights(parallelize(model, mesh, job, SMALL).parts, job, CPU)
         tensors = SMALL.shard_batch(batch_of([0, 1], 1, SIZES).tensors, mesh, job)
         del tensors["labels"]
         with torch.no_grad():

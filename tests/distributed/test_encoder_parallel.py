@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.reference.batches import Sizes
 from tests.reference.small_run import CPU, SMALL, batch_of, job_of
-from torchtitan.build import materialise, parallelize
+from torchtitan.build import init_weights, parallelize
 from torchtitan.config.layout import degrees
 from torchtitan.distributed.mesh import build_mesh
 
@@ -21,7 +21,7 @@ def encoder_flops(**parallelism) -> int:
         job = job_of(changes, folder)
         mesh = build_mesh(degrees(job.parallelism, dist.get_world_size()), CPU)
         model = SMALL.build_model(job, SMALL.load_tokenizer(job))
-        materialise(parallelize(model, mesh, job, SMALL).parts, job, CPU)
+        init_weights(parallelize(model, mesh, job, SMALL).parts, job, CPU)
         # Slots with equal images, so that shares are equal: attention depends on what a row holds.
         tensors = SMALL.shard_batch(batch_of([0, 0, 0, 0], 1, SIZES).tensors, mesh, job)
         with FlopCounterMode(display=False) as counter:
