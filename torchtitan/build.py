@@ -44,7 +44,7 @@ class Run:
     optimizers: Optimizers
     schedule: Schedule
     loader: Loader
-    feed: Callable[[Batch], Tensors]
+    to_rank: Callable[[Batch], Tensors]
     flops: Callable[[Batch], int]
     counts: Counts
     state: TrainState
@@ -80,7 +80,7 @@ def build(job: JobConfig, spec: TrainSpec, device: torch.device) -> Run:
     checkpointer.load()
     if dist.get_rank() == 0:
         save_config(job, folder, state.step)
-    feed = feed_of(job, spec, mesh)
+    to_rank = to_rank_of(job, spec, mesh)
     counts = spec.counts(job)
     percentages = (*counts.capacity, "exact", *spec.scoring.groups)
     return Run(
@@ -92,7 +92,7 @@ def build(job: JobConfig, spec: TrainSpec, device: torch.device) -> Run:
         optimizers=optimizers,
         schedule=schedule,
         loader=loader,
-        feed=feed,
+        to_rank=to_rank,
         flops=flops,
         counts=counts,
         state=state,
@@ -101,7 +101,7 @@ def build(job: JobConfig, spec: TrainSpec, device: torch.device) -> Run:
             passes=passes,
             mesh=mesh,
             open_loader=lambda control: open_loader("validation", control),
-            feed=feed,
+            to_rank=to_rank,
             scoring=spec.scoring,
             steps=job.validation.steps,
         ),
@@ -159,7 +159,7 @@ def loader_of(job: JobConfig, spec: TrainSpec, tokenizer: Any, mesh: Mesh) -> Ca
     return lambda split, control: spec.build_loader(job, tokenizer, split=split, control=control, **place)
 
 
-def feed_of(job: JobConfig, spec: TrainSpec, mesh: Mesh) -> Callable[[Batch], Tensors]:
+def to_rank_of(job: JobConfig, spec: TrainSpec, mesh: Mesh) -> Callable[[Batch], Tensors]:
     return lambda batch: to_device(spec.shard_batch(batch.tensors, mesh, job), mesh.device)
 
 

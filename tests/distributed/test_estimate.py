@@ -38,14 +38,14 @@ def measured_peak(changes: dict) -> int:
         run = build(job_of(changes, folder), SMALL, CPU)
         for _ in range(2):
             first, *more = next(run.loader).batches
-            feed = run.feed(first)
+            feed = run.to_rank(first)
             memory = LiveMemory()
             state = [value for optimizer in run.optimizers for values in optimizer.state.values() for value in values.values()]
             memory.add([list(part.parameters()) for part in run.passes.parts], state, feed)
             with memory:
                 run.passes.forward_backward(feed, 1e-3, not more)
                 for number, batch in enumerate(more, 1):
-                    run.passes.forward_backward(run.feed(batch), 1e-3, number == len(more))
+                    run.passes.forward_backward(run.to_rank(batch), 1e-3, number == len(more))
                 for optimizer in run.optimizers:
                     optimizer.step()
                 run.optimizers.zero_grad()
@@ -60,7 +60,7 @@ def measured_traffic(changes: dict) -> float:
         batches = next(run.loader).batches
         with SentBytes() as sent:
             for number, batch in enumerate(batches, 1):
-                run.passes.forward_backward(run.feed(batch), 1e-3, number == len(batches))
+                run.passes.forward_backward(run.to_rank(batch), 1e-3, number == len(batches))
             run.optimizers.step()
         dist.barrier()
         return sent.total

@@ -19,7 +19,7 @@ ALONE = Degrees(1, 1, 1, 1, 1)
 def bytes_after_a_step(job, folder) -> int:
     """Of parameters, gradients and optimizer state."""
     run = build(job, SMALL, open_process_group(job.comm, folder))
-    run.passes.forward_backward(run.feed(next(run.loader).batches[0]), 1.0, True)
+    run.passes.forward_backward(run.to_rank(next(run.loader).batches[0]), 1.0, True)
     run.optimizers.step()
     parameters = [parameter for part in run.passes.parts for parameter in part.parameters()]
     held = [*parameters, *(parameter.grad for parameter in parameters if parameter.grad is not None)]
