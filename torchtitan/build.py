@@ -40,7 +40,7 @@ class Run:
     spec: TrainSpec
     mesh: Mesh
     sizes: BatchSizes
-    passes: ForwardBackward
+    forward_backward: ForwardBackward
     optimizers: Optimizers
     schedule: Schedule
     loader: Loader
@@ -70,12 +70,12 @@ def build(job: JobConfig, spec: TrainSpec, device: torch.device) -> Run:
     require_room(held_gib(model, job, mesh.degrees), job, device)
     open_loader = loader_of(job, spec, tokenizer, mesh)
     loader = open_loader("train", None)
-    passes = parallelize(model, mesh, job, spec)
-    init_weights(passes.parts, job, device)
+    forward_backward = parallelize(model, mesh, job, spec)
+    init_weights(forward_backward.parts, job, device)
     rates_on = device if job.compile.cuda_graphs else None
-    optimizers = Optimizers(passes.parts, job.optimizer, model.ADAMW_ONLY, rates_on)
+    optimizers = Optimizers(forward_backward.parts, job.optimizer, model.ADAMW_ONLY, rates_on)
     schedule = Schedule(optimizers, job.training.steps, job.lr_scheduler)
-    state = TrainState(passes.parts, optimizers, schedule, loader, model.tied_names(), sizes.global_)
+    state = TrainState(forward_backward.parts, optimizers, schedule, loader, model.tied_names(), sizes.global_)
     checkpointer = Checkpointer(job.checkpoint, folder / job.checkpoint.folder, state)
     checkpointer.load()
     if dist.get_rank() == 0:
@@ -88,7 +88,7 @@ def build(job: JobConfig, spec: TrainSpec, device: torch.device) -> Run:
         spec=spec,
         mesh=mesh,
         sizes=sizes,
-        passes=passes,
+        forward_backward=forward_backward,
         optimizers=optimizers,
         schedule=schedule,
         loader=loader,
@@ -98,7 +98,7 @@ def build(job: JobConfig, spec: TrainSpec, device: torch.device) -> Run:
         state=state,
         checkpointer=checkpointer,
         validator=Validator(
-            passes=passes,
+            forward_backward=forward_backward,
             mesh=mesh,
             open_loader=lambda control: open_loader("validation", control),
             to_rank=to_rank,

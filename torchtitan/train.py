@@ -45,7 +45,7 @@ class Trainer:
         self.run, self.job, self.state = run, run.job, run.state
         self.folder = Path(run.job.job.dump_folder)
         self.epochs = Epochs(run.counts.sources, resumed=run.state.step > 0)
-        copies = {id(parameter) for parameter in run.passes.copies()}
+        copies = {id(parameter) for parameter in run.forward_backward.copies()}
         self.accounted = [parameter for parameter in run.optimizers.parameters if id(parameter) not in copies]
         self.take_step: OptimizerStep = self.optimizer_step
         if run.job.compile.cuda_graphs:
@@ -93,7 +93,7 @@ class Trainer:
     def optimizer_step(self, microbatches: Iterable[Tensors], scale: float | Tensor) -> tuple[Tensor, Tensor]:
         """Forward, backward and update. Returns this rank's share of the loss, and the gradient norm; on the device."""
         last = self.run.sizes.accumulation - 1
-        losses = [self.run.passes.forward_backward(tensors, scale, number == last) for number, tensors in enumerate(microbatches)]
+        losses = [self.run.forward_backward(tensors, scale, number == last) for number, tensors in enumerate(microbatches)]
         return torch.stack(losses).sum() * scale, self.update()
 
     def update(self) -> Tensor:

@@ -59,7 +59,7 @@ class Watched(Trainer):
             # Wrappers of checkpointing and compile do not show in the names.
             self.gradients = {
                 name: whole(parameter.grad)
-                for part in self.run.passes.parts
+                for part in self.run.forward_backward.parts
                 for name, parameter in trainable(part)
                 if parameter.grad is not None
             }

@@ -41,11 +41,11 @@ def measured_peak(changes: dict) -> int:
             feed = run.to_rank(first)
             memory = LiveMemory()
             state = [value for optimizer in run.optimizers for values in optimizer.state.values() for value in values.values()]
-            memory.add([list(part.parameters()) for part in run.passes.parts], state, feed)
+            memory.add([list(part.parameters()) for part in run.forward_backward.parts], state, feed)
             with memory:
-                run.passes.forward_backward(feed, 1e-3, not more)
+                run.forward_backward(feed, 1e-3, not more)
                 for number, batch in enumerate(more, 1):
-                    run.passes.forward_backward(run.to_rank(batch), 1e-3, number == len(more))
+                    run.forward_backward(run.to_rank(batch), 1e-3, number == len(more))
                 for optimizer in run.optimizers:
                     optimizer.step()
                 run.optimizers.zero_grad()
@@ -60,7 +60,7 @@ def measured_traffic(changes: dict) -> float:
         batches = next(run.loader).batches
         with SentBytes() as sent:
             for number, batch in enumerate(batches, 1):
-                run.passes.forward_backward(run.to_rank(batch), 1e-3, number == len(batches))
+                run.forward_backward(run.to_rank(batch), 1e-3, number == len(batches))
             run.optimizers.step()
         dist.barrier()
         return sent.total

@@ -47,9 +47,9 @@ def trapped(changes: dict[str, Any]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         run = build(job_of(changes, folder), SMALL, CPU)
         feed = run.to_rank(next(run.loader).batches[0])
-        run.passes.forward_backward(feed, 1.0, True)  # what is set up on first use may wait
+        run.forward_backward(feed, 1.0, True)  # what is set up on first use may wait
         with LayoutTrap() as trap:
-            run.passes.forward_backward(feed, 1.0, True)
+            run.forward_backward(feed, 1.0, True)
         return len(trap.seen)
 
 

@@ -38,7 +38,7 @@ def count(mode: str, method: str) -> Counter:
         run = build(job_of(changes, folder), SMALL, CPU)
         batch = next(run.loader).batches[0]
         with Count() as counted:
-            run.passes.forward_backward(run.to_rank(batch), 1.0, True)
+            run.forward_backward(run.to_rank(batch), 1.0, True)
         return counted.calls
 
 

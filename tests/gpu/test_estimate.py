@@ -46,7 +46,7 @@ def test_peak_memory_is_as_estimated(tmp_path: Path, mode: str):
         for step in range(3):
             if step == 2:  # by then the optimizer has its state, and kernels are tuned
                 torch.cuda.reset_peak_memory_stats()
-            run.passes.forward_backward(run.to_rank(next(run.loader).batches[0]), 1e-4, True)
+            run.forward_backward(run.to_rank(next(run.loader).batches[0]), 1e-4, True)
             run.optimizers.step()
             run.optimizers.zero_grad()
         measured = torch.cuda.max_memory_allocated() - before

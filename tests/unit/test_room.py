@@ -19,9 +19,9 @@ ALONE = Degrees(1, 1, 1, 1, 1)
 def bytes_after_a_step(job, folder) -> int:
     """Of parameters, gradients and optimizer state."""
     run = build(job, SMALL, open_process_group(job.comm, folder))
-    run.passes.forward_backward(run.to_rank(next(run.loader).batches[0]), 1.0, True)
+    run.forward_backward(run.to_rank(next(run.loader).batches[0]), 1.0, True)
     run.optimizers.step()
-    parameters = [parameter for part in run.passes.parts for parameter in part.parameters()]
+    parameters = [parameter for part in run.forward_backward.parts for parameter in part.parameters()]
     held = [*parameters, *(parameter.grad for parameter in parameters if parameter.grad is not None)]
     states = [value for optimizer in run.optimizers for of in optimizer.state.values() for value in of.values()]
     held += [value for value in states if isinstance(value, torch.Tensor) and value.ndim]  # no counters of steps

@@ -16,7 +16,7 @@ OfBatch = Callable[[nn.Module, Tensors], Tensor]
 class ForwardBackward(Protocol):
     parts: list[nn.Module]  # the model, or this rank's stages of it
 
-    def forward_backward(self, tensors: Tensors, scale: float | Tensor, last: bool) -> Tensor:
+    def __call__(self, tensors: Tensors, scale: float | Tensor, last: bool) -> Tensor:
         """Add the gradients of `scale` times the summed loss, and return that sum, detached, float32 [1], on the device.
 
         A rank keeps its shard of the gradients between microbatches. A rank that computes no loss returns zero.
@@ -40,7 +40,7 @@ class Plain:
         self.model, self._loss, self._score = model, loss, score
         self.parts: list[nn.Module] = [model]
 
-    def forward_backward(self, tensors: Tensors, scale: float | Tensor, last: bool) -> Tensor:
+    def __call__(self, tensors: Tensors, scale: float | Tensor, last: bool) -> Tensor:
         # Shards are summed every time, so that whole gradients are never kept; copies of a shard (HSDP) only once.
         self.model.set_requires_all_reduce(last)
         self.model.set_is_last_backward(last)

@@ -32,7 +32,7 @@ class Scoring:
 class Validator:
     """`open_loader(control)` gives the held-out split, as it is or spoilt by a control."""
 
-    passes: ForwardBackward
+    forward_backward: ForwardBackward
     mesh: Mesh
     open_loader: Callable[[str | None], Loader]
     to_rank: Callable[[Batch], Tensors]  # host batch -> what this rank's forward takes, on the device
@@ -46,7 +46,7 @@ class Validator:
         try:
             batches = (batch for step in loader for batch in step.batches)
             for batch in islice(batches, self.steps if self.steps >= 0 else None):
-                scores_BS2 = self.passes.score(self.to_rank(batch)).float().cpu().numpy()
+                scores_BS2 = self.forward_backward.score(self.to_rank(batch)).float().cpu().numpy()
                 # Ranks that hold the same slots computed the same: one of them counts.
                 if self.mesh.leads:
                     self._count(batch, scores_BS2, sums)

@@ -64,7 +64,7 @@ class Pipeline:
         self._sums.append(loss.detach())
         return (loss * self._scale).sum()
 
-    def forward_backward(self, tensors: Tensors, scale: float | Tensor, last: bool) -> Tensor:
+    def __call__(self, tensors: Tensors, scale: float | Tensor, last: bool) -> Tensor:
         """Gradients are reduced over ranks at the end of every batch, not of the last alone: the schedules do it by themselves."""
         self._check(tensors)
         self._scale, self._sums = scale, []
