@@ -16,7 +16,7 @@ from torchtitan.components.checkpoint_folder import find, read_record
 from torchtitan.components.forward_backward import ForwardBackward, Plain
 from torchtitan.components.loader import Batch, Loader, Tensors, to_device
 from torchtitan.components.lr_scheduler import Schedule, fit_warmup
-from torchtitan.components.metrics import Counts, Meter, Reporter
+from torchtitan.components.metrics import Counts, MetricsMeter, Reporter
 from torchtitan.components.optimizer import Optimizers
 from torchtitan.components.room import held_gib, require_room
 from torchtitan.components.saved_config import save_config
@@ -50,7 +50,7 @@ class Run:
     state: TrainState
     checkpointer: Checkpointer
     validator: Validator
-    meter: Meter
+    meter: MetricsMeter
     reporter: Reporter
     profiler: Profiler
 
@@ -105,7 +105,7 @@ def build(job: JobConfig, spec: TrainSpec, device: torch.device) -> Run:
             scoring=spec.scoring,
             steps=job.validation.steps,
         ),
-        meter=Meter(device, world_size, counts),
+        meter=MetricsMeter(device, world_size, counts),
         reporter=Reporter(job, percentages, state.step, dist.get_rank(), world_size),
         profiler=Profiler(job.profiling, job.job.dump_folder, dist.get_rank(), state.step),
     )

@@ -4,7 +4,7 @@ import torch
 
 from torchtitan.components import metrics
 from torchtitan.components.curves import draw_curves
-from torchtitan.components.metrics import Counts, Meter, format_line
+from torchtitan.components.metrics import Counts, MetricsMeter, format_line
 from torchtitan.components.sinks import HISTORY, History, read_history
 from torchtitan.tools.logging import log_ranks
 
@@ -23,7 +23,7 @@ def test_occupancy_and_rates_count_what_all_ranks_did(monkeypatch):
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
     capacity = {"tokens": 100, "patches": 50}
     counts = Counts("loss_tokens", "tokens", capacity, rates=("images",), tallies=("samples/a",), sources=("a",))
-    meter = Meter(torch.device("cpu"), 2, counts)
+    meter = MetricsMeter(torch.device("cpu"), 2, counts)
     meter.restart()
     meter.add({"tokens": 300, "patches": 100, "images": 7, "samples/a": 4, "slots": 4, "flops": 6e12}, data_s=0.5)
     meter.add({"tokens": 200, "patches": 100, "images": 3, "samples/a": 2, "slots": 4, "flops": 4e12}, data_s=0.5)

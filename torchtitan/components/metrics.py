@@ -44,7 +44,7 @@ class Counts:
         return sorted({self.loss_weight, self.tokens, *self.rates, *self.capacity, *self.tallies})
 
 
-class Meter:
+class MetricsMeter:
     """What happened since the last line."""
 
     def __init__(self, device: torch.device, ranks: int, counts: Counts):
