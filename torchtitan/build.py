@@ -59,7 +59,7 @@ def build(job: JobConfig, spec: TrainSpec, device: torch.device) -> Run:
     """In this order: what is cheap and may be wrong first, what a checkpoint fills before it is loaded."""
     folder, world_size = Path(job.job.dump_folder), dist.get_world_size()
     seed_generators(job)
-    settle(job)
+    resolve_options(job)
     sizes = resolve_batch(job, world_size)
     mesh = build_mesh(degrees(job.parallelism, world_size), device)
     tokenizer = spec.load_tokenizer(job)
@@ -121,14 +121,14 @@ def seed_generators(job: JobConfig) -> None:
         torch.backends.cudnn.benchmark = False
 
 
-def settle(job: JobConfig) -> None:
+def resolve_options(job: JobConfig) -> None:
     """Give options that depend on others, or on what the run did before, the value that holds and is saved."""
-    settle_global_batch(job)
+    resolve_global_batch(job)
     fit_warmup(job.lr_scheduler, job.training.steps)
     job.training.global_batch_size = resolve_batch(job, dist.get_world_size()).global_
 
 
-def settle_global_batch(job: JobConfig) -> None:
+def resolve_global_batch(job: JobConfig) -> None:
     """A run that goes on keeps the global batch that it began with, whatever the number of ranks now."""
     path = find(job.checkpoint, Path(job.job.dump_folder) / job.checkpoint.folder)
     if path is None or "data" in job.checkpoint.exclude_from_loading:
