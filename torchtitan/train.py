@@ -46,7 +46,7 @@ class Trainer:
         self.folder = Path(run.job.job.dump_folder)
         self.epochs = Epochs(run.counts.sources, resumed=run.state.step > 0)
         copies = {id(parameter) for parameter in run.forward_backward.copies()}
-        self.accounted = [parameter for parameter in run.optimizers.parameters if id(parameter) not in copies]
+        self.norm_parameters = [parameter for parameter in run.optimizers.parameters if id(parameter) not in copies]
         self.take_step: OptimizerStep = self.optimizer_step
         if run.job.compile.cuda_graphs:
             self.take_step = GraphedStep(self.optimizer_step, Recorder())
@@ -99,7 +99,7 @@ class Trainer:
     def update(self) -> Tensor:
         """Clip and step. Returns the global gradient norm before clipping."""
         optimizers = self.run.optimizers
-        norm = global_norm(self.accounted, self.run.mesh)
+        norm = global_norm(self.norm_parameters, self.run.mesh)
         if self.job.training.max_norm > 0:
             clip(optimizers.parameters, norm, self.job.training.max_norm)
         optimizers.step()
