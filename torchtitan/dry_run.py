@@ -30,24 +30,24 @@ def dry_run(job: JobConfig, spec: TrainSpec) -> None:
     model = spec.build_model(job, tokenizer)
     freeze(model, job.training.freeze)
     describe(model, spec, sizes)
-    tell_run(job, layout, sizes)
-    tell_memory(job, spec, layout, tokenizer, held_gib(model, job, layout))
+    log_run(job, layout, sizes)
+    log_memory(job, spec, layout, tokenizer, held_gib(model, job, layout))
     if there:
-        tell_batch(job, spec, layout, tokenizer, model)
+        log_batch(job, spec, layout, tokenizer, model)
     else:
         path = f"model.tokenizer_path = {job.model.tokenizer_path}"
         warn_once(f"{path} is not here: vocabulary as published, and no batch was read")
     logger.info("dry run: nothing was trained")
 
 
-def tell_run(job: JobConfig, layout: Degrees, sizes: BatchSizes) -> None:
+def log_run(job: JobConfig, layout: Degrees, sizes: BatchSizes) -> None:
     steps, length = job.training.steps, job.training.seq_len
     logger.info(f"layout: {layout.name}")
     a_step = f"{sizes.global_} slots of {length:,} tokens"
     logger.info(f"tokens of the run: {steps * sizes.global_ * length:,}, in {steps:,} steps of {a_step}")
 
 
-def tell_memory(job: JobConfig, spec: TrainSpec, layout: Degrees, tokenizer: Any, held: float) -> None:
+def log_memory(job: JobConfig, spec: TrainSpec, layout: Degrees, tokenizer: Any, held: float) -> None:
     """`held`: GiB of a rank. What the peak leaves out is told in torchtitan/distributed/estimate.py."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     peak, there = spec.memory(job, layout, tokenizer, device.type == "cuda"), memory_gib(device)
@@ -59,7 +59,7 @@ def tell_memory(job: JobConfig, spec: TrainSpec, layout: Degrees, tokenizer: Any
         warn_once(f"it does not fit this machine: {there:.1f} GiB of {device.type} memory a rank")
 
 
-def tell_batch(job: JobConfig, spec: TrainSpec, layout: Degrees, tokenizer: Any, model: nn.Module) -> None:
+def log_batch(job: JobConfig, spec: TrainSpec, layout: Degrees, tokenizer: Any, model: nn.Module) -> None:
     """The first batch of rank 0: its tensors, how full it is, and what it costs."""
     loader = spec.build_loader(job, tokenizer, rank=0, ranks=layout.dp, split="train", control=None, agree=None)
     try:

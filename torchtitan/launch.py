@@ -86,7 +86,7 @@ class Ranks:
         while True:
             running = any(process.poll() is None for process in self.processes)
             if failed is None and (failed := self._failed()) is not None:
-                self._tell(failed)
+                self._report(failed)
                 self.send(signal.SIGTERM)
                 deadline = time.monotonic() + GRACE_S
             if not running:
@@ -104,7 +104,7 @@ class Ranks:
         path = self.errors / str(self.first + local)
         return path.read_text(encoding="utf-8") if path.exists() else ""
 
-    def _tell(self, local: int) -> None:
+    def _report(self, local: int) -> None:
         if error := self._error(local):
             print(error, file=sys.stderr, flush=True)
         elif not self.signals:

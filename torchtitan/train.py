@@ -148,7 +148,7 @@ class Trainer:
         printed, tallies = self.run.meter.read()
         tallies |= {"lr": self.job.optimizer.lr * self.run.schedule.factor, **self.epochs.metrics()}
         self.run.reporter.train(self.state.step, values | printed, tallies)
-        self.epochs.tell()
+        self.epochs.log()
 
     def validate(self) -> Values:
         values = self.run.validator.evaluate()
@@ -162,7 +162,7 @@ class Trainer:
     def report_data(self) -> None:
         self.data_report = write_data_report(self.folder, self.run.loader.report() if self.run.mesh.leads else None)
 
-    def tell_rejected(self) -> None:
+    def log_rejected(self) -> None:
         """Which data were not used, from the last report, where this rank has one."""
         if self.data_report is not None and (line := self.run.loader.summary(self.data_report)):
             logger.info(line)
@@ -176,9 +176,9 @@ class Trainer:
         self.save(final=self.stopped_by is None)
         self.run.checkpointer.wait()
         self.progress.close()
-        self.tell_rejected()
+        self.log_rejected()
         if self.stopped_by is not None:
-            self.tell_stopped(self.stopped_by)
+            self.log_stopped(self.stopped_by)
         elif early:
             logger.info(f"the data ended at step {self.state.step} of {self.job.training.steps}")
         values = self.validate() if self.job.validation.enable and self.stopped_by is None else None
@@ -190,7 +190,7 @@ class Trainer:
         """The signal that asks this run to stop, whichever rank received it; all of them ask."""
         return next((number for number in WATCHED if any_rank(self.signals.received is number)), None)
 
-    def tell_stopped(self, by: signal.Signals) -> None:
+    def log_stopped(self, by: signal.Signals) -> None:
         saved = "the same command goes on from its checkpoint"
         if not self.job.checkpoint.enable:
             saved = "nothing was saved, since checkpoint.enable is off"
@@ -260,7 +260,7 @@ def main(job: JobConfig, spec: TrainSpec) -> int:
         write_flight_record(job.comm, trainer.folder)
         if dist.get_world_size() == 1:
             trainer.report_data()  # several ranks could no longer agree on one
-            trainer.tell_rejected()
+            trainer.log_rejected()
         raise
     finally:
         trainer.close()

@@ -75,7 +75,7 @@ def lines(epochs: Epochs, values: list[float], log_every: int, caplog) -> list[s
         for step, value in enumerate(values, 1):
             epochs.add(step, {"epochs/a": value, "epochs/b": 0.5})
             if step % log_every == 0:
-                epochs.tell()
+                epochs.log()
     return caplog.messages
 
 

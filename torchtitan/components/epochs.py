@@ -32,7 +32,7 @@ class Epochs:
             if present > max(self.told.setdefault(source, present), self.began.get(source, (0, 0))[0]):
                 self.began[source] = present, step
 
-    def tell(self) -> None:
+    def log(self) -> None:
         """A line for each source that began anew since the last call: a small one may do so in every step."""
         for source, (epoch, step) in self.began.items():
             logger.info(f"source {source}: epoch {epoch} began in step {step}")

@@ -111,12 +111,12 @@ class Reporter:
         self.sinks = open_sinks(job, first_step) if self.writes else []
 
     def train(self, step: int, values: Values, unprinted: Values) -> None:
-        self._tell("", "", step, values, unprinted)
+        self._report("", "", step, values, unprinted)
 
     def validate(self, step: int, values: Values) -> None:
-        self._tell("validate ", "validate/", step, values, {})
+        self._report("validate ", "validate/", step, values, {})
 
-    def _tell(self, word: str, prefix: str, step: int, values: Values, unprinted: Values) -> None:
+    def _report(self, word: str, prefix: str, step: int, values: Values, unprinted: Values) -> None:
         logger.info(word + format_line(step, values, self.percentages, self.colours))
         known = {prefix + name: value for name, value in (values | unprinted).items() if value is not None}
         for sink in self.sinks:
