@@ -18,8 +18,8 @@ from torchtitan.config.errors import UserError
 from torchtitan.config.job import JobConfig
 from torchtitan.config.parse import parse, to_toml
 from torchtitan.tools.disk import describe, is_full, require_writable
+from torchtitan.tools.error_line import INTERRUPTED, USER_ERROR, report_error, report_line
 from torchtitan.tools.logging import init_logger
-from torchtitan.tools.told import INTERRUPTED, USER_ERROR, say, tell
 from torchtitan.tools.wandb_login import require_wandb
 
 
@@ -76,16 +76,16 @@ def in_one_line(run: Callable[[], int]) -> int:
     try:
         return run()
     except UserError as error:
-        tell(error)
+        report_error(error)
         return USER_ERROR
     except OSError as error:
         if not is_full(error):
             raise
         where = Path(error.filename or ".")
-        tell(UserError(f"{error.filename or 'a file'} was not written ({describe(error, where)}): make room"))
+        report_error(UserError(f"{error.filename or 'a file'} was not written ({describe(error, where)}): make room"))
         return USER_ERROR
     except KeyboardInterrupt:
-        say("interrupted at once: what was done since the last checkpoint is lost")
+        report_line("interrupted at once: what was done since the last checkpoint is lost")
         return INTERRUPTED
 
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from torchtitan.tools.told import ERROR_FILE
+from torchtitan.tools.error_line import ERROR_FILE
 
 POLL_S = 0.05
 GRACE_S = 30.0  # from the first failure until the others are killed: they may say whom they waited for

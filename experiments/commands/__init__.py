@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from torchtitan import __version__
 from torchtitan.config.errors import UserError, did_you_mean
-from torchtitan.tools.told import INTERRUPTED, USER_ERROR, say, tell
+from torchtitan.tools.error_line import INTERRUPTED, USER_ERROR, report_error, report_line
 
 COMMANDS = {  # name: (module of this package, what it does)
     "train": ("train", "train a model on one process or many, one machine or many"),
@@ -42,8 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"{name}: no such command{did_you_mean(name, COMMANDS)}")
         return importlib.import_module(f"{__name__}.{COMMANDS[name][0]}").main(options)
     except UserError as error:
-        tell(error)
+        report_error(error)
         return USER_ERROR
     except KeyboardInterrupt:
-        say("interrupted")
+        report_line("interrupted")
         return INTERRUPTED

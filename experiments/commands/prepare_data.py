@@ -16,7 +16,7 @@ import tyro
 from experiments.vlm.prepare.options import Options
 from experiments.vlm.prepare.progress import Shown
 from experiments.vlm.prepare.start import Crashed, prepare
-from torchtitan.tools.told import INTERRUPTED, say, tell
+from torchtitan.tools.error_line import INTERRUPTED, report_error, report_line
 
 PROG = "torchtitan-vlm prepare"
 
@@ -30,10 +30,10 @@ def main(argv: Sequence[str]) -> int:
             options = tyro.cli(Options, args=argv, prog=PROG, description=__doc__, config=flat, use_underscores=True)
             report = prepare(options, progress)
     except Crashed as error:
-        tell(error)
+        report_error(error)
         return 1
     except KeyboardInterrupt:
-        say("stopped; the same command goes on from here")
+        report_line("stopped; the same command goes on from here")
         return INTERRUPTED
     show(options, report)
     return 0

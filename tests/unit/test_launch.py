@@ -15,7 +15,7 @@ REPOSITORY = Path(__file__).parents[2]
 RANK = """
 import os, signal, sys, time
 from pathlib import Path
-from torchtitan.tools.told import tell
+from torchtitan.tools.error_line import report_error
 names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 rank, folder = int(os.environ["RANK"]), Path(sys.argv[1])
 def stay():
@@ -78,7 +78,7 @@ def test_the_second_machine_has_the_ranks_after_those_of_the_first(start, tmp_pa
 
 
 def test_what_every_rank_says_is_told_once_with_its_exit_code(start):
-    assert end(start("tell(ValueError('key = 3: use 4')); sys.exit(2)")) == (2, "error: key = 3: use 4\n")
+    assert end(start("report_error(ValueError('key = 3: use 4')); sys.exit(2)")) == (2, "error: key = 3: use 4\n")
 
 
 def test_a_rank_that_fails_ends_the_others_and_gives_its_exit_code(start, tmp_path):

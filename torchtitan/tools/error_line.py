@@ -10,11 +10,11 @@ USER_ERROR, INTERRUPTED = 2, 128 + signal.SIGINT  # exit codes
 ERROR_FILE = "TORCHTITAN_ERROR_FILE"  # variable of a rank: where torchtitan/launch.py reads its line
 
 
-def tell(error: BaseException) -> None:
-    say(f"error: {error}")
+def report_error(error: BaseException) -> None:
+    report_line(f"error: {error}")
 
 
-def say(line: str) -> None:
+def report_line(line: str) -> None:
     if file := os.environ.get(ERROR_FILE):
         Path(file).write_text(line, encoding="utf-8")
     else:
