@@ -2,7 +2,7 @@
 
 What `torchtitan-vlm train` (in a checkout run_train.sh) becomes, or starts for each process.
 
-The whole configuration is checked before torch is imported, so that a typo is told in a fraction of a second.
+The whole configuration is checked before torch is imported, so that a typo is reported in a fraction of a second.
 """
 
 import importlib
@@ -72,7 +72,7 @@ def check_and_train(argv: Sequence[str]) -> int:
 
 
 def in_one_line(run: Callable[[], int]) -> int:
-    """The exit code that `run` returns. What the user can mend or has interrupted is told in one line."""
+    """The exit code that `run` returns. What the user can mend or has interrupted is reported in one line."""
     try:
         return run()
     except UserError as error:

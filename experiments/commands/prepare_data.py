@@ -4,7 +4,7 @@
     torchtitan-vlm prepare --input 'obelics/*.parquet' --out shards/obelics --max_side 1024 --encode jpeg
     torchtitan-vlm prepare --input llava.json --image_folder images --out shards/llava
 
-Stopped or killed, the same command goes on and fetches nothing twice. docs/prepare_data.md tells more.
+Stopped or killed, the same command goes on and fetches nothing twice. docs/prepare_data.md says more.
 """
 
 import contextlib

@@ -31,6 +31,8 @@ IGNORE = -100  # a label where no loss is due
 
 
 class Field(NamedTuple):
+    """One tensor of a batch."""
+
     dtype: str  # numpy and torch share these names
     dims: str  # one letter a dimension
     padding: int  # the value where there is nothing
@@ -58,6 +60,7 @@ class BatchShape:
     patch_size: int
 
     def of(self, name: str) -> tuple[int, ...]:
+        """The shape of a field of FIELDS."""
         sizes = {
             "B": self.slots,
             "S": self.seq_len,

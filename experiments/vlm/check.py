@@ -36,7 +36,7 @@ RANGES = {
 
 
 def check_vlm(job: VLMJobConfig, world_size: int) -> None:
-    """Everything about the job that can be told before torch is imported. Raises ConfigError for the first fault."""
+    """Everything about the job that can be checked before torch is imported. Raises ConfigError for the first fault."""
     check(job, world_size)
     check_model(job)
     flavor, sizes = FLAVORS[job.model.flavor], degrees(job.parallelism, world_size)
@@ -53,6 +53,7 @@ def check_estimated(job: VLMJobConfig) -> None:
 
 
 def check_model(job: VLMJobConfig) -> None:
+    """What needs the flavor but neither data nor devices. Raises ConfigError."""
     check_ranges(job, RANGES)
     known = did_you_mean(job.model.flavor, FLAVORS)
     require(job.model.flavor in FLAVORS, f"model.flavor = {job.model.flavor}: no such flavor{known}")
@@ -87,6 +88,7 @@ def check_patches(job: VLMJobConfig, encoder: EncoderConfig) -> None:
 
 
 def check_frozen(job: VLMJobConfig) -> None:
+    """Parts that are frozen exist, and one trains."""
     for part in job.training.freeze:
         require(part in PARTS, f"training.freeze = {part}: no such part{did_you_mean(part, PARTS)}")
     require(set(job.training.freeze) != set(PARTS), "training.freeze names every part: nothing would train")
@@ -112,6 +114,7 @@ def check_encoder(job: VLMJobConfig, encoder: EncoderConfig, sizes: Degrees) -> 
 
 
 def check_sources(job: VLMJobConfig) -> None:
+    """Training data are named in one of two ways; all that will be read are there. Raises ConfigError."""
     dataset, path, listed = job.training.dataset, job.training.dataset_path, job.data.sources
     if dataset or path:
         others = len(listed) > 1 or any(source.format or source.path for source in listed)
@@ -130,6 +133,7 @@ def check_sources(job: VLMJobConfig) -> None:
 
 
 def check_list(sources: list[Source], key: str) -> None:
+    """`key`: the list's name, for the error. Raises ConfigError."""
     for number, source in enumerate(sources):
         check_source(source, f"{key}[{number}]")
     repeated = [name for name, times in Counter(source.name or source.format for source in sources).items() if times > 1]
@@ -145,6 +149,7 @@ def check_source(source: Source, key: str) -> None:
 
 
 def check_reading(source: Source, key: str) -> None:
+    """Weight, shuffling and chat template of a source. Raises ConfigError."""
     require(is_allowed(source.weight, "> 0"), f"{key}.weight = {source.weight}: must be > 0")
     require(source.shuffle_buffer >= 1, f"{key}.shuffle_buffer = {source.shuffle_buffer}: must be >= 1")
     template = source.chat_template

@@ -13,13 +13,15 @@ PARTS = ("encoder", "projector", "decoder")  # of the model; training.freeze nam
 
 @dataclass
 class Source:
+    """Where data lie, what they are, and how they are read."""
+
     name: str = ""  # how reports and metrics call it; empty: the format's name
     format: str = ""  # a key of experiments.vlm.data.formats.FORMATS
     path: str = ""  # a file, glob, brace range or folder, local or remote (fsspec), or embedded:WORLD/SPLIT
     weight: float = 1.0  # share of the mixture
     shuffle: bool = True  # permute shards each epoch and samples inside windows of shuffle_buffer
     shuffle_buffer: int = 1024  # samples of a shard that are permuted among each other
-    repeat: bool = True  # start a new epoch when it runs dry; False: the others go on without it
+    repeat: bool = True  # start a new epoch when it is exhausted; False: the others go on without it
     chat_template: str = "chatml"  # conversations: chatml, llama3, or a Jinja file (a tokenizer_config.json too)
 
 

@@ -23,6 +23,7 @@ from torchtitan.tools.logging import logger
 
 
 def sharing_mesh(job: VLMJobConfig, mesh: Mesh) -> DeviceMesh:
+    """The ranks among which the patch rows of a forward are shared."""
     return mesh["cp"] if job.parallelism.encoder_tensor_parallel else mesh.cptp
 
 
@@ -36,7 +37,7 @@ def own_rows(rows: Tensor, job: VLMJobConfig, mesh: Mesh) -> Tensor:
 
 
 def apply_sharing(projector: nn.Module, job: VLMJobConfig, mesh: Mesh) -> None:
-    """The projector returns the visual tokens of all rows, whoever encoded them."""
+    """The projector returns the visual tokens of all rows, whichever rank encoded them."""
     p, group = job.parallelism, sharing_mesh(job, mesh)
     if p.encoder_tensor_parallel:
         heads = mesh["tp"].get_group()
@@ -65,5 +66,6 @@ ENCODER_BLOCK_PLAN = {
 
 
 def apply_encoder_tensor_parallel(encoder: VisionEncoder, mesh: DeviceMesh) -> None:
+    """Split heads and MLP columns of every block over `mesh`, in place."""
     for layer in encoder.layers.values():
         tp.split(layer, mesh, ENCODER_BLOCK_PLAN)

@@ -1,4 +1,4 @@
-"""What a job needs on each rank, told without running it: memory at the peak, FLOPs, traffic.
+"""What a job needs on each rank, found without running it: memory at the peak, FLOPs, traffic.
 
 What each unit of the model needs is seen by running one rank's share of it on the meta device (rank_share.py).
 FLOPs are those of full slots, with one document a slot and images as large as allowed: the most a step can cost.
@@ -26,6 +26,8 @@ from torchtitan.models.decoder.check import check_decoder
 
 @dataclass(frozen=True)
 class Estimate:
+    """What a layout needs."""
+
     sizes: Degrees
     batch: BatchSizes
     memory: Memory  # of the rank of a pipeline that needs most
@@ -70,7 +72,7 @@ def estimate(job: VLMJobConfig, sizes: Degrees, vocab_size: int, on_gpu: bool = 
 
 
 def estimates(job: VLMJobConfig, world_size: int, vocab_size: int, most: Degrees) -> Iterator[Estimate]:
-    """Of every layout of `world_size` ranks that can run, with at most `most` in each dimension."""
+    """Estimates of every layout of `world_size` ranks that can run, with at most `most` in each dimension."""
     shares = _Shares(job, vocab_size, on_gpu=True)
     for sizes in factorisations(world_size, most):
         with contextlib.suppress(ConfigError):

@@ -46,7 +46,7 @@ def flops_of_work(model: VLM) -> Callable[[Work], int]:
 
 
 def count_flops(model: VLM) -> Callable[[Batch], int]:
-    """Of a batch, without its padding."""
+    """The work of a batch, without its padding."""
     flops = flops_of_work(model)
 
     def of_batch(batch: Batch) -> int:

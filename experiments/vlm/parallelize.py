@@ -42,6 +42,7 @@ def split_decoder(model: VLM, mesh: Mesh, job: VLMJobConfig) -> None:
 
 
 def split_encoder(model: VLM, mesh: Mesh, job: VLMJobConfig) -> None:
+    """Over the same ranks: patch rows or heads. Nothing where a stage has no encoder."""
     if model.encoder is None or model.projector is None:
         return
     if job.parallelism.encoder_tensor_parallel:
@@ -50,7 +51,7 @@ def split_encoder(model: VLM, mesh: Mesh, job: VLMJobConfig) -> None:
 
 
 def apply_fsdp(model: VLM, mesh: Mesh, vision: DeviceMesh, sharding: Sharding) -> None:
-    """A group for each block, for what a tower has beside its blocks, and for what is left. Encoder and projector are sharded
+    """A group for each block, for what a tower has besides its blocks, and for what is left. Encoder and projector are sharded
     over `vision`: mesh.py says why over `enc`; where their heads are split over tp, over `fsdp`."""
     if model.encoder is not None:
         shard_blocks(model.encoder.layers.values(), vision, sharding)

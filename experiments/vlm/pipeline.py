@@ -41,6 +41,7 @@ def cut(model: VLM, stage: int, split: Split) -> VLM:
 
 
 def pipeline_vlm(model: VLM, mesh: Mesh, job: VLMJobConfig) -> Pipeline:
+    """This rank's stages of `model`, each parallelized, and the schedule that runs them."""
     p, sizes = job.parallelism, mesh.degrees
     split = split_layers(model, job, sizes)
     parts: list[nn.Module] = []

@@ -39,7 +39,7 @@ def build_on_meta(job: VLMJobConfig, config: VLMConfig, vocab_size: int) -> VLM:
 
 
 class RankShare:
-    """Of a layout, for `slots` slots a forward. `on_gpu`: with the kernels of GPUs, else with those of a CPU."""
+    """One rank's share of a layout, for `slots` slots a forward. `on_gpu`: with the kernels of GPUs, else with those of a CPU."""
 
     def __init__(self, job: VLMJobConfig, config: VLMConfig, vocab: int, sizes: Degrees, slots: int, on_gpu: bool):
         self._job, self._config = job, config

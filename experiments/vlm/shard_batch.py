@@ -1,4 +1,4 @@
-"""What a rank of a context- and tensor-parallel group keeps of a batch that the whole group holds. On the host, beside the loader.
+"""What a rank of a context- and tensor-parallel group keeps of a batch that the whole group holds. On the host, next to the loader.
 
 S of the batch's tensors     cp: this rank's rows of each slot; visual_index also tp, as the sequence is split between blocks
 N of the batch's tensors     this rank's share of the patch rows, where the group shares the encoder

@@ -43,10 +43,12 @@ def memory(job: VLMJobConfig, layout: Degrees, tokenizer: Tokenizer | None, on_g
 
 
 def loss(model: torch.nn.Module, tensors: Tensors) -> Tensor:
+    """Summed loss over this rank's labels, float32 [1]."""
     return model(**tensors)
 
 
 def score(model: torch.nn.Module, tensors: Tensors, mesh: Mesh) -> Tensor:
+    """(nll, correct) of each label of whole slots, float32 [B, S, 2]."""
     return whole_slots(model(**tensors, per_token=True), tensors, mesh)
 
 
@@ -63,6 +65,7 @@ def counts(job: VLMJobConfig) -> Counts:
 
 
 def is_thin(sample: Delivered) -> bool:
+    """Whether the sample has an image with one side at least THIN times the other."""
     return any(max(size) >= THIN * min(size) for size in sample.image_sizes)
 
 

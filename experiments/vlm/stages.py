@@ -25,7 +25,7 @@ def stage_costs(model: VLM, job: VLMJobConfig, sizes: Degrees) -> tuple[float, f
     """FLOPs of a rank for one microbatch: of a decoder layer, of what comes before the layers, of the output layer.
 
     Those of every matrix (torchtitan/components/flops.py), and those that checkpointing computes again. Attention is
-    left out: what documents and images look like is not known here, and it is small beside the products.
+    left out: what documents and images look like is not known here, and it is small next to the products.
     """
     assert model.projector is not None
     forward, products, ac = forward_flops(model), product_flops(model), job.activation_checkpoint

@@ -15,7 +15,7 @@ def rows_of(job: VLMJobConfig, tokenizer: Tokenizer | None) -> int:
 
 
 def open_tokenizer(job: VLMJobConfig) -> Tokenizer:
-    """The job's tokenizer; where it is hardly the flavor's own, that is told."""
+    """The job's tokenizer; with a warning where it is hardly the flavor's own."""
     tokenizer = load_tokenizer(job.model.tokenizer_path)
     ids, published = tokenizer.vocab_size, FLAVORS[job.model.flavor].decoder.vocab_size
     flavor = f"model.flavor = {job.model.flavor} {published:,} rows"

@@ -35,11 +35,14 @@ CUT_SHORT = "inline_container"  # in what torch says of a file that ends too ear
 
 
 def stored_sizes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shape of each tensor in a checkpoint, by name. Raises what torch and the disk raise."""
     metadata = dcp.FileSystemReader(str(path)).read_metadata().state_dict_metadata
     return {name: tuple(entry.size) for name, entry in metadata.items() if isinstance(entry, TensorStorageMetadata)}
 
 
 class Checkpointer:
+    """Writes and reads the checkpoints of a run; every method is called by all ranks alike."""
+
     def __init__(self, options: Checkpoint, folder: Path, state: TrainState):
         self.options, self.folder, self.state = options, folder, state
         self.writes = dist.get_rank() == 0  # names, records and deletions; tensors are written by all ranks
@@ -89,7 +92,7 @@ class Checkpointer:
         from_first_rank(attempt)
 
     def _unwritten(self, step: int, error: OSError | CheckpointException) -> CheckpointError:
-        """What to tell. What was written of this checkpoint is deleted, so that its space is there again."""
+        """The error to raise. What was written of this checkpoint is deleted, so that its space is there again."""
         room = free(self.folder)
         shutil.rmtree(self.folder / f"step-{step}{INCOMPLETE}", ignore_errors=True)
         complete = complete_steps(self.folder)

@@ -57,6 +57,7 @@ class Recorder:
         self.stream = torch.cuda.Stream()
 
     def run(self, work: Run) -> Result:
+        """The result of `work`, run on this stream after what the current stream was given so far."""
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             result = work()

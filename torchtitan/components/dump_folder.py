@@ -61,7 +61,7 @@ def begin(job: JobConfig) -> bool:
 
 
 def folders(job: JobConfig, saved: dict[str, Any] | None) -> set[str]:
-    """Of this job and of the one before, which may have called them otherwise."""
+    """Those of this job and of the one before, which may have called them otherwise."""
     names = set()
     for option in FOLDERS:
         section, field = option.split(".")
@@ -115,7 +115,7 @@ def differ(before: str, now: str) -> bool:
 
 
 def refuse_checkpoints_of_others(job: JobConfig, saved: dict[str, Any] | None, folder: Path) -> None:
-    """A run that would not go on from the checkpoints of this folder must not stand beside them either."""
+    """A run that would not go on from the checkpoints of this folder must not share the folder with them either."""
     for name in {
         job.checkpoint.folder,
         (saved or {}).get("checkpoint", {}).get("folder", job.checkpoint.folder),
@@ -145,7 +145,7 @@ def set_aside(folder: Path, paths: Iterable[Path]) -> Path | None:
             shutil.move(path, to)
             moved.append(path.name)
         if path.name == TRACES:
-            path.mkdir(exist_ok=True)  # nccl was told to write there
+            path.mkdir(exist_ok=True)  # nccl is configured to write there
     if not moved:
         return None
     logger.info(f"{folder}: what an earlier run wrote there is now in {target}: {', '.join(moved)}")

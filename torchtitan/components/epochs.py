@@ -17,7 +17,7 @@ class Epochs:
         """`resumed`: which epoch each source is in shows with the first step."""
         self.values = dict.fromkeys(sources, 0.0)
         self.told = {} if resumed else dict.fromkeys(sources, 1)  # the latest epoch of each source that needs no line
-        self.began: dict[str, tuple[int, int]] = {}  # source -> (an epoch that is not told yet, the step it began in)
+        self.began: dict[str, tuple[int, int]] = {}  # source -> (an epoch not logged yet, the step it began in)
 
     @property
     def names(self) -> dict[str, str]:

@@ -48,12 +48,12 @@ def backward_of(model: nn.Module) -> dict[str, Backward]:
 
 
 def forward_flops(model: nn.Module) -> dict[str, int]:
-    """Of each matrix, by name, for one row. Embedding tables are looked up, not multiplied."""
+    """FLOPs of each matrix, by name, for one row. Embedding tables are looked up, not multiplied."""
     return {name: 2 * m.weight.numel() for name, m in model.named_modules() if isinstance(m, nn.Linear)}
 
 
 def product_flops(model: nn.Module) -> dict[str, int]:
-    """Of each matrix, by name, for one row, forward and backward."""
+    """FLOPs of each matrix, by name, for one row, forward and backward."""
     backward = backward_of(model)
     return {name: flops * backward[name].products for name, flops in forward_flops(model).items()}
 

@@ -14,6 +14,8 @@ OfBatch = Callable[[nn.Module, Tensors], Tensor]
 
 
 class ForwardBackward(Protocol):
+    """What the trainer asks of a layout: forward, backward and scores of one microbatch."""
+
     parts: list[nn.Module]  # the model, or this rank's stages of it
 
     def __call__(self, tensors: Tensors, scale: float | Tensor, last: bool) -> Tensor:

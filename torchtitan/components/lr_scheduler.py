@@ -57,6 +57,7 @@ class Schedule:
         self.factor = 0.0
 
     def advance(self) -> None:
+        """To the next step. `factor` is then its share of the peak learning rate."""
         self.step += 1
         self.factor = lr_factor(self.step, self.steps, self.options)
         self.optimizers.scale_learning_rates(self.factor)

@@ -103,6 +103,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):  # the base class allows a closure; nothing here passes one
+        """One update of every parameter that has a gradient, in place; sends over the ranks of each shard."""
         for group in self.param_groups:
             for parameters, ranks in _batches(group["params"]):
                 updates = [self._nesterov(parameter, group["momentum"]) for parameter in parameters]

@@ -15,11 +15,13 @@ from torchtitan.config.parse import to_toml
 from torchtitan.tools.logging import logger
 
 NEWEST, LAUNCHES = "config.toml", "launches"
-# Of one launch, not of what is trained: where it writes, and where it went on from.
+# What belongs to one launch, not to what is trained: where it writes, and where it went on from.
 OF_A_LAUNCH = ("job.", "checkpoint.load_step")
 
 
 class Change(NamedTuple):
+    """An option that differs between two launches."""
+
     option: str
     before: Any  # None: not set
     now: Any
@@ -37,7 +39,7 @@ def save_config(job: JobConfig, folder: Path, step: int) -> None:
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
-    """The tables of the newest launch. None where there are none; a line tells where they cannot be read."""
+    """The tables of the newest launch. None where there are none; a warning where they cannot be read."""
     path = folder / NEWEST
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))

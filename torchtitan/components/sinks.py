@@ -15,6 +15,8 @@ HISTORY = "metrics.jsonl"
 
 
 class Sink(Protocol):
+    """Takes the numbers of a step. `values`: name -> number, the same names in every sink."""
+
     def write(self, step: int, values: Mapping[str, float]) -> None: ...
 
     def close(self) -> None: ...
@@ -67,6 +69,8 @@ class TensorBoard:
 
 
 class WandB:
+    """A Weights & Biases run. Raises ConfigError where it cannot be opened."""
+
     def __init__(self, folder: Path, job: JobConfig):
         import wandb
 
@@ -85,6 +89,7 @@ class WandB:
 
 
 def open_sinks(job: JobConfig, first_step: int) -> list[Sink]:
+    """Those that the job asks for, the dump folder made. Raises ConfigError where wandb cannot be opened."""
     folder = Path(job.job.dump_folder)
     folder.mkdir(parents=True, exist_ok=True)
     sinks: list[Sink] = [History(folder, first_step)]

@@ -1,8 +1,8 @@
 """Text to token ids and back: one protocol, two backends, both byte-level BPE.
 
     tokenizer.model   tiktoken ranks, as Llama 3 ships them: a line holds base64(token) and its rank. Special tokens
-                      follow the ranks: those of `special_tokens.json` beside it (a list in the order of ids), else Llama 3's 256
-    tokenizer.json    Hugging Face `tokenizers`; `tokenizer_config.json` beside it names bos, eos and pad
+                      follow the ranks: those of `special_tokens.json` next to it (a list in the order of ids), else Llama 3's 256
+    tokenizer.json    Hugging Face `tokenizers`; `tokenizer_config.json` next to it names bos, eos and pad
 
 Unusual here: what is written in a dataset's text is always text. The spelling of a special token inside it is encoded as
 plain characters, and only `special_id` and the role ids (`image_id`, ...) give special tokens. A role or chat marker that a file does not
@@ -48,6 +48,8 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Tokenizer(Protocol):
+    """Plain text to ids and back. Picklable, so that loader workers get it."""
+
     vocab_size: int  # a multiple of 64; every id is below it
     bos_id: int
     eos_id: int
@@ -76,6 +78,7 @@ def load_tokenizer(path: str) -> Tokenizer:
 
 
 def find_file(path: Path) -> Path:
+    """The tokenizer file at `path` or in that folder. Raises ConfigError where there is none."""
     if path.is_file():
         return path
     # tokenizer.json first: where both are there, tokenizer.model may be a SentencePiece file.
@@ -164,6 +167,8 @@ def pieces(text: str) -> Iterator[tuple[int, str]]:
 
 
 class TiktokenBackend:
+    """Plain text by tiktoken. `ranks`: bytes of a token -> its id."""
+
     def __init__(self, ranks: dict[bytes, int]):
         import tiktoken
 
@@ -187,6 +192,7 @@ class TiktokenBackend:
 
 
 def load_tiktoken(file: Path) -> SpecialTokenizer:
+    """A `tokenizer.model`. Raises ConfigError where the file is not one."""
     ranks: dict[bytes, int] = {}
     try:
         for line in file.read_bytes().splitlines():
@@ -206,6 +212,8 @@ def load_tiktoken(file: Path) -> SpecialTokenizer:
 
 
 class TokenizersBackend:
+    """Plain text by Hugging Face `tokenizers`."""
+
     def __init__(self, definition: dict[str, Any]):
         """`definition` is the content of a tokenizer.json."""
         from tokenizers import Tokenizer as HFTokenizer
@@ -232,6 +240,7 @@ class TokenizersBackend:
 
 
 def load_tokenizers(file: Path) -> SpecialTokenizer:
+    """A `tokenizer.json`. Raises ConfigError where it is not BPE, or `tokenizers` refuses it."""
     definition = read_json(file, {})
     model = definition.get("model", {}).get("type", "none") if isinstance(definition, dict) else "none"
     if model != "BPE":
@@ -248,6 +257,7 @@ def load_tokenizers(file: Path) -> SpecialTokenizer:
 
 
 def read_json(file: Path, default: Any) -> Any:
+    """The file's content, `default` where it is not there. Raises ConfigError where it is not JSON."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -30,6 +30,8 @@ Sizes = Mapping[str, tuple[int, ...]]  # of the tensors in a checkpoint, by name
 
 @dataclass
 class TrainState:
+    """All that a run goes on from: weights, optimizers, schedule, data, steps taken."""
+
     parts: list[nn.Module]
     optimizers: Optimizers
     schedule: Schedule
@@ -41,6 +43,7 @@ class TrainState:
     data: State | Callable[[], State] = field(default_factory=dict)  # the position after the last step that was used
 
     def record(self, model_only: bool) -> dict[str, Any]:
+        """What is no tensor, as JSON can hold it; stored next to the tensors."""
         return {
             "step": self.step,
             "tokens": self.tokens,
@@ -73,10 +76,12 @@ class TrainState:
         return name
 
     def position(self) -> dict[str, Tensor]:
+        """The loader's state as uint8 tensors, a piece each, named "data.SLOT"."""
         state = self.data() if callable(self.data) else self.data
         return {"data." + name: torch.frombuffer(bytearray(piece), dtype=torch.uint8) for name, piece in state.items()}
 
     def generators(self) -> dict[str, Tensor]:
+        """This rank's random generators as uint8 tensors, named "rng.RANK.DEVICE"."""
         prefix = f"rng.{dist.get_rank()}."
         states = {prefix + "cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
@@ -84,6 +89,7 @@ class TrainState:
         return states
 
     def tensors(self, model_only: bool) -> dict[str, Tensor]:
+        """What a checkpoint holds, by name. `model_only`: the weights alone."""
         if model_only:
             return self.model()
         return self.model() | self.optimizer() | self.position() | self.generators()

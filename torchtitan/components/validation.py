@@ -20,9 +20,9 @@ from torchtitan.distributed.mesh import Mesh
 
 @dataclass(frozen=True)
 class Scoring:
-    """How held-out batches are judged: which fields say what, and what is told apart."""
+    """How held-out batches are judged: which fields say what, and which samples are counted apart."""
 
-    documents: str  # field of a batch that tells documents apart
+    documents: str  # field of a batch that says which document a token is of
     labels: str  # field that holds the labels; negative where there is none
     groups: Mapping[str, Callable[[Any], bool]]  # name -> is this sample in it: breakdowns of `exact`
     controls: tuple[str, ...]  # ways to spoil the held-out split, for validation.controls

@@ -1,6 +1,6 @@
-"""Every cross-check of a job that knows nothing of images, so that a wrong job is told before anything is built.
+"""Every cross-check of a job that knows nothing of images, so that a wrong job is refused before anything is built.
 
-`check` runs them all. What a model or an experiment adds (heads that tensor parallel divides, patches) is checked beside
+`check` runs them all. What a model or an experiment adds (heads that tensor parallel divides, patches) is checked next to
 it: torchtitan/models/decoder/check.py, experiments/vlm/check.py. Imports no torch.
 """
 
@@ -92,6 +92,7 @@ def _holds(value: float, condition: str) -> bool:
 
 
 def check_paths(job: JobConfig) -> None:
+    """Folders stay below job.dump_folder; the tokenizer is there, unless a dry run does without."""
     folder, tokenizer = Path(job.job.dump_folder), shipped(job.model.tokenizer_path)
     require(bool(job.job.dump_folder) and (folder.is_dir() or not folder.exists()), f"job.dump_folder = {folder}: is not a folder")
     for key in ("profiling.save_traces_folder", "profiling.save_memory_snapshot_folder", "metrics.save_tb_folder", "checkpoint.folder"):
@@ -126,6 +127,7 @@ def check_devices(job: JobConfig) -> None:
 
 
 def check_cuda_graphs(job: JobConfig) -> None:
+    """What has not been shown to be exact inside a CUDA graph is refused with it."""
     needs = "compile.cuda_graphs needs"
     if job.compile.cuda_graphs:
         # A schedule's sends and receives have not been shown to be exact inside a graph.
@@ -138,6 +140,7 @@ def check_cuda_graphs(job: JobConfig) -> None:
 
 
 def check_loading(job: JobConfig) -> None:
+    """Options of [checkpoint] and [validation] that need each other, and the folder to load from."""
     c, path = job.checkpoint, job.checkpoint.initial_load_path
     require(not path or Path(path).is_dir(), f"checkpoint.initial_load_path = {path}: no such folder (looked from {Path.cwd()})")
     for name in c.exclude_from_loading:
@@ -149,6 +152,7 @@ def check_loading(job: JobConfig) -> None:
 
 
 def check_selective(job: JobConfig) -> None:
+    """`selective_ac_option` is "op" or a whole number."""
     option = job.activation_checkpoint.selective_ac_option
     valid = option == "op" or (option.isdecimal() and int(option) >= 1)
     require(valid, f'activation_checkpoint.selective_ac_option = {option}: must be "op" or a whole number >= 1, as a text')
@@ -170,6 +174,7 @@ def check_sequence(job: JobConfig, sizes: Degrees) -> None:
 
 
 def check_pipeline(job: JobConfig, sizes: Degrees) -> None:
+    """Schedule, split points and microbatches fit the stages."""
     p, name = job.parallelism, job.parallelism.pipeline_parallel_schedule
     known = did_you_mean(name, STAGES_PER_RANK)
     require(name in STAGES_PER_RANK, f"parallelism.pipeline_parallel_schedule = {name}: no such schedule{known}")
@@ -183,6 +188,7 @@ def check_pipeline(job: JobConfig, sizes: Degrees) -> None:
 
 
 def check_microbatches(job: JobConfig, sizes: Degrees) -> None:
+    """local_batch_size cuts into microbatches, enough of them for the schedule."""
     size, local, name = (
         job.parallelism.pipeline_parallel_microbatch_size,
         job.training.local_batch_size,

@@ -1,4 +1,4 @@
-"""How many GPUs a run may use, told without importing torch. The launcher asks too: python torchtitan/config/devices.py."""
+"""How many GPUs a run may use, found without importing torch. The launcher asks too: python torchtitan/config/devices.py."""
 
 import os
 import shutil

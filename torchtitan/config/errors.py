@@ -23,7 +23,7 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Something that the user can mend, told in one line and without a traceback."""
+    """Something that the user can mend, reported in one line and without a traceback."""
 
 
 class ConfigError(UserError, ValueError):

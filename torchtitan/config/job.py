@@ -2,7 +2,7 @@
 
 The comment after a field is its `--help` text, and its default lives here alone. Names follow torchtitan's TOML files.
 An experiment adds sections of its own by subclassing `JobConfig` (see experiments/vlm/config.py). Imports no torch, so
-that a typo is told at once.
+that a typo is reported at once.
 """
 
 from collections.abc import Collection
@@ -61,7 +61,7 @@ class Optimizer:
 
 @dataclass
 class LRScheduler:
-    warmup_steps: int = 200  # optimizer steps of linear warm-up; cut, and told, where training.steps is less
+    warmup_steps: int = 200  # optimizer steps of linear warm-up; cut, with a warning, where training.steps is less
     decay_ratio: float | None = None  # share of the steps spent in decay, after warm-up; unset: all that are left
     decay_type: Literal["linear", "sqrt", "cosine"] = "linear"  # shape of the decay
     min_lr_factor: float = 0.0  # the learning rate ends at this share of its peak

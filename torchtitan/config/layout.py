@@ -29,6 +29,7 @@ class Degrees:
 
     @property
     def dp(self) -> int:
+        """Data-parallel ranks: those with slots of their own."""
         return self.dp_replicate * self.dp_shard
 
     @property
@@ -40,6 +41,8 @@ class Degrees:
 
 @dataclass(frozen=True)
 class BatchSizes:
+    """Slots of a step. global_ = local * data-parallel degree * accumulation."""
+
     local: int  # B, slots a rank takes per forward
     global_: int  # G, slots per optimizer step
     accumulation: int  # forwards per optimizer step

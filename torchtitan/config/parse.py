@@ -60,7 +60,7 @@ def parse(argv: Sequence[str], config_classes: Mapping[str, type[JobConfig]]) ->
 def parse_script(
     argv: Sequence[str], options_class: type[Options], config_classes: Mapping[str, type[JobConfig]], description: str = ""
 ) -> tuple[Options, JobConfig]:
-    """A script's own options (a dataclass) and the trainer's beside them: what is not the script's is the job's.
+    """A script's own options (a dataclass) and the trainer's next to them: what is not the script's is the job's.
 
     Values before the first option are the script's (tyro.conf.Positional). `--help` prints the script's options and exits.
     """
@@ -75,6 +75,7 @@ def parse_script(
 
 
 def read_toml(file: str) -> dict[str, Any]:
+    """The tables of a file. Raises ConfigError where it is not there or not TOML."""
     try:
         table = tomllib.loads(shipped_job(file).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

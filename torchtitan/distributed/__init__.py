@@ -1,4 +1,4 @@
-"""How each layout works, whatever the model; which module gets it is said beside the model (parallelize.py).
+"""How each layout works, whatever the model; which module gets it is said with the model (parallelize.py).
 
 mesh                  five dimensions of ranks, and the meshes that layouts are made of
 fsdp                  parameters divided over ranks, and copied where asked (HSDP)

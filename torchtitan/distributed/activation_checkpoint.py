@@ -1,7 +1,7 @@
 """Activation checkpointing (Chen et al., 2016): keep a block's inputs and compute the rest again in backward.
 
 `full` keeps nothing else. `selective` with "op" keeps the outputs of matrix products, attention and collectives, which are
-dear to compute, and computes the rest again; with an integer n it treats every n-th block as `full` and leaves the others.
+expensive to compute, and computes the rest again; with an integer n it treats every n-th block as `full` and leaves the others.
 """
 
 from functools import partial
@@ -29,14 +29,14 @@ _DEAR = {
 }
 
 
-def _dear_operators() -> set:
+def _expensive_operators() -> set:
     """With our own attention, known by the time a model was built (torchtitan/layers registers it)."""
     own = getattr(torch.ops.torchtitan, "segment_attention", None)
     return _DEAR | ({own.default} if own is not None else set())
 
 
-def _keep_dear(dear: set, context, operator, *args, **kwargs) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operator in dear else CheckpointPolicy.PREFER_RECOMPUTE
+def _keep_expensive(expensive: set, context, operator, *args, **kwargs) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operator in expensive else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def apply_activation_checkpoint(blocks: nn.ModuleDict, mode: str, option: str) -> None:
@@ -47,7 +47,7 @@ def apply_activation_checkpoint(blocks: nn.ModuleDict, mode: str, option: str) -
     # Nothing random happens in a block, so the generators' state need not be kept.
     wrap = partial(checkpoint_wrapper, preserve_rng_state=False)
     if mode == "selective" and option == "op":
-        policy = partial(_keep_dear, _dear_operators())
+        policy = partial(_keep_expensive, _expensive_operators())
         wrap = partial(wrap, context_fn=partial(create_selective_checkpoint_contexts, policy))
     for number, (name, block) in enumerate(list(blocks.items())):
         if number % every == 0:

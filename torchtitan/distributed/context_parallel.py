@@ -36,6 +36,7 @@ class GatheredAttention(InnerAttention):
         self.group = group
 
     def forward(self, q_BQHE: Tensor, k_BQGE: Tensor, v_BQGE: Tensor, prepared: Any) -> Tensor:
+        """Queries [B, Q, H, E] of this rank, its keys and values [B, Q, G, E] -> [B, Q, H, E]."""
         both_BSGE = gather(torch.cat((k_BQGE, v_BQGE), 2), 1, self.group)
         k_BSGE, v_BSGE = both_BSGE.chunk(2, 2)
         return super().forward(q_BQHE, k_BSGE, v_BSGE, prepared)
@@ -49,6 +50,7 @@ class UlyssesAttention(InnerAttention):
         self.group = group
 
     def forward(self, q_BQHE: Tensor, k_BQGE: Tensor, v_BQGE: Tensor, prepared: Any) -> Tensor:
+        """Queries [B, Q, H, E] of this rank, its keys and values [B, Q, G, E] -> [B, Q, H, E]."""
         ranks = self.group.size()
         by_rank = [x.unflatten(2, (ranks, -1)) for x in (q_BQHE, k_BQGE, v_BQGE)]
         mine = _tokens_for_heads(torch.cat(by_rank, 3), self.group)
@@ -79,7 +81,7 @@ def apply_context_parallel(blocks: Iterable[nn.Module], mesh: DeviceMesh, method
 
 
 def rows_of_ranks(document_ids_BS: Tensor, ranks: int, balance: bool) -> Tensor:
-    """int64 [B, R, Q]: which rows of each slot a rank holds, ascending. On the host, beside the batch."""
+    """int64 [B, R, Q]: which rows of each slot a rank holds, ascending. On the host, with the batch."""
     slots, length = document_ids_BS.shape
     if not balance:
         return torch.arange(length).view(1, ranks, -1).expand(slots, -1, -1)
@@ -104,7 +106,7 @@ def causal_cost(document_ids_BS: np.ndarray) -> np.ndarray:
 
 
 def _deal(cost: np.ndarray, ranks: int) -> np.ndarray:
-    """int64 [ranks, blocks a rank]: the dearest block first, each to the rank with the least so far that has room."""
+    """int64 [ranks, blocks a rank]: the most expensive block first, each to the rank with the least so far that has room."""
     room = len(cost) // ranks
     hands: list[list[int]] = [[] for _ in range(ranks)]
     load = [0] * ranks
@@ -116,6 +118,6 @@ def _deal(cost: np.ndarray, ranks: int) -> np.ndarray:
 
 
 def in_slot_order(gathered_BS: Tensor, rows_BS: Tensor) -> Tensor:
-    """[B, S, ...] as ranks hold it side by side, `rows_BS` telling which row each entry is, back in the order of the slot."""
+    """[B, S, ...] as ranks hold it side by side, `rows_BS` says which row each entry is, back in the order of the slot."""
     order_BS = rows_BS.argsort(1)
     return gathered_BS[torch.arange(len(order_BS), device=order_BS.device)[:, None], order_BS]

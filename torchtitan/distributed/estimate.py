@@ -72,6 +72,7 @@ class Memory:
 
     @property
     def total(self) -> float:
+        """Bytes at the peak."""
         return self.state + self.gradients + self.gathered + self.kept + self.working
 
 

@@ -33,7 +33,7 @@ class Footprint:
     """Bytes of one unit; a unit lasts from its own call to that of the next, what lies between included."""
 
     kept: float = 0  # from forward to backward; negative where the unit frees more of the one before than it keeps
-    forward: float = 0  # beside all that is kept by then, while it runs forward
+    forward: float = 0  # on top of all that is kept by then, while it runs forward
     backward: float = 0  # the same while it runs backward; gradients of weights are not in it
     sent: dict[str, float] = field(default_factory=dict)  # forward and backward, by group and collective
 
@@ -41,7 +41,7 @@ class Footprint:
 def footprints(
     units: Mapping[str, nn.Module], run: Callable[[], Tensor], there: Sequence[Tensor], ranks: Mapping[str, int]
 ) -> dict[str, Footprint]:
-    """Of `units`, which `run` calls in this order, each once, on its way to a loss.
+    """Footprints of `units`, which `run` calls in this order, each once, on its way to a loss.
 
     `there`: tensors that are not counted (parameters, the batch). `ranks`: of imagined groups, by name. The units and
     parameters keep hooks, so they are of no further use.

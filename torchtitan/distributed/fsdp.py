@@ -33,6 +33,7 @@ class Sharding:
 
     @classmethod
     def of(cls, job: JobConfig) -> "Sharding":
+        """As the job asks for it."""
         policy = job.parallelism.fsdp_reshard_after_forward
         return cls(
             param_dtype=getattr(torch, job.training.mixed_precision_param),

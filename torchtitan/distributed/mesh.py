@@ -26,6 +26,8 @@ DIMS = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 
 @dataclass(frozen=True)
 class Mesh:
+    """The ranks of a run, and this rank's place among them. What each mesh means: the picture above."""
+
     degrees: Degrees
     device: torch.device
     world: DeviceMesh  # five dimensions
@@ -45,7 +47,7 @@ class Mesh:
 
     @property
     def leads(self) -> bool:
-        """Of the ranks that hold the same slots one leads: it alone counts what is in them."""
+        """Whether this rank is the one, among those that hold the same slots, that counts what is in them."""
         return self.rank("pp") == self.rank("cp") == self.rank("tp") == 0
 
 

@@ -123,5 +123,6 @@ def _noted_steps() -> list[int]:
 
 
 def close_process_group() -> None:
+    """Leave the process group; nothing where none was opened."""
     if dist.is_initialized():
         dist.destroy_process_group()

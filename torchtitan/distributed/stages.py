@@ -23,13 +23,14 @@ def stages_of_rank(schedule: str, rank: int, ranks: int, stages: int) -> list[in
 
 
 def rank_of_stage(schedule: str, stage: int, ranks: int, stages: int) -> int:
+    """The rank along pp that holds this stage of `stages`."""
     return next(rank for rank in range(ranks) if stage in stages_of_rank(schedule, rank, ranks, stages))
 
 
 def split_evenly(costs: Sequence[float], first: float, last: float, stages: int, empty_first: bool = False) -> list[int]:
-    """First layer of each stage but stage 0, so that the dearest stage costs least (then the squares, so that the rest is even).
+    """First layer of each stage but stage 0, so that the most expensive stage costs least (then the squares, so that the rest is even).
 
-    `first` and `last` are what the ends cost beside their layers; they may hold no layer, the others hold at least one.
+    `first` and `last` are what the ends cost besides their layers; they may hold no layer, the others hold at least one.
     `empty_first`: stage 0 holds none.
     """
     layers = len(costs)
@@ -40,7 +41,7 @@ def split_evenly(costs: Sequence[float], first: float, last: float, stages: int,
     def cost_of(stage: int, begin: int, end: int) -> float:
         return total[end] - total[begin] + first * (stage == 0) + last * (stage == stages - 1)
 
-    # best[end]: (dearest stage, sum of squares, cuts) of the stages so far over the layers before `end`
+    # best[end]: (cost of the most expensive stage, sum of squares, cuts) of the stages so far over the layers before `end`
     best: dict[int, tuple[float, float, list[int]]] = {0: (0.0, 0.0, [])}
     for stage in range(stages):
         least = 0 if stage in (0, stages - 1) else 1
@@ -48,8 +49,8 @@ def split_evenly(costs: Sequence[float], first: float, last: float, stages: int,
         found = {}
         for end in ends:
             options = [
-                (max(dearest, cost_of(stage, begin, end)), squares + cost_of(stage, begin, end) ** 2, [*cuts, begin])
-                for begin, (dearest, squares, cuts) in best.items()
+                (max(highest, cost_of(stage, begin, end)), squares + cost_of(stage, begin, end) ** 2, [*cuts, begin])
+                for begin, (highest, squares, cuts) in best.items()
                 if end - begin >= least
             ]
             if options:
@@ -70,5 +71,6 @@ class Split:
         return len(self.first_layers) + 1
 
     def of(self, stage: int) -> range:
+        """The layers of a stage; empty where it holds none."""
         cuts = (0, *self.first_layers, self.layers)
         return range(cuts[stage], cuts[stage + 1])

@@ -65,6 +65,7 @@ def gathered(arguments: int, split: bool = True) -> ParallelStyle:
 
 
 def columns(to_local: bool = True) -> ParallelStyle:
+    """Output features are divided over ranks. `to_local`: they come out as a plain tensor, not a DTensor."""
     return ColwiseParallel(use_local_output=to_local)
 
 
@@ -115,7 +116,7 @@ def _imagine(module: nn.Module, style: ParallelStyle, group: ImaginedGroup) -> N
 
 
 def _keep_part(module: nn.Module, dim: int, group: ImaginedGroup) -> None:
-    """Of the weight along `dim`, and of the bias where that is what is divided."""
+    """Divides the weight along `dim`, and the bias where that is what is divided."""
     for name, parameter in list(module.named_parameters(recurse=False)):
         if dim < parameter.ndim:
             part = parameter.detach().chunk(group.size(), dim)[0].clone()

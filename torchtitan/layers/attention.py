@@ -43,6 +43,8 @@ def _sdpa(q_BQHE: Tensor, k_BKGE: Tensor, v_BKGE: Tensor, prepared: _Segments | 
 
 
 class Backend(NamedTuple):
+    """A pair of functions; what the first makes of a mask is the second's to read."""
+
     prepare: Callable[[Mask], Any]
     attend: Callable[[Tensor, Tensor, Tensor, Any], Tensor]
 
@@ -68,5 +70,6 @@ class InnerAttention(nn.Module):
 
 
 def prepare_mask(mask: Mask, backend: str) -> Any:
+    """What attention with this backend takes as its mask; once per step for all layers."""
     with torch.no_grad():
         return BACKENDS[backend].prepare(mask)

@@ -69,7 +69,7 @@ class _CrossEntropySum(torch.autograd.Function):
             piece = _Chunk(h_TD[part], weight_VD, labels_T[part], group)
             loss += piece.nll_T().sum()
             d_TV = piece.dlogits_TV().to(h_TD.dtype) if dh_TD is not None or dw_VD is not None else None
-            del piece  # or the next chunk's logits would come beside these
+            del piece  # or the next chunk's logits would exist along with these
             if d_TV is None:
                 continue
             if dh_TD is not None:

@@ -66,6 +66,7 @@ def _block_tensors(mask: Mask) -> tuple[Tensor, ...]:
 
 
 def block_mask(mask: Mask) -> BlockMask:
+    """The mask as FlexAttention takes it, built on the mask's own device without a synchronisation."""
     build = _compiled_blocks() if mask.segments.is_cuda and mask.predicate is None else _block_tensors
     partly_count, partly, whole_count, whole = build(mask)
     return BlockMask.from_kv_blocks(

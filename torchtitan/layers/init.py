@@ -20,6 +20,7 @@ def fan_in(gain: float = 1.0) -> Fill:
 
 
 def constant(value: float) -> Fill:
+    """Fills a parameter with one value."""
     return lambda x, generator: x.fill_(value)
 
 

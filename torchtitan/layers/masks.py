@@ -35,12 +35,15 @@ class Mask(NamedTuple):
     predicate: Predicate | None = None  # a further condition, where segments and order are not enough
 
     def keys(self) -> Tensor:
+        """int32 [B, K]: segments of the keys."""
         return self.segments if self.kv_segments is None else self.kv_segments
 
     def query_rows(self) -> Tensor:
+        """int32 [B, Q]: row of the slot that each query is."""
         return _arange_like(self.segments) if self.rows is None else self.rows
 
     def key_rows(self) -> Tensor:
+        """int32 [B, K]: row of the slot that each key is."""
         if self.kv_rows is not None:
             return self.kv_rows
         return self.query_rows() if self.kv_segments is None else _arange_like(self.kv_segments)

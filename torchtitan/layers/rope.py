@@ -33,6 +33,7 @@ def angles(positions_BS: Tensor, head_dim: int, theta: float, scaling: RopeScali
 
 
 def rotate(x_BSHE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Queries or keys [B, S, H, E], turned by cos and sin [B, S, 1, E], which `angles` gives."""
     first, second = x_BSHE.float().chunk(2, -1)
     turned = torch.cat((-second, first), -1)
     return (x_BSHE.float() * cos + turned * sin).to(x_BSHE.dtype)

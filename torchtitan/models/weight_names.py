@@ -17,17 +17,23 @@ def _same(weight: Tensor) -> Tensor:
 
 
 class Transform(NamedTuple):
+    """What changes of a weight on its way in and out."""
+
     read: Callable[[Tensor], Tensor] = _same  # theirs -> ours
     write: Callable[[Tensor], Tensor] = _same  # ours -> theirs
 
 
 class Row(NamedTuple):
+    """Their pattern, ours, and what is done to the weight."""
+
     theirs: str
     ours: str
     transform: Transform = Transform()
 
 
 class Weights(NamedTuple):
+    """What `read` found."""
+
     named: dict[str, Tensor]  # under our names
     unused: list[str]  # their names that no row knows, for a report: the pooling head of a published encoder, say
 

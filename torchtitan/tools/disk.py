@@ -21,6 +21,7 @@ def require_writable(folder: Path, key: str) -> None:
 
 
 def is_full(error: BaseException) -> bool:
+    """Whether the error says that the disk, or the user's share of it, is full."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 

@@ -4,6 +4,8 @@ import gc
 
 
 class GarbageCollection:
+    """Python's own collection is off until `close`; every `freq` steps the young are collected."""
+
     def __init__(self, freq: int):
         self.freq = freq
         gc.collect()

@@ -72,7 +72,7 @@ def memory_gib(device: torch.device) -> float:
 
 
 def host_memory_gib() -> float:
-    """Of this machine, or less where a container may not use all of it."""
+    """GiB of this machine, or less where a container may not use all of it."""
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limits = [path.read_text().strip() for path in CONTAINER_LIMITS if path.is_file()]
     return min([physical, *(int(limit) for limit in limits if limit.isdecimal())]) / GIB  # "max": no limit

@@ -17,7 +17,7 @@ OWNERS = {"Llama": "meta-llama", "Qwen": "Qwen"}  # what a model's name begins w
 
 
 def command_for(path: Path) -> str:
-    """What downloads the tokenizer that should be at `path`, as far as its name tells."""
+    """What downloads the tokenizer that should be at `path`, as far as its name says."""
     name = path.parent.name if path.suffix in (".json", ".model") else path.name
     folder = path.parent if path.suffix in (".json", ".model") else path
     owner = next((owner for start, owner in OWNERS.items() if name.startswith(start)), None)
@@ -53,6 +53,7 @@ def download(repo: str, what: What, folder: Path, token: str = "", revision: str
 
 
 def check_whole(found: list[Path], repo: str, what: What, folder: Path) -> None:
+    """Raises UserError where the repository lacks what was asked of it."""
     names = {str(path.relative_to(folder)) for path in found}
     if what != "weights" and not names & set(TOKENIZERS):
         raise UserError(f"{repo} has no {' or '.join(TOKENIZERS[:2])}; name a repository that has the tokenizer")

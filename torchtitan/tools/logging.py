@@ -29,7 +29,7 @@ def log_ranks(world_size: int) -> set[int]:
 
 
 def warn_once(message: str) -> None:
-    """What every rank knows alike, told by those that LOG_RANK names alone."""
+    """What every rank knows alike, logged by those that LOG_RANK names alone."""
     if logger.isEnabledFor(logging.INFO):
         logger.warning(message)
 

@@ -15,6 +15,8 @@ SNAPSHOT_ENTRIES = 100_000
 
 
 class Profiler:
+    """Traces and memory snapshots of this rank, as [profiling] asks for them; nothing where it does not."""
+
     def __init__(self, options: Profiling, dump_folder: str, rank: int, first_step: int):
         self.options, self.rank, self.step = options, rank, first_step
         self.traces = Path(dump_folder) / options.save_traces_folder

@@ -1,4 +1,4 @@
-"""A planned row becomes arrays: images decoded into their patches, tokens, labels and indices written beside them.
+"""A planned row becomes arrays: images decoded into their patches, tokens, labels and indices written next to them.
 
 In: a SlotPlan, and views of one slot's part of the batch. Out: the views filled to the last element, and a FilledSlot with the
 counts. Every other place holds its field's padding value, whatever was there before.
@@ -37,6 +37,8 @@ class FilledSlot:
 
 
 class Collator:
+    """Fills slots of one process. Not thread-safe itself; its pool's threads write to separate places."""
+
     def __init__(self, cache: ShardCache, plan: ImagePlan, pad_id: int, pool: Executor | None = None):
         """`pool`: threads that decode; without one the caller does."""
         self.cache = cache
@@ -45,7 +47,7 @@ class Collator:
         self.pool = pool
 
     def start(self, plan: SlotPlan, views: Views) -> Callable[[], FilledSlot]:
-        """Begin to decode. What is returned waits for the pixels, writes the rest and tells what became of the samples."""
+        """Begin to decode. What is returned waits for the pixels, writes the rest and reports what became of the samples."""
         decoding = [[self._submit(packed, number, views) for number in range(len(packed.places))] for packed in plan.packed]
         return lambda: self._finish(plan, views, decoding)
 
@@ -83,6 +85,7 @@ class Collator:
 
 
 def finished(result: Rejected | None) -> Future:
+    """A future that is done."""
     future: Future = Future()
     future.set_result(result)
     return future

@@ -29,6 +29,7 @@ def grey(height: int, width: int) -> np.ndarray:
 
 
 def blanked(document: Document, shard: Shard, record: int) -> Document:
+    """The document with every image painted mid-grey."""
     parts = [replace(part, locator=Painted(grey)) if isinstance(part, Image) else part for part in document.parts]
     return replace(document, parts=parts)
 

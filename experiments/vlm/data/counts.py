@@ -41,6 +41,7 @@ COUNTS: dict[str, Count] = {
 
 
 def count_slot(views: Views, samples: list[Delivered]) -> dict[str, int]:
+    """Every count of COUNTS for a slot that has been filled."""
     return {name: count.of(views, samples) for name, count in COUNTS.items()}
 
 

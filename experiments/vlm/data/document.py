@@ -4,7 +4,7 @@
     Draft --finish--> Document  images by reference, with their sizes; what is bad left out
 
 Parts that are `Text` and stand next to each other are one text to the tokenizer (a chat turn's header and its
-answer share a word boundary, and may share a token); they are told apart only by loss. `encode_texts` does
+answer share a word boundary, and may share a token); only loss distinguishes them. `encode_texts` does
 that.
 """
 
@@ -17,6 +17,8 @@ from experiments.vlm.data.rejects import Rejected
 
 @dataclass(frozen=True)
 class Text:
+    """A piece of text, as it is read."""
+
     text: str
     loss: bool = True  # False: context only, such as a user's turn
 
@@ -43,6 +45,8 @@ Part = Text | Special | Image
 
 @dataclass
 class Document:
+    """What a sample is made of. `key`: its name in its shard, for reports."""
+
     key: str
     parts: list[Part]
     caption: bool = False  # it makes no sense without its images (captions, conversations): rejected whole when one fails
@@ -75,6 +79,7 @@ class Draft:
     turns: Sequence[Turn] = ()
 
     def images(self) -> list[ImageValue]:
+        """All of them, in order."""
         said = [part for turn in self.turns for part in turn.content]
         return [part for part in self.parts or said if isinstance(part, ImageValue)]
 
@@ -105,7 +110,11 @@ def finish(
 
 
 class OffsetEncoder(Protocol):
-    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]: ...
+    """The part of Tokenizer that `encode_texts` needs."""
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids, and the characters [start, end) of each."""
+        ...
 
 
 def encode_texts(texts: Sequence[Text], tokenizer: OffsetEncoder) -> tuple[list[int], list[bool]]:

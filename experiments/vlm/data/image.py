@@ -10,7 +10,7 @@ Rejected. JPEGs, nearly all of the data, are decoded by libjpeg-turbo instead (s
 torch's antialiased bilinear kernel, both without the interpreter lock; the result stays above 50 dB PSNR of Pillow's own.
 
 Transparency is composited onto white, as transformers' image processors do. 16-bit grey is scaled to 8 bits (Pillow
-would clip it to white). Of an animation the first frame counts.
+would clip it to white). The first frame of an animation counts.
 
 Memory: up to 48 MB a thread are kept to decode into. An image at Pillow's limit (179 megapixels) takes 0.5 GB while it is decoded, and
 twice that with transparency; a JPEG of that size is shrunk on the way.
@@ -49,6 +49,8 @@ _resample = torch.ops.aten._upsample_bilinear2d_aa  # torch.nn.functional.interp
 
 @dataclass(frozen=True)
 class ImagePlan:
+    """How many patches an image becomes: the rule for its size, from integers alone."""
+
     patch_size: int = 16  # pixels a side
     merge_size: int = 2  # patches a side of a visual token
     min_patches: int = 4

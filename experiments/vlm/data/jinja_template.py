@@ -27,6 +27,8 @@ LIKELY_SPECIAL = re.compile(r"<\|[^|<>\s]{1,40}\|>|</?s>")
 
 @dataclass(frozen=True)
 class TemplateFile:
+    """A chat template as its model publishes it."""
+
     source: str
     control: tuple[str, ...]  # special tokens; others with a spelling of their own, such as <think>, are text to the tokenizer
     variables: dict[str, str] = field(default_factory=dict)  # bos_token and the like
@@ -57,7 +59,7 @@ def compile_template(source: str) -> jinja2.Template:
 
 
 def read_template(path: Path) -> TemplateFile:
-    """A `.jinja` file, or a tokenizer_config.json; what lies beside it says which tokens are special. Raises ConfigError."""
+    """A `.jinja` file, or a tokenizer_config.json; files next to it say which tokens are special. Raises ConfigError."""
     try:
         config = _beside(path, "tokenizer_config.json")
         source = _template_of(config, path) if path.suffix == ".json" else path.read_text()

@@ -1,7 +1,7 @@
 """The size of a JPEG whose header holds nothing unusual, without opening it with Pillow, which takes three times as long.
 
 Pillow stays the judge: a size is given only where every segment is one that Pillow is known to accept, and nothing in it (EXIF, XMP,
-several pictures, four colours) could turn the image or change how it is read. Of all others it says nothing.
+several pictures, four colours) could turn the image or change how it is read. It says nothing of all others.
 """
 
 from PIL import Image as PILImage

@@ -50,14 +50,17 @@ class Queued(Generic[Payload]):
 
     @cached_property
     def length(self) -> int:
+        """Tokens that wait."""
         return self.outline.length - self.start
 
     @cached_property
     def patches(self) -> int:
+        """Patches that wait."""
         return self.outline.patches_of(self.start, self.outline.length)
 
     @cached_property
     def fits(self) -> bool:
+        """Whether all that is left may go into one slot: see Splitter.fits."""
         return self.splitter.fits(self.outline, self.start)
 
     @cached_property
@@ -79,6 +82,7 @@ class Queued(Generic[Payload]):
         return Way(end, end - self.start, self.outline.patches_of(self.start, end))
 
     def images(self, end: int) -> list[int]:
+        """Patches of each image of the piece up to `end`."""
         return self.outline.images(self.start, end)
 
 
@@ -92,6 +96,8 @@ class Taken(Generic[Payload]):
 
 
 class LookAhead(Generic[Payload]):
+    """Documents that wait for a row of one slot. Payload: what the caller wants back with a piece."""
+
     def __init__(self, splitter: Splitter, size: int, mixture: Mixture, by_tokens: bool = False):
         """`mixture`: whose weights hold for what leaves too; `by_tokens`: it counts tokens, else documents."""
         self.splitter, self.budget, self.size, self.mixture, self.by_tokens = splitter, splitter.budget, size, mixture, by_tokens

@@ -35,12 +35,15 @@ GOOD_ENOUGH = 0.002  # stop trying when the wasted shares of both sides add up t
 
 @dataclass(frozen=True, order=True)
 class Budget:
+    """What one slot holds."""
+
     seq_len: int
     patch_rows: int
     patches_per_row: int
 
     @property
     def patches(self) -> int:
+        """Of all its patch rows."""
         return self.patch_rows * self.patches_per_row
 
     def holds(self, tokens: int, images: Sequence[int]) -> bool:

@@ -25,6 +25,7 @@ class RejectLog:
         self.logged: set[tuple[str, str]] = set()
 
     def write(self, rejects: Iterable[Reject]) -> None:
+        """A line in the file for each that is new; the log gets the first of a reason and shard."""
         new = [reject for reject in rejects if hash(reject.identity) not in self.known]
         if not new:
             return

@@ -33,7 +33,7 @@ REASONS = {
 }
 
 
-OF_PREPARE = {  # and http_404, http_500 ...: what data preparation tells apart of image_fetch and image_address
+OF_PREPARE = {  # and http_404, http_500 ...: how data preparation divides image_fetch and image_address
     "timeout": "the image's address did not answer in time",
     "connection": "the connection to the image's address failed",
     "dns": "the name in the image's address is not known",
@@ -87,6 +87,7 @@ class Reject:
 
     @property
     def kind(self) -> str:
+        """What was lost: "samples", "images" or "shards"."""
         return "images" if self.image is not None else "samples" if self.key else "shards"
 
     def line(self) -> dict[str, Any]:

@@ -30,6 +30,7 @@ class Tally:
         self.sources: dict[str, dict[str, Any]] = _copied(sources or {})
 
     def snapshot(self) -> dict[str, dict[str, Any]]:
+        """The counts as they are now, whatever is counted later."""
         return _copied(self.sources)
 
     def count(self, source: str, what: str, more: int = 1) -> None:
@@ -37,10 +38,12 @@ class Tally:
         counts[what] = counts.get(what, 0) + more
 
     def reject(self, reject: Reject) -> None:
+        """Count a reject under its source, kind and reason."""
         example = {"shard": reject.shard, "key": reject.key, "detail": reject.detail}
         self._add_rejects(reject.source, reject.kind, reject.reason, 1, [example])
 
     def add(self, other: "Tally") -> None:
+        """Count all that another has counted."""
         for source, theirs in other.sources.items():
             for what, count in theirs["counts"].items():
                 self.count(source, what, count)
@@ -59,6 +62,7 @@ class Tally:
         return {reason: entry for reason, entry in rejected.items() if reason != "too_long"}
 
     def of(self, source: str) -> dict[str, Any]:
+        """What is counted of one source."""
         return self.sources.setdefault(source, {"counts": {}, "rejected": {}})
 
 
@@ -88,7 +92,7 @@ def check_bad_fraction(tally: Tally, allowed: float) -> None:
 
 
 def rejected_line(sources: Mapping[str, Any]) -> str:
-    """Of what was rejected, one line for people; empty where nothing was. `sources`: as in Tally.
+    """One line for people on what was rejected; empty where nothing was. `sources`: as in Tally.
 
     rejected: captions 12 of 2,400 samples (image_undecodable 10, caption_missing 2), 3 images (image_fetch 3)
     """

@@ -34,6 +34,8 @@ class Grid(Protocol):
 
 @dataclass(frozen=True)
 class PlannedImage:
+    """An image's place among the tokens, and its size in patches."""
+
     start: int  # its begin_image is this token of the sample; its visual tokens follow
     number: int  # among the images of its document
     h: int  # patches
@@ -61,6 +63,7 @@ class Sample:
 
     @cached_property
     def outline(self) -> Outline:
+        """The sample as the planner sees it."""
         starts = np.array([image.start for image in self.images], np.int64)
         visual = np.array([image.visual_tokens for image in self.images], np.int64)
         patches = np.array([image.patches for image in self.images], np.int64)
@@ -115,6 +118,7 @@ def encode(document: Document, tokenizer: Tokenizer, plan: Grid) -> Iterator[Ato
 
 
 def encode_text(texts: list[Text], tokenizer: Tokenizer) -> Atom:
+    """Neighbouring texts as one; offsets are asked for only where they differ in loss."""
     if len({text.loss for text in texts}) > 1:
         return Atom(*encode_texts(texts, tokenizer))
     ids = tokenizer.encode("".join(text.text for text in texts))  # no offsets needed: twice as fast
@@ -122,6 +126,7 @@ def encode_text(texts: list[Text], tokenizer: Tokenizer) -> Atom:
 
 
 def encode_image(image: Image, tokenizer: Tokenizer, plan: Grid, number: int) -> Atom:
+    """begin_image, visual tokens, end_image; none of them a target. `number`: among its document's images."""
     h, w = plan.grid(image.height, image.width)
     visual = h * w // plan.merge_size**2
     ids = [tokenizer.begin_image_id, *[tokenizer.image_id] * visual, tokenizer.end_image_id]

@@ -17,6 +17,7 @@ Arrays = dict[str, np.ndarray]
 
 
 def step_bytes(shape: BatchShape) -> int:
+    """Bytes of one step, each field at its own aligned place."""
     return sum(_aligned(_bytes(shape, name)) for name in FIELDS)
 
 

@@ -50,11 +50,12 @@ class Outline:
         return self.patches[self.image_at(start) : self.image_at(end)].tolist()
 
     def patches_of(self, start: int, end: int) -> int:
+        """Patches of all images in the piece."""
         return int(self.patches_before[self.image_at(end)] - self.patches_before[self.image_at(start)])
 
 
 def outline_of(parts: Any) -> Outline:
-    """Of parts as (tokens, patches) in their order; patches 0: text."""
+    """The outline of parts given as (tokens, patches) in their order; patches 0: text."""
     sizes = np.array(parts, np.int64).reshape(-1, 2)
     ends = np.cumsum(sizes[:, 0])
     starts, is_image = ends - sizes[:, 0], sizes[:, 1] > 0
@@ -63,11 +64,14 @@ def outline_of(parts: Any) -> Outline:
 
 @dataclass(frozen=True)
 class Splitter:
+    """The rules of cutting, for slots of one budget."""
+
     budget: Budget
     merge_size: int
 
     @property
     def shortest(self) -> int:
+        """Tokens of the shortest piece."""
         return min(SHORTEST, self.budget.seq_len // 8)
 
     def holds(self, outline: Outline, start: int = 0) -> bool:

@@ -11,6 +11,8 @@ from torchtitan.models.decoder.flavors import DECODERS, DecoderConfig
 
 @dataclass(frozen=True)
 class EncoderConfig:
+    """Sizes of one SigLIP2 encoder."""
+
     dim: int
     layers: int
     heads: int
@@ -22,6 +24,8 @@ class EncoderConfig:
 
 @dataclass(frozen=True)
 class ProjectorConfig:
+    """Sizes of the projector; its input is as wide as merge^2 patches."""
+
     hidden_dim: int
     layer_norm: bool = True
 

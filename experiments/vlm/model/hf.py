@@ -55,10 +55,12 @@ def encoder_from_hf(state: Mapping[str, Tensor]) -> Weights:
 
 
 def encoder_to_hf(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The encoder under their names, as read by Siglip2VisionModel."""
     return write(state, ENCODER_ROWS)
 
 
 def vlm_from_hf(state: Mapping[str, Tensor], config: VLMConfig) -> Weights:
+    """A Lfm2VlForConditionalGeneration under our names. ValueError: see decoder.hf.with_output."""
     return decoder.with_output(read(state, VLM_ROWS), config.decoder, "decoder.")
 
 

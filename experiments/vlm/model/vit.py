@@ -31,12 +31,15 @@ class PatchEmbedding(nn.Module):
         self.positions = nn.Embedding(config.position_grid**2, config.dim)
 
     def forward(self, pixels_NLC: Tensor, grid_thw_NL3: Tensor, ids_NL: Tensor) -> Tensor:
+        """uint8 [N, L, C] -> [N, L, D] in the dtype of the weights."""
         weight = self.projection.weight
         x_NLD = self.projection((pixels_NLC.float() / 127.5 - 1.0).to(weight.dtype))
         return x_NLD + interpolate_positions(self.positions.weight, grid_thw_NL3, ids_NL).to(weight.dtype)
 
 
 class EncoderAttention(nn.Module):
+    """Multi-head attention inside each image."""
+
     def __init__(self, config: EncoderConfig, backend: str):
         super().__init__()
         self.head_dim = config.dim // config.heads
@@ -47,6 +50,7 @@ class EncoderAttention(nn.Module):
         self.inner = InnerAttention(backend)
 
     def forward(self, x_NLD: Tensor, mask: Any) -> Tensor:
+        """[N, L, D] -> [N, L, D]. mask: what the backend prepared."""
         q, k, v = (w(x_NLD).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
         return self.wo(self.inner(q, k, v, mask).flatten(-2))
 
@@ -58,10 +62,13 @@ class EncoderMLP(nn.Module):
         self.fc2 = nn.Linear(config.mlp_dim, config.dim)
 
     def forward(self, x_NLD: Tensor) -> Tensor:
+        """[N, L, D] -> [N, L, D]."""
         return self.fc2(F.gelu(self.fc1(x_NLD), approximate="tanh"))
 
 
 class EncoderBlock(nn.Module):
+    """One layer: attention and MLP, each on the normalised stream and added to it."""
+
     def __init__(self, config: EncoderConfig, backend: str):
         super().__init__()
         self.attention_norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
@@ -70,11 +77,14 @@ class EncoderBlock(nn.Module):
         self.mlp = EncoderMLP(config)
 
     def forward(self, x_NLD: Tensor, mask: Any) -> Tensor:
+        """[N, L, D] -> [N, L, D]. mask: as in EncoderAttention."""
         x_NLD = x_NLD + self.attention(self.attention_norm(x_NLD), mask)
         return x_NLD + self.mlp(self.mlp_norm(x_NLD))
 
 
 class VisionEncoder(nn.Module):
+    """Embedding, blocks and the last norm. `backend`: a row of layers.attention.BACKENDS."""
+
     def __init__(self, config: EncoderConfig, backend: str):
         super().__init__()
         self.config = config

@@ -23,7 +23,7 @@ from torchtitan.models.decoder import model as decoder
 class Projector(nn.Module):
     """m * m neighbouring patches become one visual token (pixel unshuffle), then two linear maps with a GELU between.
 
-    The loader puts the patches of a visual token beside each other, so merging is a view.
+    The loader puts the patches of a visual token next to each other, so merging is a view.
     """
 
     def __init__(self, config: ProjectorConfig, encoder_dim: int, merge_size: int, dim: int):

@@ -30,7 +30,7 @@ def list_urls(job: PrepareJob, number: int) -> None:
 
 
 def url_hash(url: str) -> int:
-    """Of a URL without its fragment, which never reaches the server."""
+    """Hash of a URL without its fragment, which never reaches the server."""
     return hash_of(hashlib.sha256(url.strip().partition("#")[0].encode("utf-8", "replace")).hexdigest()) if url else 0
 
 
@@ -40,7 +40,7 @@ def hash_of(sha256: str) -> int:
 
 
 def mark_repeated(folder: Folder, of: str, shards: int) -> None:
-    """Writes, beside the hashes of each shard, a boolean for each: is an earlier one the same?"""
+    """Writes, next to the hashes of each shard, a boolean for each: is an earlier one the same?"""
     if all(folder.repeated(of, number).exists() for number in range(shards)):
         return
     hashes = [read_array(folder.hashes(of, number), np.uint64) for number in range(shards)]

@@ -89,6 +89,7 @@ def appearing(path: Path) -> Iterator[IO[bytes]]:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """The file appears whole or not at all."""
     with appearing(path) as file:
         file.write(json.dumps(value, indent=1, ensure_ascii=False).encode("utf-8", "replace"))
 

@@ -195,6 +195,7 @@ def shrunk(height: int, width: int, max_side: int) -> tuple[int, int]:
 
 
 def encoded(data: bytes, size: tuple[int, int], wanted: str, quality: int) -> bytes:
+    """The image at `size` (height, width), in the format `wanted`. Raises Rejected."""
     out = io.BytesIO()
     PILImage.fromarray(decode(data, *size)).save(out, wanted, **({} if wanted == "PNG" else {"quality": quality}))
     return out.getvalue()

@@ -53,14 +53,17 @@ class Journal:
         return url in self.outcomes
 
     def arrived(self, url: str, data: bytes) -> None:
+        """Note the bytes that came for an address; they outlive the process."""
         write_all(self._bin, data)
         self._log(Outcome(url, self._end, len(data)), self._bin)
         self._end += len(data)
 
     def failed(self, url: str, reason: str, detail: str) -> None:
+        """Note why an address gave nothing."""
         self._log(Outcome(url, reason=reason, detail=detail), self._bin)
 
     def read(self, url: str) -> bytes:
+        """The bytes of an address that arrived."""
         outcome = self.outcomes[url]
         return os.pread(self._bins[url], outcome.length, outcome.offset)
 

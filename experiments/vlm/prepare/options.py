@@ -31,7 +31,7 @@ FREE = (
 class Options:
     input: str  # records: a file, glob or folder of .parquet, .arrow, .tsv, .jsonl, .json or .txt, also packed as .gz, .bz2 or .zst
     out: str  # folder of the shards; on a cluster one that all nodes share
-    format: Literal["auto", "captions", "obelics", "llava", "messages", "text"] = "auto"  # what a record is; auto: its columns tell
+    format: Literal["auto", "captions", "obelics", "llava", "messages", "text"] = "auto"  # what a record is; auto: by its columns
     image_column: str = ""  # captions: column of the image (URL, path or bytes); empty: found by its usual names
     text_column: str = ""  # captions: column of the text; empty: found by its usual names
     image_folder: str = ""  # where the paths of images begin; empty: at the folder of the record file

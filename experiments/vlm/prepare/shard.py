@@ -59,7 +59,7 @@ class Account:
 
 
 def samples(job: PrepareJob, number: int, account: Account) -> Iterator[Members]:
-    """Of the shard's records in order; those that give none are accounted for."""
+    """Members of the shard's records in order; those that give none are accounted for."""
     with job.folder.images(number).open("rb") as file:
         outcomes = read_images(job, number, file)
         for key, record in job.records(number):

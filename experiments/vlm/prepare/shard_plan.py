@@ -148,6 +148,7 @@ def make_plan(options: Options, folder: Folder) -> Plan:
 
 
 def cut(file: str, count: int, size: int) -> list[InputSpan]:
+    """Pieces of a file of `count` records, `size` each and the last one less."""
     return [InputSpan(file, first, min(size, count - first)) for first in range(0, count, size)]
 
 
@@ -177,7 +178,7 @@ def list_inputs(pattern: str) -> list[str]:
 
 
 def find_format(options: Options, pieces: list[InputSpan], folder: Folder) -> str:
-    """The first record that can be read tells it, where it was not said."""
+    """The format asked for, else that of the first record that can be read."""
     record = next(_readable(pieces, folder), {})
     columns = ", ".join(record or ["(none)"])
     for option in ("image_column", "text_column"):

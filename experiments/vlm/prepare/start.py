@@ -77,7 +77,7 @@ def start_worker() -> subprocess.Popen:
 
 
 def follow(lines: Iterable[bytes], progress: StageProgress) -> None:
-    """Shows what the worker tells (progress.JsonProgress), until it ends."""
+    """Shows what the worker sends (progress.JsonProgress), until it ends."""
     for line in lines:
         name, arguments = json.loads(line)
         if name == "crashed":

@@ -67,6 +67,7 @@ def read_documents(setup: Setup, limit: int) -> Stream:
 
 
 def sizes_of(sample: Sample) -> SizedDocument:
+    """A sample as integers: tokens and patches of its parts."""
     parts, cursor = [], 0
     for image in sample.images:
         parts += [(image.start - cursor, 0), (image.visual_tokens + 2, image.patches)]
@@ -75,6 +76,7 @@ def sizes_of(sample: Sample) -> SizedDocument:
 
 
 def patches_per_token(documents: Iterable[SizedDocument]) -> float:
+    """Of all documents together."""
     tokens, patches = np.sum([part for document in documents for part in document], axis=0)
     return float(patches / tokens)
 

@@ -48,10 +48,12 @@ class SlotView:
 
     @property
     def token_occupancy(self) -> float:
+        """Share of the row's tokens that are not padding."""
         return float((self.document_ids >= 0).mean())
 
     @property
     def patch_occupancy(self) -> float:
+        """Share of the slot's patches that are not padding."""
         return float(np.mean([~np.isnan(row[:, 0]) for row in self.patch_rows]))
 
 

@@ -11,6 +11,8 @@ from torchtitan.layers.rope_scaling import RopeScaling
 
 @dataclass(frozen=True)
 class DecoderConfig:
+    """Sizes and kinds of one decoder."""
+
     dim: int
     layers: int
     heads: int

@@ -45,6 +45,7 @@ def with_output(weights: Weights, config: DecoderConfig, prefix: str = "") -> We
 
 
 def from_hf(state: Mapping[str, Tensor], config: DecoderConfig) -> Weights:
+    """Weights under our names. ValueError: see `with_output`."""
     return with_output(read(state, ROWS), config)
 
 

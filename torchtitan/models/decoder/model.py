@@ -23,6 +23,8 @@ from torchtitan.models.decoder.flavors import DecoderConfig
 
 
 class Attention(nn.Module):
+    """Grouped-query attention with rotary positions; biases and norms of q and k as the flavor says."""
+
     def __init__(self, config: DecoderConfig, backend: str):
         super().__init__()
         self.head_dim = config.head_dim
@@ -36,6 +38,7 @@ class Attention(nn.Module):
         self.inner = InnerAttention(backend)
 
     def forward(self, h_BSD: Tensor, cos: Tensor, sin: Tensor, mask: Any) -> Tensor:
+        """[B, S, D] -> [B, S, D]. cos, sin: rope.angles; mask: what the backend prepared."""
         # -1 and not the number of heads: under tensor parallel a rank holds only some.
         q_BSHE = self.q_norm(self.wq(h_BSD).unflatten(-1, (-1, self.head_dim)))
         k_BSGE = self.k_norm(self.wk(h_BSD).unflatten(-1, (-1, self.head_dim)))
@@ -54,10 +57,13 @@ class SwiGLU(nn.Module):
         self.w3 = nn.Linear(dim, hidden_dim, bias=False)
 
     def forward(self, h_BSD: Tensor) -> Tensor:
+        """[B, S, D] -> [B, S, D]."""
         return self.w2(F.silu(self.w1(h_BSD)) * self.w3(h_BSD))
 
 
 class Block(nn.Module):
+    """One layer: attention and feed-forward, each on the normalised stream and added to it."""
+
     def __init__(self, config: DecoderConfig, backend: str):
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
@@ -66,6 +72,7 @@ class Block(nn.Module):
         self.feed_forward = SwiGLU(config.dim, config.mlp_dim)
 
     def forward(self, h_BSD: Tensor, cos: Tensor, sin: Tensor, mask: Any) -> Tensor:
+        """[B, S, D] -> [B, S, D]. Arguments as in Attention."""
         h_BSD = h_BSD + self.attention(self.attention_norm(h_BSD), cos, sin, mask)
         return h_BSD + self.feed_forward(self.ffn_norm(h_BSD))
 

@@ -8,6 +8,7 @@ from torchtitan.models.decoder.model import Decoder
 
 
 def block_plan(qk_norm: bool) -> dict[str, ParallelStyle]:
+    """Module of a block -> its tensor-parallel style. `qk_norm`: as in DecoderConfig."""
     plan = {
         "attention_norm": tp.norm(),
         "attention": tp.gathered(arguments=4),

@@ -2,7 +2,7 @@
 
 b"..."                                  the bytes (in JSON: base64)
 {"bytes": b"...", "path": "..."}        bytes, or where they are None the path (Hugging Face's Image feature)
-{"url": "...", "path": "..."}           an address; a path beside it says where the image once was
+{"url": "...", "path": "..."}           an address; a path next to it says where the image once was
 "images/1.jpg"                          a path below the record file's folder
 "https://..." or "data:image/..."       an address, or the bytes themselves
 

@@ -24,6 +24,7 @@ class Spans:
         return len(self._starts)
 
     def read(self, index: int) -> bytes:
+        """The bytes of one piece. Raises Rejected where the file is shorter than it was."""
         start, end = int(self._starts[index]), int(self._ends[index])
         return read_at(self._file, start, end - start)
 

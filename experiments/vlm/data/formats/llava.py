@@ -17,6 +17,7 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 
 
 def parse(record: Mapping[str, Any]) -> Draft:
+    """Turns of text and images; loss falls on the assistant's. Raises Rejected."""
     conversations = record.get("conversations")
     if not isinstance(conversations, list):
         raise Rejected("wrong_shape", f"conversations is a {type(conversations).__name__}, not a list")

@@ -23,6 +23,7 @@ ROLES = ("system", "user", "assistant", "tool", "developer")
 
 
 def parse(record: Mapping[str, Any]) -> Draft:
+    """Turns of text and images; loss falls on the assistant's. Raises Rejected."""
     messages = record.get("messages")
     if not isinstance(messages, list):
         raise Rejected("wrong_shape", f"messages is a {type(messages).__name__}, not a list")

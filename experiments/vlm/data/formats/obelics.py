@@ -20,6 +20,7 @@ COLUMNS = ("texts", "images")
 
 
 def parse(record: Mapping[str, Any]) -> Draft:
+    """Texts and images in order; `rejects` holds the images that had no place. Raises Rejected."""
     texts, images = _list(record, "texts", "images"), _list(record, "images", "texts")
     draft = Draft([])
     position = 0

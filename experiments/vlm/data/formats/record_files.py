@@ -1,6 +1,6 @@
 """Files of records, opened for random access: JSON lines, a JSON list, TSV, parquet, Arrow, lines of text.
 
-What a file is, its first bytes tell, and its name where they cannot (TSV, text). A file that ends early gives
+The first bytes of a file say what it is, or its name where they cannot (TSV, text). A file that ends early gives
 the records that are whole, and a reject for its tail. Memory: 16 bytes a record of text; of parquet what
 row_groups.py says.
 """
@@ -19,6 +19,8 @@ UNNAMED_COLUMNS = {0: ["url", "caption"], 1: ["caption", "url"]}  # of a TSV, by
 
 
 class Records(Protocol):
+    """The records of an open file, by number."""
+
     tail: Rejected | None  # why the file ends early
 
     def __len__(self) -> int: ...
@@ -62,6 +64,7 @@ class LineRecords:
         return len(self._spans)
 
     def get(self, index: int) -> dict[str, Any]:
+        """Raises Rejected where it cannot be parsed."""
         return self._parse(self._spans.read(index))
 
 

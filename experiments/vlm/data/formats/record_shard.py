@@ -57,6 +57,7 @@ class ImageValues:
         self.fetcher = make_fetcher(data)
 
     def fetch_ahead(self, images: list[ImageValue]) -> None:
+        """Begin to fetch those that are addresses, all at once; `size` and `load` wait for them."""
         self.fetcher.fetch_ahead(filter(is_address, (name_of(image.value) for image in images)))
 
     def size(self, image: ImageValue) -> tuple[int, int]:
@@ -99,11 +100,13 @@ class RecordShard:
         return str(index)
 
     def read(self, index: int) -> tuple[Document, list[Rejected]]:
+        """See Shard.read."""
         draft = self.parse(self.records.get(index))
         self.images.fetch_ahead(draft.images())
         return finish(draft, self.key(index), self.images.size, lambda image: (index, image.position))
 
     def load(self, image: Image) -> bytes:
+        """See Shard.load. The record is read again, and its image of that place taken."""
         index, position = image.locator
         draft = self.parse(self.records.get(index))
         found = next((found for found in draft.images() if found.position == position), None)

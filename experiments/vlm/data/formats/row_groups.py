@@ -75,6 +75,7 @@ class Kept:
         self._lock = threading.Lock()
 
     def get(self, key: tuple[int, int], read: Callable[[], pa.Table]) -> pa.Table:
+        """The row group of that (file, group), from `read` where it is not kept. Raises what `read` raises."""
         with self._lock:
             if key in self._tables:
                 self._tables.move_to_end(key)
@@ -87,6 +88,7 @@ class Kept:
         return table
 
     def forget(self, file: int) -> None:
+        """Throw out the row groups of a file that was closed."""
         with self._lock:
             for key in [key for key in self._tables if key[0] == file]:
                 del self._tables[key]

@@ -16,6 +16,8 @@ from experiments.vlm.data.storage.file_cache import file_cache
 
 @dataclass(frozen=True)
 class ShardFile:
+    """A shard by two paths."""
+
     path: str  # as the source lists it: what reports say, and where relative images begin
     local: str  # the file to read: the same, or its copy in the cache
 

@@ -28,6 +28,8 @@ class Numbers:
 
 
 class ParquetRecords:
+    """Rows of a parquet file; a row group is read and decoded whole, and kept for a while."""
+
     def __init__(self, path: str, columns: tuple[str, ...] | None, cache: FileCache):
         self._groups = RowGroups(path, columns, cache)
         self._numbers = Numbers(self._groups.rows)
@@ -38,6 +40,7 @@ class ParquetRecords:
         return self._numbers.count
 
     def get(self, index: int) -> dict[str, Any]:
+        """Raises Rejected where its row group cannot be read."""
         group, row = self._numbers.find(index)
         return _row(self._groups.get(group), row)
 
@@ -71,6 +74,7 @@ class ArrowRecords:
         return self._numbers.count
 
     def get(self, index: int) -> dict[str, Any]:
+        """Raises Rejected where the file has changed or its record batch is broken."""
         if os.fstat(self._file).st_size != self._size:
             raise Rejected("shard_truncated", "its size has changed since it was opened")
         batch, row = self._numbers.find(index)

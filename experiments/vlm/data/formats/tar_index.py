@@ -27,6 +27,8 @@ NAME = re.compile(r"^((?:.*/)?[^./][^./]*)\.([^/]*)$", re.DOTALL)
 
 
 class Member(NamedTuple):
+    """A file of a sample inside a tar."""
+
     key: str
     extension: str  # all after the first dot, in lower case
     name: str  # as in the tar
@@ -45,6 +47,8 @@ class Member(NamedTuple):
 
 
 class Header(NamedTuple):
+    """What a tar says of one entry."""
+
     name: str
     kind: bytes
     offset: int  # of the data
@@ -88,6 +92,7 @@ class TarIndex:
         return [self._member(int(start)) for start in self._headers[first:end]]
 
     def key(self, index: int) -> str:
+        """What the members of a sample have in common. Raises Rejected where the file has changed."""
         return self._member(int(self._headers[self._starts[index]])).key
 
     def _member(self, start: int) -> Member:

@@ -40,12 +40,14 @@ class TarShard:
         return self.index.key(index)
 
     def read(self, index: int) -> tuple[Document, list[Rejected]]:
+        """See Shard.read."""
         members = self.index.sample(index)
         draft = self.parse(self._record(members))
         draft.parts = [_found(part, members) if isinstance(part, ImageValue) else part for part in draft.parts]
         return finish(draft, members[0].key, self._size, lambda image: (image.value.offset, image.value.size))
 
     def load(self, image: Image) -> bytes:
+        """See Shard.load."""
         return read_at(self.file, *image.locator)
 
     def _record(self, members: list[Member]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ COLUMNS = ("text", "content", "txt")
 
 
 def parse(record: Mapping[str, Any]) -> Draft:
+    """One text. Raises Rejected where there is no string."""
     value = next((record[name] for name in COLUMNS if record.get(name) is not None), None)
     if not isinstance(value, str):
         raise Rejected("wrong_shape", f"no string under {' or '.join(COLUMNS[:2])}")

@@ -108,6 +108,7 @@ def spread(count: int, most: int) -> list[int]:
 
 
 def key_of(shard: Shard, record: int) -> str:
+    """The record's key, or its number where the shard cannot say."""
     try:
         return guarded(shard.key, record)
     except Rejected:

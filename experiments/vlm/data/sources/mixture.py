@@ -15,6 +15,8 @@ AHEAD = 4.0  # slots' worth of the mixture that a source may be ahead: less cost
 
 
 class Mixture:
+    """Shares of the sources in what one slot reads. `weights` need not add up to 1."""
+
     def __init__(self, weights: Sequence[float], seed: int, slot: int, typical: float = 1.0):
         """`typical`: what one sample counts, roughly: 1 where weights count samples, its tokens where they count tokens."""
         self.weights = list(weights)
@@ -23,11 +25,12 @@ class Mixture:
         self.dry = [False] * len(self.weights)
 
     def pick(self) -> int | None:
-        """The source to ask; None once all are dry."""
+        """The source to ask; None once all are exhausted."""
         alive = [source for source, dry in enumerate(self.dry) if not dry]
         return min(alive, key=lambda source: (self.given[source] + self.phases[source]) / self.weights[source], default=None)
 
     def give(self, source: int, amount: int) -> None:
+        """Count what a source gave: samples, or tokens, as its weight does."""
         self.given[source] += amount
 
     def quota(self, waiting: Sequence[float], slots: float) -> np.ndarray:
@@ -46,4 +49,5 @@ class Mixture:
         return {"given": list(self.given)}
 
     def seek(self, position: dict[str, list], dry: Sequence[bool]) -> None:
+        """Go on from a `position`. `dry`: for each source whether it is exhausted."""
         self.given, self.dry = list(position["given"]), list(dry)

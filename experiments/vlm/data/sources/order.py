@@ -26,6 +26,8 @@ def permutation(count: int, *key: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Unit:
+    """A part of a shard in one epoch: what is dealt to slots."""
+
     epoch: int
     shard: int  # index in Deal.shards
     part: int
@@ -45,11 +47,12 @@ class Deal:
 
     @property
     def parts(self) -> int:
+        """p, parts a shard."""
         return -(-self.slots // len(self.shards))
 
     @property
     def units(self) -> int:
-        """Of one epoch."""
+        """Units of one epoch."""
         return len(self.shards) * self.parts
 
     @property
@@ -63,6 +66,7 @@ class Deal:
 
     @property
     def key(self) -> tuple[int, int]:
+        """Seeds the permutations of this source."""
         return self.seed, zlib.crc32(self.name.encode())
 
     def unit(self, slot: int, number: int) -> Unit | None:

@@ -8,7 +8,7 @@ import os
 
 
 def denied(path: str) -> str | None:
-    """Of a local file, folder or glob what may not be read; None where all is well, or nothing is there."""
+    """What of a local file, folder or glob may not be read; None where all is well, or nothing is there."""
     place = os.path.expanduser(path)
     while glob.has_magic(place) and not os.path.exists(place):
         place = os.path.dirname(place) or "."

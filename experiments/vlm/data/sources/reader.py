@@ -31,6 +31,8 @@ class Reference(NamedTuple):
 
 @dataclass(frozen=True)
 class Record:
+    """A document, the path of its shard, and what it lost."""
+
     document: Document
     shard: str
     lost: list[Rejected]  # images that the document goes without
@@ -118,12 +120,15 @@ class SourceReader:
 
     @property
     def ended(self) -> bool:
+        """Whether the last epoch is over."""
         return self.deal.unit(self.slot, self.unit) is None
 
     def position(self) -> list[int]:
+        """The unit's number, the place in its order, units in a row without a good sample."""
         return [self.unit, self.place, self.empty_units]
 
     def seek(self, position: list[int]) -> None:
+        """Go on from a `position`."""
         self.unit, self.place, self.empty_units = position
         self._order = None
 
@@ -151,7 +156,7 @@ class SourceReader:
                     reject(self._told(unit, lost, record.document.key, lost.image or 0))
                 yield reference, record
             self.unit, self.place = self.unit + 1, 0
-            self.empty_units += 1  # set back by whoever could use a sample
+            self.empty_units += 1  # reset by the slot when it uses a sample
 
     def read(self, reference: Reference) -> Record:
         """Raises Rejected."""
@@ -176,7 +181,7 @@ class SourceReader:
         return (read - sum(1 / self._records_in[number] for number in waiting)) / self.deal.units
 
     def _count_records(self, number: int) -> int:
-        """Of the slot's unit of that number; at least 1."""
+        """How many the slot's unit of that number has; at least 1."""
         unit = self.deal.unit(self.slot, number)
         assert unit is not None
         try:
@@ -186,9 +191,9 @@ class SourceReader:
         return max(1, len(range(unit.part, records, self.deal.parts)))
 
     def _records_of(self, unit: Unit, reject: Callable[[Reject], None]) -> np.ndarray:
-        """The order of the current unit's records; none, and told, if its shard cannot be opened."""
+        """The order of the current unit's records; none, and a reject, if its shard cannot be opened."""
         if self._order is None or self._order[0] != self.unit:
-            first = self.place == 0 and unit.part == 0  # tell what is wrong with a shard once an epoch
+            first = self.place == 0 and unit.part == 0  # report what is wrong with a shard once an epoch
             try:
                 shard = self.cache.get(self.source, self.deal.shards[unit.shard]).shard
                 wrong = shard.rejects

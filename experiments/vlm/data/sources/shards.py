@@ -43,11 +43,11 @@ HUB = "hf://datasets/"
 CHUNK_BYTES = 1 << 20
 STEP_BYTES = 1 << 14  # of decompression: the step that meets the end of a cut file is lost
 WAIT_S = 1.0  # before the second try, twice that before the third
-NOT_RECORDS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # what `datasets` writes beside its data
+NOT_RECORDS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # what `datasets` writes next to its data
 
 
 def list_shards(path: str, format: str, data: Data) -> list[str]:
-    """The shards of a source, sorted. One that a range names need not be there: opening it tells.
+    """The shards of a source, sorted. A shard that a range names may be missing: opening it fails.
 
     Raises ConfigError where there is none.
     """
@@ -195,7 +195,7 @@ def _download(path: str, copy: Path) -> None:
 
 
 def _decompress(path: str, copy: Path) -> None:
-    """Of a stream that is cut off, what came before the cut: the reader finds where the records end."""
+    """What came before the cut of a stream that is cut off: the reader finds where the records end."""
     with COMPRESSIONS[Path(path).suffix.lower()](path) as source, open(copy, "wb") as target:
         try:
             while block := source.read1(STEP_BYTES):

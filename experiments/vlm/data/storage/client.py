@@ -30,6 +30,8 @@ MAX_BACKOFF_S = 60.0
 
 @dataclass(frozen=True)
 class Limits:
+    """How long, how much and how often is tried."""
+
     timeout_s: float = 30.0  # a whole answer
     read_timeout_s: float = 10.0  # silence while connecting or reading
     max_bytes: int = 32 << 20
@@ -54,7 +56,7 @@ class Failed(Rejected):
 class Client:
     """An HTTP client for many URLs at once. Use as an async context manager.
 
-    `looks_whole(bytes) -> bool` is asked only where HTTP cannot tell: an answer without a length that ends
+    `looks_whole(bytes) -> bool` is called only where HTTP does not say: an answer without a length that ends
     when the connection closes looks the same whether the server finished or died.
     """
 
@@ -172,6 +174,7 @@ class Client:
 
 
 def parse_url(text: str, base: URL | None = None) -> URL:
+    """An absolute http(s) address; `base`: of what redirected there. Raises Failed("bad_url")."""
     try:
         url = URL(text.strip())
         url = base.join(url) if base else url

@@ -73,7 +73,7 @@ class Fetcher:
         return True
 
     def _write(self, url: str, path: Path) -> None:
-        """Called while no other process asks for this address: whoever waited finds the outcome."""
+        """Called while no other process asks for this address: those that waited find the outcome."""
         origin = f"{self.timeout_s} {url}"
         if note := self.failures.find(origin):
             detail = note.read_text(errors="replace")

@@ -20,6 +20,8 @@ from experiments.vlm.config import Data
 
 
 class FileCache:
+    """Files by the name of their origin, shared by all processes that use the folder."""
+
     def __init__(self, folder: Path, limit_bytes: int):
         self.folder = folder
         self.limit_bytes = limit_bytes
@@ -83,6 +85,7 @@ class FileCache:
 
 
 def file_cache(data: Data) -> FileCache:
+    """The cache of data.cache_folder, one for each process."""
     return _file_cache(cache_folder(data.cache_folder) / "copies", int(data.cache_gb * 1e9))
 
 

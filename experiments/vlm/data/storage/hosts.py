@@ -44,6 +44,7 @@ class Gate:
     networks: tuple[Network, ...] = field(default=())  # permitted although private
 
     def permits(self, text: str) -> bool:
+        """Whether an IP address in text may be connected to."""
         address = ipaddress.ip_address(text.partition("%")[0])  # without the scope of fe80::1%eth0
         return self.allow_private or is_public(address) or any(address in network for network in self.networks)
 
@@ -57,6 +58,8 @@ class Gate:
 
 @dataclass
 class Host:
+    """One host's places, and when it may be asked next."""
+
     places: asyncio.Semaphore
     free_at: float = 0.0  # the loop's clock: no request starts before
     visitors: int = 0  # inside or waiting
@@ -101,4 +104,5 @@ class Hosts:
 
 
 def now() -> float:
+    """The event loop's clock, seconds."""
     return asyncio.get_running_loop().time()
