@@ -1,11 +1,12 @@
-"""The sections that the vision-language experiment adds to a job: [data], its sources, [validation.sources], [encoder]."""
+"""The sections that the vision-language experiment adds to a job: [data], its sources,
+[validation.sources], and how ranks share the encoder in [parallelism]."""
 
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from torchtitan.config.errors import ConfigError
-from torchtitan.config.job import JobConfig, Validation
+from torchtitan.config.job import JobConfig, Parallelism, Validation
 
 FIRST = "data.sources.0."
 PARTS = ("encoder", "projector", "decoder")  # of the model; training.freeze names them
@@ -51,12 +52,19 @@ class Data:
 
 
 @dataclass
+class VLMParallelism(Parallelism):
+    encoder_sharing: Literal["auto", "on", "off"] = "auto"  # ranks of a CP x TP group encode each its share of the rows
+    encoder_tensor_parallel: bool = False  # shard the encoder's heads over TP instead of sharing its rows
+
+
+@dataclass
 class VLMValidation(Validation):
     sources: list[Source] = field(default_factory=list)  # held-out data, [[validation.sources]]
 
 
 @dataclass
 class VLMJobConfig(JobConfig):
+    parallelism: VLMParallelism = field(default_factory=VLMParallelism)
     data: Data = field(default_factory=Data)
     validation: VLMValidation = field(default_factory=VLMValidation)
 

@@ -99,8 +99,6 @@ class Parallelism:
     pipeline_parallel_microbatch_size: int = 1  # slots per microbatch
     pipeline_parallel_split_points: list[int] = field(default_factory=list)  # first decoder layer of each later stage; empty: by cost
     pipeline_parallel_encoder_stage: bool = False  # the encoder is a stage of its own
-    encoder_sharing: Literal["auto", "on", "off"] = "auto"  # ranks of a CP x TP group encode each its share of the rows
-    encoder_tensor_parallel: bool = False  # shard the encoder's heads over TP instead of sharing its rows
 
 
 @dataclass
