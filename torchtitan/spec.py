@@ -29,7 +29,9 @@ class Model(Protocol):
 
 @dataclass(frozen=True)
 class TrainSpec:
-    """`loss` may be of any kind: what a step divides the sum by is whatever `counts` names as its weight."""
+    """The trainer divides a step's loss by the sum of its weights, over all ranks and microbatches: a count of the batch,
+    whole or not, that the host knows before the forward (Counts.loss_weight). So any loss fits that says what it weighs.
+    """
 
     name: str
     parts: tuple[str, ...]  # attributes of the model that training.freeze may name
