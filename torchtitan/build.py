@@ -143,6 +143,7 @@ def resolve_global_batch(job: JobConfig) -> None:
 
 
 def freeze(model: nn.Module, parts: list[str]) -> None:
+    """Take gradients from these parts."""
     for part in parts:
         model.get_submodule(part).requires_grad_(False)
 
@@ -160,6 +161,7 @@ def loader_of(job: JobConfig, spec: TrainSpec, tokenizer: Any, mesh: Mesh) -> Ca
 
 
 def to_rank_of(job: JobConfig, spec: TrainSpec, mesh: Mesh) -> Callable[[Batch], Tensors]:
+    """Host batch -> what this rank's forward takes, on its device."""
     return lambda batch: to_device(spec.shard_batch(batch.tensors, mesh, job), mesh.device)
 
 

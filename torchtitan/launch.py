@@ -39,6 +39,7 @@ class Place:
     port: int
 
     def variables(self, local_rank: int) -> dict[str, str]:
+        """Environment of a rank, as torchrun sets it."""
         values = {
             "RANK": self.machine * self.processes + local_rank,
             "LOCAL_RANK": local_rank,
@@ -75,6 +76,7 @@ class Ranks:
         self.send(number if len(self.signals) <= 2 else signal.SIGKILL)
 
     def send(self, number: int) -> None:
+        """A signal to every rank that runs."""
         for process in self.processes:
             if process.poll() is None:
                 process.send_signal(number)
@@ -139,6 +141,7 @@ def hold_port() -> tuple[socket.socket, int]:
 
 
 def main(argv: Sequence[str]) -> int:
+    """The exit code of the first rank that failed, else 0."""
     parser = argparse.ArgumentParser(prog="python -m torchtitan.launch", description=__doc__.splitlines()[0])
     parser.add_argument("--processes", type=int, required=True, help="ranks on this machine")
     parser.add_argument("--machines", type=int, default=1)

@@ -16,11 +16,13 @@ from torchtitan.distributed.mesh import Mesh
 
 
 class Model(Protocol):
-    """What the trainer asks of a model, beside its being an nn.Module."""
+    """What the trainer asks of a model, besides its being an nn.Module."""
 
     ADAMW_ONLY: tuple[str, ...]  # matrices that Muon leaves to AdamW, by the beginning of their names
 
-    def init_weights(self, seed: int) -> None: ...
+    def init_weights(self, seed: int) -> None:
+        """In place and the same under every layout; parameters have storage by then."""
+        ...
 
     def tied_names(self) -> dict[str, str]:
         """Parameter -> the name that it is stored under, where two are one."""

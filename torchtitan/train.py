@@ -1,4 +1,7 @@
-"""The training loop. What it trains comes from a TrainSpec (spec.py), how it is built from build.py."""
+"""The training loop. What it trains comes from a TrainSpec (spec.py), how it is built from build.py.
+
+In: steps of batches, from the loader. Out: trained weights, in checkpoints, and what was measured on the way.
+"""
 
 import dataclasses
 import signal
@@ -41,6 +44,8 @@ from torchtitan.tools.signals import WATCHED, StopSignals, exit_code
 
 
 class Trainer:
+    """The loop over the steps of a run that has been built."""
+
     def __init__(self, run: Run):
         self.run, self.job, self.state = run, run.job, run.state
         self.folder = Path(run.job.job.dump_folder)
@@ -62,6 +67,7 @@ class Trainer:
             run.state.data = run.loader.state_dict()
 
     def train(self) -> None:
+        """Until the last step, the end of the data or a signal; then evaluate and save."""
         steps = self.job.training.steps
         logger.info(f"training from step {self.first_step} to {steps}")
         while self.state.step < steps and self.train_step():
@@ -121,6 +127,7 @@ class Trainer:
         return sum_over_hosts(own)
 
     def after_step(self) -> None:
+        """What is due every few steps; the last one is left to `finish`."""
         step = self.state.step
         if step == self.first_step:
             set_timeout(self.job.comm.train_timeout_seconds)
@@ -133,6 +140,7 @@ class Trainer:
             self.pause(step)
 
     def pause(self, step: int) -> None:
+        """Evaluate and save where that is due; the time it takes is not counted as training."""
         started = time.perf_counter()
         if self.job.validation.enable and step % self.job.validation.freq == 0:
             self.validate()
@@ -141,6 +149,7 @@ class Trainer:
         self.run.meter.leave_out(time.perf_counter() - started)
 
     def log(self) -> None:
+        """A line and a record of what happened since the last."""
         self.logged_step = self.state.step
         # A rank of a tensor-parallel group has the whole loss of its tokens, as have its partners.
         loss = sum_over_ranks(self.loss) / self.run.mesh.degrees.tp
@@ -151,15 +160,18 @@ class Trainer:
         self.epochs.log()
 
     def validate(self) -> Values:
+        """Held-out figures of this step, logged."""
         values = self.run.validator.evaluate()
         self.run.reporter.validate(self.state.step, values)
         return values
 
     def save(self, final: bool = False) -> None:
+        """A checkpoint, and the report of the data with it."""
         self.run.checkpointer.save(final)
         self.report_data()
 
     def report_data(self) -> None:
+        """Write data_report.json. Called by all ranks."""
         self.data_report = write_data_report(self.folder, self.run.loader.report() if self.run.mesh.leads else None)
 
     def log_rejected(self) -> None:

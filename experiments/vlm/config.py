@@ -28,6 +28,8 @@ class Source:
 
 @dataclass
 class Data:
+    """How batches are made of the sources."""
+
     sources: list[Source] = field(default_factory=list)  # the mixture, [[data.sources]]
     weight_by: Literal["samples", "tokens"] = "samples"  # what a source's weight counts
     epochs: int = 0  # end after every sample was delivered this many times; 0: training.steps alone decides
@@ -64,6 +66,8 @@ class VLMValidation(Validation):
 
 @dataclass
 class VLMJobConfig(JobConfig):
+    """A job with data and held-out data of images and text."""
+
     parallelism: VLMParallelism = field(default_factory=VLMParallelism)
     data: Data = field(default_factory=Data)
     validation: VLMValidation = field(default_factory=VLMValidation)

@@ -39,6 +39,7 @@ def build_vlm(job: VLMJobConfig, tokenizer: Tokenizer | None) -> VLM:
 
 
 def memory(job: VLMJobConfig, layout: Degrees, tokenizer: Tokenizer | None, on_gpu: bool) -> Memory:
+    """Bytes of a rank at the peak."""
     return estimate(job, layout, rows_of(job, tokenizer), on_gpu).memory
 
 
@@ -53,6 +54,7 @@ def score(model: torch.nn.Module, tensors: Tensors, mesh: Mesh) -> Tensor:
 
 
 def counts(job: VLMJobConfig) -> Counts:
+    """What the trainer adds up of the batches of this job."""
     sources = tuple(source.name for source in sources_of(job, "train"))
     return Counts(
         loss_weight="loss_tokens",

@@ -1,11 +1,13 @@
 """The examples that docstrings show are what the loader really gives."""
 
 import base64
+import doctest
 import json
 
 import pytest
 
 import experiments.vlm.batch
+import experiments.vlm.data.loader
 from experiments.vlm.batch import IGNORE
 from experiments.vlm.config import Source
 from experiments.vlm.data.loader import Loader
@@ -49,3 +51,13 @@ def test_the_batch_contract_shows_a_real_batch(job):
     loader.close()
     shown = [line.strip() for line in experiments.vlm.batch.__doc__.splitlines()]
     assert [line for line in lines if line not in shown] == []
+
+
+def test_the_example_of_the_loader_runs(job):
+    examples = doctest.DocTestFinder().find(Loader, "Loader", module=experiments.vlm.data.loader)
+    example = next(one for one in examples if one.name == "Loader")
+    assert example.examples
+    example.globs |= {"job": job, "tokenizer": Characters()}
+    seen: list[str] = []
+    doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(example, out=seen.append)
+    assert not seen, "".join(seen)

@@ -13,6 +13,8 @@ ROUNDING = 1e-6  # shares are added up in floating point
 
 
 class Epochs:
+    """How often each source was delivered, and which epochs are not logged yet."""
+
     def __init__(self, sources: Sequence[str], resumed: bool):
         """`resumed`: which epoch each source is in shows with the first step."""
         self.values = dict.fromkeys(sources, 0.0)

@@ -29,28 +29,36 @@ class Step(Protocol):
     def batches(self) -> Sequence[Batch]: ...
 
     @property
-    def state(self) -> State | Callable[[], State]: ...
+    def state(self) -> State | Callable[[], State]:
+        """The position right after this step, or a function that makes it where it is saved."""
+        ...
 
 
 class Loader(Protocol):
     """Steps of data-parallel rank `rank` of `ranks`; `split` is train or validation, `control` spoils the latter (Scoring.controls).
 
-    It ends on every rank at the same step: `agree`, called by all, tells whether any of them still has data.
+    It ends on every rank at the same step: `agree`, called by all, says whether any of them still has data.
     """
 
     def __iter__(self) -> Iterator[Step]: ...
 
     def __next__(self) -> Step: ...
 
-    def state_dict(self) -> State: ...
+    def state_dict(self) -> State:
+        """The position after the last step that was given."""
+        ...
 
-    def load_state_dict(self, state: State) -> None: ...
+    def load_state_dict(self, state: State) -> None:
+        """Go on from a position that has all `slot_keys`. Raises ConfigError where data changed."""
+        ...
 
     def slot_keys(self) -> list[str]:
         """Names of the pieces of state that this rank needs."""
         ...
 
-    def report(self) -> dict: ...
+    def report(self) -> dict:
+        """What this rank delivered and rejected so far, in values that JSON can hold."""
+        ...
 
     def summary(self, report: Mapping[str, Any]) -> str:
         """What a report, merged or not, says was not used, in a line for people; empty where everything was."""

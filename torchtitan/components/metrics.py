@@ -1,4 +1,4 @@
-"""What a run tells: speed, occupancy and loss, as a line on the console and as numbers in the sinks (sinks.py)."""
+"""What a run reports: speed, occupancy and loss, as a line on the console and as numbers in the sinks (sinks.py)."""
 
 import sys
 import time
@@ -41,6 +41,7 @@ class Counts:
 
     @property
     def names(self) -> list[str]:
+        """All counts that are added up over ranks."""
         return sorted({self.loss_weight, self.tokens, *self.rates, *self.capacity, *self.tallies})
 
 
@@ -111,9 +112,11 @@ class Reporter:
         self.sinks = open_sinks(job, first_step) if self.writes else []
 
     def train(self, step: int, values: Values, unprinted: Values) -> None:
+        """A line and a record. `unprinted`: for the sinks alone."""
         self._report("", "", step, values, unprinted)
 
     def validate(self, step: int, values: Values) -> None:
+        """A line and a record, under validate/NAME."""
         self._report("validate ", "validate/", step, values, {})
 
     def _report(self, word: str, prefix: str, step: int, values: Values, unprinted: Values) -> None:

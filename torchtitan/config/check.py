@@ -205,6 +205,7 @@ def check_microbatches(job: JobConfig, sizes: Degrees) -> None:
 
 
 def zero_bubble_works() -> bool:
+    """Whether this torch can split the backward of FSDP and attention."""
     return tuple(map(int, importlib.metadata.version("torch").split(".")[:2])) >= (2, 13)
 
 

@@ -151,6 +151,8 @@ class Debug:
 
 @dataclass
 class JobConfig:
+    """Every section that the trainer itself reads."""
+
     job: Job = field(default_factory=Job)
     profiling: Profiling = field(default_factory=Profiling)
     metrics: Metrics = field(default_factory=Metrics)

@@ -15,6 +15,7 @@ def report_error(error: BaseException) -> None:
 
 
 def report_line(line: str) -> None:
+    """To standard error, or to the launcher where there is one."""
     if file := os.environ.get(ERROR_FILE):
         Path(file).write_text(line, encoding="utf-8")
     else:

@@ -11,14 +11,14 @@ PLAN: what the next row of a slot holds, a SlotPlan (`Slot.plan`)
 FILL: a SlotPlan becomes one slot's part of a batch (`Collator.start`)
     collate      decode -> patches -> row: pixels, tokens, labels, indices, padding
     counts       what a batch counts of itself: a new metric is a row there
-RUN: who plans and fills; the steps are the same whoever does (`next(Loader)`)
+RUN: who plans and fills; the steps are the same whichever process does (`next(Loader)`)
     producer     the slots of one process; setup makes what they need from a job
     workers      processes, each with a producer, that write into shared_memory
     prefetch     steps with or without workers, as nodes of torchdata, which pin them for a GPU
-    loader       the steps of a rank as the trainer takes them; resume: their state in a checkpoint
+    loader       the steps of a rank as the trainer takes them
 
-Alongside: image (sizes in patches for PLAN, decoding for FILL), rejects, reject_log and
-report (what is not used, and why), controls (validation with spoilt images), storage/ (copies of files,
-addresses). RUN imports FILL, and FILL imports PLAN, never the reverse.
+Alongside: image (sizes in patches for PLAN, decoding for FILL), rejects, reject_log and report (what is not used,
+and why), controls (validation with spoilt images), resume (the state of slots in a checkpoint), storage/ (copies
+of files, addresses). RUN imports FILL, and FILL imports PLAN, never the reverse.
 What comes out, with an example: experiments/vlm/batch.py.
 """

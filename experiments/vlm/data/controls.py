@@ -25,6 +25,7 @@ class Painted:
 
 
 def grey(height: int, width: int) -> np.ndarray:
+    """uint8 [height, width, 3], mid-grey."""
     return np.full((height, width, 3), 128, np.uint8)  # 0.004 after normalisation
 
 

@@ -17,6 +17,8 @@ Views = Mapping[str, np.ndarray]  # field -> [S], [rows, L, D] or [rows, L, 3]
 
 @dataclass(frozen=True)
 class Count:
+    """How one number of a slot is counted, and what is shown of it."""
+
     of: Callable[[Views, list[Delivered]], int]  # (a finished slot's arrays, the samples in it)
     capacity: Callable[[VLMJobConfig], int] | None = None  # the most that a slot can hold: shown as occupancy
     per_second: bool = False  # shown as a rate
@@ -52,6 +54,7 @@ def count_by_source(sample: Delivered, tokens: int) -> dict[str, int]:
 
 
 def names_by_source(sources: Iterable[str]) -> list[str]:
+    """Counts that each source has of its own, as `count_by_source` names them."""
     sources = list(sources)
     return [f"{what}/{source}" for what in ("samples", "tokens") for source in sources]
 

@@ -1,10 +1,12 @@
 """The steps of one data-parallel rank: slots r * G / ranks ..., in batches of the contract.
 
+In: a job. Out: Steps, whose batches are host tensors (experiments/vlm/batch.py), and a state after each.
+
 What a step holds depends on the configuration and the data alone: not on ranks, workers, prefetching or restarts. Workers
 (data.num_workers processes) run ahead by data.prefetch steps; without them the trainer's own process reads and decodes.
 
 A step's tensors lie in memory that is used again: they hold until the second `next()` after the one that gave them.
-Where the process uses a GPU they are pinned copies, made beside training (prefetch.py), and hold as long as somebody
+Where the process uses a GPU they are pinned copies, made alongside training (prefetch.py), and hold as long as somebody
 holds them.
 """
 
@@ -35,17 +37,30 @@ from torchtitan.tools.logging import logger
 
 @dataclass
 class Step:
+    """What an optimizer step takes, and where to go on after it."""
+
     batches: list[Batch]  # as many as accumulation steps
     state: Callable[[], dict[str, bytes]]  # this rank's slots right after this step
 
 
 class Loader:
-    """Steps for rank `rank` of `ranks` data-parallel ranks.
+    """Steps for rank `rank` of `ranks` data-parallel ranks. With the document that batch.py shows, S = L = 16:
 
-    It goes on where it was with every `iter()`; to read a split again, open another. Data that ends (data.epochs, sources
-    without repeat, validation) ends on every rank with the same step: once no slot of any rank has data, which `agree`,
-    given whether this rank has data, must tell (an all-reduce with "or", once a step, and only where `may_end`). Several
-    ranks without `agree` get padding without end instead.
+    >>> loader = Loader(job, tokenizer)
+    >>> batch = next(loader).batches[0]
+    >>> {name: tuple(tensor.shape) for name, tensor in batch.tensors.items()}
+    {'tokens': (1, 16), 'labels': (1, 16), 'positions': (1, 16), 'document_ids': (1, 16),
+     'pixel_values': (1, 16, 768), 'grid_thw': (1, 16, 3), 'visual_index': (1, 16)}
+    >>> [batch.counts[name] for name in ("tokens", "loss_tokens", "patches", "images")]
+    [14, 6, 12, 2]
+    >>> batch.samples[0].source, batch.samples[0].image_sizes
+    ('obelics', [(32, 32), (32, 64)])
+    >>> loader.close()
+
+    It goes on where it was with every `iter()`; to read a split again, open another. Data that ends (data.epochs,
+    sources without repeat, validation) ends on every rank with the same step: once no slot of any rank has data.
+    `agree`, given whether this rank has data, returns whether any has (an all-reduce with "or", once a step, and
+    only where `may_end`). Several ranks without `agree` get padding without end instead.
 
     Raises DataError where a source has no good sample: of training, and of the held-out split of later.
     """
@@ -77,7 +92,7 @@ class Loader:
             held_out = [make_setup(job, tokenizer, "validation", total)] if job.validation.enable else []
             for setup in (self.setup, *held_out):
                 require_good_samples(setup.planning, tokenizer, setup.open_shard, self.slots.start)
-        # The controls show the samples of a validation again: what is wrong with them has been told.
+        # The controls show the samples of a validation again: what is wrong with them has been logged.
         folder = Path(job.job.dump_folder) / "rejects" if job.job.dump_folder else None
         self.log = RejectLog(folder, rank) if control is None else None
         self.states: dict[int, SlotState] = {}

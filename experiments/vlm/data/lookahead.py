@@ -79,6 +79,7 @@ class Queued(Generic[Payload]):
         return [self.way(end) for end in (first, *ends)]
 
     def way(self, end: int) -> Way:
+        """The piece of what waits that ends at token `end`."""
         return Way(end, end - self.start, self.outline.patches_of(self.start, end))
 
     def images(self, end: int) -> list[int]:

@@ -1,7 +1,7 @@
 """A rank's steps as nodes of torchdata: from its own process or from workers that run ahead, pinned for a GPU.
 
     InProcess or FromWorkers     the steps, in memory that is used again
-    PinMemory, Prefetcher        where the process uses a GPU: copies in pinned memory, made beside training
+    PinMemory, Prefetcher        where the process uses a GPU: copies in pinned memory, made alongside training
 
 A step carries its own state (SlotStep.state), so that of a node is empty: a snapshot of nodes could only be resumed
 at the same number of workers.
@@ -24,7 +24,7 @@ from experiments.vlm.data.shared_memory import Arrays, Buffers, slot_views
 from experiments.vlm.data.workers import Assignment, Worker, close_all
 
 KEPT = 2  # steps that hold after they were given: the one in use, and the one before it
-READY = 1  # pinned steps that wait, beside the one that PinMemory's own thread has made
+READY = 1  # pinned steps that wait, besides the one that PinMemory's own thread has made
 
 # A step: its fields with all slots of the rank, and a SlotStep for each slot in order.
 Filled = tuple[dict[str, Tensor], list[SlotStep]]
@@ -41,6 +41,7 @@ class StepNode(BaseNode[Filled | Exception]):
         self.stopped = False
 
     def next(self) -> Filled | Exception:
+        """The next step, or the error that it met. Raises StopIteration after `stop`."""
         if self.stopped:
             raise StopIteration
         try:
@@ -50,9 +51,11 @@ class StepNode(BaseNode[Filled | Exception]):
         return {name: torch.from_numpy(array) for name, array in arrays.items()}, steps
 
     def get_state(self) -> dict:
+        """Empty: a step carries its own state."""
         return {}
 
     def step(self) -> tuple[Arrays, list[SlotStep]]:
+        """The arrays of the next step, [B * accumulation, ...], and a SlotStep for each slot in order."""
         raise NotImplementedError
 
     def stop(self) -> None:
@@ -75,6 +78,7 @@ class InProcess(StepNode):
         self.producer = Producer(setup, slots, states)
 
     def step(self) -> tuple[Arrays, list[SlotStep]]:
+        """Raises DataError."""
         arrays = self.arrays[0]
         self.arrays.rotate(-1)
         views = [slot_views(arrays, place, self.rows) for place in range(len(self.slots))]
@@ -105,7 +109,7 @@ class FromWorkers(StepNode):
         self.places = [list(range(worker, len(slots), workers)) for worker in range(workers)]
         self.slots = slots
         self.workers: list[Worker] = []
-        # Before multiprocessing's own shutdown, which would wait for workers that nobody told to end.
+        # Before multiprocessing's own shutdown, which would wait for workers that nobody asked to end.
         self.shutdown = multiprocessing.util.Finalize(self, close_all, (self.workers,), exitpriority=100)
         for number, places in enumerate(self.places):
             self.workers.append(Worker(number, setup, shape, self.buffers, self._assignment(places, states)))

@@ -16,7 +16,7 @@ from experiments.vlm.data.slot import Slot, SlotPlan
 from experiments.vlm.data.sources.good_sample import Search
 from experiments.vlm.data.sources.reader import ShardCache
 
-SPARE_SHARDS = 32  # kept open beside two of each source for every slot
+SPARE_SHARDS = 32  # kept open besides two of each source for every slot
 
 
 @dataclass
@@ -31,6 +31,8 @@ class SlotStep:
 
 
 class Producer:
+    """Plans and fills the slots of one process, a step at a time."""
+
     def __init__(self, setup: Setup, slots: Sequence[int], states: dict[int, SlotState]):
         """`states`: of slots that go on; the others start anew."""
         planning = setup.planning

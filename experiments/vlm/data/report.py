@@ -34,6 +34,7 @@ class Tally:
         return _copied(self.sources)
 
     def count(self, source: str, what: str, more: int = 1) -> None:
+        """Add `more` to a source's count of that name."""
         counts = self.of(source)["counts"]
         counts[what] = counts.get(what, 0) + more
 

@@ -30,6 +30,7 @@ def slot_key(slot: int) -> str:
 
 
 def save_states(states: Mapping[int, SlotState], facts: dict[str, Any]) -> dict[str, bytes]:
+    """Slot -> its state and the facts that its order depends on, as bytes for a checkpoint."""
     entries = {slot_key(slot): {"facts": facts, "slot": state} for slot, state in states.items()}
     return {key: zlib.compress(json.dumps(entry).encode()) for key, entry in entries.items()}
 

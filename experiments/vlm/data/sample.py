@@ -29,7 +29,9 @@ class Grid(Protocol):
     @property
     def merge_size(self) -> int: ...
 
-    def grid(self, height: int, width: int) -> tuple[int, int]: ...
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Patches (h, w) of an image of that many pixels."""
+        ...
 
 
 @dataclass(frozen=True)

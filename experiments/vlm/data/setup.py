@@ -75,7 +75,8 @@ def make_setup(job: VLMJobConfig, tokenizer: Tokenizer, split: Split, slots: int
 
 
 def make_deal(source: Source, job: VLMJobConfig, slots: int, held_out: bool) -> Deal:
-    load_chat_template(source.chat_template)  # one that cannot be used is told now, not when a worker opens the first shard
+    """How a source is dealt to `slots` slots. Raises ConfigError for no shards, or no such chat template."""
+    load_chat_template(source.chat_template)  # one that cannot be used is refused now, not when a worker opens the first shard
     endless = source.repeat and job.data.epochs == 0 and not held_out
     epochs = None if endless else job.data.epochs if source.repeat and not held_out else 1
     shards = tuple(list_shards(source.path, source.format, job.data))

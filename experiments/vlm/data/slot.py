@@ -1,4 +1,4 @@
-"""One slot: a stream of planned rows, the same whoever runs it.
+"""One slot: a stream of planned rows, the same whichever process runs it.
 
     draw      the mixture says which source, its reader gives the next good document, sample.py makes tokens of it
     wait      in the look-ahead, until a row is planned that the document, or a piece of it, goes into
@@ -43,6 +43,8 @@ class SlotSettings:
 
 @dataclass(frozen=True)
 class Origin:
+    """Where a sample came from, as reports name it."""
+
     source: str
     shard: str
     key: str
@@ -70,6 +72,8 @@ class Packed:
 
 @dataclass
 class SlotPlan:
+    """A row before its pixels: which samples it holds, and where their images go."""
+
     slot: int
     packed: list[Packed] = field(default_factory=list)
     rejects: list[Reject] = field(default_factory=list)  # met while reading ahead for this row
@@ -78,6 +82,8 @@ class SlotPlan:
 
 
 class Slot:
+    """One slot of the global batch: what it has read, what waits, what it plans next."""
+
     def __init__(self, number: int, planning: SlotSettings, tokenizer: Tokenizer, cache: ShardCache, doubt: Callable[[int], None]):
         """`doubt`: raises DataError where a source has no good sample; called when this slot met none for long."""
         self.number = number
@@ -95,7 +101,7 @@ class Slot:
         self.rejects: list[Reject] = []
 
     def plan(self) -> SlotPlan:
-        """The next row; an empty one once everything is over. Raises DataError if a source is rotten."""
+        """The next row; an empty one once everything is over. Raises DataError for a source of too much bad data."""
         self.look_ahead.refill(self.draw)
         packed = [self._packed(taken) for taken in self.look_ahead.take()]
         plan = SlotPlan(self.number, packed, self.rejects, self.position(), self.epochs())
@@ -114,13 +120,13 @@ class Slot:
         }
 
     def epochs(self) -> dict[str, float]:
-        """By source: see SourceReader.epochs. Of a document in pieces the last counts."""
+        """By source: see SourceReader.epochs. A document in pieces counts with its last."""
         waiting = [entry.payload.reference for entry in self.look_ahead.entries]
         units = [[one.unit for one in waiting if one.source == reader.source] for reader in self.readers]
         return {reader.deal.name: reader.epochs(of) for reader, of in zip(self.readers, units, strict=True)}
 
     def seek(self, state: dict[str, Any]) -> None:
-        """Go on from a `position`. Samples that waited are read again; one that is not there any more is told and left out."""
+        """Go on from a `position`. Samples that waited are read again; one that is gone is rejected."""
         self.look_ahead.plans = state["plans"]
         self.tally = Tally(state["tally"])
         for reader, at in zip(self.readers, state["readers"], strict=True):
@@ -150,7 +156,7 @@ class Slot:
         return entry if entry and entry.length > 0 else None
 
     def draw(self) -> Queued[Drawn] | None:
-        """The next document of the mixture; None when all sources are dry."""
+        """The next document of the mixture; None when all sources are exhausted."""
         while (source := self.mixture.pick()) is not None:
             found = next(self.records[source], None)
             if found is None:

@@ -57,6 +57,7 @@ class Worker:
         theirs.close()
 
     def ask(self, buffer: int) -> None:
+        """Let it write its next step into that buffer; `answer` waits for it."""
         # If it is gone, `answer` says why.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self.pipe.send(buffer)
@@ -104,6 +105,7 @@ def _signals_blocked() -> Iterator[None]:
 
 
 def close_all(workers: list[Worker]) -> None:
+    """Ends all workers within GRACE_S seconds."""
     for worker in workers:
         worker.pipe.close()
     deadline = time.monotonic() + GRACE_S

@@ -39,6 +39,7 @@ class Sum:
 
 @ray.remote(max_retries=LOST_NODES)
 def do_shard(options: Options, stage: str, number: int) -> dict[bool, list[int]]:
+    """A stage of one shard, on some node. What it did, as Sum.total."""
     torch.set_num_threads(1)
     progress = Sum()
     STAGES[stage](PrepareJob.join(options), [number], progress, Stop())

@@ -117,6 +117,7 @@ async def collect_shard(job: PrepareJob, number: int, tools: Tools) -> None:
 
 
 async def make_images(job: PrepareJob, number: int, tools: Tools, counted: Counted) -> None:
+    """Fetch what one shard lacks, then judge and encode; its journal survives a stop."""
     with Journal(job.folder.journal(number)) as journal:
         await fetch_missing(job, number, journal, tools.crowd, counted)
         await asyncio.to_thread(write_images, job, number, journal, tools.pool, counted, tools.stop)

@@ -27,6 +27,8 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Folder:
+    """Where everything of a run lies; the picture above says what each file is."""
+
     out: Path
 
     @property

@@ -52,6 +52,8 @@ class FinishedImage:
 
 @dataclass(frozen=True)
 class Encoding:
+    """What becomes of an image's bytes: the options of the same names."""
+
     encode: str = "keep"
     max_side: int = 0
     quality: int = 92

@@ -93,6 +93,7 @@ class Journal:
 
 
 def write_all(file: int, data: bytes) -> None:
+    """All of it, or an OSError."""
     view = memoryview(data)
     while view:
         view = view[os.write(file, view) :]

@@ -26,6 +26,8 @@ Stage = Callable[[PrepareJob, Iterable[int], StageProgress, Stop], None]
 
 
 class Runner(Protocol):
+    """Does stages: here, or on a cluster."""
+
     @property
     def progress(self) -> StageProgress: ...
 

@@ -20,6 +20,8 @@ class Advancing(Protocol):
 
 
 class StageProgress(Advancing, Protocol):
+    """What a run reports of itself: stages, how far each is, notes."""
+
     def stage(self, name: str, total: int) -> None: ...
 
     def note(self, text: str) -> None: ...

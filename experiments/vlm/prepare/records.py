@@ -22,6 +22,7 @@ Place = tuple[str | int, ...]
 
 
 def captions(record: Record, document: Document, key: str) -> Members:
+    """An image, its caption and what else the record says, as KEY.jpg, KEY.txt and KEY.json."""
     ((value, image),) = images_in(document)
     (caption,) = (part.text for part in document.parts if isinstance(part, Text))
     other = {name: value for name, value in record.items() if is_plain(value) and value != caption}
@@ -34,6 +35,7 @@ def captions(record: Record, document: Document, key: str) -> Members:
 
 
 def obelics(record: Record, document: Document, key: str) -> Members:
+    """The lists of the record with members' names in place of its images."""
     metadata = image_metadata(record)
     found: Members = {}
     columns: list[tuple[str | None, str | None, dict | None]] = []  # of texts, images, metadata
@@ -64,6 +66,7 @@ def image_metadata(record: Record) -> dict[int, dict]:
 
 
 def conversation(record: Record, document: Document, key: str) -> Members:
+    """The record with members' names in place of its images."""
     names: dict[Place, str] = {}
     found: Members = {}
     for value, image in images_in(document):

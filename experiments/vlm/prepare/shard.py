@@ -50,10 +50,12 @@ class Account:
         self.rejects: list[Reject] = []
 
     def reject(self, rejected: Rejected, key: str, image: int | None = None) -> None:
+        """Count what is not used, and note it. `key`: its record; `image`: which of the record's, if one."""
         self.rejects.append(Reject(self.source, self.file, key, rejected.reason, rejected.detail, image))
         self.tally.reject(self.rejects[-1])
 
     def keep(self, members: Members, images: int) -> None:
+        """Count a sample that is written."""
         for what, more in (("samples", 1), ("images", images), ("bytes", sum(map(len, members.values())))):
             self.tally.count(self.source, what, more)
 

@@ -41,6 +41,8 @@ class InputSpan:
 
 @dataclass(frozen=True)
 class Plan:
+    """The input cut into shards, and the options that made it."""
+
     format: str
     pieces: list[InputSpan]
     options: dict
@@ -85,6 +87,7 @@ class PrepareJob:
 
     @property
     def dedup(self) -> bool:
+        """Whether images that are there twice are used once."""
         return self.plan.format not in SHARED if self.options.dedup == "auto" else self.options.dedup == "on"
 
     def image_folder(self, number: int) -> ImageFolder:

@@ -9,6 +9,8 @@ from experiments.vlm.data.storage.client import Stopped
 
 
 class Stop:
+    """Whether the run is to end. True once it was asked to."""
+
     def __init__(self) -> None:
         self._event = threading.Event()
         self._tell: Callable[[], object] | None = None
@@ -23,6 +25,7 @@ class Stop:
             self._tell()
 
     def check(self) -> None:
+        """Raises Stopped once it was asked to stop."""
         if self:
             raise Stopped
 

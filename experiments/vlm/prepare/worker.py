@@ -38,6 +38,7 @@ class Here:
 
 
 def main() -> None:
+    """One run, with options from a line of standard input; progress goes out as JSON."""
     told, stop = JsonProgress(own_stdout()), Stop()
     line = sys.stdin.readline()
     if not line:
@@ -64,6 +65,7 @@ def own_stdout() -> BinaryIO:
 
 
 def stop_at_end_of_input(stop: Stop) -> None:
+    """The parent holds the other end: it closes when that ends."""
     while sys.stdin.read(1):
         pass
     stop.ask()
@@ -91,6 +93,7 @@ def only_run(folder: Folder, progress: StageProgress, stop: Stop) -> Iterator[No
 
 
 def locked(file: int) -> bool:
+    """Whether this process has the lock now."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -41,6 +41,8 @@ class Stream:
 
 @dataclass(frozen=True)
 class Occupancy:
+    """How full slots of one budget were."""
+
     budget: Budget
     buffer: int
     rows: int  # that were counted

@@ -24,6 +24,8 @@ class Kind(IntEnum):
 
 @dataclass
 class ImageView:
+    """An image as it lies in a slot."""
+
     pixels: np.ndarray  # uint8 [H, W, 3], from the patches
     row: int  # of patches
     first: int  # patch of that row
@@ -36,6 +38,8 @@ class ImageView:
 
 @dataclass
 class SlotView:
+    """One slot of a batch, taken apart for people."""
+
     step: int
     slot: int
     tokens: np.ndarray  # int64 [S]

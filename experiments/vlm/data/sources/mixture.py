@@ -46,6 +46,7 @@ class Mixture:
         return (level + AHEAD * held.sum() / max(slots, 1.0)) * shares - left
 
     def position(self) -> dict[str, list]:
+        """What `seek` goes on from."""
         return {"given": list(self.given)}
 
     def seek(self, position: dict[str, list], dry: Sequence[bool]) -> None:
