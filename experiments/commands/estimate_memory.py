@@ -53,7 +53,7 @@ def vocabulary(job: VLMJobConfig) -> int:
     return rows
 
 
-def tell(e: Estimate) -> None:
+def print_estimate(e: Estimate) -> None:
     m = e.memory
     print(f"\n{e.sizes.name}: {e.batch.local} slots a forward, {e.batch.global_} a step, in {e.batch.accumulation} forwards")
     for note in e.notes:
@@ -68,7 +68,7 @@ def tell(e: Estimate) -> None:
         print(f"    {collective:34s} {amount / 1e9:10.3f} GB")
 
 
-def tell_all(found: list[Estimate], options: Options) -> None:
+def print_layouts(found: list[Estimate], options: Options) -> None:
     fitting = sorted((e for e in found if e.memory.total <= options.memory_gib * GIB), key=lambda e: e.sent_per_slot)
     print(f"\n{len(fitting)} of {len(found)} layouts fit {options.memory_gib:g} GiB")
     print(f"  {'layout':28s} {'peak GiB':>9s} {'GB/slot':>10s} {'slots':>6s} {'a step':>8s}")
@@ -91,8 +91,8 @@ def main(argv: Sequence[str]) -> int:
         require(is_allowed(value, allowed), f"--{name} {value}: must be {allowed}")
     check_estimated(job)
     vocab_size = vocabulary(job)
-    tell(estimate(job, degrees(job.parallelism, options.world_size), vocab_size))
+    print_estimate(estimate(job, degrees(job.parallelism, options.world_size), vocab_size))
     if options.rows:
         most = Degrees(options.max_replicate, options.world_size, options.max_cp, options.max_tp, options.max_pp)
-        tell_all(list(estimates(job, options.world_size, vocab_size, most)), options)
+        print_layouts(list(estimates(job, options.world_size, vocab_size, most)), options)
     return 0
