@@ -283,7 +283,7 @@ def by_clock(result: dict) -> str:
 
 
 def print_verdict(found: dict[int, dict[str, dict]]) -> None:
-    """Of every way to use two cores, not of the luckiest."""
+    """Over every way to use two cores, not the luckiest."""
     peer = next((result for name, result in found[2].items() if name.startswith("transformers")), None)
     print("\nexpected: 0.85 of the bare chain (nine times torchtitan's loader: 0.73), 3.5 times transformers' processor")
     for name, result in ((name, result) for name, result in found[2].items() if name.startswith("ours")):

@@ -3,7 +3,7 @@
     python -m benchmarks.packing [--rows 200] [--seq_lens 512 2048 8192] [--buffers 256 1024]
 
 Sizes of several kinds of data are drawn (merge 2, images of up to 1024 patches, and of up to an eighth of a slot's
-tokens where slots are short: lumps of a third or half of a slot leave holes, whoever plans), L is what the adviser
+tokens where slots are short: lumps of a third or half of a slot leave holes, however they are planned), L is what the adviser
 says, about S times the patches per token, and the loader's own look-ahead and packer fill slots with them:
 
     captions             one image, about 20 tokens of text (CC12M)
@@ -38,7 +38,7 @@ from experiments.vlm.data.sources.mixture import Mixture
 from experiments.vlm.view.packing_advice import SizedDocument, Stream, advise
 
 EXPECTED = 0.98
-PATCH_COST = 0.34  # of so400m beside Llama 3.2 1B, in tokens
+PATCH_COST = 0.34  # of so400m with Llama 3.2 1B, in tokens
 PLAN = ImagePlan()
 Draw = Callable[[np.random.Generator], SizedDocument]
 

@@ -48,7 +48,7 @@ def log_run(job: JobConfig, layout: Degrees, sizes: BatchSizes) -> None:
 
 
 def log_memory(job: JobConfig, spec: TrainSpec, layout: Degrees, tokenizer: Any, held: float) -> None:
-    """`held`: GiB of a rank. What the peak leaves out is told in torchtitan/distributed/estimate.py."""
+    """`held`: GiB of a rank. What the peak leaves out is said in torchtitan/distributed/estimate.py."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     peak, there = spec.memory(job, layout, tokenizer, device.type == "cuda"), memory_gib(device)
     logger.info(f"weights, gradients and {job.optimizer.name} state: {held:.2f} GiB a rank")

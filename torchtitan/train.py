@@ -247,7 +247,7 @@ def require_one_job(job: JobConfig) -> None:
 
 
 def main(job: JobConfig, spec: TrainSpec) -> int:
-    """Train, or only look (job.dry_run). Returns the exit code, which tells a run that was stopped from one that is done.
+    """Train, or only look (job.dry_run). Returns the exit code: 0 for a run that is done, another for one that was stopped.
 
     Raises ConfigError for what only shows once something is built.
     """

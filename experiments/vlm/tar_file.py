@@ -1,4 +1,4 @@
-"""Tars of samples in the WebDataset convention, the same bytes whoever writes them, when and where."""
+"""Tars of samples in the WebDataset convention, the same bytes on every machine and day."""
 
 from collections.abc import Iterable, Mapping
 from typing import IO

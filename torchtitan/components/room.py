@@ -40,5 +40,5 @@ def require_room(held: float, job: JobConfig, device: torch.device) -> None:
             f"take a smaller flavor, freeze parts (training.freeze), or share it among more processes"
         )
     if held > NEAR * there:
-        peak = "DRY_RUN=1 tells the peak with activations"
+        peak = "DRY_RUN=1 shows the peak with activations"
         warn_once(f"model.flavor = {job.model.flavor} nearly fills this machine: {need}; {peak}")

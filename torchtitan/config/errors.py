@@ -14,8 +14,8 @@
         Crashed        the working process of `prepare` died: one line, exit code 1; the same command goes on
                        (vlm/prepare/start.py)
 
-A UserError ends a run. Rejected, Failed and Stopped never reach the user: whoever works on samples, addresses
-or shards catches them. Everything else is a mistake of ours and keeps its traceback.
+A UserError ends a run. Rejected, Failed and Stopped never reach the user: the code that works on samples,
+addresses or shards catches them. Everything else is a mistake of ours and keeps its traceback.
 """
 
 import difflib

@@ -89,7 +89,7 @@ def _template_of(config: dict[str, Any], path: Path) -> str:
     if found is None and path.with_name("chat_template.jinja").is_file():
         found = path.with_name("chat_template.jinja").read_text()
     if not isinstance(found, str):
-        raise ValueError("it has no chat_template, and there is no chat_template.jinja beside it")
+        raise ValueError("it has no chat_template, and there is no chat_template.jinja next to it")
     return found
 
 

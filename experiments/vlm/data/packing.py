@@ -43,7 +43,7 @@ class Budget:
 
     @property
     def patches(self) -> int:
-        """Of all its patch rows."""
+        """Patches that all its rows hold."""
         return self.patch_rows * self.patches_per_row
 
     def holds(self, tokens: int, images: Sequence[int]) -> bool:

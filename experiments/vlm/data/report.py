@@ -120,7 +120,7 @@ def tally_of(state: SlotState) -> Tally:
 
 
 def report(states: Iterable[SlotState]) -> dict[str, Any]:
-    """Of slots, by their states: {"sources": {source: as in Tally, and "epochs", how often it was
+    """The report on slots, from their states: {"sources": {source: as in Tally, and "epochs", how often it was
     delivered}}.
 
     Numbers and lists, so that the reports of ranks add up.

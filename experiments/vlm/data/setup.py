@@ -23,8 +23,8 @@ Split = Literal["train", "validation"]
 # What may change where a run goes on, and why: the samples and their order stay as they are.
 FREE_OF_DATA = {
     "sources": "each is compared by itself",
-    "num_workers": "a slot gives the same rows whoever runs it",
-    "decode_threads": "a slot gives the same rows whoever runs it",
+    "num_workers": "a slot gives the same rows whichever process runs it",
+    "decode_threads": "a slot gives the same rows whichever process runs it",
     "prefetch": "a state is that of the step that was used, not of the one that was read",
     "max_bad_fraction": "it ends a run and changes none",
     "cache_folder": "copies hold what the originals hold",

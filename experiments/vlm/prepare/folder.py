@@ -5,7 +5,7 @@ OUT/rejects/00000.jsonl         a line for each record that is not in a shard, a
 OUT/report.json                 counts and examples
 OUT/.prepare/plan.json          the input, cut into shards, and the options that made it
 OUT/.prepare/inputs/            packed inputs unpacked, and row groups that are wanted again
-OUT/.prepare/urls/00000.npy     a hash of each image's URL            } and, beside each, which
+OUT/.prepare/urls/00000.npy     a hash of each image's URL            } and, next to each, which
 OUT/.prepare/content/00000.npy  a hash of each image's bytes          } are not the first of their kind
 OUT/.prepare/journal/00000/     what was fetched for a shard that is not collected yet
 OUT/.prepare/images/00000.bin   the finished images of a shard, and 00000.json what became of each

@@ -70,7 +70,7 @@ def start_worker() -> subprocess.Popen:
         [sys.executable, "-m", "experiments.vlm.prepare.worker"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,  # whoever reads this process's output must not wait for the worker's end
+        stderr=subprocess.DEVNULL,  # a reader of this process's output must not wait for the worker's end
         env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},
         start_new_session=True,
     )

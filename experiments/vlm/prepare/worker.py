@@ -42,7 +42,7 @@ def main() -> None:
     told, stop = JsonProgress(own_stdout()), Stop()
     line = sys.stdin.readline()
     if not line:
-        return  # whoever started this has ended already
+        return  # what started this has ended already
     options = Options(**json.loads(line))
     threading.Thread(target=stop_at_end_of_input, args=(stop,), daemon=True).start()
     signal.signal(signal.SIGTERM, lambda *_: stop.ask())

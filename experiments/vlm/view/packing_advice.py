@@ -78,7 +78,7 @@ def sizes_of(sample: Sample) -> SizedDocument:
 
 
 def patches_per_token(documents: Iterable[SizedDocument]) -> float:
-    """Of all documents together."""
+    """The ratio over all documents together."""
     tokens, patches = np.sum([part for document in documents for part in document], axis=0)
     return float(patches / tokens)
 
