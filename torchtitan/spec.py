@@ -1,4 +1,4 @@
-"""What a model brings to the trainer. The trainer itself knows nothing of images, towers or what a token means."""
+"""What a model brings to the trainer, which itself knows nothing of images, towers or what a token means."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,23 +31,30 @@ class Model(Protocol):
 
 @dataclass(frozen=True)
 class TrainSpec:
-    """The trainer divides a step's loss by the sum of its weights, over all ranks and microbatches: a count of the batch,
-    whole or not, that the host knows before the forward (Counts.loss_weight). So any loss fits that says what it weighs.
+    """The trainer divides a step's loss by the sum of its weights over all ranks and microbatches.
+
+    Those are a count of the batch, whole or not, that the host knows before the forward (Counts.loss_weight).
     """
 
     name: str
     parts: tuple[str, ...]  # attributes of the model that training.freeze may name
     load_tokenizer: Callable[[Any], Any]  # (job)
-    build_model: Callable[[Any, Any], Any]  # (job, tokenizer; None: as published): a Model, on the meta device
+    # (job, tokenizer; None: as published): a Model, on the meta device
+    build_model: Callable[[Any, Any], Any]
     # (job, layout, tokenizer or None, on a GPU?): bytes of a rank at the peak
     memory: Callable[[Any, Degrees, Any, bool], Memory]
     parallelize: Callable[[Any, Mesh, Any], None]  # (model, mesh, job): in place
-    pipeline: Callable[[Any, Mesh, Any], ForwardBackward] | None  # (model, mesh, job): in place of parallelize
+    # (model, mesh, job): in place of parallelize
+    pipeline: Callable[[Any, Mesh, Any], ForwardBackward] | None
     # (job, tokenizer, *, rank, ranks, split, control, agree): see components/loader.py
     build_loader: Callable[..., Loader]
-    shard_batch: Callable[[Tensors, Mesh, Any], Tensors]  # (host tensors, mesh, job): this rank's share in a CP group
-    loss: Callable[[nn.Module, Tensors], Tensor]  # weighted sum over this rank's part of the batch, float32 [1]
-    score: Callable[[nn.Module, Tensors, Mesh], Tensor]  # see Scoring; of whole slots, the same on a CP group's ranks
+    # (host tensors, mesh, job): the share of this rank of a CP group
+    shard_batch: Callable[[Tensors, Mesh, Any], Tensors]
+    # weighted sum over what this rank has of a batch, float32 [1]
+    loss: Callable[[nn.Module, Tensors], Tensor]
+    # (nll, correct) of each label, float32 [B, S, 2], 0 where none; whole slots on every rank of a CP group
+    score: Callable[[nn.Module, Tensors, Mesh], Tensor]
     scoring: Scoring
     counts: Callable[[Any], Counts]  # (job)
-    flops: Callable[[Any, Any], Callable[[Any], int]]  # (job, model): useful FLOPs of a batch, forward and backward
+    # (job, model): useful FLOPs of a batch, forward and backward
+    flops: Callable[[Any, Any], Callable[[Any], int]]

@@ -87,8 +87,8 @@ class Delivered:
 
 @dataclass
 class Batch:
-    """One microbatch. `tensors` follows FIELDS; `counts` (data/counts.py) are host integers, so that nothing asks the device
-    for them. `epochs`: the share of these slots in how often each source was delivered so far."""
+    """One microbatch. `tensors` follows FIELDS; `counts` (data/counts.py) are host integers, so that nothing
+    asks the device for them. `epochs`: the share of these slots in how often each source was delivered so far."""
 
     tensors: dict
     counts: dict[str, int]

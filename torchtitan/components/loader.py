@@ -35,7 +35,9 @@ class Step(Protocol):
 
 
 class Loader(Protocol):
-    """Steps of data-parallel rank `rank` of `ranks`; `split` is train or validation, `control` spoils the latter (Scoring.controls).
+    """Steps of data-parallel rank `rank` of `ranks`.
+
+    `split` is train or validation; `control`, one of Scoring.controls, spoils the latter.
 
     It ends on every rank at the same step: `agree`, called by all, says whether any of them still has data.
     """

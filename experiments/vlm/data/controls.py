@@ -63,5 +63,5 @@ def _images_of_another(shard: Shard, record: int) -> list[Image]:
     return []
 
 
-# Name -> what it makes of a document. A new control is a row here: validation.controls goes through all of them.
+# Name -> what it makes of a document. A new control is a row: validation.controls goes through all of them.
 CONTROLS: dict[str, Transform] = {"blanked": blanked, "shuffled": shuffled}

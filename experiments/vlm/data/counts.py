@@ -1,6 +1,6 @@
-"""What a batch counts: every number of Batch.counts, how it is counted in a slot, and what the trainer shows of it.
+"""What a batch counts: every number of Batch.counts, how it is counted in a slot, and how the trainer shows it.
 
-A new metric of batches is a row of COUNTS. What each source gave and what was rejected is counted under names of its own.
+A new metric of batches is a row of COUNTS. What each source gave and what was rejected has names of its own.
 """
 
 from collections.abc import Callable, Iterable, Mapping

@@ -2,7 +2,8 @@
 
     slot_000017 -> zlib(JSON {"facts": what the order depends on, "slot": SlotState})
 
-Everywhere else a state is plain values: numbers, lists and dicts. They become text here, and only when a checkpoint is made.
+Everywhere else a state is plain values: numbers, lists and dicts. They become text here, and only when a
+checkpoint is made.
 Which rank or worker runs the slot is no part of it, so a run goes on with any number of either.
 """
 
@@ -18,7 +19,7 @@ MISSING = "not set"
 
 
 class SlotState(TypedDict):
-    """One slot right after a step. Nobody changes it: the loader, a checkpoint and the next run may hold the same one."""
+    """One slot right after a step. Nobody changes it, so the loader and a later checkpoint may share it."""
 
     plan: dict[str, Any]  # Slot.position
     delivered: dict[str, Any]  # Tally.snapshot of what reached a batch
@@ -36,7 +37,10 @@ def save_states(states: Mapping[int, SlotState], facts: dict[str, Any]) -> dict[
 
 
 def load_states(saved: Mapping[str, bytes], slots: Iterable[int], facts: dict[str, Any], anew: bool) -> dict[int, SlotState]:
-    """The state of each slot; none where the data starts anew. Raises ConfigError if it cannot go on exactly, unless `anew`."""
+    """The state of each slot; none where the data starts anew.
+
+    Raises ConfigError if it cannot go on exactly, unless `anew`.
+    """
     states = {}
     for slot in slots:
         if slot_key(slot) not in saved:
