@@ -25,3 +25,21 @@ def test_pages_link_to_what_is_there(page):
 def test_files_that_pages_name_are_there(page):
     named = set(FILE.findall(page.read_text()))
     assert {name for name in named if not any(f"/{file}".endswith(f"/{name}") for file in FILES)} == set()
+
+
+@pytest.mark.parametrize(
+    "room",
+    [
+        "experiments/vlm/data",
+        "experiments/vlm/data/sources",
+        "experiments/vlm/data/storage",
+        "experiments/vlm/model",
+        "torchtitan/components",
+        "torchtitan/distributed",
+        "torchtitan/layers",
+    ],
+)
+def test_a_rooms_front_door_names_every_file(room):
+    door = (ROOT / room / "__init__.py").read_text()
+    files = {path.stem for path in (ROOT / room).glob("*.py")} - {"__init__"}
+    assert {file for file in files if not re.search(rf"\b{file}\b", door)} == set()

@@ -2,7 +2,8 @@
 
 PLAN: what the next row of a slot holds, a SlotPlan (`Slot.plan`)
     sources/     which records of which shard a slot reads when (order, mixture), one after the other (reader)
-    formats/     record -> document: texts and references to images (document; conversations: chat_template)
+    formats/     record -> document: texts and references to images (document)
+    chat_template  turns -> texts, with markers and loss; jinja_template: from a model's own file
     sample       document -> token ids, targets, sizes of images in patches
     split        where a document that is longer than a slot may be cut
     lookahead    what waits; which documents or pieces share the next row
@@ -17,8 +18,9 @@ RUN: who plans and fills; the steps are the same whichever process does (`next(L
     prefetch     steps with or without workers, as nodes of torchdata, which pin them for a GPU
     loader       the steps of a rank as the trainer takes them
 
-Alongside: image (sizes in patches for PLAN, decoding for FILL), rejects, reject_log and report (what is not used,
-and why), controls (validation with spoilt images), resume (the state of slots in a checkpoint), storage/ (copies
-of files, addresses). RUN imports FILL, and FILL imports PLAN, never the reverse.
+Alongside: image (sizes in patches for PLAN, decoding for FILL; jpeg_header: sizes of the usual ones, faster),
+rejects, reject_log and report (what is not used, and why), controls (validation with spoilt images), resume (the
+state of slots in a checkpoint), storage/ (copies of files, addresses). RUN imports FILL, and FILL imports PLAN,
+never the reverse.
 What comes out, with an example: experiments/vlm/batch.py.
 """
