@@ -33,11 +33,11 @@ import numpy as np
 
 from benchmarks.photos import make_jpegs
 from experiments.vlm.data.image import ImagePlan, decode, probe
-from experiments.vlm.data.lookahead import MOST_TOKENS
 from experiments.vlm.data.sources.mixture import Mixture
 from experiments.vlm.view.packing_advice import SizedDocument, Stream, advise
 
 EXPECTED = 0.98
+BEYOND = 64  # documents more than the look-ahead holds
 PATCH_COST = 0.34  # of so400m with Llama 3.2 1B, in tokens
 PLAN = ImagePlan()
 Draw = Callable[[np.random.Generator], SizedDocument]
@@ -107,11 +107,11 @@ KINDS: dict[str, list[tuple[Draw, float]]] = {  # sources and their weights
 }
 
 
-def draw(kind: str, tokens: int, largest: int, seed: int = 0) -> Stream:
-    """Documents of so many tokens in all; no image has more than `largest` patches."""
+def draw(kind: str, tokens: int, count: int, largest: int, seed: int = 0) -> Stream:
+    """At least so many documents and tokens in all; no image has more than `largest` patches."""
     random, sources, weights = np.random.default_rng(seed), [], [weight for _, weight in KINDS[kind]]
     mixture, documents = Mixture(weights, seed, slot=0), []
-    while tokens > 0 and (source := mixture.pick()) is not None:
+    while (tokens > 0 or len(documents) < count) and (source := mixture.pick()) is not None:
         mixture.give(source, 1)
         sources.append(source)
         documents.append([shrunk(part, largest) for part in KINDS[kind][source][0](random)])
@@ -137,7 +137,7 @@ def measure(rows: int, seq_lens: list[int], buffers: list[int]) -> Iterator[dict
     decoding = decode_seconds()
     for kind, seq_len, buffer in product(KINDS, seq_lens, buffers):
         largest = min(PLAN.max_patches, seq_len // 2)
-        stream = draw(kind, (rows + buffer) * seq_len + MOST_TOKENS, largest)
+        stream = draw(kind, rows * seq_len, buffer + BEYOND, largest)
         seen = advise(stream, seq_len, 1, buffer, PLAN.merge_size, largest, PATCH_COST)
         yield {
             "data": kind,
