@@ -10,6 +10,7 @@ part of a sum. For `shared` and `repeated` FSDP makes that sum, over the mesh `e
 Letters: N patch rows, V visual tokens a row, D width.
 """
 
+from einops import rearrange
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -33,7 +34,9 @@ def own_rows(rows: Tensor, job: VLMJobConfig, mesh: Mesh) -> Tensor:
     if ranks == 1:
         return rows
     forwards = rows.shape[0] // rows_a_forward(job, mesh.degrees)
-    return rows.unflatten(0, (forwards, ranks, -1))[:, sharing_mesh(job, mesh).get_local_rank()].flatten(0, 1)
+    shares = rearrange(rows, "(forward rank row) ... -> forward rank row ...", forward=forwards, rank=ranks)
+    own = shares[:, sharing_mesh(job, mesh).get_local_rank()]
+    return rearrange(own, "forward row ... -> (forward row) ...")
 
 
 def apply_sharing(projector: nn.Module, job: VLMJobConfig, mesh: Mesh) -> None:

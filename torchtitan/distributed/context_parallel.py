@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
@@ -52,7 +53,7 @@ class UlyssesAttention(InnerAttention):
     def forward(self, q_BQHE: Tensor, k_BQGE: Tensor, v_BQGE: Tensor, prepared: Any) -> Tensor:
         """Queries [B, Q, H, E] of this rank, its keys and values [B, Q, G, E] -> [B, Q, H, E]."""
         ranks = self.group.size()
-        by_rank = [x.unflatten(2, (ranks, -1)) for x in (q_BQHE, k_BQGE, v_BQGE)]
+        by_rank = [rearrange(x, "B Q (R h) E -> B Q R h E", R=ranks) for x in (q_BQHE, k_BQGE, v_BQGE)]
         mine = _tokens_for_heads(torch.cat(by_rank, 3), self.group)
         q, k, v = mine.split([x.shape[3] for x in by_rank], 2)
         return _heads_for_tokens(super().forward(q, k, v, prepared), self.group)
@@ -60,14 +61,14 @@ class UlyssesAttention(InnerAttention):
 
 def _tokens_for_heads(x_BQRhE: Tensor, group: ProcessGroup) -> Tensor:
     """[B, Q, R, h, E], heads grouped by the rank that gets them -> [B, S, h, E], tokens in rank order."""
-    received_RBQhE = exchange(x_BQRhE.movedim(2, 0), group)
-    return received_RBQhE.movedim(0, 1).flatten(1, 2)
+    received_RBQhE = exchange(rearrange(x_BQRhE, "B Q R h E -> R B Q h E"), group)
+    return rearrange(received_RBQhE, "R B Q h E -> B (R Q) h E")
 
 
 def _heads_for_tokens(x_BShE: Tensor, group: ProcessGroup) -> Tensor:
     """[B, S, h, E] -> [B, Q, H, E], the way back."""
-    received_RBQhE = exchange(x_BShE.unflatten(1, (group.size(), -1)).movedim(1, 0), group)
-    return received_RBQhE.movedim(0, 2).flatten(2, 3)
+    received_RBQhE = exchange(rearrange(x_BShE, "B (R Q) h E -> R B Q h E", R=group.size()), group)
+    return rearrange(received_RBQhE, "R B Q h E -> B Q (R h) E")
 
 
 METHODS = {"allgather": GatheredAttention, "ulysses": UlyssesAttention}

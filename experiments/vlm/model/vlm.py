@@ -11,6 +11,7 @@ V visual tokens of a slot.
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from experiments.vlm.model import vit
@@ -36,7 +37,7 @@ class Projector(nn.Module):
 
     def forward(self, x_NLD: Tensor) -> Tensor:
         """[N, L, encoder dim] -> [N, L / m^2, D]."""
-        merged = x_NLD.unflatten(1, (-1, self.merged)).flatten(2)
+        merged = rearrange(x_NLD, "N (V m) D -> N V (m D)", m=self.merged)
         return self.linear_2(F.gelu(self.linear_1(self.norm(merged))))
 
 
@@ -72,7 +73,8 @@ class VLM(nn.Module):
     def embed(self, tokens: Tensor, pixel_values: Tensor, grid_thw: Tensor, visual_index: Tensor) -> Tensor:
         """Token embeddings with the visual tokens in their places, [B, S, D]."""
         assert self.decoder.tok_embeddings is not None
-        visual_BVD = self.encode(pixel_values, grid_thw).unflatten(0, (tokens.shape[0], -1)).flatten(1, 2)
+        visual = self.encode(pixel_values, grid_thw)
+        visual_BVD = rearrange(visual, "(B rows) v D -> B (rows v) D", B=tokens.shape[0])
         return place_visual_tokens(self.decoder.tok_embeddings(tokens), visual_BVD, visual_index)
 
     def forward(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
+from einops import rearrange
 
 from experiments.vlm.batch import Batch, BatchShape, Delivered
 from torchtitan.components.tokenizer import Tokenizer
@@ -109,9 +110,9 @@ def _read_image(
 def unpatchify(patches: np.ndarray, grid: np.ndarray, patch_size: int) -> np.ndarray:
     """uint8 [n, D] and (t, h, w) [n, 3] -> uint8 [H, W, 3]. A place that no patch names stays black."""
     h, w = grid[:, 1:].max(axis=0) + 1
-    image = np.zeros((h, patch_size, w, patch_size, 3), np.uint8)
-    image[grid[:, 1], :, grid[:, 2]] = patches.reshape(-1, patch_size, patch_size, 3)
-    return image.reshape(h * patch_size, w * patch_size, 3)
+    image = np.zeros((h, w, patches.shape[1]), np.uint8)
+    image[grid[:, 1], grid[:, 2]] = patches
+    return rearrange(image, "h w (ph pw c) -> (h ph) (w pw) c", ph=patch_size, pw=patch_size)
 
 
 def _kinds(tokens: np.ndarray, labels: np.ndarray, document_ids: np.ndarray, visual_index: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
