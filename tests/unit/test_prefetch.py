@@ -10,6 +10,7 @@ from torchdata.nodes import Mapper, Prefetcher
 
 from experiments.vlm.data import workers as worker_module
 from experiments.vlm.data.loader import Loader
+from experiments.vlm.data.workers import Worker
 from tests.tiny_data import Characters, make_job, write_all
 
 STEPS = 6
@@ -123,15 +124,27 @@ def test_closing_ends_the_threads(data, tmp_path, pinned, options):
         thread.join()
 
 
-def test_closing_does_not_wait_for_a_worker_that_stands_still(data, tmp_path, pinned, monkeypatch):
+def test_stopping_does_not_wait_for_a_worker_that_stands_still(data, tmp_path, monkeypatch):
     monkeypatch.setattr(worker_module, "GRACE_S", 0.1)
+    waits, answer = threading.Event(), Worker.answer
+
+    def seen(worker):
+        if not worker.pipe.poll():
+            waits.set()
+        return answer(worker)
+
     loader = open_loader(data, tmp_path, num_workers=1)
     next(loader)
-    process = loader.supply.steps.workers[0].process
-    os.kill(process.pid, signal.SIGSTOP)
+    steps, ends = loader.supply.steps, []
+    os.kill(steps.workers[0].process.pid, signal.SIGSTOP)
+    monkeypatch.setattr(Worker, "answer", seen)
+    thread = threading.Thread(target=lambda: ends.append(next(g for g in steps if isinstance(g, Exception))))
+    thread.start()
+    waits.wait()
+    steps.stop()
+    thread.join()
     loader.close()
-    with pytest.raises(ValueError, match="closed"):
-        process.is_alive()
+    assert isinstance(ends[0], RuntimeError) and next(steps, None) is None
 
 
 def test_without_a_gpu_there_is_no_thread(data, tmp_path):
