@@ -131,7 +131,9 @@ class LookAhead(Generic[Payload]):
         row.choose()
         row.fill()
         ends = sorted(row.ends.items())
-        places = iter(place(row.images, self.budget) or [])
+        placed = place(row.images, self.budget)
+        assert placed is not None, "a row was planned that its images do not fit"
+        places = iter(placed)
         taken = [Taken(self.entries[i], end, [next(places) for _ in self.entries[i].images(end)]) for i, end in ends]
         rests = [replace(self.entries[i], start=end) for i, end in ends if end < self.entries[i].outline.length]
         self.entries = [entry for i, entry in enumerate(self.entries) if i not in row.ends] + rests
@@ -207,10 +209,8 @@ class _Row:
 
     def _waiting(self, order: Sequence[int], budget: Budget) -> tuple[Waiting, list[tuple[int, int]]]:
         """For the packer: the first way of each entry, then the others; and (entry, end) of each row."""
+        order = [i for i in order if self.entries[i].ways[0].tokens <= budget.seq_len]
         rows = [(place, self.entries[i].ways[0]) for place, i in enumerate(order)]
-        rows = [(place, way) for place, way in rows if place == 0 or way.tokens <= budget.seq_len]
-        order = [order[place] for place, _ in rows]
-        rows = [(place, way) for place, (_, way) in enumerate(rows)]
         rows += [(place, way) for place, i in enumerate(order) for way in self.entries[i].ways[1:]]
         entries = [self.entries[order[place]] for place, _ in rows]
         ends = [(order[place], way.end) for place, way in rows]
