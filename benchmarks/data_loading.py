@@ -2,16 +2,20 @@
 
     python -m benchmarks.data_loading [--images 96] [--rounds 3]
 
-Photo-like JPEGs of 400 to 1600 pixels in CC12M tars, to at most 1024 patches of 16 x 16, S = 4096. The measure is the bare fastest chain:
-bytes in memory, sizes known, simplejpeg into kept memory, torch's antialiased resize, nothing else; each contestant takes turns
-with it on as many threads, and "of bare" is the median over those pairs of turns in which others kept less than 0.1 cores busy ("quiet");
-where there are none it is in brackets and says little, since who has more processes gets more of a busy machine. The ratio of CPU
+Photo-like JPEGs of 400 to 1600 pixels in CC12M tars, to at most 1024 patches of 16 x 16, S = 4096. The
+measure is the bare fastest chain: bytes in memory, sizes known, simplejpeg into kept memory, torch's
+antialiased resize, nothing else; each contestant takes turns with it on as many threads, and "of bare" is the
+median over those pairs of turns in which others kept less than 0.1 cores busy ("quiet"); where there are none
+it is in brackets and says little, since who has more processes gets more of a busy machine. The ratio of CPU
 time holds there too, but knows nothing of waiting.
 
-Expected: 1. end to end on two idle cores at least 85 % of the bare chain. The decoder takes 3 ms of an image's 4.4 and the resize 1;
-patches are one pass over 0.8 MB (0.2 ms), reading, planning and writing 0.2 ms together.
-2. at least 73 %, nine times the public torchtitan experiment's loader (18 to 20 images/s on the two cores where the bare chain made 235).
-3. at least 3.5 times transformers' SigLIP2 image processor, which decodes and resizes with Pillow, holds floats and turns patches.
+Expected: 1. end to end on two idle cores at least 85 % of the bare chain. The decoder takes 3 ms of an
+image's 4.4 and the resize 1; patches are one pass over 0.8 MB (0.2 ms), reading, planning and writing 0.2 ms
+together.
+2. at least 73 %, nine times the public torchtitan experiment's loader (18 to 20 images/s on the two cores
+where the bare chain made 235).
+3. at least 3.5 times transformers' SigLIP2 image processor, which decodes and resizes with Pillow, holds
+floats and turns patches.
 """
 
 import argparse
@@ -46,7 +50,22 @@ from torchtitan.components.tokenizer import load_tokenizer
 PLAN = ImagePlan()
 SEQ_LEN, SLOTS, SHARDS, BATCH = 4096, 2, 4, 8
 QUIET = 0.1  # cores
-WORDS = ["red", "green", "blue", "square", "circle", "left", "right", "above", "below", "small", "large", "one", "two", "three"]
+WORDS = [
+    "red",
+    "green",
+    "blue",
+    "square",
+    "circle",
+    "left",
+    "right",
+    "above",
+    "below",
+    "small",
+    "large",
+    "one",
+    "two",
+    "three",
+]
 TOKENIZER = str(Path(__file__).parent.parent / "assets/tokenizer")
 
 
@@ -94,7 +113,10 @@ class Chain:
     def run(self) -> Counts:
         for _ in self.pool.map(self.call, self.photos):
             pass
-        return {"images": len(self.photos), "megapixels": sum(h * w for h, w in (photo.size for photo in self.photos)) / 1e6}
+        return {
+            "images": len(self.photos),
+            "megapixels": sum(h * w for h, w in (photo.size for photo in self.photos)) / 1e6,
+        }
 
     def workers(self) -> list[int]:
         return []
@@ -124,7 +146,11 @@ class Ours:
         batch, data = step.batches[0], self.job.data
         megapixels = sum(h * w for sample in batch.samples for h, w in sample.image_sizes) / 1e6
         room = {"token_room": SLOTS * SEQ_LEN, "patch_room": SLOTS * data.patches_per_row}
-        return {name: batch.counts[name] for name in ("images", "tokens", "patches")} | {"megapixels": megapixels} | room
+        return (
+            {name: batch.counts[name] for name in ("images", "tokens", "patches")}
+            | {"megapixels": megapixels}
+            | room
+        )
 
     def workers(self) -> list[int]:
         return [worker.process.pid for worker in getattr(self.loader.supply.steps, "workers", [])]
@@ -141,13 +167,22 @@ class Processor:
         self.processor = Siglip2ImageProcessor(patch_size=PLAN.patch_size, max_num_patches=PLAN.max_patches)
         self.photos, self.ahead = read_photos(folder), 2 * workers + 1
         endless = [number % len(self.photos) for number in range(len(self.photos) * 1000)]
-        options: dict[str, Any] = {"num_workers": workers, "prefetch_factor": 2, "multiprocessing_context": "fork"} if workers else {}
-        loader: Iterable = torch.utils.data.DataLoader(cast(Any, self.photos), BATCH, sampler=endless, collate_fn=self.collate, **options)
+        options: dict[str, Any] = (
+            {"num_workers": workers, "prefetch_factor": 2, "multiprocessing_context": "fork"}
+            if workers
+            else {}
+        )
+        loader: Iterable = torch.utils.data.DataLoader(
+            cast(Any, self.photos), BATCH, sampler=endless, collate_fn=self.collate, **options
+        )
         self.batches = iter(loader)
 
     def collate(self, photos: list[Photo]) -> tuple[object, Counts]:
         images = [Image.open(io.BytesIO(photo.data)).convert("RGB") for photo in photos]
-        counts = {"images": len(photos), "megapixels": sum(photo.size[0] * photo.size[1] for photo in photos) / 1e6}
+        counts = {
+            "images": len(photos),
+            "megapixels": sum(photo.size[0] * photo.size[1] for photo in photos) / 1e6,
+        }
         return dict(self.processor(images=images, return_tensors="pt")), counts
 
     def prepare(self) -> None:
@@ -191,7 +226,9 @@ def write_shards(folder: Path, count: int) -> int:
     return SEQ_LEN * patches // tokens // PLAN.merge_size**2 * PLAN.merge_size**2
 
 
-def contestants(folder: Path, images: int, patches_per_row: int) -> dict[int, dict[str, Callable[[], Contestant]]]:
+def contestants(
+    folder: Path, images: int, patches_per_row: int
+) -> dict[int, dict[str, Callable[[], Contestant]]]:
     """By the number of cores that they can use."""
 
     def ours(workers: int, threads: int) -> Callable[[], Contestant]:
@@ -206,7 +243,10 @@ def contestants(folder: Path, images: int, patches_per_row: int) -> dict[int, di
     one = chains(1) | {"stages": stages, processor: partial(Processor, folder, 0)}
     two = chains(2) | {processor: partial(Processor, folder, 2)}
     one |= {f"ours, {workers} workers x 1 thread": ours(workers, 1) for workers in (0, 1)}
-    two |= {f"ours, {workers} workers x {threads} threads": ours(workers, threads) for workers, threads in ((0, 2), (1, 2), (2, 1), (2, 2))}
+    two |= {
+        f"ours, {workers} workers x {threads} threads": ours(workers, threads)
+        for workers, threads in ((0, 2), (1, 2), (2, 1), (2, 2))
+    }
     return {1: one, 2: two}
 
 
@@ -249,7 +289,11 @@ def summary(result: dict) -> dict:
         total.update(turn)
         memory = {name: turn[name] for name in ("process_mb", "workers_mb")}  # the last is the peak
     per_s = {f"{name}_per_s": total[name] / total["seconds"] for name in ("images", "megapixels", "tokens")}
-    room = {name: total[name] / total[of] for name, of in (("tokens", "token_room"), ("patches", "patch_room")) if total[of]}
+    room = {
+        name: total[name] / total[of]
+        for name, of in (("tokens", "token_room"), ("patches", "patch_room"))
+        if total[of]
+    }
     stages = {name: total[name] / total["images"] * 1e3 for name in total if name.startswith("stage ")}
     result["others"] = total["others"] / count
     return result | per_s | memory | room | stages | {"cpu_ms": total["cpu_s"] / total["images"] * 1e3}
@@ -264,14 +308,17 @@ def print_table(found: dict[int, dict[str, dict]]) -> None:
             if name == "stages":
                 continue
             tokens = f"{result['tokens_per_s']:.0f}" if result["tokens_per_s"] else ""
-            rates = (
-                f"{result['images_per_s']:.0f} | {result['megapixels_per_s']:.0f} | {tokens} | {by_clock(result)} | {result['others']:.2f}"
-            )
+            rates = f"{result['images_per_s']:.0f} | {result['megapixels_per_s']:.0f} | {tokens} | {by_clock(result)} | {result['others']:.2f}"
             memory = f"{result['process_mb']:.0f} + {result['workers_mb']:.0f}"
-            print(f"| {name} | {cores} | {rates} | {result['cpu_ms']:.2f} | {result.get('of_bare_cpu', 1):.2f} | {memory} |")
+            print(
+                f"| {name} | {cores} | {rates} | {result['cpu_ms']:.2f} | {result.get('of_bare_cpu', 1):.2f} "
+                f"| {memory} |"
+            )
     print("\n| stage of ours, one thread | CPU ms an image | of the bare chain |\n|---|---|---|")
     stages, whole = found[1]["stages"], found[1]["bare"]["cpu_ms"]
-    for name, ms in ((name.removeprefix("stage "), ms) for name, ms in stages.items() if name.startswith("stage ")):
+    for name, ms in (
+        (name.removeprefix("stage "), ms) for name, ms in stages.items() if name.startswith("stage ")
+    ):
         print(f"| {name} | {ms:.3f} | {ms / whole:.1%} |")
 
 
@@ -285,28 +332,50 @@ def by_clock(result: dict) -> str:
 def print_verdict(found: dict[int, dict[str, dict]]) -> None:
     """Over every way to use two cores, not the luckiest."""
     peer = next((result for name, result in found[2].items() if name.startswith("transformers")), None)
-    print("\nexpected: 0.85 of the bare chain (nine times torchtitan's loader: 0.73), 3.5 times transformers' processor")
+    print(
+        "\nexpected: 0.85 of the bare chain (nine times torchtitan's loader: 0.73), 3.5 times transformers' "
+        "processor"
+    )
     for name, result in ((name, result) for name, result in found[2].items() if name.startswith("ours")):
         fill = f"tokens {result['tokens']:.1%} and patches {result['patches']:.1%} of a slot filled"
-        times = f", {result['of_bare'] / peer['of_bare']:.1f} (by CPU {result['of_bare_cpu'] / peer['of_bare_cpu']:.1f})" if peer else ""
+        times = (
+            f", {result['of_bare'] / peer['of_bare']:.1f} (by CPU "
+            f"{result['of_bare_cpu'] / peer['of_bare_cpu']:.1f})"
+            if peer
+            else ""
+        )
         print(f"{name}: {by_clock(result)}, by CPU {result['of_bare_cpu']:.2f}{times}; {fill}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         patches_per_row = write_shards(folder, arguments.images)
-        print(f"{arguments.images} JPEGs, S = {SEQ_LEN}, L = {patches_per_row}, {SLOTS} slots; load {os.getloadavg()[0]:.1f}")
-        print("skipped: timm's NaFlex data set, which needs torchvision; there is no build of it for this torch", flush=True)
+        print(
+            f"{arguments.images} JPEGs, S = {SEQ_LEN}, L = {patches_per_row}, {SLOTS} slots; load "
+            f"{os.getloadavg()[0]:.1f}"
+        )
+        print(
+            "skipped: timm's NaFlex data set, which needs torchvision; there is no build of it for this "
+            "torch",
+            flush=True,
+        )
         makers = contestants(folder, arguments.images, patches_per_row)
         found = {cores: measure(of_cores, arguments.rounds) for cores, of_cores in makers.items()}
     print_table(found)
     print_verdict(found)
-    print("\n" + json.dumps({"benchmark": "data_loading", "cores": os.cpu_count(), "load": os.getloadavg()[0], "found": found}))
+    print(
+        "\n"
+        + json.dumps(
+            {"benchmark": "data_loading", "cores": os.cpu_count(), "load": os.getloadavg()[0], "found": found}
+        )
+    )
 
 
 if __name__ == "__main__":

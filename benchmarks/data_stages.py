@@ -28,7 +28,9 @@ class Stages:
         doubt = Search(setup.planning, setup.tokenizer, self.cache).require
         self.slot = Slot(0, setup.planning, setup.tokenizer, self.cache, doubt)
         self.filler = Collator(self.cache, setup.planning.plan, setup.tokenizer.pad_id)
-        shape = BatchShape(1, job.training.seq_len, self.data.patch_rows, self.data.patches_per_row, self.data.patch_size)
+        shape = BatchShape(
+            1, job.training.seq_len, self.data.patch_rows, self.data.patches_per_row, self.data.patch_size
+        )
         self.views = slot_views(Buffers(shape, 1).arrays[0], 0, self.data.patch_rows)
         self.seconds: dict[str, float] = defaultdict(float)
         for _ in range(4):  # until the look-ahead is full
@@ -46,7 +48,9 @@ class Stages:
             for packed in plan.packed:
                 self._image(packed)
             counts.update(self._timed("write tokens and indices", finish).counts)
-        return {"images": float(counts["images"])} | {f"stage {name}": seconds for name, seconds in self.seconds.items()}
+        return {"images": float(counts["images"])} | {
+            f"stage {name}": seconds for name, seconds in self.seconds.items()
+        }
 
     def workers(self) -> list[int]:
         return []

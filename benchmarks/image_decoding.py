@@ -2,9 +2,10 @@
 
     python -m benchmarks.image_decoding [--images 100] [--threads 1 2] [--rounds 3]
 
-Expected: our chain (simplejpeg into a kept buffer, torch's antialiased resize) beats Pillow's decode and resize by 1.6 or more, since
-Pillow's resize costs as much as its decoding and torch's a quarter of that; the rest is libjpeg-turbo's own time, the same in every
-chain. Two threads on two idle cores should nearly double it, since nothing holds the interpreter lock.
+Expected: our chain (simplejpeg into a kept buffer, torch's antialiased resize) beats Pillow's decode and
+resize by 1.6 or more, since Pillow's resize costs as much as its decoding and torch's a quarter of that; the
+rest is libjpeg-turbo's own time, the same in every chain. Two threads on two idle cores should nearly double
+it, since nothing holds the interpreter lock.
 
 Of 12-megapixel JPEGs: what decoding at half the size gains, and what it costs in quality.
 """
@@ -40,12 +41,16 @@ def target(data: bytes) -> tuple[int, int]:
 
 def pillow(data: bytes) -> np.ndarray:
     height, width = target(data)
-    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB").resize((width, height), Image.Resampling.BILINEAR))
+    return np.asarray(
+        Image.open(io.BytesIO(data)).convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
+    )
 
 
 def simplejpeg_pillow(data: bytes) -> np.ndarray:
     height, width = target(data)
-    return np.asarray(Image.fromarray(simplejpeg.decode_jpeg(data)).resize((width, height), Image.Resampling.BILINEAR))
+    return np.asarray(
+        Image.fromarray(simplejpeg.decode_jpeg(data)).resize((width, height), Image.Resampling.BILINEAR)
+    )
 
 
 def simplejpeg_opencv(data: bytes) -> np.ndarray:
@@ -55,7 +60,11 @@ def simplejpeg_opencv(data: bytes) -> np.ndarray:
 
 def simplejpeg_torch(data: bytes) -> np.ndarray:
     pixels = torch.from_numpy(simplejpeg.decode_jpeg(data)).unsqueeze(0).permute(0, 3, 1, 2)
-    return torch.nn.functional.interpolate(pixels, target(data), mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
+    return (
+        torch.nn.functional.interpolate(pixels, target(data), mode="bilinear", antialias=True)[0]
+        .permute(1, 2, 0)
+        .numpy()
+    )
 
 
 def ours(data: bytes) -> np.ndarray:
@@ -65,7 +74,9 @@ def ours(data: bytes) -> np.ndarray:
 def ours_and_patches(data: bytes) -> np.ndarray:
     pixels = ours(data)
     count = pixels.shape[0] * pixels.shape[1] // PLAN.patch_size**2
-    write_patches(pixels, PLAN, np.empty((count, PLAN.patch_size**2 * 3), np.uint8), np.empty((count, 3), np.int32))
+    write_patches(
+        pixels, PLAN, np.empty((count, PLAN.patch_size**2 * 3), np.uint8), np.empty((count, 3), np.int32)
+    )
     return pixels
 
 
@@ -93,7 +104,10 @@ def seconds(chain: Chain, images: list[bytes], threads: int) -> float:
 
 
 def rates(chains: dict[str, Chain], images: list[bytes], threads: int, rounds: int) -> dict[str, float]:
-    """Images a second, the best of the rounds. Chains take turns, so that what else the machine does hits all alike."""
+    """Images a second, the best of the rounds.
+
+    Chains take turns, so that what else the machine does hits all alike.
+    """
     best = dict.fromkeys(chains, math.inf)
     for _ in range(rounds + 1):  # the first warms up too
         for name, chain in chains.items():
@@ -111,7 +125,11 @@ def decibels(chain: Chain, images: list[bytes]) -> tuple[float, float]:
 def compare_chains(images: list[bytes], threads: list[int], rounds: int) -> dict:
     measured = {count: rates(DECODERS | CHAINS, images, count, rounds) for count in threads}
     quality = {name: decibels(chain, images[:30]) for name, chain in CHAINS.items()}
-    print("\n| chain | " + " | ".join(f"images/s, {count} thread(s)" for count in threads) + " | to Pillow | dB, lowest / median |")
+    print(
+        "\n| chain | "
+        + " | ".join(f"images/s, {count} thread(s)" for count in threads)
+        + " | to Pillow | dB, lowest / median |"
+    )
     print("|---" * (len(threads) + 3) + "|")
     for name in DECODERS | CHAINS:
         row = [f"{measured[count][name]:.0f}" for count in threads]
@@ -131,13 +149,18 @@ def compare_scaling(rounds: int) -> dict:
         whole = rates({"whole": ours}, images, 1, rounds)["whole"]
     finally:
         image_module.jpeg_factor = chosen
-    print(f"\n4000 x 3000: {shrinking:.1f} images/s shrunk in the decoder, {whole:.1f} decoded whole ({shrinking / whole:.2f} times),")
+    print(
+        f"\n4000 x 3000: {shrinking:.1f} images/s shrunk in the decoder, {whole:.1f} decoded whole "
+        f"({shrinking / whole:.2f} times),"
+    )
     print(f"at {quality[0]:.1f} dB lowest, {quality[1]:.1f} dB median")
     return {"shrunk": shrinking, "whole": whole, "decibels": quality}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=int, default=100)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=3)
@@ -146,9 +169,18 @@ def main() -> None:
     cv2.setNumThreads(1)
     images = make_jpegs(arguments.images)
     sizes = [probe(data) for data in images]
-    megapixels, kilobytes = np.mean([h * w for h, w in sizes]) / 1e6, np.mean([len(data) for data in images]) / 1e3
-    print(f"{len(images)} JPEGs, {megapixels:.2f} megapixels and {kilobytes:.0f} kB each, to at most {PLAN.max_patches} patches")
-    print(f"Pillow {PIL.__version__}, simplejpeg {simplejpeg.__version__}, OpenCV {cv2.__version__}, torch {torch.__version__}")
+    megapixels, kilobytes = (
+        np.mean([h * w for h, w in sizes]) / 1e6,
+        np.mean([len(data) for data in images]) / 1e3,
+    )
+    print(
+        f"{len(images)} JPEGs, {megapixels:.2f} megapixels and {kilobytes:.0f} kB each, to at most "
+        f"{PLAN.max_patches} patches"
+    )
+    print(
+        f"Pillow {PIL.__version__}, simplejpeg {simplejpeg.__version__}, OpenCV {cv2.__version__}, torch "
+        f"{torch.__version__}"
+    )
     found = compare_chains(images, arguments.threads, arguments.rounds)
     found["12 megapixels"] = compare_scaling(arguments.rounds)
     print("\n" + json.dumps({"benchmark": "image_decoding", "cores": os.cpu_count(), **found}))

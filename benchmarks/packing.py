@@ -2,9 +2,10 @@
 
     python -m benchmarks.packing [--rows 200] [--seq_lens 512 2048 8192] [--buffers 256 1024]
 
-Sizes of several kinds of data are drawn (merge 2, images of up to 1024 patches, and of up to an eighth of a slot's
-tokens where slots are short: lumps of a third or half of a slot leave holes, however they are planned), L is what the adviser
-says, about S times the patches per token, and the loader's own look-ahead and packer fill slots with them:
+Sizes of several kinds of data are drawn (merge 2, images of up to 1024 patches, and of up to an eighth of a
+slot's tokens where slots are short: lumps of a third or half of a slot leave holes, however they are
+planned), L is what the adviser says, about S times the patches per token, and the loader's own look-ahead and
+packer fill slots with them:
 
     captions             one image, about 20 tokens of text (CC12M)
     documents            1 to 15 images, about 90 tokens of text around each, one document in sixteen without images
@@ -17,9 +18,10 @@ says, about S times the patches per token, and the loader's own look-ahead and p
     captions and text    four captions to one text
     everything           captions, conversations, pages with few and with many images, text: 5 : 2 : 1 : 1 : 1
 
-Expected: at least 98 % on the side that binds, the fuller one, for all of them at S = 512, 2048 and 8192 and a look-ahead of 256: whole
-documents fill both sides to about a sample's room, and text of a document too long for a slot fills the rest to the token. Planning costs
-less than 5 % of the time that decoding the slot's images takes on one core.
+Expected: at least 98 % on the side that binds, the fuller one, for all of them at S = 512, 2048 and 8192 and
+a look-ahead of 256: whole documents fill both sides to about a sample's room, and text of a document too long
+for a slot fills the rest to the token. Planning costs less than 5 % of the time that decoding the slot's
+images takes on one core.
 """
 
 import argparse
@@ -44,7 +46,9 @@ Draw = Callable[[np.random.Generator], SizedDocument]
 
 
 def image(random: np.random.Generator, longer_side: float = 420) -> tuple[int, int]:
-    """(tokens, patches): the longer side about so many pixels, half of all images between 0.7 and 1.4 times that."""
+    """(tokens, patches): the longer side about so many pixels, half of all images between 0.7 and 1.4 times
+    that.
+    """
     longer, aspect = random.lognormal(math.log(longer_side), 0.5), random.lognormal(0, 0.35)
     h, w = PLAN.grid(max(1, int(longer * math.sqrt(aspect))), max(1, int(longer / math.sqrt(aspect))))
     return h * w // PLAN.merge_size**2 + 2, h * w
@@ -80,17 +84,26 @@ def book(random: np.random.Generator) -> SizedDocument:
 
 
 def few_images(random: np.random.Generator) -> SizedDocument:
-    parts = [part for _ in range(random.integers(0, 3)) for part in (words(random, 700, 0.8), image(random, 600))]
+    parts = [
+        part for _ in range(random.integers(0, 3)) for part in (words(random, 700, 0.8), image(random, 600))
+    ]
     return [(1, 0), *parts, words(random, 700, 0.8), (1, 0)]
 
 
 def many_images(random: np.random.Generator) -> SizedDocument:
-    parts = [part for _ in range(random.integers(5, 25)) for part in (words(random, 30, 0.7), image(random, 450))]
+    parts = [
+        part for _ in range(random.integers(5, 25)) for part in (words(random, 30, 0.7), image(random, 450))
+    ]
     return [(1, 0), *parts, (1, 0)]
 
 
 def conversation(random: np.random.Generator) -> SizedDocument:
-    return [(1, 0), image(random, 500), *(words(random, 50, 0.8) for _ in range(random.integers(2, 9))), (1, 0)]
+    return [
+        (1, 0),
+        image(random, 500),
+        *(words(random, 50, 0.8) for _ in range(random.integers(2, 9))),
+        (1, 0),
+    ]
 
 
 KINDS: dict[str, list[tuple[Draw, float]]] = {  # sources and their weights
@@ -164,7 +177,9 @@ def line(result: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=200, help="slots to fill, about")
     parser.add_argument("--seq_lens", type=int, nargs="+", default=[512, 2048, 8192])
     parser.add_argument("--buffers", type=int, nargs="+", default=[256])

@@ -1,7 +1,8 @@
 """JPEGs that cost what photographs cost to decode, drawn from a seed, so that a benchmark needs no download.
 
-Brightness is noise of all scales, each octave weaker than the next coarser one, colour is coarse, and there are a few sharp edges, as in
-natural images. At quality 88 that gives 0.2 to 0.25 bytes a pixel; the photographs of scikit-image have 0.16 to 0.34.
+Brightness is noise of all scales, each octave weaker than the next coarser one, colour is coarse, and there
+are a few sharp edges, as in natural images. At quality 88 that gives 0.2 to 0.25 bytes a pixel; the
+photographs of scikit-image have 0.16 to 0.34.
 """
 
 import io
@@ -12,13 +13,24 @@ from PIL import Image, ImageDraw
 
 def draw_photo(height: int, width: int, seed: int) -> Image.Image:
     generator = np.random.default_rng(seed)
-    brightness = 128 + sum(_octave(height, width, cells, generator) * 55 * 0.8**step for step, cells in enumerate(_doubling(height, width)))
-    reds, blues = (sum(_octave(height, width, cells, generator) * 20 for cells in (3, 6, 12)) for _ in range(2))
-    channels = np.stack([brightness + reds, brightness - 0.4 * reds - 0.3 * blues, brightness + blues], axis=-1)
+    brightness = 128 + sum(
+        _octave(height, width, cells, generator) * 55 * 0.8**step
+        for step, cells in enumerate(_doubling(height, width))
+    )
+    reds, blues = (
+        sum(_octave(height, width, cells, generator) * 20 for cells in (3, 6, 12)) for _ in range(2)
+    )
+    channels = np.stack(
+        [brightness + reds, brightness - 0.4 * reds - 0.3 * blues, brightness + blues], axis=-1
+    )
     photo = Image.fromarray(channels.clip(0, 255).astype(np.uint8))
     draw = ImageDraw.Draw(photo)
     for _ in range(12):
-        x, y, size = int(generator.integers(0, width)), int(generator.integers(0, height)), int(generator.integers(10, 200))
+        x, y, size = (
+            int(generator.integers(0, width)),
+            int(generator.integers(0, height)),
+            int(generator.integers(10, 200)),
+        )
         colour = tuple(int(value) for value in generator.integers(0, 256, 3))
         draw.ellipse((x, y, x + size, y + size * 0.7), fill=colour)
     return photo
@@ -34,7 +46,10 @@ def make_jpegs(count: int, shortest: int = 400, longest: int = 1600, seed: int =
     """Both sides between `shortest` and `longest` pixels."""
     generator = np.random.default_rng(seed)
     sizes = generator.integers(shortest, longest + 1, size=(count, 2))
-    return [encode_jpeg(draw_photo(int(height), int(width), seed * 100_003 + number)) for number, (height, width) in enumerate(sizes)]
+    return [
+        encode_jpeg(draw_photo(int(height), int(width), seed * 100_003 + number))
+        for number, (height, width) in enumerate(sizes)
+    ]
 
 
 def _doubling(height: int, width: int) -> list[int]:

@@ -1,7 +1,8 @@
-"""Contestants that take turns: each in a process of its own, one at work at a time, so that a busy machine hits all alike.
+"""Contestants that take turns: each in a process of its own, one at work at a time, so that a busy machine
+hits all alike.
 
-Of a turn: seconds, CPU seconds and peak memory, of the contestant's process and of the worker processes that it names; and how
-many cores everybody else kept busy meanwhile. Needs Linux's /proc.
+Of a turn: seconds, CPU seconds and peak memory, of the contestant's process and of the worker processes that
+it names; and how many cores everybody else kept busy meanwhile. Needs Linux's /proc.
 """
 
 import multiprocessing

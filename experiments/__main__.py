@@ -2,7 +2,8 @@
 
 What `torchtitan-vlm train` (in a checkout run_train.sh) becomes, or starts for each process.
 
-The whole configuration is checked before torch is imported, so that a typo is reported in a fraction of a second.
+The whole configuration is checked before torch is imported, so that a typo is reported in a fraction of a
+second.
 """
 
 import importlib
@@ -82,7 +83,9 @@ def in_one_line(run: Callable[[], int]) -> int:
         if not is_full(error):
             raise
         where = Path(error.filename or ".")
-        report_error(UserError(f"{error.filename or 'a file'} was not written ({describe(error, where)}): make room"))
+        report_error(
+            UserError(f"{error.filename or 'a file'} was not written ({describe(error, where)}): make room")
+        )
         return USER_ERROR
     except KeyboardInterrupt:
         report_line("interrupted at once: what was done since the last checkpoint is lost")

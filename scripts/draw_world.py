@@ -46,7 +46,9 @@ def sheet(varied: bool, seed: int) -> Image.Image:
     return page
 
 
-def wrap(text: str, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
+def wrap(
+    text: str, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont
+) -> list[str]:
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -58,14 +60,21 @@ def wrap(text: str, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | Im
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="PNG file to write")
-    parser.add_argument("--varied", action="store_true", help="the world of captions and documents in place of `sees`")
+    parser.add_argument(
+        "--varied", action="store_true", help="the world of captions and documents in place of `sees`"
+    )
     parser.add_argument("--seed", type=int, default=203)
     arguments = parser.parse_args()
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     sheet(arguments.varied, arguments.seed).save(arguments.out, optimize=True)
-    print(f"{arguments.out}: {arguments.out.stat().st_size / 1024:.0f} KiB; the same pictures in shards: embedded:sees/train")
+    print(
+        f"{arguments.out}: {arguments.out.stat().st_size / 1024:.0f} KiB; the same pictures in shards: "
+        "embedded:sees/train"
+    )
 
 
 if __name__ == "__main__":

@@ -34,7 +34,9 @@ def resolve(torch: str) -> dict[str, str]:
         "--report",
         "-",
     ]
-    done = subprocess.run([*command, torch, f".[{EXTRAS}]"], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(
+        [*command, torch, f".[{EXTRAS}]"], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, check=True
+    )
     packages = [entry["metadata"] for entry in json.loads(done.stdout)["install"]]
     return {package["name"]: package["version"].partition("+")[0] for package in packages}
 
@@ -43,7 +45,9 @@ def main() -> None:
     torch = sys.argv[1] if len(sys.argv) > 1 else re.search(r"^torch==\S+", CONSTRAINTS.read_text(), re.M)[0]
     versions = resolve(torch)
     chosen = [f"{name}=={versions[name]}" for name in sorted(versions, key=str.lower)]
-    chosen = [line for line in chosen if not line.startswith("torchtitan-vlm==") and not LEFT_TO_TORCH.match(line)]
+    chosen = [
+        line for line in chosen if not line.startswith("torchtitan-vlm==") and not LEFT_TO_TORCH.match(line)
+    ]
     made = f"Python {platform.python_version()}, {date.today()}"
     heading = f"# Tested versions ({made}), written by scripts/lock_versions.py. See docs/versions.md."
     CONSTRAINTS.write_text("\n".join([heading, *chosen, ""]), encoding="utf-8")

@@ -27,7 +27,9 @@ def requirements(extras):
     import tomllib  # Python 3.11; `main` tells an older one
 
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    lines = project["dependencies"] + [line for extra in extras for line in project["optional-dependencies"][extra]]
+    lines = project["dependencies"] + [
+        line for extra in extras for line in project["optional-dependencies"][extra]
+    ]
     return [split(line) for line in lines]
 
 
@@ -60,7 +62,9 @@ def fault(name, bounds):
     version = installed(name)
     if version is None:
         return f"{name} is not installed"
-    wrong = [f"{sign} {bound}" for sign, bound in bounds if not OPERATORS[sign](numbers(version), numbers(bound))]
+    wrong = [
+        f"{sign} {bound}" for sign, bound in bounds if not OPERATORS[sign](numbers(version), numbers(bound))
+    ]
     return f"{name} {version} is not {wrong[0]}" if wrong else None
 
 
@@ -75,7 +79,11 @@ def differences(names):
     """One line that names what is not as tested, or nothing."""
     versions = tested()
     here = {name: installed(name).partition("+")[0] for name in names if plain(name) in versions}
-    other = [f"{name} {here[name]} (tested: {versions[plain(name)]})" for name in here if here[name] != versions[plain(name)]]
+    other = [
+        f"{name} {here[name]} (tested: {versions[plain(name)]})"
+        for name in here
+        if here[name] != versions[plain(name)]
+    ]
     return [f"other versions than those of constraints.txt: {', '.join(other)}"] if other else []
 
 

@@ -2,8 +2,8 @@
 
     python scripts/train_tokenizer.py --out assets/tokenizer
 
-Its text is the embedded world's (captions and documents of the training split, no pictures drawn) and the English of
-assets/tokenizer/english.txt. 1024 ids in all: 256 bytes, 704 merges and 64 special tokens.
+Its text is the embedded world's (captions and documents of the training split, no pictures drawn) and the
+English of assets/tokenizer/english.txt. 1024 ids in all: 256 bytes, 704 merges and 64 special tokens.
 """
 
 import argparse
@@ -27,7 +27,14 @@ from torchtitan.components.tokenizer import LLAMA3_SPLIT  # noqa: E402
 
 IDS = 1024
 NAMED = [
-    *("<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>", "<|image|>", "<|begin_of_image|>", "<|end_of_image|>"),
+    *(
+        "<|begin_of_text|>",
+        "<|end_of_text|>",
+        "<|finetune_right_pad_id|>",
+        "<|image|>",
+        "<|begin_of_image|>",
+        "<|end_of_image|>",
+    ),
     *("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|im_start|>", "<|im_end|>"),
 ]
 SPECIALS = NAMED + [f"<|reserved_special_token_{i}|>" for i in range(64 - len(NAMED))]
@@ -54,27 +61,40 @@ def train() -> list[bytes]:
     """Tokens in the order of their ranks."""
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(LLAMA3_SPLIT), behavior="isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=IDS - len(SPECIALS), initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=IDS - len(SPECIALS), initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(corpus(), trainer)
     # ByteLevel writes a printable byte as itself and the others, in order, as the characters from 256 on.
     unprintable = iter(range(256, 512))
-    byte_of = {character if (character := chr(b)) in alphabet else chr(next(unprintable)): b for b in range(256)}
+    byte_of = {
+        character if (character := chr(b)) in alphabet else chr(next(unprintable)): b for b in range(256)
+    }
     tokens = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     return [bytes(byte_of[character] for character in token) for token, _ in tokens]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for tokenizer.model and special_tokens.json")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for tokenizer.model and special_tokens.json"
+    )
     out = parser.parse_args().out
     tokens = train()
     out.mkdir(parents=True, exist_ok=True)
     lines = [b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens)]
     (out / "tokenizer.model").write_bytes(b"".join(lines))
     (out / "special_tokens.json").write_text(json.dumps(SPECIALS, indent=0) + "\n", encoding="utf-8")
-    print(f"{len(tokens)} tokens and {len(SPECIALS)} special ones written to {out}; try it: --model.tokenizer_path {out}")
+    print(
+        f"{len(tokens)} tokens and {len(SPECIALS)} special ones written to {out}; try it: "
+        f"--model.tokenizer_path {out}"
+    )
 
 
 if __name__ == "__main__":

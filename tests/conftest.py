@@ -1,4 +1,6 @@
-"""For all tests: figures that are saved, interrupts that arrive, and skips that continuous integration does not allow."""
+"""For all tests: figures that are saved, interrupts that arrive, and skips that continuous integration does
+not allow.
+"""
 
 import os
 import signal
@@ -8,12 +10,13 @@ import pytest
 
 from torchtitan.tools.logging import logger
 
-# A job in the background has SIGINT ignored, as have all that it starts: then nobody here could be interrupted. Whoever is
-# started from a process with a handler gets the system's default.
+# A job in the background has SIGINT ignored, as have all that it starts: then nobody here could be
+# interrupted. Whoever is started from a process with a handler gets the system's default.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Beginnings of the reasons for which a test may be skipped where CI is set, and why that cannot be mended there.
+# Beginnings of the reasons for which a test may be skipped where CI is set, and why that cannot be mended
+# there.
 MAY_BE_SKIPPED = {
     "needs a GPU": "CI has none; whoever has one runs `pytest tests/gpu`",
     "could not import 'ray'": "an extra for preparing data on several machines, larger than all else together",
@@ -25,7 +28,9 @@ SKIPS = pytest.StashKey[list[str]]()
 
 @pytest.fixture(autouse=True)
 def logger_as_it_was() -> Iterator[None]:
-    """A test that starts a command in this process sets up the logger, which then tells caplog nothing any more."""
+    """A test that starts a command in this process sets up the logger, which then tells caplog nothing any
+    more.
+    """
     before = logger.handlers[:], logger.level, logger.propagate
     yield
     logger.handlers[:], logger.level, logger.propagate = before
@@ -43,7 +48,11 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     reports = reporter.stats.get("skipped", []) if reporter else []
     # (file, line, "Skipped: reason"); an expected failure is no skip.
-    found = [report.longrepr[2].removeprefix("Skipped: ") for report in reports if isinstance(report.longrepr, tuple)]
+    found = [
+        report.longrepr[2].removeprefix("Skipped: ")
+        for report in reports
+        if isinstance(report.longrepr, tuple)
+    ]
     session.config.stash[SKIPS] = skips_that_may_not_be(found)
     if session.config.stash[SKIPS] and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
@@ -51,7 +60,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     for reason in sorted(set(config.stash.get(SKIPS, []))):
-        terminalreporter.write_line(f"skipped in CI, which tests/conftest.py does not list: {reason}", red=True)
+        terminalreporter.write_line(
+            f"skipped in CI, which tests/conftest.py does not list: {reason}", red=True
+        )
 
 
 @pytest.fixture

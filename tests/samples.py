@@ -13,8 +13,13 @@ from PIL import Image
 
 def noise(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarray:
     """uint8 [height, width, channels], smooth enough for JPEG."""
-    small = np.random.default_rng(seed).integers(0, 256, (max(2, height // 8), max(2, width // 8), channels), dtype=np.uint8)
-    planes = [np.asarray(Image.fromarray(small[..., c]).resize((width, height), Image.Resampling.BICUBIC)) for c in range(channels)]
+    small = np.random.default_rng(seed).integers(
+        0, 256, (max(2, height // 8), max(2, width // 8), channels), dtype=np.uint8
+    )
+    planes = [
+        np.asarray(Image.fromarray(small[..., c]).resize((width, height), Image.Resampling.BICUBIC))
+        for c in range(channels)
+    ]
     return np.stack(planes, axis=-1)
 
 
@@ -28,7 +33,9 @@ def jpeg(height: int = 40, width: int = 60, seed: int = 0) -> bytes:
     return encoded(noise(height, width, seed=seed))
 
 
-def write_tar(path: Path | str, members: Iterable[tuple[str, bytes]], format: int = tarfile.GNU_FORMAT) -> Path:
+def write_tar(
+    path: Path | str, members: Iterable[tuple[str, bytes]], format: int = tarfile.GNU_FORMAT
+) -> Path:
     with tarfile.open(path, "w", format=format) as tar:
         for name, content in members:
             info = tarfile.TarInfo(name)

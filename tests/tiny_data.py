@@ -1,4 +1,6 @@
-"""A small data set for loader tests: captions in tars, interleaved documents and text in JSON lines; and a job that reads it."""
+"""A small data set for loader tests: captions in tars, interleaved documents and text in JSON lines; and a
+job that reads it.
+"""
 
 import base64
 import json
@@ -10,7 +12,22 @@ import numpy as np
 from experiments.vlm.config import Source, VLMJobConfig
 from tests.samples import jpeg, write_tar
 
-WORDS = ["red", "green", "blue", "square", "circle", "left", "right", "above", "below", "small", "large", "one", "two", "three"]
+WORDS = [
+    "red",
+    "green",
+    "blue",
+    "square",
+    "circle",
+    "left",
+    "right",
+    "above",
+    "below",
+    "small",
+    "large",
+    "one",
+    "two",
+    "three",
+]
 
 
 @dataclass
@@ -44,7 +61,9 @@ def sentence(random: np.random.Generator, least: int, most: int) -> str:
 
 
 def image(random: np.random.Generator) -> bytes:
-    return jpeg(int(random.integers(16, 130)), int(random.integers(16, 130)), seed=int(random.integers(1 << 30)))
+    return jpeg(
+        int(random.integers(16, 130)), int(random.integers(16, 130)), seed=int(random.integers(1 << 30))
+    )
 
 
 def write_captions(folder: Path, shards: int = 3, records: int = 20, seed: int = 0) -> list[str]:
@@ -56,7 +75,10 @@ def write_captions(folder: Path, shards: int = 3, records: int = 20, seed: int =
         members = [
             member
             for name in names
-            for member in ((f"{name}.jpg", image(random)), (f"{name}.txt", f"{name}: {sentence(random, 2, 6)}".encode()))
+            for member in (
+                (f"{name}.jpg", image(random)),
+                (f"{name}.txt", f"{name}: {sentence(random, 2, 6)}".encode()),
+            )
         ]
         write_tar(folder / f"captions-{shard}.tar", members)
         keys += names
@@ -64,7 +86,9 @@ def write_captions(folder: Path, shards: int = 3, records: int = 20, seed: int =
 
 
 def write_documents(folder: Path, shards: int = 2, records: int = 15, seed: int = 1) -> list[str]:
-    """JSON lines of interleaved documents with 0 to 4 images; the texts' first words, `document SHARD-RECORD`."""
+    """JSON lines of interleaved documents with 0 to 4 images; the texts' first words, `document
+    SHARD-RECORD`.
+    """
     random, names = np.random.default_rng(seed), []
     folder.mkdir(parents=True, exist_ok=True)
     for shard in range(shards):
@@ -104,7 +128,9 @@ def sources(folder: Path) -> list[Source]:
 
 
 def make_job(folder: Path, dump: Path, **data) -> VLMJobConfig:
-    """Slots of 256 tokens and 256 patches of 16 pixels; `data` sets fields of [data], or of [training] by the same names."""
+    """Slots of 256 tokens and 256 patches of 16 pixels; `data` sets fields of [data], or of [training] by the
+    same names.
+    """
     job = VLMJobConfig()
     job.job.dump_folder = str(dump)
     job.training.seq_len, job.training.local_batch_size = 256, 2

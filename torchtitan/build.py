@@ -75,7 +75,9 @@ def build(job: JobConfig, spec: TrainSpec, device: torch.device) -> Run:
     rates_on = device if job.compile.cuda_graphs else None
     optimizers = Optimizers(forward_backward.parts, job.optimizer, model.ADAMW_ONLY, rates_on)
     schedule = Schedule(optimizers, job.training.steps, job.lr_scheduler)
-    state = TrainState(forward_backward.parts, optimizers, schedule, loader, model.tied_names(), sizes.global_)
+    state = TrainState(
+        forward_backward.parts, optimizers, schedule, loader, model.tied_names(), sizes.global_
+    )
     checkpointer = Checkpointer(job.checkpoint, folder / job.checkpoint.folder, state)
     checkpointer.load()
     if dist.get_rank() == 0:
@@ -136,7 +138,8 @@ def resolve_global_batch(job: JobConfig) -> None:
     saved, asked = read_record(path)["global_batch_size"], job.training.global_batch_size
     if asked not in (-1, saved):
         raise ConfigError(
-            f"training.global_batch_size = {asked}: {path} was made with {saved}; keep it, or start the data anew with "
+            f"training.global_batch_size = {asked}: {path} was made with {saved}; keep it, or start the data "
+            "anew with "
             "checkpoint.exclude_from_loading = ['data']"
         )
     job.training.global_batch_size = saved
@@ -154,7 +157,9 @@ def describe(model: nn.Module, spec: TrainSpec, sizes: BatchSizes) -> None:
     logger.info(f"slots a step: {sizes.global_}, in {sizes.accumulation} forwards of {sizes.local} a rank")
 
 
-def loader_of(job: JobConfig, spec: TrainSpec, tokenizer: Any, mesh: Mesh) -> Callable[[str, str | None], Loader]:
+def loader_of(
+    job: JobConfig, spec: TrainSpec, tokenizer: Any, mesh: Mesh
+) -> Callable[[str, str | None], Loader]:
     """(split, control) -> the loader of this data-parallel rank."""
     place = {"rank": mesh.data.get_local_rank(), "ranks": mesh.data.size(), "agree": any_rank}
     return lambda split, control: spec.build_loader(job, tokenizer, split=split, control=control, **place)
@@ -169,7 +174,9 @@ def parallelize(model: nn.Module, mesh: Mesh, job: JobConfig, spec: TrainSpec) -
     """Still on the meta device."""
     if mesh.degrees.pp > 1:
         if spec.pipeline is None:
-            raise ConfigError(f"parallelism.pipeline_parallel_degree = {mesh.degrees.pp}: {spec.name} has no pipeline")
+            raise ConfigError(
+                f"parallelism.pipeline_parallel_degree = {mesh.degrees.pp}: {spec.name} has no pipeline"
+            )
         return spec.pipeline(model, mesh, job)
     spec.parallelize(model, mesh, job)
     return Plain(model, spec.loss, lambda part, tensors: spec.score(part, tensors, mesh))

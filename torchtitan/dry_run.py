@@ -1,4 +1,6 @@
-"""Look before training: the whole configuration is checked, the model built without storage, one batch read, sizes printed."""
+"""Look before training: the whole configuration is checked, the model built without storage, one batch read,
+sizes printed.
+"""
 
 from typing import Any
 
@@ -61,15 +63,21 @@ def log_memory(job: JobConfig, spec: TrainSpec, layout: Degrees, tokenizer: Any,
 
 def log_batch(job: JobConfig, spec: TrainSpec, layout: Degrees, tokenizer: Any, model: nn.Module) -> None:
     """The first batch of rank 0: its tensors, how full it is, and what it costs."""
-    loader = spec.build_loader(job, tokenizer, rank=0, ranks=layout.dp, split="train", control=None, agree=None)
+    loader = spec.build_loader(
+        job, tokenizer, rank=0, ranks=layout.dp, split="train", control=None, agree=None
+    )
     try:
         batch = next(iter(loader)).batches[0]
     finally:
         loader.close()
     for name, tensor in batch.tensors.items():
         size = tensor.numel() * tensor.element_size() / 2**20
-        logger.info(f"{name}: {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}, {size:.1f} MiB")
+        logger.info(
+            f"{name}: {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}, {size:.1f} MiB"
+        )
     slots = len(batch.tensors[spec.scoring.labels])
-    held = {name: 100 * batch.counts[name] / (size * slots) for name, size in spec.counts(job).capacity.items()}
+    held = {
+        name: 100 * batch.counts[name] / (size * slots) for name, size in spec.counts(job).capacity.items()
+    }
     shares = ", ".join(f"{name} {share:.1f}%" for name, share in held.items())
     logger.info(f"first batch: {shares}; {spec.flops(job, model)(batch) / 1e9:.1f} GFLOPs")

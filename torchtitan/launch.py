@@ -4,8 +4,8 @@
     python -m torchtitan.launch --processes 8 --machines 4 --machine 0 --address first --port 29500 ...
 
 Ranks get the variables that torchrun would give them. What the user can mend is one line, however many ranks
-say it. A signal goes on to every rank, each in a session of its own, so that Ctrl-C in a terminal reaches it once.
-Imports no torch.
+say it. A signal goes on to every rank, each in a session of its own, so that Ctrl-C in a terminal reaches it
+once. Imports no torch.
 """
 
 import argparse

@@ -51,7 +51,9 @@ class Trainer:
         self.folder = Path(run.job.job.dump_folder)
         self.epochs = Epochs(run.counts.sources, resumed=run.state.step > 0)
         copies = {id(parameter) for parameter in run.forward_backward.copies()}
-        self.norm_parameters = [parameter for parameter in run.optimizers.parameters if id(parameter) not in copies]
+        self.norm_parameters = [
+            parameter for parameter in run.optimizers.parameters if id(parameter) not in copies
+        ]
         self.take_step: OptimizerStep = self.optimizer_step
         if run.job.compile.cuda_graphs:
             self.take_step = GraphedStep(self.optimizer_step, Recorder())
@@ -75,7 +77,10 @@ class Trainer:
         self.finish()
 
     def train_step(self) -> bool:
-        """One optimizer step. False, and nothing is changed, where the data has ended or somebody asked to stop."""
+        """One optimizer step.
+
+        False, and nothing is changed, where the data has ended or somebody asked to stop.
+        """
         note_step(self.state.step + 1)
         waiting = time.perf_counter()
         step = next(self.batches, None)
@@ -97,9 +102,15 @@ class Trainer:
         return True
 
     def optimizer_step(self, microbatches: Iterable[Tensors], scale: float | Tensor) -> tuple[Tensor, Tensor]:
-        """Forward, backward and update. Returns this rank's share of the loss, and the gradient norm; on the device."""
+        """Forward, backward and update.
+
+        Returns this rank's share of the loss, and the gradient norm; on the device.
+        """
         last = self.run.sizes.accumulation - 1
-        losses = [self.run.forward_backward(tensors, scale, number == last) for number, tensors in enumerate(microbatches)]
+        losses = [
+            self.run.forward_backward(tensors, scale, number == last)
+            for number, tensors in enumerate(microbatches)
+        ]
         return torch.stack(losses).sum() * scale, self.update()
 
     def update(self) -> Tensor:
@@ -113,7 +124,9 @@ class Trainer:
         return norm
 
     def sum_counts(self, step: Step | None) -> dict[str, float]:
-        """What all ranks' batches of this step hold together, and whether any rank wants to stop or has no more data."""
+        """What all ranks' batches of this step hold together, and whether any rank wants to stop or has no
+        more data.
+        """
         own = dict.fromkeys([*self.run.counts.names, *self.epochs.names.values(), "slots", "flops"], 0.0)
         if step is not None and self.run.mesh.leads:
             for batch in step.batches:
@@ -172,7 +185,9 @@ class Trainer:
 
     def report_data(self) -> None:
         """Write data_report.json. Called by all ranks."""
-        self.data_report = write_data_report(self.folder, self.run.loader.report() if self.run.mesh.leads else None)
+        self.data_report = write_data_report(
+            self.folder, self.run.loader.report() if self.run.mesh.leads else None
+        )
 
     def log_rejected(self) -> None:
         """Which data were not used, from the last report, where this rank has one."""
@@ -209,10 +224,13 @@ class Trainer:
         elif self.state.step == 0:
             saved = "nothing was trained yet, so nothing was saved"
         logger.info(f"stopped by {by.name} after step {self.state.step}; {saved}")
-        dist.barrier()  # once a rank has ended with another code than 0, a launcher gives the others little time
+        # once a rank has ended with another code than 0, a launcher gives the others little time
+        dist.barrier()
 
     def control(self, values: Values) -> None:
-        """The held-out split as it is, just evaluated, and spoilt in each of the ways that the experiment knows."""
+        """The held-out split as it is, just evaluated, and spoilt in each of the ways that the experiment
+        knows.
+        """
         controls = self.run.spec.scoring.controls
         exact = {"held-out exact": values["exact"]}
         exact |= {name: self.run.validator.evaluate(name)["exact"] for name in controls}
@@ -220,7 +238,9 @@ class Trainer:
 
     def draw_curves(self) -> None:
         if self.job.metrics.save_plot and self.run.reporter.writes:
-            path = draw_curves(self.folder, tuple(self.run.counts.capacity), tuple(self.run.spec.scoring.groups))
+            path = draw_curves(
+                self.folder, tuple(self.run.counts.capacity), tuple(self.run.spec.scoring.groups)
+            )
             logger.info(f"curves: {path}")
 
     def close(self) -> None:
@@ -233,21 +253,32 @@ class Trainer:
 
 
 def require_one_job(job: JobConfig) -> None:
-    """Machines are started one by one. Where options differ, groups of ranks would wait for each other until the time is out.
+    """Machines are started one by one. Where options differ, groups of ranks would wait for each other until
+    the time is out.
 
     The dump folder may differ. Raises ConfigError on every rank.
     """
     ours = {name: fields for name, fields in dataclasses.asdict(job).items() if name != "job"}
     first = [ours]
     dist.broadcast_object_list(first)
-    other = [f"{section}.{name}" for section, fields in ours.items() for name in fields if fields[name] != first[0][section][name]]
+    other = [
+        f"{section}.{name}"
+        for section, fields in ours.items()
+        for name in fields
+        if fields[name] != first[0][section][name]
+    ]
     if any_rank(bool(other)):
-        differs = f"has other options than rank 0: {', '.join(other)}" if other else "sees ranks with other options than its own"
+        differs = (
+            f"has other options than rank 0: {', '.join(other)}"
+            if other
+            else "sees ranks with other options than its own"
+        )
         raise ConfigError(f"rank {dist.get_rank()} {differs}; start every machine with the same")
 
 
 def main(job: JobConfig, spec: TrainSpec) -> int:
-    """Train, or only look (job.dry_run). Returns the exit code: 0 for a run that is done, another for one that was stopped.
+    """Train, or only look (job.dry_run). Returns the exit code: 0 for a run that is done, another for one
+    that was stopped.
 
     Raises ConfigError for what only shows once something is built.
     """
@@ -283,4 +314,6 @@ def main(job: JobConfig, spec: TrainSpec) -> int:
 def failure(step: int, error: Exception) -> str:
     """Where this rank failed, and what is known of the others, if there are any."""
     failed = f"failed in step {step}"
-    return failed if dist.get_world_size() == 1 else f"rank {dist.get_rank()} {failed}; {who_is_to_blame(error)}"
+    return (
+        failed if dist.get_world_size() == 1 else f"rank {dist.get_rank()} {failed}; {who_is_to_blame(error)}"
+    )

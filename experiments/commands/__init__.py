@@ -1,7 +1,7 @@
 """`torchtitan-vlm COMMAND`: what people run, a file a command. In a checkout: python -m experiments.commands.
 
-Each has `main(argv) -> exit code`, imported when it is asked for. What the user can mend is reported here, in a
-line.
+Each has `main(argv) -> exit code`, imported when it is asked for. What the user can mend is reported here, in
+a line.
 """
 
 import importlib

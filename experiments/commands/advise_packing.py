@@ -2,8 +2,8 @@
 
     torchtitan-vlm advise --job.config_file vlm_debug --seq_lens 512 1024 2048 --out advice.png
 
-Prints a table and the lines for the TOML: those at which a useful token costs least (1: full slots of tokens alone).
-The picture shows the sizes of documents and images, and the padding of each row of the table.
+Prints a table and the lines for the TOML: those at which a useful token costs least (1: full slots of tokens
+alone). The picture shows the sizes of documents and images, and the padding of each row of the table.
 """
 
 import itertools
@@ -27,9 +27,11 @@ from torchtitan.tools.logging import init_logger
 @dataclass
 class Options:
     samples: int = 5000  # documents to read
-    seq_lens: list[int] = field(default_factory=list)  # S to try; none: training.seq_len, half and twice of it
+    # S to try; none: training.seq_len, half and twice of it
+    seq_lens: list[int] = field(default_factory=list)
     rows: list[int] = field(default_factory=lambda: [1])  # data.patch_rows to try
-    buffers: list[int] = field(default_factory=list)  # data.packing_buffer_size to try; none: that of the job and four times as many
+    # data.packing_buffer_size to try; none: that of the job and four times as many
+    buffers: list[int] = field(default_factory=list)
     out: str = ""  # a PNG
 
 
@@ -44,7 +46,9 @@ def cost_of_a_patch(job: VLMJobConfig, tokenizer: Tokenizer) -> float:
 def print_row(o: Occupancy, patch_cost: float, best: bool) -> None:
     b = o.budget
     figures = f"{o.tokens:7.2%} {o.patches:8.2%} {o.cost(patch_cost):6.3f} {o.plan_s * 1e3:8.2f} {o.images:7.1f} {o.rows:6}"
-    print(f"{b.seq_len:6} {b.patch_rows:5} {b.patches_per_row:7} {o.buffer:7} {figures}{'  <-' if best else ''}")
+    print(
+        f"{b.seq_len:6} {b.patch_rows:5} {b.patches_per_row:7} {o.buffer:7} {figures}{'  <-' if best else ''}"
+    )
 
 
 def main(argv: Sequence[str]) -> int:
@@ -59,7 +63,9 @@ def main(argv: Sequence[str]) -> int:
     merge, largest = job.data.spatial_merge_size, job.data.max_patches_per_image
     seq_lens = options.seq_lens or [job.training.seq_len // 2, job.training.seq_len, job.training.seq_len * 2]
     seq_lens = [length for length in seq_lens if length >= largest // merge**2 + 2]
-    require(bool(seq_lens), f"--seq_lens: none holds the largest image, data.max_patches_per_image = {largest}")
+    require(
+        bool(seq_lens), f"--seq_lens: none holds the largest image, data.max_patches_per_image = {largest}"
+    )
     tokenizer = load_tokenizer(job.model.tokenizer_path)
     patch_cost = cost_of_a_patch(job, tokenizer)
     stream = read_documents(make_setup(job, tokenizer, "train", 1), options.samples)
@@ -69,7 +75,9 @@ def main(argv: Sequence[str]) -> int:
     print("     S  rows       L  buffer  tokens  patches   cost  plan ms  images  slots")
     buffers = options.buffers or [job.data.packing_buffer_size, 4 * job.data.packing_buffer_size]
     tried = itertools.product(seq_lens, options.rows, buffers)
-    seen = [advise(stream, seq_len, rows, buffer, merge, largest, patch_cost) for seq_len, rows, buffer in tried]
+    seen = [
+        advise(stream, seq_len, rows, buffer, merge, largest, patch_cost) for seq_len, rows, buffer in tried
+    ]
     seen = [occupancy for occupancy in seen if occupancy.rows]
     best = min(seen, key=lambda occupancy: occupancy.cost(patch_cost), default=None)
     for occupancy in seen:
@@ -77,7 +85,10 @@ def main(argv: Sequence[str]) -> int:
     if best is None:
         print("too few samples to fill slots: raise --samples, or lower --seq_lens and --buffers")
         return 1
-    print(f"\n[training]\nseq_len = {best.budget.seq_len}\n\n[data]\npatches_per_row = {best.budget.patches_per_row}")
+    print(
+        f"\n[training]\nseq_len = {best.budget.seq_len}\n\n[data]\npatches_per_row = "
+        f"{best.budget.patches_per_row}"
+    )
     print(f"patch_rows = {best.budget.patch_rows}\npacking_buffer_size = {best.buffer}")
     if options.out:
         from experiments.vlm.view.advice_picture import draw_advice

@@ -22,7 +22,8 @@ class Options:
     repo: str  # OWNER/NAME on the hub
     what: What = "tokenizer"  # which files
     out: str = ""  # folder; without: assets/NAME
-    token: str = ""  # of your account, for gated and private ones; without: HF_TOKEN, or that of `hf auth login`
+    # of your account, for gated and private ones; without: HF_TOKEN, or that of `hf auth login`
+    token: str = ""
     revision: str = "main"  # branch, tag or commit
 
 

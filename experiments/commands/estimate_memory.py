@@ -46,16 +46,24 @@ LIMITS = {
 
 
 def vocabulary(job: VLMJobConfig) -> int:
-    tokenizer = load_tokenizer(job.model.tokenizer_path) if shipped(job.model.tokenizer_path).exists() else None
+    tokenizer = (
+        load_tokenizer(job.model.tokenizer_path) if shipped(job.model.tokenizer_path).exists() else None
+    )
     rows = rows_of(job, tokenizer)
     if tokenizer is None:
-        print(f"model.tokenizer_path = {job.model.tokenizer_path} is not here: vocabulary of {rows} as published")
+        print(
+            f"model.tokenizer_path = {job.model.tokenizer_path} is not here: vocabulary of {rows} as "
+            "published"
+        )
     return rows
 
 
 def print_estimate(e: Estimate) -> None:
     m = e.memory
-    print(f"\n{e.sizes.name}: {e.batch.local} slots a forward, {e.batch.global_} a step, in {e.batch.accumulation} forwards")
+    print(
+        f"\n{e.sizes.name}: {e.batch.local} slots a forward, {e.batch.global_} a step, in "
+        f"{e.batch.accumulation} forwards"
+    )
     for note in e.notes:
         print(f"  changed to fit: {note}")
     where = f" of pipeline rank {e.rank}" if e.sizes.pp > 1 else ""
@@ -69,12 +77,16 @@ def print_estimate(e: Estimate) -> None:
 
 
 def print_layouts(found: list[Estimate], options: Options) -> None:
-    fitting = sorted((e for e in found if e.memory.total <= options.memory_gib * GIB), key=lambda e: e.sent_per_slot)
+    fitting = sorted(
+        (e for e in found if e.memory.total <= options.memory_gib * GIB), key=lambda e: e.sent_per_slot
+    )
     print(f"\n{len(fitting)} of {len(found)} layouts fit {options.memory_gib:g} GiB")
     print(f"  {'layout':28s} {'peak GiB':>9s} {'GB/slot':>10s} {'slots':>6s} {'a step':>8s}")
     for e in fitting[: options.rows]:
         need = f"{e.memory.total / GIB:9.2f} {e.sent_per_slot / 1e9:10.1f}"
-        print(f"  {e.sizes.name:28s} {need} {e.batch.local:6d} {e.batch.global_:8d}{'  *' if e.notes else ''}")
+        print(
+            f"  {e.sizes.name:28s} {need} {e.batch.local:6d} {e.batch.global_:8d}{'  *' if e.notes else ''}"
+        )
     if any(e.notes for e in fitting[: options.rows]):
         print("  * slots or global batch changed to fit the layout")
     if not fitting and found:
@@ -93,6 +105,8 @@ def main(argv: Sequence[str]) -> int:
     vocab_size = vocabulary(job)
     print_estimate(estimate(job, degrees(job.parallelism, options.world_size), vocab_size))
     if options.rows:
-        most = Degrees(options.max_replicate, options.world_size, options.max_cp, options.max_tp, options.max_pp)
+        most = Degrees(
+            options.max_replicate, options.world_size, options.max_cp, options.max_tp, options.max_pp
+        )
         print_layouts(list(estimates(job, options.world_size, vocab_size, most)), options)
     return 0

@@ -30,7 +30,8 @@ class Options:
     dump: str = ""  # a folder for data_report.json and rejects/ of what was read; empty: they are not kept
     steps: int = 1  # optimizer steps to read
     slots: int = 4  # slots to show in the report, the first ones
-    world_size: int = 1  # processes of the run whose batches these are; counts where training.global_batch_size is -1
+    # processes of the run whose batches these are; counts where training.global_batch_size is -1
+    world_size: int = 1
 
 
 def main(argv: Sequence[str]) -> int:
@@ -49,7 +50,9 @@ def main(argv: Sequence[str]) -> int:
     check_sources(job)
     job.training.global_batch_size = resolve_batch(job, options.world_size).global_
     job.job.dump_folder = options.dump  # looking at the data leaves no trace in the folder of the run itself
-    seen = inspect(job, load_tokenizer(job.model.tokenizer_path), options.steps, options.slots, options.out, options.keys)
+    seen = inspect(
+        job, load_tokenizer(job.model.tokenizer_path), options.steps, options.slots, options.out, options.keys
+    )
     print(seen)
     for name, path in (
         ("report", options.out),

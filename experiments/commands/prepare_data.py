@@ -27,7 +27,9 @@ def main(argv: Sequence[str]) -> int:
     try:
         with contextlib.closing(Shown()) as progress:
             flat = (tyro.conf.OmitArgPrefixes,)
-            options = tyro.cli(Options, args=argv, prog=PROG, description=__doc__, config=flat, use_underscores=True)
+            options = tyro.cli(
+                Options, args=argv, prog=PROG, description=__doc__, config=flat, use_underscores=True
+            )
             report = prepare(options, progress)
     except Crashed as error:
         report_error(error)
@@ -47,7 +49,10 @@ def show(options: Options, report: dict) -> None:
         for reason, count in sorted(rejected.items(), key=lambda item: -item[1]):
             print(f"  {count:>8} {reason}")
     size = f"{source['counts'].get('bytes', 0) / 1e6:.1f} MB"
-    print(f"{report['shards']} shards, {size} in {options.out}; what was left out and why: report.json, rejects/")
+    print(
+        f"{report['shards']} shards, {size} in {options.out}; what was left out and why: report.json, "
+        "rejects/"
+    )
     format = "text" if report["format"] == "text" else "webdataset"
     print(f'train on them:\n  [[data.sources]]\n  format = "{format}"\n  path = "{options.out}"')
     if report["format"] in ("llava", "messages"):

@@ -40,7 +40,9 @@ class Machines:
     @classmethod
     def of(cls, variables: Mapping[str, str], gpus: Callable[[], int]) -> "Machines":
         """Raises ConfigError for a variable that cannot be."""
-        processes, machines = (_number(variables, name, least) for name, least in (("NGPU", 0), ("NNODES", 1)))
+        processes, machines = (
+            _number(variables, name, least) for name, least in (("NGPU", 0), ("NNODES", 1))
+        )
         machine, address = _number(variables, "NODE_RANK", 0), variables.get("MASTER_ADDR", "")
         too_large = f"NODE_RANK = {machine}: must be below NNODES ({machines}), since it counts from 0"
         require(machine < machines, too_large)
@@ -79,7 +81,9 @@ def main(argv: Sequence[str]) -> NoReturn:
     os.environ["LOG_RANK"] = os.environ.get("LOG_RANK") or "0"
     # One core is left to the loader: threads of a trainer that share it wait for each other, spinning (2 to 8
     # times slower).
-    os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(max(1, _cores() // machines.processes - 1))
+    os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(
+        max(1, _cores() // machines.processes - 1)
+    )
     if machines.world_size == 1 or "--help" in argv or "-h" in argv:
         _become(["experiments", *options])  # signals reach the trainer itself
     # One check before many processes start: its error comes once and at once.

@@ -2,7 +2,8 @@
 
 A slot is one row of S tokens and the `patch_rows` rows of L patches that hold its images: N = B * patch_rows,
 and patch rows b * patch_rows ... belong to token row b. Every shape is fixed for a run. Letters: B slots,
-S tokens, N patch rows, L patches a row, D values a patch (patch_size * patch_size * 3), T the three of t, h, w.
+S tokens, N patch rows, L patches a row, D values a patch (patch_size * patch_size * 3), T the three of t, h,
+w.
 
 The loader allocates from this table, context parallel slices the S dims, pipeline parallel chunks the B and N
 dims.
@@ -74,21 +75,28 @@ class BatchShape:
 
 @dataclass
 class Delivered:
-    """One sample (or piece of a long one) as it reached a slot; for reports, validation and inspection. Plain data."""
+    """One sample (or piece of a long one) as it reached a slot; for reports, validation and inspection.
+
+    Plain data.
+    """
 
     row: int  # token row inside the batch
     document: int  # its value in document_ids
     source: str
     shard: str
     key: str
-    image_sizes: list[tuple[int, int]] = field(default_factory=list)  # (height, width) in pixels before resizing
-    offset: int = 0  # where in its document it begins, in tokens: above 0 in later pieces of one too long for a slot
+    # (height, width) in pixels before resizing
+    image_sizes: list[tuple[int, int]] = field(default_factory=list)
+    # where in its document it begins, in tokens: above 0 in later pieces of one too long for a slot
+    offset: int = 0
 
 
 @dataclass
 class Batch:
     """One microbatch. `tensors` follows FIELDS; `counts` (data/counts.py) are host integers, so that nothing
-    asks the device for them. `epochs`: the share of these slots in how often each source was delivered so far."""
+    asks the device for them. `epochs`: the share of these slots in how often each source was delivered so
+    far.
+    """
 
     tensors: dict
     counts: dict[str, int]

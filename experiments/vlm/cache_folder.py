@@ -1,4 +1,6 @@
-"""Where that lies which can be made again: embedded worlds, copies of shards, decoded row groups, fetched images."""
+"""Where that lies which can be made again: embedded worlds, copies of shards, decoded row groups, fetched
+images.
+"""
 
 import os
 from pathlib import Path

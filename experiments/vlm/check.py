@@ -1,4 +1,7 @@
-"""Cross-checks of a vision-language job: patches, sources, towers. They come after torchtitan/config/check.py's. Imports no torch."""
+"""Cross-checks of a vision-language job: patches, sources, towers.
+
+They come after torchtitan/config/check.py's. Imports no torch.
+"""
 
 import glob
 import os
@@ -36,7 +39,10 @@ RANGES = {
 
 
 def check_vlm(job: VLMJobConfig, world_size: int) -> None:
-    """Everything about the job that can be checked before torch is imported. Raises ConfigError for the first fault."""
+    """Everything about the job that can be checked before torch is imported.
+
+    Raises ConfigError for the first fault.
+    """
     check(job, world_size)
     check_model(job)
     flavor, sizes = FLAVORS[job.model.flavor], degrees(job.parallelism, world_size)
@@ -66,7 +72,8 @@ def check_patches(job: VLMJobConfig, encoder: EncoderConfig) -> None:
     d, length = job.data, job.training.seq_len
     square = d.spatial_merge_size**2
     require(
-        d.patch_size == encoder.patch_size, f"data.patch_size = {d.patch_size}: {job.model.flavor} takes patches of {encoder.patch_size}"
+        d.patch_size == encoder.patch_size,
+        f"data.patch_size = {d.patch_size}: {job.model.flavor} takes patches of {encoder.patch_size}",
     )
     for key in ("patches_per_row", "max_patches_per_image"):
         value = getattr(d, key)
@@ -75,14 +82,16 @@ def check_patches(job: VLMJobConfig, encoder: EncoderConfig) -> None:
         require(value % square == 0, f"{wrong}: use {fitting} or {fitting + square}")
     largest = f"data.max_patches_per_image = {d.max_patches_per_image}"
     require(
-        d.max_patches_per_image <= d.patches_per_row, f"{largest} is more than a row holds (data.patches_per_row = {d.patches_per_row})"
+        d.max_patches_per_image <= d.patches_per_row,
+        f"{largest} is more than a row holds (data.patches_per_row = {d.patches_per_row})",
     )
     smallest = f"data.min_patches_per_image = {d.min_patches_per_image}"
     require(d.min_patches_per_image <= d.max_patches_per_image, f"{smallest} is more than {largest}")
     needed = d.max_patches_per_image // square + 2
     require(
         needed <= length,
-        f"{largest} makes {needed} tokens with begin and end of image, more than training.seq_len = {length}: "
+        f"{largest} makes {needed} tokens with begin and end of image, more than training.seq_len = "
+        f"{length}: "
         f"use at most {max(0, length - 2) * square}",
     )
 
@@ -101,14 +110,18 @@ def check_encoder(job: VLMJobConfig, encoder: EncoderConfig, sizes: Degrees) -> 
     rows = slots * job.data.patch_rows
     require(
         p.encoder_sharing != "on" or rows % ranks == 0,
-        f"parallelism.encoder_sharing = on: {rows} patch rows a forward (slots * data.patch_rows) do not divide among {ranks} ranks; "
+        f"parallelism.encoder_sharing = on: {rows} patch rows a forward (slots * data.patch_rows) do not "
+        f"divide among {ranks} ranks; "
         f"use auto, or change data.patch_rows",
     )
     if not p.encoder_tensor_parallel:
         return
     key = "parallelism.encoder_tensor_parallel"
     require(sizes.tp > 1, f"{key} needs parallelism.tensor_parallel_degree > 1")
-    require(p.encoder_sharing != "on", f"{key} shards heads, parallelism.encoder_sharing = on shards rows: choose one")
+    require(
+        p.encoder_sharing != "on",
+        f"{key} shards heads, parallelism.encoder_sharing = on shards rows: choose one",
+    )
     for count, what in ((encoder.heads, "heads"), (encoder.mlp_dim, "columns of the MLP")):
         require(count % sizes.tp == 0, f"{key}: {sizes.tp} ranks do not divide the encoder's {count} {what}")
 
@@ -119,16 +132,25 @@ def check_sources(job: VLMJobConfig) -> None:
     if dataset or path:
         others = len(listed) > 1 or any(source.format or source.path for source in listed)
         require(not others, "training.dataset and data.sources are both given: keep one of them")
-        require(bool(dataset), f"training.dataset is missing: which format is training.dataset_path = {path}?")
+        require(
+            bool(dataset), f"training.dataset is missing: which format is training.dataset_path = {path}?"
+        )
         require(bool(path), f"training.dataset_path is missing: where is training.dataset = {dataset}?")
         check_format(dataset, "training.dataset")
         check_path(path, "training.dataset_path")
         check_reading(job.training_sources()[0], "data.sources[0]")
     else:
-        require(bool(listed), "data.sources is empty: add [[data.sources]] tables, or --training.dataset and --training.dataset_path")
+        require(
+            bool(listed),
+            "data.sources is empty: add [[data.sources]] tables, or --training.dataset and "
+            "--training.dataset_path",
+        )
         check_list(listed, "data.sources")
     if job.validation.enable:  # else nobody reads them, and they need not be on this machine
-        require(bool(job.validation.sources), "validation.sources is empty: validation.enable needs [[validation.sources]]")
+        require(
+            bool(job.validation.sources),
+            "validation.sources is empty: validation.enable needs [[validation.sources]]",
+        )
         check_list(job.validation.sources, "validation.sources")
 
 
@@ -136,7 +158,11 @@ def check_list(sources: list[Source], key: str) -> None:
     """`key`: the list's name, for the error. Raises ConfigError."""
     for number, source in enumerate(sources):
         check_source(source, f"{key}[{number}]")
-    repeated = [name for name, times in Counter(source.name or source.format for source in sources).items() if times > 1]
+    repeated = [
+        name
+        for name, times in Counter(source.name or source.format for source in sources).items()
+        if times > 1
+    ]
     require(not repeated, f"{key}: two sources have the name {', '.join(repeated)}; give each its own")
 
 
@@ -162,7 +188,10 @@ def check_format(name: str, key: str) -> None:
 
 
 def check_path(path: str, key: str) -> None:
-    """At least one local file is there. Which shards of a range are missing, and what is remote, is the reader's to say."""
+    """At least one local file is there.
+
+    Which shards of a range are missing, and what is remote, is the reader's to say.
+    """
     if path.startswith("embedded:"):
         worlds = [f"embedded:{world}/{split}" for world in WORLDS for split in SPLITS]
         require(path in worlds, f"{key} = {path}: no such embedded data{did_you_mean(path, worlds)}")
@@ -171,7 +200,11 @@ def check_path(path: str, key: str) -> None:
         unreadable = denied(pattern)
         require(unreadable is None, f"{key} = {path}: permission denied: {unreadable}")
         there = os.path.exists(path) or next(glob.iglob(pattern, recursive=True), None) is not None
-        hub = f"; a data set of the Hugging Face hub is hf://datasets/{path}" if re.fullmatch(r"[\w.-]+/[\w.-]+", path) else ""
+        hub = (
+            f"; a data set of the Hugging Face hub is hf://datasets/{path}"
+            if re.fullmatch(r"[\w.-]+/[\w.-]+", path)
+            else ""
+        )
         require(there, f"{key} = {path}: no such file or folder (looked from {os.getcwd()}){hub}")
 
 

@@ -23,7 +23,8 @@ class Source:
     shuffle: bool = True  # permute shards each epoch and samples inside windows of shuffle_buffer
     shuffle_buffer: int = 1024  # samples of a shard that are permuted among each other
     repeat: bool = True  # start a new epoch when it is exhausted; False: the others go on without it
-    chat_template: str = "chatml"  # conversations: chatml, llama3, or a Jinja file (a tokenizer_config.json too)
+    # conversations: chatml, llama3, or a Jinja file (a tokenizer_config.json too)
+    chat_template: str = "chatml"
 
 
 @dataclass
@@ -39,23 +40,29 @@ class Data:
     min_patches_per_image: int = 4  # smaller images are enlarged to about this many
     patch_size: int = 16  # pixels a side
     spatial_merge_size: int = 2  # m: m * m patches become one visual token
-    resize: Literal["native", "square"] = "native"  # native: keep the aspect ratio; square: squeeze, as fixed-size encoders do
+    # native: keep the aspect ratio; square: squeeze, as fixed-size encoders do
+    resize: Literal["native", "square"] = "native"
     packing_buffer_size: int = 256  # samples that wait for a slot where they fit, per slot
-    long_documents: Literal["split", "truncate", "drop"] = "split"  # what becomes of a document longer than a slot
+    # what becomes of a document longer than a slot
+    long_documents: Literal["split", "truncate", "drop"] = "split"
     num_workers: int = 0  # processes a rank that plan and decode; 0: inside the trainer
     decode_threads: int = 1  # threads per worker that decode and resize
     prefetch: int = 2  # steps that workers have ready before the trainer asks; without workers none is
     max_bad_fraction: float = 1.0  # stop when a source has more bad samples than this (after 1,000); 1.0: off
     cache_folder: str = ""  # embedded data and copies of shards and images; empty: ~/.cache/torchtitan-vlm
-    cache_gb: float = 50.0  # copies of remote and packed shards, row groups and images in cache_folder; the longest unused go first
+    # copies of remote and packed shards, row groups and images in cache_folder; the longest unused go first
+    cache_gb: float = 50.0
     allow_private_urls: bool = False  # fetch images from private, loopback and link-local addresses too
-    url_timeout_s: float = 5.0  # for an image given by its address; another value asks again those that failed
-    resume_changed_data: bool = False  # resume although the data's configuration changed; its order starts anew
+    # for an image given by its address; another value asks again those that failed
+    url_timeout_s: float = 5.0
+    # resume although the data's configuration changed; its order starts anew
+    resume_changed_data: bool = False
 
 
 @dataclass
 class VLMParallelism(Parallelism):
-    encoder_sharing: Literal["auto", "on", "off"] = "auto"  # ranks of a CP x TP group encode each its share of the rows
+    # ranks of a CP x TP group encode each its share of the rows
+    encoder_sharing: Literal["auto", "on", "off"] = "auto"
     encoder_tensor_parallel: bool = False  # shard the encoder's heads over TP instead of sharing its rows
 
 
@@ -86,7 +93,9 @@ class VLMJobConfig(JobConfig):
             self.data.sources = [without_place(self.data.sources, given)]
 
     def training_sources(self) -> list[Source]:
-        """What to train on: [[data.sources]], or the one that training.dataset and training.dataset_path name."""
+        """What to train on: [[data.sources]], or the one that training.dataset and training.dataset_path
+        name.
+        """
         format, path, listed = self.training.dataset, self.training.dataset_path, self.data.sources
         if not (format or path):
             return listed
@@ -94,7 +103,10 @@ class VLMJobConfig(JobConfig):
 
 
 def without_place(listed: list[Source], given: Collection[str]) -> Source:
-    """What the sources agree in, in one without format and path. Raises ConfigError where they do not agree."""
+    """What the sources agree in, in one without format and path.
+
+    Raises ConfigError where they do not agree.
+    """
     one = Source(weight=listed[0].weight)
     if FIRST + "name" in given:
         one.name = listed[0].name

@@ -4,8 +4,9 @@
     repeated    each encodes all rows; where these do not divide among the ranks
     heads       tensor parallel: each computes some heads of all rows (of its share, where context-parallel ranks share them)
 
-In all three a rank places only the visual tokens of its own part of the sequence, so what it finds for their gradient is a
-part of a sum. For `shared` and `repeated` FSDP makes that sum, over the mesh `enc`; for `heads` the group does.
+In all three a rank places only the visual tokens of its own part of the sequence, so what it finds for their
+gradient is a part of a sum. For `shared` and `repeated` FSDP makes that sum, over the mesh `enc`; for `heads`
+the group does.
 
 Letters: N patch rows, V visual tokens a row, D width.
 """
@@ -50,8 +51,10 @@ def apply_sharing(projector: nn.Module, job: VLMJobConfig, mesh: Mesh) -> None:
         projector.register_forward_hook(lambda module, args, visual_NVD: gather(visual_NVD, 0, shared))
     elif p.encoder_sharing == "auto" and group.size() > 1:
         logger.info(
-            f"parallelism.encoder_sharing = auto: {rows_a_forward(job, mesh.degrees)} patch rows a forward do not divide among "
-            f"{group.size()} ranks, so each of them encodes all; more slots a forward, or data.patch_rows, would share the work"
+            f"parallelism.encoder_sharing = auto: {rows_a_forward(job, mesh.degrees)} patch rows a forward "
+            "do not divide among "
+            f"{group.size()} ranks, so each of them encodes all; more slots a forward, or data.patch_rows, "
+            "would share the work"
         )
 
 

@@ -1,7 +1,8 @@
 """What a job needs on each rank, found without running it: memory at the peak, FLOPs, traffic.
 
-What each unit of the model needs is seen by running one rank's share of it on the meta device (rank_share.py).
-FLOPs are those of full slots, with one document a slot and images as large as allowed: the most a step can cost.
+What each unit of the model needs is seen by running one rank's share of it on the meta device
+(rank_share.py). FLOPs are those of full slots, with one document a slot and images as large as allowed: the
+most a step can cost.
 """
 
 import contextlib
@@ -18,7 +19,15 @@ from experiments.vlm.stages import split_layers
 from torchtitan.config.check import check_pipeline, check_sequence
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.layout import BatchSizes, Degrees, resolve_batch
-from torchtitan.distributed.estimate import FLOAT32, Memory, Storage, factorisations, in_flight, peak_memory, traffic
+from torchtitan.distributed.estimate import (
+    FLOAT32,
+    Memory,
+    Storage,
+    factorisations,
+    in_flight,
+    peak_memory,
+    traffic,
+)
 from torchtitan.distributed.fsdp import Sharding
 from torchtitan.distributed.stages import Split, stages_of_rank
 from torchtitan.models.decoder.check import check_decoder
@@ -56,7 +65,10 @@ class _Shares:
         self._found: dict[tuple[int, ...], RankShare] = {}
 
     def of(self, job: VLMJobConfig, sizes: Degrees, slots: int) -> RankShare:
-        """`job` may differ from the first one in its layout and batch. How FSDP divides a share is no matter."""
+        """`job` may differ from the first one in its layout and batch.
+
+        How FSDP divides a share is no matter.
+        """
         key = (sizes.cp, sizes.tp, slots)
         if key not in self._found:
             self._found[key] = RankShare(job, self.config, self._vocab_size, sizes, slots, self._on_gpu)
@@ -97,7 +109,13 @@ def _estimate(job: VLMJobConfig, sizes: Degrees, shares: _Shares) -> Estimate:
 
 
 def _of_rank(
-    job: VLMJobConfig, sizes: Degrees, batch: BatchSizes, share: RankShare, slots: int, split: Split, rank: int
+    job: VLMJobConfig,
+    sizes: Degrees,
+    batch: BatchSizes,
+    share: RankShare,
+    slots: int,
+    split: Split,
+    rank: int,
 ) -> tuple[Memory, dict[str, float]]:
     schedule, last = job.parallelism.pipeline_parallel_schedule, split.stages - 1
     stages = stages_of_rank(schedule, rank, sizes.pp, split.stages) if sizes.pp > 1 else [0]
@@ -126,7 +144,11 @@ def with_degrees(job: VLMJobConfig, sizes: Degrees) -> VLMJobConfig:
     job = copy.deepcopy(job)
     p = job.parallelism
     p.data_parallel_replicate_degree, p.data_parallel_shard_degree = sizes.dp_replicate, sizes.dp_shard
-    p.context_parallel_degree, p.tensor_parallel_degree, p.pipeline_parallel_degree = sizes.cp, sizes.tp, sizes.pp
+    p.context_parallel_degree, p.tensor_parallel_degree, p.pipeline_parallel_degree = (
+        sizes.cp,
+        sizes.tp,
+        sizes.pp,
+    )
     p.pipeline_parallel_split_points = []
     p.pipeline_parallel_encoder_stage = p.pipeline_parallel_encoder_stage and sizes.pp > 1
     p.encoder_tensor_parallel = p.encoder_tensor_parallel and sizes.tp > 1
@@ -134,12 +156,16 @@ def with_degrees(job: VLMJobConfig, sizes: Degrees) -> VLMJobConfig:
 
 
 def fit_batch(job: VLMJobConfig, sizes: Degrees) -> tuple[VLMJobConfig, tuple[str, ...]]:
-    """The job with a batch that the layout can train: enough slots for the stages, and a global batch that divides."""
+    """The job with a batch that the layout can train: enough slots for the stages, and a global batch that
+    divides.
+    """
     job, notes = copy.deepcopy(job), []
     job.parallelism.pipeline_parallel_degree = sizes.pp
     local = slots_for_stages(job, sizes.pp) if sizes.pp > 1 else job.training.local_batch_size
     if local != job.training.local_batch_size:
-        notes.append(f"training.local_batch_size {job.training.local_batch_size} -> {local}, for {sizes.pp} stages")
+        notes.append(
+            f"training.local_batch_size {job.training.local_batch_size} -> {local}, for {sizes.pp} stages"
+        )
         job.training.local_batch_size = local
     asked, at_once = job.training.global_batch_size, local * sizes.dp
     if asked != -1 and asked % at_once:
@@ -149,7 +175,9 @@ def fit_batch(job: VLMJobConfig, sizes: Degrees) -> tuple[VLMJobConfig, tuple[st
 
 
 def slots_for_stages(job: VLMJobConfig, pp: int) -> int:
-    """At least those of the job: whole microbatches, one for each stage, and as many as an interleaved schedule can deal."""
+    """At least those of the job: whole microbatches, one for each stage, and as many as an interleaved
+    schedule can deal.
+    """
     size = job.parallelism.pipeline_parallel_microbatch_size
     count = max(-(-job.training.local_batch_size // size), pp)
     if job.parallelism.pipeline_parallel_schedule.startswith("Interleaved") and count % (count // pp):

@@ -15,13 +15,17 @@ from torchtitan.models.decoder.parallelize import apply_tensor_parallel
 
 
 def parallelize_vlm(model: VLM, mesh: Mesh, job: VLMJobConfig) -> None:
-    """In this order, since each wraps what the one before left: what splits the model, activation checkpointing, compile, FSDP.
+    """In this order, since each wraps what the one before left: what splits the model, activation
+    checkpointing, compile, FSDP.
 
     `model` may be a pipeline stage, which lacks some parts.
     """
     split_decoder(model, mesh, job)
     split_encoder(model, mesh, job)
-    towers = [(model.decoder, job.activation_checkpoint.mode), (model.encoder, job.activation_checkpoint.encoder_mode)]
+    towers = [
+        (model.decoder, job.activation_checkpoint.mode),
+        (model.encoder, job.activation_checkpoint.encoder_mode),
+    ]
     for tower, mode in towers:
         if tower is not None:
             apply_activation_checkpoint(tower.layers, mode, job.activation_checkpoint.selective_ac_option)
@@ -34,7 +38,9 @@ def parallelize_vlm(model: VLM, mesh: Mesh, job: VLMJobConfig) -> None:
 def split_decoder(model: VLM, mesh: Mesh, job: VLMJobConfig) -> None:
     """Over the ranks that hold the same slots: tokens (cp), and heads and columns (tp)."""
     if mesh.degrees.cp > 1:
-        apply_context_parallel(model.decoder.layers.values(), mesh["cp"], job.parallelism.context_parallel_method)
+        apply_context_parallel(
+            model.decoder.layers.values(), mesh["cp"], job.parallelism.context_parallel_method
+        )
     if mesh.degrees.tp > 1:
         apply_tensor_parallel(model.decoder, mesh["tp"])
         if job.parallelism.enable_async_tensor_parallel:
@@ -51,7 +57,8 @@ def split_encoder(model: VLM, mesh: Mesh, job: VLMJobConfig) -> None:
 
 
 def apply_fsdp(model: VLM, mesh: Mesh, vision: DeviceMesh, sharding: Sharding) -> None:
-    """A group for each block, for what a tower has besides its blocks, and for what is left. Encoder and projector are sharded
+    """A group for each block, for what a tower has besides its blocks, and for what is left. Encoder and
+    projector are sharded
     over `vision`: mesh.py says why over `enc`; where their heads are split over tp, over `fsdp`."""
     if model.encoder is not None:
         shard_blocks(model.encoder.layers.values(), vision, sharding)
@@ -63,7 +70,8 @@ def apply_fsdp(model: VLM, mesh: Mesh, vision: DeviceMesh, sharding: Sharding) -
     first = [module for module in (decoder.tok_embeddings,) if module is not None]
     last = [module for module in (decoder.norm, decoder.output) if module is not None]
     if model.config.decoder.tied_embeddings and first and last:
-        # One parameter belongs to one group: embedding and output layer stay gathered from the one to the other.
+        # One parameter belongs to one group: embedding and output layer stay gathered from the one to the
+        # other.
         shard([*first, *last], mesh.fsdp, sharding, last=True)
     else:
         if first:

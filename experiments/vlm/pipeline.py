@@ -4,8 +4,9 @@
     stages between   decoder layers
     last stage       decoder layers, norm, output layer with the loss
 
-A stage is the whole model with parts missing, so its weights keep their names. Where embedding and output layer are one weight
-the last stage holds the embedding too, tied as in the whole model: the same name, equal values, one gradient (Pipeline sums it).
+A stage is the whole model with parts missing, so its weights keep their names. Where embedding and output
+layer are one weight the last stage holds the embedding too, tied as in the whole model: the same name, equal
+values, one gradient (Pipeline sums it).
 """
 
 import copy

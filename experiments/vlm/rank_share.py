@@ -1,7 +1,8 @@
 """One rank's share of a VLM, run once on the meta device: what its units hold, keep and send.
 
-The share is made by what splits and checkpoints the model that trains, so nothing of a tower is said here but where
-its units are. Few layers are run, since all are alike but for the first of a tower, whose input others hold too.
+The share is made by what splits and checkpoints the model that trains, so nothing of a tower is said here but
+where its units are. Few layers are run, since all are alike but for the first of a tower, whose input others
+hold too.
 """
 
 import dataclasses
@@ -39,9 +40,14 @@ def build_on_meta(job: VLMJobConfig, config: VLMConfig, vocab_size: int) -> VLM:
 
 
 class RankShare:
-    """One rank's share of a layout, for `slots` slots a forward. `on_gpu`: with the kernels of GPUs, else with those of a CPU."""
+    """One rank's share of a layout, for `slots` slots a forward.
 
-    def __init__(self, job: VLMJobConfig, config: VLMConfig, vocab: int, sizes: Degrees, slots: int, on_gpu: bool):
+    `on_gpu`: with the kernels of GPUs, else with those of a CPU.
+    """
+
+    def __init__(
+        self, job: VLMJobConfig, config: VLMConfig, vocab: int, sizes: Degrees, slots: int, on_gpu: bool
+    ):
         self._job, self._config = job, config
         self._dtype = getattr(torch, job.training.mixed_precision_param)
         self._update = 2 if on_gpu else 4  # bytes of an element that Muon's ranks exchange
@@ -55,7 +61,8 @@ class RankShare:
         batch = _batch_of(job, mesh, slots)
         self.batch_bytes = sum(tensor.numel() * tensor.element_size() for tensor in batch.values())
         tokens = slots * job.training.seq_len / (sizes.cp * sizes.tp)
-        self.residual_bytes = tokens * config.decoder.dim * self._dtype.itemsize  # what goes from stage to stage
+        # what goes from stage to stage
+        self.residual_bytes = tokens * config.decoder.dim * self._dtype.itemsize
         table = self._parameters["decoder.tok_embeddings.weight"]
         self.tied_numbers = table.numel() if config.decoder.tied_embeddings and table.requires_grad else 0
         self._spans = self._run(model, mesh, batch, on_gpu)
@@ -64,7 +71,10 @@ class RankShare:
         """After the first layer of a tower one of each kind: checkpointed, and not where every n-th is."""
         towers = {name: getattr(self._config, name) for name in ("encoder", "decoder")}
         layers = 2 if self._every == 1 else 3
-        return dataclasses.replace(self._config, **{name: dataclasses.replace(tower, layers=layers) for name, tower in towers.items()})
+        return dataclasses.replace(
+            self._config,
+            **{name: dataclasses.replace(tower, layers=layers) for name, tower in towers.items()},
+        )
 
     def _run(self, model: VLM, mesh: Mesh, batch: dict[str, Tensor], on_gpu: bool) -> dict[str, Footprint]:
         ac, option = self._job.activation_checkpoint, "2" if self._every > 1 else None
@@ -90,7 +100,11 @@ class RankShare:
         for number in layers:
             yield unit(f"decoder layer {number}", self._layer("decoder", number), ("decoder.layers.1",))
         if last:
-            own = ("decoder.norm", "decoder.output", *(("decoder.tok_embeddings",) if tied and not first else ()))
+            own = (
+                "decoder.norm",
+                "decoder.output",
+                *(("decoder.tok_embeddings",) if tied and not first else ()),
+            )
             # Alone it may stay gathered, since backward starts with it.
             again = tied or not Sharding.of(self._job).keep_last
             yield dataclasses.replace(unit("output layer", "decoder.norm", own), in_backward=again)
@@ -102,7 +116,9 @@ class RankShare:
         ends = ("encoder.embedding", "encoder.norm")  # one group
         yield unit("patch embedding", "encoder.embedding", ends)
         for number in range(self._config.encoder.layers):
-            yield unit(f"encoder layer {number}", self._layer("encoder", number), ("encoder.layers.1",), tp=heads)
+            yield unit(
+                f"encoder layer {number}", self._layer("encoder", number), ("encoder.layers.1",), tp=heads
+            )
         yield unit("encoder norm", "encoder.norm", ())
         yield unit("projector", "projector", ("projector",))
 
@@ -111,7 +127,17 @@ class RankShare:
         kind = 1 if self._every == 1 or number % self._every else 2
         return f"{tower}.layers.{kind if number else 0}"
 
-    def _unit(self, name: str, span: str, modules: tuple[str, ...], *, shards: int, copies: int, tp: int, stays: bool = False) -> Unit:
+    def _unit(
+        self,
+        name: str,
+        span: str,
+        modules: tuple[str, ...],
+        *,
+        shards: int,
+        copies: int,
+        tp: int,
+        stays: bool = False,
+    ) -> Unit:
         """The parameters of `modules`, and what was seen of `span`."""
         begin = tuple(f"{module}." for module in modules)
         own = {name: parameter for name, parameter in self._parameters.items() if name.startswith(begin)}
@@ -147,7 +173,9 @@ def _batch_of(job: VLMJobConfig, mesh: Mesh, slots: int) -> dict[str, Tensor]:
     shape = BatchShape(slots, job.training.seq_len, d.patch_rows, d.patches_per_row, d.patch_size)
     # Documents are dealt to ranks by their values; pixels are only sliced.
     batch = {
-        name: torch.zeros(shape.of(name), dtype=getattr(torch, field.dtype), device="cpu" if field.dims == "BS" else "meta")
+        name: torch.zeros(
+            shape.of(name), dtype=getattr(torch, field.dtype), device="cpu" if field.dims == "BS" else "meta"
+        )
         for name, field in FIELDS.items()
     }
     return {name: tensor.to("meta") for name, tensor in shard_batch(batch, mesh, job).items()}

@@ -1,4 +1,5 @@
-"""What a rank of a context- and tensor-parallel group keeps of a batch that the whole group holds. On the host, next to the loader.
+"""What a rank of a context- and tensor-parallel group keeps of a batch that the whole group holds. On the
+host, next to the loader.
 
 S of the batch's tensors     cp: this rank's rows of each slot; visual_index also tp, as the sequence is split between blocks
 N of the batch's tensors     this rank's share of the patch rows, where the group shares the encoder
@@ -29,7 +30,8 @@ def shard_batch(tensors: dict[str, Tensor], mesh: Mesh, job: VLMJobConfig) -> di
 def _own_tokens(tensors: dict[str, Tensor], mesh: Mesh, job: VLMJobConfig) -> dict[str, Tensor]:
     rows_BRQ = slot_rows(tensors, mesh, job)
     mine_BQ, all_BS = rows_BRQ[:, mesh.rank("cp")], rows_BRQ.flatten(1)
-    # The letters of the S dimensions are in the contract, so a further field is sliced without being named here.
+    # The letters of the S dimensions are in the contract, so a further field is sliced without being named
+    # here.
     sliced = {name: tensors[name].gather(1, mine_BQ) for name in tensors if FIELDS[name].dims == "BS"}
     if job.parallelism.context_parallel_method == "ulysses":
         # There each rank attends over whole slots, in order.
@@ -42,7 +44,10 @@ def _own_tokens(tensors: dict[str, Tensor], mesh: Mesh, job: VLMJobConfig) -> di
 
 
 def whole_slots(scores_BQ2: Tensor, tensors: dict[str, Tensor], mesh: Mesh) -> Tensor:
-    """What ranks found for their tokens -> [B, S, 2] in the order of the slots, on all of them. `tensors`: what `shard_batch` gave."""
+    """What ranks found for their tokens -> [B, S, 2] in the order of the slots, on all of them.
+
+    `tensors`: what `shard_batch` gave.
+    """
     if mesh.degrees.cp == 1:
         return scores_BQ2
     gathered_BS2 = gather(scores_BQ2, 1, mesh["cp"].get_group())

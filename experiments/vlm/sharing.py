@@ -1,4 +1,7 @@
-"""How many ranks of a context- and tensor-parallel group share the encoding of its images. Imports no torch."""
+"""How many ranks of a context- and tensor-parallel group share the encoding of its images.
+
+Imports no torch.
+"""
 
 from experiments.vlm.config import VLMJobConfig
 from torchtitan.config.layout import Degrees
@@ -6,7 +9,9 @@ from torchtitan.config.layout import Degrees
 
 def rows_a_forward(job: VLMJobConfig, sizes: Degrees) -> int:
     """Patch rows that pass through the encoder at once: those of a batch, or of a pipeline's microbatch."""
-    slots = job.parallelism.pipeline_parallel_microbatch_size if sizes.pp > 1 else job.training.local_batch_size
+    slots = (
+        job.parallelism.pipeline_parallel_microbatch_size if sizes.pp > 1 else job.training.local_batch_size
+    )
     return slots * job.data.patch_rows
 
 

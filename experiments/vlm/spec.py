@@ -35,7 +35,13 @@ def build_vlm(job: VLMJobConfig, tokenizer: Tokenizer | None) -> VLM:
     backend = resolve_backend(job.model.attention_backend, "cuda" if torch.cuda.is_available() else "cpu")
     config = FLAVORS[job.model.flavor]
     with torch.device("meta"):
-        return VLM(config, rows_of(job, tokenizer), job.data.spatial_merge_size, backend, job.training.loss_chunk_tokens)
+        return VLM(
+            config,
+            rows_of(job, tokenizer),
+            job.data.spatial_merge_size,
+            backend,
+            job.training.loss_chunk_tokens,
+        )
 
 
 def memory(job: VLMJobConfig, layout: Degrees, tokenizer: Tokenizer | None, on_gpu: bool) -> Memory:

@@ -9,7 +9,8 @@ from torchtitan.distributed.stages import Split, number_of_stages, split_evenly
 
 
 def split_layers(model: VLM, job: VLMJobConfig, sizes: Degrees) -> Split:
-    """By parallelism.pipeline_parallel_split_points, else so that the slowest stage takes as little as it can.
+    """By parallelism.pipeline_parallel_split_points, else so that the slowest stage takes as little as it
+    can.
 
     `model` is whole, on any device, and frozen where the job freezes it.
     """
@@ -18,14 +19,18 @@ def split_layers(model: VLM, job: VLMJobConfig, sizes: Degrees) -> Split:
         return Split(layers, tuple(p.pipeline_parallel_split_points))
     stages = number_of_stages(p.pipeline_parallel_schedule, sizes.pp)
     layer, first, last = stage_costs(model, job, sizes)
-    return Split(layers, tuple(split_evenly([layer] * layers, first, last, stages, p.pipeline_parallel_encoder_stage)))
+    return Split(
+        layers, tuple(split_evenly([layer] * layers, first, last, stages, p.pipeline_parallel_encoder_stage))
+    )
 
 
 def stage_costs(model: VLM, job: VLMJobConfig, sizes: Degrees) -> tuple[float, float, float]:
-    """FLOPs of a rank for one microbatch: of a decoder layer, of what comes before the layers, of the output layer.
+    """FLOPs of a rank for one microbatch: of a decoder layer, of what comes before the layers, of the output
+    layer.
 
-    Those of every matrix (torchtitan/components/flops.py), and those that checkpointing computes again. Attention is
-    left out: what documents and images look like is not known here, and it is small next to the products.
+    Those of every matrix (torchtitan/components/flops.py), and those that checkpointing computes again.
+    Attention is left out: what documents and images look like is not known here, and it is small next to the
+    products.
     """
     assert model.projector is not None
     forward, products, ac = forward_flops(model), product_flops(model), job.activation_checkpoint
@@ -41,7 +46,11 @@ def stage_costs(model: VLM, job: VLMJobConfig, sizes: Degrees) -> tuple[float, f
 
     encoder = cost("encoder.embedding") + cost("encoder.layers", ac.encoder_mode)
     visual = cost("projector") / model.projector.merged
-    return tokens * cost("decoder.layers.0", ac.mode), patches * (encoder + visual), tokens * cost("decoder.output")
+    return (
+        tokens * cost("decoder.layers.0", ac.mode),
+        patches * (encoder + visual),
+        tokens * cost("decoder.output"),
+    )
 
 
 def computed_again(mode: str, option: str) -> float:

@@ -5,11 +5,14 @@ from typing import IO
 
 
 def write_samples(file: IO[bytes], samples: Iterable[Mapping[str, bytes]]) -> None:
-    """A sample is its members, name -> content, in their order; their names are its key, a dot and an extension each."""
+    """A sample is its members, name -> content, in their order; their names are its key, a dot and an
+    extension each.
+    """
     from webdataset import TarWriter  # imports torch, which takes seconds: not before the first tar
 
     with TarWriter(file, user="", group="", mode=0o644, mtime=0, encoder=False) as tar:
         for members in samples:
             for name, content in members.items():
                 key, _, extension = name.partition(".")
-                tar.write({"__key__": key, extension: content})  # one by one, since TarWriter sorts what it gets
+                # one by one, since TarWriter sorts what it gets
+                tar.write({"__key__": key, extension: content})

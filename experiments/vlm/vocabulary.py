@@ -21,7 +21,11 @@ def open_tokenizer(job: VLMJobConfig) -> Tokenizer:
     flavor = f"model.flavor = {job.model.flavor} {published:,} rows"
     sizes = f"model.tokenizer_path = {job.model.tokenizer_path} has {ids:,} ids, {flavor}"
     if ids > published:
-        warn_once(f"{sizes}: the embedding is enlarged by {ids - published:,} rows, which no published weights fill")
+        warn_once(
+            f"{sizes}: the embedding is enlarged by {ids - published:,} rows, which no published weights fill"
+        )
     elif ids < FEW * published:
-        warn_once(f"{sizes}: {published - ids:,} of them stand for nothing; is this the model's own tokenizer?")
+        warn_once(
+            f"{sizes}: {published - ids:,} of them stand for nothing; is this the model's own tokenizer?"
+        )
     return tokenizer

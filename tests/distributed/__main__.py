@@ -19,7 +19,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--ranks", type=int, nargs="*", help="layouts on so many ranks")
     parser.add_argument("--only", nargs="*", help="layouts whose name contains one of these")
     parser.add_argument("--steps", type=int, default=5)
@@ -37,7 +39,10 @@ def main() -> int:
             unequal.append(row)
     for row in unequal:
         print(f"\n{row.layout.name}: {row.layout.changes}\n{row.error}")
-    print(f"{len(chosen) - len(unequal)} of {len(chosen)} layouts equal one process; {time.perf_counter() - started:.0f} s")
+    print(
+        f"{len(chosen) - len(unequal)} of {len(chosen)} layouts equal one process; "
+        f"{time.perf_counter() - started:.0f} s"
+    )
     return 1 if unequal else 0
 
 

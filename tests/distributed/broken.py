@@ -15,9 +15,13 @@ def _mean_of_gradients():
 
 
 def _encoder_over_the_decoders_mesh():
-    """Ranks of a tensor-parallel group each place a part of the visual tokens, and nobody adds up their gradients."""
+    """Ranks of a tensor-parallel group each place a part of the visual tokens, and nobody adds up their
+    gradients.
+    """
     plain = vlm.apply_fsdp
-    return mock.patch.object(vlm, "apply_fsdp", lambda model, mesh, vision, sharding: plain(model, mesh, mesh.fsdp, sharding))
+    return mock.patch.object(
+        vlm, "apply_fsdp", lambda model, mesh, vision, sharding: plain(model, mesh, mesh.fsdp, sharding)
+    )
 
 
 def _head_norms_without_a_layout():
@@ -30,7 +34,11 @@ FAULTS: dict[str, Callable[[], Any]] = {
     "encoder over the decoder's mesh": _encoder_over_the_decoders_mesh,
     "head norms without a layout": _head_norms_without_a_layout,
 }
-SEEN_IN = [("mean of gradients", "fsdp2"), ("encoder over the decoder's mesh", "tp2"), ("head norms without a layout", "tp2")]
+SEEN_IN = [
+    ("mean of gradients", "fsdp2"),
+    ("encoder over the decoder's mesh", "tp2"),
+    ("head norms without a layout", "tp2"),
+]
 
 
 def train_with(fault: str, changes: dict[str, Any], ranks: int) -> Measured | None:

@@ -88,7 +88,9 @@ def train(
             loss = float(sum_over_ranks(trainer.loss)) / trainer.run.mesh.degrees.tp
             figures.append((loss, float(trainer.grad_norm)))
         gradients = of_all_stages(trainer, trainer.gradients or {})
-        weights = of_all_stages(trainer, {name: whole(tensor) for name, tensor in trainer.state.model().items()})
+        weights = of_all_stages(
+            trainer, {name: whole(tensor) for name, tensor in trainer.state.model().items()}
+        )
         validation = trainer.run.validator.evaluate() if validate else {}
         if job.checkpoint.enable:
             trainer.save()
@@ -108,16 +110,22 @@ def of_all_stages(trainer: Trainer, own: dict[str, Tensor]) -> dict[str, Tensor]
 def require_one_opinion(figures: Any) -> None:
     opinions: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(opinions, figures)
-    assert all(opinion == opinions[0] for opinion in opinions), f"global figures differ between ranks: {opinions}"
+    assert all(opinion == opinions[0] for opinion in opinions), (
+        f"global figures differ between ranks: {opinions}"
+    )
 
 
 def compare(measured: Measured, reference: Measured) -> Difference:
     """A gradient's difference is over its own largest element, or 1e-3 of the largest of all if that is more."""
-    for ours, whole_model in ((measured.gradients, reference.gradients), (measured.weights, reference.weights)):
+    for ours, whole_model in (
+        (measured.gradients, reference.gradients),
+        (measured.weights, reference.weights),
+    ):
         assert ours.keys() == whole_model.keys(), ours.keys() ^ whole_model.keys()
     largest = max(float(g.abs().max()) for g in reference.gradients.values())
     each = {
-        name: float((measured.gradients[name] - g).abs().max()) / max(float(g.abs().max()), largest * _floor(name))
+        name: float((measured.gradients[name] - g).abs().max())
+        / max(float(g.abs().max()), largest * _floor(name))
         for name, g in reference.gradients.items()
     }
     worst = max(each, key=each.__getitem__)
@@ -126,14 +134,19 @@ def compare(measured: Measured, reference: Measured) -> Difference:
         _relative(measured.norms, reference.norms),
         each[worst],
         worst,
-        max(float((measured.weights[name] - weight).abs().max()) for name, weight in reference.weights.items()),
-        _relative([measured.validation[k] or 0 for k in reference.validation], [v or 0 for v in reference.validation.values()]),
+        max(
+            float((measured.weights[name] - weight).abs().max()) for name, weight in reference.weights.items()
+        ),
+        _relative(
+            [measured.validation[k] or 0 for k in reference.validation],
+            [v or 0 for v in reference.validation.values()],
+        ),
     )
 
 
 def _floor(name: str) -> float:
-    # The same bias on all keys changes no softmax: without rotary embedding its true gradient is zero, and what
-    # is there is rounding.
+    # The same bias on all keys changes no softmax: without rotary embedding its true gradient is zero, and
+    # what is there is rounding.
     return 1e-2 if name.startswith("encoder") and name.endswith("wk.bias") else 1e-3
 
 

@@ -1,7 +1,9 @@
-"""Ranks for tests. Importing torch takes seconds, so they are forked from one server that has imported everything.
+"""Ranks for tests. Importing torch takes seconds, so they are forked from one server that has imported
+everything.
 
-Each task gets fresh ranks: process groups, meshes and what PyTorch remembers of them do not outlive it. The server itself never
-runs an operation, since a fork copies no threads. A rank that fails ends the others, which would wait for it for ever.
+Each task gets fresh ranks: process groups, meshes and what PyTorch remembers of them do not outlive it. The
+server itself never runs an operation, since a fork copies no threads. A rank that fails ends the others,
+which would wait for it for ever.
 """
 
 import logging
@@ -15,14 +17,28 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-PRELOAD = ["torch", "torch._dynamo", "torch.distributed.pipelining", "torch.distributed.checkpoint", "tests.distributed.layouts"]
+PRELOAD = [
+    "torch",
+    "torch._dynamo",
+    "torch.distributed.pipelining",
+    "torch.distributed.checkpoint",
+    "tests.distributed.layouts",
+]
 
 
 class RankFailed(AssertionError):
     """A rank raised or died; the message is its traceback."""
 
 
-def _run(rank: int, ranks: int, store: str, timeout_s: float, answer: Connection, function: Callable, arguments: tuple) -> None:
+def _run(
+    rank: int,
+    ranks: int,
+    store: str,
+    timeout_s: float,
+    answer: Connection,
+    function: Callable,
+    arguments: tuple,
+) -> None:
     import torch
 
     torch.set_num_threads(1)
@@ -31,7 +47,9 @@ def _run(rank: int, ranks: int, store: str, timeout_s: float, answer: Connection
     try:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
         dist = torch.distributed
-        dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=ranks, timeout=timedelta(seconds=timeout_s))
+        dist.init_process_group(
+            "gloo", f"file://{store}", rank=rank, world_size=ranks, timeout=timedelta(seconds=timeout_s)
+        )
         _tell(answer, True, function(*arguments))
         dist.destroy_process_group()
     except BaseException:
@@ -59,7 +77,11 @@ class Pool:
                 ours, theirs = self._context.Pipe(duplex=False)
                 store = os.path.join(folder, "store")
                 processes.append(
-                    self._context.Process(target=_run, args=(rank, ranks, store, self.timeout_s, theirs, function, arguments), daemon=True)
+                    self._context.Process(
+                        target=_run,
+                        args=(rank, ranks, store, self.timeout_s, theirs, function, arguments),
+                        daemon=True,
+                    )
                 )
                 processes[-1].start()
                 theirs.close()

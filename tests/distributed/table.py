@@ -58,7 +58,9 @@ ON_TWO = [
     layout("fsdp2, accumulation of 2", 2, slots=2),
     layout("fsdp2, full checkpointing", 2, ac="full", encoder_ac="full"),
     layout("fsdp2, selective by operator", 2, ac="selective", encoder_ac="selective", reshard="always"),
-    layout("fsdp2, selective by layer", 2, ac="selective", encoder_ac="selective", every="2", reshard="never"),
+    layout(
+        "fsdp2, selective by layer", 2, ac="selective", encoder_ac="selective", every="2", reshard="never"
+    ),
     layout("fsdp2, compile", 2, compile=True),
     layout("fsdp2, offload to the CPU", 2, offload=True),
     layout("fsdp2, tied, frozen encoder", 2, model="small-qwen2", freeze=["encoder"]),
@@ -93,12 +95,26 @@ ON_FOUR = [
     layout("tp2.cp2, shared encoder", 4, tp=2, cp=2, slots=4, sharing="on"),
     layout("tp2.cp2, repeated encoder", 4, tp=2, cp=2, sharing="off"),
     layout("tp2.cp2, encoder heads", 4, tp=2, cp=2, heads=True, slots=2),
-    layout("tp2.cp2, ulysses, selective", 4, tp=2, cp=2, method="ulysses", ac="selective", encoder_ac="selective"),
+    layout(
+        "tp2.cp2, ulysses, selective", 4, tp=2, cp=2, method="ulysses", ac="selective", encoder_ac="selective"
+    ),
     layout("tp2.pp2, frozen decoder", 4, tp=2, pp=2, freeze=["decoder"]),
-    layout("cp2.pp2, full checkpointing", 4, cp=2, pp=2, schedule="ZBVZeroBubble", ac="full", encoder_ac="full"),
+    layout(
+        "cp2.pp2, full checkpointing", 4, cp=2, pp=2, schedule="ZBVZeroBubble", ac="full", encoder_ac="full"
+    ),
     layout("fsdp2.cp2, compile, full checkpointing", 4, cp=2, compile=True, ac="full"),
-    layout("tp2.cp2, compile, selective", 4, tp=2, cp=2, compile=True, ac="selective", encoder_ac="selective"),
-    layout("tp2.pp2, compile, full checkpointing", 4, tp=2, pp=2, schedule="Interleaved1F1B", compile=True, ac="full"),
+    layout(
+        "tp2.cp2, compile, selective", 4, tp=2, cp=2, compile=True, ac="selective", encoder_ac="selective"
+    ),
+    layout(
+        "tp2.pp2, compile, full checkpointing",
+        4,
+        tp=2,
+        pp=2,
+        schedule="Interleaved1F1B",
+        compile=True,
+        ac="full",
+    ),
     layout("tp4, tied", 4, tp=4, slots=4, model="small-qwen3-tied"),
     layout("cp4", 4, cp=4),
     layout("cp4, ulysses", 4, cp=4, method="ulysses"),

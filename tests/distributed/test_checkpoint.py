@@ -24,13 +24,19 @@ PP_CP = layout("cp2.pp2", 4, cp=2, pp=2)
 ONE = layout("one", 1)
 PAIRS = [
     (FSDP_TP, PP_CP),
-    (layout("pp2, ZBVZeroBubble, tied", 2, pp=2, schedule="ZBVZeroBubble", **TIED), layout("tp2, tied", 2, tp=2, **TIED)),
+    (
+        layout("pp2, ZBVZeroBubble, tied", 2, pp=2, schedule="ZBVZeroBubble", **TIED),
+        layout("tp2, tied", 2, tp=2, **TIED),
+    ),
     (layout("fsdp2", 2), ONE),
 ]
 FURTHER = [
     (PP_CP, FSDP_TP),
     (layout("fsdp2.tp2, muon", 4, tp=2, optimizer="Muon"), layout("pp2, muon", 2, pp=2, optimizer="Muon")),
-    (layout("fsdp2, tied", 2, **TIED), layout("tp2.cp2.pp2, interleaved, tied", 8, tp=2, cp=2, pp=2, schedule="Interleaved1F1B", **TIED)),
+    (
+        layout("fsdp2, tied", 2, **TIED),
+        layout("tp2.cp2.pp2, interleaved, tied", 8, tp=2, cp=2, pp=2, schedule="Interleaved1F1B", **TIED),
+    ),
     (layout("pp4", 4, pp=4), ONE),
     (ONE, layout("fsdp4", 4)),
     (layout("tp2, encoder heads", 2, tp=2, heads=True), layout("replicate2.cp2", 4, replicate=2, cp=2)),
@@ -46,7 +52,15 @@ def straight():
 def go_on(pool: Pool, folder: Path, before: Layout, after: Layout) -> Measured:
     """The steps after the change."""
     for case, until in ((before, SAVED), (after, STEPS)):
-        found = pool.run(case.ranks, train, case.changes | {"checkpoint.enable": True}, case.ranks, until, False, str(folder))[0]
+        found = pool.run(
+            case.ranks,
+            train,
+            case.changes | {"checkpoint.enable": True},
+            case.ranks,
+            until,
+            False,
+            str(folder),
+        )[0]
     return found
 
 
@@ -56,7 +70,11 @@ def assert_goes_on(found: Measured, straight: Measured) -> None:
     assert found.norms == pytest.approx(straight.norms[SAVED:], rel=TOLERANCE)
 
 
-@pytest.mark.parametrize(("before", "after"), [pair for pair in PAIRS if all(each.runs for each in pair)], ids=lambda each: each.name)
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [pair for pair in PAIRS if all(each.runs for each in pair)],
+    ids=lambda each: each.name,
+)
 def test_a_run_goes_on_under_another_layout(pool, straight, tmp_path, before, after):
     assert_goes_on(go_on(pool, tmp_path, before, after), straight.reference(before))
 
@@ -81,7 +99,9 @@ def save_then_spoil(folder: str, async_mode: str) -> bool:
     trainer.run.checkpointer.load()
     trainer.close()
     after = trainer.state.tensors(False)
-    return before.keys() == after.keys() and all(torch.equal(tensor, whole(after[name])) for name, tensor in before.items())
+    return before.keys() == after.keys() and all(
+        torch.equal(tensor, whole(after[name])) for name, tensor in before.items()
+    )
 
 
 @pytest.mark.parametrize("async_mode", ["disabled", "async"])
@@ -97,7 +117,9 @@ def validate_then_save(folder: str) -> bool:
     trainer.run.validator.evaluate()
     after = {name: whole(tensor) for name, tensor in trainer.state.tensors(False).items()}
     trainer.close()
-    return before.keys() == after.keys() and all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    return before.keys() == after.keys() and all(
+        torch.equal(after[name], tensor) for name, tensor in before.items()
+    )
 
 
 def test_validation_changes_nothing_that_a_checkpoint_holds(pool, tmp_path):

@@ -25,8 +25,15 @@ SIZES = Sizes(seq_len=64, patches_per_row=96)
 def logits(cp: int, tp: int, method: str) -> Tensor:
     """Of two slots, whole and in order, on every rank."""
     with tempfile.TemporaryDirectory() as folder:
-        degree = {"context_parallel_degree": cp, "tensor_parallel_degree": tp, "context_parallel_method": method}
-        job = job_of({f"parallelism.{key}": value for key, value in degree.items()} | {"training.local_batch_size": 2}, folder)
+        degree = {
+            "context_parallel_degree": cp,
+            "tensor_parallel_degree": tp,
+            "context_parallel_method": method,
+        }
+        job = job_of(
+            {f"parallelism.{key}": value for key, value in degree.items()} | {"training.local_batch_size": 2},
+            folder,
+        )
         mesh = build_mesh(degrees(job.parallelism, dist.get_world_size()), CPU)
         model = SMALL.build_model(job, SMALL.load_tokenizer(job))
         init_weights(parallelize(model, mesh, job, SMALL).parts, job, CPU)
@@ -44,7 +51,9 @@ def of_one_process(pool):
     return pool.run(1, logits, 1, 1, "allgather")[0]
 
 
-@pytest.mark.parametrize(("cp", "tp", "method"), [(2, 1, "allgather"), (4, 1, "allgather"), (4, 1, "ulysses"), (2, 2, "allgather")])
+@pytest.mark.parametrize(
+    ("cp", "tp", "method"), [(2, 1, "allgather"), (4, 1, "allgather"), (4, 1, "ulysses"), (2, 2, "allgather")]
+)
 def test_ranks_that_share_slots_give_the_logits_of_one(pool, of_one_process, cp, tp, method):
     for found in pool.run(cp * tp, logits, cp, tp, method):
         assert found.shape == of_one_process.shape
@@ -65,7 +74,10 @@ class Slots:
         generator = torch.Generator().manual_seed(0)
         shapes = [(2, 128, heads, 8) for heads in (4, 4, 4, 4)]
         shapes[1] = shapes[2] = (2, 128, 2, 8)
-        return cls(torch.tensor([[0] * 128, cut], dtype=torch.int32), [torch.randn(shape, generator=generator) for shape in shapes])
+        return cls(
+            torch.tensor([[0] * 128, cut], dtype=torch.int32),
+            [torch.randn(shape, generator=generator) for shape in shapes],
+        )
 
 
 def attend(method: str, balance: bool) -> list[Tensor]:
@@ -74,17 +86,24 @@ def attend(method: str, balance: bool) -> list[Tensor]:
     ranks, rank = dist.get_world_size(), dist.get_rank()
     rows_BRQ = rows_of_ranks(slots.segments, ranks, balance)
     mine, every = rows_BRQ[:, rank], rows_BRQ.flatten(1)
-    q, k, v, weights = (torch.stack([slot[rows] for slot, rows in zip(x, mine, strict=True)]).requires_grad_() for x in slots.inputs)
+    q, k, v, weights = (
+        torch.stack([slot[rows] for slot, rows in zip(x, mine, strict=True)]).requires_grad_()
+        for x in slots.inputs
+    )
     if method == "ulysses":
         mask = Mask(slots.segments.gather(1, every), True, rows=every.int())
     else:
-        mask = Mask(slots.segments.gather(1, mine), True, slots.segments.gather(1, every), mine.int(), every.int())
+        mask = Mask(
+            slots.segments.gather(1, mine), True, slots.segments.gather(1, every), mine.int(), every.int()
+        )
     out = METHODS[method]("sdpa", group)(q, k, v, prepare_mask(mask, "sdpa"))
     found = [out.detach(), *torch.autograd.grad((out * weights.detach()).sum(), (q, k, v))]
     return [in_slot_order(gather(x, 1, group), every) for x in found]
 
 
-@pytest.mark.parametrize(("method", "balance"), [("allgather", True), ("allgather", False), ("ulysses", False), ("ulysses", True)])
+@pytest.mark.parametrize(
+    ("method", "balance"), [("allgather", True), ("allgather", False), ("ulysses", False), ("ulysses", True)]
+)
 def test_attention_of_a_document_on_two_ranks_is_exact(pool, method, balance):
     slots = Slots.draw()
     q, k, v, weights = slots.inputs

@@ -17,7 +17,9 @@ SIZES = Sizes(seq_len=64, patches_per_row=96)
 def encoder_flops(**parallelism) -> int:
     """Products of encoder and projector on this rank, forward, for four slots."""
     with tempfile.TemporaryDirectory() as folder:
-        changes = {f"parallelism.{key}": value for key, value in parallelism.items()} | {"training.local_batch_size": 4}
+        changes = {f"parallelism.{key}": value for key, value in parallelism.items()} | {
+            "training.local_batch_size": 4
+        }
         job = job_of(changes, folder)
         mesh = build_mesh(degrees(job.parallelism, dist.get_world_size()), CPU)
         model = SMALL.build_model(job, SMALL.load_tokenizer(job))
@@ -43,7 +45,9 @@ def test_the_flops_of_the_encoder_fall_by_the_size_of_the_group(pool):
 
 def test_with_sharded_heads_ranks_of_cp_still_share_rows(pool):
     group = {"context_parallel_degree": 2, "tensor_parallel_degree": 2, "encoder_tensor_parallel": True}
-    heads_only, both = (pool.run(4, on_rank, group | {"encoder_sharing": sharing}) for sharing in ("off", "auto"))
+    heads_only, both = (
+        pool.run(4, on_rank, group | {"encoder_sharing": sharing}) for sharing in ("off", "auto")
+    )
     assert both == [flops // 2 for flops in heads_only]
     # The patch embedding and the projector are not split over heads.
     assert heads_only[0] < pool.run(1, on_rank, {})[0]

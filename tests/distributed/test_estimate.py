@@ -1,4 +1,6 @@
-"""The estimated peak and traffic are those of a real step on gloo ranks: tensors that are alive, bytes that are sent."""
+"""The estimated peak and traffic are those of a real step on gloo ranks: tensors that are alive, bytes that
+are sent.
+"""
 
 import dataclasses
 import tempfile
@@ -21,15 +23,24 @@ TOLERANCE = 0.1
 ENCODER = EncoderConfig(128, 4, 4, 512, patch_size=4, position_grid=8)
 DECODER = DecoderConfig(128, 6, 8, 4, 16, 384, VOCAB, 10000.0, norm_eps=1e-5)
 FLAVORS["estimated"] = VLMConfig(ENCODER, ProjectorConfig(96), DECODER)
-FLAVORS["estimated-tied"] = VLMConfig(ENCODER, ProjectorConfig(96), dataclasses.replace(DECODER, tied_embeddings=True))
-SIZES = {"model.flavor": "estimated", "training.seq_len": 256, "data.patches_per_row": 512, "training.loss_chunk_tokens": 128}
+FLAVORS["estimated-tied"] = VLMConfig(
+    ENCODER, ProjectorConfig(96), dataclasses.replace(DECODER, tied_embeddings=True)
+)
+SIZES = {
+    "model.flavor": "estimated",
+    "training.seq_len": 256,
+    "data.patches_per_row": 512,
+    "training.loss_chunk_tokens": 128,
+}
 
 
 def changes_of(case, accumulation: int) -> dict:
     own = case.changes
     split = [own.get(f"parallelism.{kind}_parallel_degree", 1) for kind in ("tensor", "context", "pipeline")]
     data = case.ranks // (split[0] * split[1] * split[2])
-    return SIZES | own | {"training.global_batch_size": own["training.local_batch_size"] * data * accumulation}
+    return (
+        SIZES | own | {"training.global_batch_size": own["training.local_batch_size"] * data * accumulation}
+    )
 
 
 def measured_peak(changes: dict) -> int:
@@ -40,7 +51,12 @@ def measured_peak(changes: dict) -> int:
             first, *more = next(run.loader).batches
             feed = run.to_rank(first)
             memory = LiveMemory()
-            state = [value for optimizer in run.optimizers for values in optimizer.state.values() for value in values.values()]
+            state = [
+                value
+                for optimizer in run.optimizers
+                for values in optimizer.state.values()
+                for value in values.values()
+            ]
             memory.add([list(part.parameters()) for part in run.forward_backward.parts], state, feed)
             with memory:
                 run.forward_backward(feed, 1e-3, not more)

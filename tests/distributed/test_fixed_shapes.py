@@ -19,7 +19,9 @@ STEPS = 50
 
 
 class LayoutTrap(Trap):
-    """Lets pass what a split embedding does: `x[mask] = 0.0`, one number of the host, which PyTorch makes a masked_fill."""
+    """Lets pass what a split embedding does: `x[mask] = 0.0`, one number of the host, which PyTorch makes a
+    masked_fill.
+    """
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.overloadpacket is torch.ops.aten.index_put_ and args[2].numel() == 1:
@@ -28,12 +30,15 @@ class LayoutTrap(Trap):
 
 
 def recompiles(changes: dict[str, Any], steps: int) -> tuple[int, int]:
-    """Graphs that the first step made, and how many more came in the others. Guards are the same whatever makes the kernels,
+    """Graphs that the first step made, and how many more came in the others. Guards are the same whatever
+    makes the kernels,
     so no time is spent on making them fast."""
     plain = torch.nn.Module.compile
     quick = functools.partialmethod(plain, backend="aot_eager")
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(torch.nn.Module, "compile", quick):
-        trainer = Trainer(build(job_of(changes | {"compile.enable": True, "training.steps": steps}, folder), SMALL, CPU))
+        trainer = Trainer(
+            build(job_of(changes | {"compile.enable": True, "training.steps": steps}, folder), SMALL, CPU)
+        )
         assert trainer.train_step()
         first = counters["stats"]["unique_graphs"]
         while trainer.state.step < steps:
@@ -53,7 +58,11 @@ def trapped(changes: dict[str, Any]) -> int:
         return len(trap.seen)
 
 
-@pytest.mark.parametrize("case", [layout("one", 1, slots=4), layout("cp2", 2, cp=2, slots=4, sharing="on")], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [layout("one", 1, slots=4), layout("cp2", 2, cp=2, slots=4, sharing="on")],
+    ids=lambda case: case.name,
+)
 def test_fifty_steps_of_mixed_images_compile_only_once(pool, case):
     for first, later in pool.run(case.ranks, recompiles, case.changes, STEPS):
         # One for each kind of block, forward; their backwards are part of it.
@@ -67,6 +76,10 @@ def test_a_large_layout_compiles_only_in_its_first_step(pool):
         assert first == 2 and later == 0
 
 
-@pytest.mark.parametrize("case", [layout("tp2", 2, tp=2, heads=True), layout("cp2", 2, cp=2), layout("pp2", 2, pp=2)], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "case",
+    [layout("tp2", 2, tp=2, heads=True), layout("cp2", 2, cp=2), layout("pp2", 2, pp=2)],
+    ids=lambda c: c.name,
+)
 def test_forward_and_backward_never_wait_for_a_device(pool, case):
     assert min(pool.run(case.ranks, trapped, case.changes)) > 30

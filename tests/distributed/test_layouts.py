@@ -35,7 +35,9 @@ def test_a_frozen_encoder_has_no_gradients(comparison):
 
 def test_bfloat16_stays_near_float32(comparison):
     fsdp = LAYOUTS["fsdp2"]
-    low = comparison.pool.run(2, train, fsdp.changes | {"training.mixed_precision_param": "bfloat16"}, 2, comparison.steps)[0]
+    low = comparison.pool.run(
+        2, train, fsdp.changes | {"training.mixed_precision_param": "bfloat16"}, 2, comparison.steps
+    )[0]
     # Eight bits of mantissa: 2^-8 = 0.4 % an operation, averaged over many.
     assert low.losses == pytest.approx(comparison.reference(fsdp).losses, rel=2e-2)
     assert low.losses != comparison.reference(fsdp).losses

@@ -21,7 +21,9 @@ def norm_of_mixed_gradients(folder: str) -> tuple[float, float]:
         full = torch.randn(parameter.shape)
         total += float(full.double().square().sum())
         assert isinstance(parameter, DTensor)
-        parameter.grad = DTensor.from_local(full, parameter.device_mesh).redistribute(placements=parameter.placements)
+        parameter.grad = DTensor.from_local(full, parameter.device_mesh).redistribute(
+            placements=parameter.placements
+        )
     return float(grad_norm.global_norm(run.optimizers.parameters, run.mesh)), total**0.5
 
 

@@ -53,7 +53,11 @@ def who_is_blamed() -> str:
 
 def test_ranks_that_only_waited_are_not_blamed(pool):
     told = pool.run(4, who_is_blamed)
-    assert told[0] == told[1] == "rank 2 failed by itself in step 5, rank 3 does not answer since it began step 5"
+    assert (
+        told[0]
+        == told[1]
+        == "rank 2 failed by itself in step 5, rank 3 does not answer since it began step 5"
+    )
     assert told[2] == "all ranks had begun step 5"
 
 

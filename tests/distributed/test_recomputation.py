@@ -51,7 +51,10 @@ def test_selective_checkpointing_neither_attends_nor_sends_twice(pool, method):
     # Keys and values are gathered once a layer; the two exchanges of ulysses are undone by two in backward.
     assert none[sent] == selective[sent] == (DECODER if method == "allgather" else 4 * DECODER)
     assert full[sent] == none[sent] + (DECODER if method == "allgather" else 2 * DECODER)
-    assert selective["aten.mm.default"] + selective["aten.addmm.default"] == none["aten.mm.default"] + none["aten.addmm.default"]
+    assert (
+        selective["aten.mm.default"] + selective["aten.addmm.default"]
+        == none["aten.mm.default"] + none["aten.addmm.default"]
+    )
 
 
 def test_the_counter_sees_operations():

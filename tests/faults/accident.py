@@ -19,7 +19,12 @@ from torchtitan import train
 from torchtitan.config.parse import parse
 from torchtitan.tools.logging import init_logger
 
-ACCIDENTS = {"KILL": [signal.SIGKILL], "TERM": [signal.SIGTERM], "INT": [signal.SIGINT], "INT_TWICE": [signal.SIGINT] * 2}
+ACCIDENTS = {
+    "KILL": [signal.SIGKILL],
+    "TERM": [signal.SIGTERM],
+    "INT": [signal.SIGINT],
+    "INT_TWICE": [signal.SIGINT] * 2,
+}
 
 
 class Trainer(train.Trainer):

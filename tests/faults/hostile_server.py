@@ -1,7 +1,9 @@
-"""An HTTP server on loopback that does everything wrong that servers do. A process of its own: `HostileServer` starts it.
+"""An HTTP server on loopback that does everything wrong that servers do. A process of its own:
+`HostileServer` starts it.
 
-The first part of a path says how it behaves, the rest which image it serves: /good/7 is image 7 as it should be. It speaks
-raw bytes, since no library would send what it has to send. `deliveries` counts answers that were written to the last byte.
+The first part of a path says how it behaves, the rest which image it serves: /good/7 is image 7 as it should
+be. It speaks raw bytes, since no library would send what it has to send. `deliveries` counts answers that
+were written to the last byte.
 """
 
 import asyncio
@@ -38,7 +40,11 @@ def bomb_png() -> bytes:
         return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
 
     size = (60000).to_bytes(4, "big")
-    parts = chunk(b"IHDR", size + size + bytes([8, 2, 0, 0, 0])), chunk(b"IDAT", zlib.compress(b"")), chunk(b"IEND", b"")
+    parts = (
+        chunk(b"IHDR", size + size + bytes([8, 2, 0, 0, 0])),
+        chunk(b"IDAT", zlib.compress(b"")),
+        chunk(b"IEND", b""),
+    )
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
@@ -100,7 +106,8 @@ class Server:
             self.deliveries[path] += 1
         return result
 
-    # Each behaviour returns True where the connection stays open, False where it did not deliver what was asked for.
+    # Each behaviour returns True where the connection stays open, False where it did not deliver what was
+    # asked for.
 
     async def good(self, writer, rest, time_asked):
         await send(writer, image(int(rest)), "Connection: keep-alive")
@@ -141,7 +148,10 @@ class Server:
     async def drop_unseen(self, writer, rest, time_asked):
         """No length, so the dropped connection looks like the end of the answer."""
         data = image(int(rest))
-        writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + (data if time_asked > 1 else data[: len(data) // 2]))
+        writer.write(
+            b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n"
+            + (data if time_asked > 1 else data[: len(data) // 2])
+        )
         await writer.drain()
         return None if time_asked > 1 else False
 
@@ -161,7 +171,9 @@ class Server:
         await writer.drain()
 
     async def goes_on(self, writer, rest, time_asked):
-        """The image as it should be, and something more when nobody asked: whoever uses the connection next gets it."""
+        """The image as it should be, and something more when nobody asked: whoever uses the connection next
+        gets it.
+        """
         await send(writer, image(int(rest)), "Connection: keep-alive")
         await asyncio.sleep(0.05)
         writer.write(b"\0more\0")
@@ -233,7 +245,12 @@ class Server:
     async def to(self, writer, rest, time_asked):
         """Redirects to an address: /to/http/127.0.0.2; PORT stands for this server's."""
         scheme, _, where = rest.partition("/")
-        await send(writer, b"", f"Location: {scheme}://{unquote(where).replace('PORT', str(self.port))}/good/1", status=302)
+        await send(
+            writer,
+            b"",
+            f"Location: {scheme}://{unquote(where).replace('PORT', str(self.port))}/good/1",
+            status=302,
+        )
         return False
 
 
@@ -250,7 +267,9 @@ class HostileServer:
     """`with HostileServer() as server: server.url("good/7")`."""
 
     def __enter__(self) -> "HostileServer":
-        self.process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.process = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
         self.port = int(self.process.stdout.readline())
         return self
 

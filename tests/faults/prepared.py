@@ -118,7 +118,11 @@ def samples(out: Path) -> dict[str, dict[str, bytes]]:
 
 
 def rejects(out: Path) -> list[dict]:
-    return [json.loads(line) for file in sorted((out / "rejects").glob("*.jsonl")) for line in file.read_text().splitlines()]
+    return [
+        json.loads(line)
+        for file in sorted((out / "rejects").glob("*.jsonl"))
+        for line in file.read_text().splitlines()
+    ]
 
 
 def bytes_of(out: Path) -> dict[str, bytes]:

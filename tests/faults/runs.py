@@ -66,7 +66,11 @@ def log(folder: Path) -> str:
 
 def losses(folder: Path) -> dict[int, tuple[float, float]]:
     """step -> (loss, gradient norm), every digit."""
-    return {record["step"]: (record["loss"], record["grad_norm"]) for record in read_history(folder) if "loss" in record}
+    return {
+        record["step"]: (record["loss"], record["grad_norm"])
+        for record in read_history(folder)
+        if "loss" in record
+    }
 
 
 def checkpoints(folder: Path) -> list[str]:

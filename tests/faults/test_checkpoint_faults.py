@@ -1,4 +1,6 @@
-"""A checkpoint that cannot be written or read is one line that says what to do; the one before it stays whole."""
+"""A checkpoint that cannot be written or read is one line that says what to do; the one before it stays
+whole.
+"""
 
 import re
 import shutil

@@ -13,7 +13,9 @@ CHECKPOINTS_OFF = "--checkpoint.no_enable"
 
 
 def train(folder: Path, *options: str, **environment: str) -> int:
-    return runs.train(folder, "--lr_scheduler.warmup_steps", "1", "--optimizer.lr", "0.0008", *options, **environment)
+    return runs.train(
+        folder, "--lr_scheduler.warmup_steps", "1", "--optimizer.lr", "0.0008", *options, **environment
+    )
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +74,10 @@ def test_what_differs_on_resume_is_named_and_each_launch_keeps_its_configuration
     options = ("--training.steps", "5", "--optimizer.lr", "0.5", "--metrics.enable_tensorboard")
     assert train(used, *options) == 0, runs.log(used)
     changed = "training.steps was 4 and is 5"
-    assert f"{used} goes on from step 4 with other options: optimizer.lr was 0.0008 and is 0.5; {changed}" in runs.log(used)
+    assert (
+        f"{used} goes on from step 4 with other options: optimizer.lr was 0.0008 and is 0.5; {changed}"
+        in runs.log(used)
+    )
     launches = {path.name: tomllib.loads(path.read_text()) for path in (used / "launches").iterdir()}
     assert {name: table["optimizer"]["lr"] for name, table in launches.items()} == {
         "1-from-step-0.toml": 0.0008,
@@ -125,7 +130,9 @@ def test_another_tokenizer_is_refused_and_one_that_moved_is_not(used, tmp_path):
         file.write("\n")
     told = refused(used, "--training.steps", "5", "--model.tokenizer_path", str(tmp_path / "other"))
     assert "was made with assets/tokenizer" in told
-    assert train(used, "--training.steps", "5", "--model.tokenizer_path", str(tmp_path / "moved")) == 0, runs.log(used)
+    assert train(used, "--training.steps", "5", "--model.tokenizer_path", str(tmp_path / "moved")) == 0, (
+        runs.log(used)
+    )
 
 
 def test_a_fresh_run_moves_the_files_of_the_one_before(tmp_path):
@@ -160,7 +167,9 @@ def test_a_run_killed_before_its_first_checkpoint_begins_afresh(tmp_path):
 
 def test_going_back_puts_the_later_checkpoints_and_metrics_aside(used):
     step_4 = files(used / "checkpoint" / "step-4")
-    assert train(used, "--training.steps", "4", "--checkpoint.load_step", "2", KILL_AFTER="3") < 0, runs.log(used)
+    assert train(used, "--training.steps", "4", "--checkpoint.load_step", "2", KILL_AFTER="3") < 0, runs.log(
+        used
+    )
     assert runs.checkpoints(used) == ["step-2"], "the next launch must not go on from the other branch"
     aside = used / "previous" / "1"
     assert files(aside / "checkpoint" / "step-4") == step_4

@@ -1,4 +1,6 @@
-"""Two machines, rehearsed as two launchers that meet on the loopback address; and a rank that hangs, named by the others."""
+"""Two machines, rehearsed as two launchers that meet on the loopback address; and a rank that hangs, named by
+the others.
+"""
 
 import os
 import re
@@ -57,11 +59,23 @@ def test_two_launchers_train_as_one_process(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir(), two.mkdir()
     steps = ["--training.steps", "4"]
-    assert finish(launch(one, "log.txt", *steps, "--training.local_batch_size", "4", NGPU="1")) == [0], (one / "log.txt").read_text()
+    assert finish(launch(one, "log.txt", *steps, "--training.local_batch_size", "4", NGPU="1")) == [0], (
+        one / "log.txt"
+    ).read_text()
     layout = ["--parallelism.pipeline_parallel_degree", "2", "--parallelism.context_parallel_degree", "2"]
     where = {"NGPU": "2", "NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     nodes = [
-        launch(two, f"node{node}.txt", *steps, *layout, "--training.local_batch_size", "4", NODE_RANK=str(node), **where) for node in (0, 1)
+        launch(
+            two,
+            f"node{node}.txt",
+            *steps,
+            *layout,
+            "--training.local_batch_size",
+            "4",
+            NODE_RANK=str(node),
+            **where,
+        )
+        for node in (0, 1)
     ]
     assert finish(*nodes) == [0, 0], (two / "node0.txt").read_text() + (two / "node1.txt").read_text()
     expected, found = losses((one / "log.txt").read_text()), losses((two / "node0.txt").read_text())
@@ -85,7 +99,9 @@ def rank_process(launcher: subprocess.Popen, rank: int) -> psutil.Process:
 
 
 def test_a_rank_that_hangs_is_named_with_its_step(tmp_path):
-    run = launch(tmp_path, "log.txt", "--training.steps", "100000", "--comm.train_timeout_seconds", "5", NGPU="2")
+    run = launch(
+        tmp_path, "log.txt", "--training.steps", "100000", "--comm.train_timeout_seconds", "5", NGPU="2"
+    )
     stuck = None
     try:
         log = tmp_path / "log.txt"

@@ -15,7 +15,9 @@ from tests.faults.hostile_server import HOSTS, HostileServer, image
 
 LOOPBACK = Gate(networks=(ip_network("127.0.0.1/32"),))
 # As long as a busy machine may need.
-LIMITS = Limits(timeout_s=120, read_timeout_s=120, max_bytes=1 << 20, retries=1, backoff_s=0.02, max_retry_after_s=5.0)
+LIMITS = Limits(
+    timeout_s=120, read_timeout_s=120, max_bytes=1 << 20, retries=1, backoff_s=0.02, max_retry_after_s=5.0
+)
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +26,9 @@ def server():
         yield server
 
 
-def fetch(*urls: str, gate: Gate = LOOPBACK, max_per_host: int = 8, limits: Limits = LIMITS) -> list[bytes | Failed]:
+def fetch(
+    *urls: str, gate: Gate = LOOPBACK, max_per_host: int = 8, limits: Limits = LIMITS
+) -> list[bytes | Failed]:
     async def one(client: Client, url: str) -> bytes | Failed:
         try:
             return await client.fetch(url)
@@ -85,14 +89,19 @@ def test_what_says_nothing_or_never_ends_is_given_up(server, path):
     assert reason(fetch(server.url(path), limits=limits)[0]) == "timeout"
 
 
-@pytest.mark.parametrize("url", ["ftp://host/x", "file:///etc/passwd", "http://", "nonsense", "http://[::1", "javascript:alert(1)", ""])
+@pytest.mark.parametrize(
+    "url",
+    ["ftp://host/x", "file:///etc/passwd", "http://", "nonsense", "http://[::1", "javascript:alert(1)", ""],
+)
 def test_only_http_urls_are_fetched(url):
     assert reason(fetch(url)[0]) == "bad_url"
 
 
 def test_private_addresses_are_refused_by_name_and_by_number(server):
     names = ["localhost", "127.0.0.1", "127.1", "2130706433", "0x7f000001", "[::1]", "[::ffff:7f00:1]"]
-    reasons = [reason(result) for result in fetch(*(server.url("good/1", name) for name in names), gate=Gate())]
+    reasons = [
+        reason(result) for result in fetch(*(server.url("good/1", name) for name in names), gate=Gate())
+    ]
     # Numbers written in an odd way are refused as addresses or, by newer clients, as no URL at all.
     assert set(reasons) <= {"private_address", "bad_url"} and reasons[:2] == ["private_address"] * 2
     assert isinstance(fetch(server.url("good/1"), gate=Gate(allow_private=True))[0], bytes)
@@ -101,7 +110,11 @@ def test_private_addresses_are_refused_by_name_and_by_number(server):
 def test_a_name_that_changes_its_address_is_checked_where_it_is_connected_to(server, monkeypatch):
     """DNS rebinding: the first answer is harmless, the next one is not."""
     real, answers = socket.getaddrinfo, iter([HOSTS[0]] + [HOSTS[1]] * 20)
-    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *a, **k: real(next(answers) if host == "rebind.test" else host, *a, **k))
+    monkeypatch.setattr(
+        socket,
+        "getaddrinfo",
+        lambda host, *a, **k: real(next(answers) if host == "rebind.test" else host, *a, **k),
+    )
     before = server.stats()["reached"][1]
     assert isinstance(fetch(server.url("good/1", "rebind.test"))[0], bytes)
     assert reason(fetch(server.url("good/1", "rebind.test"))[0]) == "private_address"
@@ -114,9 +127,40 @@ def test_a_name_that_changes_its_address_is_checked_where_it_is_connected_to(ser
         ("93.184.216.34", True),
         ("2606:2800:220:1::1", True),
         ("64:ff9b::5db8:d822", True),  # NAT64 of a public address
-        *((address, False) for address in ("10.1.2.3", "172.16.0.1", "192.168.1.1", "127.0.0.1", "169.254.169.254", "0.0.0.0")),
-        *((address, False) for address in ("100.64.0.1", "224.0.0.1", "255.255.255.255", "240.0.0.1", "192.0.2.1", "198.18.0.1")),
-        *((address, False) for address in ("::", "::1", "fe80::1%eth0", "fc00::1", "ff02::1", "::ffff:10.0.0.1", "::127.0.0.1")),
+        *(
+            (address, False)
+            for address in (
+                "10.1.2.3",
+                "172.16.0.1",
+                "192.168.1.1",
+                "127.0.0.1",
+                "169.254.169.254",
+                "0.0.0.0",
+            )
+        ),
+        *(
+            (address, False)
+            for address in (
+                "100.64.0.1",
+                "224.0.0.1",
+                "255.255.255.255",
+                "240.0.0.1",
+                "192.0.2.1",
+                "198.18.0.1",
+            )
+        ),
+        *(
+            (address, False)
+            for address in (
+                "::",
+                "::1",
+                "fe80::1%eth0",
+                "fc00::1",
+                "ff02::1",
+                "::ffff:10.0.0.1",
+                "::127.0.0.1",
+            )
+        ),
         *((address, False) for address in ("64:ff9b::a00:1", "2002:a00:1::1", "2001:db8::1", "64:ff9b:1::1")),
     ],
 )
@@ -155,7 +199,9 @@ def test_requests_to_a_host_are_apart_and_other_hosts_do_not_wait():
 
 def test_retry_after_leaves_the_whole_host_alone():
     with HostileServer() as server:
-        results = fetch(server.url("flaky/429/1"), *(server.url(f"slow/{number}") for number in range(6)), max_per_host=1)
+        results = fetch(
+            server.url("flaky/429/1"), *(server.url(f"slow/{number}") for number in range(6)), max_per_host=1
+        )
         starts = server.stats()["starts"]
     assert all(isinstance(result, bytes) for result in results)
     asked = next(start for start, path in starts if path.startswith("/flaky"))
@@ -165,7 +211,10 @@ def test_retry_after_leaves_the_whole_host_alone():
 def test_what_a_server_sends_after_its_answer_harms_no_other_image(server):
     async def one_after_the_other() -> list[bytes]:
         async with Client(LIMITS, LOOPBACK, Hosts(8, 0.0), 64, "test", looks_whole) as client:
-            for paths in ([f"goes_on/{number}" for number in range(8)], [f"good/{number}" for number in range(8)]):
+            for paths in (
+                [f"goes_on/{number}" for number in range(8)],
+                [f"good/{number}" for number in range(8)],
+            ):
                 got = await asyncio.gather(*(client.fetch(server.url(path)) for path in paths))
                 await asyncio.sleep(0.1)
             return got

@@ -23,7 +23,9 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "prepare_data.py"
 
 def documents(server: HostileServer, images: int) -> list[dict]:
     """Two slow images each, a bad one now and then."""
-    paths = [f"slow/{number}" if number % 7 else f"status/{410 + number % 3}?{number}" for number in range(images)]
+    paths = [
+        f"slow/{number}" if number % 7 else f"status/{410 + number % 3}?{number}" for number in range(images)
+    ]
     urls = [server.url(path) for path in paths]
     return [{"texts": [str(n), None, None], "images": [None, *urls[n : n + 2]]} for n in range(0, images, 2)]
 
@@ -88,7 +90,11 @@ def test_even_when_the_working_process_is_killed_what_is_on_disk_is_not_fetched_
             for victim in (process.pid, worker.pid):
                 os.kill(victim, signal.SIGKILL)
             process.join()
-            wait_until(lambda pid=worker.pid: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+            wait_until(
+                lambda pid=worker.pid: (
+                    not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+                )
+            )
         on_disk = journalled(tmp_path / "out")
         before = server.stats()["requests"]
         report = run(source, tmp_path / "out", records_per_shard=25, concurrency=8)
@@ -105,14 +111,31 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path):
     """Ctrl-C, through the script."""
     with HostileServer() as server:
         source = write_jsonl(tmp_path / "a.jsonl", documents(server, 400))
-        command = [sys.executable, str(SCRIPT), "--input", str(source), "--out", str(tmp_path / "out"), "--concurrency", "4"]
-        process = subprocess.Popen([*command, "--allow_networks", "127.0.0.1/32"], stderr=subprocess.PIPE, text=True)
+        command = [
+            sys.executable,
+            str(SCRIPT),
+            "--input",
+            str(source),
+            "--out",
+            str(tmp_path / "out"),
+            "--concurrency",
+            "4",
+        ]
+        process = subprocess.Popen(
+            [*command, "--allow_networks", "127.0.0.1/32"], stderr=subprocess.PIPE, text=True
+        )
         wait_until(lambda: deliveries(server).total() >= 20, lambda: process.poll() is None)
         process.send_signal(signal.SIGINT)
         _, said = process.communicate()
-        assert process.returncode == 130 and "the same command goes on from here" in said and "Traceback" not in said
+        assert (
+            process.returncode == 130
+            and "the same command goes on from here" in said
+            and "Traceback" not in said
+        )
         counts = deliveries(server)
-        assert counts.total() < 300 and {server.url(path.lstrip("/")) for path in counts} <= journalled(tmp_path / "out")
+        assert counts.total() < 300 and {server.url(path.lstrip("/")) for path in counts} <= journalled(
+            tmp_path / "out"
+        )
 
 
 @pytest.mark.slow
@@ -120,11 +143,23 @@ def test_the_script_killed_ten_times_at_any_moment(tmp_path):
     with HostileServer() as server:
         source = write_jsonl(tmp_path / "a.jsonl", documents(server, 600))
         options = [f"--{name}={value}" for name, value in QUICK.items() if name != "allow_networks"]
-        command = [sys.executable, str(SCRIPT), "--input", str(source), "--out", str(tmp_path / "out"), "--records_per_shard", "50"]
+        command = [
+            sys.executable,
+            str(SCRIPT),
+            "--input",
+            str(source),
+            "--out",
+            str(tmp_path / "out"),
+            "--records_per_shard",
+            "50",
+        ]
         command += [*options, "--allow_networks", "127.0.0.1/32"]
         for kill in range(KILLS):
             process = subprocess.Popen(command, stderr=subprocess.PIPE)
-            wait_until(lambda goal=45 * (kill + 1): deliveries(server).total() >= goal, lambda running=process: running.poll() is None)
+            wait_until(
+                lambda goal=45 * (kill + 1): deliveries(server).total() >= goal,
+                lambda running=process: running.poll() is None,
+            )
             process.kill()
             process.communicate()
         assert subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0

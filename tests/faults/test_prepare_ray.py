@@ -31,7 +31,17 @@ def cluster(monkeypatch):
 
 def command(source: Path, out: Path, address: str) -> list[str]:
     options = [f"--{name}={value}" for name, value in QUICK.items() if name != "allow_networks"]
-    command = [sys.executable, str(SCRIPT), "--input", str(source), "--out", str(out), "--records_per_shard", "15", *options]
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "--input",
+        str(source),
+        "--out",
+        str(out),
+        "--records_per_shard",
+        "15",
+        *options,
+    ]
     return [*command, "--ray_address", address, "--allow_networks", "127.0.0.1/32"]
 
 
@@ -39,7 +49,12 @@ def test_a_cluster_that_loses_a_node_makes_the_same_shards(cluster, tmp_path):
     nodes = [cluster.add_node(num_cpus=1, node_ip_address="127.0.0.1") for _ in range(2)]
     with HostileServer() as server:
         source = write_jsonl(tmp_path / "a.jsonl", documents(server, 300))
-        driver = subprocess.Popen(command(source, tmp_path / "ray", cluster.address), env=os.environ, stderr=subprocess.PIPE, text=True)
+        driver = subprocess.Popen(
+            command(source, tmp_path / "ray", cluster.address),
+            env=os.environ,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         wait_until(lambda: deliveries(server).total() >= 60, lambda: driver.poll() is None)
         cluster.remove_node(nodes[0], allow_graceful=False)
         _, said = driver.communicate()

@@ -70,10 +70,24 @@ def check_balance(report: dict, records: int) -> None:
 def test_every_good_image_arrives_once_and_all_else_is_in_the_report(server, tmp_path):
     """Through the script, as a person would."""
     paths = [*GOOD, *BAD]
-    source = write_tsv(tmp_path / "cc.tsv", [*((server.url(path), f"caption of {path}") for path in paths), ("ftp://x/y.jpg", "no")])
+    source = write_tsv(
+        tmp_path / "cc.tsv",
+        [*((server.url(path), f"caption of {path}") for path in paths), ("ftp://x/y.jpg", "no")],
+    )
     options = [f"--{name}={value}" for name, value in QUICK.items() if name != "allow_networks"]
-    command = [sys.executable, str(SCRIPT), "--input", str(source), "--out", str(tmp_path / "out"), "--records_per_shard", "16"]
-    done = subprocess.run([*command, *options, "--allow_networks", "127.0.0.1/32"], capture_output=True, text=True)
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "--input",
+        str(source),
+        "--out",
+        str(tmp_path / "out"),
+        "--records_per_shard",
+        "16",
+    ]
+    done = subprocess.run(
+        [*command, *options, "--allow_networks", "127.0.0.1/32"], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert "images: 55 of 55" in done.stderr and "\r" not in done.stderr  # no terminal: plain lines
 
@@ -82,8 +96,13 @@ def test_every_good_image_arrives_once_and_all_else_is_in_the_report(server, tmp
         f"caption of {path}": image(number) for path, number in GOOD.items()
     }
     assert all(json.loads(sample["json"])["url"].startswith("http://127.0.0.1") for sample in found.values())
-    told = {(line["detail"].split()[0].removesuffix(":"), line["reason"]) for line in rejects(tmp_path / "out")}
-    assert told == {*((server.url(path), reason) for path, reason in BAD.items()), ("ftp://x/y.jpg", "bad_url")}
+    told = {
+        (line["detail"].split()[0].removesuffix(":"), line["reason"]) for line in rejects(tmp_path / "out")
+    }
+    assert told == {
+        *((server.url(path), reason) for path, reason in BAD.items()),
+        ("ftp://x/y.jpg", "bad_url"),
+    }
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     check_balance(report, 55)
     assert left_out(report) == Counter([*BAD.values(), "bad_url"]) and not left_out(report, "images")
@@ -108,7 +127,12 @@ def test_documents_keep_their_text_and_lose_only_bad_images(server, tmp_path):
         "general_metadata": "{}",
     }
     broken = {"texts": ["a"], "images": [None, "x"], "metadata": "", "general_metadata": ""}
-    nothing = {"texts": [None], "images": [server.url("status/404")], "metadata": "[null]", "general_metadata": "{}"}
+    nothing = {
+        "texts": [None],
+        "images": [server.url("status/404")],
+        "metadata": "[null]",
+        "general_metadata": "{}",
+    }
     pq.write_table(pa.Table.from_pylist([record, broken, nothing]), tmp_path / "obelics.parquet")
     report = run(tmp_path / "obelics.parquet", tmp_path / "out")
 
@@ -121,13 +145,17 @@ def test_documents_keep_their_text_and_lose_only_bad_images(server, tmp_path):
     document = json.loads(sample["json"])
     assert document["texts"] == [None, "a heron", None, "in the reeds"]
     assert document["images"] == ["00000-00000.0.jpg", None, "00000-00000.3.png", None]
-    assert document["metadata"][0]["alt_text"] == "bird" and document["metadata"][0]["url"] == server.url("good/1")
+    assert document["metadata"][0]["alt_text"] == "bird" and document["metadata"][0]["url"] == server.url(
+        "good/1"
+    )
     assert (sample["0.jpg"], sample["3.png"]) == (image(1), image(2, "PNG"))
 
 
 def test_an_image_longer_than_announced_is_rejected(server, tmp_path):
     """Cut at its announced length, or refused with what follows it, as the packets come."""
-    (reason,) = left_out(run(write_tsv(tmp_path / "a.tsv", [(server.url("announces_less/1"), "x")]), tmp_path / "out"))
+    (reason,) = left_out(
+        run(write_tsv(tmp_path / "a.tsv", [(server.url("announces_less/1"), "x")]), tmp_path / "out")
+    )
     assert reason in ("image_truncated", "bad_response")
 
 
@@ -140,7 +168,13 @@ def read_back(out: Path) -> list[list[str | tuple[int, int]]]:
         for index in range(len(shard)):
             document, lost = shard.read(index)
             assert not lost
-            parts.append([(p.height, p.width) if isinstance(p, DocumentImage) else p.text for p in document.parts if not_special(p)])
+            parts.append(
+                [
+                    (p.height, p.width) if isinstance(p, DocumentImage) else p.text
+                    for p in document.parts
+                    if not_special(p)
+                ]
+            )
             assert all(shard.load(part) for part in document.parts if isinstance(part, DocumentImage))
         shard.close()
     return parts
@@ -151,11 +185,18 @@ def not_special(part) -> bool:
 
 
 def test_the_loader_reads_what_was_prepared(server, tmp_path):
-    captions = [{"image": {"bytes": image(number), "path": None}, "caption": f"c{number}", "score": 0.5} for number in range(3)]
+    captions = [
+        {"image": {"bytes": image(number), "path": None}, "caption": f"c{number}", "score": 0.5}
+        for number in range(3)
+    ]
     pq.write_table(pa.Table.from_pylist(captions), tmp_path / "captions.parquet")
     run(tmp_path / "captions.parquet", tmp_path / "captions")
-    judged = webdataset.WebDataset(str(tmp_path / "captions" / "00000.tar"), shardshuffle=False, empty_check=False)
-    by_key = {sample["__key__"]: {name: sample[name] for name in sample if name[0] != "_"} for sample in judged}
+    judged = webdataset.WebDataset(
+        str(tmp_path / "captions" / "00000.tar"), shardshuffle=False, empty_check=False
+    )
+    by_key = {
+        sample["__key__"]: {name: sample[name] for name in sample if name[0] != "_"} for sample in judged
+    }
     assert by_key == samples(tmp_path / "captions")
     assert read_back(tmp_path / "captions") == [[(60 + number, 80), f"c{number}"] for number in range(3)]
     assert json.loads(samples(tmp_path / "captions")["00000-00001"]["json"])["score"] == 0.5
@@ -171,7 +212,9 @@ def test_conversations_are_nothing_without_their_images(tmp_path):
     (tmp_path / "images" / "1.jpg").write_bytes(image(1))
     (tmp_path / "secret.jpg").write_bytes(image(2))
     turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "Noise."}]
-    typed = [{"role": "user", "content": [{"type": "image", "image": "1.jpg"}, {"type": "text", "text": "What?"}]}]
+    typed = [
+        {"role": "user", "content": [{"type": "image", "image": "1.jpg"}, {"type": "text", "text": "What?"}]}
+    ]
     typed.append({"role": "assistant", "content": "Noise."})
     records = [
         {"id": "one", "image": "1.jpg", "conversations": turns},
@@ -184,7 +227,9 @@ def test_conversations_are_nothing_without_their_images(tmp_path):
         {"id": "empty", "image": "", "conversations": turns[1:]},
     ]
     (tmp_path / "llava.json").write_text(json.dumps(records))
-    report = run(tmp_path / "llava.json", tmp_path / "out", image_folder=str(tmp_path / "images"), records_per_shard=3)
+    report = run(
+        tmp_path / "llava.json", tmp_path / "out", image_folder=str(tmp_path / "images"), records_per_shard=3
+    )
 
     check_balance(report, 8)
     assert (written(report), written(report, "images")) == (5, 3)
@@ -198,11 +243,16 @@ def test_conversations_are_nothing_without_their_images(tmp_path):
     (tmp_path / "messages.json").write_text(json.dumps([{"id": "typed", "messages": typed}]))
     run(tmp_path / "messages.json", tmp_path / "typed", image_folder=str(tmp_path / "images"))
     (sample,) = samples(tmp_path / "typed").values()
-    assert json.loads(sample["json"])["messages"][0]["content"][0] == {"type": "image", "image": "00000-00000.0.jpg"}
+    assert json.loads(sample["json"])["messages"][0]["content"][0] == {
+        "type": "image",
+        "image": "00000-00000.0.jpg",
+    }
 
 
 def test_columns_of_other_names_are_read_where_they_are_named(tmp_path):
-    rows = [{"picture": image(1), "words": "A heron.", "url": "http://10.0.0.1/not-this", "caption": "nor this"}]
+    rows = [
+        {"picture": image(1), "words": "A heron.", "url": "http://10.0.0.1/not-this", "caption": "nor this"}
+    ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
     report = run(tmp_path / "x.parquet", tmp_path / "out", image_column="picture", text_column="words")
     (sample,) = samples(tmp_path / "out").values()
@@ -212,7 +262,9 @@ def test_columns_of_other_names_are_read_where_they_are_named(tmp_path):
 
 def test_what_json_does_not_know_stops_no_run(tmp_path):
     about = {"when": datetime.datetime(2024, 5, 6), "price": decimal.Decimal("1.50"), "raw": b"\xff"}
-    rows = [{"texts": ["a", None], "images": [None, {"bytes": image(1), "path": None}], "general_metadata": about}]
+    rows = [
+        {"texts": ["a", None], "images": [None, {"bytes": image(1), "path": None}], "general_metadata": about}
+    ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
     assert written(run(tmp_path / "x.parquet", tmp_path / "out")) == 1
     told = json.loads(samples(tmp_path / "out")["00000-00000"]["json"])["general_metadata"]
@@ -229,7 +281,10 @@ def test_no_thread_asks_ast_to_read_an_array(tmp_path, monkeypatch):
         return true_eval(source)
 
     monkeypatch.setattr(ast, "literal_eval", fail)
-    pq.write_table(pa.Table.from_pylist([{"image": image(n % 3), "caption": str(n)} for n in range(6)]), tmp_path / "x.parquet")
+    pq.write_table(
+        pa.Table.from_pylist([{"image": image(n % 3), "caption": str(n)} for n in range(6)]),
+        tmp_path / "x.parquet",
+    )
     report = run(tmp_path / "x.parquet", tmp_path / "out", records_per_shard=2)
     assert [sample["txt"] for sample in samples(tmp_path / "out").values()] == [b"0", b"1", b"2"]
     assert left_out(report) == {"duplicate_content": 3}
@@ -248,9 +303,14 @@ def test_images_are_shrunk_and_encoded_on_request_and_else_untouched(tmp_path):
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
 
     run(tmp_path / "x.parquet", tmp_path / "kept")
-    assert [sample.get("jpg") or sample["png"] for sample in samples(tmp_path / "kept").values()] == [row["image"] for row in rows]
+    assert [sample.get("jpg") or sample["png"] for sample in samples(tmp_path / "kept").values()] == [
+        row["image"] for row in rows
+    ]
     run(tmp_path / "x.parquet", tmp_path / "small", max_side=50)
-    sizes = [Image.open(io.BytesIO(sample.get("jpg") or sample["png"])).size for sample in samples(tmp_path / "small").values()]
+    sizes = [
+        Image.open(io.BytesIO(sample.get("jpg") or sample["png"])).size
+        for sample in samples(tmp_path / "small").values()
+    ]
     assert sizes == [(50, 39), (50, 40), (20, 50)]  # the last stands upright, as a person sees it
     run(tmp_path / "x.parquet", tmp_path / "jpeg", encode="jpeg")
     found = list(samples(tmp_path / "jpeg").values())
@@ -261,7 +321,9 @@ def test_images_are_shrunk_and_encoded_on_request_and_else_untouched(tmp_path):
 def test_of_the_same_image_the_first_in_the_input_stays(server, tmp_path):
     """Whichever arrives first: the first one is the slowest."""
     paths = ["same/1", "good/1", "same/2", "good/1", "good/2"] * 3
-    source = write_jsonl(tmp_path / "a.jsonl", [{"url": server.url(path), "caption": str(n)} for n, path in enumerate(paths)])
+    source = write_jsonl(
+        tmp_path / "a.jsonl", [{"url": server.url(path), "caption": str(n)} for n, path in enumerate(paths)]
+    )
     report = run(source, tmp_path / "on", records_per_shard=4)
     assert [sample["txt"] for sample in samples(tmp_path / "on").values()] == [b"0", b"1", b"4"]
     assert left_out(report) == {"duplicate_content": 1, "duplicate_url": 11}
@@ -283,7 +345,9 @@ def test_a_finished_run_does_nothing_and_other_options_are_refused(server, tmp_p
 
 
 def test_without_leave_nothing_private_is_fetched(server, tmp_path):
-    source = write_tsv(tmp_path / "a.tsv", [(server.url("good/1"), "one"), (server.url("good/2", "localhost"), "two")])
+    source = write_tsv(
+        tmp_path / "a.tsv", [(server.url("good/1"), "one"), (server.url("good/2", "localhost"), "two")]
+    )
     assert left_out(run(source, tmp_path / "out", allow_networks=())) == {"private_address": 2}
     assert not list((tmp_path / "out").glob("*.tar"))
     assert written(run(source, tmp_path / "allowed", allow_private=True)) == 2

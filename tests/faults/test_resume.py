@@ -55,8 +55,12 @@ def test_a_signal_saves_sets_the_exit_code_and_the_run_goes_on(straight, tmp_pat
 
 
 def test_a_stopped_run_without_checkpoints_says_so(tmp_path):
-    assert runs.train(tmp_path, "--checkpoint.no_enable", TERM_AFTER="3") == 128 + signal.SIGTERM, runs.log(tmp_path)
-    assert "stopped by SIGTERM after step 3; nothing was saved, since checkpoint.enable is off" in runs.log(tmp_path)
+    assert runs.train(tmp_path, "--checkpoint.no_enable", TERM_AFTER="3") == 128 + signal.SIGTERM, runs.log(
+        tmp_path
+    )
+    assert "stopped by SIGTERM after step 3; nothing was saved, since checkpoint.enable is off" in runs.log(
+        tmp_path
+    )
 
 
 def test_a_second_interrupt_ends_the_run_at_once_with_one_line(tmp_path):
@@ -85,7 +89,9 @@ def test_a_signal_to_one_rank_of_two_saves_and_ends_both(tmp_path):
 def test_the_next_step_is_told_after_the_checkpoint_is_complete(straight):
     lines = runs.log(straight).splitlines()
     place = {line.split(" loss")[0]: number for number, line in enumerate(lines)}
-    complete = [number for number, line in enumerate(lines) if line.startswith("checkpoint of step 4 is complete")]
+    complete = [
+        number for number, line in enumerate(lines) if line.startswith("checkpoint of step 4 is complete")
+    ]
     assert place["step: 4"] < complete[0] < place["step: 5"]
 
 
@@ -154,7 +160,17 @@ def test_epochs_are_told_and_kept_with_the_metrics(straight):
 
 
 def test_the_last_line_with_controls_says_what_images_are_worth(tmp_path):
-    assert runs.train(tmp_path, "--training.steps", "1", "--validation.enable", "--validation.controls", "--metrics.save_plot") == 0
+    assert (
+        runs.train(
+            tmp_path,
+            "--training.steps",
+            "1",
+            "--validation.enable",
+            "--validation.controls",
+            "--metrics.save_plot",
+        )
+        == 0
+    )
     *_, validation, curves, last = runs.log(tmp_path).splitlines()
     assert re.fullmatch(r"held-out exact \d+\.\d % blanked \d+\.\d % shuffled \d+\.\d %", last)
     assert validation.startswith("validate step: 1 loss: ") and curves.startswith("curves: ")
@@ -163,13 +179,20 @@ def test_the_last_line_with_controls_says_what_images_are_worth(tmp_path):
 
 def test_a_dry_run_tells_sizes_and_writes_nothing(tmp_path):
     assert runs.train(tmp_path, "--job.dry_run") == 0, runs.log(tmp_path)
-    told = ("pixel_values: uint8 [2, 96, 48]", "layout: one rank", "tokens of the run: 1,024, in 8 steps", "it fits this machine")
+    told = (
+        "pixel_values: uint8 [2, 96, 48]",
+        "layout: one rank",
+        "tokens of the run: 1,024, in 8 steps",
+        "it fits this machine",
+    )
     assert all(f"\n{line}" in runs.log(tmp_path) for line in told), runs.log(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["log.txt"]
 
 
 def test_profiler_traces_are_written_when_asked_for(tmp_path):
-    assert runs.train(tmp_path, "--profiling.enable_profiling", "--profiling.profile_freq", "4") == 0, runs.log(tmp_path)
+    assert runs.train(tmp_path, "--profiling.enable_profiling", "--profiling.profile_freq", "4") == 0, (
+        runs.log(tmp_path)
+    )
     traces = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("profile_traces/*/*"))
     assert traces == ["profile_traces/step-4/rank0_trace.json", "profile_traces/step-8/rank0_trace.json"]
 

@@ -35,7 +35,10 @@ class Vocabulary:
 
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
 def test_peak_memory_is_as_estimated(tmp_path: Path, mode: str):
-    job = job_of(SIZES | {"activation_checkpoint.mode": mode, "activation_checkpoint.encoder_mode": mode}, str(tmp_path))
+    job = job_of(
+        SIZES | {"activation_checkpoint.mode": mode, "activation_checkpoint.encoder_mode": mode},
+        str(tmp_path),
+    )
     spec = dataclasses.replace(SMALL, load_tokenizer=lambda job: Vocabulary())
     estimated = estimate(job, degrees(job.parallelism, 1), Vocabulary.vocab_size).memory
     gc.collect()  # a model of an earlier test goes only now: FSDP makes circles of references
@@ -52,5 +55,8 @@ def test_peak_memory_is_as_estimated(tmp_path: Path, mode: str):
         measured = torch.cuda.max_memory_allocated() - before
     finally:
         close_process_group()
-    print(f"{torch.cuda.get_device_name()}, checkpointing {mode}: {measured / 2**30:.2f} GiB, estimated {estimated.total / 2**30:.2f}")
+    print(
+        f"{torch.cuda.get_device_name()}, checkpointing {mode}: {measured / 2**30:.2f} GiB, estimated "
+        f"{estimated.total / 2**30:.2f}"
+    )
     assert estimated.total == pytest.approx(measured, rel=0.1), estimated

@@ -1,4 +1,5 @@
-"""What only a GPU can show: FlexAttention's backward and compiled kernels, bfloat16, and a step that never waits for the device.
+"""What only a GPU can show: FlexAttention's backward and compiled kernels, bfloat16, and a step that never
+waits for the device.
 
 pytest tests/gpu
 """
@@ -37,7 +38,9 @@ def packed(lengths: list[list[int]], total: int) -> torch.Tensor:
     """int32 [B, total] on the GPU: documents of these lengths one after the other, then padding."""
     segments = torch.full((len(lengths), total), -1, dtype=torch.int32)
     for b, row in enumerate(lengths):
-        names = torch.arange(len(row), dtype=torch.int32).repeat_interleave(torch.tensor(row, dtype=torch.long))
+        names = torch.arange(len(row), dtype=torch.int32).repeat_interleave(
+            torch.tensor(row, dtype=torch.long)
+        )
         segments[b, : len(names)] = names
     return segments.cuda()
 
@@ -59,7 +62,8 @@ def inputs(mask: Mask, width: int, dtype: torch.dtype) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     lengths = mask.segments.shape[1], mask.keys().shape[1], mask.keys().shape[1]
     return [
-        torch.randn(2, n, h, width, generator=generator).to("cuda", dtype).requires_grad_() for n, h in zip(lengths, (4, 2, 2), strict=True)
+        torch.randn(2, n, h, width, generator=generator).to("cuda", dtype).requires_grad_()
+        for n, h in zip(lengths, (4, 2, 2), strict=True)
     ]
 
 
@@ -72,7 +76,9 @@ def result_and_gradients(attend, tensors: list[torch.Tensor]) -> list[torch.Tens
 # Heads of 64 and 128 are the decoders', 72 the so400m encoder's, which is no power of two.
 @pytest.mark.parametrize("width", [64, 72, 128])
 @pytest.mark.parametrize("backend", ["flex", "sdpa"])
-@pytest.mark.parametrize("name", ["images", "documents", "a multiple of the block", "nothing but padding", "some of the queries"])
+@pytest.mark.parametrize(
+    "name", ["images", "documents", "a multiple of the block", "nothing but padding", "some of the queries"]
+)
 def test_result_and_gradients_equal_dense_attention(name, backend, width):
     mask = masks()[name]
     tensors, prepared = inputs(mask, width, torch.float32), prepare_mask(mask, backend)
@@ -80,7 +86,8 @@ def test_result_and_gradients_equal_dense_attention(name, backend, width):
     ours = result_and_gradients(lambda *x: InnerAttention(backend)(*x, prepared), tensors)
     expected = result_and_gradients(lambda *x: dense_attention(*x, allowed), tensors)
     for a, b in zip(ours, expected, strict=True):
-        assert (a - b).abs().max() < 1e-4  # Triton's dot products of float32 are not summed as cuBLAS sums them
+        # Triton's dot products of float32 are not summed as cuBLAS sums them
+        assert (a - b).abs().max() < 1e-4
     assert not ours[0][~torch.as_tensor(allowed, device="cuda").any(-1)].any()
 
 
@@ -98,7 +105,9 @@ def test_bfloat16_stays_within_its_rounding(name, backend):
 def slots(kind: int) -> list[list[Document]]:
     """Batches of one shape with images of other sizes and numbers; the last has none."""
     images = [[(4, 6), (2, 12)], [(10, 2), (8, 8), (2, 2)], [(16, 16)], []][kind]
-    documents = [[words(7 + i, i), draw_picture(h, w, 4, i), words(5, i + 50)] for i, (h, w) in enumerate(images)]
+    documents = [
+        [words(7 + i, i), draw_picture(h, w, 4, i), words(5, i + 50)] for i, (h, w) in enumerate(images)
+    ]
     return [[*documents, [words(40 - 5 * kind, 99)]], [[words(60 + kind, 7)], *documents[:1]]]
 
 
@@ -106,7 +115,9 @@ def batch_on_gpu(kind: int) -> dict[str, torch.Tensor]:
     return {name: tensor.cuda() for name, tensor in build_batch(slots(kind), SIZES).items()}
 
 
-def loss_and_gradients(model: VLM, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def loss_and_gradients(
+    model: VLM, batch: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     model.zero_grad()
     loss = model(**batch)
     loss.sum().backward()
@@ -140,7 +151,11 @@ def test_compiled_blocks_equal_eager_ones():
     model = small_vlm(backend="flex", dim=WIDTH).cuda()
     compiled = compile_blocks(copy.deepcopy(model))
     for kind in range(4):
-        assert_close(loss_and_gradients(compiled, batch_on_gpu(kind)), loss_and_gradients(model, batch_on_gpu(kind)), 1e-4)
+        assert_close(
+            loss_and_gradients(compiled, batch_on_gpu(kind)),
+            loss_and_gradients(model, batch_on_gpu(kind)),
+            1e-4,
+        )
 
 
 def test_images_of_other_sizes_compile_nothing_anew():

@@ -1,4 +1,5 @@
-"""Tokens a second and peak memory of a real step, printed; and that no way to make it faster changes the losses.
+"""Tokens a second and peak memory of a real step, printed; and that no way to make it faster changes the
+losses.
 
 pytest tests/gpu -s
 """
@@ -46,7 +47,9 @@ def losses_and_rate(ways: dict, folder: Path) -> tuple[list[float], str]:
         trainer.close()
     finally:
         close_process_group()
-    return [loss.item() for loss in losses], f"{rate:,.0f} tokens/s, {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"
+    return [
+        loss.item() for loss in losses
+    ], f"{rate:,.0f} tokens/s, {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"
 
 
 def test_every_way_gives_the_same_losses(tmp_path):

@@ -8,17 +8,29 @@ from torchtitan.layers.masks import Mask
 
 
 def allowed_pairs(mask: Mask) -> np.ndarray:
-    """bool [B, Q, K] from the description alone (without predicate): same segment, not padding, key's row not after query's."""
+    """bool [B, Q, K] from the description alone (without predicate): same segment, not padding, key's row not
+    after query's.
+    """
     q_seg = mask.segments.cpu().numpy()
     k_seg = q_seg if mask.kv_segments is None else mask.kv_segments.cpu().numpy()
-    q_row = np.broadcast_to(np.arange(q_seg.shape[1]), q_seg.shape) if mask.rows is None else mask.rows.cpu().numpy()
-    k_row = np.broadcast_to(np.arange(k_seg.shape[1]), k_seg.shape) if mask.kv_rows is None else mask.kv_rows.cpu().numpy()
+    q_row = (
+        np.broadcast_to(np.arange(q_seg.shape[1]), q_seg.shape)
+        if mask.rows is None
+        else mask.rows.cpu().numpy()
+    )
+    k_row = (
+        np.broadcast_to(np.arange(k_seg.shape[1]), k_seg.shape)
+        if mask.kv_rows is None
+        else mask.kv_rows.cpu().numpy()
+    )
     allowed = (q_seg[:, :, None] == k_seg[:, None, :]) & (q_seg[:, :, None] != -1)
     return allowed & (q_row[:, :, None] >= k_row[:, None, :]) if mask.causal else allowed
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | np.ndarray) -> Tensor:
-    """q [B, Q, H, E], k and v [B, K, G, E], allowed bool [B, Q, K] -> [B, Q, H, E], zeros where nothing is allowed."""
+    """q [B, Q, H, E], k and v [B, K, G, E], allowed bool [B, Q, K] -> [B, Q, H, E], zeros where nothing is
+    allowed.
+    """
     allowed = torch.as_tensor(allowed, device=q.device)[:, None]
     share = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(share, 2).double(), v.repeat_interleave(share, 2).double()

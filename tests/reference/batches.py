@@ -1,4 +1,6 @@
-"""Batches by the contract, built document by document with plain loops: what the packer and the loader must agree with."""
+"""Batches by the contract, built document by document with plain loops: what the packer and the loader must
+agree with.
+"""
 
 from dataclasses import dataclass
 
@@ -24,11 +26,15 @@ Document = list[Part]
 def draw_picture(height: int, width: int, patch_size: int, seed: int) -> Picture:
     """Noise of the given size in patches."""
     generator = torch.Generator().manual_seed(seed)
-    return Picture(torch.randint(0, 256, (height, width, patch_size**2 * 3), dtype=torch.uint8, generator=generator))
+    return Picture(
+        torch.randint(0, 256, (height, width, patch_size**2 * 3), dtype=torch.uint8, generator=generator)
+    )
 
 
 def merge_order(height: int, width: int, merge: int) -> list[tuple[int, int]]:
-    """(h, w) of an image's patches in the order of the contract: visual tokens in raster order, and inside each its patches."""
+    """(h, w) of an image's patches in the order of the contract: visual tokens in raster order, and inside
+    each its patches.
+    """
     tokens = [(h, w) for h in range(0, height, merge) for w in range(0, width, merge)]
     return [(h + dh, w + dw) for h, w in tokens for dh in range(merge) for dw in range(merge)]
 
@@ -43,7 +49,9 @@ class Sizes:
 
 
 def build_batch(slots: list[list[Document]], sizes: Sizes) -> dict[str, Tensor]:
-    """Each slot's documents one after the other, each image in the first of its slot's rows where there is room."""
+    """Each slot's documents one after the other, each image in the first of its slot's rows where there is
+    room.
+    """
     B, S, L = len(slots), sizes.seq_len, sizes.patches_per_row
     N, C = B * sizes.patch_rows, sizes.patch_size**2 * 3
     batch = {
@@ -116,7 +124,13 @@ def example_slots(merge: int) -> list[list[Document]]:
     m = merge
     return [
         [
-            [words(5, 0), draw_picture(2 * m, 3 * m, 4, 0), words(4, 1), draw_picture(m, 5 * m, 4, 1), words(3, 2)],
+            [
+                words(5, 0),
+                draw_picture(2 * m, 3 * m, 4, 0),
+                words(4, 1),
+                draw_picture(m, 5 * m, 4, 1),
+                words(3, 2),
+            ],
             [words(9, 3)],
             [draw_picture(4 * m, 2 * m, 4, 2), words(6, 4)],
         ],

@@ -1,4 +1,6 @@
-"""Byte-level BPE the slow way, and the Hugging Face tokenizer.json that holds the same merges as a tiktoken file."""
+"""Byte-level BPE the slow way, and the Hugging Face tokenizer.json that holds the same merges as a tiktoken
+file.
+"""
 
 import json
 
@@ -25,11 +27,20 @@ def printable() -> dict[int, str]:
     return {b: chr(b) if chr(b) in alphabet else chr(next(others)) for b in range(256)}
 
 
-def definition(ranks: dict[bytes, int], specials: dict[str, int], split: str, plain: tuple[str, ...] = ()) -> dict:
-    """A tokenizer.json as Llama 3's: it splits by the same expression, trims offsets, and puts bos first. `plain` are not special."""
+def definition(
+    ranks: dict[bytes, int], specials: dict[str, int], split: str, plain: tuple[str, ...] = ()
+) -> dict:
+    """A tokenizer.json as Llama 3's: it splits by the same expression, trims offsets, and puts bos first.
+
+    `plain` are not special.
+    """
     spell = printable()
     text = {token: "".join(spell[b] for b in token) for token in ranks}
-    merges = [tuple(text[part] for part in merge(token, ranks, rank)) for token, rank in ranks.items() if len(token) > 1]
+    merges = [
+        tuple(text[part] for part in merge(token, ranks, rank))
+        for token, rank in ranks.items()
+        if len(token) > 1
+    ]
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     bos = next(iter(specials))
@@ -37,11 +48,17 @@ def definition(ranks: dict[bytes, int], specials: dict[str, int], split: str, pl
         "version": "1.0",
         "truncation": {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0},
         "padding": None,
-        "added_tokens": [{"id": id, "content": content, "special": content not in plain, **flags} for content, id in specials.items()],
+        "added_tokens": [
+            {"id": id, "content": content, "special": content not in plain, **flags}
+            for content, id in specials.items()
+        ],
         "normalizer": None,
         "pre_tokenizer": {
             "type": "Sequence",
-            "pretokenizers": [{"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": False}, level],
+            "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": False},
+                level,
+            ],
         },
         "post_processor": {
             "type": "TemplateProcessing",
@@ -50,7 +67,11 @@ def definition(ranks: dict[bytes, int], specials: dict[str, int], split: str, pl
             "special_tokens": {bos: {"id": bos, "ids": [specials[bos]], "tokens": [bos]}},
         },
         "decoder": level,
-        "model": {"type": "BPE", "vocab": {text[token]: rank for token, rank in ranks.items()}, "merges": merges},
+        "model": {
+            "type": "BPE",
+            "vocab": {text[token]: rank for token, rank in ranks.items()},
+            "merges": merges,
+        },
     }
 
 

@@ -6,7 +6,9 @@ import numpy as np
 
 
 def size_rule(height: int, width: int, f: int, least: int, most: int) -> tuple[int, int]:
-    """Pixels after resizing by transformers' Lfm2VlImageProcessor (`smart_resize`), which may exceed `most` on extreme ratios."""
+    """Pixels after resizing by transformers' Lfm2VlImageProcessor (`smart_resize`), which may exceed `most`
+    on extreme ratios.
+    """
     h, w = (max(f, round(side / f) * f) for side in (height, width))
     if h * w > most:
         beta = math.sqrt(height * width / most)

@@ -1,7 +1,8 @@
-"""Bytes of all tensors that are alive, measured operation by operation: what an allocator of a GPU would have to hold.
+"""Bytes of all tensors that are alive, measured operation by operation: what an allocator of a GPU would have
+to hold.
 
-Slow and plain: after each operation the storages that somebody still refers to are added up, so that what FSDP frees by resizing
-counts as freed. What an operator of our own allocates inside itself is not seen.
+Slow and plain: after each operation the storages that somebody still refers to are added up, so that what
+FSDP frees by resizing counts as freed. What an operator of our own allocates inside itself is not seen.
 """
 
 import weakref

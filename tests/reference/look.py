@@ -22,14 +22,25 @@ class Blob:
 
 
 def blobs(image: np.ndarray) -> list[Blob]:
-    """Everything in an RGB picture [height, width, 3] that is brighter than the dark ground, from left to right."""
+    """Everything in an RGB picture [height, width, 3] that is brighter than the dark ground, from left to
+    right.
+    """
     count, labels, stats, _ = cv2.connectedComponentsWithStats(bright(image).astype(np.uint8), connectivity=8)
     found = []
     for label in range(1, count):
         x, y, width, height, _ = (int(value) for value in stats[label])
         mask = labels[y : y + height, x : x + width] == label
         brightest = image[y : y + height, x : x + width][mask].astype(int)
-        found.append(Blob(x + width / 2, y + height / 2, width, height, nearest_colour(np.median(brightest, axis=0)), mask))
+        found.append(
+            Blob(
+                x + width / 2,
+                y + height / 2,
+                width,
+                height,
+                nearest_colour(np.median(brightest, axis=0)),
+                mask,
+            )
+        )
     return sorted(found, key=lambda blob: blob.x)
 
 
@@ -49,8 +60,18 @@ def glyphs(image: np.ndarray) -> list[Blob]:
             continue
         y, x = (slice(places.min(), places.max() + 1) for places in np.nonzero(bright(cell)))
         mask, pixels = bright(cell)[y, x], cell[y, x]
-        colour = nearest_colour(np.quantile(pixels[mask], 0.75, axis=0))  # strokes are thin: half of it may be their edges
-        found.append(Blob(left + (x.start + x.stop) / 2, top + (y.start + y.stop) / 2, mask.shape[1], mask.shape[0], colour, mask))
+        # strokes are thin: half of it may be their edges
+        colour = nearest_colour(np.quantile(pixels[mask], 0.75, axis=0))
+        found.append(
+            Blob(
+                left + (x.start + x.stop) / 2,
+                top + (y.start + y.stop) / 2,
+                mask.shape[1],
+                mask.shape[0],
+                colour,
+                mask,
+            )
+        )
     return found
 
 

@@ -12,8 +12,11 @@ from torchtitan.models.decoder.flavors import DecoderConfig
 
 VOCAB = 96
 
-# Wavelengths of the 8 angles run from 6 to 6,000 tokens, so a context of 64 exercises all three branches of the scaling.
-LLAMA = DecoderConfig(64, 2, 4, 2, 16, 96, VOCAB, 10000.0, RopeScaling(8.0, 1.0, 4.0, original_context=64), norm_eps=1e-5)
+# Wavelengths of the 8 angles run from 6 to 6,000 tokens, so a context of 64 exercises all three branches of
+# the scaling.
+LLAMA = DecoderConfig(
+    64, 2, 4, 2, 16, 96, VOCAB, 10000.0, RopeScaling(8.0, 1.0, 4.0, original_context=64), norm_eps=1e-5
+)
 QWEN2 = DecoderConfig(64, 2, 4, 2, 16, 96, VOCAB, 10000.0, qkv_bias=True, tied_embeddings=True)
 QWEN3 = DecoderConfig(64, 2, 4, 2, 24, 96, VOCAB, 10000.0, qk_norm=True)
 ENCODER = EncoderConfig(48, 2, 4, 80, patch_size=4, position_grid=8)
@@ -29,10 +32,19 @@ def randomise(model: nn.Module, seed: int = 0) -> None:
                 centre = parameter.round()
                 parameter.copy_(centre + 0.2 * torch.randn(parameter.shape, generator=generator))
             else:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
+                parameter.copy_(
+                    torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5
+                )
 
 
-def small_vlm(decoder: DecoderConfig = LLAMA, merge: int = 2, backend: str = "sdpa", loss_chunk: int = 16, seed: int = 0, **changes) -> VLM:
+def small_vlm(
+    decoder: DecoderConfig = LLAMA,
+    merge: int = 2,
+    backend: str = "sdpa",
+    loss_chunk: int = 16,
+    seed: int = 0,
+    **changes,
+) -> VLM:
     """`changes` are fields of the encoder's configuration."""
     config = VLMConfig(dataclasses.replace(ENCODER, **changes), ProjectorConfig(56), decoder)
     model = VLM(config, decoder.vocab_size, merge, backend, loss_chunk)

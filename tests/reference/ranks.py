@@ -1,4 +1,6 @@
-"""A function on two ranks over gloo, for tests that need no more than that; each rank is a process of its own."""
+"""A function on two ranks over gloo, for tests that need no more than that; each rank is a process of its
+own.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +18,9 @@ def _work(rank: int, function: Callable[[int], Any], folder: str) -> None:
 
 
 def on_two_ranks(function: Callable[[int], Any], folder: Path) -> list[Any]:
-    """What `function(rank)` returned on each rank: tensors, in lists and dictionaries. It must be importable."""
+    """What `function(rank)` returned on each rank: tensors, in lists and dictionaries.
+
+    It must be importable.
+    """
     torch.multiprocessing.spawn(_work, (function, str(folder)), nprocs=2)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]

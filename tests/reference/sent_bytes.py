@@ -8,7 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def _group(args: tuple) -> dist.ProcessGroup:
-    group = next(arg for arg in args if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type()))
+    group = next(
+        arg for arg in args if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type())
+    )
     return torch._C._distributed_c10d.ProcessGroup.unbox(group)
 
 

@@ -1,8 +1,8 @@
 """A whole training run without files: small models, and a loader that draws its slots from numbers.
 
-What slot s holds in step n depends on s and n alone, so every layout and every restart trains alike. Slots hold
-documents with images of many shapes, one-token documents, padding, and, every fourth slot, no image at all; some
-ranks then see text alone.
+What slot s holds in step n depends on s and n alone, so every layout and every restart trains alike. Slots
+hold documents with images of many shapes, one-token documents, padding, and, every fourth slot, no image at
+all; some ranks then see text alone.
 """
 
 import dataclasses
@@ -38,7 +38,9 @@ DECODERS = {
     "qwen3": dataclasses.replace(DECODER, qk_norm=True),
     "qwen3-tied": dataclasses.replace(DECODER, qk_norm=True, tied_embeddings=True),
 }
-FLAVORS.update({f"small-{name}": VLMConfig(ENCODER, ProjectorConfig(48), decoder) for name, decoder in DECODERS.items()})
+FLAVORS.update(
+    {f"small-{name}": VLMConfig(ENCODER, ProjectorConfig(48), decoder) for name, decoder in DECODERS.items()}
+)
 
 
 class Tokenizer:
@@ -85,11 +87,16 @@ def draw_slot(seed: int, sizes: Sizes, text_only: bool) -> list[Document]:
         needed = len(document[0])  # type: ignore[arg-type]
         for _ in range(0 if text_only else draw.randrange(3)):
             height, width = draw.choice([(2, 2), (2, 6), (8, 2), (4, 4), (2, 12)])
-            row = next((r for r, used in enumerate(rows) if used + height * width <= sizes.patches_per_row), None)
+            row = next(
+                (r for r, used in enumerate(rows) if used + height * width <= sizes.patches_per_row), None
+            )
             if row is None:
                 continue
             rows[row] += height * width
-            document += [draw_picture(height, width, sizes.patch_size, draw.randrange(10**6)), [draw.randrange(4, VOCAB)]]
+            document += [
+                draw_picture(height, width, sizes.patch_size, draw.randrange(10**6)),
+                [draw.randrange(4, VOCAB)],
+            ]
             needed += height * width // sizes.merge**2 + 1
         if tokens + needed > sizes.seq_len:
             return documents
@@ -102,7 +109,9 @@ def batch_of(slots: list[int], step: int, sizes: Sizes) -> Batch:
     drawn = [draw_slot(1000 * step + slot, sizes, text_only=slot % 4 == 3) for slot in slots]
     tensors = build_batch(drawn, sizes)
     samples = [
-        Delivered(row, number, "drawn", "shard", f"{step}/{slots[row]}/{number}", image_sizes(document, sizes))
+        Delivered(
+            row, number, "drawn", "shard", f"{step}/{slots[row]}/{number}", image_sizes(document, sizes)
+        )
         for row, documents in enumerate(drawn)
         for number, document in enumerate(documents)
     ]

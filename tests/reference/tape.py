@@ -1,4 +1,5 @@
-"""A CUDA graph without a GPU: the operations of one run are written down and then repeated on the same tensors, without Python.
+"""A CUDA graph without a GPU: the operations of one run are written down and then repeated on the same
+tensors, without Python.
 
 Whatever the host decided during that run (a number, a branch) stays as it was, as in a CUDA graph.
 """
@@ -27,7 +28,9 @@ plain_wait = Work.wait
 
 
 def wait(work: Work, *arguments: Any) -> bool:
-    """Some of gloo's collectives copy their result, from a buffer of their own, when they are waited for: no part of the tape."""
+    """Some of gloo's collectives copy their result, from a buffer of their own, when they are waited for: no
+    part of the tape.
+    """
     with _disable_current_modes():
         return plain_wait(work, *arguments)
 
@@ -55,12 +58,16 @@ class Writer(TorchDispatchMode):
                 elif type(old) is torch.Tensor:  # what wraps a tensor has no memory of its own
                     if func.namespace == "_c10d_functional":
                         new = torch.ops._c10d_functional.wait_tensor(new)
-                    if old.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():  # no view, and not changed in place
+                    # no view, and not changed in place
+                    if old.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():
                         old.copy_(new)
 
 
 class TapeRecorder:
-    """Stands in for `Recorder`. FSDP keeps the memory of gathered weights meanwhile, as a graph's own memory would be kept."""
+    """Stands in for `Recorder`.
+
+    FSDP keeps the memory of gathered weights meanwhile, as a graph's own memory would be kept.
+    """
 
     def __init__(self, patch: Any) -> None:
         patch.setattr(_fsdp_param, "free_storage", lambda tensor: None)
@@ -71,7 +78,9 @@ class TapeRecorder:
         return work()
 
     def record(self, work: Callable) -> Callable:
-        """Other than a GPU's, this recording has already made the step that it records: the first replay is that."""
+        """Other than a GPU's, this recording has already made the step that it records: the first replay is
+        that.
+        """
         writer = Writer()
         with writer:
             result = work()
@@ -87,16 +96,29 @@ class TapeRecorder:
 
 
 STEPS = 9
-JOB = {"training.local_batch_size": 2, "training.global_batch_size": -1, "training.steps": STEPS, "optimizer.lr": 8e-4}
+JOB = {
+    "training.local_batch_size": 2,
+    "training.global_batch_size": -1,
+    "training.steps": STEPS,
+    "optimizer.lr": 8e-4,
+}
 VARIANTS: dict[str, dict[str, Any]] = {
     "AdamW": {},
     "Muon, two microbatches": {"optimizer.name": "Muon", "training.global_batch_size": 4},
-    "checkpointing": {"activation_checkpoint.mode": "full", "activation_checkpoint.encoder_mode": "selective"},
+    "checkpointing": {
+        "activation_checkpoint.mode": "full",
+        "activation_checkpoint.encoder_mode": "selective",
+    },
 }
 
 
 # After which steps the held-out split is scored; the fourth is recorded.
-VALIDATIONS = {"before": (1,), "right before": (3,), "between replays": (5, 7), "always": tuple(range(1, STEPS + 1))}
+VALIDATIONS = {
+    "before": (1,),
+    "right before": (3,),
+    "between replays": (5, 7),
+    "always": tuple(range(1, STEPS + 1)),
+}
 
 
 class Seen(NamedTuple):
@@ -106,7 +128,9 @@ class Seen(NamedTuple):
     weights: dict[str, torch.Tensor]
 
 
-def train_with(recorder: Any, folder: Path, changes: dict[str, Any], validate_after: Collection[int] = ()) -> Seen:
+def train_with(
+    recorder: Any, folder: Path, changes: dict[str, Any], validate_after: Collection[int] = ()
+) -> Seen:
     """JOB for a few steps in this process, each driven by Python (None) or replayed from the fourth on."""
     job = short_job(recorder, folder, changes)
     device = open_process_group(job.comm, folder)
@@ -120,7 +144,9 @@ def short_job(recorder: Any, folder: Path, changes: dict[str, Any]) -> VLMJobCon
     return job_of(JOB | {"compile.cuda_graphs": recorder is not None} | changes, str(folder))
 
 
-def train(recorder: Any, job: VLMJobConfig, device: torch.device, validate_after: Collection[int] = ()) -> Seen:
+def train(
+    recorder: Any, job: VLMJobConfig, device: torch.device, validate_after: Collection[int] = ()
+) -> Seen:
     run = build(job, SMALL, device)
     job.compile.cuda_graphs = False  # the recorder is ours to choose
     trainer = Trainer(run)
@@ -139,7 +165,9 @@ def train(recorder: Any, job: VLMJobConfig, device: torch.device, validate_after
 
 
 def replay_on_rank(folder: str, changes: dict[str, Any]) -> None:
-    """For a rank of the pool: its steps, driven and replayed, are the same, and validation sees the same weights after each."""
+    """For a rank of the pool: its steps, driven and replayed, are the same, and validation sees the same
+    weights after each.
+    """
     seen = []
     with pytest.MonkeyPatch.context() as patch:
         for name, recorder in (("driven", None), ("replayed", TapeRecorder(patch))):

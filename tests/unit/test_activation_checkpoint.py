@@ -33,7 +33,9 @@ def run(decoder: tuple[str, str], encoder: tuple[str, str]) -> tuple[Counter[str
     apply_activation_checkpoint(model.encoder.layers, *encoder)
     with Calls() as calls:
         model(**BATCH).sum().backward()
-    names = ((name.replace("_checkpoint_wrapped_module.", ""), p.grad) for name, p in model.named_parameters())
+    names = (
+        (name.replace("_checkpoint_wrapped_module.", ""), p.grad) for name, p in model.named_parameters()
+    )
     return calls.count, {name: gradient for name, gradient in names if gradient is not None}
 
 

@@ -12,7 +12,14 @@ from experiments.vlm.data.loader import Loader
 from experiments.vlm.data.packing import Budget
 from experiments.vlm.data.setup import make_setup
 from experiments.vlm.view.advice_picture import draw_advice
-from experiments.vlm.view.packing_advice import Stream, advise, fitting_budget, patches_per_token, read_documents, simulate
+from experiments.vlm.view.packing_advice import (
+    Stream,
+    advise,
+    fitting_budget,
+    patches_per_token,
+    read_documents,
+    simulate,
+)
 from tests.tiny_data import Characters, make_job, write_all
 
 
@@ -28,9 +35,15 @@ def test_sizes_are_those_of_the_delivered_samples(data, tmp_path):
     loader = Loader(job, Characters())
     counts = [step.batches[0].counts for step in loader]
     loader.close()
-    assert sum(tokens for document in documents for tokens, _ in document) == sum(count["tokens"] for count in counts)
-    assert sum(patches for document in documents for _, patches in document) == sum(count["patches"] for count in counts)
-    assert sum(patches > 0 for document in documents for _, patches in document) == sum(count["images"] for count in counts)
+    assert sum(tokens for document in documents for tokens, _ in document) == sum(
+        count["tokens"] for count in counts
+    )
+    assert sum(patches for document in documents for _, patches in document) == sum(
+        count["patches"] for count in counts
+    )
+    assert sum(patches > 0 for document in documents for _, patches in document) == sum(
+        count["images"] for count in counts
+    )
 
 
 def test_the_simulation_is_what_the_loader_packs(data, tmp_path):
@@ -40,7 +53,9 @@ def test_the_simulation_is_what_the_loader_packs(data, tmp_path):
     seen = simulate(stream, Budget(256, 1, 256), buffer=16, merge=2)
     loader = Loader(job, Characters())
     first = seen.rows // 3  # rows before those that are counted
-    counts = [step.batches[0].counts for _, step in zip(range(first + seen.rows), loader, strict=False)][first:]
+    counts = [step.batches[0].counts for _, step in zip(range(first + seen.rows), loader, strict=False)][
+        first:
+    ]
     loader.close()
     assert np.mean([count["tokens"] for count in counts]) / 256 == pytest.approx(seen.tokens, abs=0.004)
     assert np.mean([count["patches"] for count in counts]) / 256 == pytest.approx(seen.patches, abs=0.004)
@@ -56,8 +71,13 @@ def test_a_row_is_as_long_as_the_patches_per_token_ask_for():
 
 def test_the_advised_row_fills_both_sides():
     random = np.random.default_rng(0)
-    documents = [[(int(text), 0), (int(visual) + 2, 4 * int(visual))] for text, visual in random.integers([5, 10], [60, 200], (1200, 2))]
-    seen = advise(Stream(documents, [0] * len(documents)), 2048, 1, 256, merge=2, largest_image=800, patch_cost=1.0)
+    documents = [
+        [(int(text), 0), (int(visual) + 2, 4 * int(visual))]
+        for text, visual in random.integers([5, 10], [60, 200], (1200, 2))
+    ]
+    seen = advise(
+        Stream(documents, [0] * len(documents)), 2048, 1, 256, merge=2, largest_image=800, patch_cost=1.0
+    )
     assert seen.tokens > 0.98 and seen.patches > 0.96 and seen.longest_wait <= 256
 
 
@@ -79,9 +99,24 @@ def test_the_picture_shows_what_was_counted(tmp_path, figures):
 def test_the_script_prints_lines_for_the_toml(data, tmp_path):
     job = make_job(data, tmp_path)
     toml = tmp_path / "job.toml"
-    sources = "".join(f'[[data.sources]]\nname = "{s.name}"\nformat = "{s.format}"\npath = "{s.path}"\n' for s in job.data.sources)
-    toml.write_text(f"[training]\nseq_len = 256\n[data]\nmax_patches_per_image = 64\npacking_buffer_size = 16\n{sources}")
-    command = [sys.executable, "scripts/advise_packing.py", "--job.config_file", str(toml), "--samples", "300", "--buffers", "16", "64"]
+    sources = "".join(
+        f'[[data.sources]]\nname = "{s.name}"\nformat = "{s.format}"\npath = "{s.path}"\n'
+        for s in job.data.sources
+    )
+    toml.write_text(
+        f"[training]\nseq_len = 256\n[data]\nmax_patches_per_image = 64\npacking_buffer_size = 16\n{sources}"
+    )
+    command = [
+        sys.executable,
+        "scripts/advise_packing.py",
+        "--job.config_file",
+        str(toml),
+        "--samples",
+        "300",
+        "--buffers",
+        "16",
+        "64",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
     assert done.returncode == 0, done.stderr
     assert "patches_per_row = " in done.stdout and done.stdout.count("\n   ") >= 6

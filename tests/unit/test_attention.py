@@ -15,7 +15,10 @@ def everything(b: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tenso
     return (b + q + k) >= 0
 
 
-@pytest.mark.parametrize(("name", "device", "expected"), [("auto", "cpu", "sdpa"), ("auto", "cuda", "flex"), ("sdpa", "cuda", "sdpa")])
+@pytest.mark.parametrize(
+    ("name", "device", "expected"),
+    [("auto", "cpu", "sdpa"), ("auto", "cuda", "flex"), ("sdpa", "cuda", "sdpa")],
+)
 def test_auto_is_flex_where_it_has_a_backward(name, device, expected):
     assert resolve_backend(name, device) == expected
 

@@ -41,9 +41,14 @@ def record(**content) -> Callable[[str], Members]:
 @cache
 def bomb() -> bytes:
     """A PNG of 60,000 x 60,000 pixels, or so its header says."""
-    chunks = [(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(bytes(100))), (b"IEND", b"")]
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(bytes(100))),
+        (b"IEND", b""),
+    ]
     return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        for name, body in chunks
     )
 
 
@@ -58,7 +63,10 @@ def kinds_of_bad() -> dict[str, tuple[str, Callable[[str], Members]]]:
         "no caption": ("caption_missing", lambda key: [(f"{key}.jpg", jpeg())]),
         "no image member": ("image_missing", lambda key: [(f"{key}.txt", b"a caption")]),
         "broken utf-8": ("broken_utf8", lambda key: [(f"{key}.jpg", jpeg()), (f"{key}.txt", b"\xff\xfe")]),
-        "broken json": ("broken_json", lambda key: [(f"{key}.jpg", jpeg()), (f"{key}.json", b'{"caption": ')]),
+        "broken json": (
+            "broken_json",
+            lambda key: [(f"{key}.jpg", jpeg()), (f"{key}.json", b'{"caption": ')],
+        ),
         "json of another shape": ("wrong_shape", record(texts=3, images=[None])),
         "empty document": ("empty_document", record(texts=[], images=[])),
     }
@@ -85,7 +93,9 @@ def kinds_of_good() -> dict[str, Callable[[str], Members]]:
 
 
 def write_mixed(folder: Path, count: int, shards: int) -> tuple[set[str], dict[str, str]]:
-    """Tars in which every tenth sample is bad, of all kinds in turn: the keys of the good ones; of the bad, with the reason."""
+    """Tars in which every tenth sample is bad, of all kinds in turn: the keys of the good ones; of the bad,
+    with the reason.
+    """
     good, bad = set(), {}
     goods, bads = list(kinds_of_good().values()), list(kinds_of_bad().values())
     folder.mkdir(parents=True)
@@ -120,12 +130,16 @@ def mixed_job(folder: Path, dump: Path, **options):
     return job
 
 
-def check_everything_is_accounted_for(folder: Path, dump: Path, good: set[str], bad: dict[str, str], **options) -> None:
+def check_everything_is_accounted_for(
+    folder: Path, dump: Path, good: set[str], bad: dict[str, str], **options
+) -> None:
     seen, report, lines = read_all(mixed_job(folder, dump, **options))
     assert seen == Counter(good)
     samples = {line["key"]: line["reason"] for line in lines if "image" not in line}
     assert samples == bad and len(lines) == len({(line["key"], line.get("image")) for line in lines})
-    told = Counter({reason: entry["count"] for reason, entry in report["captions"]["rejected"]["samples"].items()})
+    told = Counter(
+        {reason: entry["count"] for reason, entry in report["captions"]["rejected"]["samples"].items()}
+    )
     assert told == Counter(bad.values())
     assert report["captions"]["counts"]["samples"] == len(good)
     assert {line["key"] for line in lines if line.get("reason") == "image_unplaced"} <= good
@@ -139,7 +153,9 @@ def test_a_tenth_of_bad_samples_costs_no_good_one(tmp_path):
 @pytest.mark.slow
 def test_ten_thousand_samples_with_a_tenth_bad(tmp_path):
     good, bad = write_mixed(tmp_path / "mixed", count=10_000, shards=8)
-    check_everything_is_accounted_for(tmp_path / "mixed", tmp_path / "out", good, bad, num_workers=2, seq_len=1024, patches_per_row=1024)
+    check_everything_is_accounted_for(
+        tmp_path / "mixed", tmp_path / "out", good, bad, num_workers=2, seq_len=1024, patches_per_row=1024
+    )
 
 
 def test_a_truncated_tar_gives_what_is_whole(tmp_path):
@@ -160,7 +176,12 @@ def test_a_missing_shard_is_told_and_the_others_are_read(tmp_path):
     seen, report, lines = read_all(job)
     assert seen == Counter(key for key in keys if not key.startswith("1-"))
     assert report["captions"]["rejected"] == {
-        "shards": {"shard_missing": {"count": 1, "examples": report["captions"]["rejected"]["shards"]["shard_missing"]["examples"]}}
+        "shards": {
+            "shard_missing": {
+                "count": 1,
+                "examples": report["captions"]["rejected"]["shards"]["shard_missing"]["examples"],
+            }
+        }
     }
     assert len(lines) == 1
 
@@ -178,7 +199,10 @@ def test_a_source_that_vanished_ends_the_run_and_goes_on_once_it_is_back(tmp_pat
     state, expected = loader.state_dict(), tokens_of(loader, 8)
     loader.close()
     (folder / "captions").rename(folder / "away")
-    with pytest.raises(DataError, match=r"source captions: none of its 3 shards can be read \(shard_missing 3\); for example shard .*tar"):
+    with pytest.raises(
+        DataError,
+        match=r"source captions: none of its 3 shards can be read \(shard_missing 3\); for example shard .*tar",
+    ):
         Loader(job, Characters())
     (folder / "away").rename(folder / "captions")
     loader = Loader(job, Characters())
@@ -194,7 +218,8 @@ def test_a_source_that_vanishes_while_it_is_read_ends_the_run(tmp_path, monkeypa
     states = [next(loader).state() for _ in range(3)]
     loader.close()
     shutil.rmtree(tmp_path / "data" / "captions")
-    monkeypatch.setattr(loader_module, "require_good_samples", lambda *_: None)  # as if it had vanished right after
+    # as if it had vanished right after
+    monkeypatch.setattr(loader_module, "require_good_samples", lambda *_: None)
     job.data.sources[0].path = str(tmp_path / "data" / "captions" / "captions-{0..2}.tar")
     loader = Loader(job, Characters())
     with pytest.raises(DataError, match=r"source captions: none of its 3 shards can be read"):
@@ -221,7 +246,10 @@ def test_a_source_without_one_good_sample_is_an_error_beside_good_ones(tmp_path,
     with pytest.raises(DataError) as error:
         Loader(job, Characters())
     message = str(error.value)
-    assert message.startswith(f"source rotten: none of the 20 samples that were tried is good ({reason} 20); for example shard {folder}")
+    assert message.startswith(
+        f"source rotten: none of the 20 samples that were tried is good ({reason} 20); for example shard "
+        f"{folder}"
+    )
     assert "a.tar, sample " in message and "\n" not in message
 
 
@@ -238,19 +266,33 @@ def test_a_held_out_source_without_a_good_sample_is_told_before_training(tmp_pat
 
 
 def test_a_source_of_documents_that_are_all_too_long_is_an_error(tmp_path):
-    job = make_job(write_all(tmp_path / "data"), tmp_path / "out", long_documents="drop", seq_len=64, max_patches_per_image=16)
+    job = make_job(
+        write_all(tmp_path / "data"),
+        tmp_path / "out",
+        long_documents="drop",
+        seq_len=64,
+        max_patches_per_image=16,
+    )
     (tmp_path / "data" / "texts" / "texts.jsonl").write_text(json.dumps({"text": "word " * 100}) + "\n")
-    with pytest.raises(DataError, match=r"source texts: none of the 1 samples that were tried is good \(too_long 1\)"):
+    with pytest.raises(
+        DataError, match=r"source texts: none of the 1 samples that were tried is good \(too_long 1\)"
+    ):
         Loader(job, Characters())
 
 
 def test_one_good_sample_among_many_is_enough(tmp_path):
     (tmp_path / "mixed").mkdir()
-    members = [member for n in range(300) for member in (caption(jpeg()) if n == 211 else wholly_bad("zero bytes"))(f"{n:03d}")]
+    members = [
+        member
+        for n in range(300)
+        for member in (caption(jpeg()) if n == 211 else wholly_bad("zero bytes"))(f"{n:03d}")
+    ]
     write_tar(tmp_path / "mixed" / "a.tar", members)
     job = mixed_job(tmp_path / "mixed", tmp_path / "out")
     seen, report, _ = read_all(job)
-    assert seen == Counter(["211"]) and report["captions"]["rejected"]["samples"]["image_empty"]["count"] == 299
+    assert (
+        seen == Counter(["211"]) and report["captions"]["rejected"]["samples"]["image_empty"]["count"] == 299
+    )
 
 
 def test_a_source_of_which_nearly_all_shards_are_missing_stays_in_the_mixture(tmp_path):
@@ -266,12 +308,22 @@ def test_a_source_of_which_nearly_all_shards_are_missing_stays_in_the_mixture(tm
 def test_slots_without_a_share_of_an_unshuffled_source_go_on_without_it(tmp_path):
     folder = write_all(tmp_path / "data")
     (folder / "few").mkdir()
-    members = [member for n in range(4) for member in (wholly_bad("zero bytes") if n == 2 else caption(jpeg()))(f"few {n}")]
+    members = [
+        member
+        for n in range(4)
+        for member in (wholly_bad("zero bytes") if n == 2 else caption(jpeg()))(f"few {n}")
+    ]
     write_tar(folder / "few" / "a.tar", members)
     job = make_job(folder, tmp_path / "out", global_batch_size=8)
     job.data.sources[0] = Source(name="few", format="cc12m", path=str(folder / "few"), shuffle=False)
     loader = Loader(job, Characters())
-    few = {sample.key for _ in range(10) for batch in next(loader).batches for sample in batch.samples if sample.source == "few"}
+    few = {
+        sample.key
+        for _ in range(10)
+        for batch in next(loader).batches
+        for sample in batch.samples
+        if sample.source == "few"
+    }
     loader.close()
     assert few == {"few 0", "few 1", "few 3"}
 
@@ -295,7 +347,9 @@ def test_what_was_rejected_is_told_in_a_line_by_source(tmp_path):
     loader.close()
     assert len(bad) == 20 and loader.summary({"sources": {}}) == ""
     line = loader.summary(report)
-    assert line.startswith("rejected: captions 20 of 200 samples (") and line.endswith(" images (image_unplaced 40); see rejects/")
+    assert line.startswith("rejected: captions 20 of 200 samples (") and line.endswith(
+        " images (image_unplaced 40); see rejects/"
+    )
     assert all(f"{reason} {count}" in line for reason, count in Counter(bad.values()).items())
     cut = {"text": {"counts": {"read": 2400}, "rejected": {"shards": {"shard_missing": {"count": 1}}}}}
     assert loader.summary({"sources": cut}) == "rejected: text 1 shard (shard_missing 1); see rejects/"
@@ -304,13 +358,18 @@ def test_what_was_rejected_is_told_in_a_line_by_source(tmp_path):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_rotten_source_stops_the_run_when_asked_to(tmp_path, workers):
     (tmp_path / "rotten").mkdir()
-    members = [member for n in range(1500) for member in caption(b"no image" if n % 3 else jpeg())(f"{n:04d}")]
+    members = [
+        member for n in range(1500) for member in caption(b"no image" if n % 3 else jpeg())(f"{n:04d}")
+    ]
     write_tar(tmp_path / "rotten" / "a.tar", members)
     job = mixed_job(tmp_path / "rotten", tmp_path / "out", max_bad_fraction=0.7, num_workers=workers)
     if workers == 0:
         assert sum(1 for _ in Loader(job, Characters())) > 10
     job.data.max_bad_fraction = 0.5
-    with pytest.raises(DataError, match=r"source captions: \d+ of \d+ samples are bad \(6\d.\d%\), more than data.max_bad_fraction = 0.5"):
+    with pytest.raises(
+        DataError,
+        match=r"source captions: \d+ of \d+ samples are bad \(6\d.\d%\), more than data.max_bad_fraction = 0.5",
+    ):
         for _ in Loader(job, Characters()):
             pass
 
@@ -348,12 +407,18 @@ def test_rejects_are_written_once_over_epochs_kills_and_ranks(tmp_path):
             for _ in loader:
                 pass
             loader.close()
-    lines = [json.loads(line) for path in (tmp_path / "out" / "rejects").iterdir() for line in path.read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for path in (tmp_path / "out" / "rejects").iterdir()
+        for line in path.read_text().splitlines()
+    ]
     assert Counter(line["key"] for line in lines if "image" not in line) == Counter(list(bad))
 
 
 def test_a_line_that_a_kill_cut_short_is_written_again(tmp_path):
-    rejects = [Reject("captions", "a.tar", str(key), "image_empty", image=key % 2 or None) for key in range(4)]
+    rejects = [
+        Reject("captions", "a.tar", str(key), "image_empty", image=key % 2 or None) for key in range(4)
+    ]
     RejectLog(tmp_path / "rejects", 0).write(rejects[:3])
     path = tmp_path / "rejects" / "0.jsonl"
     os.truncate(path, os.path.getsize(path) - 10)
@@ -364,5 +429,7 @@ def test_a_line_that_a_kill_cut_short_is_written_again(tmp_path):
 def test_the_first_of_a_kind_in_a_shard_is_logged(tmp_path, caplog):
     log = RejectLog(tmp_path / "rejects", 0)
     log.write([Reject("captions", "a.tar", str(key), "image_empty") for key in range(5)])
-    log.write([Reject("captions", "a.tar", "5", "image_missing"), Reject("captions", "b.tar", "0", "image_empty")])
+    log.write(
+        [Reject("captions", "a.tar", "5", "image_missing"), Reject("captions", "b.tar", "0", "image_empty")]
+    )
     assert len(caplog.messages) == 3 and "shard a.tar, sample 0: the image has no bytes" in caplog.messages[0]

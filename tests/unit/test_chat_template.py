@@ -1,4 +1,6 @@
-"""Conversations to token ids and loss, equal to transformers' `apply_chat_template(return_assistant_tokens_mask=True)`."""
+"""Conversations to token ids and loss, equal to transformers'
+`apply_chat_template(return_assistant_tokens_mask=True)`.
+"""
 
 import importlib.metadata
 import json
@@ -17,7 +19,15 @@ from tests.tiny_data import Characters
 from torchtitan.components.tokenizer import load_tokenizer
 from torchtitan.config.errors import ConfigError
 
-SPECIALS = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+SPECIALS = [
+    "<s>",
+    "</s>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+]
 SPECIALS += ["<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "[INST]", "[/INST]"]
 
 # The loop over a content's typed items, as vision-language templates have it.
@@ -30,20 +40,26 @@ TEMPLATES = {
     "{% if message.role == 'assistant' %}{% generation %}" + ITEMS + "<|im_end|>{% endgeneration %}\n\n"
     "{% else %}" + ITEMS + "<|im_end|>\n\n{% endif %}{% endfor %}",
     "items only": "{% for message in messages %}<|im_start|>{{ message.role + '\n' }}{% for item in message.content %}"
-    "{% if message.role == 'assistant' %}{% generation %}{{ item.text + '<|im_end|>' }}{% endgeneration %}{% else %}{{ item.text }}"
+    "{% if message.role == 'assistant' %}{% generation %}{{ item.text + '<|im_end|>' }}{% endgeneration %}{% "
+    "else %}{{ item.text }}"
     "{% endif %}{% endfor %}{% endfor %}",
     "the end of turn is not generated": "{% for message in messages %}{{ message.role + ': ' }}"
-    "{% if message.role == 'assistant' %}{% generation %}{{ message.content }}{% endgeneration %}{{ '<|im_end|>' }}"
+    "{% if message.role == 'assistant' %}{% generation %}{{ message.content }}{% endgeneration %}{{ "
+    "'<|im_end|>' }}"
     "{% else %}{{ message.content }}{% endif %}{{ '\n' }}{% endfor %}",
     "a generated half": "{% for message in messages %}{% if message.role == 'assistant' %}{% generation %}{{ message.content[:2] }}"
-    "{% endgeneration %}-{% generation %}{{ message.content[2:] + '<|im_end|>' }}{% endgeneration %}{% else %}{{ message.content }}"
+    "{% endgeneration %}-{% generation %}{{ message.content[2:] + '<|im_end|>' }}{% endgeneration %}{% else "
+    "%}{{ message.content }}"
     "{% endif %}{{ '\n' }}{% endfor %}",
     "mistral": "{{ bos_token }}{% for message in messages %}{% if message.role == 'user' %}{{ '[INST] ' + message.content + ' [/INST]' }}"
-    "{% elif message.role == 'assistant' %}{% generation %}{{ ' ' + message.content | trim + eos_token }}{% endgeneration %}"
+    "{% elif message.role == 'assistant' %}{% generation %}{{ ' ' + message.content | trim + eos_token }}{% "
+    "endgeneration %}"
     "{% endif %}{% endfor %}",
     "thoughts of the last answer only": "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}"
-    "{% if message.role == 'assistant' %}{% generation %}{% if '</think>' in message.content and not loop.last %}"
-    "{{ message.content.split('</think>')[-1].lstrip('\n') }}{% else %}{{ message.content }}{% endif %}{{ '<|im_end|>' }}"
+    "{% if message.role == 'assistant' %}{% generation %}{% if '</think>' in message.content and not "
+    "loop.last %}"
+    "{{ message.content.split('</think>')[-1].lstrip('\n') }}{% else %}{{ message.content }}{% endif %}{{ "
+    "'<|im_end|>' }}"
     "{% endgeneration %}{% else %}{{ message.content + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}",
 }
 # In these the answer begins where generation does, so that finding it by rendering gives the same mask.
@@ -57,12 +73,19 @@ def folder(tmp_path_factory):
     import transformers
 
     made = tokenizers.Tokenizer(tokenizers.models.BPE())
-    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # tokens may cross words
+    # tokens may cross words
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     made.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=600, special_tokens=SPECIALS, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=600,
+        special_tokens=SPECIALS,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
-    made.train_from_iterator([f"{role}\n\n{text}" for role in ("user", "assistant\nA") for text in ("A cat.", "\nHello", " a")], trainer)
+    made.train_from_iterator(
+        [f"{role}\n\n{text}" for role in ("user", "assistant\nA") for text in ("A cat.", "\nHello", " a")],
+        trainer,
+    )
     made.add_tokens([tokenizers.AddedToken(token, special=False) for token in ("<think>", "</think>")])
     path = tmp_path_factory.mktemp("tokenizer")
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
@@ -79,28 +102,40 @@ def load(folder, source):
 
 
 def tokens_of(parts, tokenizer):
-    """Ids and loss as a sample gets them, but for the bos and eos of every document; an image is one visual token and its marks."""
+    """Ids and loss as a sample gets them, but for the bos and eos of every document; an image is one visual
+    token and its marks.
+    """
     images = [Image(part.value, 32, 32) if isinstance(part, ImageValue) else part for part in parts]
     sample = make_sample(Document("key", images), tokenizer, ImagePlan())
     end = None if parts[-1] == Special("</s>", True) else -1  # the template's own eos is not doubled
-    assert (sample.tokens[0], sample.tokens[-1], sample.targets[-1]) == (tokenizer.bos_id, tokenizer.eos_id, True)
+    assert (sample.tokens[0], sample.tokens[-1], sample.targets[-1]) == (
+        tokenizer.bos_id,
+        tokenizer.eos_id,
+        True,
+    )
     return sample.tokens[1:end].tolist(), sample.targets[1:end].tolist()
 
 
 def in_transformers(fast, source, turns, typed=False):
     """Ids and mask, without a leading bos: every document of ours begins with one anyway.
 
-    Skips before transformers 5.24: of an answer's last character they mask the first token alone, where it takes several.
+    Skips before transformers 5.24: of an answer's last character they mask the first token alone, where it
+    takes several.
     """
     version = importlib.metadata.version("transformers")
     if tuple(map(int, version.split(".")[:2])) < (5, 24):
         pytest.skip("transformers before 5.24 mask only the first token of an answer's last character")
     messages = []
     for turn in turns:
-        items = [{"type": "image"} if isinstance(part, ImageValue) else {"type": "text", "text": part} for part in turn.content]
+        items = [
+            {"type": "image"} if isinstance(part, ImageValue) else {"type": "text", "text": part}
+            for part in turn.content
+        ]
         messages.append({"role": turn.role, "content": items if typed or len(items) > 1 else turn.content[0]})
     # Of contents that spell tokens transformers makes tokens, unless it is asked not to.
-    out = fast.apply_chat_template(messages, chat_template=source, return_assistant_tokens_mask=True, return_dict=True, tokenize=True)
+    out = fast.apply_chat_template(
+        messages, chat_template=source, return_assistant_tokens_mask=True, return_dict=True, tokenize=True
+    )
     ids, mask = list(out["input_ids"]), [bool(value) for value in out["assistant_masks"]]
     skip = 1 if ids[0] == fast.bos_token_id else 0
     return ids[skip:], mask[skip:]
@@ -121,16 +156,23 @@ TEXTS = st.text(st.sampled_from("aA .\n\té😀<|>[]/"), min_size=1, max_size=12
 def test_ids_and_loss_equal_those_of_transformers(folder, name):
     path, fast, tokenizer = folder
     template = load(path, TEMPLATES[name])
-    assert tokens_of(template.render(CONVERSATION), tokenizer) == in_transformers(fast, TEMPLATES[name], CONVERSATION, name == "items only")
+    assert tokens_of(template.render(CONVERSATION), tokenizer) == in_transformers(
+        fast, TEMPLATES[name], CONVERSATION, name == "items only"
+    )
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(name=st.sampled_from(sorted(TEMPLATES)), contents=st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=4))
+@given(
+    name=st.sampled_from(sorted(TEMPLATES)),
+    contents=st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=4),
+)
 def test_ids_and_loss_equal_those_of_transformers_whatever_is_said(folder, name, contents):
     path, fast, tokenizer = folder
     turns = [turn for asked, said in contents for turn in (Turn("user", [asked]), Turn("assistant", [said]))]
     template = load(path, TEMPLATES[name])
-    assert tokens_of(template.render(turns), tokenizer) == in_transformers(fast, TEMPLATES[name], turns, name == "items only")
+    assert tokens_of(template.render(turns), tokenizer) == in_transformers(
+        fast, TEMPLATES[name], turns, name == "items only"
+    )
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -139,13 +181,17 @@ def test_without_generation_blocks_answers_are_found_exactly(folder, name, conte
     path, fast, tokenizer = folder
     turns = [turn for asked, said in contents for turn in (Turn("user", [asked]), Turn("assistant", [said]))]
     bare = load(path, TEMPLATES[name].replace("{% generation %}", "").replace("{% endgeneration %}", ""))
-    assert tokens_of(bare.render(turns), tokenizer) == in_transformers(fast, TEMPLATES[name], turns, name == "items only")
+    assert tokens_of(bare.render(turns), tokenizer) == in_transformers(
+        fast, TEMPLATES[name], turns, name == "items only"
+    )
 
 
 @pytest.mark.parametrize("character", ["本", "é", "😀"])
 def test_every_token_of_an_answers_last_character_carries_loss(character):
     source = TEMPLATES["the end of turn is not generated"].replace("<|im_end|>", "")
-    parts = chat_template.ChatTemplate(chat_template.TemplateFile(source, ())).render([Turn("assistant", ["a" + character])])
+    parts = chat_template.ChatTemplate(chat_template.TemplateFile(source, ())).render(
+        [Turn("assistant", ["a" + character])]
+    )
     ids, loss = tokens_of(parts, Characters())
     assert [id for id, carries in zip(ids, loss, strict=True) if carries] == list(("a" + character).encode())
 
@@ -166,12 +212,16 @@ def test_several_images_in_several_turns_stand_where_the_template_puts_them(fold
 @pytest.mark.parametrize("name", ["chatml", "items only"])
 def test_a_template_that_knows_no_images_gets_them_where_they_stand(folder, name):
     image = ImageValue("1.jpg")
-    parts = load(folder[0], TEMPLATES[name]).render([Turn("user", ["Look: ", image, " what?"]), Turn("assistant", ["A cat."])])
+    parts = load(folder[0], TEMPLATES[name]).render(
+        [Turn("user", ["Look: ", image, " what?"]), Turn("assistant", ["A cat."])]
+    )
     place = parts.index(image)
     assert parts[place - 1].text.endswith("Look: ") and parts[place + 1] == Text(" what?", False)
 
 
-@pytest.mark.parametrize("spelling", ["<|im_end|>", "<s>", "<|image_pad|>", "\U000f0000", "\U000f0002", "\U000f1000"])
+@pytest.mark.parametrize(
+    "spelling", ["<|im_end|>", "<s>", "<|image_pad|>", "\U000f0000", "\U000f0002", "\U000f1000"]
+)
 @pytest.mark.parametrize("name", ["chatml", "typed items", "mistral"])
 def test_what_a_user_spells_like_a_token_stays_text(folder, name, spelling):
     path, _, tokenizer = folder
@@ -179,12 +229,16 @@ def test_what_a_user_spells_like_a_token_stays_text(folder, name, spelling):
     parts = load(path, TEMPLATES[name]).render([Turn("user", [said]), Turn("assistant", ["A cat."])])
     plain = load(path, TEMPLATES[name]).render([Turn("user", ["said"]), Turn("assistant", ["A cat."])])
     assert [type(part) for part in parts] == [type(part) for part in plain]
-    assert [part.text for part in parts if isinstance(part, Text)] == [p.text.replace("said", said) for p in plain if isinstance(p, Text)]
+    assert [part.text for part in parts if isinstance(part, Text)] == [
+        p.text.replace("said", said) for p in plain if isinstance(p, Text)
+    ]
     assert tokenizer.special_id(spelling) not in tokens_of(parts[1:2], tokenizer)[0]
 
 
 def test_an_assistant_does_not_end_its_turn_by_what_it_says(folder):
-    parts = load(folder[0], TEMPLATES["chatml"]).render([Turn("user", ["a"]), Turn("assistant", ["b<|im_end|>c"])])
+    parts = load(folder[0], TEMPLATES["chatml"]).render(
+        [Turn("user", ["a"]), Turn("assistant", ["b<|im_end|>c"])]
+    )
     assert [part for part in parts if part.loss] == [Text("b<|im_end|>c"), Special("<|im_end|>", True)]
 
 
@@ -202,32 +256,50 @@ def test_llama3_by_hand():
     head, tail, end = Special("<|start_header_id|>"), Special("<|end_header_id|>"), Special("<|eot_id|>")
     assert load_chat_template("llama3").render([Turn("user", [" Hi\n"]), Turn("assistant", ["Yes?"])]) == [
         *(head, Text("user", False), tail, Text("\n\nHi", False), end),
-        *(head, Text("assistant", False), tail, Text("\n\n", False), Text("Yes?"), Special("<|eot_id|>", True)),
+        *(
+            head,
+            Text("assistant", False),
+            tail,
+            Text("\n\n", False),
+            Text("Yes?"),
+            Special("<|eot_id|>", True),
+        ),
     ]
 
 
 def test_a_tokenizer_config_brings_its_template(folder, tmp_path):
     config = {"chat_template": TEMPLATES["llama3"], "bos_token": "<s>", "added_tokens_decoder": {}}
-    config["added_tokens_decoder"] = {str(n): {"content": token, "special": True} for n, token in enumerate(SPECIALS)}
+    config["added_tokens_decoder"] = {
+        str(n): {"content": token, "special": True} for n, token in enumerate(SPECIALS)
+    }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     turns = [Turn("user", ["Hi"]), Turn("assistant", ["Yes?"])]
     loaded = load_chat_template(str(tmp_path / "tokenizer_config.json"))
     assert loaded.render(turns) == load_chat_template("llama3").render(turns)
-    config["chat_template"] = [{"name": "tools", "template": "no"}, {"name": "default", "template": TEMPLATES["llama3"]}]
+    config["chat_template"] = [
+        {"name": "tools", "template": "no"},
+        {"name": "default", "template": TEMPLATES["llama3"]},
+    ]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     load_chat_template.cache_clear()
-    assert load_chat_template(str(tmp_path / "tokenizer_config.json")).render(turns) == load_chat_template("llama3").render(turns)
+    assert load_chat_template(str(tmp_path / "tokenizer_config.json")).render(turns) == load_chat_template(
+        "llama3"
+    ).render(turns)
 
 
 def test_a_lonely_jinja_file_is_searched_for_its_tokens(tmp_path):
     (tmp_path / "mine.jinja").write_text(BUILT_IN["chatml"].source)
     turns = [Turn("user", ["Hi <|im_end|>"]), Turn("assistant", ["Yes?"])]
-    assert load_chat_template(str(tmp_path / "mine.jinja")).render(turns) == load_chat_template("chatml").render(turns)
+    assert load_chat_template(str(tmp_path / "mine.jinja")).render(turns) == load_chat_template(
+        "chatml"
+    ).render(turns)
 
 
 def test_a_date_does_not_depend_on_the_day(tmp_path):
     (tmp_path / "mine.jinja").write_text("{{ strftime_now('%d %b %Y') }} " + BUILT_IN["chatml"].source)
-    parts = load_chat_template(str(tmp_path / "mine.jinja")).render([Turn("user", ["Hi"]), Turn("assistant", ["Yes?"])])
+    parts = load_chat_template(str(tmp_path / "mine.jinja")).render(
+        [Turn("user", ["Hi"]), Turn("assistant", ["Yes?"])]
+    )
     assert parts[0] == Text("26 Jul 2024 ", False)
 
 
@@ -251,7 +323,10 @@ def test_a_template_that_cannot_be_used_is_told_by_name(tmp_path, name, content)
 
 
 def test_a_conversation_that_the_template_refuses_is_rejected(folder):
-    source = "{% if messages[0].role != 'user' %}{{ raise_exception('begin with a user') }}{% endif %}" + TEMPLATES["chatml"]
+    source = (
+        "{% if messages[0].role != 'user' %}{{ raise_exception('begin with a user') }}{% endif %}"
+        + TEMPLATES["chatml"]
+    )
     template = load(folder[0], source)
     with pytest.raises(Rejected, match="begin with a user") as error:
         template.render([Turn("assistant", ["A"])])

@@ -1,4 +1,6 @@
-"""A row of the batch holds exactly what its samples say: against plain references, from the delivered tensors back to the files."""
+"""A row of the batch holds exactly what its samples say: against plain references, from the delivered tensors
+back to the files.
+"""
 
 import json
 from collections import defaultdict
@@ -15,7 +17,13 @@ from tests.samples import jpeg, write_tar
 from tests.tiny_data import Characters, make_job, write_all
 
 TOKENIZER = Characters()
-NEVER = {TOKENIZER.image_id, TOKENIZER.begin_image_id, TOKENIZER.end_image_id, TOKENIZER.bos_id, TOKENIZER.pad_id}
+NEVER = {
+    TOKENIZER.image_id,
+    TOKENIZER.begin_image_id,
+    TOKENIZER.end_image_id,
+    TOKENIZER.bos_id,
+    TOKENIZER.pad_id,
+}
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +36,11 @@ def batches(job, count: int = 10, **options):
     loader = Loader(job, TOKENIZER, **options)
     for _, step in zip(range(count), loader, strict=False):
         for batch in step.batches:
-            yield {name: tensor.numpy().copy() for name, tensor in batch.tensors.items()}, batch.counts, batch.samples
+            yield (
+                {name: tensor.numpy().copy() for name, tensor in batch.tensors.items()},
+                batch.counts,
+                batch.samples,
+            )
     loader.close()
 
 
@@ -46,7 +58,9 @@ def test_labels_positions_and_padding_are_the_reference(data, tmp_path, rows):
             tokens, ids = tensors["tokens"][row].tolist(), tensors["document_ids"][row].tolist()
             assert tensors["labels"][row].tolist() == packed_rows.labels(tokens, ids, NEVER)
             assert tensors["positions"][row].tolist() == packed_rows.positions(ids)
-            assert all(token == TOKENIZER.pad_id for token, document in zip(tokens, ids, strict=True) if document < 0)
+            assert all(
+                token == TOKENIZER.pad_id for token, document in zip(tokens, ids, strict=True) if document < 0
+            )
         empty = (tensors["grid_thw"] < 0).all(-1)
         assert (tensors["pixel_values"][empty] == 0).all()
         assert (~empty).sum() == counts["patches"] == ((tensors["grid_thw"] >= 0).all(-1)).sum()
@@ -56,7 +70,9 @@ def test_labels_positions_and_padding_are_the_reference(data, tmp_path, rows):
 
 @pytest.mark.parametrize("rows", [1, 4])
 def test_every_document_comes_with_its_own_text_and_images(data, tmp_path, rows):
-    """From the tensors back: the text is the file's, and the patches that the placeholders point at are the decoded images."""
+    """From the tensors back: the text is the file's, and the patches that the placeholders point at are the
+    decoded images.
+    """
     job = make_job(data, tmp_path, patch_rows=rows, patches_per_row=256 // rows, epochs=1)
     setup = make_setup(job, TOKENIZER, "train", 2)
     found = defaultdict(lambda: ([], []))  # (source, shard, key) -> tokens, images
@@ -80,7 +96,11 @@ def test_every_document_comes_with_its_own_text_and_images(data, tmp_path, rows)
         record = [opened.key(index) for index in range(len(opened))].index(key)
         document, _ = opened.read(record)
         text = "".join(part.text for part in document.parts if hasattr(part, "text"))
-        assert TOKENIZER.decode(tokens) == text and tokens[0] == TOKENIZER.bos_id and tokens[-1] == TOKENIZER.eos_id
+        assert (
+            TOKENIZER.decode(tokens) == text
+            and tokens[0] == TOKENIZER.bos_id
+            and tokens[-1] == TOKENIZER.eos_id
+        )
         expected = [part for part in document.parts if hasattr(part, "locator")]
         assert len(expected) == len(images)
         for image, (pixels, grid) in zip(expected, images, strict=True):
@@ -111,11 +131,21 @@ def one_bad_image(tmp_path):
     good, bad = jpeg(64, 64), jpeg(64, 64)[:700]
     (tmp_path / "captions").mkdir()
     names = [f"{record:03d}" for record in range(6)]
-    members = [m for name in names for m in ((f"{name}.jpg", bad if name == "002" else good), (f"{name}.txt", b"word " * 3))]
+    members = [
+        m
+        for name in names
+        for m in ((f"{name}.jpg", bad if name == "002" else good), (f"{name}.txt", b"word " * 3))
+    ]
     write_tar(tmp_path / "captions" / "a.tar", members)
     (tmp_path / "documents").mkdir()
     names = [f"{record:03d}" for record in range(6)]
-    lines = [{"texts": ["before", None, "between", None, "after"], "images": [None, "KEY.0.jpg", None, "KEY.1.jpg", None]} for _ in names]
+    lines = [
+        {
+            "texts": ["before", None, "between", None, "after"],
+            "images": [None, "KEY.0.jpg", None, "KEY.1.jpg", None],
+        }
+        for _ in names
+    ]
     members = []
     for name, line in zip(names, lines, strict=True):
         members += [(f"{name}.json", json.dumps(line).replace("KEY", name).encode())]
@@ -136,7 +166,11 @@ def test_an_image_that_fails_at_decoding_leaves_padding(one_bad_image, threads):
         for sample in samples:
             places = documents_of(tensors, sample.row)[sample.document]
             assert (np.diff(places) == 1).all(), "a document stays in one piece"
-            seen[sample.source, sample.key] = sample, tensors["tokens"][sample.row][places], tensors["visual_index"][sample.row][places]
+            seen[sample.source, sample.key] = (
+                sample,
+                tensors["tokens"][sample.row][places],
+                tensors["visual_index"][sample.row][places],
+            )
         rows += [
             packed_rows.labels(tensors["tokens"][row].tolist(), tensors["document_ids"][row].tolist(), NEVER)
             == tensors["labels"][row].tolist()
@@ -184,11 +218,16 @@ def test_shuffled_samples_keep_their_text_and_get_the_images_of_others(data, tmp
             for sample in samples:
                 tokens = tensors["tokens"][sample.row][documents_of(tensors, sample.row)[sample.document]]
                 text, sizes = found.get((sample.source, sample.shard, sample.key), ("", []))
-                found[sample.source, sample.shard, sample.key] = text + TOKENIZER.decode(tokens.tolist()), sizes + sample.image_sizes
+                found[sample.source, sample.shard, sample.key] = (
+                    text + TOKENIZER.decode(tokens.tolist()),
+                    sizes + sample.image_sizes,
+                )
         return found
 
     plain, shuffled = collect(None), collect("shuffled")
-    assert {name: text for name, (text, _) in plain.items()} == {name: text for name, (text, _) in shuffled.items()}
+    assert {name: text for name, (text, _) in plain.items()} == {
+        name: text for name, (text, _) in shuffled.items()
+    }
     captions = [name for name in plain if name[0] == "captions"]
     for name in captions:
         shards_sizes = [plain[other][1][0] for other in captions if other[1] == name[1] and other != name]

@@ -1,4 +1,6 @@
-"""Every wrong configuration is one line that names the key, told before torch is imported and anything is built."""
+"""Every wrong configuration is one line that names the key, told before torch is imported and anything is
+built.
+"""
 
 import errno
 import os
@@ -29,7 +31,8 @@ REPOSITORY = Path(__file__).parents[2]
 DATA = ["--training.dataset", "cc12m", "--training.dataset_path", "embedded:captions/train"]
 P = "--parallelism."
 TP2, CP2, PP2 = (
-    ["--parallelism." + name, "2"] for name in ("tensor_parallel_degree", "context_parallel_degree", "pipeline_parallel_degree")
+    ["--parallelism." + name, "2"]
+    for name in ("tensor_parallel_degree", "context_parallel_degree", "pipeline_parallel_degree")
 )
 FLAVOR_1B = ["--model.flavor", "so400m-llama3.2-1B"]
 
@@ -89,7 +92,11 @@ WRONG = [
     (["--checkpoint.initial_load_path", "nowhere"], 1, "checkpoint.initial_load_path = nowhere"),
     (["--checkpoint.exclude_from_loading", "optimiser"], 1, "checkpoint.exclude_from_loading = optimiser"),
     (["--job.dump_folder", "pyproject.toml"], 1, "job.dump_folder"),
-    (["--model.flavor", "debugmodle"], 1, "model.flavor = debugmodle: no such flavor; did you mean debugmodel?"),
+    (
+        ["--model.flavor", "debugmodle"],
+        1,
+        "model.flavor = debugmodle: no such flavor; did you mean debugmodel?",
+    ),
     (["--model.tokenizer_path", "nowhere"], 1, "model.tokenizer_path = nowhere"),
     (["--model.tokenizer_path", "tests"], 1, "model.tokenizer_path = tests: holds neither"),
     (["--model.attention_backend", "flex"], 1, "model.attention_backend"),
@@ -118,7 +125,11 @@ WRONG = [
     (["--data.max_bad_fraction", "0"], 1, "data.max_bad_fraction"),
     (["--data.url_timeout_s", "0"], 1, "data.url_timeout_s"),
     (["--data.resize", "pad"], 1, "data.resize"),
-    (["--training.dataset", "obelisk"], 1, "training.dataset = obelisk: no such format; did you mean obelics?"),
+    (
+        ["--training.dataset", "obelisk"],
+        1,
+        "training.dataset = obelisk: no such format; did you mean obelics?",
+    ),
     (["--training.dataset", ""], 1, "training.dataset is missing"),
     (["--training.dataset_path", ""], 1, "training.dataset_path is missing"),
     (["--training.dataset_path", "nowhere/*.tar"], 1, "training.dataset_path = nowhere/*.tar: no such file"),
@@ -130,29 +141,84 @@ WRONG = [
     ([P + "data_parallel_replicate_degree", "2"], 3, "parallelism.data_parallel_replicate_degree (2)"),
     ([P + "data_parallel_shard_degree", "0"], 1, "parallelism.data_parallel_shard_degree"),
     ([P + "context_parallel_degree", "0"], 1, "parallelism.context_parallel_degree"),
-    (["--parallelism.tensor_parallel_degree", "4"], 4, "parallelism.tensor_parallel_degree = 4 does not divide the 2 key/value heads"),
-    (["--parallelism.tensor_parallel_degree", "3", "--training.seq_len", "2049"], 3, "parallelism.tensor_parallel_degree = 3"),
+    (
+        ["--parallelism.tensor_parallel_degree", "4"],
+        4,
+        "parallelism.tensor_parallel_degree = 4 does not divide the 2 key/value heads",
+    ),
+    (
+        ["--parallelism.tensor_parallel_degree", "3", "--training.seq_len", "2049"],
+        3,
+        "parallelism.tensor_parallel_degree = 3",
+    ),
     ([*TP2, "--training.seq_len", "2047"], 2, "training.seq_len = 2047"),
     ([*CP2, "--training.seq_len", "2049"], 2, "training.seq_len = 2049"),
     ([*CP2, "--training.seq_len", "2052"], 2, "parallelism.context_parallel_load_balance"),
-    ([*CP2, *TP2, P + "context_parallel_method", "ulysses"], 4, "parallelism.context_parallel_method = ulysses"),
-    ([P + "enable_async_tensor_parallel"], 1, "parallelism.enable_async_tensor_parallel needs parallelism.tensor_parallel_degree"),
+    (
+        [*CP2, *TP2, P + "context_parallel_method", "ulysses"],
+        4,
+        "parallelism.context_parallel_method = ulysses",
+    ),
+    (
+        [P + "enable_async_tensor_parallel"],
+        1,
+        "parallelism.enable_async_tensor_parallel needs parallelism.tensor_parallel_degree",
+    ),
     ([*TP2, P + "enable_async_tensor_parallel"], 2, "needs compile.enable"),
-    ([*TP2, P + "enable_async_tensor_parallel", "--compile.enable"], 2, "parallelism.enable_async_tensor_parallel needs a GPU"),
+    (
+        [*TP2, P + "enable_async_tensor_parallel", "--compile.enable"],
+        2,
+        "parallelism.enable_async_tensor_parallel needs a GPU",
+    ),
     ([P + "encoder_tensor_parallel"], 1, "parallelism.encoder_tensor_parallel"),
     ([*TP2, P + "encoder_tensor_parallel", P + "encoder_sharing", "on"], 2, "parallelism.encoder_sharing"),
-    ([*TP2, P + "encoder_sharing", "on", "--training.local_batch_size", "3"], 2, "parallelism.encoder_sharing = on: 3 patch rows"),
+    (
+        [*TP2, P + "encoder_sharing", "on", "--training.local_batch_size", "3"],
+        2,
+        "parallelism.encoder_sharing = on: 3 patch rows",
+    ),
     ([P + "pipeline_parallel_split_points", "1"], 1, "parallelism.pipeline_parallel_split_points"),
     ([P + "pipeline_parallel_encoder_stage"], 1, "parallelism.pipeline_parallel_encoder_stage"),
     ([P + "pipeline_parallel_schedule", "1F1G"], 1, "did you mean 1F1B?"),
-    ([*PP2, P + "pipeline_parallel_microbatch_size", "3"], 2, "parallelism.pipeline_parallel_microbatch_size = 3"),
-    ([*PP2, P + "pipeline_parallel_microbatch_size", "8"], 2, "parallelism.pipeline_parallel_microbatch_size = 8"),
-    ([*PP2, P + "pipeline_parallel_split_points", "3"], 2, "parallelism.pipeline_parallel_split_points = [3]"),
-    ([*PP2, P + "pipeline_parallel_split_points", "1", "2"], 2, "parallelism.pipeline_parallel_split_points = [1, 2]: makes 3 stages"),
-    ([*PP2, P + "pipeline_parallel_encoder_stage", P + "pipeline_parallel_split_points", "1"], 2, "must begin with 0"),
-    ([*PP2, P + "pipeline_parallel_schedule", "Interleaved1F1B"], 2, "parallelism.pipeline_parallel_degree = 2 makes 4 stages"),
     (
-        [*PP2, *FLAVOR_1B, P + "pipeline_parallel_schedule", "Interleaved1F1B", "--training.local_batch_size", "5"],
+        [*PP2, P + "pipeline_parallel_microbatch_size", "3"],
+        2,
+        "parallelism.pipeline_parallel_microbatch_size = 3",
+    ),
+    (
+        [*PP2, P + "pipeline_parallel_microbatch_size", "8"],
+        2,
+        "parallelism.pipeline_parallel_microbatch_size = 8",
+    ),
+    (
+        [*PP2, P + "pipeline_parallel_split_points", "3"],
+        2,
+        "parallelism.pipeline_parallel_split_points = [3]",
+    ),
+    (
+        [*PP2, P + "pipeline_parallel_split_points", "1", "2"],
+        2,
+        "parallelism.pipeline_parallel_split_points = [1, 2]: makes 3 stages",
+    ),
+    (
+        [*PP2, P + "pipeline_parallel_encoder_stage", P + "pipeline_parallel_split_points", "1"],
+        2,
+        "must begin with 0",
+    ),
+    (
+        [*PP2, P + "pipeline_parallel_schedule", "Interleaved1F1B"],
+        2,
+        "parallelism.pipeline_parallel_degree = 2 makes 4 stages",
+    ),
+    (
+        [
+            *PP2,
+            *FLAVOR_1B,
+            P + "pipeline_parallel_schedule",
+            "Interleaved1F1B",
+            "--training.local_batch_size",
+            "5",
+        ],
         2,
         "cannot deal in 2 equal rounds",
     ),
@@ -162,18 +228,26 @@ WRONG += [
     ([*ZERO_BUBBLE, P + "fsdp_reshard_after_forward", "always"], 2, "parallelism.fsdp_reshard_after_forward"),
     ([*ZERO_BUBBLE, "--compile.enable"], 2, "compile.enable"),
     ([*ZERO_BUBBLE, "--activation_checkpoint.mode", "selective"], 2, "activation_checkpoint.mode"),
-    ([*ZERO_BUBBLE, "--activation_checkpoint.encoder_mode", "selective"], 2, "activation_checkpoint.encoder_mode"),
+    (
+        [*ZERO_BUBBLE, "--activation_checkpoint.encoder_mode", "selective"],
+        2,
+        "activation_checkpoint.encoder_mode",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("options", "world_size", "key"), WRONG, ids=[" ".join(options) + f" x{n}" for options, n, _ in WRONG])
+@pytest.mark.parametrize(
+    ("options", "world_size", "key"), WRONG, ids=[" ".join(options) + f" x{n}" for options, n, _ in WRONG]
+)
 def test_wrong_configuration_is_told_by_its_key(options, world_size, key):
     assert key in told([*DATA, *options], world_size)
 
 
 def test_a_zero_bubble_schedule_needs_the_torch_that_can_split_backward(monkeypatch):
     monkeypatch.setattr(checks, "zero_bubble_works", lambda: False)
-    assert "parallelism.pipeline_parallel_schedule = ZBVZeroBubble needs torch 2.13" in told([*DATA, *ZERO_BUBBLE], 2)
+    assert "parallelism.pipeline_parallel_schedule = ZBVZeroBubble needs torch 2.13" in told(
+        [*DATA, *ZERO_BUBBLE], 2
+    )
 
 
 @pytest.mark.parametrize(
@@ -207,19 +281,33 @@ def test_right_configurations_pass(options, world_size, tmp_path):
         ("", "data.sources is empty"),
         ('[[data.sources]]\npath = "assets"', "data.sources[0].format is missing"),
         ('[[data.sources]]\nformat = "cc12m"', "data.sources[0].path is missing"),
-        ('[[data.sources]]\nformat = "cc12"\npath = "assets"', "data.sources[0].format = cc12: no such format; did you mean cc12m?"),
+        (
+            '[[data.sources]]\nformat = "cc12"\npath = "assets"',
+            "data.sources[0].format = cc12: no such format; did you mean cc12m?",
+        ),
         ('[[data.sources]]\nformat = "cc12m"\npath = "nowhere"', "data.sources[0].path = nowhere"),
         ('[[data.sources]]\nformat = "cc12m"\npath = "assets"\nweight = 0', "data.sources[0].weight = 0.0"),
         ('[[data.sources]]\nformat = "cc12m"\npath = "assets"\nweight = inf', "data.sources[0].weight = inf"),
-        ('[[data.sources]]\nformat = "cc12m"\npath = "assets"\nshuffle_buffer = 0', "data.sources[0].shuffle_buffer"),
-        ('[[data.sources]]\nformat = "messages"\npath = "assets"\nchat_template = "chatm"', "data.sources[0].chat_template"),
-        ('[[data.sources]]\nformat = "cc12m"\npath = "assets"\n' * 2, "data.sources: two sources have the name cc12m"),
         (
-            '[training]\ndataset = "cc12m"\ndataset_path = "assets"\n[[data.sources]]\nformat = "text"\npath = "assets"',
+            '[[data.sources]]\nformat = "cc12m"\npath = "assets"\nshuffle_buffer = 0',
+            "data.sources[0].shuffle_buffer",
+        ),
+        (
+            '[[data.sources]]\nformat = "messages"\npath = "assets"\nchat_template = "chatm"',
+            "data.sources[0].chat_template",
+        ),
+        (
+            '[[data.sources]]\nformat = "cc12m"\npath = "assets"\n' * 2,
+            "data.sources: two sources have the name cc12m",
+        ),
+        (
+            '[training]\ndataset = "cc12m"\ndataset_path = "assets"\n[[data.sources]]\nformat = "text"\npath '
+            '= "assets"',
             "training.dataset and",
         ),
         (
-            '[validation]\nenable = true\n[[data.sources]]\nformat = "cc12m"\npath = "assets"\n[[validation.sources]]\nformat = "cc12m"',
+            '[validation]\nenable = true\n[[data.sources]]\nformat = "cc12m"\npath = '
+            '"assets"\n[[validation.sources]]\nformat = "cc12m"',
             "validation.sources[0].path",
         ),
     ],
@@ -236,7 +324,9 @@ def test_how_a_single_dataset_is_read_is_checked_too(tmp_path):
     assert "data.sources[0].chat_template = chatm: neither" in told(["--job.config_file", str(file), *DATA])
 
 
-@pytest.mark.parametrize("file", sorted((REPOSITORY / "train_configs").rglob("*.toml")), ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    "file", sorted((REPOSITORY / "train_configs").rglob("*.toml")), ids=lambda file: file.stem
+)
 def test_shipped_configurations_pass_once_their_data_are_there(file, tmp_path):
     """Real data and tokenizers are not in the repository, so the embedded ones stand in for what is not."""
     argv = ["--job.config_file", str(file)]
@@ -246,8 +336,13 @@ def test_shipped_configurations_pass_once_their_data_are_there(file, tmp_path):
 
 
 def test_squares_differ_from_native_in_nothing_but_the_resizing():
-    """And in the slot's shape and largest image, so that a step sees as many images although squares take more patches."""
-    native, square = (checked_job(["--job.config_file", f"train_configs/{name}.toml"], 1) for name in ("vlm_sees", "vlm_sees_square"))
+    """And in the slot's shape and largest image, so that a step sees as many images although squares take
+    more patches.
+    """
+    native, square = (
+        checked_job(["--job.config_file", f"train_configs/{name}.toml"], 1)
+        for name in ("vlm_sees", "vlm_sees_square")
+    )
     shape = {name: getattr(native.data, name) for name in ("patches_per_row", "max_patches_per_image")}
     square.job, square.data = native.job, replace(square.data, resize="native", **shape)
     square.training = replace(square.training, seq_len=native.training.seq_len)
@@ -256,20 +351,32 @@ def test_squares_differ_from_native_in_nothing_but_the_resizing():
 
 def test_every_number_has_a_range():
     """So that a new option cannot be forgotten."""
-    numbers = {name for name, hint in option_types(VLMJobConfig).items() if hint in (int, float, float | None, int | None)}
+    numbers = {
+        name
+        for name, hint in option_types(VLMJobConfig).items()
+        if hint in (int, float, float | None, int | None)
+    }
     assert numbers == set(vlm_checks.RANGES) | set(checks.RANGES)
 
 
 @pytest.mark.parametrize(
     ("value", "rule", "allowed"),
-    [(-1, "-1 or >= 1", True), (0, "-1 or >= 1", False), (1, "> 0, <= 1", True), (1.1, "> 0, <= 1", False), (float("nan"), ">= 0", False)],
+    [
+        (-1, "-1 or >= 1", True),
+        (0, "-1 or >= 1", False),
+        (1, "> 0, <= 1", True),
+        (1.1, "> 0, <= 1", False),
+        (float("nan"), ">= 0", False),
+    ],
 )
 def test_a_rule_is_read_as_it_is_printed(value, rule, allowed):
     assert is_allowed(value, rule) is allowed
 
 
 def test_degrees_fill_what_is_left():
-    assert degrees(Parallelism(tensor_parallel_degree=2, data_parallel_replicate_degree=2), 16) == Degrees(2, 4, 1, 2, 1)
+    assert degrees(Parallelism(tensor_parallel_degree=2, data_parallel_replicate_degree=2), 16) == Degrees(
+        2, 4, 1, 2, 1
+    )
     assert degrees(Parallelism(), 1) == Degrees(1, 1, 1, 1, 1)
     assert degrees(Parallelism(data_parallel_replicate_degree=2, data_parallel_shard_degree=3), 6).dp == 6
 
@@ -290,7 +397,9 @@ def test_tensor_parallel_must_divide_query_heads_too():
         check_decoder(decoder, job, Degrees(1, 1, 1, 4, 1))
 
 
-@pytest.mark.parametrize(("allowed", "gpus"), [(None, 2), ("0", 1), ("0,1", 2), ("", 0), ("-1", 0), ("1,-1,0", 1), ("0,1,2", 2)])
+@pytest.mark.parametrize(
+    ("allowed", "gpus"), [(None, 2), ("0", 1), ("0,1", 2), ("", 0), ("-1", 0), ("1,-1,0", 1), ("0,1,2", 2)]
+)
 def test_visible_gpus_obey_cuda_visible_devices(allowed, gpus, tmp_path, monkeypatch):
     fake = tmp_path / "nvidia-smi"
     fake.write_text("#!/bin/sh\necho 'GPU 0: A (UUID: x)'\necho '  MIG 1g'\necho 'GPU 1: A (UUID: y)'\n")
@@ -313,7 +422,10 @@ def test_a_cuda_graph_keeps_the_last_group_gathered(monkeypatch):
     monkeypatch.setattr(checks, "visible_gpus", lambda: 1)
     checked_job([*DATA, "--compile.cuda_graphs", P + "fsdp_reshard_after_forward", "never"], 1)
     message = told([*DATA, "--compile.cuda_graphs", P + "fsdp_reshard_after_forward", "always"], 1)
-    assert "compile.cuda_graphs needs parallelism.fsdp_reshard_after_forward = default or never, not always" in message
+    assert (
+        "compile.cuda_graphs needs parallelism.fsdp_reshard_after_forward = default or never, not always"
+        in message
+    )
 
 
 def test_gpus_are_counted_without_the_tools_that_list_them(tmp_path, monkeypatch):
@@ -338,20 +450,29 @@ def test_the_check_knows_the_number_of_processes():
 
 
 @pytest.mark.parametrize("folder", ["pyproject.toml/below", "/proc/no/such"])
-def test_a_dump_folder_that_cannot_be_written_to_is_told_before_torch_is_imported(folder, capsys, monkeypatch):
+def test_a_dump_folder_that_cannot_be_written_to_is_told_before_torch_is_imported(
+    folder, capsys, monkeypatch
+):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setitem(sys.modules, "torchtitan.train", None)  # importing it would raise
     assert main([*DATA, "--job.dump_folder", folder]) == USER_ERROR
     told = capsys.readouterr().err
-    assert told.startswith(f"error: job.dump_folder = {folder}: cannot be written to (") and told.count("\n") == 1
+    assert (
+        told.startswith(f"error: job.dump_folder = {folder}: cannot be written to (")
+        and told.count("\n") == 1
+    )
 
 
 def test_a_folder_without_write_permission_is_told(tmp_path, monkeypatch):
     def refuse(**options):
-        raise PermissionError(errno.EACCES, "Permission denied", str(options["dir"]))  # root itself is never refused
+        # root itself is never refused
+        raise PermissionError(errno.EACCES, "Permission denied", str(options["dir"]))
 
     monkeypatch.setattr(disk.tempfile, "TemporaryFile", refuse)
-    with pytest.raises(ConfigError, match=f"job.dump_folder = {tmp_path}: cannot be written to .Permission denied.; give another"):
+    with pytest.raises(
+        ConfigError,
+        match=f"job.dump_folder = {tmp_path}: cannot be written to .Permission denied.; give another",
+    ):
         disk.require_writable(tmp_path, "job.dump_folder")
 
 
@@ -370,6 +491,8 @@ def test_a_full_disk_is_told_with_what_is_free(tmp_path):
 )
 def test_a_wrong_command_ends_in_one_line_before_torch_is_imported(options, key):
     code = "import sys, experiments.__main__ as m; code = m.main(sys.argv[1:]); print('torch' in sys.modules); sys.exit(code)"
-    run = subprocess.run([sys.executable, "-c", code, *options], cwd=REPOSITORY, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code, *options], cwd=REPOSITORY, capture_output=True, text=True
+    )
     assert (run.returncode, run.stdout) == (USER_ERROR, "False\n") and run.stderr.startswith("error: ")
     assert key in run.stderr and run.stderr.count("\n") == 1

@@ -112,7 +112,9 @@ def test_several_machines_meet_at_the_first(launch, monkeypatch):
     monkeypatch.setattr(train, "ready_job", lambda options, world_size: checked.append(world_size))
     command = launch(NGPU="2", NNODES="3", NODE_RANK="1", MASTER_ADDR="10.0.0.1", MASTER_PORT="1234")
     assert checked == [6]
-    assert " ".join(command).startswith("-m torchtitan.launch --processes 2 --machines 3 --machine 1 --address 10.0.0.1 --port 1234 ")
+    assert " ".join(command).startswith(
+        "-m torchtitan.launch --processes 2 --machines 3 --machine 1 --address 10.0.0.1 --port 1234 "
+    )
 
 
 def test_nothing_starts_after_a_failed_check(launch, capsys):

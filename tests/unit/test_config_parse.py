@@ -91,11 +91,15 @@ def test_a_dataset_on_the_command_line_is_read_as_the_source_that_it_replaces(to
     job = parse([*file, *SINGLE], CLASSES)
     assert job.training_sources() == [Source(format="llava", path="x.jsonl", **AS_READ)]
     job = parse(toml(to_toml(job)), CLASSES)
-    assert job.training_sources() == [Source(format="llava", path="x.jsonl", **AS_READ)], "as config.toml tells it"
+    assert job.training_sources() == [Source(format="llava", path="x.jsonl", **AS_READ)], (
+        "as config.toml tells it"
+    )
 
 
 def test_what_the_command_line_says_of_the_first_source_holds_beside_a_dataset(toml):
-    file = toml("[[data.sources]]\npath = 'a'\n" + READ + "[[data.sources]]\npath = 'b'\nchat_template = 'chatml'\n")
+    file = toml(
+        "[[data.sources]]\npath = 'a'\n" + READ + "[[data.sources]]\npath = 'b'\nchat_template = 'chatml'\n"
+    )
     options = {"name": "mine", "chat_template": "x.jinja", "shuffle_buffer": 5}
     argv = [word for name, value in options.items() for word in (f"--data.sources.0.{name}", str(value))]
     job = parse([*file, *SINGLE, *argv, "--data.sources.0.shuffle", "--data.sources.0.no-repeat"], CLASSES)
@@ -106,9 +110,21 @@ def test_what_the_command_line_says_of_the_first_source_holds_beside_a_dataset(t
 @pytest.mark.parametrize(
     ("tables", "options", "message"),
     [
-        ("chat_template = 'llama3'\n[[data.sources]]\n", [], "2 sources that differ in chat_template (llama3, chatml)"),
-        ("repeat = false\n[[data.sources]]\n", [], "with --data.sources.0.repeat or --data.sources.0.no_repeat"),
-        ("[[data.sources]]\n", ["--data.sources.1.chat_template", "llama3"], "--data.sources.1.chat_template: training.dataset leaves one"),
+        (
+            "chat_template = 'llama3'\n[[data.sources]]\n",
+            [],
+            "2 sources that differ in chat_template (llama3, chatml)",
+        ),
+        (
+            "repeat = false\n[[data.sources]]\n",
+            [],
+            "with --data.sources.0.repeat or --data.sources.0.no_repeat",
+        ),
+        (
+            "[[data.sources]]\n",
+            ["--data.sources.1.chat_template", "llama3"],
+            "--data.sources.1.chat_template: training.dataset leaves one",
+        ),
         ("", ["--data.sources.0.path", "y"], "--data.sources.0.path: training.dataset and its path say it"),
         ("", ["--data.sources.0.format", "text"], "--data.sources.0.format: training.dataset"),
     ],
@@ -124,7 +140,15 @@ def test_a_whole_number_is_a_float_in_toml(toml):
 
 def test_negative_numbers_lists_and_none_on_the_command_line(toml):
     file = toml("[lr_scheduler]\ndecay_ratio = 0.5\n[training]\nglobal_batch_size = 8\n")
-    argv = ["--training.global_batch_size", "-1", "--training.freeze", "encoder", "projector", "--lr_scheduler.decay_ratio", "None"]
+    argv = [
+        "--training.global_batch_size",
+        "-1",
+        "--training.freeze",
+        "encoder",
+        "projector",
+        "--lr_scheduler.decay_ratio",
+        "None",
+    ]
     job = parse([*file, *argv], CLASSES)
     assert job.training.global_batch_size == -1
     assert job.training.freeze == ["encoder", "projector"]
@@ -173,9 +197,15 @@ def test_every_option_has_a_help_text(capsys):
 def test_every_option_carries_a_comment_which_is_its_help_text(file):
     source = (REPOSITORY / file).read_text()
     lines = source.splitlines()
-    for section in [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and "JobConfig" not in node.name]:
+    for section in [
+        node
+        for node in ast.parse(source).body
+        if isinstance(node, ast.ClassDef) and "JobConfig" not in node.name
+    ]:
         for field in [node for node in section.body if isinstance(node, ast.AnnAssign)]:
-            assert "  # " in lines[field.lineno - 1], f"{section.name}.{ast.unparse(field.target)} has no help text"
+            assert "  # " in lines[field.lineno - 1], (
+                f"{section.name}.{ast.unparse(field.target)} has no help text"
+            )
 
 
 @pytest.mark.parametrize(
@@ -184,7 +214,10 @@ def test_every_option_carries_a_comment_which_is_its_help_text(file):
         (["--traning.steps", "5"], "--training.steps"),
         (["--training.lr", "5"], "--optimizer.lr"),
         (["--training.steps", "many"], "training.steps = many: expected a whole number"),
-        (["--training.steps", "5", "--training.steps", "many"], "training.steps = many: expected a whole number"),
+        (
+            ["--training.steps", "5", "--training.steps", "many"],
+            "training.steps = many: expected a whole number",
+        ),
         (["--training.steps", "1.5"], "training.steps = 1.5: expected a whole number"),
         (["--training.steps"], "training.steps: expected a whole number, got 0 values"),
         (["--training.steps", "5", "6"], "training.steps: expected a whole number, got 2 values"),
@@ -216,7 +249,10 @@ def test_a_fault_on_the_command_line_is_named(argv, told):
         ('[training]\nfreeze = "encoder"', "training.freeze = 'encoder': expected a list"),
         ("[training]\nfreeze = [1]", "training.freeze[0] = 1: expected a text"),
         ("training = 3", "training = 3: expected a table"),
-        ('[[data.sources]]\npth = "x"', "data.sources[0].pth is not a known option; did you mean data.sources[0].path?"),
+        (
+            '[[data.sources]]\npth = "x"',
+            "data.sources[0].pth is not a known option; did you mean data.sources[0].path?",
+        ),
         ("[data]\nsources = [3]", "data.sources[0] = 3: expected a table"),
         ("[model]\nname = 3", "model.name = 3: expected a text"),
         ('[job]\nconfig_file = "x"', "job.config_file belongs on the command line"),
@@ -251,5 +287,7 @@ def test_a_scripts_unknown_option_is_told_as_the_jobs():
 
 def test_configuration_imports_no_torch():
     code = "import sys, experiments.__main__ as m; m.parse(['--training.steps', '3'], m.CONFIG_CLASSES); print('torch' in sys.modules)"
-    told = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    told = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=60
+    )
     assert told.stdout.strip() == "False", told.stderr

@@ -15,7 +15,11 @@ def documents(*lengths: int, total: int) -> torch.Tensor:
 def pairs_of_ranks(ids: torch.Tensor, rows_BRQ: torch.Tensor) -> np.ndarray:
     """Allowed pairs of each rank, counted one by one."""
     row = np.arange(ids.shape[1])
-    allowed = (ids[0, :, None] == ids[0, None, :]).numpy() & (ids[0, :, None] >= 0).numpy() & (row[:, None] >= row[None, :])
+    allowed = (
+        (ids[0, :, None] == ids[0, None, :]).numpy()
+        & (ids[0, :, None] >= 0).numpy()
+        & (row[:, None] >= row[None, :])
+    )
     return allowed.sum(1)[rows_BRQ[0].numpy()].sum(1)
 
 
@@ -35,10 +39,14 @@ def test_cost_is_the_number_of_keys_a_token_sees():
 
 
 @pytest.mark.parametrize(
-    "lengths", [(4096,), (1024,) * 4, (2048,) + (128,) * 16, (3072,) + (128,) * 8, (128,) * 8 + (3072,), (1000, 3000)], ids=str
+    "lengths",
+    [(4096,), (1024,) * 4, (2048,) + (128,) * 16, (3072,) + (128,) * 8, (128,) * 8 + (3072,), (1000, 3000)],
+    ids=str,
 )
 def test_no_rank_has_much_more_attention_than_another(lengths):
-    """Dealt in order, one long document before short ones gives the last rank of four up to 2.8 times the mean."""
+    """Dealt in order, one long document before short ones gives the last rank of four up to 2.8 times the
+    mean.
+    """
     ids = documents(*lengths, total=4096)
     pairs = pairs_of_ranks(ids, rows_of_ranks(ids, 4, balance=True))
     assert pairs.max() / pairs.mean() < 1.03

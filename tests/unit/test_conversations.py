@@ -26,7 +26,9 @@ def read(tmp_path):
 
     def read_record(record, format):
         (tmp_path / "x.jsonl").write_text(json.dumps(record))
-        return open_shard(str(tmp_path / "x.jsonl"), Source(format=format), Data(cache_folder=str(tmp_path / "cache"))).read(0)
+        return open_shard(
+            str(tmp_path / "x.jsonl"), Source(format=format), Data(cache_folder=str(tmp_path / "cache"))
+        ).read(0)
 
     return read_record
 
@@ -40,7 +42,14 @@ def spoken(parts) -> str:
         else:
             text = part.spelling if isinstance(part, Special) else part.text
             pieces.append(f"[{text}]" if part.loss else text)
-    return "".join(pieces).replace("<|im_start|>", "").replace("[<|im_end|>]", "!").replace("<|im_end|>", "").replace("\n", " ").strip()
+    return (
+        "".join(pieces)
+        .replace("<|im_start|>", "")
+        .replace("[<|im_end|>]", "!")
+        .replace("<|im_end|>", "")
+        .replace("\n", " ")
+        .strip()
+    )
 
 
 def llava(*turns, **fields):
@@ -50,17 +59,40 @@ def llava(*turns, **fields):
 @pytest.mark.parametrize(
     ("record", "expected"),
     [
-        (llava(("human", "<image>\nWhat?"), ("gpt", "A cat."), image="1.jpg"), "user <10> What? assistant [A cat.]!"),
-        (llava(("human", "What? <image>"), ("gpt", "A cat."), image=["1.jpg"]), "user What? <10> assistant [A cat.]!"),
         (
-            llava(("human", "<image> or <image>?"), ("gpt", "Yes."), ("human", "a"), ("gpt", "b"), image=["2.jpg", "1.jpg"]),
+            llava(("human", "<image>\nWhat?"), ("gpt", "A cat."), image="1.jpg"),
+            "user <10> What? assistant [A cat.]!",
+        ),
+        (
+            llava(("human", "What? <image>"), ("gpt", "A cat."), image=["1.jpg"]),
+            "user What? <10> assistant [A cat.]!",
+        ),
+        (
+            llava(
+                ("human", "<image> or <image>?"),
+                ("gpt", "Yes."),
+                ("human", "a"),
+                ("gpt", "b"),
+                image=["2.jpg", "1.jpg"],
+            ),
             "user <20> or <10>? assistant [Yes.]! user a assistant [b]!",
         ),
-        (llava(("system", "Be brief."), ("human", "Hi"), ("gpt", "Yes?")), "system Be brief. user Hi assistant [Yes?]!"),
-        (llava(("human", "What is <image>?"), ("gpt", "A tag.")), "user What is <image>? assistant [A tag.]!"),  # no image: text
-        (llava(("human", "<image>"), ("gpt", "See <image>."), image="1.jpg"), "user <10> assistant [See <image>.]!"),
+        (
+            llava(("system", "Be brief."), ("human", "Hi"), ("gpt", "Yes?")),
+            "system Be brief. user Hi assistant [Yes?]!",
+        ),
+        # no image: text
+        (
+            llava(("human", "What is <image>?"), ("gpt", "A tag.")),
+            "user What is <image>? assistant [A tag.]!",
+        ),
+        (
+            llava(("human", "<image>"), ("gpt", "See <image>."), image="1.jpg"),
+            "user <10> assistant [See <image>.]!",
+        ),
         (llava(("human", "Draw."), ("gpt", "<image>"), image="1.jpg"), "user Draw. assistant <10>!"),
-        (llava(("human", "What?"), ("gpt", "A cat."), image="1.jpg"), "user <10> What? assistant [A cat.]!"),  # no marker
+        # no marker
+        (llava(("human", "What?"), ("gpt", "A cat."), image="1.jpg"), "user <10> What? assistant [A cat.]!"),
     ],
 )
 def test_llava(read, record, expected):
@@ -71,7 +103,9 @@ def test_llava(read, record, expected):
 
 
 def test_of_more_images_than_markers_the_rest_is_told(read):
-    document, lost = read(llava(("human", "<image> What?"), ("gpt", "A cat."), image=["1.jpg", "2.jpg"]), "llava")
+    document, lost = read(
+        llava(("human", "<image> What?"), ("gpt", "A cat."), image=["1.jpg", "2.jpg"]), "llava"
+    )
     assert spoken(document.parts) == "user <10> What? assistant [A cat.]!"
     assert [(reject.reason, reject.image) for reject in lost] == [("image_unplaced", 1)]
 
@@ -114,21 +148,41 @@ YES = ("assistant", [text("Yes.")])
     ("record", "expected"),
     [
         (messages(("user", "Hi"), ("assistant", "Yes?")), "user Hi assistant [Yes?]!"),
-        (messages(("user", [PICTURE, text("What?")]), YES, images=["2.jpg"]), "user <20>What? assistant [Yes.]!"),
-        (messages(("user", [PICTURE, text(" or "), PICTURE]), YES, images=["2.jpg", "1.jpg"]), "user <20> or <10> assistant [Yes.]!"),
+        (
+            messages(("user", [PICTURE, text("What?")]), YES, images=["2.jpg"]),
+            "user <20>What? assistant [Yes.]!",
+        ),
+        (
+            messages(("user", [PICTURE, text(" or "), PICTURE]), YES, images=["2.jpg", "1.jpg"]),
+            "user <20> or <10> assistant [Yes.]!",
+        ),
         (
             messages(("user", [PICTURE]), YES, ("user", [PICTURE]), YES, images=["1.jpg", "2.jpg"]),
             "user <10> assistant [Yes.]! user <20> assistant [Yes.]!",
         ),
         (
-            messages(("user", [{**PICTURE, "index": 1}, {**PICTURE, "index": 0}]), YES, images=["1.jpg", "2.jpg"]),
+            messages(
+                ("user", [{**PICTURE, "index": 1}, {**PICTURE, "index": 0}]), YES, images=["1.jpg", "2.jpg"]
+            ),
             "user <20><10> assistant [Yes.]!",
         ),
-        (messages(("user", [{**PICTURE, "text": None, "image": "1.jpg"}]), YES), "user <10> assistant [Yes.]!"),
+        (
+            messages(("user", [{**PICTURE, "text": None, "image": "1.jpg"}]), YES),
+            "user <10> assistant [Yes.]!",
+        ),
         (messages(("user", [{**PICTURE, "path": "1.jpg", "url": None}]), YES), "user <10> assistant [Yes.]!"),
-        (messages(("user", [{"type": "image_url", "image_url": {"url": "1.jpg"}}]), YES), "user <10> assistant [Yes.]!"),
-        (messages(("user", "<image>What?"), ("assistant", "Yes."), images=["1.jpg"]), "user <10>What? assistant [Yes.]!"),
-        (messages(("system", "Brief."), ("user", [text("Hi")]), YES), "system Brief. user Hi assistant [Yes.]!"),
+        (
+            messages(("user", [{"type": "image_url", "image_url": {"url": "1.jpg"}}]), YES),
+            "user <10> assistant [Yes.]!",
+        ),
+        (
+            messages(("user", "<image>What?"), ("assistant", "Yes."), images=["1.jpg"]),
+            "user <10>What? assistant [Yes.]!",
+        ),
+        (
+            messages(("system", "Brief."), ("user", [text("Hi")]), YES),
+            "system Brief. user Hi assistant [Yes.]!",
+        ),
         (messages(("user", [text("What is <image>?")]), YES), "user What is <image>? assistant [Yes.]!"),
     ],
 )
@@ -167,7 +221,9 @@ def test_an_image_that_no_message_shows_is_told(read):
 
 def test_messages_of_parquet_with_the_images_inside(tmp_path):
     record = messages(
-        ("user", [{"type": "image", "text": None}, {"type": "text", "text": "What?"}]), YES, images=[{"bytes": jpeg(20, 30), "path": None}]
+        ("user", [{"type": "image", "text": None}, {"type": "text", "text": "What?"}]),
+        YES,
+        images=[{"bytes": jpeg(20, 30), "path": None}],
     )
     pq.write_table(pa.Table.from_pylist([record]), tmp_path / "x.parquet")
     shard = open_shard(str(tmp_path / "x.parquet"), Source(format="messages"), Data())
@@ -182,15 +238,26 @@ def test_messages_of_parquet_with_the_images_inside(tmp_path):
         ("llava", llava(("human", "<image>What?"), ("gpt", "Yes."), image="7.0.jpg")),
         ("messages", messages(("user", [{**PICTURE, "image": "7.0.jpg"}, text("What?")]), YES)),
         ("messages", messages(("user", [PICTURE, text("What?")]), YES, images=["7.0.jpg"])),
-        ("messages", messages(("user", [{**PICTURE, "image": "7.0.jpg"}, text("What?")]), YES, images=["7.0.jpg"])),
-        ("messages", messages(("user", [{"type": "image_url", "image_url": {"url": "7.0.jpg"}}, text("What?")]), YES)),
+        (
+            "messages",
+            messages(("user", [{**PICTURE, "image": "7.0.jpg"}, text("What?")]), YES, images=["7.0.jpg"]),
+        ),
+        (
+            "messages",
+            messages(("user", [{"type": "image_url", "image_url": {"url": "7.0.jpg"}}, text("What?")]), YES),
+        ),
         # Without a name: those of the sample.
         ("llava", llava(("human", "<image>What?"), ("gpt", "Yes."))),
         ("messages", messages(("user", [PICTURE, text("What?")]), YES)),
     ],
 )
 def test_conversations_in_tars_name_members_of_their_sample(tmp_path, format, record):
-    members = [("7.json", json.dumps(record).encode()), ("7.0.jpg", jpeg(20, 30)), ("8.json", b"[]"), ("9.0.jpg", jpeg())]
+    members = [
+        ("7.json", json.dumps(record).encode()),
+        ("7.0.jpg", jpeg(20, 30)),
+        ("8.json", b"[]"),
+        ("9.0.jpg", jpeg()),
+    ]
     path = str(write_tar(tmp_path / "x.tar", members))
     for name in ("webdataset", format):
         shard = open_shard(path, Source(format=name), Data())
@@ -214,7 +281,11 @@ def test_a_list_of_conversations_and_the_sources_own_template(tmp_path):
 def test_a_template_that_is_not_there_is_the_users_mistake_and_not_the_datas(tmp_path):
     (tmp_path / "x.jsonl").write_text(json.dumps(llava(("human", "Hi"), ("gpt", "Yes?"))))
     with pytest.raises(ConfigError, match="missing.jinja"):
-        open_shard(str(tmp_path / "x.jsonl"), Source(format="llava", chat_template=str(tmp_path / "missing.jinja")), Data())
+        open_shard(
+            str(tmp_path / "x.jsonl"),
+            Source(format="llava", chat_template=str(tmp_path / "missing.jinja")),
+            Data(),
+        )
 
 
 def test_a_template_that_cannot_be_used_is_told_before_any_shard_is_opened(tmp_path):
@@ -227,11 +298,27 @@ def test_a_template_that_cannot_be_used_is_told_before_any_shard_is_opened(tmp_p
 @pytest.mark.parametrize("asked", ["in the file", "on the command line"])
 def test_a_dataset_on_the_command_line_is_rendered_with_the_template_that_was_asked_for(tmp_path, asked):
     (tmp_path / "x.jsonl").write_text(json.dumps(llava(("human", "What?"), ("gpt", "A cat."))))
-    (tmp_path / "job.toml").write_text("[[data.sources]]\n" + ("chat_template = 'llama3'" if asked == "in the file" else ""))
-    options = {"job.config_file": "job.toml", "training.dataset": "llava", "training.dataset_path": "x.jsonl", "job.dump_folder": "out"}
-    argv = [word for option, name in options.items() for word in (f"--{option}", name if name == "llava" else str(tmp_path / name))]
+    (tmp_path / "job.toml").write_text(
+        "[[data.sources]]\n" + ("chat_template = 'llama3'" if asked == "in the file" else "")
+    )
+    options = {
+        "job.config_file": "job.toml",
+        "training.dataset": "llava",
+        "training.dataset_path": "x.jsonl",
+        "job.dump_folder": "out",
+    }
+    argv = [
+        word
+        for option, name in options.items()
+        for word in (f"--{option}", name if name == "llava" else str(tmp_path / name))
+    ]
     argv += [] if asked == "in the file" else ["--data.sources.0.chat_template", "llama3"]
-    loader = Loader(parse([*argv, "--training.seq_len", "256", "--training.local_batch_size", "1"], {"vlm": VLMJobConfig}), Characters())
+    loader = Loader(
+        parse(
+            [*argv, "--training.seq_len", "256", "--training.local_batch_size", "1"], {"vlm": VLMJobConfig}
+        ),
+        Characters(),
+    )
     text = Characters().decode(next(loader).batches[0].tensors["tokens"][0].tolist())
     loader.close()
     assert "<|start_header_id|>assistant<|end_header_id|>" in text and "<|im_start|>" not in text

@@ -1,4 +1,6 @@
-"""What a batch counts, and how the held-out split is spoilt, is said in one place each: what a further row of either needs."""
+"""What a batch counts, and how the held-out split is spoilt, is said in one place each: what a further row of
+either needs.
+"""
 
 import ast
 import dataclasses
@@ -34,7 +36,9 @@ def first_batch(job, **options):
 def test_a_further_count_is_counted_and_shown_from_its_row_alone(job, monkeypatch):
     row = Count(lambda views, samples: len(samples), capacity=lambda job: 7, per_second=True)
     monkeypatch.setitem(COUNTS, "documents", row)
-    monkeypatch.setitem(COUNTS, "longest", Count(lambda views, samples: int(views["positions"].max()), written=True))
+    monkeypatch.setitem(
+        COUNTS, "longest", Count(lambda views, samples: int(views["positions"].max()), written=True)
+    )
     batch, counts = first_batch(job), SPEC.counts(job)
     assert batch.counts["documents"] == len(batch.samples) > 0
     assert counts.capacity["documents"] == 7 and "documents" in counts.rates
@@ -48,7 +52,10 @@ def test_every_number_of_a_batch_is_summed_over_ranks(job):
 def test_a_further_control_is_a_row_that_paints_as_it_likes(job, monkeypatch):
     def darkened(document, shard, record):
         painted = Painted(lambda height, width: np.full((height, width, 3), 7, np.uint8))
-        parts = [dataclasses.replace(part, locator=painted) if isinstance(part, Image) else part for part in document.parts]
+        parts = [
+            dataclasses.replace(part, locator=painted) if isinstance(part, Image) else part
+            for part in document.parts
+        ]
         return dataclasses.replace(document, parts=parts)
 
     monkeypatch.setitem(CONTROLS, "darkened", darkened)
@@ -59,7 +66,15 @@ def test_a_further_control_is_a_row_that_paints_as_it_likes(job, monkeypatch):
 
 def test_the_trainer_names_no_control_and_no_count_of_the_experiment():
     names = {*CONTROLS, "images", "patches", "document_ids", "loss_tokens", "pixel_values"}
-    for file in ("train", "build", "dry_run", "spec", "components/metrics", "components/validation", "components/curves"):
+    for file in (
+        "train",
+        "build",
+        "dry_run",
+        "spec",
+        "components/metrics",
+        "components/validation",
+        "components/curves",
+    ):
         tree = ast.parse((Path(torchtitan.__file__).parent / f"{file}.py").read_text())
         used = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
         assert not names & used, file

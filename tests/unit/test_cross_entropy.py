@@ -13,7 +13,9 @@ from torchtitan.layers.cross_entropy import cross_entropy_sum, token_scores
 T, D, V = 45, 24, 70
 
 
-def problem(dtype: torch.dtype = torch.float32, tokens: int = T, vocabulary: int = V) -> tuple[torch.Tensor, ...]:
+def problem(
+    dtype: torch.dtype = torch.float32, tokens: int = T, vocabulary: int = V
+) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
     h = torch.randn(tokens, D, generator=generator).to(dtype)
     weight = (torch.randn(vocabulary, D, generator=generator) / 4).to(dtype)

@@ -1,4 +1,6 @@
-"""A step that is replayed trains exactly as one that Python drives. tests/gpu shows the same of real CUDA graphs."""
+"""A step that is replayed trains exactly as one that Python drives. tests/gpu shows the same of real CUDA
+graphs.
+"""
 
 import pytest
 import torch

@@ -28,13 +28,19 @@ def _pair(request) -> tuple[Decoder, torch.nn.Module]:
     return ours, theirs
 
 
-def run(model: Decoder, tokens: torch.Tensor, document_ids: torch.Tensor, positions: torch.Tensor, labels=None) -> torch.Tensor:
+def run(
+    model: Decoder, tokens: torch.Tensor, document_ids: torch.Tensor, positions: torch.Tensor, labels=None
+) -> torch.Tensor:
     return model(model.tok_embeddings(tokens), positions, Mask(document_ids, causal=True), labels)
 
 
 def one_document(length: int, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     tokens = torch.randint(VOCAB, (batch, length), generator=torch.Generator().manual_seed(1))
-    return tokens, torch.zeros(batch, length, dtype=torch.int32), torch.arange(length, dtype=torch.int32).expand(batch, -1)
+    return (
+        tokens,
+        torch.zeros(batch, length, dtype=torch.int32),
+        torch.arange(length, dtype=torch.int32).expand(batch, -1),
+    )
 
 
 def test_logits_and_gradients_equal_transformers(pair):
@@ -50,7 +56,9 @@ def test_logits_and_gradients_equal_transformers(pair):
     our_loss = run(ours, tokens, documents, positions, labels)
     our_loss.sum().backward()
     assert abs(our_loss.item() / loss.item() - 1) < 1e-5
-    gradients = to_hf({name: parameter.grad for name, parameter in ours.state_dict(keep_vars=True).items()}, ours.config)
+    gradients = to_hf(
+        {name: parameter.grad for name, parameter in ours.state_dict(keep_vars=True).items()}, ours.config
+    )
     expected = {name: parameter.grad for name, parameter in theirs.named_parameters()}
     assert gradients.keys() == expected.keys()
     for name, gradient in expected.items():
@@ -65,7 +73,9 @@ def test_one_layer_equals_transformers(pair):
     angles = rope.angles(positions, config.head_dim, config.rope_theta, config.rope_scaling)
     result = ours.layers["0"](h, *angles, prepare_mask(Mask(documents, causal=True), "sdpa"))
     causal = torch.ones(150, 150, dtype=torch.bool).tril()[None, None]
-    expected = theirs.model.layers[0](h, position_embeddings=theirs.model.rotary_emb(h, positions.long()), attention_mask=causal)
+    expected = theirs.model.layers[0](
+        h, position_embeddings=theirs.model.rotary_emb(h, positions.long()), attention_mask=causal
+    )
     assert (result - expected).abs().max() < 1e-4
 
 
@@ -73,7 +83,10 @@ def test_packed_documents_equal_each_document_alone(pair):
     ours, theirs = pair
     lengths, S = [[40, 1, 77, 30], [100, 55]], 160
     generator = torch.Generator().manual_seed(3)
-    tokens, positions = torch.randint(VOCAB, (2, S), generator=generator), torch.zeros(2, S, dtype=torch.int32)
+    tokens, positions = (
+        torch.randint(VOCAB, (2, S), generator=generator),
+        torch.zeros(2, S, dtype=torch.int32),
+    )
     documents = torch.full((2, S), -1, dtype=torch.int32)
     spans = []
     for row, row_lengths in enumerate(lengths):

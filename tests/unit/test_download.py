@@ -1,4 +1,6 @@
-"""Tokenizers and weights by name, from a stand-in for the hub; and the command that a missing tokenizer names."""
+"""Tokenizers and weights by name, from a stand-in for the hub; and the command that a missing tokenizer
+names.
+"""
 
 import errno
 import fnmatch
@@ -46,7 +48,9 @@ TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "original/tokenizer.mode
 WEIGHTS = {name for name in REPOSITORY_FILES if name.startswith("model")} | {"config.json"}
 
 
-@pytest.mark.parametrize(("what", "files"), [("tokenizer", TOKENIZER), ("weights", WEIGHTS), ("all", TOKENIZER | WEIGHTS)])
+@pytest.mark.parametrize(
+    ("what", "files"), [("tokenizer", TOKENIZER), ("weights", WEIGHTS), ("all", TOKENIZER | WEIGHTS)]
+)
 def test_each_part_is_its_files_and_no_others(asked, tmp_path, what, files):
     found = download("owner/model", what, tmp_path / "new", "secret", "v2")
     assert names(tmp_path / "new") == files == {str(path.relative_to(tmp_path / "new")) for path in found}

@@ -10,7 +10,14 @@ from experiments.vlm.spec import SPEC
 from torchtitan import dry_run as looked
 from torchtitan.config.errors import ConfigError
 
-JOB = ["--training.dataset", "cc12m", "--training.dataset_path", "embedded:captions/train", "--model.flavor", "base-llama3.2-1B"]
+JOB = [
+    "--training.dataset",
+    "cc12m",
+    "--training.dataset_path",
+    "embedded:captions/train",
+    "--model.flavor",
+    "base-llama3.2-1B",
+]
 JOB += ["--training.steps", "1000", "--training.local_batch_size", "2", "--model.tokenizer_path", "nowhere"]
 
 
@@ -19,7 +26,9 @@ def told(caplog, monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setattr(looked, "memory_gib", lambda device: 8.0)
     with caplog.at_level("INFO", logger="torchtitan"):
-        looked.dry_run(checked_job([*JOB, "--job.dry_run", "--job.dump_folder", str(tmp_path / "out")], 4), SPEC)
+        looked.dry_run(
+            checked_job([*JOB, "--job.dry_run", "--job.dump_folder", str(tmp_path / "out")], 4), SPEC
+        )
     return caplog.messages
 
 
@@ -43,7 +52,11 @@ def test_training_needs_the_tokenizer():
     [
         (128256, None),
         (127000, None),
-        (128320, "has 128,320 ids, model.flavor = base-llama3.2-1B 128,256 rows: the embedding is enlarged by 64 rows"),
+        (
+            128320,
+            "has 128,320 ids, model.flavor = base-llama3.2-1B 128,256 rows: the embedding is enlarged by 64 "
+            "rows",
+        ),
         (1024, "127,232 of them stand for nothing; is this the model's own tokenizer?"),
     ],
 )

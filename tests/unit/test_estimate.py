@@ -27,8 +27,14 @@ def test_flops_of_a_full_step_are_those_counted_in_a_full_batch(freeze):
     job = VLMJobConfig()
     job.training.seq_len, job.data.patches_per_row, job.data.max_patches_per_image = 64, 96, 16
     job.training.freeze, job.training.local_batch_size = freeze, 1
-    raster = torch.tensor([[0, h, w] for _ in range(6) for h in range(4) for w in range(4)], dtype=torch.int32)
-    tensors = {"positions": torch.arange(64)[None], "document_ids": torch.zeros(1, 64, dtype=torch.int32), "grid_thw": raster[None]}
+    raster = torch.tensor(
+        [[0, h, w] for _ in range(6) for h in range(4) for w in range(4)], dtype=torch.int32
+    )
+    tensors = {
+        "positions": torch.arange(64)[None],
+        "document_ids": torch.zeros(1, 64, dtype=torch.int32),
+        "grid_thw": raster[None],
+    }
     batch = Batch(tensors, {"tokens": 64, "patches": 96}, [])
     with torch.device("meta"):
         model = VLM(FLAVORS["debugmodel"], VOCAB, 2, "sdpa", 64)
@@ -60,7 +66,9 @@ def test_state_is_that_of_the_optimizer_and_of_the_device():
         job.optimizer.name, job.training.enable_cpu_offload = name, offload
         states[name, offload] = estimate(job, Degrees(1, 8, 1, 1, 1), VOCAB).memory.state
     tables = 2 * VOCAB * 4096  # embedding and output layer stay with AdamW
-    assert states["AdamW", False] - states["Muon", False] == pytest.approx(4 * (8.47e9 - tables) / 8, rel=0.01)
+    assert states["AdamW", False] - states["Muon", False] == pytest.approx(
+        4 * (8.47e9 - tables) / 8, rel=0.01
+    )
     assert states["AdamW", True] < 0.01 * states["AdamW", False]
 
 
@@ -80,7 +88,8 @@ def test_a_layer_that_nobody_spoke_of_is_estimated(monkeypatch):
     before = estimate(job_of(), ONE, VOCAB).memory
     monkeypatch.setattr(vit, "EncoderMLP", Gated)
     after, encoder = estimate(job_of(), ONE, VOCAB).memory, FLAVORS[FLAVOR].encoder
-    # Per layer a further matrix with biases, each with two moments in float32; and, kept in bfloat16, two results more.
+    # Per layer a further matrix with biases, each with two moments in float32; and, kept in bfloat16, two
+    # results more.
     assert after.state - before.state == 12 * encoder.layers * (encoder.dim + 1) * encoder.mlp_dim
     assert after.kept - before.kept == 2 * 2 * encoder.layers * 8192 * encoder.mlp_dim
 
@@ -136,7 +145,8 @@ def test_every_mesh_is_listed_once():
 def test_what_crosses_a_group():
     sent = estimate(job_of(), Degrees(1, 8, 1, 1, 1), VOCAB).sent
     parameters, table = sum(p.numel() for p in meta_model().parameters()), VOCAB * 4096
-    # Gathered for forward and for backward in bfloat16 (the output layer once), summed once in float32; 7 of 8 parts come from elsewhere.
+    # Gathered for forward and for backward in bfloat16 (the output layer once), summed once in float32; 7 of
+    # 8 parts come from elsewhere.
     assert sent == {
         "fsdp all-gather": pytest.approx(2 * (2 * parameters - table) * 7 / 8, rel=1e-6),
         "fsdp reduce-scatter": pytest.approx(4 * parameters * 7 / 8, rel=1e-6),
@@ -151,7 +161,9 @@ def test_what_crosses_a_group_when_the_decoder_is_frozen_or_its_ends_are_one(mon
     job.training.freeze = ["decoder"]
     frozen = estimate(job, Degrees(1, 8, 1, 1, 1), VOCAB).sent
     # Gradients pass through it, so it is gathered for backward too.
-    assert frozen["fsdp all-gather"] == estimate(job_of(), Degrees(1, 8, 1, 1, 1), VOCAB).sent["fsdp all-gather"]
+    assert (
+        frozen["fsdp all-gather"] == estimate(job_of(), Degrees(1, 8, 1, 1, 1), VOCAB).sent["fsdp all-gather"]
+    )
     job = job_of()
     job.model.flavor = "so400m-llama3.2-1B"
     assert estimate(job, Degrees(1, 2, 1, 1, 2), VOCAB).sent["pp tied embedding"] == 4 * VOCAB * 2048 / 2
@@ -181,12 +193,21 @@ def test_the_command_reports_the_job_and_what_else_fits(capsys):
     few = ("--rows", "3", "--max_tp", "2", "--max_cp", "2", "--max_pp", "2")
     assert ask("--world_size", "512", "--training.global_batch_size", "100", *few) == 0
     printed = capsys.readouterr().out
-    for expected in ("fsdp512:", "100 -> 4096", "peak memory a rank", "fsdp all-gather", "layouts fit 80 GiB"):
+    for expected in (
+        "fsdp512:",
+        "100 -> 4096",
+        "peak memory a rank",
+        "fsdp all-gather",
+        "layouts fit 80 GiB",
+    ):
         assert expected in printed
 
 
 def test_the_command_names_what_is_wrong(capsys):
-    assert ask("--world_size", "6", "--parallelism.tensor_parallel_degree", "3", "--training.seq_len", "4095") == 2
+    assert (
+        ask("--world_size", "6", "--parallelism.tensor_parallel_degree", "3", "--training.seq_len", "4095")
+        == 2
+    )
     assert "tensor_parallel_degree" in capsys.readouterr().err
 
 

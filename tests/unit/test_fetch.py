@@ -64,7 +64,9 @@ class Handler(BaseHTTPRequestHandler):
         self.do_image(status=302, body=b"", Location="/circle")
 
     def do_inside(self):
-        self.do_image(status=302, body=b"", Location=f"http://localhost:{self.server.server_port}/image/inside")
+        self.do_image(
+            status=302, body=b"", Location=f"http://localhost:{self.server.server_port}/image/inside"
+        )
 
     def do_down(self):
         """Broken at first, sound ever after."""
@@ -149,7 +151,10 @@ def test_what_fails_is_not_waited_for_and_not_tried_again(server, tmp_path, path
 
 def again(fetcher, **options) -> Fetcher:
     """Another process, or another run."""
-    return Fetcher(FileCache(fetcher.cache.folder, 1 << 20), **({"timeout_s": PATIENCE_S, "allow_private": True} | options))
+    return Fetcher(
+        FileCache(fetcher.cache.folder, 1 << 20),
+        **({"timeout_s": PATIENCE_S, "allow_private": True} | options),
+    )
 
 
 def test_an_address_that_failed_has_failed_for_every_rank_and_later_run(server, fetcher):
@@ -183,7 +188,9 @@ def test_more_bytes_than_an_image_may_have_are_not_read(server, fetcher, monkeyp
     assert failed(fetcher, server + "/huge") == "image_too_large"
 
 
-@pytest.mark.parametrize("url", ["ftp://example.org/1.jpg", "file:///etc/hostname", "http://", "http:///1.jpg"])
+@pytest.mark.parametrize(
+    "url", ["ftp://example.org/1.jpg", "file:///etc/hostname", "http://", "http:///1.jpg"]
+)
 def test_only_http_is_fetched(fetcher, url):
     assert failed(fetcher, url) == "image_address"
 
@@ -193,18 +200,39 @@ def test_a_redirect_to_a_file_is_refused(server, fetcher):
 
 
 @pytest.mark.parametrize(
-    "url", ["http://[::1/1.jpg", "http://host:port/1.jpg", "http://a b/1.jpg", "http://" + "a" * 300 + "/", "http://\ud800/"]
+    "url",
+    [
+        "http://[::1/1.jpg",
+        "http://host:port/1.jpg",
+        "http://a b/1.jpg",
+        "http://" + "a" * 300 + "/",
+        "http://\ud800/",
+    ],
 )
 def test_an_address_that_cannot_be_read_is_rejected(fetcher, url):
     assert failed(fetcher, url) in ("image_address", "image_fetch")
 
 
 @pytest.mark.parametrize(
-    "host", ["127.0.0.1", "localhost", "[::1]", "0.0.0.0", "10.1.2.3", "192.168.0.1", "169.254.169.254", "[fe80::1]", "2130706433"]
+    "host",
+    [
+        "127.0.0.1",
+        "localhost",
+        "[::1]",
+        "0.0.0.0",
+        "10.1.2.3",
+        "192.168.0.1",
+        "169.254.169.254",
+        "[fe80::1]",
+        "2130706433",
+    ],
 )
 def test_private_addresses_are_refused_however_they_are_written(server, tmp_path, host):
     fetcher = patient(tmp_path, allow_private=False)
-    assert failed(fetcher, f"http://{host}:{server.rpartition(':')[2]}/image") in ("image_address", "image_fetch")
+    assert failed(fetcher, f"http://{host}:{server.rpartition(':')[2]}/image") in (
+        "image_address",
+        "image_fetch",
+    )
     assert not Handler.asked
 
 
@@ -229,7 +257,9 @@ def test_a_redirect_to_a_private_address_is_refused(server, tmp_path, monkeypatc
     fetcher = patient(tmp_path, allow_private=False)
     true_permits = type(fetcher.gate).permits
     permitted = iter([True])
-    monkeypatch.setattr(type(fetcher.gate), "permits", lambda gate, text: next(permitted, None) or true_permits(gate, text))
+    monkeypatch.setattr(
+        type(fetcher.gate), "permits", lambda gate, text: next(permitted, None) or true_permits(gate, text)
+    )
     assert failed(fetcher, server + "/inside") == "image_address"
     assert dict(Handler.asked) == {"/inside": 1}
 
@@ -243,7 +273,10 @@ def test_images_of_a_document_are_fetched_at_one_time(server, fetcher):
 
 
 def test_a_document_keeps_what_its_addresses_give(server, tmp_path):
-    record = {"texts": [None, "one", None, None], "images": [server + "/image/7", None, server + "/gone", {"url": server + "/image/8"}]}
+    record = {
+        "texts": [None, "one", None, None],
+        "images": [server + "/image/7", None, server + "/gone", {"url": server + "/image/8"}],
+    }
     (tmp_path / "x.jsonl").write_text(json.dumps(record))
     data = Data(cache_folder=str(tmp_path), url_timeout_s=PATIENCE_S, allow_private_urls=True)
     shard = open_shard(str(tmp_path / "x.jsonl"), Source(format="obelics"), data)
@@ -251,26 +284,44 @@ def test_a_document_keeps_what_its_addresses_give(server, tmp_path):
     assert [shard.load(document.parts[place]) for place in (0, 2)] == [IMAGE, IMAGE]
     assert [(reject.reason, reject.image) for reject in lost] == [("image_fetch", 1)]
     closed = Data(cache_folder=str(tmp_path / "other"), url_timeout_s=PATIENCE_S)
-    assert {reject.reason for reject in open_shard(str(tmp_path / "x.jsonl"), Source(format="obelics"), closed).read(0)[1]} == {
-        "image_address"
-    }
+    assert {
+        reject.reason
+        for reject in open_shard(str(tmp_path / "x.jsonl"), Source(format="obelics"), closed).read(0)[1]
+    } == {"image_address"}
 
 
 def test_batches_stay_equal_whatever_an_address_answers_later(server, tmp_path, caplog):
     """One rank first, then two: what was down in the first run is up in the second."""
     (tmp_path / "data").mkdir()
     names = [f"{'down' if number % 3 else 'image'}/batches/{number}" for number in range(12)]
-    lines = [json.dumps({"texts": [None, f"about {name}"], "images": [f"{server}/{name}", None]}) for name in names]
+    lines = [
+        json.dumps({"texts": [None, f"about {name}"], "images": [f"{server}/{name}", None]}) for name in names
+    ]
     (tmp_path / "data" / "x.jsonl").write_text("\n".join(lines))
     runs = []
     for ranks in (1, 2):
         fetch._make_fetcher.cache_clear()  # as in a process of its own
-        job = make_job(tmp_path, tmp_path / "out", epochs=1, global_batch_size=2, local_batch_size=1, url_timeout_s=PATIENCE_S)
-        job.data.allow_private_urls, job.data.sources = True, [Source(format="obelics", path=str(tmp_path / "data"))]
+        job = make_job(
+            tmp_path,
+            tmp_path / "out",
+            epochs=1,
+            global_batch_size=2,
+            local_batch_size=1,
+            url_timeout_s=PATIENCE_S,
+        )
+        job.data.allow_private_urls, job.data.sources = (
+            True,
+            [Source(format="obelics", path=str(tmp_path / "data"))],
+        )
         loaders = [Loader(job, Characters(), rank=rank, ranks=ranks, agree=bool) for rank in range(ranks)]
         steps = [batch for loader in loaders for step in loader for batch in step.batches]
-        runs.append(sorted((sample.key, len(sample.image_sizes)) for batch in steps for sample in batch.samples))
+        runs.append(
+            sorted((sample.key, len(sample.image_sizes)) for batch in steps for sample in batch.samples)
+        )
         for loader in loaders:
             loader.close()
     assert runs[0] == runs[1] and [images for _, images in runs[0]].count(0) == 8
-    assert sum("images by address: what did not answer stays left out" in message for message in caplog.messages) == 3
+    assert (
+        sum("images by address: what did not answer stays left out" in message for message in caplog.messages)
+        == 3
+    )

@@ -34,7 +34,9 @@ def test_a_file_is_made_once_for_all_and_never_seen_half(tmp_path):
         time.sleep(0.05)
         path.write_bytes(b"whole")
 
-    threads = [threading.Thread(target=lambda: seen.append(cache.get("one", make).read_bytes())) for _ in range(4)]
+    threads = [
+        threading.Thread(target=lambda: seen.append(cache.get("one", make).read_bytes())) for _ in range(4)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

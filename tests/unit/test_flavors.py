@@ -9,8 +9,8 @@ from experiments.vlm.model.vlm import VLM
 from torchtitan.models.decoder.flavors import DECODERS
 from torchtitan.models.decoder.model import Decoder
 
-# transformers 5.23 on the meta device, tied weights once. Llama 3.2 3B, 3.1 8B, Qwen2.5 3B, 7B and Qwen3 4B, 8B agree with
-# the total_size of their published model.safetensors.index.json.
+# transformers 5.23 on the meta device, tied weights once. Llama 3.2 3B, 3.1 8B, Qwen2.5 3B, 7B and Qwen3 4B,
+# 8B agree with the total_size of their published model.safetensors.index.json.
 DECODER_PARAMETERS = {
     "llama3.2-1B": 1_235_814_400,  # meta-llama/Llama-3.2-1B-Instruct
     "llama3.2-3B": 3_212_749_824,  # meta-llama/Llama-3.2-3B-Instruct

@@ -1,4 +1,7 @@
-"""FlexAttention's block mask against every pair, and its result against SDPA's. Forward only: there is no backward on CPU."""
+"""FlexAttention's block mask against every pair, and its result against SDPA's.
+
+Forward only: there is no backward on CPU.
+"""
 
 import pytest
 import torch
@@ -74,7 +77,9 @@ def test_every_allowed_pair_is_in_a_block_and_whole_blocks_are_wholly_allowed(ma
 def packed(lengths: list[list[int]], total: int) -> torch.Tensor:
     segments = torch.full((len(lengths), total), -1, dtype=torch.int32)
     for b, row in enumerate(lengths):
-        names = torch.arange(len(row), dtype=torch.int32).repeat_interleave(torch.tensor(row, dtype=torch.long))
+        names = torch.arange(len(row), dtype=torch.int32).repeat_interleave(
+            torch.tensor(row, dtype=torch.long)
+        )
         segments[b, : len(names)] = names
     return segments
 
@@ -115,7 +120,10 @@ MASKS = {
 def inputs(mask: Mask, heads: int = 4, kv_heads: int = 2, width: int = 16) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
     Q, K = mask.segments.shape[1], mask.keys().shape[1]
-    return tuple(torch.randn(2, n, h, width, generator=generator) for n, h in ((Q, heads), (K, kv_heads), (K, kv_heads)))
+    return tuple(
+        torch.randn(2, n, h, width, generator=generator)
+        for n, h in ((Q, heads), (K, kv_heads), (K, kv_heads))
+    )
 
 
 @pytest.mark.parametrize("name", MASKS)
@@ -143,6 +151,12 @@ def test_compiled_flex_reads_the_block_mask(name):
         # With no blocks listed nothing is computed: the lists are what is read, not the mask function alone.
         none, none_whole = torch.zeros_like(blocks.kv_num_blocks), torch.zeros_like(blocks.full_kv_num_blocks)
         empty = BlockMask.from_kv_blocks(
-            none, blocks.kv_indices, none_whole, blocks.full_kv_indices, BLOCK, blocks.mask_mod, blocks.seq_lengths
+            none,
+            blocks.kv_indices,
+            none_whole,
+            blocks.full_kv_indices,
+            BLOCK,
+            blocks.mask_mod,
+            blocks.seq_lengths,
         )
         assert not attend(q, k, v, empty).any()

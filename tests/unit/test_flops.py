@@ -26,7 +26,9 @@ FREEZES = [frozen for count in range(len(PARTS)) for frozen in combinations(PART
 def full_batch() -> Batch:
     """Both rows filled to the last token and patch."""
     pictures = [draw_picture(4, 8, 4, 0), draw_picture(4, 4, 4, 1)]
-    slots = [[[words(4, 0), pictures[0], words(4, 1)], [words(8, 2), pictures[1], words(4, 3)]] for _ in range(2)]
+    slots = [
+        [[words(4, 0), pictures[0], words(4, 1)], [words(8, 2), pictures[1], words(4, 3)]] for _ in range(2)
+    ]
     tensors = build_batch(slots, SIZES)
     assert (tensors["document_ids"] >= 0).all() and (tensors["grid_thw"][..., 0] >= 0).all()
     return Batch(tensors, {"tokens": 64, "patches": 96}, [])
@@ -40,7 +42,9 @@ def frozen_model(freeze: tuple[str, ...], norm: bool = True, decoder: DecoderCon
     return model
 
 
-@pytest.mark.parametrize(("norm", "decoder"), [(True, LLAMA), (False, QWEN2)], ids=["norm, untied", "no norm, tied"])
+@pytest.mark.parametrize(
+    ("norm", "decoder"), [(True, LLAMA), (False, QWEN2)], ids=["norm, untied", "no norm, tied"]
+)
 @pytest.mark.parametrize("freeze", FREEZES)
 def test_flops_equal_those_that_pytorch_counts(freeze, norm, decoder):
     model, batch = frozen_model(freeze, norm, decoder), full_batch()
@@ -49,7 +53,8 @@ def test_flops_equal_those_that_pytorch_counts(freeze, norm, decoder):
     config, trained = model.config, "encoder" not in freeze
     # The counter also sees what is not useful work. The resized position table is a product, once or twice:
     table = 2 * 96 * config.encoder.position_grid**2 * config.encoder.dim * (2 if trained else 1)
-    # a causal call is counted with its upper triangle, and attention's backward computes the scores again (5 products for 4):
+    # a causal call is counted with its upper triangle, and attention's backward computes the scores again (5
+    # products for 4):
     allowed = sum(n * (n + 1) // 2 for n in (16, 16)) * 2
     whole = sum(n * n for n in (16, 16)) * 2
     causal = 4 * config.decoder.heads * config.decoder.head_dim * config.decoder.layers
@@ -72,7 +77,9 @@ def test_padding_is_no_useful_work():
     model, batch = small_vlm(), full_batch()
     wider = Sizes(seq_len=64, patches_per_row=96)
     pictures = [draw_picture(4, 8, 4, 0), draw_picture(4, 4, 4, 1)]
-    slots = [[[words(4, 0), pictures[0], words(4, 1)], [words(8, 2), pictures[1], words(4, 3)]] for _ in range(2)]
+    slots = [
+        [[words(4, 0), pictures[0], words(4, 1)], [words(8, 2), pictures[1], words(4, 3)]] for _ in range(2)
+    ]
     padded = Batch(build_batch(slots, wider), batch.counts, [])
     assert count_flops(model)(padded) == count_flops(model)(batch)
 

@@ -31,7 +31,9 @@ def encoder_block() -> nn.Module:
     return EncoderBlock(ENCODER, "sdpa")
 
 
-def blocks_of(make: Callable[[], nn.Module], count: int, dtype: torch.dtype, trains: bool, device: str) -> nn.ModuleDict:
+def blocks_of(
+    make: Callable[[], nn.Module], count: int, dtype: torch.dtype, trains: bool, device: str
+) -> nn.ModuleDict:
     with torch.device(device):
         blocks = nn.ModuleDict({str(i): make() for i in range(count)})
     return blocks.to(dtype).requires_grad_(trains)
@@ -45,7 +47,9 @@ def rest_of_arguments(make: Callable, device: str) -> tuple:
         return (mask,)
     if make not in BLOCKS:
         return ()
-    return *rope.angles(torch.arange(LENGTH, device=device).expand(SLOTS, -1), DECODER.head_dim, 1e4, None), mask
+    return *rope.angles(
+        torch.arange(LENGTH, device=device).expand(SLOTS, -1), DECODER.head_dim, 1e4, None
+    ), mask
 
 
 def run(blocks: nn.ModuleDict, x: Tensor, rest: tuple) -> Tensor:
@@ -54,7 +58,9 @@ def run(blocks: nn.ModuleDict, x: Tensor, rest: tuple) -> Tensor:
     return x
 
 
-def seen(make: Callable, dtype: torch.dtype, trains: bool = True, mode: str = "none", on_gpu: bool = False) -> Footprint:
+def seen(
+    make: Callable, dtype: torch.dtype, trains: bool = True, mode: str = "none", on_gpu: bool = False
+) -> Footprint:
     """Of the second of three blocks: the first one's input is held by its caller."""
     blocks, rest = blocks_of(make, 3, dtype, trains, "meta"), rest_of_arguments(make, "meta")
     apply_activation_checkpoint(blocks, mode, "op")
@@ -66,7 +72,12 @@ def seen(make: Callable, dtype: torch.dtype, trains: bool = True, mode: str = "n
 
 
 def tensors_of(rest: tuple) -> list[Tensor]:
-    return [leaf for part in rest for leaf in (part if isinstance(part, tuple) else (part,)) if torch.is_tensor(leaf)]
+    return [
+        leaf
+        for part in rest
+        for leaf in (part if isinstance(part, tuple) else (part,))
+        if torch.is_tensor(leaf)
+    ]
 
 
 def bytes_kept(make: Callable, dtype: torch.dtype, trains: bool) -> int:
@@ -124,17 +135,23 @@ def test_a_checkpointed_block_keeps_what_stays_alive(make, mode):
 def test_what_is_dropped_is_needed_again_in_backward():
     kept = {mode: seen(decoder_block, torch.float32, mode=mode) for mode in ("none", "selective", "full")}
     assert kept["full"].kept < kept["selective"].kept < kept["none"].kept
-    assert kept["full"].backward - kept["none"].backward == pytest.approx(kept["none"].kept - kept["full"].kept, rel=0.1)
+    assert kept["full"].backward - kept["none"].backward == pytest.approx(
+        kept["none"].kept - kept["full"].kept, rel=0.1
+    )
 
 
 def test_gradients_of_weights_are_not_counted():
     width = 4 * SLOTS * LENGTH * DIM
-    # While the middle one of three matrices works, the gradient of its result has taken the place of its result.
-    assert seen(lambda: nn.Linear(DIM, DIM, bias=False), torch.float32).backward == pytest.approx(width, abs=16)
+    # While the middle one of three matrices works, the gradient of its result has taken the place of its
+    # result.
+    assert seen(lambda: nn.Linear(DIM, DIM, bias=False), torch.float32).backward == pytest.approx(
+        width, abs=16
+    )
 
 
 def test_a_norm_of_one_kernel_keeps_its_input_alone():
     plain, fused = (seen(decoder_block, torch.bfloat16, on_gpu=on_gpu) for on_gpu in (False, True))
     width = SLOTS * LENGTH * DIM
-    # Two norms: on CPU copies in float32 before and after the division; else the input, of which one is the block's own.
+    # Two norms: on CPU copies in float32 before and after the division; else the input, of which one is the
+    # block's own.
     assert plain.kept - fused.kept == 2 * 2 * 4 * width - 2 * 2 * width

@@ -17,9 +17,43 @@ from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.sources.shards import open_shard
 from tests.samples import jpeg
 
-TELLING = ["<image>", "", " ", "user", "human", "gpt", "assistant", "image", "image_url", "text", "1.jpg", "http://a/1.jpg", "data:,x"]
-FIELDS = ["from", "value", "role", "content", "type", "text", "index", "image", "url", "bytes", "path", "base64"]
-PLAIN = st.none() | st.booleans() | st.integers(-3, 3) | st.floats() | st.sampled_from(TELLING) | st.text(max_size=3)
+TELLING = [
+    "<image>",
+    "",
+    " ",
+    "user",
+    "human",
+    "gpt",
+    "assistant",
+    "image",
+    "image_url",
+    "text",
+    "1.jpg",
+    "http://a/1.jpg",
+    "data:,x",
+]
+FIELDS = [
+    "from",
+    "value",
+    "role",
+    "content",
+    "type",
+    "text",
+    "index",
+    "image",
+    "url",
+    "bytes",
+    "path",
+    "base64",
+]
+PLAIN = (
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 3)
+    | st.floats()
+    | st.sampled_from(TELLING)
+    | st.text(max_size=3)
+)
 VALUES = st.recursive(
     PLAIN,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(FIELDS), inner, max_size=4),
@@ -75,15 +109,23 @@ def open_file(path, format: str):
     return open_shard(str(path), Source(format=format), Data(cache_folder=str(path.parent / "cache")))
 
 
-@pytest.mark.parametrize(("name", "lines"), [("x.jsonl", None), ("x.tsv", "image\tcaption\n"), ("x.tsv", "caption\timage\n")])
+@pytest.mark.parametrize(
+    ("name", "lines"), [("x.jsonl", None), ("x.tsv", "image\tcaption\n"), ("x.tsv", "caption\timage\n")]
+)
 def test_captions_stand_in_record_files_too(tmp_path, name, lines):
     (tmp_path / "a.jpg").write_bytes(jpeg(20, 30))
-    records = [{"image": "a.jpg", "caption": "Ä cat."}, {"image": "gone.jpg", "caption": "A dog."}, {"image": "a.jpg", "caption": " "}]
+    records = [
+        {"image": "a.jpg", "caption": "Ä cat."},
+        {"image": "gone.jpg", "caption": "A dog."},
+        {"image": "a.jpg", "caption": " "},
+    ]
     if lines is None:
         (tmp_path / name).write_text("".join(json.dumps(record) + "\n" for record in records))
     else:
         columns = lines.split()
-        (tmp_path / name).write_text(lines + "".join("\t".join(record[c] for c in columns) + "\n" for record in records))
+        (tmp_path / name).write_text(
+            lines + "".join("\t".join(record[c] for c in columns) + "\n" for record in records)
+        )
     shard = open_file(tmp_path / name, "captions")
     document, lost = shard.read(0)
     assert (len(shard), document.parts[1], document.caption, lost) == (3, Text("Ä cat."), True, [])
@@ -95,7 +137,9 @@ def test_captions_stand_in_record_files_too(tmp_path, name, lines):
 
 
 def test_a_tsv_without_a_header_is_known_by_its_addresses(tmp_path):
-    (tmp_path / "x.tsv").write_bytes(b"A cat.\thttp://10.0.0.1/a\r\nA dog.\thttp://10.0.0.1/b\tc\ncaf\xe9\thttp://10.0.0.1/d\n")
+    (tmp_path / "x.tsv").write_bytes(
+        b"A cat.\thttp://10.0.0.1/a\r\nA dog.\thttp://10.0.0.1/b\tc\ncaf\xe9\thttp://10.0.0.1/d\n"
+    )
     shard = open_file(tmp_path / "x.tsv", "captions")
     reasons = []
     for index in range(len(shard)):
@@ -107,7 +151,12 @@ def test_a_tsv_without_a_header_is_known_by_its_addresses(tmp_path):
 
 @pytest.mark.parametrize(
     ("module", "heavy"),
-    [("data.formats", "aiohttp"), ("data.formats", "torch"), ("data.formats.shard", "torch"), ("prepare.start", "torch")],
+    [
+        ("data.formats", "aiohttp"),
+        ("data.formats", "torch"),
+        ("data.formats.shard", "torch"),
+        ("prepare.start", "torch"),
+    ],
 )
 def test_what_looks_at_no_image_imports_nothing_heavy(module, heavy):
     code = f"import sys, experiments.vlm.{module}; sys.exit({heavy!r} in sys.modules)"

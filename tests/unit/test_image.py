@@ -1,4 +1,6 @@
-"""Image bytes to patches: sizes by the rule, pixels as Pillow would have them, patches in the contract's order."""
+"""Image bytes to patches: sizes by the rule, pixels as Pillow would have them, patches in the contract's
+order.
+"""
 
 import io
 import sys
@@ -59,7 +61,10 @@ def test_the_grid_equals_that_of_transformers():
         assert ImagePlan(16, 2, 16, 1024).grid(height, width) == (h // 16, w // 16)
 
 
-@pytest.mark.parametrize(("size", "grid"), [((500, 15), (32, 2)), ((1, 20_000), (2, 512)), ((20_000, 1), (512, 2)), ((1, 1), (2, 2))])
+@pytest.mark.parametrize(
+    ("size", "grid"),
+    [((500, 15), (32, 2)), ((1, 20_000), (2, 512)), ((20_000, 1), (512, 2)), ((1, 1), (2, 2))],
+)
 def test_thin_images_survive(size, grid):
     assert ImagePlan().grid(*size) == grid
 
@@ -86,14 +91,19 @@ def test_patches_equal_the_contract_written_in_einops():
     patches, thw = np.zeros((24, 768), np.uint8), np.zeros((24, 3), np.int32)
     write_patches(pixels[:, ::-1], ImagePlan(), patches, thw)  # a view, as flips give
     pattern = "(t pt) (h m1 ph) (w m2 pw) c -> (t h w m1 m2) (pt ph pw c)"
-    assert np.array_equal(patches, einops.rearrange(pixels[None, :, ::-1], pattern, pt=1, ph=16, pw=16, m1=2, m2=2))
+    assert np.array_equal(
+        patches, einops.rearrange(pixels[None, :, ::-1], pattern, pt=1, ph=16, pw=16, m1=2, m2=2)
+    )
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.5])
 def test_photographs_equal_pillow_to_50_decibels(scale):
     """Pillow's own decoder and antialiased resize; what differs is rounding in torch's kernel."""
     for name, photo in photographs().items():
-        data = encoded(photo.resize((round(photo.width * scale), round(photo.height * scale)), Image.Resampling.BICUBIC), quality=90)
+        data = encoded(
+            photo.resize((round(photo.width * scale), round(photo.height * scale)), Image.Resampling.BICUBIC),
+            quality=90,
+        )
         h, w = ImagePlan().grid(*probe(data))
         assert psnr(decode(data, h * 16, w * 16), in_pillow(data, h * 16, w * 16)) > 50, name
 
@@ -101,12 +111,14 @@ def test_photographs_equal_pillow_to_50_decibels(scale):
 @pytest.mark.parametrize("target", [(96, 160), (64, 64), (32, 256)])
 def test_small_jpegs_are_shrunk_only_where_50_decibels_remain(target):
     for name, photo in photographs().items():
-        data = encoded(photo.crop((0, 0, photo.width - 1, photo.height - 1)), quality=90)  # odd sides: no whole blocks
+        # odd sides: no whole blocks
+        data = encoded(photo.crop((0, 0, photo.width - 1, photo.height - 1)), quality=90)
         assert psnr(decode(data, *target), in_pillow(data, *target)) > 50, name
 
 
 def test_large_jpegs_are_shrunk_and_stay_above_40_decibels():
-    photo = photographs()["astronaut"]  # the most high frequencies; tiled, so that they are those of a sharp large photograph
+    # the most high frequencies; tiled, so that they are those of a sharp large photograph
+    photo = photographs()["astronaut"]
     tiled = Image.new("RGB", (photo.width * 7 - 3, photo.height * 7 - 3))
     for place in range(49):
         tiled.paste(photo, (place % 7 * photo.width, place // 7 * photo.height))
@@ -137,7 +149,15 @@ def test_exif_orientation_turns_the_image(format, orientation):
 
 def turn(image: Image.Image, orientation: int) -> Image.Image:
     t = Image.Transpose
-    turns = {2: t.FLIP_LEFT_RIGHT, 3: t.ROTATE_180, 4: t.FLIP_TOP_BOTTOM, 5: t.TRANSPOSE, 6: t.ROTATE_270, 7: t.TRANSVERSE, 8: t.ROTATE_90}
+    turns = {
+        2: t.FLIP_LEFT_RIGHT,
+        3: t.ROTATE_180,
+        4: t.FLIP_TOP_BOTTOM,
+        5: t.TRANSPOSE,
+        6: t.ROTATE_270,
+        7: t.TRANSVERSE,
+        8: t.ROTATE_90,
+    }
     return image.transpose(turns[orientation]) if orientation in turns else image
 
 
@@ -179,7 +199,10 @@ def test_threads_decode_into_buffers_of_their_own():
 
 
 def test_decoding_lets_other_threads_run():
-    """A pure-Python thread works while images are decoded. With the interpreter lock held it would stand still."""
+    """A pure-Python thread works while images are decoded.
+
+    With the interpreter lock held it would stand still.
+    """
     data = encoded(noise(3000, 3000), quality=95)
     decode(data, 512, 512)
     stop, worked = threading.Event(), [0.0]
@@ -199,4 +222,5 @@ def test_decoding_lets_other_threads_run():
     stop.set()
     worker.join()
     sys.setswitchinterval(interval)
-    assert share > 0.2  # of the decoding thread's time, near 1 here; held, a switch interval or two in each of five decodes: 3 %
+    # of the decoding thread's time, near 1 here; held, a switch interval or two in each of five decodes: 3 %
+    assert share > 0.2

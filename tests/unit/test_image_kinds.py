@@ -1,4 +1,6 @@
-"""Pillow is the judge: what it opens, loads and converts is delivered, everything else is rejected with its reason."""
+"""Pillow is the judge: what it opens, loads and converts is delivered, everything else is rejected with its
+reason.
+"""
 
 import io
 import struct
@@ -134,7 +136,12 @@ def test_a_jpeg_that_the_fast_decoder_complains_of_is_pillows_to_judge():
 
 
 HEADER = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
-BOMB = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", HEADER) + chunk(b"IDAT", zlib.compress(bytes(9))) + chunk(b"IEND", b"")
+BOMB = (
+    b"\x89PNG\r\n\x1a\n"
+    + chunk(b"IHDR", HEADER)
+    + chunk(b"IDAT", zlib.compress(bytes(9)))
+    + chunk(b"IEND", b"")
+)
 
 
 def reason(data: bytes) -> str:
@@ -149,7 +156,9 @@ def reason(data: bytes) -> str:
 @pytest.mark.parametrize("part", [0.3, 0.5, 0.9])
 def test_a_truncated_image_is_rejected_wherever_it_ends(format, part):
     options = {"lossless": True} if format == "WEBP" else {}
-    data = encoded(np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8), format, **options)
+    data = encoded(
+        np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8), format, **options
+    )
     assert reason(data[: int(len(data) * part)]) == "image_truncated"
 
 

@@ -38,7 +38,9 @@ def test_no_two_matrices_start_alike():
 
 
 def _shards(rank: int) -> dict[str, dict[str, torch.Tensor]]:
-    """This rank's shares: of each model under FSDP, built on the meta device; of one matrix along its other side."""
+    """This rank's shares: of each model under FSDP, built on the meta device; of one matrix along its other
+    side.
+    """
     mesh, shares = init_device_mesh("cpu", (2,)), {}
     for name, config in CONFIGS.items():
         with torch.device("meta"):
@@ -51,7 +53,9 @@ def _shards(rank: int) -> dict[str, dict[str, torch.Tensor]]:
     model = small_vlm()
     layer = model.decoder.layers["0"].attention.wq
     layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), mesh, [Shard(1)]))
-    return shares | {"columns": {"weight": initialised(model)["decoder.layers.0.attention.wq.weight"].to_local()}}
+    return shares | {
+        "columns": {"weight": initialised(model)["decoder.layers.0.attention.wq.weight"].to_local()}
+    }
 
 
 def test_two_ranks_start_from_the_weights_of_one_process(tmp_path):
@@ -94,7 +98,9 @@ def test_every_parameter_is_set():
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_first_loss_is_that_of_guessing(tied):
-    """ln V and about a half, since logits of deviation 1 add half their variance; features and logits are of order 1."""
+    """ln V and about a half, since logits of deviation 1 add half their variance; features and logits are of
+    order 1.
+    """
     config = FLAVORS["debugmodel"]
     decoder = QWEN2 if tied else config.decoder
     model = VLM(type(config)(config.encoder, config.projector, decoder), 1024, 2, "sdpa", 64)
@@ -104,7 +110,11 @@ def test_the_first_loss_is_that_of_guessing(tied):
     batch = build_batch([[[words(70, 0), picture, words(5, 1)]]], sizes)
     labels = batch.pop("labels")
     # Words are drawn below 96; the model must be judged on any of its tokens.
-    labels = torch.where(labels >= 0, torch.randint(IMAGE_ID + 1, 1024, labels.shape, generator=torch.Generator().manual_seed(0)), labels)
+    labels = torch.where(
+        labels >= 0,
+        torch.randint(IMAGE_ID + 1, 1024, labels.shape, generator=torch.Generator().manual_seed(0)),
+        labels,
+    )
     loss = model(**batch, labels=labels) / (labels >= 0).sum()
     assert abs(loss.item() - math.log(1024) - 0.5) < 0.4
     assert 0.5 < model(**batch)[batch["document_ids"] >= 0].std() < 2

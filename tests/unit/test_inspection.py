@@ -39,10 +39,14 @@ def test_a_slot_is_read_back(data, tmp_path, rows):
         slot = read_slot(step.batches[0], row, 1, row, loader.shape, 2, Characters())
         sizes = [size for sample in slot.samples for size in sample.image_sizes]
         by_token = sorted(slot.images, key=lambda image: image.tokens)
-        assert [loader.setup.planning.plan.grid(*size) for size in sizes] == [(image.h, image.w) for image in by_token]
+        assert [loader.setup.planning.plan.grid(*size) for size in sizes] == [
+            (image.h, image.w) for image in by_token
+        ]
         for image in slot.images:
             start, end = image.tokens
-            assert (slot.kinds[start:end] == Kind.IMAGE).all() and (slot.document_ids[start:end] == image.document).all()
+            assert (slot.kinds[start:end] == Kind.IMAGE).all() and (
+                slot.document_ids[start:end] == image.document
+            ).all()
             assert slot.visual_index[start] == image.visual and end - start == image.h * image.w // 4
             assert slot.kinds[start - 1] == slot.kinds[end] == Kind.BOUNDARY
         targets = np.flatnonzero(slot.kinds == Kind.TARGET)
@@ -95,7 +99,9 @@ def test_the_page_is_self_contained_and_shows_what_is_written(data, tmp_path):
 
 def test_a_data_set_cannot_write_into_the_page(data, tmp_path):
     (tmp_path / "evil").mkdir()
-    (tmp_path / "evil" / "t.jsonl").write_text(json.dumps({"text": "</script><img src=x onerror=alert(1)><b>"}) + "\n")
+    (tmp_path / "evil" / "t.jsonl").write_text(
+        json.dumps({"text": "</script><img src=x onerror=alert(1)><b>"}) + "\n"
+    )
     job = make_job(data, tmp_path / "out")
     job.data.sources = job.data.sources[2:]
     job.data.sources[0].path = str(tmp_path / "evil")
@@ -103,7 +109,9 @@ def test_a_data_set_cannot_write_into_the_page(data, tmp_path):
     slot = read_slot(next(loader).batches[0], 0, 1, 0, loader.shape, 2, Characters())
     page = Page()
     page.feed(make_page([slot], loader.shape, 2, Characters(), "title", "facts"))
-    assert not any("onerror" in attributes for _, attributes in page.tags) and not any(tag == "b" and not a for tag, a in page.tags)
+    assert not any("onerror" in attributes for _, attributes in page.tags) and not any(
+        tag == "b" and not a for tag, a in page.tags
+    )
     loader.close()
 
 
@@ -126,13 +134,22 @@ def test_the_picture_shows_the_images_and_words_of_each_slot(data, tmp_path, fig
         assert " ".join(text.split())[:10] in words.texts[0].get_text()
         cells = tokens.images[0].get_array().reshape(-1, 3)[: len(slot.tokens)]
         # Kinds and images are told apart by their colours alone.
-        shades = [np.unique(cells[slot.kinds == kind], axis=0) for kind in Kind if kind != Kind.IMAGE and (slot.kinds == kind).any()]
+        shades = [
+            np.unique(cells[slot.kinds == kind], axis=0)
+            for kind in Kind
+            if kind != Kind.IMAGE and (slot.kinds == kind).any()
+        ]
         shades += [np.unique(cells[slice(*image.tokens)], axis=0) for image in slot.images]
         assert all(len(shade) == 1 for shade in shades)
         assert len({tuple(shade[0]) for shade in shades}) == len(shades)
-        strip, first = strips.images[0].get_array(), next(image for image in slot.images if image.row == image.first == 0)
+        strip, first = (
+            strips.images[0].get_array(),
+            next(image for image in slot.images if image.row == image.first == 0),
+        )
         assert strip.shape[1] == 4 * min(256, loader.shape.patches_per_row)
-        assert np.array_equal(strip[0, 0], first.pixels[:16, :16].mean((0, 1)).astype(int)), "a patch is its mean colour"
+        assert np.array_equal(strip[0, 0], first.pixels[:16, :16].mean((0, 1)).astype(int)), (
+            "a patch is its mean colour"
+        )
 
 
 def test_keys_hold_every_sample_and_a_hash_of_every_slot(data, tmp_path):
@@ -143,9 +160,15 @@ def test_keys_hold_every_sample_and_a_hash_of_every_slot(data, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert lines == [json.loads(line) for line in (tmp_path / "b.jsonl").read_text().splitlines()]
     samples = [line for line in lines if "key" in line]
-    assert len({(line["shard"], line["key"]) for line in samples}) == len([line for line in samples if line["offset"] == 0]) == 102
+    assert (
+        len({(line["shard"], line["key"]) for line in samples})
+        == len([line for line in samples if line["offset"] == 0])
+        == 102
+    )
     slots = [line for line in lines if "hash" in line]
-    assert {line["slot"] for line in slots} == {0, 1, 2, 3} and len(slots) == 4 * max(line["step"] for line in lines)
+    assert {line["slot"] for line in slots} == {0, 1, 2, 3} and len(slots) == 4 * max(
+        line["step"] for line in lines
+    )
 
 
 def test_what_was_rejected_is_written_where_it_is_asked_for(data, tmp_path):
@@ -158,7 +181,10 @@ def test_what_was_rejected_is_written_where_it_is_asked_for(data, tmp_path):
     inspect(job, Characters(), steps=9, shown=0, out="", keys=str(tmp_path / "keys.jsonl"))
     report = json.loads((tmp_path / "out" / "data_report.json").read_text())["sources"]["texts"]
     assert (report["counts"]["samples"], report["rejected"]["samples"]["empty_document"]["count"]) == (2, 1)
-    assert [json.loads(line)["key"] for line in (tmp_path / "out" / "rejects" / "0.jsonl").read_text().splitlines()] == ["1"]
+    assert [
+        json.loads(line)["key"]
+        for line in (tmp_path / "out" / "rejects" / "0.jsonl").read_text().splitlines()
+    ] == ["1"]
     job.job.dump_folder = ""
     before = set(tmp_path.rglob("*"))
     inspect(job, Characters(), steps=9, shown=0, out="", keys=str(tmp_path / "keys.jsonl"))

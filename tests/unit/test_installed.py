@@ -28,7 +28,9 @@ def wheel(tmp_path_factory) -> Path:
             shutil.copytree(source, copy / name, symlinks=True, ignore=ignored)
         else:
             shutil.copy(source, copy / name)
-    subprocess.run([*PIP, "wheel", "--no-deps", "--no-build-isolation", "-w", str(built), str(copy)], check=True)
+    subprocess.run(
+        [*PIP, "wheel", "--no-deps", "--no-build-isolation", "-w", str(built), str(copy)], check=True
+    )
     [wheel] = built.iterdir()
     return wheel
 
@@ -53,8 +55,13 @@ def test_the_wheel_holds_data_types_and_a_description(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         about = Parser().parsestr(archive.read(f"torchtitan_vlm-{__version__}.dist-info/METADATA").decode())
-    jobs = {f"experiments/shipped/train_configs/{file.name}" for file in (REPOSITORY / "train_configs").glob("*.toml")}
-    tokenizer = {f"experiments/shipped/assets/tokenizer/{name}" for name in ("tokenizer.model", "special_tokens.json")}
+    jobs = {
+        f"experiments/shipped/train_configs/{file.name}"
+        for file in (REPOSITORY / "train_configs").glob("*.toml")
+    }
+    tokenizer = {
+        f"experiments/shipped/assets/tokenizer/{name}" for name in ("tokenizer.model", "special_tokens.json")
+    }
     other = {"experiments/vlm/view/page.html", "experiments/py.typed", "torchtitan/py.typed"}
     assert jobs | tokenizer | other <= names
     assert {name.partition("/")[0] for name in names} == {
@@ -89,7 +96,9 @@ def test_the_installed_package_trains_on_what_it_brings(installed, tmp_path):
         "--data.cache_folder",
         "cache",
     ]
-    done = run(installed, tmp_path, "train", *small, *data, "--validation.no_enable", "--validation.no_controls")
+    done = run(
+        installed, tmp_path, "train", *small, *data, "--validation.no_enable", "--validation.no_controls"
+    )
     assert done.returncode == 0, done.stderr
     assert "step: 2 loss: " in done.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "outputs"]

@@ -13,7 +13,9 @@ PLAIN = {
     "baseline": encoded(noise(33, 50)),
     "progressive": encoded(noise(33, 50), progressive=True),
     "grey": encoded(noise(33, 50)[:, :, 0]),
-    "with much before the frame": encoded(noise(33, 50), subsampling=0, restart_marker_blocks=2, comment="x", icc_profile=ICC),
+    "with much before the frame": encoded(
+        noise(33, 50), subsampling=0, restart_marker_blocks=2, comment="x", icc_profile=ICC
+    ),
 }
 
 
@@ -35,7 +37,9 @@ UNUSUAL = {
 
 def in_pillow(data: bytes) -> tuple[int, int]:
     image = image_module._open(data)
-    assert image.format == "JPEG" and image.mode in ("L", "RGB") and image_module._orientation(image, data) == 1
+    assert (
+        image.format == "JPEG" and image.mode in ("L", "RGB") and image_module._orientation(image, data) == 1
+    )
     return image.height, image.width
 
 

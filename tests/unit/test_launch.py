@@ -78,7 +78,10 @@ def test_the_second_machine_has_the_ranks_after_those_of_the_first(start, tmp_pa
 
 
 def test_what_every_rank_says_is_told_once_with_its_exit_code(start):
-    assert end(start("report_error(ValueError('key = 3: use 4')); sys.exit(2)")) == (2, "error: key = 3: use 4\n")
+    assert end(start("report_error(ValueError('key = 3: use 4')); sys.exit(2)")) == (
+        2,
+        "error: key = 3: use 4\n",
+    )
 
 
 def test_a_rank_that_fails_ends_the_others_and_gives_its_exit_code(start, tmp_path):

@@ -1,4 +1,6 @@
-"""What the loader delivers depends on the data and the configuration alone, and every sample comes exactly as often as asked."""
+"""What the loader delivers depends on the data and the configuration alone, and every sample comes exactly as
+often as asked.
+"""
 
 import hashlib
 import json
@@ -23,7 +25,9 @@ def data(tmp_path_factory):
 
 
 def open_loader(data, dump, rank=0, ranks=1, split="train", control=None, **options) -> Loader:
-    return Loader(make_job(data, dump, **options), Characters(), rank=rank, ranks=ranks, split=split, control=control)
+    return Loader(
+        make_job(data, dump, **options), Characters(), rank=rank, ranks=ranks, split=split, control=control
+    )
 
 
 def slot_hashes(loader: Loader, step: Step) -> dict[int, str]:
@@ -55,11 +59,19 @@ def expected(data, tmp_path_factory) -> Hashes:
 
 @pytest.mark.parametrize("ranks, local", [(2, 2), (4, 2), (8, 1), (1, 8), (1, 1)])
 def test_batches_do_not_depend_on_ranks_or_microbatches(data, expected, tmp_path, ranks, local):
-    parts = [run(open_loader(data, tmp_path, rank, ranks, global_batch_size=8, local_batch_size=local)) for rank in range(ranks)]
-    assert [{slot: digest for part in parts for slot, digest in part[step].items()} for step in range(STEPS)] == expected
+    parts = [
+        run(open_loader(data, tmp_path, rank, ranks, global_batch_size=8, local_batch_size=local))
+        for rank in range(ranks)
+    ]
+    assert [
+        {slot: digest for part in parts for slot, digest in part[step].items()} for step in range(STEPS)
+    ] == expected
 
 
-@pytest.mark.parametrize("options", [{"num_workers": 1}, {"num_workers": 3, "prefetch": 3, "decode_threads": 2}, {"decode_threads": 3}])
+@pytest.mark.parametrize(
+    "options",
+    [{"num_workers": 1}, {"num_workers": 3, "prefetch": 3, "decode_threads": 2}, {"decode_threads": 3}],
+)
 def test_batches_do_not_depend_on_workers_and_threads(data, expected, tmp_path, options):
     assert run(open_loader(data, tmp_path, global_batch_size=8, **options)) == expected
 
@@ -73,12 +85,16 @@ def test_a_run_killed_again_and_again_at_other_sizes_is_exact(data, expected, tm
         for rank in range(ranks):
             loader = open_loader(data, tmp_path, rank, ranks, global_batch_size=8, local_batch_size=1)
             loader.load_state_dict({key: state[key] for key in loader.slot_keys()} if state else {})
-            taken = [(slot_hashes(loader, step), step.state) for _, step in zip(range(steps), loader, strict=False)]
+            taken = [
+                (slot_hashes(loader, step), step.state) for _, step in zip(range(steps), loader, strict=False)
+            ]
             next(loader)  # one that the trainer never used
             loader.close()
             parts.append([hashes for hashes, _ in taken])
             states |= taken[-1][1]()
-        seen += [{slot: digest for part in parts for slot, digest in part[step].items()} for step in range(steps)]
+        seen += [
+            {slot: digest for part in parts for slot, digest in part[step].items()} for step in range(steps)
+        ]
         state = states
     assert seen == expected
 
@@ -146,7 +162,10 @@ def all_steps(loader: Loader) -> list[Step]:
 
 def delivered(steps: list[Step]) -> Counter:
     return Counter(
-        (sample.source, sample.shard, sample.key, sample.offset) for step in steps for batch in step.batches for sample in batch.samples
+        (sample.source, sample.shard, sample.key, sample.offset)
+        for step in steps
+        for batch in step.batches
+        for sample in batch.samples
     )
 
 
@@ -154,7 +173,8 @@ def delivered(steps: list[Step]) -> Counter:
 def test_every_sample_is_delivered_as_often_as_epochs_say(data, tmp_path, epochs, slots):
     steps = all_steps(open_loader(data, tmp_path, epochs=epochs, global_batch_size=slots))
     seen = delivered(steps)
-    begun = Counter({sample: count for sample, count in seen.items() if sample[3] == 0})  # cuts fall elsewhere in each epoch
+    # cuts fall elsewhere in each epoch
+    begun = Counter({sample: count for sample, count in seen.items() if sample[3] == 0})
     assert set(begun.values()) == {epochs}
     assert Counter(source for source, _, _, _ in begun) == {"captions": 60, "documents": 30, "texts": 12}
     assert any(offset > 0 for _, _, _, offset in seen), "no document was long enough to be cut"
@@ -168,7 +188,9 @@ def test_pieces_of_a_document_follow_each_other_without_a_gap(data, tmp_path):
         for sample in sorted(batch.samples, key=lambda sample: (sample.row, sample.document)):
             name = sample.shard, sample.key
             assert sample.offset == delivered_so_far[name]
-            delivered_so_far[name] += int((batch.tensors["document_ids"][sample.row] == sample.document).sum())
+            delivered_so_far[name] += int(
+                (batch.tensors["document_ids"][sample.row] == sample.document).sum()
+            )
     loader.close()
 
 
@@ -213,7 +235,9 @@ def test_the_mixture_is_as_weighted(data, tmp_path, weight_by):
     loader.close()
     total = sum(counts[f"{weight_by}/{name}"] for name in WEIGHTS)
     for name, weight in WEIGHTS.items():
-        assert counts[f"{weight_by}/{name}"] / total == pytest.approx(weight / sum(WEIGHTS.values()), abs=0.03)
+        assert counts[f"{weight_by}/{name}"] / total == pytest.approx(
+            weight / sum(WEIGHTS.values()), abs=0.03
+        )
         assert counts[f"{weight_by}/{name}"] == report[name]["counts"][weight_by]
 
 

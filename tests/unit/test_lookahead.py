@@ -60,13 +60,16 @@ def test_the_oldest_always_leaves(stream, size):
     budget = Budget(256, 1, 512)
     splitter, mixture = Splitter(budget, merge_size=2), Mixture([1.0], 0, 0)
     look_ahead: LookAhead[int] = LookAhead(splitter, size, mixture)
-    look_ahead.entries = [Queued(number, outline_of(parts), 0, splitter) for number, parts in enumerate(stream)]
+    look_ahead.entries = [
+        Queued(number, outline_of(parts), 0, splitter) for number, parts in enumerate(stream)
+    ]
     while look_ahead.entries:
         oldest = look_ahead.entries[0]
         assert oldest in [taken.queued for taken in look_ahead.take()]
 
 
-# Sizes of several kinds of data, far from any that constants were tuned on: uniform where real ones have long tails.
+# Sizes of several kinds of data, far from any that constants were tuned on: uniform where real ones have long
+# tails.
 def words(random: np.random.Generator, low: int, high: int) -> tuple[int, int]:
     return int(random.integers(low, high)), 0
 
@@ -78,12 +81,19 @@ def picture(random: np.random.Generator, largest: int) -> tuple[int, int]:
 
 KINDS: dict[str, Callable[[np.random.Generator, int], Parts]] = {
     "text": lambda random, largest: [words(random, 20, 1600)],
-    "few images": lambda random, largest: [part for _ in range(2) for part in (words(random, 100, 1500), picture(random, largest))],
+    "few images": lambda random, largest: [
+        part for _ in range(2) for part in (words(random, 100, 1500), picture(random, largest))
+    ],
     "many images": lambda random, largest: [
-        part for _ in range(random.integers(4, 20)) for part in (words(random, 5, 80), picture(random, largest))
+        part
+        for _ in range(random.integers(4, 20))
+        for part in (words(random, 5, 80), picture(random, largest))
     ],
     "book": lambda random, largest: [words(random, 9_000, 60_000)],
-    "conversation": lambda random, largest: [picture(random, largest), *(words(random, 10, 90) for _ in range(random.integers(2, 8)))],
+    "conversation": lambda random, largest: [
+        picture(random, largest),
+        *(words(random, 10, 90) for _ in range(random.integers(2, 8))),
+    ],
     "caption": lambda random, largest: [picture(random, largest), words(random, 8, 60)],
 }
 DATA = {  # sources of each kind of data: kind -> share of the documents
@@ -108,9 +118,15 @@ def stream_of(shares: dict[str, float], largest: int, seed: int = 0) -> Iterator
 def run(shares: dict[str, float], seq_len: int, slots: int) -> tuple[list[list[Taken[None]]], Budget]:
     """Slots whose L is S times the patches per token of the data, as users are advised."""
     largest = min(1024, 2 * seq_len)
-    sizes = np.array([part for _, parts in itertools.islice(stream_of(shares, largest), 3000) for part in parts]).sum(0)
+    sizes = np.array(
+        [part for _, parts in itertools.islice(stream_of(shares, largest), 3000) for part in parts]
+    ).sum(0)
     budget = Budget(seq_len, 1, max(largest, round(seq_len * sizes[1] / sizes[0] / 4) * 4))
-    splitter, mixture, stream = Splitter(budget, 2), Mixture(list(shares.values()), 0, 0), stream_of(shares, largest)
+    splitter, mixture, stream = (
+        Splitter(budget, 2),
+        Mixture(list(shares.values()), 0, 0),
+        stream_of(shares, largest),
+    )
     look_ahead: LookAhead[None] = LookAhead(splitter, 256, mixture)
 
     def draw() -> Queued[None]:
@@ -129,8 +145,12 @@ def run(shares: dict[str, float], seq_len: int, slots: int) -> tuple[list[list[T
 @pytest.mark.parametrize("data", list(DATA))
 def test_slots_are_full_on_the_side_that_binds(data, seq_len):
     slots, budget = run(DATA[data], seq_len, 100 if seq_len < 8192 else 50)
-    tokens = sum(taken.end - taken.queued.start for slot in slots for taken in slot) / (len(slots) * budget.seq_len)
-    patches = sum(taken.queued.way(taken.end).patches for slot in slots for taken in slot) / (len(slots) * budget.patches)
+    tokens = sum(taken.end - taken.queued.start for slot in slots for taken in slot) / (
+        len(slots) * budget.seq_len
+    )
+    patches = sum(taken.queued.way(taken.end).patches for slot in slots for taken in slot) / (
+        len(slots) * budget.patches
+    )
     assert max(tokens, patches) >= 0.98
 
 
@@ -139,7 +159,12 @@ def test_slots_are_full_on_the_side_that_binds(data, seq_len):
 def test_each_source_has_its_share_of_any_100_steps(data, seq_len):
     shares = DATA[data]
     slots, _ = run(shares, seq_len, 200)
-    begun = np.array([[sum(t.queued.source == s and t.queued.start == 0 for t in slot) for s in range(len(shares))] for slot in slots])
+    begun = np.array(
+        [
+            [sum(t.queued.source == s and t.queued.start == 0 for t in slot) for s in range(len(shares))]
+            for slot in slots
+        ]
+    )
     for start in range(0, len(slots) - 100, 10):
         seen = begun[start : start + 100].sum(0)
         np.testing.assert_allclose(seen / seen.sum(), list(shares.values()), rtol=0.1)

@@ -28,7 +28,10 @@ def test_warm_up_is_cut_only_where_it_exceeds_the_steps_and_that_is_told(caplog)
         assert options.warmup_steps == 30 and not caplog.messages
         fit_warmup(options, 29)
     assert options.warmup_steps == 29
-    assert len(caplog.messages) == 1 and "lr_scheduler.warmup_steps = 30 is more than training.steps = 29" in caplog.text
+    assert (
+        len(caplog.messages) == 1
+        and "lr_scheduler.warmup_steps = 30 is more than training.steps = 29" in caplog.text
+    )
 
 
 def test_stable_part_keeps_the_peak_until_the_decay():
@@ -38,7 +41,11 @@ def test_stable_part_keeps_the_peak_until_the_decay():
 
 @pytest.mark.parametrize(
     ("shape", "left"),
-    [("linear", lambda x: 1 - x), ("sqrt", lambda x: 1 - x**0.5), ("cosine", lambda x: (1 + math.cos(math.pi * x)) / 2)],
+    [
+        ("linear", lambda x: 1 - x),
+        ("sqrt", lambda x: 1 - x**0.5),
+        ("cosine", lambda x: (1 + math.cos(math.pi * x)) / 2),
+    ],
 )
 def test_decay_follows_its_shape_down_to_the_floor(shape, left):
     values = factors(100, warmup_steps=10, decay_ratio=0.3, decay_type=shape, min_lr_factor=0.1)
@@ -48,7 +55,9 @@ def test_decay_follows_its_shape_down_to_the_floor(shape, left):
 
 def test_decay_begins_after_warm_up_where_no_ratio_is_given():
     values = factors(100, warmup_steps=10)
-    assert values[9] == 1.0 and values[10] == pytest.approx(1 - 1 / 91) and values[-1] == pytest.approx(1 / 91)
+    assert (
+        values[9] == 1.0 and values[10] == pytest.approx(1 - 1 / 91) and values[-1] == pytest.approx(1 / 91)
+    )
 
 
 def test_no_step_is_taken_at_a_learning_rate_of_zero():

@@ -21,7 +21,9 @@ MASKS = {
 
 
 def allowed(mask: Mask, b: int, q: int, k: int) -> bool:
-    """One pair, in words: same segment, not padding, the key's row not after the query's, and what the predicate says."""
+    """One pair, in words: same segment, not padding, the key's row not after the query's, and what the
+    predicate says.
+    """
     keys = mask.segments if mask.kv_segments is None else mask.kv_segments
     q_row = q if mask.rows is None else int(mask.rows[b, q])
     k_row = k if mask.kv_rows is None else int(mask.kv_rows[b, k])

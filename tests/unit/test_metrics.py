@@ -10,7 +10,14 @@ from torchtitan.tools.logging import log_ranks
 
 
 def test_the_line_of_a_step():
-    values = {"loss": 3.14159265, "grad_norm": 0.5, "memory": 1.25, "tps": 12345.6, "tflops": 0.25, "mfu": None}
+    values = {
+        "loss": 3.14159265,
+        "grad_norm": 0.5,
+        "memory": 1.25,
+        "tps": 12345.6,
+        "tflops": 0.25,
+        "mfu": None,
+    }
     values |= {"patches": 97.13, "tokens": 99.0, "images/s": 12.34, "data_wait": 0.04}
     assert format_line(12, values, ("patches", "tokens")) == (
         "step: 12 loss: 3.14159 grad_norm: 0.50000 memory: 1.25GiB tps: 12,346 tflops: 0.250 mfu: n/a "
@@ -22,11 +29,17 @@ def test_occupancy_and_rates_count_what_all_ranks_did(monkeypatch):
     clock = iter([0.0, 0.0, 10.0, 10.0])
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
     capacity = {"tokens": 100, "patches": 50}
-    counts = Counts("loss_tokens", "tokens", capacity, rates=("images",), tallies=("samples/a",), sources=("a",))
+    counts = Counts(
+        "loss_tokens", "tokens", capacity, rates=("images",), tallies=("samples/a",), sources=("a",)
+    )
     meter = MetricsMeter(torch.device("cpu"), 2, counts)
     meter.restart()
-    meter.add({"tokens": 300, "patches": 100, "images": 7, "samples/a": 4, "slots": 4, "flops": 6e12}, data_s=0.5)
-    meter.add({"tokens": 200, "patches": 100, "images": 3, "samples/a": 2, "slots": 4, "flops": 4e12}, data_s=0.5)
+    meter.add(
+        {"tokens": 300, "patches": 100, "images": 7, "samples/a": 4, "slots": 4, "flops": 6e12}, data_s=0.5
+    )
+    meter.add(
+        {"tokens": 200, "patches": 100, "images": 3, "samples/a": 2, "slots": 4, "flops": 4e12}, data_s=0.5
+    )
     meter.leave_out(5.0)  # of the ten seconds five were validation
     read, tallies = meter.read()
     assert tallies == {"samples/a": 6}
@@ -42,7 +55,11 @@ def test_a_resumed_run_forgets_what_came_after_its_checkpoint(tmp_path):
     with (tmp_path / HISTORY).open("a") as file:
         file.write('{"step": 5, "lo')  # cut short by a kill
     History(tmp_path, first_step=2).write(3, {"loss": 9.0})
-    assert [(record["step"], record["loss"]) for record in read_history(tmp_path)] == [(1, 1.0), (2, 0.5), (3, 9.0)]
+    assert [(record["step"], record["loss"]) for record in read_history(tmp_path)] == [
+        (1, 1.0),
+        (2, 0.5),
+        (3, 9.0),
+    ]
 
 
 def test_curves_are_those_of_the_history(tmp_path, figures):
@@ -51,7 +68,9 @@ def test_curves_are_those_of_the_history(tmp_path, figures):
     history.write(2, {"loss": 2.0, "tokens": 98.0})
     history.write(2, {"validate/loss": 2.5, "validate/exact": 40.0, "validate/thin": 30.0})
     assert draw_curves(tmp_path, ("tokens",), ("thin",)).is_file()
-    curves = [{line.get_label(): line.get_xydata().tolist() for line in panel.lines} for panel in figures[0].axes]
+    curves = [
+        {line.get_label(): line.get_xydata().tolist() for line in panel.lines} for panel in figures[0].axes
+    ]
     assert curves == [
         {"training": [[1, 3.0], [2, 2.0]], "held out": [[2, 2.5]]},
         {"exact": [[2, 40.0]], "thin": [[2, 30.0]]},

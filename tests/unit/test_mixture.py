@@ -11,7 +11,10 @@ def test_shares_are_exact_to_a_sample():
     mixture = Mixture([0.6, 0.3, 0.1], seed=0, slot=0)
     for number in range(1, 200):
         mixture.give(mixture.pick(), 1)
-        assert all(abs(given - number * weight) < 1.5 for given, weight in zip(mixture.given, [0.6, 0.3, 0.1], strict=True))
+        assert all(
+            abs(given - number * weight) < 1.5
+            for given, weight in zip(mixture.given, [0.6, 0.3, 0.1], strict=True)
+        )
 
 
 def picks(mixture: Mixture, count: int) -> list[int]:

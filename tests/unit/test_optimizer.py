@@ -28,7 +28,8 @@ def run(optimizer_of, steps: int = 4) -> list[torch.Tensor]:
 
 
 def test_muon_equals_pytorchs_in_bfloat16():
-    # Batched and single products may round differently in bfloat16: a few of its 3 significant digits, at a learning rate of 0.02.
+    # Batched and single products may round differently in bfloat16: a few of its 3 significant digits, at a
+    # learning rate of 0.02.
     ours = run(lambda p: Muon(p, lr=0.02, momentum=0.95, weight_decay=0.1, dtype=torch.bfloat16))
     theirs = run(lambda p: torch.optim.Muon(p, lr=0.02, momentum=0.95, weight_decay=0.1, nesterov=True))
     for a, b in zip(ours, theirs, strict=True):
@@ -42,7 +43,9 @@ def test_muon_in_float32_follows_the_polynomial_of_the_singular_values():
     s = s / update.double().norm(dim=(-2, -1))[:, None]
     for _ in range(STEPS):
         s = a * s + b * s**3 + c * s**5
-    assert torch.allclose(orthogonalise(update, torch.float32).double(), u @ torch.diag_embed(s) @ v, atol=1e-5)
+    assert torch.allclose(
+        orthogonalise(update, torch.float32).double(), u @ torch.diag_embed(s) @ v, atol=1e-5
+    )
 
 
 def test_orthogonalised_singular_values_are_near_one():
@@ -82,8 +85,12 @@ def test_moments_are_the_numbers_of_the_state(name):
     model, options = Model(), Optimizer(name=name)
     optimizers = Optimizers([model], options, ("embeddings", "output"))
     step(model, optimizers)
-    kept = [value for optimizer in optimizers for state in optimizer.state.values() for value in state.values()]
-    assert moments(trainable(model), options, ("embeddings", "output")) == sum(value.numel() for value in kept if value.ndim)
+    kept = [
+        value for optimizer in optimizers for state in optimizer.state.values() for value in state.values()
+    ]
+    assert moments(trainable(model), options, ("embeddings", "output")) == sum(
+        value.numel() for value in kept if value.ndim
+    )
 
 
 def test_a_frozen_part_keeps_no_state_and_does_not_move():
@@ -112,7 +119,9 @@ def test_every_implementation_makes_the_same_step(implementation):
     torch.manual_seed(0)
     model = Model()
     reference = [parameter.clone() for parameter in model.parameters() if parameter.requires_grad]
-    optimizers = Optimizers([model], Optimizer(lr=0.01, eps=1e-6, weight_decay=0.1, implementation=implementation), ())
+    optimizers = Optimizers(
+        [model], Optimizer(lr=0.01, eps=1e-6, weight_decay=0.1, implementation=implementation), ()
+    )
     step(model, optimizers)
     # The first step of AdamW with a gradient of ones: decay, then the learning rate against the sign.
     for before, after in zip(reference, (p for p in model.parameters() if p.requires_grad), strict=True):

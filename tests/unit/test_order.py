@@ -7,9 +7,13 @@ import pytest
 from experiments.vlm.data.sources.order import Deal, permutation
 
 
-def deal(shards: int, slots: int, epochs: int | None = 2, shuffle: bool = True, shuffle_buffer: int = 8) -> Deal:
+def deal(
+    shards: int, slots: int, epochs: int | None = 2, shuffle: bool = True, shuffle_buffer: int = 8
+) -> Deal:
     paths = tuple(f"{i}.tar" for i in range(shards))
-    return Deal("captions", paths, slots, seed=3, epochs=epochs, shuffle=shuffle, shuffle_buffer=shuffle_buffer)
+    return Deal(
+        "captions", paths, slots, seed=3, epochs=epochs, shuffle=shuffle, shuffle_buffer=shuffle_buffer
+    )
 
 
 def read_all(dealt: Deal, records: int) -> list[list[tuple[int, int, int]]]:
@@ -24,13 +28,17 @@ def read_all(dealt: Deal, records: int) -> list[list[tuple[int, int, int]]]:
     return streams
 
 
-@pytest.mark.parametrize("shards, slots, parts", [(4, 1, 1), (4, 4, 1), (4, 5, 2), (3, 8, 3), (1, 16, 16), (7, 3, 1)])
+@pytest.mark.parametrize(
+    "shards, slots, parts", [(4, 1, 1), (4, 4, 1), (4, 5, 2), (3, 8, 3), (1, 16, 16), (7, 3, 1)]
+)
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_every_record_is_dealt_once_an_epoch(shards, slots, parts, shuffle):
     dealt = deal(shards, slots, epochs=3, shuffle=shuffle)
     assert dealt.parts == parts
     seen = Counter(entry for stream in read_all(dealt, records=21) for entry in stream)
-    assert seen == Counter((epoch, shard, record) for epoch in range(3) for shard in range(shards) for record in range(21))
+    assert seen == Counter(
+        (epoch, shard, record) for epoch in range(3) for shard in range(shards) for record in range(21)
+    )
 
 
 def test_every_slot_has_work_from_the_first_epoch_on():

@@ -57,9 +57,10 @@ def test_versions_that_were_not_tested_are_told_and_not_refused(installed, capsy
 def test_the_tested_versions_are_within_the_bounds_and_complete(installed):
     installed |= PACKAGES["tested"]()
     extras = ("dev", "s3", "gcs", "hf")
-    assert [PACKAGES["fault"](PACKAGES["plain"](name), bounds) for name, bounds in PACKAGES["requirements"](extras)] == [None] * len(
-        PACKAGES["requirements"](extras)
-    )
+    assert [
+        PACKAGES["fault"](PACKAGES["plain"](name), bounds)
+        for name, bounds in PACKAGES["requirements"](extras)
+    ] == [None] * len(PACKAGES["requirements"](extras))
 
 
 def test_the_oldest_versions_are_the_lower_bounds(capsys):

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 from experiments.vlm.data.packing import Budget, Waiting, choose, place
 
-budgets = st.builds(Budget, st.integers(64, 300), st.integers(1, 4), st.integers(16, 100).map(lambda n: 4 * n))
+budgets = st.builds(
+    Budget, st.integers(64, 300), st.integers(1, 4), st.integers(16, 100).map(lambda n: 4 * n)
+)
 
 
 @st.composite
@@ -23,7 +25,9 @@ def packings(draw):
 
 def waiting(samples) -> Waiting:
     return Waiting(
-        np.array([tokens for tokens, _ in samples]), np.array([sum(images) for _, images in samples]), [images for _, images in samples]
+        np.array([tokens for tokens, _ in samples]),
+        np.array([sum(images) for _, images in samples]),
+        [images for _, images in samples],
     )
 
 
@@ -69,7 +73,11 @@ def test_images_lie_inside_rows_and_apart(budget, images):
     if places is None:
         assert sum(images) > budget.patches / 2 or max(images) > budget.patches_per_row
         return
-    cells = [(row, cell) for (row, first), patches in zip(places, images, strict=True) for cell in range(first, first + patches)]
+    cells = [
+        (row, cell)
+        for (row, first), patches in zip(places, images, strict=True)
+        for cell in range(first, first + patches)
+    ]
     assert len(set(cells)) == len(cells)
     assert all(0 <= row < budget.patch_rows and 0 <= cell < budget.patches_per_row for row, cell in cells)
 
@@ -85,7 +93,10 @@ def test_both_sides_of_a_slot_fill_up(rows):
     """Captions of CC12M's shape, an eighth of the benchmark's slots: 7 samples a slot, a look-ahead of 256."""
     random = np.random.default_rng(0)
     patches = 4 * random.integers(16, 250, 2000)
-    samples = [(int(p) // 4 + 3 + int(text), [int(p)]) for p, text in zip(patches, random.integers(5, 40, 2000), strict=True)]
+    samples = [
+        (int(p) // 4 + 3 + int(text), [int(p)])
+        for p, text in zip(patches, random.integers(5, 40, 2000), strict=True)
+    ]
     ratio = sum(p for _, (p,) in samples) / sum(tokens for tokens, _ in samples)
     budget = Budget(2048, rows, int(2048 * ratio / rows / 4) * 4)
     slots = pack_all(samples, budget, lookahead=256)[:100]
@@ -109,5 +120,7 @@ def test_a_sample_is_taken_in_one_of_its_ways_at_most():
 
 def test_a_source_without_quota_waits_unless_it_is_the_oldest():
     tokens = np.full(6, 30)
-    waiting = Waiting(tokens, tokens, group=np.array([0, 1, 0, 1, 0, 1]), cost=np.ones(6), quota=np.array([0.0, 9.0]))
+    waiting = Waiting(
+        tokens, tokens, group=np.array([0, 1, 0, 1, 0, 1]), cost=np.ones(6), quota=np.array([0.0, 9.0])
+    )
     assert choose(waiting, Budget(90, 1, 90)) == [0, 1, 3]

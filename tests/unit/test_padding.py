@@ -16,7 +16,9 @@ ROOMY = {
 }
 
 
-def loss_and_gradients(model: VLM, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def loss_and_gradients(
+    model: VLM, batch: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     model.zero_grad()
     loss = model(**batch)
     loss.sum().backward()
@@ -76,7 +78,13 @@ def test_the_gradient_with_respect_to_padding_is_exactly_zero():
 
         return hook
 
-    for name in ("encoder.embedding", "encoder.layers.0", "encoder.layers.1", "decoder.layers.0", "decoder.tok_embeddings"):
+    for name in (
+        "encoder.embedding",
+        "encoder.layers.0",
+        "encoder.layers.1",
+        "decoder.layers.0",
+        "decoder.tok_embeddings",
+    ):
         model.get_submodule(name).register_forward_hook(keep(name))
     model(**batch).sum().backward()
     for name, output in seen.items():

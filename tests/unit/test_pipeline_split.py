@@ -29,7 +29,9 @@ def test_no_other_split_has_a_cheaper_dearest_stage(stages, first, last):
     costs = [1.0, 1.0, 2.0, 1.0, 0.5, 1.0, 1.0]
     ours = split_evenly(costs, first, last, stages)
     every = itertools.combinations_with_replacement(range(len(costs) + 1), stages - 1)
-    assert dearest(ours, costs, first, last) == pytest.approx(min(dearest(cuts, costs, first, last) for cuts in every))
+    assert dearest(ours, costs, first, last) == pytest.approx(
+        min(dearest(cuts, costs, first, last) for cuts in every)
+    )
     assert all(a < b for a, b in itertools.pairwise(ours)), "stages between the ends have layers"
 
 
@@ -53,7 +55,9 @@ def test_a_split_names_the_layers_of_each_stage():
     assert [list(split.of(stage)) for stage in range(split.stages)] == [[], [0, 1], [2, 3, 4], []]
 
 
-def layers_of_stages(patches_per_row: int, checkpointing: dict[str, str] | None = None, freeze=(), **parallelism) -> list[int]:
+def layers_of_stages(
+    patches_per_row: int, checkpointing: dict[str, str] | None = None, freeze=(), **parallelism
+) -> list[int]:
     job = VLMJobConfig()
     job.data.patches_per_row = patches_per_row
     for name, value in (checkpointing or {}).items():
@@ -79,7 +83,11 @@ def test_a_frozen_encoder_leaves_the_first_stage_more_layers():
 
 def test_what_backward_computes_again_has_its_cost():
     plain = layers_of_stages(8192)
-    encoder, every_second, decoder = ({"encoder_mode": "full"}, {"encoder_mode": "selective", "selective_ac_option": "2"}, {"mode": "full"})
+    encoder, every_second, decoder = (
+        {"encoder_mode": "full"},
+        {"encoder_mode": "selective", "selective_ac_option": "2"},
+        {"mode": "full"},
+    )
     fewest, fewer, more = (layers_of_stages(8192, mode)[0] for mode in (encoder, every_second, decoder))
     assert fewest < fewer < plain[0] < more
     assert layers_of_stages(8192, {"encoder_mode": "selective"}) == plain, "products are kept"

@@ -10,7 +10,21 @@ import torch.nn.functional as F
 from experiments.vlm.model.positions import fill_with_waves, image_ids, image_sizes, interpolate_positions
 from tests.reference.batches import merge_order
 
-SIZES = [(1, 1), (1, 2), (2, 1), (3, 3), (16, 16), (15, 17), (17, 15), (31, 7), (64, 16), (16, 64), (5, 100), (100, 5), (40, 3)]
+SIZES = [
+    (1, 1),
+    (1, 2),
+    (2, 1),
+    (3, 3),
+    (16, 16),
+    (15, 17),
+    (17, 15),
+    (31, 7),
+    (64, 16),
+    (16, 64),
+    (5, 100),
+    (100, 5),
+    (40, 3),
+]
 SIZES += [(1, 200), (200, 1), (32, 32), (33, 31), (8, 8), (7, 13), (48, 2)]
 
 
@@ -25,8 +39,8 @@ def grid(sizes: list[tuple[int, int]], length: int, merge: int = 1) -> torch.Ten
 def resized(table: torch.Tensor, side: int, height: int, width: int) -> torch.Tensor:
     """The reference, [height, width, D].
 
-    PyTorch's CPU kernel repeats the first row where the result is one column wide and higher than one (seen in 2.13 and
-    2.15, any dtype); its transpose is right.
+    PyTorch's CPU kernel repeats the first row where the result is one column wide and higher than one (seen
+    in 2.13 and 2.15, any dtype); its transpose is right.
     """
     if width == 1 < height:
         flipped = table.unflatten(0, (side, side)).transpose(0, 1).flatten(0, 1)
@@ -88,7 +102,9 @@ def test_rows_are_independent():
     both = torch.cat([one, two])
     together = interpolate_positions(table, both, image_ids(both))
     for row, alone in enumerate((one, two)):
-        assert torch.allclose(together[row], interpolate_positions(table, alone, image_ids(alone))[0], atol=1e-6)
+        assert torch.allclose(
+            together[row], interpolate_positions(table, alone, image_ids(alone))[0], atol=1e-6
+        )
 
 
 @pytest.mark.parametrize(("side", "width"), [(16, 128), (5, 30)])

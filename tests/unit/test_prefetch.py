@@ -31,7 +31,10 @@ def copied(given):
 
 @pytest.fixture
 def pinned(monkeypatch):
-    """As on a GPU, but the copies are not in pinned memory. A thread that is one step ahead makes them, as PinMemory's."""
+    """As on a GPU, but the copies are not in pinned memory.
+
+    A thread that is one step ahead makes them, as PinMemory's.
+    """
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(
         "experiments.vlm.data.prefetch.PinMemory",

@@ -13,14 +13,21 @@ from tests.samples import jpeg
 from tests.tiny_data import Characters, make_job
 
 GOOD = jpeg(40, 60)
-FILES = {"1.jpg": GOOD, "2.jpg": jpeg(64, 32), "cut.jpg": jpeg(90, 90)[:900], "none.jpg": b"", "words.jpg": b"no pixels"}
+FILES = {
+    "1.jpg": GOOD,
+    "2.jpg": jpeg(64, 32),
+    "cut.jpg": jpeg(90, 90)[:900],
+    "none.jpg": b"",
+    "words.jpg": b"no pixels",
+}
 BYTES = {"bytes": base64.b64encode(GOOD).decode(), "path": None}
 SPELLINGS = ["1.jpg", "./1.jpg", {"path": "1.jpg"}, BYTES, f"data:image/jpeg;base64,{BYTES['bytes']}"]
 BAD_IMAGES = [
     *("gone.jpg", "../1.jpg", "/etc/hostname", "a\0b", "cut.jpg", "none.jpg", "words.jpg"),
     *({"bytes": "?!"}, {"path": None}, 5, "http://10.0.0.1/1.jpg", {"url": "ftp://a/1.jpg", "path": "1.jpg"}),
 ]
-COARSER = {"private_address": "image_address", "bad_url": "image_address"}  # training tells fewer reasons apart
+# training tells fewer reasons apart
+COARSER = {"private_address": "image_address", "bad_url": "image_address"}
 NO_RECORDS = [b'{"texts": ["one"', b'{"text": "caf\xe9"}', b"[1]", b"17", b"{}", b"[" * 100_000]
 
 
@@ -49,13 +56,29 @@ RECORDS = {
         {"texts": ["one", "two"], "images": ["1.jpg", None]},
         {"texts": ["one", None, "two", "three"], "images": [None, "1.jpg"]},
         {"texts": ["one", None, None], "images": [None, None, "2.jpg"]},
-        {"texts": ["", None, None], "images": [None, "1.jpg", "cut.jpg"], "metadata": '[null, {"alt": "a"}, null]'},
-        *({"texts": texts, "images": images} for texts, images in [([], []), ([None, "  "], [None, None]), ([None], [None, "1.jpg"])]),
-        *({"texts": ["one", "two"]}, {"images": ["1.jpg"]}, {"texts": "one"}, {"texts": [1]}, {"texts": ["one"], "images": "1.jpg"}),
+        {
+            "texts": ["", None, None],
+            "images": [None, "1.jpg", "cut.jpg"],
+            "metadata": '[null, {"alt": "a"}, null]',
+        },
+        *(
+            {"texts": texts, "images": images}
+            for texts, images in [([], []), ([None, "  "], [None, None]), ([None], [None, "1.jpg"])]
+        ),
+        *(
+            {"texts": ["one", "two"]},
+            {"images": ["1.jpg"]},
+            {"texts": "one"},
+            {"texts": [1]},
+            {"texts": ["one"], "images": "1.jpg"},
+        ),
     ],
     "llava": [
         *(said(ASKED, ANSWER, image=image) for image in SPELLINGS + BAD_IMAGES),
-        *(said(ASKED, ANSWER, image=image) for image in ["", None, [], ["1.jpg", "2.jpg"], ["1.jpg", "gone.jpg"]]),
+        *(
+            said(ASKED, ANSWER, image=image)
+            for image in ["", None, [], ["1.jpg", "2.jpg"], ["1.jpg", "gone.jpg"]]
+        ),
         said(("human", "<image> or <image>?"), ANSWER, image=["2.jpg", "1.jpg"]),
         said(("human", "<image> or <image>?"), ANSWER, image="1.jpg"),
         said(("human", "What?"), ANSWER, image="1.jpg"),
@@ -63,23 +86,52 @@ RECORDS = {
         said(("system", "Be brief."), ("gpt", "Hi."), image="1.jpg"),
         said(ASKED, ANSWER, jpg="1.jpg"),
         *(said(turn, ANSWER) for turn in [("stranger", "Hi"), ("human", 5), (["human"], "Hi"), (None, None)]),
-        *({"conversations": turns, "image": "1.jpg"} for turns in ["Hi", [], ["Hi"], [{"from": "human", "value": "Hi"}]]),
+        *(
+            {"conversations": turns, "image": "1.jpg"}
+            for turns in ["Hi", [], ["Hi"], [{"from": "human", "value": "Hi"}]]
+        ),
     ],
     "messages": [
         *(messages(("user", [{**PICTURE, "image": image}, WORDS]), YES) for image in SPELLINGS + BAD_IMAGES),
-        *(messages(("user", [PICTURE, WORDS]), YES, images=[image]) for image in ["2.jpg", BYTES, "gone.jpg"]),
+        *(
+            messages(("user", [PICTURE, WORDS]), YES, images=[image])
+            for image in ["2.jpg", BYTES, "gone.jpg"]
+        ),
         messages(("user", [{"type": "image_url", "image_url": {"url": "1.jpg"}}, WORDS]), YES),
-        messages(("user", [{"type": "image", "path": "1.jpg", "text": None}, PICTURE, WORDS]), YES, images=["2.jpg"]),
-        messages(("user", [{**PICTURE, "index": 1}, {**PICTURE, "index": 0}, WORDS]), YES, images=["2.jpg", "1.jpg"]),
+        messages(
+            ("user", [{"type": "image", "path": "1.jpg", "text": None}, PICTURE, WORDS]),
+            YES,
+            images=["2.jpg"],
+        ),
+        messages(
+            ("user", [{**PICTURE, "index": 1}, {**PICTURE, "index": 0}, WORDS]),
+            YES,
+            images=["2.jpg", "1.jpg"],
+        ),
         messages(("user", [{**PICTURE, "image": "1.jpg"}, WORDS]), YES, images=["1.jpg"]),
         messages(("user", [PICTURE]), YES, images=["1.jpg", "2.jpg"]),
         messages(("user", "<image> What?"), YES, images=["1.jpg"]),
         messages(("user", "<image> What?"), YES, images=["1.jpg", "2.jpg"]),
         messages(("user", [PICTURE, PICTURE]), YES, images=["1.jpg"]),
-        *(messages(("user", content), YES) for content in ["What?", None, 5, ["Hi"], [{"type": "video"}], [{"type": "text"}], [PICTURE]]),
-        *(messages(("stranger", "Hi"), YES), messages(("user", [WORDS])), {"messages": []}, {"messages": {"role": "user"}}),
+        *(
+            messages(("user", content), YES)
+            for content in ["What?", None, 5, ["Hi"], [{"type": "video"}], [{"type": "text"}], [PICTURE]]
+        ),
+        *(
+            messages(("stranger", "Hi"), YES),
+            messages(("user", [WORDS])),
+            {"messages": []},
+            {"messages": {"role": "user"}},
+        ),
     ],
-    "text": [{"text": "Hello"}, {"content": "Hello"}, {"text": None, "content": "Hi"}, {"text": 5}, {"text": " "}, {"other": "Hello"}],
+    "text": [
+        {"text": "Hello"},
+        {"content": "Hello"},
+        {"text": None, "content": "Hi"},
+        {"text": 5},
+        {"text": " "},
+        {"other": "Hello"},
+    ],
 }
 
 
@@ -113,7 +165,9 @@ def number(key: str) -> int:
 
 def costs(lines: list[dict]) -> set[tuple[int, bool, str]]:
     """(record, only an image of it?, why). What a conversation does not place is told twice."""
-    return {(number(line["key"]), "image" in line, COARSER.get(line["reason"], line["reason"])) for line in lines}
+    return {
+        (number(line["key"]), "image" in line, COARSER.get(line["reason"], line["reason"])) for line in lines
+    }
 
 
 @pytest.mark.parametrize("format", RECORDS)
@@ -121,7 +175,9 @@ def test_a_record_costs_the_same_through_training_and_through_prepare(tmp_path, 
     path = write(tmp_path, format)
     direct, lost = train(path, format, tmp_path / "direct")
     run(path, tmp_path / "shards", format=format, dedup="off")
-    prepared, lost_then = train(tmp_path / "shards", "text" if format == "text" else "webdataset", tmp_path / "after")
+    prepared, lost_then = train(
+        tmp_path / "shards", "text" if format == "text" else "webdataset", tmp_path / "after"
+    )
     assert prepared == direct
     assert costs(rejects(tmp_path / "shards") + lost_then) == costs(lost)
     kept, refused = set(direct), {record for record, is_image, _ in costs(lost) if not is_image}

@@ -15,7 +15,11 @@ def test_a_journal_survives_a_torn_line_and_lost_bytes(tmp_path):
     (lines,) = tmp_path.glob("*.jsonl")
     (data,) = tmp_path.glob("*.bin")
     with Journal(tmp_path) as journal:
-        assert (journal.read("a"), journal.outcomes["b"].reason, journal.read("c")) == (b"1" * 100, "http_404", b"2" * 100)
+        assert (journal.read("a"), journal.outcomes["b"].reason, journal.read("c")) == (
+            b"1" * 100,
+            "http_404",
+            b"2" * 100,
+        )
         journal.arrived("d", b"3")
         assert journal.read("d") == b"3"
     lines.write_bytes(lines.read_bytes()[:-5])
@@ -33,7 +37,9 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("array", [np.arange(7, dtype=np.uint64) << 60, np.array([True, False, True]), np.zeros(0, np.uint64)])
+@pytest.mark.parametrize(
+    "array", [np.arange(7, dtype=np.uint64) << 60, np.array([True, False, True]), np.zeros(0, np.uint64)]
+)
 def test_an_array_comes_back_as_it_was_written(tmp_path, array):
     write_array(tmp_path / "x.npy", array)
     read = read_array(tmp_path / "x.npy", array.dtype.type)

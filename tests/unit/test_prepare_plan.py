@@ -36,7 +36,9 @@ def write(path, form: str):
     return path
 
 
-@pytest.mark.parametrize("form", ["parquet", "jsonl", "json", "tsv", "bare.tsv", "jsonl.gz", "json.gz", "tsv.gz"])
+@pytest.mark.parametrize(
+    "form", ["parquet", "jsonl", "json", "tsv", "bare.tsv", "jsonl.gz", "json.gz", "tsv.gz"]
+)
 @pytest.mark.parametrize("rows", [1, 5, 23, 100])
 def test_every_record_is_in_one_piece_whatever_the_file(tmp_path, form, rows):
     source = write(tmp_path / f"x.{form}", form)
@@ -67,14 +69,17 @@ def test_broken_text_in_parquet_costs_its_record(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("option", "message"), [("image_column", "--image_column link is not among the columns url"), ("input", "holds|cannot be read")]
+    ("option", "message"),
+    [("image_column", "--image_column link is not among the columns url"), ("input", "holds|cannot be read")],
 )
 def test_a_column_or_a_file_that_is_not_there_is_named(tmp_path, option, message):
     (tmp_path / "x.jsonl").write_text('{"url": "http://a", "caption": "b"}')
     (tmp_path / "x.parquet").write_text("PAR1 and no more")
     changed = {"image_column": "link"} if option == "image_column" else {"input": str(tmp_path / "x.parquet")}
     with pytest.raises(ConfigError, match=message):
-        PrepareJob.begin(Options(**{"input": str(tmp_path / "x.jsonl"), "out": str(tmp_path / "out")} | changed))
+        PrepareJob.begin(
+            Options(**{"input": str(tmp_path / "x.jsonl"), "out": str(tmp_path / "out")} | changed)
+        )
 
 
 @pytest.mark.parametrize(
@@ -93,7 +98,13 @@ def test_inputs_that_say_nothing_are_refused(tmp_path, content, message):
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("concurrency", 0), ("retries", -1), ("quality", 101), ("allow_networks", ("10.0.0.1/8",)), ("image_folder", "/no/such")],
+    [
+        ("concurrency", 0),
+        ("retries", -1),
+        ("quality", 101),
+        ("allow_networks", ("10.0.0.1/8",)),
+        ("image_folder", "/no/such"),
+    ],
 )
 def test_wrong_options_are_named(option, value):
     with pytest.raises(ConfigError, match=option):

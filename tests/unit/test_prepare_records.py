@@ -23,7 +23,10 @@ from experiments.vlm.prepare.records import MEMBERS
     ],
 )
 def test_whatever_a_message_calls_its_image_the_shard_names_it(item, place):
-    turns = [{"role": "user", "content": [item, {"type": "text", "text": "What?"}]}, {"role": "assistant", "content": "Noise."}]
+    turns = [
+        {"role": "user", "content": [item, {"type": "text", "text": "What?"}]},
+        {"role": "assistant", "content": "Noise."},
+    ]
     record = {"id": 7, "messages": turns, "images": ["1.jpg", b"2"]}
     finished = FinishedImage(b"ABC", "png", 1, 1, "")
     (value,) = RECORD_FORMATS["messages"].parse(record).images()
@@ -33,6 +36,9 @@ def test_whatever_a_message_calls_its_image_the_shard_names_it(item, place):
     named, rest = told["messages"][0]["content"]
     assert (told["id"], rest, told["messages"][1]) == (7, turns[0]["content"][1], turns[1])
     if place == "content":
-        assert {name: named[name] for name in named if name != "text"} == {"type": "image", "image": "7.0.png"}
+        assert {name: named[name] for name in named if name != "text"} == {
+            "type": "image",
+            "image": "7.0.png",
+        }
     else:
         assert named == item and told["images"][item.get("index", 0)] == "7.0.png"

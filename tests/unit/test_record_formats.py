@@ -16,13 +16,23 @@ from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.sources.shards import open_shard
 from tests.samples import jpeg, write_tar
 
-RECORDS = [{"texts": ["one", None, f"two {n}"], "images": [None, {"bytes": jpeg(20 + n, 30), "path": None}, None]} for n in range(7)]
-SCHEMA = pa.schema([("texts", pa.list_(pa.string())), ("images", pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())])))])
+RECORDS = [
+    {"texts": ["one", None, f"two {n}"], "images": [None, {"bytes": jpeg(20 + n, 30), "path": None}, None]}
+    for n in range(7)
+]
+SCHEMA = pa.schema(
+    [
+        ("texts", pa.list_(pa.string())),
+        ("images", pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))),
+    ]
+)
 
 
 def plain(record):
     """Bytes as base64, for JSON."""
-    images = [image and {**image, "bytes": base64.b64encode(image["bytes"]).decode()} for image in record["images"]]
+    images = [
+        image and {**image, "bytes": base64.b64encode(image["bytes"]).decode()} for image in record["images"]
+    ]
     return {**record, "images": images}
 
 
@@ -50,7 +60,13 @@ def write_feather(path, records):
         writer.write_table(table, max_chunksize=3)
 
 
-WRITERS = {"x.json": write_json, "x.jsonl": write_lines, "x.parquet": write_parquet, "x.arrow": write_stream, "x.feather": write_feather}
+WRITERS = {
+    "x.json": write_json,
+    "x.jsonl": write_lines,
+    "x.parquet": write_parquet,
+    "x.arrow": write_stream,
+    "x.feather": write_feather,
+}
 
 
 def open_records(path, format="obelics"):
@@ -88,7 +104,11 @@ def only_one_kept(monkeypatch):
     """Memory for one row group at a time; and the numbers of those that are decoded."""
     kept, decoded, read = row_groups.Kept(limit_bytes=1), [], pq.ParquetFile.read_row_group
     monkeypatch.setattr(row_groups, "_kept", kept)
-    monkeypatch.setattr(pq.ParquetFile, "read_row_group", lambda file, i, **options: decoded.append(i) or read(file, i, **options))
+    monkeypatch.setattr(
+        pq.ParquetFile,
+        "read_row_group",
+        lambda file, i, **options: decoded.append(i) or read(file, i, **options),
+    )
     return kept, decoded
 
 
@@ -116,13 +136,17 @@ def test_a_row_group_is_decoded_twice_at_most_however_often_slots_come_back(tmp_
 def test_without_room_in_the_cache_row_groups_are_decoded_again(tmp_path, only_one_kept):
     write_parquet(tmp_path / "x.parquet", RECORDS)
     (tmp_path / "cache").write_bytes(b"no folder")
-    shard = open_shard(str(tmp_path / "x.parquet"), Source(format="obelics"), Data(cache_folder=str(tmp_path / "cache")))
+    shard = open_shard(
+        str(tmp_path / "x.parquet"), Source(format="obelics"), Data(cache_folder=str(tmp_path / "cache"))
+    )
     assert [shard.read(index)[0].key for index in (0, 3) * 3] == ["0", "3"] * 3
 
 
 def test_a_list_of_images_only_and_a_list_of_texts_only(tmp_path):
     (tmp_path / "a.jpg").write_bytes(jpeg())
-    shard = open_lines(tmp_path, {"texts": ["one", "two"]}, {"texts": [None, None], "images": ["a.jpg", "a.jpg"]})
+    shard = open_lines(
+        tmp_path, {"texts": ["one", "two"]}, {"texts": [None, None], "images": ["a.jpg", "a.jpg"]}
+    )
     assert shard.read(0)[0].parts == [Text("one"), Text("two")]
     assert [type(part) for part in shard.read(1)[0].parts] == [Image, Image]
 
@@ -130,9 +154,11 @@ def test_a_list_of_images_only_and_a_list_of_texts_only(tmp_path):
 @pytest.mark.parametrize(
     ("record", "parts", "lost"),
     [
-        ({"texts": ["one", None], "images": [None, "a.jpg", "a.jpg", "a.jpg"]}, "tI", [1, 2]),  # more images than text slots
+        # more images than text slots
+        ({"texts": ["one", None], "images": [None, "a.jpg", "a.jpg", "a.jpg"]}, "tI", [1, 2]),
         ({"texts": ["one", "two"], "images": ["a.jpg", None]}, "tt", [0]),  # both at one index
-        ({"texts": ["one", None, "two", "three"], "images": [None, "a.jpg"]}, "tItt", []),  # more texts than images
+        # more texts than images
+        ({"texts": ["one", None, "two", "three"], "images": [None, "a.jpg"]}, "tItt", []),
         ({"texts": ["one", None, None], "images": [None, None, "a.jpg"]}, "tI", []),  # neither at one index
         ({"texts": ["", None], "images": [None, "a.jpg"]}, "I", []),
         ({"texts": ["one", None, None], "images": [None, "gone.jpg", "a.jpg"]}, "tI", [0]),
@@ -176,7 +202,9 @@ def test_a_bad_record_is_rejected_and_its_neighbours_are_read(tmp_path, line, ex
     assert shard.read(0)[0].parts == shard.read(2)[0].parts == [Text("good")]
 
 
-@pytest.mark.parametrize("path", ["../secret.jpg", "a/../../secret.jpg", "/etc/hostname", "..", "a/../../x/../../secret.jpg"])
+@pytest.mark.parametrize(
+    "path", ["../secret.jpg", "a/../../secret.jpg", "/etc/hostname", "..", "a/../../x/../../secret.jpg"]
+)
 def test_a_path_does_not_leave_the_folder_of_the_records(tmp_path, path):
     (tmp_path / "secret.jpg").write_bytes(jpeg())
     (tmp_path / "in").mkdir()
@@ -187,14 +215,23 @@ def test_a_path_does_not_leave_the_folder_of_the_records(tmp_path, path):
 def test_paths_below_the_folder_of_the_records_are_read_however_they_are_written(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a/1.jpg").write_bytes(jpeg(20, 30))
-    paths = ["a/1.jpg", "./a/1.jpg", "a/x/../1.jpg", str(tmp_path / "a/1.jpg"), {"path": "a/1.jpg"}, {"bytes": None, "path": "a/1.jpg"}]
+    paths = [
+        "a/1.jpg",
+        "./a/1.jpg",
+        "a/x/../1.jpg",
+        str(tmp_path / "a/1.jpg"),
+        {"path": "a/1.jpg"},
+        {"bytes": None, "path": "a/1.jpg"},
+    ]
     shard = open_lines(tmp_path, {"texts": [None] * 6, "images": paths})
     document, lost = shard.read(0)
     assert [shard.load(part) for part in document.parts] == [jpeg(20, 30)] * 6 and not lost
 
 
 def test_an_image_may_be_written_into_its_address(tmp_path):
-    shard = open_lines(tmp_path, {"texts": [None], "images": ["data:image/jpeg;base64," + base64.b64encode(jpeg()).decode()]})
+    shard = open_lines(
+        tmp_path, {"texts": [None], "images": ["data:image/jpeg;base64," + base64.b64encode(jpeg()).decode()]}
+    )
     assert shard.load(shard.read(0)[0].parts[0]) == jpeg()
 
 
@@ -206,7 +243,9 @@ def test_a_record_file_that_ends_early_gives_its_whole_records(tmp_path, name):
     shard = open_records(tmp_path / name)
     assert [reject.reason for reject in shard.rejects] == ["shard_truncated"]
     assert 3 <= len(shard) < 7
-    assert [shard.read(index)[0].parts[2] for index in range(len(shard))] == [Text(f"two {n}") for n in range(len(shard))]
+    assert [shard.read(index)[0].parts[2] for index in range(len(shard))] == [
+        Text(f"two {n}") for n in range(len(shard))
+    ]
 
 
 def test_a_truncated_parquet_file_is_unreadable(tmp_path):
@@ -230,7 +269,10 @@ def test_a_row_group_that_is_damaged_costs_its_own_records(tmp_path):
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_file_that_is_cut_while_it_is_read_rejects_and_does_not_crash(tmp_path, name):
-    records = [{**record, "texts": [*record["texts"], "x" * 9000], "images": [*record["images"], None]} for record in RECORDS]
+    records = [
+        {**record, "texts": [*record["texts"], "x" * 9000], "images": [*record["images"], None]}
+        for record in RECORDS
+    ]
     WRITERS[name](tmp_path / name, records)
     shard = open_records(tmp_path / name)
     os.truncate(tmp_path / name, 100)  # the kernel leaves the rest of the page that the file ends in
@@ -261,7 +303,9 @@ def test_a_parquet_file_that_counts_its_rows_wrongly_is_unreadable(tmp_path):
     content = (tmp_path / "x.parquet").read_bytes()
     footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
     # Thrift: the next field, of 64 bits; 3 rows as 6, -4 as 7.
-    (tmp_path / "x.parquet").write_bytes(content[:footer] + content[footer:].replace(b"\x16\x06", b"\x16\x07"))
+    (tmp_path / "x.parquet").write_bytes(
+        content[:footer] + content[footer:].replace(b"\x16\x06", b"\x16\x07")
+    )
     with pytest.raises(Rejected) as error:
         open_records(tmp_path / "x.parquet")
     assert error.value.reason == "shard_unreadable"
@@ -270,7 +314,9 @@ def test_a_parquet_file_that_counts_its_rows_wrongly_is_unreadable(tmp_path):
 def test_what_hugging_face_datasets_saves_is_read(tmp_path):
     import datasets
 
-    features = datasets.Features({"texts": datasets.List(datasets.Value("string")), "images": datasets.List(datasets.Image())})
+    features = datasets.Features(
+        {"texts": datasets.List(datasets.Value("string")), "images": datasets.List(datasets.Image())}
+    )
     datasets.Dataset.from_list(RECORDS, features=features).save_to_disk(str(tmp_path / "saved"))
     (arrow,) = (tmp_path / "saved").glob("*.arrow")
     shard = open_records(arrow)
@@ -287,12 +333,19 @@ def test_text_of_json_lines(tmp_path, name):
 def test_text_of_plain_files_is_a_document_a_line(tmp_path):
     (tmp_path / "x.txt").write_bytes(b"one\r\n\n  \ntwo\ncaf\xe9\nthree")
     shard = open_records(tmp_path / "x.txt", "text")
-    assert [shard.read(index)[0].parts for index in (0, 1, 3)] == [[Text("one")], [Text("two")], [Text("three")]]
+    assert [shard.read(index)[0].parts for index in (0, 1, 3)] == [
+        [Text("one")],
+        [Text("two")],
+        [Text("three")],
+    ]
     assert reason(shard, 2) == "broken_utf8"
 
 
 def test_text_of_tars_and_tables(tmp_path):
-    write_tar(tmp_path / "x.tar", [("a.txt", b"one"), ("b.json", b'{"text": "two"}'), ("c.json", b"[]"), ("d.jpg", b"")])
+    write_tar(
+        tmp_path / "x.tar",
+        [("a.txt", b"one"), ("b.json", b'{"text": "two"}'), ("c.json", b"[]"), ("d.jpg", b"")],
+    )
     shard = open_records(tmp_path / "x.tar", "text")
     assert [shard.read(index)[0].parts for index in (0, 1)] == [[Text("one")], [Text("two")]]
     assert (reason(shard, 2), reason(shard, 3)) == ("wrong_shape", "wrong_shape")

@@ -1,4 +1,6 @@
-"""When a changed configuration makes an exact resume impossible, it is said by name, and a flag goes on anyway."""
+"""When a changed configuration makes an exact resume impossible, it is said by name, and a flag goes on
+anyway.
+"""
 
 from dataclasses import fields
 
@@ -51,7 +53,8 @@ def test_a_changed_source_is_named(data, saved, tmp_path):
     job.data.sources[0].weight = 3.0
     job.data.sources[2].name = "prose"
     with pytest.raises(
-        ConfigError, match=r"data.sources\[captions\].weight was 2.0 and is 3.0.*sources\[prose\].format was not set and is text"
+        ConfigError,
+        match=r"data.sources\[captions\].weight was 2.0 and is 3.0.*sources\[prose\].format was not set and is text",
     ):
         resume(job, saved)
 
@@ -72,7 +75,9 @@ def test_the_flag_starts_the_data_anew(data, saved, tmp_path):
     fresh.close()
 
 
-@pytest.mark.parametrize("options", [{"num_workers": 3}, {"prefetch": 5}, {"decode_threads": 2}, {"max_bad_fraction": 0.5}])
+@pytest.mark.parametrize(
+    "options", [{"num_workers": 3}, {"prefetch": 5}, {"decode_threads": 2}, {"max_bad_fraction": 0.5}]
+)
 def test_what_does_not_change_the_order_may_change(data, saved, tmp_path, options):
     resume(make_job(data, tmp_path, **options), saved).close()
 
@@ -95,7 +100,9 @@ def test_every_option_either_counts_for_the_order_or_is_free(section, free):
 def test_what_counts_is_among_the_facts_and_what_is_free_is_not(data, tmp_path):
     job = make_job(data, tmp_path)
     facts = order_facts(job, make_setup(job, Characters(), "train", 2))
-    assert {name for name in facts if name.startswith("data.") and "[" not in name} == {f"data.{name}" for name in COUNTING[Data].split()}
+    assert {name for name in facts if name.startswith("data.") and "[" not in name} == {
+        f"data.{name}" for name in COUNTING[Data].split()
+    }
     of_captions = {name.rpartition(".")[2] for name in facts if name.startswith("data.sources[captions].")}
     assert of_captions == {*COUNTING[Source].split(), "path"}, "of the path the names of the shards"
 
@@ -112,4 +119,7 @@ def test_a_missing_slot_is_told(data, saved, tmp_path):
 
 
 def test_differences_name_what_came_and_went():
-    assert differences({"a": 1, "b": 2}, {"a": 1, "c": 3}) == ["b was 2 and is not set", "c was not set and is 3"]
+    assert differences({"a": 1, "b": 2}, {"a": 1, "c": 3}) == [
+        "b was 2 and is not set",
+        "c was not set and is 3",
+    ]

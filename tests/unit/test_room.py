@@ -23,8 +23,11 @@ def bytes_after_a_step(job, folder) -> int:
     run.optimizers.step()
     parameters = [parameter for part in run.forward_backward.parts for parameter in part.parameters()]
     held = [*parameters, *(parameter.grad for parameter in parameters if parameter.grad is not None)]
-    states = [value for optimizer in run.optimizers for of in optimizer.state.values() for value in of.values()]
-    held += [value for value in states if isinstance(value, torch.Tensor) and value.ndim]  # no counters of steps
+    states = [
+        value for optimizer in run.optimizers for of in optimizer.state.values() for value in of.values()
+    ]
+    # no counters of steps
+    held += [value for value in states if isinstance(value, torch.Tensor) and value.ndim]
     return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
 
@@ -45,14 +48,19 @@ def test_a_rank_holds_what_is_counted(changes, tmp_path):
     freeze(model, job.training.freeze)
     counted = room.held_gib(model, job, ALONE)
     assert counted * GIB == pytest.approx(bytes_after_a_step(job, tmp_path))
-    assert room.held_gib(model, job, Degrees(2, 4, 1, 2, 1)) == pytest.approx(counted / 8), "copies share nothing"
+    assert room.held_gib(model, job, Degrees(2, 4, 1, 2, 1)) == pytest.approx(counted / 8), (
+        "copies share nothing"
+    )
 
 
 def test_a_model_that_cannot_fit_is_told_before_it_gets_storage(tmp_path, monkeypatch):
     monkeypatch.setattr(room, "memory_gib", lambda device: 1e-4)
     monkeypatch.setattr(nn.Module, "to_empty", lambda *_, **__: pytest.fail("it was built"))
     job = job_of({}, str(tmp_path))
-    with pytest.raises(ConfigError, match=r"model.flavor = small-qwen3 does not fit this machine: weights, gradients and AdamW"):
+    with pytest.raises(
+        ConfigError,
+        match=r"model.flavor = small-qwen3 does not fit this machine: weights, gradients and AdamW",
+    ):
         build(job, SMALL, open_process_group(job.comm, tmp_path))
 
 

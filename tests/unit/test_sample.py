@@ -35,7 +35,9 @@ def spelled(sample: Sample) -> str:
 
 def targets(sample: Sample) -> str:
     """The tokens that are predicted, the others as dots."""
-    return "".join(letter if target else "." for letter, target in zip(spelled(sample), sample.targets, strict=True))
+    return "".join(
+        letter if target else "." for letter, target in zip(spelled(sample), sample.targets, strict=True)
+    )
 
 
 def test_text_and_the_end_are_targets_and_images_are_not():
@@ -46,7 +48,9 @@ def test_text_and_the_end_are_targets_and_images_are_not():
 
 
 def test_context_is_no_target():
-    sample = sample_of([Special("<|turn|>"), Text("user ", loss=False), Text("answer"), Special("<|turn|>", loss=True)])
+    sample = sample_of(
+        [Special("<|turn|>"), Text("user ", loss=False), Text("answer"), Special("<|turn|>", loss=True)]
+    )
     assert spelled(sample) == "<@user answer@>"
     assert targets(sample) == "." * 7 + "answer@>"
 
@@ -72,7 +76,11 @@ parts = st.one_of(
 @given(st.lists(parts, min_size=1, max_size=20), st.data())
 def test_pieces_joined_are_the_document(document, data):
     whole = sample_of(document)
-    inside = {token for image in whole.images for token in range(image.start + 1, image.start + image.visual_tokens + 2)}
+    inside = {
+        token
+        for image in whole.images
+        for token in range(image.start + 1, image.start + image.visual_tokens + 2)
+    }
     allowed = [token for token in range(1, whole.length) if token not in inside]
     cuts = sorted(data.draw(st.sets(st.sampled_from(allowed), max_size=5)) if allowed else [])
     bounds = list(zip([0, *cuts], [*cuts, whole.length], strict=True))
@@ -92,5 +100,9 @@ def test_the_outline_says_where_images_lie(document):
     sample = sample_of(document)
     outline = sample.outline
     begins, ends = np.flatnonzero(sample.tokens == BEGIN), np.flatnonzero(sample.tokens == END) + 1
-    assert (outline.length, outline.starts.tolist(), outline.ends.tolist()) == (sample.length, begins.tolist(), ends.tolist())
+    assert (outline.length, outline.starts.tolist(), outline.ends.tolist()) == (
+        sample.length,
+        begins.tolist(),
+        ends.tolist(),
+    )
     assert outline.patches.tolist() == [image.h * image.w for image in sample.images]

@@ -1,4 +1,6 @@
-"""The segment operator against dense attention in float64, and as an operator: compiled, checkpointed, counted."""
+"""The segment operator against dense attention in float64, and as an operator: compiled, checkpointed,
+counted.
+"""
 
 import pytest
 import torch
@@ -22,13 +24,16 @@ SEGMENTS = torch.tensor(
 )
 ROWS = torch.arange(40, dtype=torch.int32).expand(3, -1)
 ORDER = torch.randperm(40, generator=torch.Generator().manual_seed(0))
-BLOCKS = torch.cat([torch.arange(start, start + 5) for start in (30, 0, 15, 10)])  # as context parallel deals them
+# as context parallel deals them
+BLOCKS = torch.cat([torch.arange(start, start + 5) for start in (30, 0, 15, 10)])
 
 MASKS = {
     "images": Mask(SEGMENTS, causal=False),
     "documents": Mask(SEGMENTS, causal=True),
     "permuted": Mask(SEGMENTS[:, ORDER], causal=True, rows=ROWS[:, ORDER], kv_rows=ROWS[:, ORDER]),
-    "blocks of the queries": Mask(SEGMENTS[:, BLOCKS], True, SEGMENTS[:, ORDER], ROWS[:, BLOCKS], ROWS[:, ORDER]),
+    "blocks of the queries": Mask(
+        SEGMENTS[:, BLOCKS], True, SEGMENTS[:, ORDER], ROWS[:, BLOCKS], ROWS[:, ORDER]
+    ),
     "some keys for other queries": Mask(SEGMENTS[:, :25], causal=False, kv_segments=SEGMENTS[:, ORDER]),
 }
 
@@ -36,11 +41,20 @@ MASKS = {
 def inputs(mask: Mask, heads: int, kv_heads: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     Q, K = mask.segments.shape[1], mask.keys().shape[1]
-    return [torch.randn(3, n, h, 16, generator=generator).to(dtype).requires_grad_() for n, h in ((Q, heads), (K, kv_heads), (K, kv_heads))]
+    return [
+        torch.randn(3, n, h, 16, generator=generator).to(dtype).requires_grad_()
+        for n, h in ((Q, heads), (K, kv_heads), (K, kv_heads))
+    ]
 
 
 def arguments(mask: Mask) -> tuple:
-    return mask.segments, mask.keys(), mask.query_rows().contiguous(), mask.key_rows().contiguous(), mask.causal
+    return (
+        mask.segments,
+        mask.keys(),
+        mask.query_rows().contiguous(),
+        mask.key_rows().contiguous(),
+        mask.causal,
+    )
 
 
 def result_and_gradients(attend, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -93,7 +107,10 @@ def test_strided_inputs_are_read_as_they_are():
     mask = MASKS["documents"]
     tensors = inputs(mask, 4, 4)
     strided = [x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in tensors]
-    results = [result_and_gradients(lambda *x: segment_attention(*x, *arguments(mask))[0], x) for x in (tensors, strided)]
+    results = [
+        result_and_gradients(lambda *x: segment_attention(*x, *arguments(mask))[0], x)
+        for x in (tensors, strided)
+    ]
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
 
@@ -102,7 +119,9 @@ def test_checkpointing_changes_nothing():
     prepared, tensors = prepare_mask(MASKS["documents"], "sdpa"), inputs(MASKS["documents"], 4, 2)
     inner = InnerAttention("sdpa")
     plain = result_and_gradients(lambda *x: inner(*x, prepared), tensors)
-    recomputed = result_and_gradients(lambda *x: checkpoint(inner, *x, prepared, use_reentrant=False), tensors)
+    recomputed = result_and_gradients(
+        lambda *x: checkpoint(inner, *x, prepared, use_reentrant=False), tensors
+    )
     for a, b in zip(plain, recomputed, strict=True):
         assert torch.equal(a, b)
 

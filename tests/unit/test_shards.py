@@ -36,10 +36,24 @@ def touch(tmp_path, *paths):
 
 
 def test_files_ranges_globs_and_folders(tmp_path, data):
-    touch(tmp_path, *(f"a-{n:04}.tar" for n in (7, 8, 9, 10)), "b/c/x.tar", "b/y.tar.gz", "b/z.TGZ", "b/note.txt", "b/.hidden.tar")
+    touch(
+        tmp_path,
+        *(f"a-{n:04}.tar" for n in (7, 8, 9, 10)),
+        "b/c/x.tar",
+        "b/y.tar.gz",
+        "b/z.TGZ",
+        "b/note.txt",
+        "b/.hidden.tar",
+    )
     assert names(tmp_path, "a-0008.tar", data) == ["a-0008.tar"]
     assert names(tmp_path, "a-{0008..0010}.tar", data) == ["a-0008.tar", "a-0009.tar", "a-0010.tar"]
-    assert names(tmp_path, "{b,.}/*.tar*", data) == ["a-0007.tar", "a-0008.tar", "a-0009.tar", "a-0010.tar", "b/y.tar.gz"]
+    assert names(tmp_path, "{b,.}/*.tar*", data) == [
+        "a-0007.tar",
+        "a-0008.tar",
+        "a-0009.tar",
+        "a-0010.tar",
+        "b/y.tar.gz",
+    ]
     assert names(tmp_path, "b/**/*.tar", data) == ["b/c/x.tar"]
     assert names(tmp_path, "b", data) == ["b/c/x.tar", "b/y.tar.gz", "b/z.TGZ"]
 
@@ -69,7 +83,10 @@ def forbid(monkeypatch, folder):
 def test_a_folder_that_may_not_be_read_is_said_to_be_so(tmp_path, data, monkeypatch, pattern):
     touch(tmp_path, "data/a-0.tar")
     forbid(monkeypatch, tmp_path / "data")
-    for tell in (lambda path: list_shards(path, "cc12m", data), lambda path: check_path(path, "data.sources[0].path")):
+    for tell in (
+        lambda path: list_shards(path, "cc12m", data),
+        lambda path: check_path(path, "data.sources[0].path"),
+    ):
         with pytest.raises(ConfigError, match=f"permission denied: {tmp_path / 'data'}"):
             tell(str(tmp_path / pattern))
 
@@ -77,11 +94,15 @@ def test_a_folder_that_may_not_be_read_is_said_to_be_so(tmp_path, data, monkeypa
 def test_a_folder_below_that_may_not_be_read_is_not_passed_over(tmp_path, data, monkeypatch):
     touch(tmp_path, "data/a/0.tar", "data/b/1.tar")
     forbid(monkeypatch, tmp_path / "data" / "b")
-    with pytest.raises(ConfigError, match=f"{tmp_path / 'data'}: permission denied: {tmp_path / 'data' / 'b'}"):
+    with pytest.raises(
+        ConfigError, match=f"{tmp_path / 'data'}: permission denied: {tmp_path / 'data' / 'b'}"
+    ):
         list_shards(str(tmp_path / "data"), "cc12m", data)
 
 
-@pytest.mark.parametrize("path", ["hf://datasets/x/y", "hf://datasets/x/y/*.parquet", "hf://datasets/x/y/data/0.parquet"])
+@pytest.mark.parametrize(
+    "path", ["hf://datasets/x/y", "hf://datasets/x/y/*.parquet", "hf://datasets/x/y/data/0.parquet"]
+)
 def test_a_hub_that_cannot_be_reached_is_one_line(data, monkeypatch, path):
     import huggingface_hub as hub
 
@@ -114,7 +135,13 @@ def test_a_folder_that_datasets_saved_has_no_shards_of_settings(tmp_path, data):
 
 
 def test_beside_tars_other_files_are_notes_about_them(tmp_path, data):
-    touch(tmp_path, "made/00000.tar", "made/report.json", "made/rejects/00000.jsonl", "made/.prepare/done/00000.json")
+    touch(
+        tmp_path,
+        "made/00000.tar",
+        "made/report.json",
+        "made/rejects/00000.jsonl",
+        "made/.prepare/done/00000.json",
+    )
     assert names(tmp_path, "made", data, "llava") == ["made/00000.tar"]
     touch(tmp_path, "plain/a.jsonl", "plain/.cache/b.jsonl", "plain/c.parquet")
     assert names(tmp_path, "plain", data, "obelics") == ["plain/a.jsonl", "plain/c.parquet"]
@@ -130,13 +157,17 @@ def test_nothing_there_is_told_with_the_path(tmp_path, data, pattern):
 def test_embedded_data_is_drawn_into_the_cache_folder(tmp_path, data, monkeypatch):
     touch(tmp_path, "drawn/0.tar")
     asked = []
-    monkeypatch.setattr(shards, "ensure", lambda name, folder: asked.append((name, folder)) or tmp_path / "drawn")
+    monkeypatch.setattr(
+        shards, "ensure", lambda name, folder: asked.append((name, folder)) or tmp_path / "drawn"
+    )
     assert list_shards("embedded:captions/train", "cc12m", data) == [str(tmp_path / "drawn/0.tar")]
     assert asked == [("captions/train", data.cache_folder)]
 
 
 def lines(count):
-    return "".join(json.dumps({"text": f"line {n} {os.urandom(20).hex()}"}) + "\n" for n in range(count)).encode()
+    return "".join(
+        json.dumps({"text": f"line {n} {os.urandom(20).hex()}"}) + "\n" for n in range(count)
+    ).encode()
 
 
 def zstd(content, tmp_path):
@@ -148,7 +179,9 @@ def zstd(content, tmp_path):
 @pytest.mark.parametrize("suffix", ["gz", "bz2", "zst"])
 def test_a_cut_compressed_shard_gives_what_came_before(tmp_path, data, suffix):
     content = lines(20_000)
-    compress = {"gz": gzip.compress, "bz2": bz2.compress, "zst": lambda content: zstd(content, tmp_path)}[suffix]
+    compress = {"gz": gzip.compress, "bz2": bz2.compress, "zst": lambda content: zstd(content, tmp_path)}[
+        suffix
+    ]
     whole = compress(content)
     for name, size in (("whole", len(whole)), ("cut", len(whole) * 9 // 10)):
         (tmp_path / f"{name}.jsonl.{suffix}").write_bytes(whole[:size])
@@ -184,7 +217,11 @@ def remote():
 def test_remote_shards_are_listed_and_copied_once(tmp_path, data, remote):
     for name in ("a/0.jsonl", "a/1.jsonl.gz", "a/note.md", "a/b/2.parquet"):
         remote.pipe(f"/{name}", gzip.compress(lines(3)) if name.endswith("gz") else lines(3))
-    assert list_shards("memory://a", "text", data) == ["memory:///a/0.jsonl", "memory:///a/1.jsonl.gz", "memory:///a/b/2.parquet"]
+    assert list_shards("memory://a", "text", data) == [
+        "memory:///a/0.jsonl",
+        "memory:///a/1.jsonl.gz",
+        "memory:///a/b/2.parquet",
+    ]
     assert list_shards("memory://a/*.jsonl", "text", data) == ["memory:///a/0.jsonl"]
     assert list_shards("memory://a/{0,7}.jsonl", "text", data) == ["memory://a/0.jsonl", "memory://a/7.jsonl"]
     for path in ("memory:///a/0.jsonl", "memory:///a/1.jsonl.gz"):

@@ -44,7 +44,10 @@ def test_a_document_is_always_brought_to_its_end(parts):
     assert sum(outline.patches_of(*piece) for piece in pieces) == outline.patches.sum()
 
 
-@pytest.mark.parametrize("length, left, end", [(1000, 100, 100), (110, 100, 110 - 32), (1000, 31, 0), (1000, 32, 32), (100, 100, 100)])
+@pytest.mark.parametrize(
+    "length, left, end",
+    [(1000, 100, 100), (110, 100, 110 - 32), (1000, 31, 0), (1000, 32, 32), (100, 100, 100)],
+)
 def test_neither_a_piece_nor_what_it_leaves_is_a_crumb(length, left, end):
     assert SPLITTER.reach(outline_of([(length, 0)]), 0, left, 0) == end
 
@@ -70,7 +73,9 @@ def test_truncation_keeps_the_longest_beginning():
     assert SPLITTER.longest(outline_of([(450, 0), (102, 400), (9, 0)])) == 450
 
 
-@pytest.mark.parametrize("patches, tokens", [(0, 512), (252, 512), (512, 256), (1024, 170), (1280, 128), (9000, 128)])
+@pytest.mark.parametrize(
+    "patches, tokens", [(0, 512), (252, 512), (512, 256), (1024, 170), (1280, 128), (9000, 128)]
+)
 def test_text_that_goes_in_first_leaves_room_for_the_images_that_slots_are_made_for(patches, tokens):
     splitter = Splitter(Budget(512, 1, patches), 2)
     assert splitter.first(outline_of([(2000, 0)]), 0) == tokens

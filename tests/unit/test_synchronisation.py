@@ -26,7 +26,10 @@ WAITS = {
 
 
 class Trap(TorchDispatchMode):
-    """Raises where an operation would wait. Operators of our own count as one step: what is inside runs on CPU alone."""
+    """Raises where an operation would wait.
+
+    Operators of our own count as one step: what is inside runs on CPU alone.
+    """
 
     def __init__(self):
         super().__init__()
@@ -87,6 +90,12 @@ def test_building_the_block_mask_never_waits():
 
 def test_the_trap_works():
     x = torch.arange(4.0)
-    for waits in (lambda: x.sum().item(), lambda: x[x > 1], lambda: x.nonzero(), lambda: bool(x[0] > 1), lambda: x.to("meta")):
+    for waits in (
+        lambda: x.sum().item(),
+        lambda: x[x > 1],
+        lambda: x.nonzero(),
+        lambda: bool(x[0] > 1),
+        lambda: x.to("meta"),
+    ):
         with pytest.raises(AssertionError), Trap():
             waits()

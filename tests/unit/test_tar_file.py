@@ -25,4 +25,6 @@ def test_webdataset_reads_the_samples_back(tmp_path):
     with (tmp_path / "x.tar").open("wb") as file:
         write_samples(file, SAMPLES)
     read = list(webdataset.WebDataset(str(tmp_path / "x.tar"), shardshuffle=False, empty_check=False))
-    assert [{f"{sample['__key__']}.{name}": sample[name] for name in sample if name[0] != "_"} for sample in read] == SAMPLES
+    assert [
+        {f"{sample['__key__']}.{name}": sample[name] for name in sample if name[0] != "_"} for sample in read
+    ] == SAMPLES

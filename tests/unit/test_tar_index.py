@@ -1,4 +1,6 @@
-"""The tar index against Python's tarfile: the same members, whatever wrote the tar, and all that is whole of a broken one."""
+"""The tar index against Python's tarfile: the same members, whatever wrote the tar, and all that is whole of
+a broken one.
+"""
 
 import os
 import tarfile
@@ -17,7 +19,10 @@ def read(path) -> tuple[list[dict[str, bytes]], TarIndex]:
     """Each sample's members by extension."""
     file = os.open(path, os.O_RDONLY)
     index = TarIndex(file)
-    samples = [{m.extension: os.pread(file, m.size, m.offset) for m in index.sample(number)} for number in range(len(index))]
+    samples = [
+        {m.extension: os.pread(file, m.size, m.offset) for m in index.sample(number)}
+        for number in range(len(index))
+    ]
     keys = [index.key(number) for number in range(len(index))]
     os.close(file)
     return [{"key": key, **sample} for key, sample in zip(keys, samples, strict=True)], index
@@ -32,25 +37,40 @@ def read(path) -> tuple[list[dict[str, bytes]], TarIndex]:
 def test_members_are_those_of_tarfile(tmp_path, format, folder, sizes):
     members = []
     for number, (image, text) in enumerate(sizes):
-        members += [(f"{folder}{number:05d}.JPG", os.urandom(image)), (f"{folder}{number:05d}.txt", b"t" * text)]
+        members += [
+            (f"{folder}{number:05d}.JPG", os.urandom(image)),
+            (f"{folder}{number:05d}.txt", b"t" * text),
+        ]
     path = write_tar(tmp_path / "x.tar", members, FORMATS[format])
     with tarfile.open(path) as tar:
         expected = {member.name: tar.extractfile(member).read() for member in tar}
     samples, index = read(path)
     assert index.tail is None
-    assert {f"{s['key']}.JPG": s["jpg"] for s in samples} | {f"{s['key']}.txt": s["txt"] for s in samples} == expected
+    assert {f"{s['key']}.JPG": s["jpg"] for s in samples} | {
+        f"{s['key']}.txt": s["txt"] for s in samples
+    } == expected
     assert [s["key"] for s in samples] == [f"{folder}{number:05d}" for number in range(len(sizes))]
 
 
 def test_keys_end_at_the_first_dot_of_the_name_and_not_of_a_folder(tmp_path):
-    path = write_tar(tmp_path / "x.tar", [("v1.0/cat.seg.png", b"1"), ("v1.0/cat.jpg", b"2"), ("./dog.jpg", b"3")])
+    path = write_tar(
+        tmp_path / "x.tar", [("v1.0/cat.seg.png", b"1"), ("v1.0/cat.jpg", b"2"), ("./dog.jpg", b"3")]
+    )
     samples, _ = read(path)
     assert samples == [{"key": "v1.0/cat", "seg.png": b"1", "jpg": b"2"}, {"key": "dog", "jpg": b"3"}]
 
 
 def test_members_of_a_sample_need_not_be_neighbours_but_a_name_that_returns_begins_a_new_one(tmp_path):
     path = write_tar(
-        tmp_path / "x.tar", [("a.jpg", b"1"), ("b.jpg", b"2"), ("a.txt", b"3"), ("b.txt", b"4"), ("a.jpg", b"5"), ("a.txt", b"6")]
+        tmp_path / "x.tar",
+        [
+            ("a.jpg", b"1"),
+            ("b.jpg", b"2"),
+            ("a.txt", b"3"),
+            ("b.txt", b"4"),
+            ("a.jpg", b"5"),
+            ("a.txt", b"6"),
+        ],
     )
     samples, _ = read(path)
     assert samples == [
@@ -95,7 +115,9 @@ def test_a_tar_cut_anywhere_gives_what_is_whole_and_says_so(tmp_path, format):
 
 
 def test_garbage_is_never_taken_for_a_header(tmp_path):
-    whole = bytearray(write_tar(tmp_path / "x.tar", [(f"{n}.txt", b"x" * 100) for n in range(4)]).read_bytes())
+    whole = bytearray(
+        write_tar(tmp_path / "x.tar", [(f"{n}.txt", b"x" * 100) for n in range(4)]).read_bytes()
+    )
     whole[2048 + 10] ^= 1  # a bit of the third name
     (tmp_path / "x.tar").write_bytes(whole)
     samples, index = read(tmp_path / "x.tar")
@@ -113,7 +135,10 @@ def test_the_holes_of_a_download_are_told(tmp_path):
 
 @pytest.mark.parametrize("between", [0, 10 * 512, 1 << 19, 5 << 20])
 def test_tars_that_were_joined_are_read_to_the_end(tmp_path, between):
-    parts = [write_tar(tmp_path / f"{n}.tar", [(f"{n}.jpg", b"image"), (f"{n}.txt", b"text")]).read_bytes() for n in (1, 2)]
+    parts = [
+        write_tar(tmp_path / f"{n}.tar", [(f"{n}.jpg", b"image"), (f"{n}.txt", b"text")]).read_bytes()
+        for n in (1, 2)
+    ]
     (tmp_path / "x.tar").write_bytes(parts[0] + bytes(between) + parts[1] + b"a note behind it all")
     samples, index = read(tmp_path / "x.tar")
     assert [sample["key"] for sample in samples] == ["1", "2"]

@@ -19,16 +19,29 @@ from torchtitan.components.tokenizer import LLAMA3_SPLIT, LONGEST_RUN, ROLES, lo
 from torchtitan.config.errors import ConfigError
 
 SHIPPED = Path(__file__).parents[2] / "assets/tokenizer"
-RANKS = {base64.b64decode(t): int(r) for t, r in (line.split() for line in (SHIPPED / "tokenizer.model").read_bytes().splitlines())}
-SPECIALS = {spelling: len(RANKS) + i for i, spelling in enumerate(json.loads((SHIPPED / "special_tokens.json").read_text()))}
-SPELLINGS = [s for names in ROLES.values() for s in names] + ["<|im_start|>", "<|eot_id|>", "<|reserved_special_token_3|>"]
-TEXTS = st.lists(st.text() | st.sampled_from([*SPELLINGS, " ", "\n\n", "e\u0301", "👩\u200d👩\u200d👧", "zwölf Boxkämpfer", "12345"])).map(
-    "".join
-)
+RANKS = {
+    base64.b64decode(t): int(r)
+    for t, r in (line.split() for line in (SHIPPED / "tokenizer.model").read_bytes().splitlines())
+}
+SPECIALS = {
+    spelling: len(RANKS) + i
+    for i, spelling in enumerate(json.loads((SHIPPED / "special_tokens.json").read_text()))
+}
+SPELLINGS = [s for names in ROLES.values() for s in names] + [
+    "<|im_start|>",
+    "<|eot_id|>",
+    "<|reserved_special_token_3|>",
+]
+TEXTS = st.lists(
+    st.text()
+    | st.sampled_from([*SPELLINGS, " ", "\n\n", "e\u0301", "👩\u200d👩\u200d👧", "zwölf Boxkämpfer", "12345"])
+).map("".join)
 
 
 def write_json(folder: Path, specials: dict[str, int], plain: tuple[str, ...] = (), **config: object) -> str:
-    (folder / "tokenizer.json").write_text(bpe.dump(bpe.definition(RANKS, specials, LLAMA3_SPLIT, plain)), encoding="utf-8")
+    (folder / "tokenizer.json").write_text(
+        bpe.dump(bpe.definition(RANKS, specials, LLAMA3_SPLIT, plain)), encoding="utf-8"
+    )
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return str(folder)
 
@@ -58,7 +71,9 @@ def tokenizer(request):
 def llama3(tmp_path_factory):
     """A file with Llama 3's 128,000 ranks: bytes, then pairs and triples that no test text holds."""
     tokens = [bytes([b]) for b in range(256)] + [b"\xff" + i.to_bytes(3, "big") for i in range(127_744)]
-    return load_tokenizer(write_model(tmp_path_factory.mktemp("llama3"), {token: rank for rank, token in enumerate(tokens)}))
+    return load_tokenizer(
+        write_model(tmp_path_factory.mktemp("llama3"), {token: rank for rank, token in enumerate(tokens)})
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -85,7 +100,11 @@ def test_both_backends_give_the_ids_of_merging_by_hand(tiktoken_backed, hf_backe
 @settings(max_examples=40, deadline=None)
 @given(text=TEXTS)
 def test_offsets_are_those_of_the_hugging_face_library(tiktoken_backed, hf_backed, text):
-    definition = bpe.definition(RANKS, SPECIALS, LLAMA3_SPLIT) | {"added_tokens": [], "post_processor": None, "truncation": None}
+    definition = bpe.definition(RANKS, SPECIALS, LLAMA3_SPLIT) | {
+        "added_tokens": [],
+        "post_processor": None,
+        "truncation": None,
+    }
     reference = HFTokenizer.from_str(bpe.dump(definition)).encode(text)
     assert tiktoken_backed.encode_with_offsets(text) == (reference.ids, reference.offsets)
     assert hf_backed.encode_with_offsets(text) == (reference.ids, reference.offsets)
@@ -104,7 +123,8 @@ def test_lone_surrogates_become_replacement_characters(tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("unit", "times"), [(" ", 1_000_000), ("\n", 1_000_000), ("a", 1_000_000), ("中文", 100_000), ("a red star ", 50_000)]
+    ("unit", "times"),
+    [(" ", 1_000_000), ("\n", 1_000_000), ("a", 1_000_000), ("中文", 100_000), ("a red star ", 50_000)],
 )
 def test_very_long_texts_come_back(tokenizer, unit, times):
     """In seconds: what grows with the square of the length would take days."""
@@ -121,7 +141,13 @@ def test_long_texts_without_long_runs_are_encoded_as_a_whole(tokenizer):
 
 
 def test_decode_spells_special_tokens_and_skips_empty_rows(tokenizer):
-    ids = [tokenizer.bos_id, *tokenizer.encode("a red star"), tokenizer.special_id("<|im_end|>"), 5000, tokenizer.eos_id]
+    ids = [
+        tokenizer.bos_id,
+        *tokenizer.encode("a red star"),
+        tokenizer.special_id("<|im_end|>"),
+        5000,
+        tokenizer.eos_id,
+    ]
     assert tokenizer.decode(ids) == "<|begin_of_text|>a red star<|im_end|><|end_of_text|>"
 
 
@@ -155,16 +181,30 @@ def test_llama3_ids_are_the_published_ones_and_new_names_take_reserved_ids(llama
 
 
 QWEN = {
-    **{"<|endoftext|>": 960, "<|im_start|>": 961, "<|im_end|>": 962, "<|vision_start|>": 963, "<|vision_end|>": 964},
+    **{
+        "<|endoftext|>": 960,
+        "<|im_start|>": 961,
+        "<|im_end|>": 962,
+        "<|vision_start|>": 963,
+        "<|vision_end|>": 964,
+    },
     **{"<|image_pad|>": 965, "<|fim_prefix|>": 966, "<think>": 967},
 }
 
 
 def test_qwen_names_are_known_and_every_role_has_an_id_of_its_own(tmp_path):
-    path = write_json(tmp_path, QWEN, bos_token=None, eos_token="<|endoftext|>", pad_token={"content": "<|endoftext|>"})
+    path = write_json(
+        tmp_path, QWEN, bos_token=None, eos_token="<|endoftext|>", pad_token={"content": "<|endoftext|>"}
+    )
     tokenizer = load_tokenizer(path)
-    assert (tokenizer.eos_id, tokenizer.image_id, tokenizer.begin_image_id, tokenizer.end_image_id) == (960, 965, 963, 964)
-    assert {tokenizer.bos_id, tokenizer.pad_id} == {968, 969}  # rows of their own: nothing is reserved in this file
+    assert (tokenizer.eos_id, tokenizer.image_id, tokenizer.begin_image_id, tokenizer.end_image_id) == (
+        960,
+        965,
+        963,
+        964,
+    )
+    # rows of their own: nothing is reserved in this file
+    assert {tokenizer.bos_id, tokenizer.pad_id} == {968, 969}
     assert tokenizer.special_id("<|im_end|>") == 962
     assert tokenizer.special_id("<|eot_id|>") is None
     assert tokenizer.vocab_size == 1024

@@ -19,7 +19,9 @@ def test_a_document_is_exact_when_each_of_its_labels_is_right():
     documents = np.sort(dice.integers(-1, 6, (4, 40)), axis=1)
     labelled = (dice.random((4, 40)) < 0.7) & (documents >= 0)
     correct = (dice.random((4, 40)) < 0.9) & labelled
-    assert exact_documents(correct.astype(np.float32), labelled, documents) == slow_exact(correct, labelled, documents)
+    assert exact_documents(correct.astype(np.float32), labelled, documents) == slow_exact(
+        correct, labelled, documents
+    )
 
 
 def test_a_batch_without_labels_has_no_documents():

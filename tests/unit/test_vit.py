@@ -1,4 +1,6 @@
-"""The encoder against transformers' Siglip2VisionModel at the same random weights: mixed sizes, several images to a row."""
+"""The encoder against transformers' Siglip2VisionModel at the same random weights: mixed sizes, several
+images to a row.
+"""
 
 import dataclasses
 
@@ -8,13 +10,20 @@ import torch
 from experiments.vlm.model.hf import encoder_from_hf, encoder_to_hf
 from experiments.vlm.model.positions import image_ids
 from experiments.vlm.model.vit import VisionEncoder
-from tests.reference.batches import Picture, Sizes, build_batch, draw_picture, merge_order, pad_for_transformers
+from tests.reference.batches import (
+    Picture,
+    Sizes,
+    build_batch,
+    draw_picture,
+    merge_order,
+    pad_for_transformers,
+)
 from tests.reference.models import ENCODER, hf_vision_config, randomise
 from torchtitan.layers.attention import prepare_mask
 from torchtitan.layers.masks import Mask
 
-# Per merge size, the images of each row, (height, width) in patches. None is one patch wide and higher than one: there PyTorch's
-# CPU interpolation, which transformers uses, is wrong (test_positions.py).
+# Per merge size, the images of each row, (height, width) in patches. None is one patch wide and higher than
+# one: there PyTorch's CPU interpolation, which transformers uses, is wrong (test_positions.py).
 ROWS = {
     1: [[(5, 3), (1, 7), (9, 2), (4, 4)], [(1, 1), (11, 5)]],
     2: [[(4, 6), (2, 12), (10, 2), (2, 2)], [(8, 10)], [(6, 4), (4, 14)]],
@@ -24,7 +33,9 @@ ROWS = {
 
 def pack(rows: list[list[Picture]], merge: int) -> tuple[torch.Tensor, torch.Tensor]:
     """One slot a row: pixels [N, L, C] and grid [N, L, 3], with some padding at the end of every row."""
-    batch = build_batch([[[picture] for picture in row] for row in rows], Sizes(seq_len=128, patches_per_row=117, merge=merge))
+    batch = build_batch(
+        [[[picture] for picture in row] for row in rows], Sizes(seq_len=128, patches_per_row=117, merge=merge)
+    )
     return batch["pixel_values"], batch["grid_thw"]
 
 
@@ -42,7 +53,10 @@ def raster(features: torch.Tensor, rows: list[list[Picture]], merge: int) -> lis
 
 
 def pictures_of(merge: int) -> list[list[Picture]]:
-    return [[draw_picture(h, w, 4, seed=100 * r + i) for i, (h, w) in enumerate(row)] for r, row in enumerate(ROWS[merge])]
+    return [
+        [draw_picture(h, w, 4, seed=100 * r + i) for i, (h, w) in enumerate(row)]
+        for r, row in enumerate(ROWS[merge])
+    ]
 
 
 def pair(head: bool = False, **changes) -> tuple[VisionEncoder, torch.nn.Module]:
@@ -77,7 +91,9 @@ def test_features_and_gradients_equal_transformers(merge):
     largest = max(gradient.abs().max() for gradient in expected_gradients.values())
     for name, gradient in expected_gradients.items():
         # The true gradient of a key's bias is 0: compare it with the others, not with its own noise.
-        assert (gradients[name] - gradient).abs().max() < 1e-3 * max(gradient.abs().max(), 1e-3 * largest), name
+        assert (gradients[name] - gradient).abs().max() < 1e-3 * max(gradient.abs().max(), 1e-3 * largest), (
+            name
+        )
 
 
 def test_one_layer_equals_transformers():
@@ -97,13 +113,21 @@ def test_square_images_of_the_table_equal_the_fixed_size_model():
     from transformers import SiglipVisionConfig, SiglipVisionModel
 
     config = SiglipVisionConfig(
-        hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, patch_size=4, image_size=32, vision_use_head=False
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        patch_size=4,
+        image_size=32,
+        vision_use_head=False,
     )
     theirs = SiglipVisionModel(config).float().eval()
     randomise(theirs)
     ours = VisionEncoder(ENCODER, "sdpa")
     ours.load_state_dict(encoder_from_hf(theirs.state_dict()).named)
-    image = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    image = torch.randint(
+        0, 256, (1, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     patches = image[0].unfold(1, 4, 4).unfold(2, 4, 4).permute(1, 2, 3, 4, 0).flatten(2)
     features = raster(ours(*pack([[Picture(patches)]], 2)), [[Picture(patches)]], 2)[0]
     expected = theirs((image.float() / 255 - 0.5) / 0.5).last_hidden_state[0]
@@ -125,7 +149,9 @@ def test_changing_one_image_changes_no_other_image():
 
 def test_a_batch_without_images_gives_zeros_and_zero_gradients():
     ours, _ = pair()
-    features = ours(torch.full((2, 64, 48), 7, dtype=torch.uint8), torch.full((2, 64, 3), -1, dtype=torch.int32))
+    features = ours(
+        torch.full((2, 64, 48), 7, dtype=torch.uint8), torch.full((2, 64, 3), -1, dtype=torch.int32)
+    )
     features.sum().backward()
     assert torch.equal(features, torch.zeros(2, 64, 48))
     for name, parameter in ours.named_parameters():

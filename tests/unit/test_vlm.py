@@ -6,7 +6,16 @@ import torch.nn.functional as F
 
 from experiments.vlm.model.hf import vlm_from_hf, vlm_to_hf
 from experiments.vlm.model.vlm import VLM, place_visual_tokens
-from tests.reference.batches import IMAGE_ID, Document, Picture, Sizes, build_batch, example_slots, pad_for_transformers, words
+from tests.reference.batches import (
+    IMAGE_ID,
+    Document,
+    Picture,
+    Sizes,
+    build_batch,
+    example_slots,
+    pad_for_transformers,
+    words,
+)
 from tests.reference.models import LLAMA, QWEN2, hf_text_config, hf_vision_config, small_vlm
 from torchtitan.layers.masks import Mask
 from torchtitan.models.decoder.flavors import DecoderConfig
@@ -61,12 +70,16 @@ def test_packed_logits_and_gradients_equal_transformers_on_each_document(config,
     assert abs(loss.item() / expected_loss.item() - 1) < 1e-5
     loss.sum().backward()
     expected_loss.backward()
-    gradients = vlm_to_hf({name: parameter.grad for name, parameter in ours.state_dict(keep_vars=True).items()}, ours.config)
+    gradients = vlm_to_hf(
+        {name: parameter.grad for name, parameter in ours.state_dict(keep_vars=True).items()}, ours.config
+    )
     expected_gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
     assert gradients.keys() == expected_gradients.keys()
     largest = max(gradient.abs().max() for gradient in expected_gradients.values())
     for name, gradient in expected_gradients.items():
-        assert (gradients[name] - gradient).abs().max() < 1e-3 * max(gradient.abs().max(), 1e-3 * largest), name
+        assert (gradients[name] - gradient).abs().max() < 1e-3 * max(gradient.abs().max(), 1e-3 * largest), (
+            name
+        )
 
 
 @pytest.mark.parametrize("config", [LLAMA, QWEN2])
@@ -84,10 +97,12 @@ def test_changing_one_image_changes_no_other_document():
     del batch["labels"]
     before = model(**batch)
     batch["pixel_values"] = batch["pixel_values"].clone()
-    batch["pixel_values"][0, :24] = 255 - batch["pixel_values"][0, :24]  # the first image of the first document
+    # the first image of the first document
+    batch["pixel_values"][0, :24] = 255 - batch["pixel_values"][0, :24]
     after = model(**batch)
     touched = torch.zeros_like(batch["document_ids"], dtype=torch.bool)
-    touched[0] = (batch["document_ids"][0] == 0) & (torch.arange(56) >= 5)  # from the image on; what comes before is causal
+    # from the image on; what comes before is causal
+    touched[0] = (batch["document_ids"][0] == 0) & (torch.arange(56) >= 5)
     assert torch.equal(before[~touched], after[~touched])
     assert (before[touched] != after[touched]).any(-1).all()
 
@@ -108,11 +123,17 @@ def test_changing_one_document_changes_no_other():
 def test_rows_of_patches_hold_images_of_their_slot_wherever_they_stand(patch_rows):
     """The same documents with their images spread over several rows: the same logits."""
     model = small_vlm()
-    one, several = build_batch(example_slots(2), sizes_of(2)), build_batch(example_slots(2), sizes_of(2, patch_rows))
+    one, several = (
+        build_batch(example_slots(2), sizes_of(2)),
+        build_batch(example_slots(2), sizes_of(2, patch_rows)),
+    )
     short = Sizes(seq_len=56, patches_per_row=44, patch_rows=patch_rows)
     spread = build_batch(example_slots(2), short)
     assert (spread["grid_thw"].view(2, patch_rows, -1, 3)[0, 1] >= 0).any()
-    logits = [model(**{key: value for key, value in batch.items() if key != "labels"}) for batch in (one, several, spread)]
+    logits = [
+        model(**{key: value for key, value in batch.items() if key != "labels"})
+        for batch in (one, several, spread)
+    ]
     real = one["document_ids"] >= 0
     for other in logits[1:]:
         assert (logits[0] - other)[real].abs().max() < 1e-5
@@ -136,7 +157,11 @@ def test_a_batch_of_text_alone_equals_the_decoder_alone():
 def test_scores_of_tokens_add_up_to_the_loss():
     model, batch = small_vlm(), build_batch(example_slots(2), sizes_of(2))
     labels = batch.pop("labels")
-    logits, loss, scores = model(**batch), model(**batch, labels=labels), model(**batch, labels=labels, per_token=True)
+    logits, loss, scores = (
+        model(**batch),
+        model(**batch, labels=labels),
+        model(**batch, labels=labels, per_token=True),
+    )
     valid = labels >= 0
     assert scores.shape == (2, 56, 2) and not scores[~valid].any()
     assert abs(scores[..., 0].sum() / loss - 1) < 1e-6

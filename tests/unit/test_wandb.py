@@ -68,7 +68,9 @@ def test_a_service_that_cannot_be_reached_is_one_line(stand_in, tmp_path):
         raise Failed("Timed out:\n no such host")
 
     stand_in.init = fail
-    with pytest.raises(ConfigError, match="metrics.enable_wandb: Timed out: no such host; WANDB_MODE=offline"):
+    with pytest.raises(
+        ConfigError, match="metrics.enable_wandb: Timed out: no such host; WANDB_MODE=offline"
+    ):
         WandB(tmp_path, JobConfig())
 
 

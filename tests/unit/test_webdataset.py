@@ -11,7 +11,16 @@ from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.sources.shards import open_shard
 from tests.samples import encoded, jpeg, noise, write_tar
 
-EXTENSIONS = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP", "gif": "GIF", "bmp": "BMP", "tif": "TIFF", "tiff": "TIFF"}
+EXTENSIONS = {
+    "jpg": "JPEG",
+    "jpeg": "JPEG",
+    "png": "PNG",
+    "webp": "WEBP",
+    "gif": "GIF",
+    "bmp": "BMP",
+    "tif": "TIFF",
+    "tiff": "TIFF",
+}
 
 
 @pytest.fixture
@@ -19,7 +28,11 @@ def shard(tmp_path):
     """Opens a tar of the given members."""
 
     def open_members(*members: tuple[str, bytes]):
-        return open_shard(str(write_tar(tmp_path / "x.tar", members)), Source(format="cc12m"), Data(cache_folder=str(tmp_path)))
+        return open_shard(
+            str(write_tar(tmp_path / "x.tar", members)),
+            Source(format="cc12m"),
+            Data(cache_folder=str(tmp_path)),
+        )
 
     return open_members
 
@@ -60,10 +73,14 @@ def test_where_the_text_is_blank_the_json_has_the_caption(shard):
 
 
 def test_samples_that_the_convention_takes_for_one_are_told(shard):
-    opened = shard(*((f"photo.{n}.{e}", d) for n in (1, 2, 3) for e, d in (("jpg", jpeg()), ("txt", b"A cat."))))
+    opened = shard(
+        *((f"photo.{n}.{e}", d) for n in (1, 2, 3) for e, d in (("jpg", jpeg()), ("txt", b"A cat.")))
+    )
     document, lost = opened.read(0)
     assert (len(opened), document.key, len(document.parts)) == (1, "photo", 2)
-    assert [(reject.reason, reject.detail.split()[0]) for reject in lost] == [("image_unplaced", f"{n}.jpg") for n in (2, 3)]
+    assert [(reject.reason, reject.detail.split()[0]) for reject in lost] == [
+        ("image_unplaced", f"{n}.jpg") for n in (2, 3)
+    ]
 
 
 def test_a_second_image_without_a_caption_belongs_to_the_sample(shard):
@@ -99,7 +116,11 @@ def test_a_bad_sample_is_rejected_for_its_reason(shard, members, reason):
 @pytest.mark.parametrize("name", ["d/7.0.jpg", "./d/7.0.jpg", "7.0.jpg", "0.jpg", "0.JPG"])
 def test_an_interleaved_document_names_members_of_its_sample(shard, name):
     record = {"texts": ["one", None, "two", None], "images": [None, name, None, "7.1.png"]}
-    opened = shard(("d/7.json", json.dumps(record).encode()), ("d/7.0.jpg", jpeg(20, 30)), ("d/7.1.png", encoded(noise(10, 50), "PNG")))
+    opened = shard(
+        ("d/7.json", json.dumps(record).encode()),
+        ("d/7.0.jpg", jpeg(20, 30)),
+        ("d/7.1.png", encoded(noise(10, 50), "PNG")),
+    )
     document, lost = opened.read(0)
     assert (document.key, document.caption, lost) == ("d/7", False, [])
     shapes = [part.text if isinstance(part, Text) else (part.height, part.width) for part in document.parts]
@@ -110,13 +131,24 @@ def test_an_interleaved_document_names_members_of_its_sample(shard, name):
 def test_documents_in_tars_are_read_by_the_name_of_either_format(tmp_path):
     record = json.dumps({"texts": ["one", None], "images": [None, "7.0.jpg"]}).encode()
     path = write_tar(tmp_path / "x.tar", [("7.json", record), ("7.0.jpg", jpeg())])
-    by_name = [open_shard(str(path), Source(format=format), Data()).read(0) for format in ("cc12m", "webdataset", "obelics")]
+    by_name = [
+        open_shard(str(path), Source(format=format), Data()).read(0)
+        for format in ("cc12m", "webdataset", "obelics")
+    ]
     assert by_name[0] == by_name[1] == by_name[2]
 
 
 def test_a_document_goes_without_its_bad_images(shard):
-    record = {"texts": ["one", None, None, None], "images": [None, "missing.jpg", "7.1.jpg", "7.2.jpg", "7.2.jpg"]}
-    opened = shard(("7.json", json.dumps(record).encode()), ("7.1.jpg", jpeg()[:20]), ("7.2.jpg", jpeg(20, 30)), ("8.0.jpg", jpeg()))
+    record = {
+        "texts": ["one", None, None, None],
+        "images": [None, "missing.jpg", "7.1.jpg", "7.2.jpg", "7.2.jpg"],
+    }
+    opened = shard(
+        ("7.json", json.dumps(record).encode()),
+        ("7.1.jpg", jpeg()[:20]),
+        ("7.2.jpg", jpeg(20, 30)),
+        ("8.0.jpg", jpeg()),
+    )
     document, lost = opened.read(0)
     assert [type(part) for part in document.parts] == [Text, Image]
     assert sorted((reject.image, reject.reason) for reject in lost) == [
@@ -150,7 +182,9 @@ def test_what_is_no_tar_is_unreadable(tmp_path, content):
 
 
 def test_a_shard_that_is_cut_while_it_is_read_rejects_and_does_not_crash(tmp_path):
-    path = write_tar(tmp_path / "x.tar", [("0.jpg", jpeg()), ("0.txt", b"A cat."), ("1.jpg", jpeg()), ("1.txt", b"A dog.")])
+    path = write_tar(
+        tmp_path / "x.tar", [("0.jpg", jpeg()), ("0.txt", b"A cat."), ("1.jpg", jpeg()), ("1.txt", b"A dog.")]
+    )
     opened = open_shard(str(path), Source(format="cc12m"), Data())
     document, _ = opened.read(1)
     with open(path, "r+b") as file:

@@ -5,7 +5,16 @@ import torch
 
 from experiments.vlm.model.hf import encoder_from_hf, encoder_to_hf, vlm_from_hf
 from experiments.vlm.model.vit import VisionEncoder
-from tests.reference.models import ENCODER, LLAMA, QWEN2, QWEN3, VOCAB, hf_text_config, hf_vision_config, small_vlm
+from tests.reference.models import (
+    ENCODER,
+    LLAMA,
+    QWEN2,
+    QWEN3,
+    VOCAB,
+    hf_text_config,
+    hf_vision_config,
+    small_vlm,
+)
 from torchtitan.models.decoder.hf import from_hf, to_hf
 from torchtitan.models.decoder.model import Decoder
 from torchtitan.models.weight_names import Row, Transform, prefixed, read, write
@@ -17,7 +26,9 @@ def test_decoder_weights_go_out_and_come_back(config):
 
     weights = Decoder(config, VOCAB, "sdpa", 16).state_dict()
     theirs = to_hf(weights, config)
-    expected = {name for name, _ in AutoModelForCausalLM.from_config(hf_text_config(config)).named_parameters()}
+    expected = {
+        name for name, _ in AutoModelForCausalLM.from_config(hf_text_config(config)).named_parameters()
+    }
     assert theirs.keys() == expected  # named_parameters leaves a tied output layer out, as a saved file does
     back = from_hf(theirs, config)
     assert not back.unused and back.named.keys() == weights.keys()
@@ -51,8 +62,15 @@ def test_encoder_reads_both_spellings_and_names_the_pooling_head(prefix):
 
 def test_the_tower_of_a_whole_siglip2_file_is_found_among_the_rest():
     tower = encoder_to_hf(VisionEncoder(ENCODER, "sdpa").state_dict())
-    others = ["logit_scale", "logit_bias", "text_model.encoder.layers.0.mlp.fc1.weight", "text_model.head.weight"]
-    whole = {"vision_model." + name: weight for name, weight in tower.items()} | {name: torch.zeros(1) for name in others}
+    others = [
+        "logit_scale",
+        "logit_bias",
+        "text_model.encoder.layers.0.mlp.fc1.weight",
+        "text_model.head.weight",
+    ]
+    whole = {"vision_model." + name: weight for name, weight in tower.items()} | {
+        name: torch.zeros(1) for name in others
+    }
     assert encoder_from_hf(whole).unused == others
 
 
@@ -62,7 +80,9 @@ def test_an_older_spelling_of_the_whole_model_is_read():
     model = small_vlm(QWEN2)
     theirs = vlm_to_hf(model.state_dict(), model.config)
     assert "lm_head.weight" not in theirs
-    older = {name.replace("vision_tower.", "vision_tower.vision_model."): weight for name, weight in theirs.items()}
+    older = {
+        name.replace("vision_tower.", "vision_tower.vision_model."): weight for name, weight in theirs.items()
+    }
     back = vlm_from_hf(older, model.config)
     assert not back.unused and back.named.keys() == model.state_dict().keys()
 
@@ -76,7 +96,9 @@ def test_a_weight_without_a_name_or_with_two_is_an_error():
 
 
 def test_stars_are_carried_over_in_order_and_transforms_go_both_ways():
-    rows = prefixed([Row("a.*.b.*", "x.*.y.*", Transform(lambda w: w.T, lambda w: w.T.contiguous()))], "in.", "out.")
+    rows = prefixed(
+        [Row("a.*.b.*", "x.*.y.*", Transform(lambda w: w.T, lambda w: w.T.contiguous()))], "in.", "out."
+    )
     weight = torch.arange(6.0).view(2, 3)
     ours = read({"in.a.7.b.bias": weight, "in.a.7.8.b.bias": weight}, rows)
     assert ours.unused == ["in.a.7.8.b.bias"]  # a star is one part of a name

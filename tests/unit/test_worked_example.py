@@ -23,7 +23,9 @@ def job(tmp_path):
     images = [{"bytes": base64.b64encode(jpeg(32, width)).decode()} for width in (32, 64)]
     record = {"texts": [None, None, "cats!"], "images": [*images, None]}
     (tmp_path / "document.jsonl").write_text(json.dumps(record) + "\n")
-    job = make_job(tmp_path, tmp_path, seq_len=16, local_batch_size=1, patches_per_row=16, max_patches_per_image=16)
+    job = make_job(
+        tmp_path, tmp_path, seq_len=16, local_batch_size=1, patches_per_row=16, max_patches_per_image=16
+    )
     job.data.sources = [Source(format="obelics", path=str(tmp_path / "document.jsonl"))]
     return job
 

@@ -65,7 +65,9 @@ def test_a_killed_worker_is_told_and_the_others_end(data, tmp_path):
     next(loader)
     pids = [worker.process.pid for worker in loader.supply.steps.workers]
     os.kill(pids[1], signal.SIGKILL)
-    with pytest.raises(RuntimeError, match=r"data worker 1 \(slots 1\) was killed by SIGKILL: out of memory\?"):
+    with pytest.raises(
+        RuntimeError, match=r"data worker 1 \(slots 1\) was killed by SIGKILL: out of memory\?"
+    ):
         for _ in range(10):
             next(loader)
     loader.close()
@@ -75,7 +77,10 @@ def test_a_killed_worker_is_told_and_the_others_end(data, tmp_path):
 
 def test_an_error_inside_a_worker_comes_with_its_traceback(data, tmp_path):
     loader = Loader(make_job(data, tmp_path, num_workers=1), Stumbling())
-    with pytest.raises(RuntimeError, match=r"(?s)data worker 0 \(slots 0, 1\) failed:.*encode.*ZeroDivisionError: in the tokenizer"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"(?s)data worker 0 \(slots 0, 1\) failed:.*encode.*ZeroDivisionError: in the tokenizer",
+    ):
         for _ in range(50):
             next(loader)
     loader.close()
@@ -98,7 +103,9 @@ def test_workers_end_with_the_trainer(data, tmp_path, end):
         pids = [int(pid) for pid in trainer.stdout.readline().split()]
         assert len(pids) == 2
         if end != "exit":
-            os.killpg(trainer.pid, signal.Signals[end]) if end != "SIGKILL" else os.kill(trainer.pid, signal.SIGKILL)
+            os.killpg(trainer.pid, signal.Signals[end]) if end != "SIGKILL" else os.kill(
+                trainer.pid, signal.SIGKILL
+            )
         _, errors = trainer.communicate()
         wait_for_end(pids)
         # Of Ctrl-C the trainer itself may speak, and nobody else.

@@ -42,7 +42,10 @@ def test_single_captions_say_what_is_seen_and_where():
         assert_looks(blob, size, colour, shape)
         place = dict.fromkeys(where.split())
         # Thirds of the picture; jitter and the sprite's own rounding move a centre by up to 6 px.
-        for axis, extent, first, last in ((blob.x, width, "left", "right"), (blob.y, height, "top", "bottom")):
+        for axis, extent, first, last in (
+            (blob.x, width, "left", "right"),
+            (blob.y, height, "top", "bottom"),
+        ):
             low, high = (0, 1 / 3) if first in place else (2 / 3, 1) if last in place else (1 / 3, 2 / 3)
             assert low * extent - 6 <= axis <= high * extent + 6, caption
 
@@ -64,7 +67,9 @@ def test_count_captions_count():
         said = collections.Counter()
         for number, _, colour, shape in re.findall(rf"(\w+) {NOUN}", caption):
             said[colour, FAMILY.get(shape, "even")] += SAID[number]
-        assert said == collections.Counter((blob.colour, shape_family(blob)) for blob in blobs(image)), caption
+        assert said == collections.Counter((blob.colour, shape_family(blob)) for blob in blobs(image)), (
+            caption
+        )
 
 
 def test_text_captions_spell_what_is_written():
@@ -81,7 +86,12 @@ def read(blob: Blob) -> str:
         rows = [[row >> (4 - column) & 1 for column in range(5)] for row in bytes.fromhex(DOTS[glyph])]
         inked = np.array(rows, dtype=np.uint8)
         inked = inked[:, inked.any(axis=0)]  # J and 1 are narrower than five dots
-        ink = np.asarray(Image.fromarray(inked * 255).resize((blob.width, blob.height), Image.Resampling.NEAREST)) > 0
+        ink = (
+            np.asarray(
+                Image.fromarray(inked * 255).resize((blob.width, blob.height), Image.Resampling.NEAREST)
+            )
+            > 0
+        )
         stretched = abs(blob.width / blob.height - inked.shape[1] / 7)
         return (ink == blob.mask).mean() - stretched
 
@@ -98,7 +108,9 @@ def test_shapes_look_different_from_each_other():
             pictures[shape] = np.asarray(canvas) / 255
         for a in SHAPES:
             for b in SHAPES[: SHAPES.index(a)]:
-                assert np.abs(pictures[a] - pictures[b]).sum() > 0.1 * np.maximum(pictures[a], pictures[b]).sum(), (a, b)
+                assert (
+                    np.abs(pictures[a] - pictures[b]).sum() > 0.1 * np.maximum(pictures[a], pictures[b]).sum()
+                ), (a, b)
 
 
 def test_nothing_touches_its_neighbour_or_the_border():
@@ -154,9 +166,15 @@ def test_no_held_out_arrangement_occurs_in_training():
 
 def test_no_held_out_picture_or_story_occurs_in_training():
     rng = random.Random(1)
-    pictures = {heldout: {render(sees_scene(rng, heldout)).tobytes() for _ in range(1500)} for heldout in (False, True)}
+    pictures = {
+        heldout: {render(sees_scene(rng, heldout)).tobytes() for _ in range(1500)}
+        for heldout in (False, True)
+    }
     assert not pictures[False] & pictures[True]
-    stories = {heldout: {document[0] for document in documents(200, heldout) if len(document) == 1} for heldout in (False, True)}
+    stories = {
+        heldout: {document[0] for document in documents(200, heldout) if len(document) == 1}
+        for heldout in (False, True)
+    }
     assert stories[True]
     assert not stories[False] & stories[True]
 
@@ -180,7 +198,9 @@ def test_told_captions_name_what_is_there_and_nothing_else():
         named: collections.Counter = collections.Counter()
         for number, size, colour, shape in re.findall(rf"(\w+) {NOUN}", caption):
             named[colour, shape] += SAID.get(number.lower(), 1)
-            assert not size or size in {thing.size for thing in scene.things if (thing.colour, thing.shape) == (colour, shape)}
+            assert not size or size in {
+                thing.size for thing in scene.things if (thing.colour, thing.shape) == (colour, shape)
+            }
         assert named == there, caption
 
 
@@ -230,7 +250,9 @@ def test_told_relations_hold():
             continue
         caption = tell(scene, rng)
         look_for = re.match(rf"Look for an? {NOUN}\. (.*) it there is an? {NOUN}", caption)
-        match = look_for or re.search(rf"an? {NOUN} (?:is |lies )?({'|'.join(before)}) an? {NOUN}", caption, re.IGNORECASE)
+        match = look_for or re.search(
+            rf"an? {NOUN} (?:is |lies )?({'|'.join(before)}) an? {NOUN}", caption, re.IGNORECASE
+        )
         words = match.groups()
         things = {thing.look: thing for thing in scene.things}
         first, second = things[words[:3]], things[words[4:]]
@@ -251,7 +273,10 @@ def test_stories_keep_the_count_right():
                 sign = -1 if sentence.startswith(f"{owner} gives") else 1
                 for number, _, colour, shape in re.findall(rf"(\w+) {NOUN}", sentence):
                     box[colour, shape] += sign * SAID[number]
-            left = {(colour, shape): SAID[number] for number, _, colour, shape in re.findall(rf"(\w+) {NOUN}", last)}
+            left = {
+                (colour, shape): SAID[number]
+                for number, _, colour, shape in re.findall(rf"(\w+) {NOUN}", last)
+            }
             assert left == box, tale
             assert int(re.search(r"(\d+) things? in all", last)[1]) == box.total()
 
@@ -265,17 +290,24 @@ def test_documents_compare_and_sum_their_pictures_truthfully():
                 continue
             total = re.search(r"That makes (\d+) things in (\d+) pictures", part)
             if total:
-                assert (int(total[1]), int(total[2])) == (sum(len(scene.things) for scene in scenes), len(scenes))
+                assert (int(total[1]), int(total[2])) == (
+                    sum(len(scene.things) for scene in scenes),
+                    len(scenes),
+                )
             if "the one before it" in part:
                 change = len(scenes[-1].things) - len(scenes[-2].things)
-                assert {1: "more things than", 0: "as many things as", -1: "fewer things than"}[np.sign(change)] in part
+                assert {1: "more things than", 0: "as many things as", -1: "fewer things than"}[
+                    np.sign(change)
+                ] in part
 
 
 def test_quizzes_are_answered_right():
     for document in documents(400, True):
         for scene, part in zip(document, document[1:], strict=False):
             quiz = (
-                re.fullmatch(r"\nQuestion: (.*)\nAnswer: (.*)\.\n\n", part) if isinstance(scene, Scene) and isinstance(part, str) else None
+                re.fullmatch(r"\nQuestion: (.*)\nAnswer: (.*)\.\n\n", part)
+                if isinstance(scene, Scene) and isinstance(part, str)
+                else None
             )
             if quiz and quiz[1] == "How many things are drawn here?":
                 assert SAID[quiz[2]] == len(scene.things)
@@ -286,4 +318,6 @@ def test_quizzes_are_answered_right():
                 assert quiz[2].split(" ", 1)[1] == " ".join(small.look)
             if quiz and quiz[1].startswith("How many") and " shapes are " in quiz[1]:
                 shape, colour = re.fullmatch(r"How many (\w+) shapes are (\w+)\?", quiz[1]).groups()
-                assert SAID[quiz[2]] == sum((thing.shape, thing.colour) == (shape, colour) for thing in scene.things)
+                assert SAID[quiz[2]] == sum(
+                    (thing.shape, thing.colour) == (shape, colour) for thing in scene.things
+                )

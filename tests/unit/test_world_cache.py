@@ -44,7 +44,12 @@ def members(shard: Path) -> dict[str, dict[str, bytes]]:
 def run(code: str, **environment: str) -> subprocess.Popen:
     command = [sys.executable, "-c", code]
     return subprocess.Popen(
-        command, cwd=REPOSITORY, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=REPOSITORY,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
@@ -83,7 +88,11 @@ def test_sees_keeps_its_pictures_lossless_and_small(drawn):
 
 def test_webdataset_reads_the_tar_files(drawn):
     [shard] = ensure("captions/heldout", drawn).iterdir()
-    read = list(webdataset.WebDataset(str(shard), shardshuffle=False, empty_check=False).decode("rgb8").to_tuple("jpg", "txt", "json"))
+    read = list(
+        webdataset.WebDataset(str(shard), shardshuffle=False, empty_check=False)
+        .decode("rgb8")
+        .to_tuple("jpg", "txt", "json")
+    )
     assert len(read) == WORLDS["captions"].samples["heldout"]
     for pixels, text, record in read:
         assert pixels.shape == (record["height"], record["width"], 3)
@@ -120,7 +129,9 @@ def test_a_shard_is_a_function_of_seed_and_number(tmp_path):
         (tmp_path / hash_seed).mkdir()
         assert run(code.format(str(tmp_path / hash_seed)), PYTHONHASHSEED=hash_seed).wait() == 0
     write_shard("captions/heldout", 8, tmp_path, 0)
-    digests = [hashlib.sha256(path.read_bytes()).digest() for path in sorted(tmp_path.rglob("heldout-00000.tar"))]
+    digests = [
+        hashlib.sha256(path.read_bytes()).digest() for path in sorted(tmp_path.rglob("heldout-00000.tar"))
+    ]
     assert len(digests) == 3
     assert len(set(digests)) == 2
 
@@ -173,7 +184,9 @@ def test_another_drawing_has_another_version():
     digest = hashlib.sha256("".join(map(repr, drawn)).encode()).hexdigest()[:12]
     pixels = [np.asarray(render(scene)).mean() for scene in drawn if isinstance(scene, Scene)]
     version = cache.VERSION, digest, round(float(np.mean(pixels)), 1)
-    assert version == ("efb1b9ae11", "c097340e2d6d", 32.7), "data is drawn differently: give it another VERSION, and state all three here"
+    assert version == ("efb1b9ae11", "c097340e2d6d", 32.7), (
+        "data is drawn differently: give it another VERSION, and state all three here"
+    )
 
 
 def test_the_default_cache_honours_xdg(monkeypatch, tmp_path):

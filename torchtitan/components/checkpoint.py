@@ -1,4 +1,7 @@
-"""Checkpoints, written and read by torch.distributed.checkpoint. How they lie on the disk: checkpoint_folder.py."""
+"""Checkpoints, written and read by torch.distributed.checkpoint.
+
+How they lie on the disk: checkpoint_folder.py.
+"""
 
 import json
 import shutil
@@ -37,7 +40,11 @@ CUT_SHORT = "inline_container"  # in what torch says of a file that ends too ear
 def stored_sizes(path: Path) -> dict[str, tuple[int, ...]]:
     """Shape of each tensor in a checkpoint, by name. Raises what torch and the disk raise."""
     metadata = dcp.FileSystemReader(str(path)).read_metadata().state_dict_metadata
-    return {name: tuple(entry.size) for name, entry in metadata.items() if isinstance(entry, TensorStorageMetadata)}
+    return {
+        name: tuple(entry.size)
+        for name, entry in metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
 
 
 class Checkpointer:
@@ -92,14 +99,18 @@ class Checkpointer:
         from_first_rank(attempt)
 
     def _unwritten(self, step: int, error: OSError | CheckpointException) -> CheckpointError:
-        """The error to raise. What was written of this checkpoint is deleted, so that its space is there again."""
+        """The error to raise.
+
+        What was written of this checkpoint is deleted, so that its space is there again.
+        """
         room = free(self.folder)
         shutil.rmtree(self.folder / f"step-{step}{INCOMPLETE}", ignore_errors=True)
         complete = complete_steps(self.folder)
         again = f"the same command goes on from step {complete[-1]}" if complete else ""
         go_on = again or "start again: none is complete"
         return CheckpointError(
-            f"checkpoint of step {step} was not written to {self.folder} ({_reason(error)}; {room} free): make room, and {go_on}"
+            f"checkpoint of step {step} was not written to {self.folder} ({_reason(error)}; {room} free): "
+            f"make room, and {go_on}"
         )
 
     def _complete(self, path: Path, step: int) -> None:
@@ -113,7 +124,10 @@ class Checkpointer:
             _delete(self.folder / f"step-{old}")
 
     def wait(self) -> None:
-        """Until the checkpoint in the background, if any, is complete. Raises CheckpointError as `save` does."""
+        """Until the checkpoint in the background, if any, is complete.
+
+        Raises CheckpointError as `save` does.
+        """
         if self.pending is not None:
             (step, written), self.pending = self.pending, None
             self._once(written.result, step)
@@ -125,8 +139,10 @@ class Checkpointer:
         initial = None if own else find_initial(self.options)
         if own and read_record(own)["model_only"]:
             raise ConfigError(
-                f"{own} holds the weights alone (checkpoint.last_save_model_only), so this run cannot go on from it: "
-                f"give another job.dump_folder with checkpoint.initial_load_path = {own}, or checkpoint.load_step"
+                f"{own} holds the weights alone (checkpoint.last_save_model_only), so this run cannot go on "
+                "from it: "
+                f"give another job.dump_folder with checkpoint.initial_load_path = {own}, or "
+                "checkpoint.load_step"
             )
         if own:
             self._read(own, set(self.options.exclude_from_loading))
@@ -150,7 +166,10 @@ class Checkpointer:
         except Failure as error:
             raise Damaged(path, _reason(error)) from None
         self.state.restore(filled, record, without)
-        logger.info(f"loaded {path}{', without ' + ', '.join(sorted(without)) if without else ''}; at step {self.state.step}")
+        logger.info(
+            f"loaded {path}{', without ' + ', '.join(sorted(without)) if without else ''}; at step "
+            f"{self.state.step}"
+        )
 
 
 def readable_sizes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -177,7 +196,11 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, CheckpointException):
         error = next(exception for exception, _ in error.failures.values())
     if isinstance(error, OSError):
-        return f"{Path(error.filename).name}: {error.strerror}" if error.filename else error.strerror or str(error)
+        return (
+            f"{Path(error.filename).name}: {error.strerror}"
+            if error.filename
+            else error.strerror or str(error)
+        )
     if isinstance(error, EOFError) or CUT_SHORT in str(error):
         return "a file was cut short"
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -42,7 +42,9 @@ def complete_steps(folder: Path) -> list[int]:
 
 
 def steps_before(path: Path) -> list[int]:
-    """Steps of the complete checkpoints before this one, oldest first; none where it is not called step-NUMBER."""
+    """Steps of the complete checkpoints before this one, oldest first; none where it is not called
+    step-NUMBER.
+    """
     own = re.fullmatch(r"step-(\d+)", path.name)
     return [step for step in complete_steps(path.parent) if own and step < int(own[1])]
 

@@ -1,8 +1,10 @@
-"""The whole optimizer step as one CUDA graph: a GPU that is faster than Python is no longer kept waiting for kernels to be launched.
+"""The whole optimizer step as one CUDA graph: a GPU that is faster than Python is no longer kept waiting for
+kernels to be launched.
 
-It is possible because nothing changes from step to step but numbers: shapes are fixed, and the host never asks the device. The
-first steps run as they are, so that kernels are compiled and optimizer states made; the next is captured and from then on replayed.
-What is copied in: the microbatches, the scale of the loss, and the learning rates, which are tensors for this (optimizer.py).
+It is possible because nothing changes from step to step but numbers: shapes are fixed, and the host never
+asks the device. The first steps run as they are, so that kernels are compiled and optimizer states made; the
+next is captured and from then on replayed. What is copied in: the microbatches, the scale of the loss, and
+the learning rates, which are tensors for this (optimizer.py).
 """
 
 from collections.abc import Callable, Iterable
@@ -42,7 +44,10 @@ class GraphedStep:
 
     def _copy_in(self, microbatches: list[Tensors], scale: float | Tensor) -> None:
         if not self.inputs:
-            self.inputs = [{name: torch.empty_like(tensor) for name, tensor in tensors.items()} for tensors in microbatches]
+            self.inputs = [
+                {name: torch.empty_like(tensor) for name, tensor in tensors.items()}
+                for tensors in microbatches
+            ]
             self.scale = torch.empty((), device=next(iter(microbatches[0].values())).device)
         for kept, tensors in zip(self.inputs, microbatches, strict=True):
             for name, tensor in tensors.items():
@@ -51,7 +56,9 @@ class GraphedStep:
 
 
 class Recorder:
-    """Runs and captures on one stream of its own: autograd remembers the stream on which a gradient was first made."""
+    """Runs and captures on one stream of its own: autograd remembers the stream on which a gradient was first
+    made.
+    """
 
     def __init__(self) -> None:
         self.stream = torch.cuda.Stream()
@@ -65,9 +72,13 @@ class Recorder:
         return result
 
     def record(self, work: Run) -> Run:
-        """Capturing runs nothing. Gradients and activations get addresses in the graph's own memory, for good."""
+        """Capturing runs nothing.
+
+        Gradients and activations get addresses in the graph's own memory, for good.
+        """
         graph = torch.cuda.CUDAGraph()
-        # Threads that pin memory or ask whether a collective is done must not spoil it: only this thread's calls count.
+        # Threads that pin memory or ask whether a collective is done must not spoil it: only this thread's
+        # calls count.
         with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
             result = work()
 

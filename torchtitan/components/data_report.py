@@ -11,7 +11,9 @@ REPORT = "data_report.json"
 
 
 def merge(reports: list[Any]) -> Any:
-    """Numbers are added, mappings merged, lists joined; anything else is the same everywhere, so the first speaks."""
+    """Numbers are added, mappings merged, lists joined; anything else is the same everywhere, so the first
+    speaks.
+    """
     if isinstance(reports[0], Mapping):
         keys = dict.fromkeys(key for report in reports for key in report)
         return {key: merge([report[key] for report in reports if key in report]) for key in keys}
@@ -23,7 +25,10 @@ def merge(reports: list[Any]) -> Any:
 
 
 def write_data_report(folder: Path, own: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Called by all ranks; `own` is None on a rank whose slots another rank reports. Returns what rank 0 wrote, to it."""
+    """Called by all ranks; `own` is None on a rank whose slots another rank reports.
+
+    Returns what rank 0 wrote, to it.
+    """
     reports: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(reports, own)
     if dist.get_rank() != 0:

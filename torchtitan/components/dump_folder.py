@@ -74,7 +74,8 @@ def is_finished(job: JobConfig, step: int, changed: list[Change]) -> bool:
     folder, steps = job.job.dump_folder, job.training.steps
     if step > steps:
         raise ConfigError(
-            f"training.steps = {steps}: {folder} has a checkpoint of step {step}; ask for more steps, go back "
+            f"training.steps = {steps}: {folder} has a checkpoint of step {step}; ask for more steps, go "
+            "back "
             f"with --checkpoint.load_step, or give another job.dump_folder"
         )
     if step < steps:
@@ -96,7 +97,8 @@ def refuse_another_run(job: JobConfig, own: Path, changed: list[Change]) -> None
     without = job.checkpoint.exclude_from_loading
     if "train_state" in without:
         raise ConfigError(
-            f"checkpoint.exclude_from_loading = train_state: {own} is of this dump folder, and its steps would "
+            f"checkpoint.exclude_from_loading = train_state: {own} is of this dump folder, and its steps "
+            "would "
             f"be counted from 0 again; give another job.dump_folder with --checkpoint.initial_load_path {own}"
         )
     kept = {"model.name", "model.flavor"} | ({"optimizer.name"} - {f"{part}.name" for part in without})
@@ -115,7 +117,9 @@ def differ(before: str, now: str) -> bool:
 
 
 def refuse_checkpoints_of_others(job: JobConfig, saved: dict[str, Any] | None, folder: Path) -> None:
-    """A run that would not go on from the checkpoints of this folder must not share the folder with them either."""
+    """A run that would not go on from the checkpoints of this folder must not share the folder with them
+    either.
+    """
     for name in {
         job.checkpoint.folder,
         (saved or {}).get("checkpoint", {}).get("folder", job.checkpoint.folder),
@@ -123,7 +127,8 @@ def refuse_checkpoints_of_others(job: JobConfig, saved: dict[str, Any] | None, f
         if steps := complete_steps(folder / name):
             raise ConfigError(
                 f"{folder / name} has a checkpoint of step {steps[-1]}, and this run would begin at step 0: "
-                f"go on from it with --checkpoint.enable --checkpoint.folder {name}, or give another job.dump_folder"
+                f"go on from it with --checkpoint.enable --checkpoint.folder {name}, or give another "
+                "job.dump_folder"
             )
 
 

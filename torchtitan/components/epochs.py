@@ -18,8 +18,10 @@ class Epochs:
     def __init__(self, sources: Sequence[str], resumed: bool):
         """`resumed`: which epoch each source is in shows with the first step."""
         self.values = dict.fromkeys(sources, 0.0)
-        self.told = {} if resumed else dict.fromkeys(sources, 1)  # the latest epoch of each source that needs no line
-        self.began: dict[str, tuple[int, int]] = {}  # source -> (an epoch not logged yet, the step it began in)
+        # the latest epoch of each source that needs no line
+        self.told = {} if resumed else dict.fromkeys(sources, 1)
+        # source -> (an epoch not logged yet, the step it began in)
+        self.began: dict[str, tuple[int, int]] = {}
 
     @property
     def names(self) -> dict[str, str]:

@@ -19,18 +19,24 @@ class ForwardBackward(Protocol):
     parts: list[nn.Module]  # the model, or this rank's stages of it
 
     def __call__(self, tensors: Tensors, scale: float | Tensor, last: bool) -> Tensor:
-        """Add the gradients of `scale` times the summed loss, and return that sum, detached, float32 [1], on the device.
+        """Add the gradients of `scale` times the summed loss, and return that sum, detached, float32 [1], on
+        the device.
 
-        A rank keeps its shard of the gradients between microbatches. A rank that computes no loss returns zero.
+        A rank keeps its shard of the gradients between microbatches. A rank that computes no loss returns
+        zero.
         """
         ...
 
     def score(self, tensors: Tensors) -> Tensor:
-        """(nll, correct) of each label, float32 [B, S, 2], whole slots, the same on every rank that holds them."""
+        """(nll, correct) of each label, float32 [B, S, 2], whole slots, the same on every rank that holds
+        them.
+        """
         ...
 
     def copies(self) -> list[nn.Parameter]:
-        """Parameters that another stage holds too and accounts for: a weight that ties the ends of a pipeline together."""
+        """Parameters that another stage holds too and accounts for: a weight that ties the ends of a pipeline
+        together.
+        """
         ...
 
 
@@ -43,7 +49,8 @@ class Plain:
         self.parts: list[nn.Module] = [model]
 
     def __call__(self, tensors: Tensors, scale: float | Tensor, last: bool) -> Tensor:
-        # Shards are summed every time, so that whole gradients are never kept; copies of a shard (HSDP) only once.
+        # Shards are summed every time, so that whole gradients are never kept; copies of a shard (HSDP) only
+        # once.
         self.model.set_requires_all_reduce(last)
         self.model.set_is_last_backward(last)
         loss = self._loss(self.model, tensors)

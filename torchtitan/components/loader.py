@@ -6,14 +6,15 @@ from typing import Any, Protocol
 from torch import Tensor
 
 Tensors = dict[str, Tensor]
-State = Mapping[str, bytes]  # small pieces of a loader's position, each under a name that no other rank's piece bears
+# small pieces of a loader's position, each under a name that no other rank's piece bears
+State = Mapping[str, bytes]
 
 
 class Batch(Protocol):
     """One microbatch: host tensors of fixed shapes, and host numbers that describe them.
 
-    `epochs`: name of a source -> this batch's share in how often it was delivered so far; over all batches of a
-    step they add up.
+    `epochs`: name of a source -> this batch's share in how often it was delivered so far; over all batches of
+    a step they add up.
     """
 
     tensors: Tensors

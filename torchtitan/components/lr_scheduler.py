@@ -28,7 +28,11 @@ def lr_factor(step: int, steps: int, options: LRScheduler) -> float:
     """
     warmup = options.warmup_steps
     assert warmup <= steps, "fit_warmup has cut it"
-    decay = steps - warmup if options.decay_ratio is None else min(round(steps * options.decay_ratio), steps - warmup)
+    decay = (
+        steps - warmup
+        if options.decay_ratio is None
+        else min(round(steps * options.decay_ratio), steps - warmup)
+    )
     if step <= warmup:
         return step / warmup
     into_decay = step - (steps - decay)
@@ -42,7 +46,8 @@ def fit_warmup(options: LRScheduler, steps: int) -> None:
     """Cut a warm-up that would not end in this run, and say so. The peak is then that of the last step."""
     if options.warmup_steps > steps:
         warn_once(
-            f"lr_scheduler.warmup_steps = {options.warmup_steps} is more than training.steps = {steps}: cut to "
+            f"lr_scheduler.warmup_steps = {options.warmup_steps} is more than training.steps = {steps}: cut "
+            "to "
             f"{steps}, so that the peak learning rate comes with the last step; ask for fewer to train at it"
         )
         options.warmup_steps = steps

@@ -1,4 +1,6 @@
-"""What a run reports: speed, occupancy and loss, as a line on the console and as numbers in the sinks (sinks.py)."""
+"""What a run reports: speed, occupancy and loss, as a line on the console and as numbers in the sinks
+(sinks.py).
+"""
 
 import sys
 import time
@@ -98,14 +100,22 @@ def format_line(step: int, values: Values, percentages: tuple[str, ...] = (), co
         shown[name] = "n/a" if value is None else FORMATS.get(name, default)(value)
     parts = [f"{name}: {text}" for name, text in shown.items()]
     if colours:
-        parts = [f"\033[{COLOURS[n]}m{part}\033[0m" if n in COLOURS else part for n, part in zip(shown, parts, strict=True)]
+        parts = [
+            f"\033[{COLOURS[n]}m{part}\033[0m" if n in COLOURS else part
+            for n, part in zip(shown, parts, strict=True)
+        ]
     return " ".join(parts)
 
 
 class Reporter:
-    """Console and sinks of one rank. All ranks hold the global numbers; those of LOG_RANK print, the first of them writes."""
+    """Console and sinks of one rank.
 
-    def __init__(self, job: JobConfig, percentages: tuple[str, ...], first_step: int, rank: int, world_size: int):
+    All ranks hold the global numbers; those of LOG_RANK print, the first of them writes.
+    """
+
+    def __init__(
+        self, job: JobConfig, percentages: tuple[str, ...], first_step: int, rank: int, world_size: int
+    ):
         self.writes = rank == min(log_ranks(world_size))
         self.percentages = percentages
         self.colours = sys.stdout.isatty() and not job.metrics.disable_color_printing

@@ -1,8 +1,10 @@
-"""Muon (Jordan et al., 2024): momentum, then the nearest orthogonal matrix, so that every direction moves equally far.
+"""Muon (Jordan et al., 2024): momentum, then the nearest orthogonal matrix, so that every direction moves
+equally far.
 
-Unusual here: a matrix may be sharded in any way. Where its rows are divided over ranks (FSDP), each rank gets another of the
-matrices of one shape, whole, orthogonalises it and sends the rows back, so no work is done twice; where it is divided
-otherwise (tensor parallel), every rank gathers it. The Newton-Schulz steps themselves never communicate.
+Unusual here: a matrix may be sharded in any way. Where its rows are divided over ranks (FSDP), each rank gets
+another of the matrices of one shape, whole, orthogonalises it and sends the rows back, so no work is done
+twice; where it is divided otherwise (tensor parallel), every rank gathers it. The Newton-Schulz steps
+themselves never communicate.
 
 Letters: M matrices of one shape, R rows (out), C columns (in).
 """
@@ -22,7 +24,9 @@ BATCH_NUMBERS = 1 << 24  # of matrices that are orthogonalised in one product: 6
 
 
 def orthogonalise(update_MRC: Tensor, dtype: torch.dtype) -> Tensor:
-    """U V^T of each matrix's singular value decomposition, roughly (singular values 0.7 to 1.2), by Newton-Schulz."""
+    """U V^T of each matrix's singular value decomposition, roughly (singular values 0.7 to 1.2), by
+    Newton-Schulz.
+    """
     a, b, c = COEFFICIENTS
     tall = update_MRC.shape[-2] > update_MRC.shape[-1]
     x = update_MRC.to(dtype)
@@ -42,7 +46,11 @@ def _row_group(x: Tensor) -> dist.ProcessGroup | None:
     """The ranks that the rows of `x` are divided over, if that is all that divides it."""
     if not isinstance(x, DTensor):
         return None
-    dims = [dim for dim, placement in enumerate(x.placements) if not placement.is_replicate() and x.device_mesh.size(dim) > 1]
+    dims = [
+        dim
+        for dim, placement in enumerate(x.placements)
+        if not placement.is_replicate() and x.device_mesh.size(dim) > 1
+    ]
     # A strided shard (FSDP within tensor parallel) is a class of its own.
     plain = len(dims) == 1 and type(x.placements[dims[0]]) is Shard and x.placements[dims[0]] == Shard(0)
     return x.device_mesh.get_group(dims[0]) if plain else None
@@ -61,12 +69,20 @@ def _shard_of(whole: Tensor, like: Tensor) -> Tensor:
 def directions_together(updates: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """This rank's shards of the orthogonalised updates, all of one shape; every rank computes all of them."""
     rounded = [update.to(dtype) for update in updates]  # before they travel
-    whole_MRC = torch.stack([update.full_tensor() if isinstance(update, DTensor) else update for update in rounded])
-    return [_shard_of(direction, update) for direction, update in zip(orthogonalise(whole_MRC, dtype), rounded, strict=True)]
+    whole_MRC = torch.stack(
+        [update.full_tensor() if isinstance(update, DTensor) else update for update in rounded]
+    )
+    return [
+        _shard_of(direction, update)
+        for direction, update in zip(orthogonalise(whole_MRC, dtype), rounded, strict=True)
+    ]
 
 
 def directions_apart(updates: list[Tensor], group: dist.ProcessGroup, dtype: torch.dtype) -> list[Tensor]:
-    """The same, where rows are divided over `group`: its rank i orthogonalises update i. At most as many updates as ranks."""
+    """The same, where rows are divided over `group`: its rank i orthogonalises update i.
+
+    At most as many updates as ranks.
+    """
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     rows, columns = updates[0].shape
     # Rows of each rank, as torch.chunk deals them; the last ranks may hold none.
@@ -85,7 +101,9 @@ def directions_apart(updates: list[Tensor], group: dist.ProcessGroup, dtype: tor
 
 
 def sent_for_directions(numbers: int, shards: int, tp: int) -> float:
-    """Numbers that a rank sends in a step, of whose matrices it holds `numbers` / `shards`, and `tp` - 1 ranks as many each."""
+    """Numbers that a rank sends in a step, of whose matrices it holds `numbers` / `shards`, and `tp` - 1
+    ranks as many each.
+    """
     others = (shards - 1) / shards
     if tp == 1:
         # Rows to the rank that orthogonalises their matrix, and back.
@@ -96,8 +114,17 @@ def sent_for_directions(numbers: int, shards: int, tp: int) -> float:
 class Muon(torch.optim.Optimizer):
     """For matrices only. The learning rate is scaled by sqrt(max(1, rows / columns)) for each."""
 
-    def __init__(self, params: Iterable[Tensor], lr: float, momentum: float, weight_decay: float, dtype: torch.dtype | None = None):
-        """`dtype` of the Newton-Schulz steps; default: bfloat16 on GPU, float32 on CPU, where bfloat16 gains nothing."""
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        dtype: torch.dtype | None = None,
+    ):
+        """`dtype` of the Newton-Schulz steps; default: bfloat16 on GPU, float32 on CPU, where bfloat16 gains
+        nothing.
+        """
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.dtype = dtype
 
@@ -108,7 +135,9 @@ class Muon(torch.optim.Optimizer):
             for parameters, ranks in _batches(group["params"]):
                 updates = [self._nesterov(parameter, group["momentum"]) for parameter in parameters]
                 dtype = self.dtype or (torch.bfloat16 if updates[0].is_cuda else torch.float32)
-                directions = directions_apart(updates, ranks, dtype) if ranks else directions_together(updates, dtype)
+                directions = (
+                    directions_apart(updates, ranks, dtype) if ranks else directions_together(updates, dtype)
+                )
                 for parameter, direction in zip(parameters, directions, strict=True):
                     _move(_local(parameter), direction, parameter.shape, group["lr"], group["weight_decay"])
 
@@ -122,7 +151,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def _batches(parameters: Iterable[Tensor]) -> Iterator[tuple[list[Tensor], dist.ProcessGroup | None]]:
-    """Parameters of one shape and layout, as many as are orthogonalised at a time, and the ranks that share the work."""
+    """Parameters of one shape and layout, as many as are orthogonalised at a time, and the ranks that share
+    the work.
+    """
     kinds = defaultdict(list)
     for parameter in parameters:
         if parameter.grad is not None:

@@ -1,4 +1,7 @@
-"""AdamW for everything, or Muon for matrices and AdamW for the rest. Frozen parameters are in no optimizer and keep no state."""
+"""AdamW for everything, or Muon for matrices and AdamW for the rest.
+
+Frozen parameters are in no optimizer and keep no state.
+"""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -39,8 +42,16 @@ def moments(named: Iterable[Named], options: Optimizer, adamw_only: tuple[str, .
     return sum(p.numel() * (2 - _is_muons(name, p, options, adamw_only)) for name, p in named)
 
 
-def sent_for_updates(named: Iterable[Named], options: Optimizer, adamw_only: tuple[str, ...], shards: int, tp: int, itemsize: int) -> float:
-    """Bytes that a rank sends in a step to update these parameters, its own before FSDP divides them over `shards` ranks.
+def sent_for_updates(
+    named: Iterable[Named],
+    options: Optimizer,
+    adamw_only: tuple[str, ...],
+    shards: int,
+    tp: int,
+    itemsize: int,
+) -> float:
+    """Bytes that a rank sends in a step to update these parameters, its own before FSDP divides them over
+    `shards` ranks.
 
     `tp`: ranks of tensor parallel that hold the rest of each. `itemsize`: bytes of an element of an update.
     """
@@ -49,22 +60,40 @@ def sent_for_updates(named: Iterable[Named], options: Optimizer, adamw_only: tup
 
 
 def _adamw_groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict]:
-    """Vectors (norms, biases) are not decayed. One mesh a group: a fused kernel does not take tensors of several."""
+    """Vectors (norms, biases) are not decayed.
+
+    One mesh a group: a fused kernel does not take tensors of several.
+    """
     groups: dict[tuple, list[nn.Parameter]] = defaultdict(list)
     for parameter in parameters:
         mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
         groups[parameter.ndim >= 2, mesh].append(parameter)
-    return [{"params": group, "weight_decay": weight_decay * is_matrix} for (is_matrix, _), group in groups.items()]
+    return [
+        {"params": group, "weight_decay": weight_decay * is_matrix}
+        for (is_matrix, _), group in groups.items()
+    ]
 
 
 class Optimizers:
     """The optimizers of each part that this rank holds, and the options that they were made with."""
 
-    def __init__(self, parts: list[nn.Module], options: Optimizer, adamw_only: tuple[str, ...], rates_on: torch.device | None = None):
-        """`rates_on`: a CUDA graph is to hold the steps, so learning rates are tensors there, which it reads anew each time."""
-        self.of_part = [_optimizers_of(trainable(part), options, adamw_only, rates_on is not None) for part in parts]
+    def __init__(
+        self,
+        parts: list[nn.Module],
+        options: Optimizer,
+        adamw_only: tuple[str, ...],
+        rates_on: torch.device | None = None,
+    ):
+        """`rates_on`: a CUDA graph is to hold the steps, so learning rates are tensors there, which it reads
+        anew each time.
+        """
+        self.of_part = [
+            _optimizers_of(trainable(part), options, adamw_only, rates_on is not None) for part in parts
+        ]
         self.parameters = [parameter for part in parts for _, parameter in trainable(part)]
-        self._made_with = [{name: option for name, option in group.items() if name != "params"} for group in self._groups()]
+        self._made_with = [
+            {name: option for name, option in group.items() if name != "params"} for group in self._groups()
+        ]
         if rates_on is not None:
             for group in self._groups():
                 group["lr"] = torch.tensor(group["lr"], device=rates_on)
@@ -90,7 +119,9 @@ class Optimizers:
             optimizer.zero_grad(set_to_none=True)
 
 
-def _optimizers_of(named: list[Named], options: Optimizer, adamw_only: tuple[str, ...], capturable: bool) -> list[torch.optim.Optimizer]:
+def _optimizers_of(
+    named: list[Named], options: Optimizer, adamw_only: tuple[str, ...], capturable: bool
+) -> list[torch.optim.Optimizer]:
     muons = [p for name, p in named if _is_muons(name, p, options, adamw_only)]
     chosen = {id(parameter) for parameter in muons}
     rest = [parameter for _, parameter in named if id(parameter) not in chosen]

@@ -1,7 +1,7 @@
 """Whether a job fits this machine, checked before it gets storage: by what a rank holds whatever it computes.
 
-That is weights, gradients and optimizer state, all of them there when the optimizer steps. Activations come on
-top.
+That is weights, gradients and optimizer state, all of them there when the optimizer steps. Activations come
+on top.
 """
 
 from typing import Any
@@ -19,16 +19,23 @@ NEAR = 0.8  # share of the memory from which on activations may find no room
 
 
 def held_gib(model: Any, job: JobConfig, layout: Degrees) -> float:
-    """GiB of a rank, on the mean over its shards. `model`: the whole Model (spec.py), on the meta device, frozen where it is to be."""
+    """GiB of a rank, on the mean over its shards.
+
+    `model`: the whole Model (spec.py), on the meta device, frozen where it is to be.
+    """
     parameters = list(model.parameters())
-    weights = sum(parameter.numel() * (1 + parameter.requires_grad) for parameter in parameters)  # and gradients
+    # and gradients
+    weights = sum(parameter.numel() * (1 + parameter.requires_grad) for parameter in parameters)
     shards = layout.dp_shard * layout.cp * layout.tp * layout.pp
     state = moments(trainable(model), job.optimizer, model.ADAMW_ONLY)
     return (weights + state) * torch.float32.itemsize / shards / GIB
 
 
 def require_room(held: float, job: JobConfig, device: torch.device) -> None:
-    """`held`: GiB of a rank. Raises ConfigError where that is more than there is; warns where it is most of it."""
+    """`held`: GiB of a rank.
+
+    Raises ConfigError where that is more than there is; warns where it is most of it.
+    """
     offload = job.training.enable_cpu_offload
     there = memory_gib(torch.device("cpu") if offload else device)
     what = "of host memory" if offload or device.type == "cpu" else "of GPU memory"

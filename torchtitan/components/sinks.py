@@ -1,4 +1,6 @@
-"""Where the numbers of a run are kept: metrics.jsonl always, TensorBoard and Weights & Biases on request, the same keys in all."""
+"""Where the numbers of a run are kept: metrics.jsonl always, TensorBoard and Weights & Biases on request, the
+same keys in all.
+"""
 
 import json
 import os
@@ -53,7 +55,10 @@ def read_history(folder: Path) -> list[dict[str, float]]:
 
 
 class TensorBoard:
-    """Event files. What an earlier launch wrote after the step that this one goes on from is hidden, not shown twice."""
+    """Event files.
+
+    What an earlier launch wrote after the step that this one goes on from is hidden, not shown twice.
+    """
 
     def __init__(self, folder: Path, first_step: int):
         from torch.utils.tensorboard import SummaryWriter

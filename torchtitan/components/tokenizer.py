@@ -1,13 +1,15 @@
 """Text to token ids and back: one protocol, two backends, both byte-level BPE.
 
     tokenizer.model   tiktoken ranks, as Llama 3 ships them: a line holds base64(token) and its rank. Special tokens
-                      follow the ranks: those of `special_tokens.json` next to it (a list in the order of ids), else Llama 3's 256
+                      follow the ranks: those of `special_tokens.json` next to it (a list in the order of
+                      ids), else Llama 3's 256
     tokenizer.json    Hugging Face `tokenizers`; `tokenizer_config.json` next to it names bos, eos and pad
 
-Unusual here: what is written in a dataset's text is always text. The spelling of a special token inside it is encoded as
-plain characters, and only `special_id` and the role ids (`image_id`, ...) give special tokens. A role or chat marker that a file does not
-know takes one of the file's reserved ids, lowest first, else a new row. The six roles have six different ids, so
-that a label mask for padding can never hide an end of text. Imports no torch.
+Unusual here: what is written in a dataset's text is always text. The spelling of a special token inside it is
+encoded as plain characters, and only `special_id` and the role ids (`image_id`, ...) give special tokens. A
+role or chat marker that a file does not know takes one of the file's reserved ids, lowest first, else a new
+row. The six roles have six different ids, so that a label mask for padding can never hide an end of text.
+Imports no torch.
 """
 
 import base64
@@ -24,13 +26,20 @@ import numpy as np
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.shipped import shipped
 
-# Attribute -> spellings, the first that the file knows is taken; the first of the list is the name of a new one.
+# Attribute -> spellings, the first that the file knows is taken; the first of the list is the name of a new
+# one.
 ROLES = {
     "eos_id": ("<|end_of_text|>", "</s>", "<eos>", "<|endoftext|>"),
     "bos_id": ("<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>"),
     "pad_id": ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]"),
     "image_id": ("<|image|>", "<|image_pad|>", "<image>", "<image_soft_token>", "<IMG_CONTEXT>"),
-    "begin_image_id": ("<|begin_of_image|>", "<|vision_start|>", "<|image_start|>", "<start_of_image>", "<img>"),
+    "begin_image_id": (
+        "<|begin_of_image|>",
+        "<|vision_start|>",
+        "<|image_start|>",
+        "<start_of_image>",
+        "<img>",
+    ),
     "end_image_id": ("<|end_of_image|>", "<|vision_end|>", "<|image_end|>", "<end_of_image>", "</img>"),
 }
 CHAT_MARKERS = ("<|im_start|>", "<|im_end|>")  # every tokenizer has them
@@ -38,7 +47,12 @@ RESERVED = re.compile(r"<\|?(reserved|unused)\D*\d+\|?>")
 LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 LLAMA3_SPECIALS = [  # as published with Llama 3.1: ids 128000 to 128255
     *("<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>"),
-    *("<|finetune_right_pad_id|>", "<|reserved_special_token_2|>", "<|start_header_id|>", "<|end_header_id|>"),
+    *(
+        "<|finetune_right_pad_id|>",
+        "<|reserved_special_token_2|>",
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+    ),
     *("<|eom_id|>", "<|eot_id|>", "<|python_tag|>"),
     *(f"<|reserved_special_token_{i}|>" for i in range(3, 248)),
 ]
@@ -59,10 +73,16 @@ class Tokenizer(Protocol):
     end_image_id: int
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text, no bos or eos. A lone surrogate becomes U+FFFD; all else comes back from `decode`."""
+        """Ids of plain text, no bos or eos.
+
+        A lone surrogate becomes U+FFFD; all else comes back from `decode`.
+        """
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """The ids, and for each the characters [start, end) it stands for. Tokens that share a character all hold it."""
+        """The ids, and for each the characters [start, end) it stands for.
+
+        Tokens that share a character all hold it.
+        """
 
     def decode(self, ids: list[int]) -> str:
         """The text; special tokens by their spelling, rows that stand for nothing as nothing."""
@@ -99,15 +119,22 @@ class SpecialTokenizer:
     begin_image_id: int
     end_image_id: int
 
-    def __init__(self, backend: "TiktokenBackend | TokenizersBackend", specials: dict[str, int], named: dict[str, str]):
-        """`specials`: spelling -> id as the file has them. `named`: role -> spelling, where the file says so."""
+    def __init__(
+        self, backend: "TiktokenBackend | TokenizersBackend", specials: dict[str, int], named: dict[str, str]
+    ):
+        """`specials`: spelling -> id as the file has them.
+
+        `named`: role -> spelling, where the file says so.
+        """
         self.backend = backend
         self.specials = dict(specials)
         self.rows = max(backend.rows, max(specials.values(), default=-1) + 1)
         taken: set[int] = set()
         for role, spellings in ROLES.items():
             candidates = [named.get(role), *spellings]
-            known = [self.specials[s] for s in candidates if s in self.specials and self.specials[s] not in taken]
+            known = [
+                self.specials[s] for s in candidates if s in self.specials and self.specials[s] not in taken
+            ]
             id = known[0] if known else self.add(spellings[0])
             setattr(self, role, id)
             self.specials.setdefault(spellings[0], id)
@@ -127,7 +154,8 @@ class SpecialTokenizer:
         else:
             id = self.rows
             self.rows += 1
-        # A role named otherwise by the file may already own this spelling (Qwen's eos as padding): the new one stays nameless.
+        # A role named otherwise by the file may already own this spelling (Qwen's eos as padding): the new
+        # one stays nameless.
         self.specials.setdefault(spelling, id)
         return id
 
@@ -150,12 +178,17 @@ class SpecialTokenizer:
         texts = []
         for special, group in groupby(ids, key=lambda id: id in self.spellings or id >= self.backend.rows):
             run = list(group)
-            texts.append("".join(self.spellings.get(id, "") for id in run) if special else self.backend.decode(run))
+            texts.append(
+                "".join(self.spellings.get(id, "") for id in run) if special else self.backend.decode(run)
+            )
         return "".join(texts)
 
 
 def pieces(text: str) -> Iterator[tuple[int, str]]:
-    """(start, text) in order. Runs with (or without) white space of more than LONGEST_RUN characters are cut."""
+    """(start, text) in order.
+
+    Runs with (or without) white space of more than LONGEST_RUN characters are cut.
+    """
     if not text.isascii():
         text = SURROGATE.sub("\ufffd", text)  # json gives lone surrogates; UTF-8 has none
     cuts = [0]
@@ -173,7 +206,9 @@ class TiktokenBackend:
         import tiktoken
 
         self.rows = len(ranks)
-        self.encoding = tiktoken.Encoding("tokenizer.model", pat_str=LLAMA3_SPLIT, mergeable_ranks=ranks, special_tokens={})
+        self.encoding = tiktoken.Encoding(
+            "tokenizer.model", pat_str=LLAMA3_SPLIT, mergeable_ranks=ranks, special_tokens={}
+        )
         self.encode = self.encoding.encode_ordinary
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
@@ -181,7 +216,8 @@ class TiktokenBackend:
         if not ids:
             return [], []
         utf8 = np.frombuffer(text.encode(), dtype=np.uint8)
-        character = np.cumsum((utf8 & 0xC0) != 0x80) - 1  # of each byte: continuation bytes belong to the character before
+        # of each byte: continuation bytes belong to the character before
+        character = np.cumsum((utf8 & 0xC0) != 0x80) - 1
         ends = np.cumsum([len(token) for token in self.encoding.decode_tokens_bytes(ids)])
         first = character[np.concatenate([[0], ends[:-1]])]
         last = character[ends - 1]
@@ -205,7 +241,10 @@ def load_tiktoken(file: Path) -> SpecialTokenizer:
             " (a SentencePiece model? use its tokenizer.json)"
         ) from None
     if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([b]) in ranks for b in range(256)):
-        raise ConfigError(f"{file}: ranks must be 0, 1, 2, ... without a gap and hold all 256 single bytes; is the file cut short?")
+        raise ConfigError(
+            f"{file}: ranks must be 0, 1, 2, ... without a gap and hold all 256 single bytes; is the file "
+            "cut short?"
+        )
     spellings = read_json(file.with_name("special_tokens.json"), LLAMA3_SPECIALS)
     specials = {spelling: len(ranks) + i for i, spelling in enumerate(spellings)}
     return SpecialTokenizer(TiktokenBackend(ranks), specials, {})
@@ -218,15 +257,20 @@ class TokenizersBackend:
         """`definition` is the content of a tokenizer.json."""
         from tokenizers import Tokenizer as HFTokenizer
 
-        # <|...|> is special, whatever its flag says; others that are not (<think>, runs of spaces) belong to plain text.
-        added = [t | {"special": t["special"] or bool(re.fullmatch(r"<\|.*\|>", t["content"]))} for t in definition["added_tokens"]]
+        # <|...|> is special, whatever its flag says; others that are not (<think>, runs of spaces) belong to
+        # plain text.
+        added = [
+            t | {"special": t["special"] or bool(re.fullmatch(r"<\|.*\|>", t["content"]))}
+            for t in definition["added_tokens"]
+        ]
         plain = {"added_tokens": added, "post_processor": None, "truncation": None, "padding": None}
         self.tokenizer = HFTokenizer.from_str(json.dumps(definition | plain))
         self.tokenizer.encode_special_tokens = True  # as the characters they are written with
         self.rows = self.tokenizer.get_vocab_size(with_added_tokens=False)
 
     def __reduce__(self) -> tuple:
-        return TokenizersBackend, (json.loads(self.tokenizer.to_str()),)  # encode_special_tokens is not part of its state
+        # encode_special_tokens is not part of its state
+        return TokenizersBackend, (json.loads(self.tokenizer.to_str()),)
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
@@ -247,7 +291,9 @@ def load_tokenizers(file: Path) -> SpecialTokenizer:
         raise ConfigError(f"{file} holds a model of type {model}; only BPE is supported")
     config = read_json(file.with_name("tokenizer_config.json"), {})
     named = {f"{name}_id": config.get(f"{name}_token") for name in ("bos", "eos", "pad")}
-    named = {role: token["content"] if isinstance(token, dict) else token for role, token in named.items() if token}
+    named = {
+        role: token["content"] if isinstance(token, dict) else token for role, token in named.items() if token
+    }
     definition.setdefault("added_tokens", [])
     try:
         backend = TokenizersBackend(definition)

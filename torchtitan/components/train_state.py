@@ -6,8 +6,8 @@
       data.SLOT          the loader's position         global_batch_size
       rng.RANK.DEVICE    generator states              model_only
 
-Names do not depend on the layout, and a slot's position is stored under the slot, so a run goes on at any number of ranks.
-Options (learning rates, weight decay) are not stored: those of the job hold.
+Names do not depend on the layout, and a slot's position is stored under the slot, so a run goes on at any
+number of ranks. Options (learning rates, weight decay) are not stored: those of the job hold.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,7 +17,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+)
 
 from torchtitan.components.loader import Loader, State
 from torchtitan.components.lr_scheduler import Schedule
@@ -40,7 +44,8 @@ class TrainState:
     global_batch_size: int
     step: int = 0
     tokens: int = 0  # seen so far
-    data: State | Callable[[], State] = field(default_factory=dict)  # the position after the last step that was used
+    # the position after the last step that was used
+    data: State | Callable[[], State] = field(default_factory=dict)
 
     def record(self, model_only: bool) -> dict[str, Any]:
         """What is no tensor, as JSON can hold it; stored next to the tensors."""
@@ -54,11 +59,16 @@ class TrainState:
 
     def model(self) -> dict[str, Tensor]:
         """References to the weights, by the name that each is stored under."""
-        weights: dict[str, Any] = {name: tensor for part in self.parts for name, tensor in get_model_state_dict(part).items()}
+        weights: dict[str, Any] = {
+            name: tensor for part in self.parts for name, tensor in get_model_state_dict(part).items()
+        }
         return {"model." + self._stored_name(name): tensor for name, tensor in weights.items()}
 
     def optimizer(self) -> dict[str, Tensor]:
-        """References to the optimizers' tensors. They are made (by a step that changes nothing) where there are none yet."""
+        """References to the optimizers' tensors.
+
+        They are made (by a step that changes nothing) where there are none yet.
+        """
         state: dict[str, Any] = {}
         for part, optimizers in zip(self.parts, self.optimizers.of_part, strict=True):
             if optimizers:
@@ -78,7 +88,10 @@ class TrainState:
     def position(self) -> dict[str, Tensor]:
         """The loader's state as uint8 tensors, a piece each, named "data.SLOT"."""
         state = self.data() if callable(self.data) else self.data
-        return {"data." + name: torch.frombuffer(bytearray(piece), dtype=torch.uint8) for name, piece in state.items()}
+        return {
+            "data." + name: torch.frombuffer(bytearray(piece), dtype=torch.uint8)
+            for name, piece in state.items()
+        }
 
     def generators(self) -> dict[str, Tensor]:
         """This rank's random generators as uint8 tensors, named "rng.RANK.DEVICE"."""
@@ -95,7 +108,9 @@ class TrainState:
         return self.model() | self.optimizer() | self.position() | self.generators()
 
     def to_fill(self, stored: Sizes, without: set[str]) -> dict[str, Tensor]:
-        """Tensors for a checkpoint to be read into: the live weights and optimizer state, fresh buffers for the rest."""
+        """Tensors for a checkpoint to be read into: the live weights and optimizer state, fresh buffers for
+        the rest.
+        """
         live = self.model() | ({} if "optimizer" in without else self.optimizer())
         _check_sizes(live, stored)
         names = [] if "data" in without else ["data." + key for key in self.loader.slot_keys()]
@@ -110,7 +125,9 @@ class TrainState:
             self.step, self.tokens = record["step"], record["tokens"]
         if "lr_scheduler" not in without:
             self.schedule.load_state_dict(record["lr_scheduler"])
-        position = {n.removeprefix("data."): bytes(t.numpy()) for n, t in filled.items() if n.startswith("data.")}
+        position = {
+            n.removeprefix("data."): bytes(t.numpy()) for n, t in filled.items() if n.startswith("data.")
+        }
         if position:
             self.loader.load_state_dict(position)
             self.data = position
@@ -122,15 +139,21 @@ class TrainState:
 def _check_sizes(wanted: dict[str, Tensor], stored: Sizes) -> None:
     for name, tensor in wanted.items():
         if name not in stored:
-            raise ConfigError(f"the checkpoint has no {name}: it was made with another model.flavor or optimizer.name")
+            raise ConfigError(
+                f"the checkpoint has no {name}: it was made with another model.flavor or optimizer.name"
+            )
         if stored[name] != tuple(tensor.shape):
-            raise ConfigError(f"{name} is {list(stored[name])} in the checkpoint and {list(tensor.shape)} here: another model.flavor")
+            raise ConfigError(
+                f"{name} is {list(stored[name])} in the checkpoint and {list(tensor.shape)} here: another "
+                "model.flavor"
+            )
 
 
 def _check_position(names: list[str], stored: Sizes) -> None:
     missing = [name for name in names if name not in stored]
     if missing:
         raise ConfigError(
-            f"the checkpoint has no position for {missing[0]}: keep training.global_batch_size, or start the data anew "
+            f"the checkpoint has no position for {missing[0]}: keep training.global_batch_size, or start the "
+            "data anew "
             "with checkpoint.exclude_from_loading = ['data']"
         )

@@ -1,7 +1,7 @@
 """Held-out loss, and the share of documents whose every token is the most likely one.
 
-Given a document's true beginning, the most likely next token is right at every place exactly where greedy decoding would
-write the whole document, so no generation is needed.
+Given a document's true beginning, the most likely next token is right at every place exactly where greedy
+decoding would write the whole document, so no generation is needed.
 """
 
 from collections.abc import Callable, Mapping
@@ -54,20 +54,32 @@ class Validator:
             loader.close()
         total = sum_over_hosts(sums)
         values: Values = {"loss": total["nll"] / max(1.0, total["tokens"]), "exact": _share(total, "")}
-        return values | {group: _share(total, group) for group in self.scoring.groups} | {"documents": total["documents"]}
+        return (
+            values
+            | {group: _share(total, group) for group in self.scoring.groups}
+            | {"documents": total["documents"]}
+        )
 
     def _names(self) -> list[str]:
-        return ["nll", "tokens", *(kind + group for kind in ("documents", "exact") for group in ("", *self.scoring.groups))]
+        return [
+            "nll",
+            "tokens",
+            *(kind + group for kind in ("documents", "exact") for group in ("", *self.scoring.groups)),
+        ]
 
     def _count(self, batch: Batch, scores_BS2: np.ndarray, sums: dict[str, float]) -> None:
         labelled_BS = batch.tensors[self.scoring.labels].numpy() >= 0
         sums["nll"] += float(scores_BS2[..., 0].sum(dtype=np.float64))
         sums["tokens"] += int(labelled_BS.sum())
-        exact = exact_documents(scores_BS2[..., 1], labelled_BS, batch.tensors[self.scoring.documents].numpy())
+        exact = exact_documents(
+            scores_BS2[..., 1], labelled_BS, batch.tensors[self.scoring.documents].numpy()
+        )
         samples = {(sample.row, sample.document): sample for sample in batch.samples}
         for place, right in exact.items():
             sample = samples.get(place)
-            within = [group for group, holds in self.scoring.groups.items() if sample is not None and holds(sample)]
+            within = [
+                group for group, holds in self.scoring.groups.items() if sample is not None and holds(sample)
+            ]
             for group in ("", *within):
                 sums["documents" + group] += 1
                 sums["exact" + group] += right
@@ -77,8 +89,13 @@ def _share(total: Mapping[str, float], group: str) -> float:
     return 100 * total["exact" + group] / max(1.0, total["documents" + group])
 
 
-def exact_documents(correct_BS: np.ndarray, labelled_BS: np.ndarray, document_ids_BS: np.ndarray) -> dict[tuple[int, int], bool]:
-    """(row, document) -> was every label of it the most likely token. Documents without a label are not there."""
+def exact_documents(
+    correct_BS: np.ndarray, labelled_BS: np.ndarray, document_ids_BS: np.ndarray
+) -> dict[tuple[int, int], bool]:
+    """(row, document) -> was every label of it the most likely token.
+
+    Documents without a label are not there.
+    """
     rows = np.broadcast_to(np.arange(len(document_ids_BS))[:, None], document_ids_BS.shape)[labelled_BS]
     places, which = np.unique(np.stack([rows, document_ids_BS[labelled_BS]], 1), axis=0, return_inverse=True)
     wrong = np.bincount(which.reshape(-1), weights=correct_BS[labelled_BS] == 0, minlength=len(places))

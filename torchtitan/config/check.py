@@ -1,6 +1,8 @@
-"""Every cross-check of a job that knows nothing of images, so that a wrong job is refused before anything is built.
+"""Every cross-check of a job that knows nothing of images, so that a wrong job is refused before anything is
+built.
 
-`check` runs them all. What a model or an experiment adds (heads that tensor parallel divides, patches) is checked next to
+`check` runs them all. What a model or an experiment adds (heads that tensor parallel divides, patches) is
+checked next to
 it: torchtitan/models/decoder/check.py, experiments/vlm/check.py. Imports no torch.
 """
 
@@ -18,7 +20,8 @@ from torchtitan.config.layout import BALANCE_BLOCKS, STAGES_PER_RANK, Degrees, d
 from torchtitan.config.shipped import shipped
 from torchtitan.tools.hub import command_for
 
-# What a number may be. The text is both the rule and what the error says: " or " between ranges, ", " inside one.
+# What a number may be. The text is both the rule and what the error says: " or " between ranges, ", " inside
+# one.
 RANGES = {
     "profiling.profile_freq": ">= 1",
     "metrics.log_freq": ">= 1",
@@ -83,7 +86,9 @@ def check_ranges(job: Any, ranges: Mapping[str, str]) -> None:
 
 def is_allowed(value: float, allowed: str) -> bool:
     """Whether a number satisfies a rule as in RANGES. Infinity and NaN never do."""
-    return math.isfinite(value) and any(all(_holds(value, condition) for condition in arm.split(", ")) for arm in allowed.split(" or "))
+    return math.isfinite(value) and any(
+        all(_holds(value, condition) for condition in arm.split(", ")) for arm in allowed.split(" or ")
+    )
 
 
 def _holds(value: float, condition: str) -> bool:
@@ -94,12 +99,22 @@ def _holds(value: float, condition: str) -> bool:
 def check_paths(job: JobConfig) -> None:
     """Folders stay below job.dump_folder; the tokenizer is there, unless a dry run does without."""
     folder, tokenizer = Path(job.job.dump_folder), shipped(job.model.tokenizer_path)
-    require(bool(job.job.dump_folder) and (folder.is_dir() or not folder.exists()), f"job.dump_folder = {folder}: is not a folder")
-    for key in ("profiling.save_traces_folder", "profiling.save_memory_snapshot_folder", "metrics.save_tb_folder", "checkpoint.folder"):
+    require(
+        bool(job.job.dump_folder) and (folder.is_dir() or not folder.exists()),
+        f"job.dump_folder = {folder}: is not a folder",
+    )
+    for key in (
+        "profiling.save_traces_folder",
+        "profiling.save_memory_snapshot_folder",
+        "metrics.save_tb_folder",
+        "checkpoint.folder",
+    ):
         section, field = key.split(".")
         below = getattr(getattr(job, section), field)
         inside = bool(Path(below).parts) and not Path(below).is_absolute() and ".." not in Path(below).parts
-        require(inside, f"{key} = {below!r}: must be a path below job.dump_folder, without a leading / and ..")
+        require(
+            inside, f"{key} = {below!r}: must be a path below job.dump_folder, without a leading / and .."
+        )
     there = tokenizer.exists() or job.job.dry_run  # which can do without
     key, get_it = f"model.tokenizer_path = {tokenizer}", f"; download it with `{command_for(tokenizer)}`"
     require(there, f"{key}: no such file or folder (looked from {Path.cwd()}){get_it}")
@@ -120,7 +135,8 @@ def check_devices(job: JobConfig) -> None:
         "compile.cuda_graphs": job.compile.cuda_graphs,
         "profiling.enable_memory_snapshot": job.profiling.enable_memory_snapshot,
         "training.enable_cpu_offload": job.training.enable_cpu_offload,
-        "model.attention_backend = flex (it has no backward on CPU; use auto or sdpa)": job.model.attention_backend == "flex",
+        "model.attention_backend = flex (it has no backward on CPU; use auto or sdpa)": job.model.attention_backend
+        == "flex",
     }
     for key, wanted in needs_gpu.items():
         require(not wanted or visible_gpus() > 0, f"{key} needs a GPU, and none is visible")
@@ -135,16 +151,28 @@ def check_cuda_graphs(job: JobConfig) -> None:
         require(pp == 1, f"{needs} parallelism.pipeline_parallel_degree = 1, not {pp}")
         # No GPU has shown that the last group, gathered anew when backward begins, is captured right.
         policy = job.parallelism.fsdp_reshard_after_forward
-        require(policy != "always", f"{needs} parallelism.fsdp_reshard_after_forward = default or never, not {policy}")
-        require(not job.training.enable_cpu_offload, f"{needs} training.enable_cpu_offload off: a graph cannot wait for the host")
+        require(
+            policy != "always",
+            f"{needs} parallelism.fsdp_reshard_after_forward = default or never, not {policy}",
+        )
+        require(
+            not job.training.enable_cpu_offload,
+            f"{needs} training.enable_cpu_offload off: a graph cannot wait for the host",
+        )
 
 
 def check_loading(job: JobConfig) -> None:
     """Options of [checkpoint] and [validation] that need each other, and the folder to load from."""
     c, path = job.checkpoint, job.checkpoint.initial_load_path
-    require(not path or Path(path).is_dir(), f"checkpoint.initial_load_path = {path}: no such folder (looked from {Path.cwd()})")
+    require(
+        not path or Path(path).is_dir(),
+        f"checkpoint.initial_load_path = {path}: no such folder (looked from {Path.cwd()})",
+    )
     for name in c.exclude_from_loading:
-        require(name in NOT_LOADED, f"checkpoint.exclude_from_loading = {name}: is no part{did_you_mean(name, NOT_LOADED)}")
+        require(
+            name in NOT_LOADED,
+            f"checkpoint.exclude_from_loading = {name}: is no part{did_you_mean(name, NOT_LOADED)}",
+        )
     require(c.enable or c.load_step == -1, f"checkpoint.load_step = {c.load_step} needs checkpoint.enable")
     require(c.enable or not c.last_save_model_only, "checkpoint.last_save_model_only needs checkpoint.enable")
     v = job.validation
@@ -155,7 +183,11 @@ def check_selective(job: JobConfig) -> None:
     """`selective_ac_option` is "op" or a whole number."""
     option = job.activation_checkpoint.selective_ac_option
     valid = option == "op" or (option.isdecimal() and int(option) >= 1)
-    require(valid, f'activation_checkpoint.selective_ac_option = {option}: must be "op" or a whole number >= 1, as a text')
+    require(
+        valid,
+        f'activation_checkpoint.selective_ac_option = {option}: must be "op" or a whole number >= 1, as a '
+        "text",
+    )
 
 
 def check_sequence(job: JobConfig, sizes: Degrees) -> None:
@@ -168,7 +200,8 @@ def check_sequence(job: JobConfig, sizes: Degrees) -> None:
     blocks = sizes.cp * BALANCE_BLOCKS
     require(
         not balanced or length % blocks == 0,
-        f"training.seq_len = {length} is not a multiple of {blocks} (parallelism.context_parallel_load_balance deals "
+        f"training.seq_len = {length} is not a multiple of {blocks} "
+        "(parallelism.context_parallel_load_balance deals "
         f"{BALANCE_BLOCKS} blocks to each of {sizes.cp} ranks): change it, or switch the balance off",
     )
 
@@ -177,7 +210,9 @@ def check_pipeline(job: JobConfig, sizes: Degrees) -> None:
     """Schedule, split points and microbatches fit the stages."""
     p, name = job.parallelism, job.parallelism.pipeline_parallel_schedule
     known = did_you_mean(name, STAGES_PER_RANK)
-    require(name in STAGES_PER_RANK, f"parallelism.pipeline_parallel_schedule = {name}: no such schedule{known}")
+    require(
+        name in STAGES_PER_RANK, f"parallelism.pipeline_parallel_schedule = {name}: no such schedule{known}"
+    )
     if sizes.pp == 1:
         for key in ("pipeline_parallel_split_points", "pipeline_parallel_encoder_stage"):
             require(not getattr(p, key), f"parallelism.{key} needs parallelism.pipeline_parallel_degree > 1")
@@ -198,10 +233,18 @@ def check_microbatches(job: JobConfig, sizes: Degrees) -> None:
     require(local % size == 0, f"{key} does not divide training.local_batch_size ({local})")
     count = local // size
     if name == "1F1B":
-        require(count >= sizes.pp, f"{key} makes {count} microbatches, fewer than the {sizes.pp} stages: raise training.local_batch_size")
+        require(
+            count >= sizes.pp,
+            f"{key} makes {count} microbatches, fewer than the {sizes.pp} stages: raise "
+            "training.local_batch_size",
+        )
     if name.startswith("Interleaved"):
-        rounds = max(1, count // sizes.pp)  # of microbatches through the ranks, as torch.distributed.pipelining counts them
-        require(count % rounds == 0, f"{key} makes {count} microbatches, which {name} cannot deal in {rounds} equal rounds")
+        # of microbatches through the ranks, as torch.distributed.pipelining counts them
+        rounds = max(1, count // sizes.pp)
+        require(
+            count % rounds == 0,
+            f"{key} makes {count} microbatches, which {name} cannot deal in {rounds} equal rounds",
+        )
 
 
 def zero_bubble_works() -> bool:
@@ -211,10 +254,22 @@ def zero_bubble_works() -> bool:
 
 def check_zero_bubble(job: JobConfig) -> None:
     """What makes its gradients wrong without an error, or raises deep inside the schedule."""
-    name, ac = f"parallelism.pipeline_parallel_schedule = {job.parallelism.pipeline_parallel_schedule}", job.activation_checkpoint
-    require(zero_bubble_works(), f"{name} needs torch 2.13: before, it cannot split the backward of FSDP and of attention; use 1F1B")
+    name, ac = (
+        f"parallelism.pipeline_parallel_schedule = {job.parallelism.pipeline_parallel_schedule}",
+        job.activation_checkpoint,
+    )
+    require(
+        zero_bubble_works(),
+        f"{name} needs torch 2.13: before, it cannot split the backward of FSDP and of attention; use 1F1B",
+    )
     reshards = job.parallelism.fsdp_reshard_after_forward == "always"
-    require(not reshards, f"{name} gives wrong gradients with parallelism.fsdp_reshard_after_forward = always: use never")
+    require(
+        not reshards,
+        f"{name} gives wrong gradients with parallelism.fsdp_reshard_after_forward = always: use never",
+    )
     require(not job.compile.enable, f"{name} may give wrong gradients with compile.enable: switch one off")
     for key, mode in (("mode", ac.mode), ("encoder_mode", ac.encoder_mode)):
-        require(mode != "selective", f"{name} cannot run with activation_checkpoint.{key} = selective: use full or none")
+        require(
+            mode != "selective",
+            f"{name} cannot run with activation_checkpoint.{key} = selective: use full or none",
+        )

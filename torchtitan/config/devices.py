@@ -1,4 +1,7 @@
-"""How many GPUs a run may use, found without importing torch. The launcher asks too: python torchtitan/config/devices.py."""
+"""How many GPUs a run may use, found without importing torch.
+
+The launcher asks too: python torchtitan/config/devices.py.
+"""
 
 import os
 import shutil
@@ -15,15 +18,19 @@ def visible_gpus() -> int:
     if allowed is None or not present:
         return present
     chosen = [device.strip() for device in allowed.split(",")]
-    read = next((i for i, device in enumerate(chosen) if device in ("", "-1")), len(chosen))  # CUDA reads no further
+    # CUDA reads no further
+    read = next((i for i, device in enumerate(chosen) if device in ("", "-1")), len(chosen))
     return min(read, present)
 
 
 def _present_gpus() -> int:
-    if shutil.which("nvidia-smi") is None:  # a container may have GPUs and no tools: each GPU is a device file
+    # a container may have GPUs and no tools: each GPU is a device file
+    if shutil.which("nvidia-smi") is None:
         return len(list(DEVICE_FILES.glob("nvidia[0-9]*")))
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
-    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines()) if listed.returncode == 0 else 0
+    return (
+        sum(line.startswith("GPU ") for line in listed.stdout.splitlines()) if listed.returncode == 0 else 0
+    )
 
 
 if __name__ == "__main__":

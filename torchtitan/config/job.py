@@ -1,8 +1,8 @@
 """Every option of a training job, one dataclass per TOML section.
 
-The comment after a field is its `--help` text, and its default lives here alone. Names follow torchtitan's TOML files.
-An experiment adds sections of its own by subclassing `JobConfig` (see experiments/vlm/config.py). Imports no torch, so
-that a typo is reported at once.
+The comment after a field is its `--help` text, and its default lives here alone. Names follow torchtitan's
+TOML files. An experiment adds sections of its own by subclassing `JobConfig` (see experiments/vlm/config.py).
+Imports no torch, so that a typo is reported at once.
 """
 
 from collections.abc import Collection
@@ -16,7 +16,8 @@ class Job:
     dump_folder: str = "./outputs"  # everything a run writes goes below this folder
     description: str = ""  # a note for people, printed at the start
     print_config: bool = False  # print the resolved configuration before the run starts
-    dry_run: bool = False  # validate, build on the meta device, read one batch, print sizes and memory, train nothing
+    # validate, build on the meta device, read one batch, print sizes and memory, train nothing
+    dry_run: bool = False
 
 
 @dataclass
@@ -42,7 +43,8 @@ class Metrics:
 class Model:
     name: str = "vlm"  # which experiment: a key of the table in experiments/__main__.py
     flavor: str = "debugmodel"  # which size: a row of the experiment's flavors
-    tokenizer_path: str = "assets/tokenizer"  # a tokenizer.model (tiktoken) or tokenizer.json, or the folder that holds one
+    # a tokenizer.model (tiktoken) or tokenizer.json, or the folder that holds one
+    tokenizer_path: str = "assets/tokenizer"
     attention_backend: Literal["auto", "flex", "sdpa"] = "auto"  # auto: flex on GPU, sdpa on CPU
 
 
@@ -56,27 +58,32 @@ class Optimizer:
     beta2: float = 0.95  # AdamW
     eps: float = 1e-8  # AdamW
     weight_decay: float = 0.1  # decoupled; not applied to vectors (norms, biases)
-    implementation: Literal["auto", "fused", "foreach", "for-loop"] = "auto"  # AdamW kernels; auto: fused where available
+    # AdamW kernels; auto: fused where available
+    implementation: Literal["auto", "fused", "foreach", "for-loop"] = "auto"
 
 
 @dataclass
 class LRScheduler:
-    warmup_steps: int = 200  # optimizer steps of linear warm-up; cut, with a warning, where training.steps is less
-    decay_ratio: float | None = None  # share of the steps spent in decay, after warm-up; unset: all that are left
+    # optimizer steps of linear warm-up; cut, with a warning, where training.steps is less
+    warmup_steps: int = 200
+    # share of the steps spent in decay, after warm-up; unset: all that are left
+    decay_ratio: float | None = None
     decay_type: Literal["linear", "sqrt", "cosine"] = "linear"  # shape of the decay
     min_lr_factor: float = 0.0  # the learning rate ends at this share of its peak
 
 
 @dataclass
 class Training:
-    dataset: str = ""  # format of a single source (cc12m, text, ...); on the command line it replaces those of data.sources
+    # format of a single source (cc12m, text, ...); on the command line it replaces those of data.sources
+    dataset: str = ""
     dataset_path: str = ""  # its files: a file, glob, brace range or folder
     local_batch_size: int = 8  # B, slots a rank takes per forward
     global_batch_size: int = -1  # G, slots per optimizer step; -1: B * data-parallel degree
     seq_len: int = 2048  # S, tokens a slot
     max_norm: float = 1.0  # gradients are clipped to this global norm; 0: not clipped
     steps: int = 10000  # optimizer steps
-    mixed_precision_param: Literal["float32", "bfloat16"] = "bfloat16"  # dtype of parameters in forward and backward
+    # dtype of parameters in forward and backward
+    mixed_precision_param: Literal["float32", "bfloat16"] = "bfloat16"
     mixed_precision_reduce: Literal["float32", "bfloat16"] = "float32"  # dtype of gradient reductions
     enable_cpu_offload: bool = False  # keep parameters, gradients and optimizer state in host memory
     loss_chunk_tokens: int = 4096  # tokens whose logits exist at one time
@@ -88,37 +95,45 @@ class Training:
 class Parallelism:
     data_parallel_replicate_degree: int = 1  # HSDP: copies of the sharded model
     data_parallel_shard_degree: int = -1  # FSDP2; -1: what is left of the world size
-    fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"  # default: always, but never under pipeline
+    # default: always, but never under pipeline
+    fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
     tensor_parallel_degree: int = 1  # with sequence parallel and vocabulary-parallel loss
     enable_async_tensor_parallel: bool = False  # overlap TP collectives with matmuls; needs compile and GPUs
     context_parallel_degree: int = 1  # ranks that share each sequence
-    context_parallel_method: Literal["allgather", "ulysses"] = "allgather"  # gathered keys and values, or all-to-all of heads
+    # gathered keys and values, or all-to-all of heads
+    context_parallel_method: Literal["allgather", "ulysses"] = "allgather"
     context_parallel_load_balance: bool = True  # deal blocks of a slot by attention cost, not in order
     pipeline_parallel_degree: int = 1  # ranks that share the layers
-    pipeline_parallel_schedule: str = "1F1B"  # GPipe, 1F1B, Interleaved1F1B, InterleavedZeroBubble, ZBVZeroBubble
+    # GPipe, 1F1B, Interleaved1F1B, InterleavedZeroBubble, ZBVZeroBubble
+    pipeline_parallel_schedule: str = "1F1B"
     pipeline_parallel_microbatch_size: int = 1  # slots per microbatch
-    pipeline_parallel_split_points: list[int] = field(default_factory=list)  # first decoder layer of each later stage; empty: by cost
+    # first decoder layer of each later stage; empty: by cost
+    pipeline_parallel_split_points: list[int] = field(default_factory=list)
     pipeline_parallel_encoder_stage: bool = False  # the encoder is a stage of its own
 
 
 @dataclass
 class Checkpoint:
-    enable: bool = False  # save every `interval`, on the last step and on SIGTERM or SIGINT; resume from the latest
+    # save every `interval`, on the last step and on SIGTERM or SIGINT; resume from the latest
+    enable: bool = False
     folder: str = "checkpoint"  # below dump_folder
     interval: int = 500  # steps between two checkpoints
     initial_load_path: str = ""  # start from this checkpoint when the run has none of its own
     initial_load_model_only: bool = True  # of initial_load_path take the weights alone
     load_step: int = -1  # resume from this step; -1: the latest complete one
-    async_mode: Literal["disabled", "async"] = "disabled"  # async: training goes on while the checkpoint is written
+    # async: training goes on while the checkpoint is written
+    async_mode: Literal["disabled", "async"] = "disabled"
     keep_latest_k: int = 10  # older ones are deleted; 0: keep all
-    exclude_from_loading: list[str] = field(default_factory=list)  # of optimizer, lr_scheduler, data, train_state
+    # of optimizer, lr_scheduler, data, train_state
+    exclude_from_loading: list[str] = field(default_factory=list)
     last_save_model_only: bool = False  # the last checkpoint holds the weights alone
 
 
 @dataclass
 class ActivationCheckpoint:
     mode: Literal["none", "selective", "full"] = "none"  # for the decoder
-    selective_ac_option: str = "op"  # "op": keep matmuls and attention; an integer n: recompute every n-th layer
+    # "op": keep matmuls and attention; an integer n: recompute every n-th layer
+    selective_ac_option: str = "op"
     encoder_mode: Literal["none", "selective", "full"] = "none"  # the same for the encoder
 
 
@@ -140,7 +155,8 @@ class Validation:
     enable: bool = False  # evaluate on validation.sources
     freq: int = 100  # steps between two evaluations; the last step is always evaluated
     steps: int = -1  # batches per evaluation; -1: the held-out split once
-    controls: bool = False  # after the last step evaluate the experiment's controls too: held-out data spoilt on purpose
+    # after the last step evaluate the experiment's controls too: held-out data spoilt on purpose
+    controls: bool = False
 
 
 @dataclass
@@ -169,5 +185,6 @@ class JobConfig:
     debug: Debug = field(default_factory=Debug)
 
     def use_single_source(self, given: Collection[str]) -> None:
-        """Called when training.dataset or its path came on the command line, with the names of all options `given` there:
+        """Called when training.dataset or its path came on the command line, with the names of all options
+        `given` there:
         it takes the place of any list of training data."""

@@ -35,7 +35,13 @@ class Degrees:
     @property
     def name(self) -> str:
         """For people: what is more than one, as fsdp4.tp2."""
-        sizes = {"replicate": self.dp_replicate, "fsdp": self.dp_shard, "cp": self.cp, "tp": self.tp, "pp": self.pp}
+        sizes = {
+            "replicate": self.dp_replicate,
+            "fsdp": self.dp_shard,
+            "cp": self.cp,
+            "tp": self.tp,
+            "pp": self.pp,
+        }
         return ".".join(f"{what}{size}" for what, size in sizes.items() if size > 1) or "one rank"
 
 

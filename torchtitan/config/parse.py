@@ -1,8 +1,8 @@
 """A job's options from the command line, a TOML file and the defaults, in this precedence. Imports no torch.
 
 The dataclasses (torchtitan/config/job.py) are the only list of options: tyro makes `--section.field value`,
-`--section.flag`, `--section.no_flag` and `--help` of them, and table.py reads the same dataclasses from TOML. Whatever is
-wrong with either becomes one ConfigError of one line.
+`--section.flag`, `--section.no_flag` and `--help` of them, and table.py reads the same dataclasses from TOML.
+Whatever is wrong with either becomes one ConfigError of one line.
 """
 
 import contextlib
@@ -58,11 +58,16 @@ def parse(argv: Sequence[str], config_classes: Mapping[str, type[JobConfig]]) ->
 
 
 def parse_script(
-    argv: Sequence[str], options_class: type[Options], config_classes: Mapping[str, type[JobConfig]], description: str = ""
+    argv: Sequence[str],
+    options_class: type[Options],
+    config_classes: Mapping[str, type[JobConfig]],
+    description: str = "",
 ) -> tuple[Options, JobConfig]:
-    """A script's own options (a dataclass) and the trainer's next to them: what is not the script's is the job's.
+    """A script's own options (a dataclass) and the trainer's next to them: what is not the script's is the
+    job's.
 
-    Values before the first option are the script's (tyro.conf.Positional). `--help` prints the script's options and exits.
+    Values before the first option are the script's (tyro.conf.Positional). `--help` prints the script's
+    options and exits.
     """
     own_names = _spellings(option_types(options_class))
     own: list[str] = []
@@ -79,8 +84,16 @@ def read_toml(file: str) -> dict[str, Any]:
     try:
         table = tomllib.loads(shipped_job(file).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        known = f"; jobs of the package: {', '.join(shipped_jobs())}" if isinstance(error, FileNotFoundError) else ""
-        reason = f"{error.strerror} (looked from {Path.cwd()}){known}" if isinstance(error, OSError) else str(error)
+        known = (
+            f"; jobs of the package: {', '.join(shipped_jobs())}"
+            if isinstance(error, FileNotFoundError)
+            else ""
+        )
+        reason = (
+            f"{error.strerror} (looked from {Path.cwd()}){known}"
+            if isinstance(error, OSError)
+            else str(error)
+        )
         raise ConfigError(f"{COMMAND_LINE_ONLY} = {file}: {reason}") from None
     section, field = COMMAND_LINE_ONLY.split(".")
     if field in _section(table, section):
@@ -90,25 +103,41 @@ def read_toml(file: str) -> dict[str, Any]:
 
 def to_toml(job: JobConfig) -> str:
     """The whole resolved job as TOML that parses back to the same job. `job.config_file` is a comment."""
-    tables = [to_table(getattr(job, f.name), f.name, leave_out=(COMMAND_LINE_ONLY,)) for f in dataclasses.fields(job)]
+    tables = [
+        to_table(getattr(job, f.name), f.name, leave_out=(COMMAND_LINE_ONLY,))
+        for f in dataclasses.fields(job)
+    ]
     return f"# from {job.job.config_file or 'the defaults'} and the command line\n\n" + "\n".join(tables)
 
 
-def run_tyro(cls: type[Options], argv: Sequence[str], default: Options | None, prog: str | None, description: str | None = None) -> Options:
+def run_tyro(
+    cls: type[Options],
+    argv: Sequence[str],
+    default: Options | None,
+    prog: str | None,
+    description: str | None = None,
+) -> Options:
     """tyro's command line for a dataclass, with errors as one ConfigError in place of its box and exit code."""
     told = io.StringIO()
     defaults = {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(told):
-            return tyro.cli(cls, args=list(argv), use_underscores=True, prog=prog, description=description, **defaults)  # type: ignore[call-overload]
+            return tyro.cli(
+                cls, args=list(argv), use_underscores=True, prog=prog, description=description, **defaults
+            )  # type: ignore[call-overload]
     except SystemExit as exit_:
         if not exit_.code:  # --help
             raise
-        raise ConfigError(_complaint(told.getvalue(), split_options(argv), option_types(cls, default))) from None
+        raise ConfigError(
+            _complaint(told.getvalue(), split_options(argv), option_types(cls, default))
+        ) from None
 
 
 def option_types(cls: type, default: Any = None, key: str = "") -> dict[str, Any]:
-    """Option name -> type, for each leaf of a dataclass. A list of tables has one option for each field of each item."""
+    """Option name -> type, for each leaf of a dataclass.
+
+    A list of tables has one option for each field of each item.
+    """
     found: dict[str, Any] = {}
     for name, hint in get_type_hints(cls).items():
         value = getattr(default, name, None)
@@ -124,7 +153,10 @@ def option_types(cls: type, default: Any = None, key: str = "") -> dict[str, Any
 
 
 def split_options(argv: Sequence[str]) -> list[list[str]]:
-    """Each option with its values; `--a=b` is split. Values before the first option are a group of their own."""
+    """Each option with its values; `--a=b` is split.
+
+    Values before the first option are a group of their own.
+    """
     groups: list[list[str]] = []
     for token in argv:
         if token.startswith("--"):
@@ -147,9 +179,13 @@ def check_spelling(group: Sequence[str], known: Mapping[str, Any]) -> None:
         raise ConfigError(f"{' '.join(group)}: no such option{_closest(name, known)}")
     if known[option] is bool and values:
         on, off = (f"--{spelling}" for spelling, meant in _spellings(known).items() if meant == option)
-        raise ConfigError(f"{option} = {' '.join(values)}: takes no value; {on} turns it on, {off} turns it off")
+        raise ConfigError(
+            f"{option} = {' '.join(values)}: takes no value; {on} turns it on, {off} turns it off"
+        )
     if len(values) != 1 and known[option] in (int, float, str):
-        raise ConfigError(f"{option}: expected {expected(known[option])}, got {len(values)} values: {' '.join(values)}")
+        raise ConfigError(
+            f"{option}: expected {expected(known[option])}, got {len(values)} values: {' '.join(values)}"
+        )
 
 
 def _closest(name: str, known: Iterable[str]) -> str:
@@ -161,7 +197,8 @@ def _closest(name: str, known: Iterable[str]) -> str:
 
 
 def _complaint(text: str, groups: Iterable[Sequence[str]], known: Mapping[str, Any]) -> str:
-    """What tyro printed, as one line: in our words where it names an option that was given. Of one that was repeated, the
+    """What tyro printed, as one line: in our words where it names an option that was given. Of one that was
+    repeated, the
     last value is the one that tyro judged."""
     named = {name.replace("-", "_") for name in re.findall(r"--([\w.-]+)", text)}
     for group in reversed(list(groups)):
@@ -184,7 +221,11 @@ def _with_examples(job: JobConfig) -> JobConfig:
     """The job with one item in each empty list of tables, so that `--help` shows the options of an item."""
     for section in vars(job).values():
         for name, hint in get_type_hints(type(section)).items():
-            if get_origin(hint) is list and dataclasses.is_dataclass(item := get_args(hint)[0]) and not getattr(section, name):
+            if (
+                get_origin(hint) is list
+                and dataclasses.is_dataclass(item := get_args(hint)[0])
+                and not getattr(section, name)
+            ):
                 setattr(section, name, [item()])  # type: ignore[operator]
     return job
 
@@ -195,7 +236,9 @@ def _name(group: Sequence[str]) -> str:
 
 def _last(groups: Iterable[Sequence[str]], option: str) -> str | None:
     """The value of the last `--option value`, or None."""
-    return next((group[-1] for group in reversed(list(groups)) if _name(group) == option and len(group) > 1), None)
+    return next(
+        (group[-1] for group in reversed(list(groups)) if _name(group) == option and len(group) > 1), None
+    )
 
 
 def _section(table: Mapping[str, Any], name: str) -> Mapping[str, Any]:

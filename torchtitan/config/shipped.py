@@ -1,8 +1,8 @@
 """Files that come with the package, found from every folder: job files and the tokenizer of the debug models.
 
-A relative path that does not exist here is looked for among them: `assets/tokenizer` means one thing everywhere.
-A job may be named alone too, `vlm_debug` for train_configs/vlm_debug.toml. What lies in the current folder
-comes first. Imports no torch.
+A relative path that does not exist here is looked for among them: `assets/tokenizer` means one thing
+everywhere. A job may be named alone too, `vlm_debug` for train_configs/vlm_debug.toml. What lies in the
+current folder comes first. Imports no torch.
 """
 
 from pathlib import Path

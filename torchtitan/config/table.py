@@ -18,11 +18,16 @@ def expected(hint: Any) -> str:
         return f"a list, each item {expected(get_args(hint)[0])}"
     if get_origin(hint) in (Union, types.UnionType):
         return " or ".join("nothing" if arm is type(None) else expected(arm) for arm in get_args(hint))
-    return "a table" if dataclasses.is_dataclass(hint) else EXPECTED.get(hint, getattr(hint, "__name__", str(hint)))
+    return (
+        "a table"
+        if dataclasses.is_dataclass(hint)
+        else EXPECTED.get(hint, getattr(hint, "__name__", str(hint)))
+    )
 
 
 def from_table(cls: type, table: Any, key: str = "") -> Any:
-    """An instance of the dataclass `cls` from a TOML table: defaults where it says nothing. `key` is where it stands.
+    """An instance of the dataclass `cls` from a TOML table: defaults where it says nothing. `key` is where it
+    stands.
 
     Raises ConfigError for an unknown key or a value of the wrong type.
     """
@@ -32,13 +37,17 @@ def from_table(cls: type, table: Any, key: str = "") -> Any:
     for name in table:
         if name not in hints:
             raise ConfigError(
-                f"{_join(key, name)} is not a known option{did_you_mean(_join(key, name), (_join(key, known) for known in hints))}"
+                f"{_join(key, name)} is not a known "
+                f"option{did_you_mean(_join(key, name), (_join(key, known) for known in hints))}"
             )
     return cls(**{name: convert(value, hints[name], _join(key, name)) for name, value in table.items()})
 
 
 def convert(value: Any, hint: Any, key: str) -> Any:
-    """`value` as TOML gave it, as the type `hint`. A whole number will do for a float; true and false are no numbers."""
+    """`value` as TOML gave it, as the type `hint`.
+
+    A whole number will do for a float; true and false are no numbers.
+    """
     if dataclasses.is_dataclass(hint):
         return from_table(hint, value, key)  # type: ignore[arg-type]
     origin, args = get_origin(hint), get_args(hint)
@@ -46,7 +55,8 @@ def convert(value: Any, hint: Any, key: str) -> Any:
         return [convert(item, args[0], f"{key}[{number}]") for number, item in enumerate(value)]
     if origin is Literal and value in args and type(value) in map(type, args):
         return value
-    if origin in (Union, types.UnionType):  # Optional: TOML has no null, so a value is meant for the other arm
+    # Optional: TOML has no null, so a value is meant for the other arm
+    if origin in (Union, types.UnionType):
         return convert(value, next(arm for arm in args if arm is not type(None)), key)
     if hint is float and type(value) in (int, float):
         return float(value)
@@ -56,7 +66,10 @@ def convert(value: Any, hint: Any, key: str) -> Any:
 
 
 def to_table(record: Any, key: str, leave_out: tuple[str, ...] = ()) -> str:
-    """The TOML text of a dataclass under the heading [key]. An option that is None is not written: that is its default."""
+    """The TOML text of a dataclass under the heading [key].
+
+    An option that is None is not written: that is its default.
+    """
     lines, tables = [f"[{key}]"], []
     for field in dataclasses.fields(record):
         name, value = field.name, getattr(record, field.name)
@@ -73,7 +86,8 @@ def _literal(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # TOML's basic strings; DEL is no JSON escape
+        # TOML's basic strings; DEL is no JSON escape
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, list):
         return "[" + ", ".join(map(_literal, value)) + "]"
     return repr(value)

@@ -1,7 +1,8 @@
 """Activation checkpointing (Chen et al., 2016): keep a block's inputs and compute the rest again in backward.
 
-`full` keeps nothing else. `selective` with "op" keeps the outputs of matrix products, attention and collectives, which are
-expensive to compute, and computes the rest again; with an integer n it treats every n-th block as `full` and leaves the others.
+`full` keeps nothing else. `selective` with "op" keeps the outputs of matrix products, attention and
+collectives, which are expensive to compute, and computes the rest again; with an integer n it treats every
+n-th block as `full` and leaves the others.
 """
 
 from functools import partial
@@ -40,7 +41,10 @@ def _keep_expensive(expensive: set, context, operator, *args, **kwargs) -> Check
 
 
 def apply_activation_checkpoint(blocks: nn.ModuleDict, mode: str, option: str) -> None:
-    """`mode`: none, selective or full; `option`: "op" or the n of every n-th block. Before compile and FSDP."""
+    """`mode`: none, selective or full; `option`: "op" or the n of every n-th block.
+
+    Before compile and FSDP.
+    """
     if mode == "none":
         return
     every = int(option) if mode == "selective" and option != "op" else 1

@@ -13,7 +13,8 @@ T = TypeVar("T")
 
 
 def sum_over_hosts(values: Mapping[str, float]) -> dict[str, float]:
-    """Each value added over all ranks; the same keys everywhere. It goes through gloo, so the device is not asked to wait.
+    """Each value added over all ranks; the same keys everywhere. It goes through gloo, so the device is not
+    asked to wait.
 
     Integers stay exact up to 2^53.
     """
@@ -29,7 +30,9 @@ def any_rank(holds: bool) -> bool:
 
 
 def from_first_rank(decide: Callable[[], T]) -> T:
-    """What `decide` returns on rank 0, on every rank; a UserError that it raises there is raised on all of them."""
+    """What `decide` returns on rank 0, on every rank; a UserError that it raises there is raised on all of
+    them.
+    """
     told: list = [None, None]
     if dist.get_rank() == 0:
         try:

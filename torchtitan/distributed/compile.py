@@ -4,6 +4,9 @@ from torch import nn
 
 
 def apply_compile(blocks: nn.ModuleDict) -> None:
-    """After activation checkpointing and before FSDP, whose gathers stay outside the graphs. Shapes never change here."""
+    """After activation checkpointing and before FSDP, whose gathers stay outside the graphs.
+
+    Shapes never change here.
+    """
     for block in blocks.values():
         block.compile(fullgraph=True, dynamic=False)

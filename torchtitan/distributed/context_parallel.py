@@ -5,9 +5,9 @@ Two ways for attention to see the whole slot:
     allgather   keys and values of all ranks are gathered; queries stay. (Llama 3, Dubey et al., 2024, section 3.3)
     ulysses     one all-to-all gives each rank all tokens of some heads, and one brings them back (Jacobs et al., 2023)
 
-Under causal attention inside documents, tokens late in a long document cost most. So for `allgather` a slot is cut into blocks
-which are dealt by cost, an equal number to each rank, anew for every slot. Nothing puts the tokens back in order: each carries
-its row in the slot, and masks ask the row (layers/masks.py).
+Under causal attention inside documents, tokens late in a long document cost most. So for `allgather` a slot
+is cut into blocks which are dealt by cost, an equal number to each rank, anew for every slot. Nothing puts
+the tokens back in order: each carries its row in the slot, and masks ask the row (layers/masks.py).
 
 Letters: B slots, S tokens, R ranks, Q tokens a rank (S / R), H heads, G key-value heads, E width of a head.
 """
@@ -75,7 +75,10 @@ METHODS = {"allgather": GatheredAttention, "ulysses": UlyssesAttention}
 
 
 def apply_context_parallel(blocks: Iterable[nn.Module], mesh: DeviceMesh, method: str) -> None:
-    """Give the attention of each block its view of the whole slot. `mesh` is that of cp. First of all layouts."""
+    """Give the attention of each block its view of the whole slot. `mesh` is that of cp.
+
+    First of all layouts.
+    """
     for block in blocks:
         attention: Any = block.attention
         attention.inner = METHODS[method](attention.inner.backend, mesh.get_group())
@@ -99,7 +102,9 @@ def _blocks_a_rank(length: int, ranks: int) -> int:
 
 
 def causal_cost(document_ids_BS: np.ndarray) -> np.ndarray:
-    """int64 [B, S]: to how many tokens each attends, itself and those before it in its document; 0 for padding."""
+    """int64 [B, S]: to how many tokens each attends, itself and those before it in its document; 0 for
+    padding.
+    """
     row = np.arange(document_ids_BS.shape[1])
     begins = np.diff(document_ids_BS, axis=1, prepend=-2) != 0
     first = np.maximum.accumulate(np.where(begins, row, 0), axis=1)
@@ -107,7 +112,9 @@ def causal_cost(document_ids_BS: np.ndarray) -> np.ndarray:
 
 
 def _deal(cost: np.ndarray, ranks: int) -> np.ndarray:
-    """int64 [ranks, blocks a rank]: the most expensive block first, each to the rank with the least so far that has room."""
+    """int64 [ranks, blocks a rank]: the most expensive block first, each to the rank with the least so far
+    that has room.
+    """
     room = len(cost) // ranks
     hands: list[list[int]] = [[] for _ in range(ranks)]
     load = [0] * ranks
@@ -119,6 +126,8 @@ def _deal(cost: np.ndarray, ranks: int) -> np.ndarray:
 
 
 def in_slot_order(gathered_BS: Tensor, rows_BS: Tensor) -> Tensor:
-    """[B, S, ...] as ranks hold it side by side, `rows_BS` says which row each entry is, back in the order of the slot."""
+    """[B, S, ...] as ranks hold it side by side, `rows_BS` says which row each entry is, back in the order of
+    the slot.
+    """
     order_BS = rows_BS.argsort(1)
     return gathered_BS[torch.arange(len(order_BS), device=order_BS.device)[:, None], order_BS]

@@ -1,4 +1,7 @@
-"""Collectives that gradients flow through. The only place that imports PyTorch's functional collectives, which are half private."""
+"""Collectives that gradients flow through.
+
+The only place that imports PyTorch's functional collectives, which are half private.
+"""
 
 import torch
 import torch.distributed as dist
@@ -51,7 +54,10 @@ class _SumGradient(torch.autograd.Function):
 
 
 def sum_gradient(x: Tensor, group: Group) -> Tensor:
-    """`x` as it is, which all ranks hold and each uses in part. Backward: the sum of the gradients that they found."""
+    """`x` as it is, which all ranks hold and each uses in part.
+
+    Backward: the sum of the gradients that they found.
+    """
     if isinstance(group, ImaginedGroup):
         return through(x, group, backward="all-reduce")
     return _SumGradient.apply(x, group)

@@ -1,10 +1,10 @@
 """Memory and traffic of a training step, for any number of ranks, from what each unit of a model needs.
 
-A model is a list of units in the order of forward, each a group of parameters that FSDP gathers together. Memory is
-followed through one forward and backward: parameters, gradients and optimizer state that stay; what each unit keeps
-for backward; what is gathered; and what a unit needs while it works. Not seen: the allocator's fragmentation and
-rounding, CUDA's context, buffers of nccl (together about 1 to 2 GiB a GPU), and a compiler that keeps less than eager
-execution does.
+A model is a list of units in the order of forward, each a group of parameters that FSDP gathers together.
+Memory is followed through one forward and backward: parameters, gradients and optimizer state that stay; what
+each unit keeps for backward; what is gathered; and what a unit needs while it works. Not seen: the
+allocator's fragmentation and rounding, CUDA's context, buffers of nccl (together about 1 to 2 GiB a GPU), and
+a compiler that keeps less than eager execution does.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,7 +20,9 @@ FLOAT32 = 4
 
 @dataclass(frozen=True)
 class Unit:
-    """Parameters that FSDP gathers together, counted before it divides them (after TP has), and their footprint."""
+    """Parameters that FSDP gathers together, counted before it divides them (after TP has), and their
+    footprint.
+    """
 
     name: str
     parameters: int = 0
@@ -77,15 +79,21 @@ class Memory:
 
 
 def peak_memory(
-    stages: Sequence[Sequence[Unit]], storage: Storage, in_flight: Sequence[tuple[int, ...]] = ((1,),), batch: float = 0
+    stages: Sequence[Sequence[Unit]],
+    storage: Storage,
+    in_flight: Sequence[tuple[int, ...]] = ((1,),),
+    batch: float = 0,
 ) -> Memory:
-    """`stages`: the units of each that this rank holds. `in_flight`: how many microbatches of each can be between forward
+    """`stages`: the units of each that this rank holds. `in_flight`: how many microbatches of each can be
+    between forward
     and backward at one time. `batch`: bytes of input that stay on the device."""
     kept, gradients = max(_loads(stages, storage, in_flight), key=sum)
     return max(_moments(stages, storage, kept, gradients, batch), key=lambda moment: moment.total)
 
 
-def _loads(stages: Sequence[Sequence[Unit]], s: Storage, in_flight: Sequence[tuple[int, ...]]) -> Iterator[tuple[float, float]]:
+def _loads(
+    stages: Sequence[Sequence[Unit]], s: Storage, in_flight: Sequence[tuple[int, ...]]
+) -> Iterator[tuple[float, float]]:
     """What the microbatches in flight keep, and the gradients of those before, in bytes."""
     kept = [sum(unit.use.kept for unit in stage) for stage in stages]
     trained = [[unit for unit in stage if unit.trains] for stage in stages]
@@ -94,14 +102,20 @@ def _loads(stages: Sequence[Sequence[Unit]], s: Storage, in_flight: Sequence[tup
         earlier = shards if s.reductions > 1 and not s.sharding.offload else 0.0
         yield from ((sum(map(mul, counts, kept)), earlier) for counts in in_flight)
         return
-    whole, every = [sum(u.parameters * s.reduced for u in stage) for stage in trained], s.forwards // s.reductions
+    whole, every = (
+        [sum(u.parameters * s.reduced for u in stage) for stage in trained],
+        s.forwards // s.reductions,
+    )
     for counts in in_flight:
-        # A stage has gradients once a microbatch has gone back through it: not while all are in flight, but one later.
+        # A stage has gradients once a microbatch has gone back through it: not while all are in flight, but
+        # one later.
         for flying in (counts, [n - (n == every) for n in counts]):
             yield sum(map(mul, flying, kept)), sum(w for n, w in zip(flying, whole, strict=True) if n < every)
 
 
-def _moments(stages: Sequence[Sequence[Unit]], s: Storage, most_kept: float, earlier: float, batch: float) -> Iterator[Memory]:
+def _moments(
+    stages: Sequence[Sequence[Unit]], s: Storage, most_kept: float, earlier: float, batch: float
+) -> Iterator[Memory]:
     units, on_device = [unit for stage in stages for unit in stage], not s.sharding.offload
     state = sum((u.parameters + u.moments) / u.shards * FLOAT32 for u in units) * on_device + batch
     full = [u.parameters * s.parameter for u in units]
@@ -114,7 +128,9 @@ def _moments(stages: Sequence[Sequence[Unit]], s: Storage, most_kept: float, ear
         done = on_device * sum(u.parameters / u.shards * FLOAT32 for u in units[i + 1 :] if u.trains)
         own = unit.parameters * (s.parameter + s.reduced) if unit.trains else 0
         gathered = _gathered(units, full, s, i, i - 1, forward=False)
-        yield Memory(f"backward of {unit.name}", state, max(earlier, done), gathered, kept, unit.use.backward + own)
+        yield Memory(
+            f"backward of {unit.name}", state, max(earlier, done), gathered, kept, unit.use.backward + own
+        )
 
 
 def _with_later(stages: Sequence[Sequence[Unit]]) -> Iterator[tuple[Unit, float]]:
@@ -124,8 +140,12 @@ def _with_later(stages: Sequence[Sequence[Unit]]) -> Iterator[tuple[Unit, float]
             yield unit, sum(later.use.kept for later in stage[i + 1 :])
 
 
-def _gathered(units: Sequence[Unit], full: Sequence[float], s: Storage, at: int, next_to: int, forward: bool) -> float:
-    """Bytes of gathered parameters while unit `at` works and `next_to` is on its way; all up to there where none are freed."""
+def _gathered(
+    units: Sequence[Unit], full: Sequence[float], s: Storage, at: int, next_to: int, forward: bool
+) -> float:
+    """Bytes of gathered parameters while unit `at` works and `next_to` is on its way; all up to there where
+    none are freed.
+    """
     if not s.sharding.reshard_after_forward:
         return sum(full[: next_to + 1]) if forward and not s.whole_gradients else sum(full)
     return sum(f for j, (u, f) in enumerate(zip(units, full, strict=True)) if u.stays or j in (at, next_to))
@@ -141,12 +161,19 @@ def traffic(units: Sequence[Unit], storage: Storage) -> dict[str, float]:
 
     for unit in units:
         others = (unit.shards - 1) / unit.shards
-        gathers = storage.forwards * (1 + unit.in_backward) if storage.sharding.reshard_after_forward else storage.reductions
+        gathers = (
+            storage.forwards * (1 + unit.in_backward)
+            if storage.sharding.reshard_after_forward
+            else storage.reductions
+        )
         add("fsdp all-gather", gathers * others * unit.parameters * storage.parameter)
         if unit.trains:
             add("fsdp reduce-scatter", storage.reductions * others * unit.parameters * storage.reduced)
             shard = unit.parameters / unit.shards
-            add("hsdp all-reduce", storage.all_reductions * 2 * (unit.copies - 1) / unit.copies * shard * storage.reduced)
+            add(
+                "hsdp all-reduce",
+                storage.all_reductions * 2 * (unit.copies - 1) / unit.copies * shard * storage.reduced,
+            )
             add("optimizer updates", unit.exchanged)
         for name, amount in unit.use.sent.items():
             add(name, amount * storage.forwards)
@@ -154,17 +181,22 @@ def traffic(units: Sequence[Unit], storage: Storage) -> dict[str, float]:
 
 
 def in_flight(schedule: str, rank: int, ranks: int, microbatches: int) -> list[tuple[int, ...]]:
-    """For each moment of a pipeline's schedule, how many microbatches of each of a rank's stages are between forward and the end of
+    """For each moment of a pipeline's schedule, how many microbatches of each of a rank's stages are between
+    forward and the end of
     backward. Interleaved schedules are those of two stages a rank."""
     if ranks == 1 or schedule in ("GPipe", "1F1B"):
-        return [(1 if ranks == 1 else microbatches if schedule == "GPipe" else min(microbatches, ranks - rank),)]
+        return [
+            (1 if ranks == 1 else microbatches if schedule == "GPipe" else min(microbatches, ranks - rank),)
+        ]
     if schedule == "ZBVZeroBubble":
         return [(min(microbatches, 2 * ranks - rank), min(microbatches, rank + 1))]
     return _interleaved(rank, ranks, microbatches, 1 if schedule.endswith("ZeroBubble") else 2)
 
 
 def _interleaved(rank: int, ranks: int, microbatches: int, factor: int) -> list[tuple[int, ...]]:
-    """Rounds of as many microbatches as ranks pass through the first stage, then the second; backward the other way round."""
+    """Rounds of as many microbatches as ranks pass through the first stage, then the second; backward the
+    other way round.
+    """
     size = microbatches // max(1, microbatches // ranks)
     rounds = [(stage, begin) for begin in range(0, microbatches, size) for stage in (0, 1)]
     forwards = [stage for stage, _ in rounds for _ in range(size)]
@@ -181,7 +213,9 @@ def _interleaved(rank: int, ranks: int, microbatches: int, factor: int) -> list[
 
 
 def factorisations(world_size: int, most: Degrees) -> Iterator[Degrees]:
-    """Every mesh of `world_size` ranks with at most `most` in each dimension; FSDP takes what the others leave."""
+    """Every mesh of `world_size` ranks with at most `most` in each dimension; FSDP takes what the others
+    leave.
+    """
     for tp in _divisors(world_size, most.tp):
         for pp in _divisors(world_size // tp, most.pp):
             for cp in _divisors(world_size // (tp * pp), most.cp):

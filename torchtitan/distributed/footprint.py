@@ -1,8 +1,9 @@
-"""What units of a model keep, need and send in a forward and backward: watched while it runs on the meta device.
+"""What units of a model keep, need and send in a forward and backward: watched while it runs on the meta
+device.
 
-Nothing is known of what a unit computes. Storages are counted as they come and go, so what activation checkpointing
-drops and computes again, what a layout gathers, and what an operator keeps for its backward are all seen, whatever
-the model. What an operator of our own allocates inside itself is not.
+Nothing is known of what a unit computes. Storages are counted as they come and go, so what activation
+checkpointing drops and computes again, what a layout gathers, and what an operator keeps for its backward are
+all seen, whatever the model. What an operator of our own allocates inside itself is not.
 """
 
 import weakref
@@ -32,19 +33,23 @@ SENT: dict[Any, tuple[str, Callable[[int], float]]] = {
 class Footprint:
     """Bytes of one unit; a unit lasts from its own call to that of the next, what lies between included."""
 
-    kept: float = 0  # from forward to backward; negative where the unit frees more of the one before than it keeps
+    # from forward to backward; negative where the unit frees more of the one before than it keeps
+    kept: float = 0
     forward: float = 0  # on top of all that is kept by then, while it runs forward
     backward: float = 0  # the same while it runs backward; gradients of weights are not in it
     sent: dict[str, float] = field(default_factory=dict)  # forward and backward, by group and collective
 
 
 def footprints(
-    units: Mapping[str, nn.Module], run: Callable[[], Tensor], there: Sequence[Tensor], ranks: Mapping[str, int]
+    units: Mapping[str, nn.Module],
+    run: Callable[[], Tensor],
+    there: Sequence[Tensor],
+    ranks: Mapping[str, int],
 ) -> dict[str, Footprint]:
     """Footprints of `units`, which `run` calls in this order, each once, on its way to a loss.
 
-    `there`: tensors that are not counted (parameters, the batch). `ranks`: of imagined groups, by name. The units and
-    parameters keep hooks, so they are of no further use.
+    `there`: tensors that are not counted (parameters, the batch). `ranks`: of imagined groups, by name. The
+    units and parameters keep hooks, so they are of no further use.
     """
     watch = _Watch(there, ranks)
     for name, unit in units.items():
@@ -81,7 +86,9 @@ class _Watch(TorchDispatchMode):
         self._sent: dict[str, float] = defaultdict(float)
         self._ranks = ranks
 
-    def __torch_dispatch__(self, operator: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         out = operator(*args, **(kwargs or {}))
         for leaf in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(leaf, Tensor):
@@ -148,7 +155,10 @@ class _Watch(TorchDispatchMode):
         # What was made before the first unit is the first unit's.
         starts[self._marks[0].unit] = 0
         return {
-            unit: Footprint(ends[unit] - starts[unit], peaks["forward", unit], peaks["backward", unit], dict(sent[unit])) for unit in ends
+            unit: Footprint(
+                ends[unit] - starts[unit], peaks["forward", unit], peaks["backward", unit], dict(sent[unit])
+            )
+            for unit in ends
         }
 
 
@@ -167,7 +177,10 @@ class _FusedNorm(torch.autograd.Function):
 
 
 def fuse_norms(model: nn.Module) -> None:
-    """RMSNorm as GPUs compute it. On the meta device, as on CPU, it is several operators that keep float32 copies."""
+    """RMSNorm as GPUs compute it.
+
+    On the meta device, as on CPU, it is several operators that keep float32 copies.
+    """
     for module in model.modules():
         if isinstance(module, nn.RMSNorm):
             module.forward = partial(_fused_norm, module)  # type: ignore[method-assign]

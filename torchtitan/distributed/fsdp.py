@@ -1,7 +1,9 @@
-"""Fully sharded data parallel (FSDP2): parameters, gradients and optimizer state divided over ranks, gathered when needed.
+"""Fully sharded data parallel (FSDP2): parameters, gradients and optimizer state divided over ranks, gathered
+when needed.
 
-Unusual here: the loss is already divided by the tokens of the whole global step, so gradients are summed over ranks, never
-averaged; a mean would be wrong wherever two towers are sharded over meshes of different sizes. It is applied on one rank
+Unusual here: the loss is already divided by the tokens of the whole global step, so gradients are summed over
+ranks, never averaged; a mean would be wrong wherever two towers are sharded over meshes of different sizes.
+It is applied on one rank
 too: one code path, and mixed precision comes with it.
 """
 
@@ -12,7 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 
 from torchtitan.config.job import JobConfig
 
@@ -26,7 +34,8 @@ class Sharding:
 
     param_dtype: torch.dtype  # of gathered parameters, hence of activations
     reduce_dtype: torch.dtype  # of gradients while they are summed over ranks
-    reshard_after_forward: bool  # free the gathered parameters of a block after its forward, and gather again in backward
+    # free the gathered parameters of a block after its forward, and gather again in backward
+    reshard_after_forward: bool
     keep_last: bool  # the output layer stays gathered, since backward starts with it
     offload: bool  # keep the shards in host memory
     pin_memory: bool  # of offloaded shards; needs an accelerator
@@ -38,16 +47,22 @@ class Sharding:
         return cls(
             param_dtype=getattr(torch, job.training.mixed_precision_param),
             reduce_dtype=getattr(torch, job.training.mixed_precision_reduce),
-            # A pipeline passes each block once per microbatch: gathering every time costs more than the memory is worth.
-            reshard_after_forward=policy == "always" or (policy == "default" and job.parallelism.pipeline_parallel_degree == 1),
+            # A pipeline passes each block once per microbatch: gathering every time costs more than the
+            # memory is worth.
+            reshard_after_forward=policy == "always"
+            or (policy == "default" and job.parallelism.pipeline_parallel_degree == 1),
             keep_last=policy != "always",
             offload=job.training.enable_cpu_offload,
             pin_memory=torch.cuda.is_available(),
         )
 
 
-def shard(modules: nn.Module | Sequence[nn.Module], mesh: DeviceMesh, sharding: Sharding, last: bool = False) -> None:
-    """Make one group of `modules`' parameters that no inner group holds: they are gathered and freed together."""
+def shard(
+    modules: nn.Module | Sequence[nn.Module], mesh: DeviceMesh, sharding: Sharding, last: bool = False
+) -> None:
+    """Make one group of `modules`' parameters that no inner group holds: they are gathered and freed
+    together.
+    """
     # Inputs are not cast: rotary angles stay float32, and pixels are cast by the encoder itself.
     precision = MixedPrecisionPolicy(sharding.param_dtype, sharding.reduce_dtype, cast_forward_inputs=False)
     offload = CPUOffloadPolicy(pin_memory=sharding.pin_memory) if sharding.offload else OffloadPolicy()
@@ -63,10 +78,11 @@ def shard_blocks(blocks: Iterable[nn.Module], mesh: DeviceMesh, sharding: Shardi
 
 
 def free_gathered(root: nn.Module) -> None:
-    """Keep the shards alone, as after a backward; a forward without one leaves gathered what waits for its backward.
+    """Keep the shards alone, as after a backward; a forward without one leaves gathered what waits for its
+    backward.
 
-    A later forward that is replayed (CUDA graphs) would then compute with parameters of before the optimizer's
-    step, and the optimizer state could not be read under its names.
+    A later forward that is replayed (CUDA graphs) would then compute with parameters of before the
+    optimizer's step, and the optimizer state could not be read under its names.
     """
     for module in root.modules():
         if isinstance(module, FSDPModule):

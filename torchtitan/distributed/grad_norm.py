@@ -1,8 +1,8 @@
 """Norm and clipping of gradients that live on several meshes.
 
-Encoder and decoder are sharded over different meshes, and PyTorch's norm takes one mesh at a time. Here a rank adds the
-squares of what it holds, each divided by the number of ranks that hold the same element; one all-reduce of one number
-over the world then gives the global norm, on every rank, pipeline stages included.
+Encoder and decoder are sharded over different meshes, and PyTorch's norm takes one mesh at a time. Here a
+rank adds the squares of what it holds, each divided by the number of ranks that hold the same element; one
+all-reduce of one number over the world then gives the global norm, on every rank, pipeline stages included.
 """
 
 import math
@@ -25,8 +25,14 @@ def _holders(grad: Tensor, ranks_per_stage: int) -> int:
     """How many ranks of a pipeline stage hold the same elements of this gradient."""
     if not isinstance(grad, DTensor):
         return ranks_per_stage
-    assert not any(placement.is_partial() for placement in grad.placements), "a gradient whose sum is still due"
-    split = [grad.device_mesh.size(dim) for dim, placement in enumerate(grad.placements) if not placement.is_replicate()]
+    assert not any(placement.is_partial() for placement in grad.placements), (
+        "a gradient whose sum is still due"
+    )
+    split = [
+        grad.device_mesh.size(dim)
+        for dim, placement in enumerate(grad.placements)
+        if not placement.is_replicate()
+    ]
     return ranks_per_stage // math.prod(split)
 
 
@@ -40,7 +46,9 @@ def global_norm(parameters: Iterable[nn.Parameter], mesh: Mesh) -> Tensor:
     by_holders: dict[int, list[Tensor]] = {}
     for parameter in parameters:
         if parameter.grad is not None:
-            by_holders.setdefault(_holders(parameter.grad, ranks_per_stage), []).append(_local(parameter.grad))
+            by_holders.setdefault(_holders(parameter.grad, ranks_per_stage), []).append(
+                _local(parameter.grad)
+            )
     total = torch.zeros((), device=mesh.device)
     for holders, grads in by_holders.items():
         norms = torch._foreach_norm(grads, dtype=torch.float32)
@@ -50,7 +58,9 @@ def global_norm(parameters: Iterable[nn.Parameter], mesh: Mesh) -> Tensor:
 
 @torch.no_grad()
 def clip(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: float) -> None:
-    """Scale all gradients so that their global norm is at most `max_norm`, without asking the device what it is."""
+    """Scale all gradients so that their global norm is at most `max_norm`, without asking the device what it
+    is.
+    """
     grads = [_local(parameter.grad) for parameter in parameters if parameter.grad is not None]
     if not grads:
         return

@@ -1,7 +1,7 @@
 """One rank without the others: groups and meshes that are only imagined, on the meta device.
 
-What splits a model takes them for real ones. So what a rank of any layout would hold and send is seen by running its
-share of the model alone (footprint.py).
+What splits a model takes them for real ones. So what a rank of any layout would hold and send is seen by
+running its share of the model alone (footprint.py).
 """
 
 from collections.abc import Mapping

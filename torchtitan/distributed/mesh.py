@@ -8,8 +8,9 @@
                            |------- enc --------|           shards of encoder and projector
                                    |-- cptp ---|            ranks that hold the same slots
 
-Encoder and projector are sharded over `enc`, TP ranks included: each of them places only its own tokens' visual vectors, so
-each holds a part of the gradient, and summing over all of dp, cp and tp is right whether the encoding is shared or repeated.
+Encoder and projector are sharded over `enc`, TP ranks included: each of them places only its own tokens'
+visual vectors, so each holds a part of the gradient, and summing over all of dp, cp and tp is right whether
+the encoding is shared or repeated.
 """
 
 from dataclasses import dataclass
@@ -52,7 +53,10 @@ class Mesh:
 
 
 def build_mesh(degrees: Degrees, device: torch.device, ranks: list[int] | None = None) -> Mesh:
-    """Called by all ranks alike. `ranks`: only these of the world (tests of small layouts); the others get no place in it."""
+    """Called by all ranks alike.
+
+    `ranks`: only these of the world (tests of small layouts); the others get no place in it.
+    """
     sizes = tuple(getattr(degrees, name) for name in DIMS)
     if ranks is None:
         world = init_device_mesh(device.type, sizes, mesh_dim_names=DIMS)
@@ -77,8 +81,13 @@ def _with_copies(world: DeviceMesh, shards: DeviceMesh) -> DeviceMesh:
 
 
 def imagine_mesh(degrees: Degrees) -> Mesh:
-    """The mesh of a rank that is alone (imagined.py), for meta tensors. Only what splits a model can use it."""
+    """The mesh of a rank that is alone (imagined.py), for meta tensors.
+
+    Only what splits a model can use it.
+    """
     ranks = {name: getattr(degrees, name) for name in DIMS} | {"cp x tp": degrees.cp * degrees.tp}
     world: Any = ImaginedWorld(ranks)
     none: Any = None
-    return Mesh(degrees, torch.device("meta"), world, data=none, loss=none, fsdp=none, enc=none, cptp=world["cp x tp"])
+    return Mesh(
+        degrees, torch.device("meta"), world, data=none, loss=none, fsdp=none, enc=none, cptp=world["cp x tp"]
+    )

@@ -1,11 +1,13 @@
-"""Pipeline parallel: ranks share the layers, and microbatches pass from stage to stage (torch.distributed.pipelining).
+"""Pipeline parallel: ranks share the layers, and microbatches pass from stage to stage
+(torch.distributed.pipelining).
 
-Unusual here: a stage is the model itself with parts missing, the last stage computes the summed loss inside its module, and
-the loss is scaled before backward, so that gradients of microbatches simply add up. Every stage gets every tensor of the batch:
-which it needs is its own business.
+Unusual here: a stage is the model itself with parts missing, the last stage computes the summed loss inside
+its module, and the loss is scaled before backward, so that gradients of microbatches simply add up. Every
+stage gets every tensor of the batch: which it needs is its own business.
 
-With FSDP, parameters stay gathered from the first microbatch to the last backward of a stage. The schedules that split
-backward into input and weight gradients (zero bubble) rely on that: torchtitan/config/check.py refuses the rest.
+With FSDP, parameters stay gathered from the first microbatch to the last backward of a stage. The schedules
+that split backward into input and weight gradients (zero bubble) rely on that: torchtitan/config/check.py
+refuses the rest.
 """
 
 from collections.abc import Callable
@@ -38,8 +40,9 @@ class Pipeline:
         whole_slots: Callable[[Tensor, Tensors], Tensor],
         tied: str | None = None,
     ):
-        """`parts`: the stages of this rank, each with FSDP at its root. `received`: on the meta device, what a stage hands to the
-        next for one microbatch. `whole_slots`: (scores, batch) -> scores of whole slots, where ranks hold parts of them.
+        """`parts`: the stages of this rank, each with FSDP at its root. `received`: on the meta device, what
+        a stage hands to the next for one microbatch. `whole_slots`: (scores, batch) -> scores of whole slots,
+        where ranks hold parts of them.
         `tied`: name of a parameter that the first and the last stage both hold."""
         ranks = mesh.degrees.pp
         self.parts, self.mesh, self._microbatches, self._received = parts, mesh, microbatches, received
@@ -50,10 +53,19 @@ class Pipeline:
         self._group = mesh["pp"].get_group()
         self._scale: float | Tensor = 1.0
         self._sums: list[Tensor] = []
-        # With the shapes given, no extra forward and backward is run to infer them. The last stage gives its summed loss.
+        # With the shapes given, no extra forward and backward is run to infer them. The last stage gives its
+        # summed loss.
         given = [received] * (split.stages - 1) + [torch.empty(1, device="meta")]
         stages = [
-            PipelineStage(part, number, split.stages, mesh.device, input_args=received, output_args=given[number], group=self._group)
+            PipelineStage(
+                part,
+                number,
+                split.stages,
+                mesh.device,
+                input_args=received,
+                output_args=given[number],
+                group=self._group,
+            )
             for part, number in zip(parts, self._numbers, strict=True)
         ]
         kind = get_schedule_class(schedule)
@@ -65,7 +77,9 @@ class Pipeline:
         return (loss * self._scale).sum()
 
     def __call__(self, tensors: Tensors, scale: float | Tensor, last: bool) -> Tensor:
-        """Gradients are reduced over ranks at the end of every batch, not of the last alone: the schedules do it by themselves."""
+        """Gradients are reduced over ranks at the end of every batch, not of the last alone: the schedules do
+        it by themselves.
+        """
         self._check(tensors)
         self._scale, self._sums = scale, []
         named = dict(tensors)
@@ -79,7 +93,9 @@ class Pipeline:
     def _check(self, tensors: Tensors) -> None:
         for name, tensor in tensors.items():
             # torch.tensor_split would deal unequal parts without a word.
-            assert tensor.shape[0] % self._microbatches == 0, f"{name} {list(tensor.shape)} for {self._microbatches} microbatches"
+            assert tensor.shape[0] % self._microbatches == 0, (
+                f"{name} {list(tensor.shape)} for {self._microbatches} microbatches"
+            )
 
     @torch.no_grad()
     def score(self, tensors: Tensors) -> Tensor:
@@ -91,11 +107,17 @@ class Pipeline:
         for part in self.parts:
             part.eval()
         split = {name: tensor.chunk(self._microbatches) for name, tensor in tensors.items()}
-        passed = [self._pass({name: chunks[i] for name, chunks in split.items()}) for i in range(self._microbatches)]
+        passed = [
+            self._pass({name: chunks[i] for name, chunks in split.items()}) for i in range(self._microbatches)
+        ]
         for part in self.parts:
             part.train()
             free_gathered(part)
-        scores = torch.cat(passed) if self._has_last else torch.empty(*tensors["labels"].shape, 2, device=self.mesh.device)
+        scores = (
+            torch.cat(passed)
+            if self._has_last
+            else torch.empty(*tensors["labels"].shape, 2, device=self.mesh.device)
+        )
         dist.broadcast(scores, group=self._group, group_src=self._owners[-1])
         return self._whole_slots(scores, tensors)
 
@@ -132,9 +154,17 @@ class Pipeline:
 
     @torch.no_grad()
     def _sum_tied(self) -> None:
-        """Add up what the first and the last stage found for the weight that both hold, if there is one and it trains."""
-        ends = [part for part, here in ((0, self._has_first), (-1, self._has_last)) if here and self._tied is not None]
-        grads = [_local_grad(parameter) for parameter in map(self._tied_parameter, ends) if parameter.requires_grad]
+        """Add up what the first and the last stage found for the weight that both hold, if there is one and
+        it trains.
+        """
+        ends = [
+            part
+            for part, here in ((0, self._has_first), (-1, self._has_last))
+            if here and self._tied is not None
+        ]
+        grads = [
+            _local_grad(parameter) for parameter in map(self._tied_parameter, ends) if parameter.requires_grad
+        ]
         if not grads:
             return
         if len(grads) == 2:
@@ -142,7 +172,10 @@ class Pipeline:
         else:
             peer = dist.get_global_rank(self._group, self._owners[-1] if self._has_first else 0)
             theirs = torch.empty_like(grads[0])
-            operations = [dist.P2POp(dist.isend, grads[0], peer, self._group), dist.P2POp(dist.irecv, theirs, peer, self._group)]
+            operations = [
+                dist.P2POp(dist.isend, grads[0], peer, self._group),
+                dist.P2POp(dist.irecv, theirs, peer, self._group),
+            ]
             for work in dist.batch_isend_irecv(operations):
                 work.wait()
             total = grads[0] + theirs

@@ -32,15 +32,21 @@ def open_process_group(comm: Comm, dump_folder: Path) -> torch.device:
         torch.cuda.set_device(device)
     if comm.trace_buf_size > 0:
         _enable_flight_recorder(comm.trace_buf_size, dump_folder / TRACES)
-    # Under a launcher the rendezvous comes from the environment. Alone there is nobody to meet, hence no port to find.
-    alone: dict[str, Any] = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    # Under a launcher the rendezvous comes from the environment. Alone there is nobody to meet, hence no port
+    # to find.
+    alone: dict[str, Any] = (
+        {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    )
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=comm.init_timeout_seconds), **alone)
     return device
 
 
 def _enable_flight_recorder(entries: int, folder: Path) -> None:
-    """Keep the last collectives in memory. On a timeout nccl writes them to a file of each rank; `torchfrtrace` reads those."""
+    """Keep the last collectives in memory.
+
+    On a timeout nccl writes them to a file of each rank; `torchfrtrace` reads those.
+    """
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(entries))
     if torch.cuda.is_available():
         folder.mkdir(parents=True, exist_ok=True)
@@ -49,7 +55,9 @@ def _enable_flight_recorder(entries: int, folder: Path) -> None:
 
 
 def write_flight_record(comm: Comm, dump_folder: Path) -> None:
-    """The collectives of this rank up to now, as nccl would have written them: gloo raises on a timeout and leaves it to us."""
+    """The collectives of this rank up to now, as nccl would have written them: gloo raises on a timeout and
+    leaves it to us.
+    """
     if comm.trace_buf_size > 0 and dist.get_backend() == "gloo":
         folder = dump_folder / TRACES
         folder.mkdir(parents=True, exist_ok=True)
@@ -57,7 +65,10 @@ def write_flight_record(comm: Comm, dump_folder: Path) -> None:
 
 
 def set_timeout(seconds: int) -> None:
-    """For every group that exists. Called after the first step: from then on nothing compiles or waits for data for long."""
+    """For every group that exists.
+
+    Called after the first step: from then on nothing compiles or waits for data for long.
+    """
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     dist.barrier()
@@ -79,12 +90,15 @@ def laggards() -> str:
 
 
 def who_is_stuck(patience_s: float = 5.0) -> str:
-    """For the message of a rank that lost the others. Ranks that only waited give up at about the same time and say so here;
+    """For the message of a rank that lost the others. Ranks that only waited give up at about the same time
+    and say so here;
     one that hangs, in its loader or on its device, or was killed, says nothing."""
     store, ranks = dist.distributed_c10d._get_default_store(), range(dist.get_world_size())
     note_failure("waited")
     end = time.monotonic() + patience_s
-    while (silent := [rank for rank in ranks if not store.check([f"gave_up/{rank}"])]) and time.monotonic() < end:
+    while (
+        silent := [rank for rank in ranks if not store.check([f"gave_up/{rank}"])]
+    ) and time.monotonic() < end:
         time.sleep(0.1)
     steps = _noted_steps()
     own = [rank for rank in ranks if rank not in silent and store.get(f"gave_up/{rank}") == b"failed"]
@@ -107,7 +121,8 @@ def note_failure(kind: str) -> None:
 
 
 def lost_others(error: BaseException | None) -> bool:
-    """In a collective that timed out, or whose other ranks have ended. gloo raises a plain RuntimeError, and closes the connections
+    """In a collective that timed out, or whose other ranks have ended. gloo raises a plain RuntimeError, and
+    closes the connections
     of a group where one rank's time is out; a pipeline's stage wraps what it gets."""
     while error is not None:
         if isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in LOST):

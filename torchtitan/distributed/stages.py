@@ -27,10 +27,14 @@ def rank_of_stage(schedule: str, stage: int, ranks: int, stages: int) -> int:
     return next(rank for rank in range(ranks) if stage in stages_of_rank(schedule, rank, ranks, stages))
 
 
-def split_evenly(costs: Sequence[float], first: float, last: float, stages: int, empty_first: bool = False) -> list[int]:
-    """First layer of each stage but stage 0, so that the most expensive stage costs least (then the squares, so that the rest is even).
+def split_evenly(
+    costs: Sequence[float], first: float, last: float, stages: int, empty_first: bool = False
+) -> list[int]:
+    """First layer of each stage but stage 0, so that the most expensive stage costs least (then the squares,
+    so that the rest is even).
 
-    `first` and `last` are what the ends cost besides their layers; they may hold no layer, the others hold at least one.
+    `first` and `last` are what the ends cost besides their layers; they may hold no layer, the others hold at
+    least one.
     `empty_first`: stage 0 holds none.
     """
     layers = len(costs)
@@ -41,7 +45,8 @@ def split_evenly(costs: Sequence[float], first: float, last: float, stages: int,
     def cost_of(stage: int, begin: int, end: int) -> float:
         return total[end] - total[begin] + first * (stage == 0) + last * (stage == stages - 1)
 
-    # best[end]: (cost of the most expensive stage, sum of squares, cuts) of the stages so far over the layers before `end`
+    # best[end]: (cost of the most expensive stage, sum of squares, cuts) of the stages so far over the layers
+    # before `end`
     best: dict[int, tuple[float, float, list[int]]] = {0: (0.0, 0.0, [])}
     for stage in range(stages):
         least = 0 if stage in (0, stages - 1) else 1
@@ -49,7 +54,11 @@ def split_evenly(costs: Sequence[float], first: float, last: float, stages: int,
         found = {}
         for end in ends:
             options = [
-                (max(highest, cost_of(stage, begin, end)), squares + cost_of(stage, begin, end) ** 2, [*cuts, begin])
+                (
+                    max(highest, cost_of(stage, begin, end)),
+                    squares + cost_of(stage, begin, end) ** 2,
+                    [*cuts, begin],
+                )
                 for begin, (highest, squares, cuts) in best.items()
                 if end - begin >= least
             ]

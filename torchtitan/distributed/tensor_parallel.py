@@ -1,7 +1,9 @@
-"""Tensor parallel in PyTorch's styles, and the one style that PyTorch has not: an output layer that computes the loss.
+"""Tensor parallel in PyTorch's styles, and the one style that PyTorch has not: an output layer that computes
+the loss.
 
-Weights become DTensors, split by columns (what a layer makes) or rows (what it reads). Between blocks the sequence is split
-(sequence parallel; Korthikanti et al., 2022): a block gathers it, and scatters the sum of the ranks' results.
+Weights become DTensors, split by columns (what a layer makes) or rows (what it reads). Between blocks the
+sequence is split (sequence parallel; Korthikanti et al., 2022): a block gathers it, and scatters the sum of
+the ranks' results.
 """
 
 from typing import Any
@@ -39,12 +41,17 @@ def split(module: nn.Module, mesh: DeviceMesh | ImaginedGroup, plan: dict[str, P
 
 
 def embedding() -> ParallelStyle:
-    """Each rank holds some rows of the table; the looked-up vectors are summed and come out split along the sequence."""
+    """Each rank holds some rows of the table; the looked-up vectors are summed and come out split along the
+    sequence.
+    """
     return RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1))
 
 
 def norm(to_local: bool = False) -> ParallelStyle:
-    """On the rank's part of the sequence. The weight is whole on every rank, and its gradient a sum over them."""
+    """On the rank's part of the sequence.
+
+    The weight is whole on every rank, and its gradient a sum over them.
+    """
     return SequenceParallel(use_local_output=to_local)
 
 
@@ -54,13 +61,16 @@ def head_norm() -> ParallelStyle:
 
 
 def gathered(arguments: int, split: bool = True) -> ParallelStyle:
-    """The first of `arguments` becomes whole on every rank, from parts of the sequence or, where not `split`, from equal copies.
+    """The first of `arguments` becomes whole on every rank, from parts of the sequence or, where not `split`,
+    from equal copies.
 
     Backward adds what the layers that read it found, once for all of them.
     """
     rest = (None,) * (arguments - 1)
     return PrepareModuleInput(
-        input_layouts=(Shard(1) if split else Replicate(), *rest), desired_input_layouts=(Replicate(), *rest), use_local_output=False
+        input_layouts=(Shard(1) if split else Replicate(), *rest),
+        desired_input_layouts=(Replicate(), *rest),
+        use_local_output=False,
     )
 
 
@@ -75,14 +85,16 @@ def rows(split: bool = True) -> ParallelStyle:
 
 
 def overlap_with_products(mesh: DeviceMesh) -> None:
-    """Asynchronous tensor parallel: in compiled blocks, gathers and scatters are cut into pieces that travel while matrix products of
+    """Asynchronous tensor parallel: in compiled blocks, gathers and scatters are cut into pieces that travel
+    while matrix products of
     other pieces run (Wang et al., 2022). On GPUs that can read each other's memory."""
     torch._inductor.config._micro_pipeline_tp = True
     enable_symm_mem_for_group(mesh.get_group().group_name)
 
 
 class VocabularyParallel(ParallelStyle):
-    """For layers/LMHead: each rank holds some rows of the weight, and gathers the sequence to score all tokens against them.
+    """For layers/LMHead: each rank holds some rows of the weight, and gathers the sequence to score all
+    tokens against them.
 
     The head itself crosses the group with three numbers a token (layers/cross_entropy.py), never with logits.
     """
@@ -90,14 +102,18 @@ class VocabularyParallel(ParallelStyle):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         head: Any = module
         head.vocab_group = group = device_mesh.get_group()
-        head.weight = nn.Parameter(distribute_tensor(head.weight, device_mesh, [Shard(0)]), head.weight.requires_grad)
+        head.weight = nn.Parameter(
+            distribute_tensor(head.weight, device_mesh, [Shard(0)]), head.weight.requires_grad
+        )
         # The gradient of each rank's columns is a part of a sum, which the gather's backward adds up.
         head.register_forward_pre_hook(lambda module, inputs: (gather(inputs[0], 1, group), *inputs[1:]))
         return module
 
 
 def _imagine(module: nn.Module, style: ParallelStyle, group: ImaginedGroup) -> None:
-    """What `style` leaves of a plain module on one rank, and what crosses the group before and after it, without DTensors."""
+    """What `style` leaves of a plain module on one rank, and what crosses the group before and after it,
+    without DTensors.
+    """
     if isinstance(style, VocabularyParallel):
         _keep_part(module, 0, group)
         module.register_forward_pre_hook(lambda module, inputs: (gather(inputs[0], 1, group), *inputs[1:]))
@@ -106,7 +122,9 @@ def _imagine(module: nn.Module, style: ParallelStyle, group: ImaginedGroup) -> N
     elif isinstance(style, RowwiseParallel):
         _keep_part(module, 0 if isinstance(module, nn.Embedding) else 1, group)
         is_split = style.output_layouts[0] == Shard(1)
-        module.register_forward_hook(lambda module, inputs, x: _scatter_sum(x, group) if is_split else _sum(x, group))
+        module.register_forward_hook(
+            lambda module, inputs, x: _scatter_sum(x, group) if is_split else _sum(x, group)
+        )
     elif isinstance(style, PrepareModuleInput):
         is_split = style.input_layouts is not None and style.input_layouts[0] == Shard(1)
         bring = (lambda x: gather(x, 1, group)) if is_split else (lambda x: sum_gradient(x, group))

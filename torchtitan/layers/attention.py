@@ -1,7 +1,7 @@
 """One attention call, several backends behind it.
 
-A backend prepares a mask once per step for all layers, and attends with what it prepared. A further backend (variable-length
-flash kernels, say) is one pair of functions and one row of BACKENDS.
+A backend prepares a mask once per step for all layers, and attends with what it prepared. A further backend
+(variable-length flash kernels, say) is one pair of functions and one row of BACKENDS.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,9 @@ def _prepare_sdpa(mask: Mask) -> _Segments | Tensor:
     # On the meta device as on CPU: what is kept is then what FlexAttention keeps on GPU too.
     if mask.segments.device.type not in ("cpu", "meta") or mask.predicate is not None:
         return mask.dense()
-    return _Segments(mask.segments, mask.keys(), mask.query_rows().contiguous(), mask.key_rows().contiguous(), mask.causal)
+    return _Segments(
+        mask.segments, mask.keys(), mask.query_rows().contiguous(), mask.key_rows().contiguous(), mask.causal
+    )
 
 
 def _sdpa(q_BQHE: Tensor, k_BKGE: Tensor, v_BKGE: Tensor, prepared: _Segments | Tensor) -> Tensor:
@@ -38,7 +40,9 @@ def _sdpa(q_BQHE: Tensor, k_BKGE: Tensor, v_BKGE: Tensor, prepared: _Segments | 
     q, k, v = (x.transpose(1, 2) for x in (q_BQHE, k_BKGE, v_BKGE))
     # Some CUDA kernels give NaN for a row that may attend to nothing: let it see all keys, then take zeros.
     empty = ~prepared.any(-1, keepdim=True)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=prepared | empty, enable_gqa=q.shape[1] != k.shape[1])
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=prepared | empty, enable_gqa=q.shape[1] != k.shape[1]
+    )
     return out.masked_fill(empty, 0.0).transpose(1, 2)
 
 
@@ -65,7 +69,10 @@ class InnerAttention(nn.Module):
         self.backend = backend
 
     def forward(self, q_BQHE: Tensor, k_BKGE: Tensor, v_BKGE: Tensor, prepared: Any) -> Tensor:
-        """-> [B, Q, H, E]. A query that may attend to nothing gives zeros. `prepared` is what `prepare` of the same backend gave."""
+        """-> [B, Q, H, E]. A query that may attend to nothing gives zeros.
+
+        `prepared` is what `prepare` of the same backend gave.
+        """
         return BACKENDS[self.backend].attend(q_BQHE, k_BKGE, v_BKGE, prepared)
 
 

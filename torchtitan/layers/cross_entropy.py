@@ -1,8 +1,10 @@
-"""Cross-entropy that never holds all logits: T tokens at a time chunks of them, gradients made in the same pass.
+"""Cross-entropy that never holds all logits: T tokens at a time chunks of them, gradients made in the same
+pass.
 
-At a vocabulary of 128k the logits of one slot of 8192 tokens are 4 GB in float32, and autograd would keep them twice.
-Here a chunk's logits give its loss and its gradients at once and are gone. With a vocabulary split over ranks (tensor
-parallel) each rank holds its V / n columns and three small sums per chunk cross the group.
+At a vocabulary of 128k the logits of one slot of 8192 tokens are 4 GB in float32, and autograd would keep
+them twice. Here a chunk's logits give its loss and its gradients at once and are gone. With a vocabulary
+split over ranks (tensor parallel) each rank holds its V / n columns and three small sums per chunk cross the
+group.
 
 Letters: T tokens, D width, V vocabulary (this rank's share).
 """
@@ -15,12 +17,20 @@ from torch import Tensor
 class _Chunk:
     """Log-sum-exp and label logit of a chunk over the whole vocabulary; `ranked`: the most likely token too."""
 
-    def __init__(self, h_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, group: dist.ProcessGroup | None, ranked: bool = False):
+    def __init__(
+        self,
+        h_TD: Tensor,
+        weight_VD: Tensor,
+        labels_T: Tensor,
+        group: dist.ProcessGroup | None,
+        ranked: bool = False,
+    ):
         self.group = group
         self.logits_TV = (h_TD @ weight_VD.T).float()
         self.labels_T, self.valid_T = labels_T, labels_T >= 0
         first = dist.get_rank(group) * weight_VD.shape[0] if group else 0
-        # A label of another rank's columns, or none, must not index out of range: it reads column 0 and is masked.
+        # A label of another rank's columns, or none, must not index out of range: it reads column 0 and is
+        # masked.
         local_T = labels_T - first
         self.here_T = self.valid_T & (local_T >= 0) & (local_T < weight_VD.shape[0])
         self.column_T1 = local_T.where(self.here_T, 0)[:, None]
@@ -38,7 +48,9 @@ class _Chunk:
         return x
 
     def _first_highest(self, first: int) -> Tensor:
-        """Which token has the highest logit; the first of several, as argmax chooses, and the same on all ranks."""
+        """Which token has the highest logit; the first of several, as argmax chooses, and the same on all
+        ranks.
+        """
         own_T, column_T = self.logits_TV.max(-1)
         nobody = torch.iinfo(column_T.dtype).max
         return self._reduce((column_T + first).where(own_T == self.highest_T, nobody), dist.ReduceOp.MIN)
@@ -47,7 +59,10 @@ class _Chunk:
         return (self.highest_T + self.sum_T.log() - self.label_T).where(self.valid_T, 0.0)
 
     def correct_T(self) -> Tensor:
-        """The label is the most likely token. In bfloat16 several often tie; greedy decoding writes the first."""
+        """The label is the most likely token.
+
+        In bfloat16 several often tie; greedy decoding writes the first.
+        """
         assert self.best_T is not None
         return self.valid_T & (self.labels_T == self.best_T)
 
@@ -63,7 +78,11 @@ class _CrossEntropySum(torch.autograd.Function):
     def forward(ctx, h_TD, weight_VD, labels_T, chunk, group, keep_grads):
         loss = h_TD.new_zeros(1, dtype=torch.float32)
         dh_TD = torch.empty_like(h_TD) if keep_grads and ctx.needs_input_grad[0] else None
-        dw_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if keep_grads and ctx.needs_input_grad[1] else None
+        dw_VD = (
+            torch.zeros_like(weight_VD, dtype=torch.float32)
+            if keep_grads and ctx.needs_input_grad[1]
+            else None
+        )
         for start in range(0, h_TD.shape[0], chunk):
             part = slice(start, start + chunk)
             piece = _Chunk(h_TD[part], weight_VD, labels_T[part], group)
@@ -89,28 +108,39 @@ class _CrossEntropySum(torch.autograd.Function):
         return dh_TD, dw_VD, None, None, None, None
 
 
-def cross_entropy_sum(h_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, chunk: int, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Sum over labels >= 0 of -log softmax(h @ weight.T)[label], float32 [1]; `chunk` tokens' logits exist at a time.
+def cross_entropy_sum(
+    h_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, chunk: int, group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """Sum over labels >= 0 of -log softmax(h @ weight.T)[label], float32 [1]; `chunk` tokens' logits exist at
+    a time.
 
-    With `group`, `weight_VD` is this rank's share of the rows and the gradient of `h_TD` is this rank's part of a sum.
+    With `group`, `weight_VD` is this rank's share of the rows and the gradient of `h_TD` is this rank's part
+    of a sum.
     """
     return _CrossEntropySum.apply(h_TD, weight_VD, labels_T, chunk, group, torch.is_grad_enabled())
 
 
 @torch.no_grad()
-def token_scores(h_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, chunk: int, group: dist.ProcessGroup | None = None) -> Tensor:
+def token_scores(
+    h_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, chunk: int, group: dist.ProcessGroup | None = None
+) -> Tensor:
     """float32 [T, 2]: negative log-likelihood of each label and whether it is the most likely token
     (the first of several that are equally likely); 0 where there is none."""
     scores = []
     for start in range(0, h_TD.shape[0], chunk):
-        piece = _Chunk(h_TD[start : start + chunk], weight_VD, labels_T[start : start + chunk], group, ranked=True)
+        piece = _Chunk(
+            h_TD[start : start + chunk], weight_VD, labels_T[start : start + chunk], group, ranked=True
+        )
         scores.append(torch.stack((piece.nll_T(), piece.correct_T().float()), -1))
         del piece
     return torch.cat(scores)
 
 
 def whole_vocabulary(logits_BSV: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Logits [B, S, V] of all columns, from this rank's. For generation and comparison, without gradients where `group` is given."""
+    """Logits [B, S, V] of all columns, from this rank's.
+
+    For generation and comparison, without gradients where `group` is given.
+    """
     if group is None:
         return logits_BSV
     parts = [torch.empty_like(logits_BSV) for _ in range(dist.get_world_size(group))]

@@ -1,7 +1,7 @@
 """FlexAttention from a mask description: block mask built on the device, once per step for all layers.
 
-Which blocks can hold an allowed pair follows from the lowest and highest segment and row of each block, so building it
-costs (Q / 128) * (K / 128), not Q * K. Paper: FlexAttention (Dong et al., 2024).
+Which blocks can hold an allowed pair follows from the lowest and highest segment and row of each block, so
+building it costs (Q / 128) * (K / 128), not Q * K. Paper: FlexAttention (Dong et al., 2024).
 """
 
 import functools
@@ -32,7 +32,9 @@ def _bounds(segments: Tensor, rows: Tensor) -> _Bounds:
     segments, rows = F.pad(segments, (0, short), value=-1), F.pad(rows, (0, short))
     seg, row = segments.unflatten(1, (-1, BLOCK)), rows.unflatten(1, (-1, BLOCK))
     no_segment = torch.iinfo(seg.dtype).max
-    return _Bounds(seg.amin(-1), seg.where(seg >= 0, no_segment).amin(-1), seg.amax(-1), row.amin(-1), row.amax(-1))
+    return _Bounds(
+        seg.amin(-1), seg.where(seg >= 0, no_segment).amin(-1), seg.amax(-1), row.amin(-1), row.amax(-1)
+    )
 
 
 def _blocks(mask: Mask) -> tuple[Tensor, Tensor]:
@@ -50,7 +52,9 @@ def _blocks(mask: Mask) -> tuple[Tensor, Tensor]:
 
 
 def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """bool [..., K] -> how many are set, and the indices of those first: the two tensors that a BlockMask is made of."""
+    """bool [..., K] -> how many are set, and the indices of those first: the two tensors that a BlockMask is
+    made of.
+    """
     count = blocks.sum(-1, dtype=torch.int32)
     return count, torch.argsort(blocks.int(), dim=-1, descending=True, stable=True).int()
 
@@ -99,7 +103,8 @@ def _compiled_flex():
 
 
 def flex(q_BQHE: Tensor, k_BKGE: Tensor, v_BKGE: Tensor, mask: BlockMask) -> Tensor:
-    """Inside a compiled block flex_attention is traced with it; outside it is compiled by itself on GPU, since eager
+    """Inside a compiled block flex_attention is traced with it; outside it is compiled by itself on GPU,
+    since eager
     FlexAttention holds all scores."""
     q, k, v = (x.transpose(1, 2) for x in (q_BQHE, k_BKGE, v_BKGE))
     alone = q.is_cuda and not torch.compiler.is_compiling()

@@ -1,7 +1,8 @@
 """Initial weights that do not depend on how the model is sharded.
 
-Each parameter is drawn whole from a generator seeded by the run's seed and the parameter's name, and a rank keeps its shard:
-one process, FSDP, tensor and pipeline parallel all start from the same numbers. One whole parameter at a time is in memory.
+Each parameter is drawn whole from a generator seeded by the run's seed and the parameter's name, and a rank
+keeps its shard: one process, FSDP, tensor and pipeline parallel all start from the same numbers. One whole
+parameter at a time is in memory.
 """
 
 import zlib

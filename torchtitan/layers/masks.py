@@ -17,14 +17,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-Predicate = Callable[[Tensor, Tensor, Tensor], Tensor]  # (batch, query, key) -> bool; int tensors, places in the tensor
+# (batch, query, key) -> bool; int tensors, places in the tensor
+Predicate = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Mask(NamedTuple):
     """Queries attend to keys of their own segment; -1 is padding, which neither attends nor is attended to.
 
-    Where a tensor does not hold its slot in order (context parallel), `rows` and `kv_rows` say which row of the slot
-    each entry is: causality is never derived from the place in the tensor. Keys default to the queries.
+    Where a tensor does not hold its slot in order (context parallel), `rows` and `kv_rows` say which row of
+    the slot each entry is: causality is never derived from the place in the tensor. Keys default to the
+    queries.
     """
 
     segments: Tensor  # int32 [B, Q]

@@ -1,9 +1,10 @@
 """Attention segment by segment on CPU, as one opaque operator with its own backward.
 
-A packed row holds many short documents or images. Instead of one dense mask over the row, segments of equal shape are
-gathered into one batched call of PyTorch's CPU flash kernel: exactly the same result, several times faster, and nothing
-is computed for padding. The loop depends on data, so for torch.compile and activation checkpointing it is a single
-operator; below the autograd key nothing is recorded, which is why the backward calls the kernel's backward itself.
+A packed row holds many short documents or images. Instead of one dense mask over the row, segments of equal
+shape are gathered into one batched call of PyTorch's CPU flash kernel: exactly the same result, several times
+faster, and nothing is computed for padding. The loop depends on data, so for torch.compile and activation
+checkpointing it is a single operator; below the autograd key nothing is recorded, which is why the backward
+calls the kernel's backward itself.
 
 Letters: B batch rows, Q queries, K keys, H heads, G key-value heads, E width of a head.
 """
@@ -45,13 +46,15 @@ def _segments_of(seg: np.ndarray, rows: np.ndarray) -> dict[tuple[int, int], np.
 def _causal_runs(queries: np.ndarray, keys: np.ndarray, q_rows: np.ndarray, k_rows: np.ndarray):
     """Cut one document's queries where their rows jump; each run sees the keys up to its last row.
 
-    Yields (queries, keys, first), `first` being how many keys the first query of the run sees. Without context
-    parallel this is one run whose queries are its keys.
+    Yields (queries, keys, first), `first` being how many keys the first query of the run sees. Without
+    context parallel this is one run whose queries are its keys.
     """
     q, k = q_rows[queries], k_rows[keys]
     for run in np.split(np.arange(len(q)), np.flatnonzero(np.diff(q) != 1) + 1):
         first, seen = np.searchsorted(k, q[run[[0, -1]]], side="right")
-        assert 1 <= first == seen - len(run) + 1, "the keys of a document must hold every row that its queries hold"
+        assert 1 <= first == seen - len(run) + 1, (
+            "the keys of a document must hold every row that its queries hold"
+        )
         yield queries[run], keys[:seen], int(first)
 
 
@@ -94,7 +97,8 @@ def _gather(x_BSHE: Tensor, places: Tensor, heads: int) -> Tensor:
 def segment_attention(
     q: Tensor, k: Tensor, v: Tensor, q_seg: Tensor, k_seg: Tensor, q_row: Tensor, k_row: Tensor, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """q [B, Q, H, E], k and v [B, K, G, E], segments and rows int32 [B, Q] and [B, K] -> (out [B, Q, H, E], logsumexp [B, Q, H]).
+    """q [B, Q, H, E], k and v [B, K, G, E], segments and rows int32 [B, Q] and [B, K] -> (out [B, Q, H, E],
+    logsumexp [B, Q, H]).
 
     A query that may attend to nothing gives zeros.
     """
@@ -129,7 +133,10 @@ def segment_attention_backward(
         mask = None if call.mask is None else call.mask.to(q.dtype)
         at_q, at_k = call.queries, call.keys
         grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *(_gather(x, at, heads).contiguous() for x, at in ((grad, at_q), (q, at_q), (k, at_k), (v, at_k), (out, at_q))),
+            *(
+                _gather(x, at, heads).contiguous()
+                for x, at in ((grad, at_q), (q, at_q), (k, at_k), (v, at_k), (out, at_q))
+            ),
             lse.view(-1, heads)[at_q].transpose(1, 2).contiguous(),
             0.0,
             call.causal,
@@ -168,9 +175,15 @@ def _backward(ctx, grad_out, grad_lse):
 segment_attention.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _flops(q: Tensor, k: Tensor, q_seg: Tensor, k_seg: Tensor, q_row: Tensor, k_row: Tensor, causal: bool) -> int:
-    """Two products of E multiply-adds for each allowed pair and head; a causal call is counted whole, as PyTorch does."""
-    pairs = sum(call.queries.numel() * call.keys.shape[1] for call in _plan(q_seg, k_seg, q_row, k_row, causal))
+def _flops(
+    q: Tensor, k: Tensor, q_seg: Tensor, k_seg: Tensor, q_row: Tensor, k_row: Tensor, causal: bool
+) -> int:
+    """Two products of E multiply-adds for each allowed pair and head; a causal call is counted whole, as
+    PyTorch does.
+    """
+    pairs = sum(
+        call.queries.numel() * call.keys.shape[1] for call in _plan(q_seg, k_seg, q_row, k_row, causal)
+    )
     return 4 * pairs * q.shape[2] * q.shape[3]
 
 

@@ -1,8 +1,8 @@
 """Weight names of another library, as rows of (their pattern, our pattern, transform).
 
-`*` stands for one part of a dotted name (a layer's number, `weight` or `bias`) and is carried over, in order. Rows are tried
-from the top: two spellings of one weight are two rows, and the first is the one written. Pure functions on state dicts:
-files are read and written elsewhere.
+`*` stands for one part of a dotted name (a layer's number, `weight` or `bias`) and is carried over, in order.
+Rows are tried from the top: two spellings of one weight are two rows, and the first is the one written. Pure
+functions on state dicts: files are read and written elsewhere.
 """
 
 import re
@@ -35,7 +35,8 @@ class Weights(NamedTuple):
     """What `read` found."""
 
     named: dict[str, Tensor]  # under our names
-    unused: list[str]  # their names that no row knows, for a report: the pooling head of a published encoder, say
+    # their names that no row knows, for a report: the pooling head of a published encoder, say
+    unused: list[str]
 
 
 def prefixed(rows: Iterable[Row], theirs: str, ours: str) -> list[Row]:
@@ -67,10 +68,15 @@ def read(state: Mapping[str, Tensor], rows: Iterable[Row]) -> Weights:
 
 
 def write(state: Mapping[str, Tensor], rows: Iterable[Row]) -> dict[str, Tensor]:
-    """Our state dict under their names. ValueError for a weight that has none, since leaving it out would go unseen."""
+    """Our state dict under their names.
+
+    ValueError for a weight that has none, since leaving it out would go unseen.
+    """
     rows, named = list(rows), {}
     for name, weight in state.items():
-        found = ((theirs, row) for row in rows if (theirs := _translate(name, row.ours, row.theirs)) is not None)
+        found = (
+            (theirs, row) for row in rows if (theirs := _translate(name, row.ours, row.theirs)) is not None
+        )
         theirs, row = next(found, (None, None))
         if theirs is None or row is None:
             raise ValueError(f"weight {name} has no name in this format")

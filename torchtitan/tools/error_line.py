@@ -1,4 +1,5 @@
-"""How a user's error or interrupt is reported: one line on stderr; by the launcher where there is one, since every
+"""How a user's error or interrupt is reported: one line on stderr; by the launcher where there is one, since
+every
 rank may find the same."""
 
 import os

@@ -1,4 +1,6 @@
-"""Garbage collection when we say so: left alone, Python pauses each rank at another moment and the others wait for it."""
+"""Garbage collection when we say so: left alone, Python pauses each rank at another moment and the others
+wait for it.
+"""
 
 import gc
 

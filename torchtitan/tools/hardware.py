@@ -59,7 +59,10 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def peak_flops_of(name: str) -> float | None:
-    """`name`: as the driver gives it. None for one that is not in the table, and for a slice of a GPU (MIG)."""
+    """`name`: as the driver gives it.
+
+    None for one that is not in the table, and for a slice of a GPU (MIG).
+    """
     words = [word for word in re.split(r"[\s-]+", name.upper()) if not NOT_TOLD.fullmatch(word)]
     return PEAK_FLOPS.get(" ".join(words))
 

@@ -56,7 +56,9 @@ def check_whole(found: list[Path], repo: str, what: What, folder: Path) -> None:
     """Raises UserError where the repository lacks what was asked of it."""
     names = {str(path.relative_to(folder)) for path in found}
     if what != "weights" and not names & set(TOKENIZERS):
-        raise UserError(f"{repo} has no {' or '.join(TOKENIZERS[:2])}; name a repository that has the tokenizer")
+        raise UserError(
+            f"{repo} has no {' or '.join(TOKENIZERS[:2])}; name a repository that has the tokenizer"
+        )
     if what != "tokenizer" and not any(name.endswith(".safetensors") for name in names):
         raise UserError(f"{repo} has no .safetensors; name a repository that has the weights in this format")
 

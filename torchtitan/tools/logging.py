@@ -1,6 +1,7 @@
 """One logger for the whole project, on the standard library.
 
-Information is printed as it is, by the ranks that LOG_RANK names ("0" or "0,1"); warnings come from every rank.
+Information is printed as it is, by the ranks that LOG_RANK names ("0" or "0,1"); warnings come from every
+rank.
 """
 
 import logging
@@ -23,7 +24,9 @@ class _Line(logging.Formatter):
 
 
 def log_ranks(world_size: int) -> set[int]:
-    """Ranks that print: LOG_RANK, a number or several with commas between; rank 0 where it names none of this run."""
+    """Ranks that print: LOG_RANK, a number or several with commas between; rank 0 where it names none of this
+    run.
+    """
     named = {int(rank) for rank in os.environ.get("LOG_RANK", "0").split(",") if rank.strip().isdigit()}
     return {rank for rank in named if rank < world_size} or {0}
 

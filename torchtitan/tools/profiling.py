@@ -30,7 +30,9 @@ class Profiler:
         warmup = min(WARMUP_STEPS, freq - 1)
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
         phases = schedule(wait=freq - warmup - 1, warmup=warmup, active=1)
-        started = profile(activities=activities, schedule=phases, on_trace_ready=self._write_trace, record_shapes=True)
+        started = profile(
+            activities=activities, schedule=phases, on_trace_ready=self._write_trace, record_shapes=True
+        )
         started.start()
         return started
 

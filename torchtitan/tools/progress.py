@@ -14,7 +14,9 @@ class Progress:
         self.stack = ExitStack()
         self.bar = None
         if wanted and sys.stdout.isatty():
-            self.bar = self.stack.enter_context(tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True))
+            self.bar = self.stack.enter_context(
+                tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True)
+            )
             self.stack.enter_context(logging_redirect_tqdm([logger]))
 
     def after_step(self, step: int) -> None:

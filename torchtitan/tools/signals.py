@@ -7,7 +7,10 @@ WATCHED = (signal.SIGTERM, signal.SIGINT)
 
 
 def exit_code(stopped_by: signal.Signals | None) -> int:
-    """As a shell reports a process that a signal ended. With 0 a loop around the run would start the next one."""
+    """As a shell reports a process that a signal ended.
+
+    With 0 a loop around the run would start the next one.
+    """
     return 0 if stopped_by is None else 128 + stopped_by
 
 

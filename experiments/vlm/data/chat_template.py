@@ -4,13 +4,13 @@
     ->  Special(<|im_start|>) Text("user\\nWhat is ") IMAGE Text("?") Special(<|im_end|>) Text("\\n")
         Special(<|im_start|>) Text("assistant\\n") Text("A cat.", loss) Special(<|im_end|>, loss) Text("\\n")
 
-Encoded piece by piece (document.encode_texts) this gives the ids that transformers gives for the rendered string, and its mask.
-What differs on purpose: contents that spell a control token stay text, and a leading bos is left out, since
-every document begins with one anyway.
+Encoded piece by piece (document.encode_texts) this gives the ids that transformers gives for the rendered
+string, and its mask. What differs on purpose: contents that spell a control token stay text, and a leading
+bos is left out, since every document begins with one anyway.
 
-Where the template has no `{% generation %}` blocks, an answer is found by rendering the conversation once more with a
-character in its place: what differs between the two is the answer, whatever the template does to it (trimming, hiding
-earlier thoughts). Its end of turn is the control token right behind it.
+Where the template has no `{% generation %}` blocks, an answer is found by rendering the conversation once
+more with a character in its place: what differs between the two is the answer, whatever the template does to
+it (trimming, hiding earlier thoughts). Its end of turn is the control token right behind it.
 """
 
 import functools
@@ -24,7 +24,13 @@ from typing import Any
 import jinja2
 
 from experiments.vlm.data.document import Draft, ImageValue, Special, Text, Turn
-from experiments.vlm.data.jinja_template import GENERATION_END, GENERATION_START, TemplateFile, compile_template, read_template
+from experiments.vlm.data.jinja_template import (
+    GENERATION_END,
+    GENERATION_START,
+    TemplateFile,
+    compile_template,
+    read_template,
+)
 from experiments.vlm.data.rejects import Rejected
 from torchtitan.config.errors import ConfigError
 
@@ -64,7 +70,9 @@ def load_chat_template(name: str) -> "ChatTemplate":
 
 
 class ChatTemplate:
-    """Raises jinja2.TemplateError where the template cannot be compiled, or shows no message that it is given."""
+    """Raises jinja2.TemplateError where the template cannot be compiled, or shows no message that it is
+    given.
+    """
 
     def __init__(self, file: TemplateFile):
         self._template = compile_template(file.source)
@@ -99,11 +107,15 @@ class ChatTemplate:
             raise Rejected("chat_template", f"it shows {rendered.count(IMAGE)} of {len(images)} images")
         return self._parts(rendered.removeprefix(self._bos), images, spellings)
 
-    def _parts(self, rendered: str, images: Sequence[ImageValue], spellings: list[str]) -> list[Text | Special | ImageValue]:
+    def _parts(
+        self, rendered: str, images: Sequence[ImageValue], spellings: list[str]
+    ) -> list[Text | Special | ImageValue]:
         parts: list[Text | Special | ImageValue] = []
         waiting = iter(images)
         loss = False
-        for piece in re.split(f"([{IMAGE}{GENERATION_START}{GENERATION_END}]|{self._control.pattern})", rendered):
+        for piece in re.split(
+            f"([{IMAGE}{GENERATION_START}{GENERATION_END}]|{self._control.pattern})", rendered
+        ):
             if piece in (GENERATION_START, GENERATION_END):
                 loss = piece == GENERATION_START
             elif piece == IMAGE:
@@ -115,11 +127,20 @@ class ChatTemplate:
         return parts
 
     def _message(self, turn: Turn, spellings: list[str]) -> dict[str, Any]:
-        """For the template. What is spelled like a token in the contents becomes one character; `spellings` keeps it."""
-        content = [part if isinstance(part, ImageValue) else _escape(part, self._control, spellings) for part in turn.content]
+        """For the template.
+
+        What is spelled like a token in the contents becomes one character; `spellings` keeps it.
+        """
+        content = [
+            part if isinstance(part, ImageValue) else _escape(part, self._control, spellings)
+            for part in turn.content
+        ]
         has_image = any(isinstance(part, ImageValue) for part in content)
         if has_image and self._markup:
-            items = [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in content]
+            items = [
+                {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
+                for part in content
+            ]
             return {"role": turn.role, "content": items}
         text = "".join(part if isinstance(part, str) else IMAGE for part in content)
         return {"role": turn.role, "content": self._plain(text)}
@@ -128,19 +149,27 @@ class ChatTemplate:
         return text if self._takes_text else [{"type": "text", "text": text}]
 
     def _render(self, messages: list[dict[str, Any]]) -> str:
-        return self._template.render(messages=messages, tools=None, documents=None, add_generation_prompt=False, **self._variables)
+        return self._template.render(
+            messages=messages, tools=None, documents=None, add_generation_prompt=False, **self._variables
+        )
 
     def _mark_answers(self, messages: list[dict[str, Any]], rendered: str) -> str:
         """Put the marks of generation around each answer and its end of turn."""
         spans = []
         for number, message in enumerate(messages):
             if message["role"] == "assistant":
-                probing = [*messages[:number], {**message, "content": self._plain(PROBE)}, *messages[number + 1 :]]
+                probing = [
+                    *messages[:number],
+                    {**message, "content": self._plain(PROBE)},
+                    *messages[number + 1 :],
+                ]
                 start, end = _difference(rendered, self._render(probing))
                 following = re.compile(f" ?(?:{self._control.pattern})").match(rendered, end)
                 spans.append((start, following.end() if following else end))
         for start, end in reversed(spans):
-            rendered = f"{rendered[:start]}{GENERATION_START}{rendered[start:end]}{GENERATION_END}{rendered[end:]}"
+            rendered = (
+                f"{rendered[:start]}{GENERATION_START}{rendered[start:end]}{GENERATION_END}{rendered[end:]}"
+            )
         return rendered
 
     def _shows(self, content: Any) -> bool:
@@ -156,15 +185,18 @@ class ChatTemplate:
         return self._render([{"role": "user", "content": content}, {"role": "assistant", "content": answer}])
 
     def _find_markup(self, control: re.Pattern[str]) -> str:
-        """What the template writes for an image, from its first control token to its last: our own marks of an image stand for it.
+        """What the template writes for an image, from its first control token to its last: our own marks of
+        an image stand for it.
 
-        Empty where it takes no typed items or writes nothing, or not the same for each image; then images are put where they
-        stand in the content.
+        Empty where it takes no typed items or writes nothing, or not the same for each image; then images are
+        put where they stand in the content.
         """
         text = {"type": "text", "text": PROBE}
         if not (self._takes_items and self._shows([{"type": "image"}, text])):
             return ""
-        none, one, two = (self._probe([{"type": "image"}] * count + [text]).partition(PROBE)[0] for count in range(3))
+        none, one, two = (
+            self._probe([{"type": "image"}] * count + [text]).partition(PROBE)[0] for count in range(3)
+        )
         written = one.removeprefix(none)
         tokens = list(control.finditer(written))
         markup = written[tokens[0].start() : tokens[-1].end()] if tokens else written.strip()

@@ -1,10 +1,11 @@
-"""A planned row becomes arrays: images decoded into their patches, tokens, labels and indices written next to them.
+"""A planned row becomes arrays: images decoded into their patches, tokens, labels and indices written next to
+them.
 
-In: a SlotPlan, and views of one slot's part of the batch. Out: the views filled to the last element, and a FilledSlot with the
-counts. Every other place holds its field's padding value, whatever was there before.
+In: a SlotPlan, and views of one slot's part of the batch. Out: the views filled to the last element, and a
+FilledSlot with the counts. Every other place holds its field's padding value, whatever was there before.
 
-The plan stands. An image that fails only now leaves padding in its patches; its tokens are taken out, those of its
-document that follow close up, and the padding comes after the document, which so stays in one piece.
+The plan stands. An image that fails only now leaves padding in its patches; its tokens are taken out, those
+of its document that follow close up, and the padding comes after the document, which so stays in one piece.
 """
 
 from collections import Counter
@@ -47,8 +48,14 @@ class Collator:
         self.pool = pool
 
     def start(self, plan: SlotPlan, views: Views) -> Callable[[], FilledSlot]:
-        """Begin to decode. What is returned waits for the pixels, writes the rest and reports what became of the samples."""
-        decoding = [[self._submit(packed, number, views) for number in range(len(packed.places))] for packed in plan.packed]
+        """Begin to decode.
+
+        What is returned waits for the pixels, writes the rest and reports what became of the samples.
+        """
+        decoding = [
+            [self._submit(packed, number, views) for number in range(len(packed.places))]
+            for packed in plan.packed
+        ]
         return lambda: self._finish(plan, views, decoding)
 
     def _submit(self, packed: Packed, number: int, views: Views) -> Future:
@@ -63,7 +70,9 @@ class Collator:
             return finished(self._decode(lease, image, *targets))
         return self.pool.submit(self._decode, lease, image, *targets)
 
-    def _decode(self, lease: Lease, image: PlannedImage, patches: np.ndarray, thw: np.ndarray) -> Rejected | None:
+    def _decode(
+        self, lease: Lease, image: PlannedImage, patches: np.ndarray, thw: np.ndarray
+    ) -> Rejected | None:
         """Runs in a thread. None: it went well."""
         height, width = image.h * self.plan.patch_size, image.w * self.plan.patch_size
         locator = image.image.locator
@@ -112,7 +121,9 @@ class _Row:
         for number, failure in enumerate(failures):
             if failure is not None:
                 lost = None if origin.caption else sample.images[number].number
-                self.filled.rejects.append(Reject(origin.source, origin.shard, origin.key, failure.reason, failure.detail, lost))
+                self.filled.rejects.append(
+                    Reject(origin.source, origin.shard, origin.key, failure.reason, failure.detail, lost)
+                )
                 if origin.caption:
                     return
         good = [number for number, failure in enumerate(failures) if failure is None]
@@ -120,10 +131,14 @@ class _Row:
         tokens, index = self._without_lost(packed, good)
         self._write(start, document, tokens, sample.targets[index], self._visual_index(packed, good)[index])
         self.kept += [
-            (row, first, first + sample.images[number].patches) for number, (row, first) in enumerate(packed.places) if number in good
+            (row, first, first + sample.images[number].patches)
+            for number, (row, first) in enumerate(packed.places)
+            if number in good
         ]
         sizes = [(sample.images[number].image.height, sample.images[number].image.width) for number in good]
-        delivered = Delivered(0, document, origin.source, origin.shard, origin.key, sizes, packed.reference.offset)
+        delivered = Delivered(
+            0, document, origin.source, origin.shard, origin.key, sizes, packed.reference.offset
+        )
         self.filled.delivered.append(delivered)
         self.filled.counts.update(count_by_source(delivered, len(tokens)))
 
@@ -156,7 +171,9 @@ class _Row:
             index[image.start + 1 : image.start + 1 + visual] = np.arange(begin, begin + visual)
         return index
 
-    def _write(self, start: int, document: int, tokens: np.ndarray, targets: np.ndarray, visual_index: np.ndarray) -> None:
+    def _write(
+        self, start: int, document: int, tokens: np.ndarray, targets: np.ndarray, visual_index: np.ndarray
+    ) -> None:
         end = start + len(tokens)
         self.views["tokens"][start:end] = tokens
         self.views["labels"][start : end - 1] = np.where(targets[1:], tokens[1:], IGNORE)

@@ -31,19 +31,25 @@ def grey(height: int, width: int) -> np.ndarray:
 
 def blanked(document: Document, shard: Shard, record: int) -> Document:
     """The document with every image painted mid-grey."""
-    parts = [replace(part, locator=Painted(grey)) if isinstance(part, Image) else part for part in document.parts]
+    parts = [
+        replace(part, locator=Painted(grey)) if isinstance(part, Image) else part for part in document.parts
+    ]
     return replace(document, parts=parts)
 
 
 def shuffled(document: Document, shard: Shard, record: int) -> Document:
-    """Its images, one after the other, are those of a record half a shard away, or of the next one that has any."""
+    """Its images, one after the other, are those of a record half a shard away, or of the next one that has
+    any.
+    """
     if not any(isinstance(part, Image) for part in document.parts):
         return document
     images = _images_of_another(shard, record)
     if not images:
         return blanked(document, shard, record)
     dealt = iter(range(len(document.parts)))
-    parts = [images[next(dealt) % len(images)] if isinstance(part, Image) else part for part in document.parts]
+    parts = [
+        images[next(dealt) % len(images)] if isinstance(part, Image) else part for part in document.parts
+    ]
     return replace(document, parts=parts)
 
 

@@ -1,4 +1,5 @@
-"""What a batch counts: every number of Batch.counts, how it is counted in a slot, and how the trainer shows it.
+"""What a batch counts: every number of Batch.counts, how it is counted in a slot, and how the trainer shows
+it.
 
 A new metric of batches is a row of COUNTS. What each source gave and what was rejected has names of its own.
 """

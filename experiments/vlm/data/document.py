@@ -49,7 +49,8 @@ class Document:
 
     key: str
     parts: list[Part]
-    caption: bool = False  # it makes no sense without its images (captions, conversations): rejected whole when one fails
+    # it makes no sense without its images (captions, conversations): rejected whole when one fails
+    caption: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,10 @@ class Draft:
 
 
 def finish(
-    draft: Draft, key: str, size: Callable[[ImageValue], tuple[int, int]], locator: Callable[[ImageValue], Any]
+    draft: Draft,
+    key: str,
+    size: Callable[[ImageValue], tuple[int, int]],
+    locator: Callable[[ImageValue], Any],
 ) -> tuple[Document, list[Rejected]]:
     """The document and what it lost. Raises Rejected where nothing is left, or a caption lost its image.
 
@@ -104,7 +108,9 @@ def finish(
                     raise lost[-1] from None
         elif not isinstance(part, Text) or part.text:
             parts.append(part)
-    if not any(isinstance(part, Image) or isinstance(part, Text) and not part.text.isspace() for part in parts):
+    if not any(
+        isinstance(part, Image) or isinstance(part, Text) and not part.text.isspace() for part in parts
+    ):
         raise lost[0] if lost else Rejected("empty_document")
     return Document(key, parts, draft.caption), lost
 

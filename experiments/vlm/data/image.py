@@ -5,15 +5,16 @@
     decode(data, height, width)  pixels at the planned size
     write_patches(...)           pixels -> the batch contract's order
 
-Pillow is the judge: what it opens, loads and converts is good, whatever the file is called, and everything else is
-Rejected. JPEGs, nearly all of the data, are decoded by libjpeg-turbo instead (simplejpeg), and every image is resized by
-torch's antialiased bilinear kernel, both without the interpreter lock; the result stays above 50 dB PSNR of Pillow's own.
+Pillow is the judge: what it opens, loads and converts is good, whatever the file is called, and everything
+else is Rejected. JPEGs, nearly all of the data, are decoded by libjpeg-turbo instead (simplejpeg), and every
+image is resized by torch's antialiased bilinear kernel, both without the interpreter lock; the result stays
+above 50 dB PSNR of Pillow's own.
 
-Transparency is composited onto white, as transformers' image processors do. 16-bit grey is scaled to 8 bits (Pillow
-would clip it to white). The first frame of an animation counts.
+Transparency is composited onto white, as transformers' image processors do. 16-bit grey is scaled to 8 bits
+(Pillow would clip it to white). The first frame of an animation counts.
 
-Memory: up to 48 MB a thread are kept to decode into. An image at Pillow's limit (179 megapixels) takes 0.5 GB while it is decoded, and
-twice that with transparency; a JPEG of that size is shrunk on the way.
+Memory: up to 48 MB a thread are kept to decode into. An image at Pillow's limit (179 megapixels) takes 0.5 GB
+while it is decoded, and twice that with transparency; a JPEG of that size is shrunk on the way.
 """
 
 import io
@@ -35,16 +36,22 @@ from experiments.vlm.data.jpeg_header import plain_jpeg_size
 from experiments.vlm.data.rejects import Rejected
 
 HEAD_BYTES = 1 << 16  # enough for the header of nearly every JPEG
-KEPT_PIXELS = 16_000_000  # a decoding thread keeps a buffer for images up to here; larger ones allocate their own
+# a decoding thread keeps a buffer for images up to here; larger ones allocate their own
+KEPT_PIXELS = 16_000_000
 LARGE_PIXELS = 6_000_000  # a JPEG from here on may lose a little quality to scaled decoding
 
 PILImage.init()
-# The usual ones first, since some plugins find out by trying. EPS would start an external program (Ghostscript) on a dataset's bytes.
-OPENED_FORMATS = sorted(set(PILImage.ID) - {"EPS"}, key=lambda name: (name not in ("JPEG", "PNG", "WEBP", "GIF"), name))
-warnings.filterwarnings("ignore", module=r"PIL\.")  # of broken metadata and large images: they are rejected or fine
+# The usual ones first, since some plugins find out by trying. EPS would start an external program
+# (Ghostscript) on a dataset's bytes.
+OPENED_FORMATS = sorted(
+    set(PILImage.ID) - {"EPS"}, key=lambda name: (name not in ("JPEG", "PNG", "WEBP", "GIF"), name)
+)
+# of broken metadata and large images: they are rejected or fine
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 _buffers = threading.local()
-_resample = torch.ops.aten._upsample_bilinear2d_aa  # torch.nn.functional.interpolate(antialias=True), with scales of one's own
+# torch.nn.functional.interpolate(antialias=True), with scales of one's own
+_resample = torch.ops.aten._upsample_bilinear2d_aa
 
 
 @dataclass(frozen=True)
@@ -60,8 +67,8 @@ class ImagePlan:
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Patches (h, w) of an image of that many pixels: multiples of merge_size, h * w <= max_patches.
 
-        The size rule of transformers' Lfm2VlImageProcessor, whose exported processor then makes the same patches; on
-        extreme ratios that rule exceeds the maximum, and here the long side is clamped.
+        The size rule of transformers' Lfm2VlImageProcessor, whose exported processor then makes the same
+        patches; on extreme ratios that rule exceeds the maximum, and here the long side is clamped.
         """
         merge = self.merge_size
         if self.resize == "square":
@@ -96,7 +103,9 @@ def probe(data: bytes) -> tuple[int, int]:
 
 
 def probe_lazily(read: Callable[[int], bytes], size: int) -> tuple[int, int]:
-    """`probe` for an image of `size` bytes whose first n come from `read(n)`: the header of a JPEG needs not all of them."""
+    """`probe` for an image of `size` bytes whose first n come from `read(n)`: the header of a JPEG needs not
+    all of them.
+    """
     head = read(min(size, HEAD_BYTES))
     if len(head) < size:
         if head.startswith(b"\xff\xd8"):
@@ -109,7 +118,10 @@ def probe_lazily(read: Callable[[int], bytes], size: int) -> tuple[int, int]:
 
 
 def decode(data: bytes, height: int, width: int) -> np.ndarray:
-    """Pixels uint8 [height, width, 3], contiguous: oriented, RGB, resized with antialiasing. Raises Rejected."""
+    """Pixels uint8 [height, width, 3], contiguous: oriented, RGB, resized with antialiasing.
+
+    Raises Rejected.
+    """
     plain = plain_jpeg_size(data)
     if plain and (resized := _decode_jpeg(data, plain, (height, width))) is not None:
         return resized
@@ -126,16 +138,21 @@ def decode(data: bytes, height: int, width: int) -> np.ndarray:
 
 
 def write_patches(image: np.ndarray, plan: ImagePlan, out_patches: np.ndarray, out_thw: np.ndarray) -> None:
-    """Write an image uint8 [H, W, 3] as patches, '(h m1 ph) (w m2 pw) c -> (h w m1 m2) (ph pw c)', with coordinates.
+    """Write an image uint8 [H, W, 3] as patches, '(h m1 ph) (w m2 pw) c -> (h w m1 m2) (ph pw c)', with
+    coordinates.
 
-    out_patches: uint8 [n, D], contiguous, n = H * W / patch_size^2. out_thw: int32 [n, 3], (0, h, w) of each patch.
+    out_patches: uint8 [n, D], contiguous, n = H * W / patch_size^2. out_thw: int32 [n, 3], (0, h, w) of each
+    patch.
     """
     patch, m = plan.patch_size, plan.merge_size
     h, w = (side // (patch * m) for side in image.shape[:2])
     # One row of pixels of one patch moves as a single value of patch * 3 bytes.
     strip = np.dtype(f"V{patch * 3}")
     rows = np.ascontiguousarray(image).reshape(image.shape[0], -1).view(strip)
-    np.copyto(out_patches.view(strip).reshape(h, w, m, m, patch), rows.reshape(h, m, patch, w, m).transpose(0, 3, 1, 4, 2))
+    np.copyto(
+        out_patches.view(strip).reshape(h, w, m, m, patch),
+        rows.reshape(h, m, patch, w, m).transpose(0, 3, 1, 4, 2),
+    )
     coordinates = out_thw.reshape(h, w, m, m, 3)
     coordinates[..., 0] = 0
     coordinates[..., 1] = np.arange(h * m).reshape(h, 1, m, 1)
@@ -159,7 +176,9 @@ def _orientation(image: PILImage.Image, data: bytes) -> int:
     """EXIF orientation, 1 to 8. Broken metadata costs no image."""
     if image.format == "TIFF":  # Pillow turns these itself
         return 1
-    if image.format == "PNG" and not any(mark in data for mark in (b"eXIf", b"Raw profile type", b"com.adobe.xmp")):
+    if image.format == "PNG" and not any(
+        mark in data for mark in (b"eXIf", b"Raw profile type", b"com.adobe.xmp")
+    ):
         return 1  # without looking, Pillow would decode the whole image in search of a late chunk
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
@@ -186,7 +205,9 @@ def _decode_jpeg(data: bytes, size: tuple[int, int], target: tuple[int, int]) ->
     height, width = (math.ceil(side / factor) for side in size)
     buffer = _buffer(height * width * 3)
     try:
-        pixels = simplejpeg.decode_jpeg(data, min_height=height, min_width=width, min_factor=factor, buffer=buffer)
+        pixels = simplejpeg.decode_jpeg(
+            data, min_height=height, min_width=width, min_factor=factor, buffer=buffer
+        )
     except (ValueError, RuntimeError):
         return None
     return _resize(pixels, (size[0] / factor, size[1] / factor), target)
@@ -195,8 +216,8 @@ def _decode_jpeg(data: bytes, size: tuple[int, int], target: tuple[int, int]) ->
 def jpeg_factor(size: tuple[int, int], target: tuple[int, int]) -> int:
     """By which power of two the decoder may shrink in the DCT domain: 1, 2, 4 or 8.
 
-    The margin is what is left to the antialiased resize. Seen on photographs at their true resolution: four times the
-    target keeps at least 50 dB PSNR to Pillow's resize of the whole image, twice at least 44 dB.
+    The margin is what is left to the antialiased resize. Seen on photographs at their true resolution: four
+    times the target keeps at least 50 dB PSNR to Pillow's resize of the whole image, twice at least 44 dB.
     """
     margin = 2 if size[0] * size[1] >= LARGE_PIXELS else 4
     room = min(size[0] / target[0], size[1] / target[1]) / margin
@@ -216,13 +237,15 @@ def _buffer(size: int) -> np.ndarray:
 def _resize(pixels: np.ndarray, extent: tuple[float, float], target: tuple[int, int]) -> np.ndarray:
     """Antialiased bilinear resize of uint8 [H, W, 3] to target (height, width).
 
-    extent: the part of (H, W) that the image truly covers. A JPEG of 1001 rows, decoded at half size, has 501 rows but
-    covers 500.5 of them; stretching 501 over the target instead would cost 10 dB.
+    extent: the part of (H, W) that the image truly covers. A JPEG of 1001 rows, decoded at half size, has 501
+    rows but covers 500.5 of them; stretching 501 over the target instead would cost 10 dB.
     """
-    image = torch.from_numpy(pixels).unsqueeze(0).permute(0, 3, 1, 2)  # to torch channels last: nothing is copied
+    # to torch channels last: nothing is copied
+    image = torch.from_numpy(pixels).unsqueeze(0).permute(0, 3, 1, 2)
     down, across = (goal / covered for goal, covered in zip(target, extent, strict=True))
     if down < 1:
-        # Rows first: whole rows are added up, which is fast, and fewer are left for the slow pass. A third faster than at once.
+        # Rows first: whole rows are added up, which is fast, and fewer are left for the slow pass. A third
+        # faster than at once.
         image = _resample(image, [target[0], image.shape[3]], False, down, None)
         down = 1.0
     return _resample(image, list(target), False, down, across)[0].permute(1, 2, 0).numpy()
@@ -258,4 +281,7 @@ def _rejected(error: Exception, cut: bool = False) -> Rejected:
     cut = cut or isinstance(error, EOFError) or "truncated" in str(error).lower()
     line = f"{type(error).__name__}: {error}".splitlines()[0]
     # Not where in memory the bytes were: the same data gives the same report.
-    return Rejected("image_truncated" if cut else "image_undecodable", re.sub(r" <_io\.BytesIO object at \w+>", "", line)[:200])
+    return Rejected(
+        "image_truncated" if cut else "image_undecodable",
+        re.sub(r" <_io\.BytesIO object at \w+>", "", line)[:200],
+    )

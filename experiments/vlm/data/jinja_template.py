@@ -1,7 +1,7 @@
 """Chat templates as Hugging Face writes them: Jinja, with `{% generation %}` around what the assistant says.
 
-What a template sees and may use is what transformers gives it (functions, filters, special tokens by name, white-space rules), but
-the date is fixed, so that a run's batches do not depend on the day.
+What a template sees and may use is what transformers gives it (functions, filters, special tokens by name,
+white-space rules), but the date is fixed, so that a run's batches do not depend on the day.
 """
 
 import datetime
@@ -19,7 +19,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from torchtitan.config.errors import ConfigError
 
-# Private-use characters mark what the rendered text alone would not show. Contents never hold them: see ChatTemplate.
+# Private-use characters mark what the rendered text alone would not show. Contents never hold them: see
+# ChatTemplate.
 GENERATION_START, GENERATION_END = "\U000f0000", "\U000f0001"
 DATE = datetime.datetime(2024, 7, 26)  # what Llama 3's own templates fall back to
 LIKELY_SPECIAL = re.compile(r"<\|[^|<>\s]{1,40}\|>|</?s>")
@@ -30,7 +31,8 @@ class TemplateFile:
     """A chat template as its model publishes it."""
 
     source: str
-    control: tuple[str, ...]  # special tokens; others with a spelling of their own, such as <think>, are text to the tokenizer
+    # special tokens; others with a spelling of their own, such as <think>, are text to the tokenizer
+    control: tuple[str, ...]
     variables: dict[str, str] = field(default_factory=dict)  # bos_token and the like
 
 
@@ -59,14 +61,19 @@ def compile_template(source: str) -> jinja2.Template:
 
 
 def read_template(path: Path) -> TemplateFile:
-    """A `.jinja` file, or a tokenizer_config.json; files next to it say which tokens are special. Raises ConfigError."""
+    """A `.jinja` file, or a tokenizer_config.json; files next to it say which tokens are special.
+
+    Raises ConfigError.
+    """
     try:
         config = _beside(path, "tokenizer_config.json")
         source = _template_of(config, path) if path.suffix == ".json" else path.read_text()
         special = _special_tokens(config, _beside(path, "tokenizer.json"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"chat_template = {path}: {error}") from error
-    variables = {name: text for name, value in config.items() if name.endswith("_token") and (text := _content(value))}
+    variables = {
+        name: text for name, value in config.items() if name.endswith("_token") and (text := _content(value))
+    }
     control = [*special, *variables.values()] or LIKELY_SPECIAL.findall(source)
     return TemplateFile(source, tuple(dict.fromkeys(control)), variables)
 
@@ -103,8 +110,16 @@ def _content(value: Any) -> str:
     return found if isinstance(found, str) else ""
 
 
-def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: Any = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 def _raise_exception(message: str) -> None:

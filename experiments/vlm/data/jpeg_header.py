@@ -1,14 +1,17 @@
-"""The size of a JPEG whose header holds nothing unusual, without opening it with Pillow, which takes three times as long.
+"""The size of a JPEG whose header holds nothing unusual, without opening it with Pillow, which takes three
+times as long.
 
-Pillow stays the judge: a size is given only where every segment is one that Pillow is known to accept, and nothing in it (EXIF, XMP,
-several pictures, four colours) could turn the image or change how it is read. It says nothing of all others.
+Pillow stays the judge: a size is given only where every segment is one that Pillow is known to accept, and
+nothing in it (EXIF, XMP, several pictures, four colours) could turn the image or change how it is read. It
+says nothing of all others.
 """
 
 from PIL import Image as PILImage
 
 TABLES = frozenset((0xC4, 0xDD, 0xFE))  # Huffman tables, restart interval, comment: Pillow passes over them
 FRAMES = frozenset((0xC0, 0xC1, 0xC2))  # baseline, extended, progressive
-KNOWN = {0xE0: (b"JFIF\0", 14), 0xE2: (b"ICC_PROFILE\0", 14), 0xEE: (b"Adobe", 12)}  # how they begin, least bytes
+# how they begin, least bytes
+KNOWN = {0xE0: (b"JFIF\0", 14), 0xE2: (b"ICC_PROFILE\0", 14), 0xEE: (b"Adobe", 12)}
 START_OF_SCAN, QUANTIZATION, TABLE_BYTES = 0xDA, 0xDB, 65
 
 
@@ -28,7 +31,9 @@ def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
             if size is not None or (size := _frame_size(data, body, place - body)) is None:
                 return None
         elif marker == QUANTIZATION:
-            if (place - body) % TABLE_BYTES or any(data[table] > 3 for table in range(body, place, TABLE_BYTES)):
+            if (place - body) % TABLE_BYTES or any(
+                data[table] > 3 for table in range(body, place, TABLE_BYTES)
+            ):
                 return None
         elif marker in KNOWN:
             start, least = KNOWN[marker]
@@ -46,4 +51,6 @@ def _frame_size(data: bytes, body: int, length: int) -> tuple[int, int] | None:
     height, width = data[body + 1] << 8 | data[body + 2], data[body + 3] << 8 | data[body + 4]
     most = PILImage.MAX_IMAGE_PIXELS
     usual = bits == 8 and colours in (1, 3) and length == 6 + 3 * colours
-    return (height, width) if usual and height * width > 0 and (most is None or height * width <= most) else None
+    return (
+        (height, width) if usual and height * width > 0 and (most is None or height * width <= most) else None
+    )

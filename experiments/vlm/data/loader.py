@@ -2,12 +2,13 @@
 
 In: a job. Out: Steps, whose batches are host tensors (experiments/vlm/batch.py), and a state after each.
 
-What a step holds depends on the configuration and the data alone: not on ranks, workers, prefetching or restarts. Workers
-(data.num_workers processes) run ahead by data.prefetch steps; without them the trainer's own process reads and decodes.
+What a step holds depends on the configuration and the data alone: not on ranks, workers, prefetching or
+restarts. Workers (data.num_workers processes) run ahead by data.prefetch steps; without them the trainer's
+own process reads and decodes.
 
-A step's tensors lie in memory that is used again: they hold until the second `next()` after the one that gave them.
-Where the process uses a GPU they are pinned copies, made alongside training (prefetch.py), and hold as long as somebody
-holds them.
+A step's tensors lie in memory that is used again: they hold until the second `next()` after the one that gave
+them. Where the process uses a GPU they are pinned copies, made alongside training (prefetch.py), and hold as
+long as somebody holds them.
 """
 
 from collections import Counter
@@ -44,7 +45,8 @@ class Step:
 
 
 class Loader:
-    """Steps for rank `rank` of `ranks` data-parallel ranks. With the document that batch.py shows, S = L = 16:
+    """Steps for rank `rank` of `ranks` data-parallel ranks. With the document that batch.py shows, S = L =
+    16:
 
     >>> loader = Loader(job, tokenizer)
     >>> batch = next(loader).batches[0]
@@ -57,10 +59,11 @@ class Loader:
     ('obelics', [(32, 32), (32, 64)])
     >>> loader.close()
 
-    It goes on where it was with every `iter()`; to read a split again, open another. Data that ends (data.epochs,
-    sources without repeat, validation) ends on every rank with the same step: once no slot of any rank has data.
-    `agree`, given whether this rank has data, returns whether any has (an all-reduce with "or", once a step, and
-    only where `may_end`). Several ranks without `agree` get padding without end instead.
+    It goes on where it was with every `iter()`; to read a split again, open another. Data that ends
+    (data.epochs, sources without repeat, validation) ends on every rank with the same step: once no slot of
+    any rank has data. `agree`, given whether this rank has data, returns whether any has (an all-reduce with
+    "or", once a step, and only where `may_end`). Several ranks without `agree` get padding without end
+    instead.
 
     Raises DataError where a source has no good sample: of training, and of the held-out split of later.
     """
@@ -83,7 +86,9 @@ class Loader:
         assert total % (local * ranks) == 0, "the configuration check lets no such batch through"
         self.slots = range(rank * total // ranks, (rank + 1) * total // ranks)
         data = job.data
-        self.shape = BatchShape(local, job.training.seq_len, data.patch_rows, data.patches_per_row, data.patch_size)
+        self.shape = BatchShape(
+            local, job.training.seq_len, data.patch_rows, data.patches_per_row, data.patch_size
+        )
         self.setup = make_setup(job, tokenizer, split, total, control)
         self.facts = order_facts(job, self.setup) if split == "train" else {}
         self.may_end = all(deal.epochs is not None for deal in self.setup.planning.deals)
@@ -118,8 +123,10 @@ class Loader:
             raise StopIteration
         if not self.may_end and not has_data:
             raise DataError(
-                f"slots {self.slots.start} to {self.slots.stop - 1} get no good sample of {', '.join(self.names)}, ever: "
-                "the sources have fewer than slots, and without shuffling each slot reads the same ones; set shuffle, "
+                f"slots {self.slots.start} to {self.slots.stop - 1} get no good sample of "
+                f"{', '.join(self.names)}, ever: "
+                "the sources have fewer than slots, and without shuffling each slot reads the same ones; set "
+                "shuffle, "
                 "or lower training.global_batch_size"
             )
         return Step(self._batches(tensors, steps), partial(save_states, self.states, self.facts))
@@ -129,7 +136,10 @@ class Loader:
         return save_states(self.states, self.facts)
 
     def load_state_dict(self, state: Mapping[str, bytes]) -> None:
-        """Go on from a `state_dict` that has all of `slot_keys()`. Raises ConfigError if the data's configuration changed."""
+        """Go on from a `state_dict` that has all of `slot_keys()`.
+
+        Raises ConfigError if the data's configuration changed.
+        """
         anew = self.job.data.resume_changed_data
         self.close()
         self.states = load_states(state, self.slots, self.facts, anew) if state else {}
@@ -164,7 +174,10 @@ class Loader:
             # A slot is one stream, so more processes than slots could only wait: they become threads.
             threads = data.decode_threads * data.num_workers // workers
             setup = replace(setup, decode_threads=threads)
-            logger.info(f"data.num_workers = {data.num_workers} for {slots} slots a rank: {workers} workers, {threads} threads each")
+            logger.info(
+                f"data.num_workers = {data.num_workers} for {slots} slots a rank: {workers} workers, "
+                f"{threads} threads each"
+            )
         shape = replace(self.shape, slots=slots)
         if workers == 0:
             return Supply(InProcess(setup, self.slots, self.states, shape))

@@ -4,7 +4,8 @@
     choose   whole documents that fit, and first pieces of longer ones with images, by packing.py
     fill     the tokens that are left, to the last, with text of longer documents: a piece takes what is there
 
-So a document that is too long is a cursor, cut only when a slot is planned. What is left of it queues up again behind the
+So a document that is too long is a cursor, cut only when a slot is planned. What is left of it queues up
+again behind the
 others: pieces keep their order, and a book fills no row of rows while others wait.
 """
 
@@ -19,7 +20,8 @@ from experiments.vlm.data.packing import Budget, Waiting, choose, place
 from experiments.vlm.data.sources.mixture import Mixture
 from experiments.vlm.data.split import Outline, Splitter
 
-FIRST_LOOK = 64  # documents that wait at the first plan; it doubles up to the size, so that training starts early
+# documents that wait at the first plan; it doubles up to the size, so that training starts early
+FIRST_LOOK = 64
 ROWS_AHEAD = 2  # but at least so many slots' worth of tokens or patches wait, however small the documents
 # Tokens that wait at most where slots are short and documents long; where slots are long, `size` of them.
 MOST_TOKENS = 1 << 20
@@ -70,7 +72,9 @@ class Queued(Generic[Payload]):
 
     @cached_property
     def ways(self) -> list[Way]:
-        """All of it where it fits; else a first piece of the size that others go well with, then shorter ones with images."""
+        """All of it where it fits; else a first piece of the size that others go well with, then shorter ones
+        with images.
+        """
         if self.fits:
             return [self.way(self.outline.length)]
         first = self.splitter.first(self.outline, self.start)
@@ -101,7 +105,13 @@ class LookAhead(Generic[Payload]):
 
     def __init__(self, splitter: Splitter, size: int, mixture: Mixture, by_tokens: bool = False):
         """`mixture`: whose weights hold for what leaves too; `by_tokens`: it counts tokens, else documents."""
-        self.splitter, self.budget, self.size, self.mixture, self.by_tokens = splitter, splitter.budget, size, mixture, by_tokens
+        self.splitter, self.budget, self.size, self.mixture, self.by_tokens = (
+            splitter,
+            splitter.budget,
+            size,
+            mixture,
+            by_tokens,
+        )
         self.entries: list[Queued[Payload]] = []  # oldest first
         self.plans = 0
 
@@ -113,7 +123,8 @@ class LookAhead(Generic[Payload]):
         patches = sum(entry.patches for entry in entries)
         # The first condition bounds the memory where documents are long.
         while tokens < max(MOST_TOKENS, self.size * budget.seq_len) and (
-            len(entries) < goal or (tokens < ROWS_AHEAD * budget.seq_len and patches < ROWS_AHEAD * budget.patches)
+            len(entries) < goal
+            or (tokens < ROWS_AHEAD * budget.seq_len and patches < ROWS_AHEAD * budget.patches)
         ):
             entry = draw()
             if entry is None:
@@ -134,8 +145,13 @@ class LookAhead(Generic[Payload]):
         placed = place(row.images, self.budget)
         assert placed is not None, "a row was planned that its images do not fit"
         places = iter(placed)
-        taken = [Taken(self.entries[i], end, [next(places) for _ in self.entries[i].images(end)]) for i, end in ends]
-        rests = [replace(self.entries[i], start=end) for i, end in ends if end < self.entries[i].outline.length]
+        taken = [
+            Taken(self.entries[i], end, [next(places) for _ in self.entries[i].images(end)])
+            for i, end in ends
+        ]
+        rests = [
+            replace(self.entries[i], start=end) for i, end in ends if end < self.entries[i].outline.length
+        ]
         self.entries = [entry for i, entry in enumerate(self.entries) if i not in row.ends] + rests
         return taken
 
@@ -144,7 +160,10 @@ class LookAhead(Generic[Payload]):
         waiting = [0.0] * len(self.mixture.weights)
         for entry in self.entries:
             waiting[entry.source] += entry.length if self.by_tokens else entry.start == 0
-        tokens, patches = sum(entry.length for entry in self.entries), sum(entry.patches for entry in self.entries)
+        tokens, patches = (
+            sum(entry.length for entry in self.entries),
+            sum(entry.patches for entry in self.entries),
+        )
         return self.mixture.quota(waiting, max(tokens / self.budget.seq_len, patches / self.budget.patches))
 
 
@@ -152,7 +171,12 @@ class _Row:
     """The next row while it is being planned. `ends[i]`: where the piece of entry i ends."""
 
     def __init__(self, entries: Sequence[Queued], splitter: Splitter, by_tokens: bool, quota: np.ndarray):
-        self.entries, self.splitter, self.budget, self.by_tokens = entries, splitter, splitter.budget, by_tokens
+        self.entries, self.splitter, self.budget, self.by_tokens = (
+            entries,
+            splitter,
+            splitter.budget,
+            by_tokens,
+        )
         self.quota = quota
         self.ends: dict[int, int] = {}
         self.tokens_left, self.patches_left = self.budget.seq_len, self.budget.patches
@@ -177,7 +201,8 @@ class _Row:
         oldest = next((i for i in range(len(self.entries)) if self.may_join(i)), 0)
         filling = [i for i in self.texts if i != oldest]
         others = [i for i, entry in enumerate(self.entries) if i != oldest and not entry.is_text]
-        # A text that goes in last needs room for its shortest piece; the oldest can be made longer by any amount.
+        # A text that goes in last needs room for its shortest piece; the oldest can be made longer by any
+        # amount.
         reserved = self.splitter.shortest if filling and not self.entries[oldest].is_text else 0
         reserved = min(reserved, self.budget.seq_len - self.entries[oldest].ways[0].tokens)
         budget = replace(self.budget, seq_len=self.budget.seq_len - reserved)
@@ -187,16 +212,22 @@ class _Row:
             self._take(*ends[row])
 
     def fill(self) -> None:
-        """Make the longer documents among the chosen longer still, then begin others: those whose source may give first."""
+        """Make the longer documents among the chosen longer still, then begin others: those whose source may
+        give first.
+        """
         longer = [i for i in sorted(self.ends) if self.ends[i] < self.entries[i].outline.length]
         others = [i for i, entry in enumerate(self.entries) if i not in self.ends and not entry.fits]
         others.sort(key=lambda i: not self.may_join(i))
         for i in (*longer, *others):
-            if self.tokens_left == 0 or (self.tokens_left * ENOUGH < self.budget.seq_len and not self.may_join(i)):
+            if self.tokens_left == 0 or (
+                self.tokens_left * ENOUGH < self.budget.seq_len and not self.may_join(i)
+            ):
                 return
             entry, end = self.entries[i], self.ends.get(i, self.entries[i].start)
             beside = tuple(self.images) if self.budget.patch_rows > 1 else ()
-            reached = self.splitter.reach(entry.outline, end, self.tokens_left, self.patches_left, beside, entry.start)
+            reached = self.splitter.reach(
+                entry.outline, end, self.tokens_left, self.patches_left, beside, entry.start
+            )
             if reached > end:
                 self._take(i, reached)
 
@@ -217,7 +248,9 @@ class _Row:
         waiting = Waiting(
             tokens=np.array([way.tokens for _, way in rows]),
             patches=np.array([way.patches for _, way in rows]),
-            images=[entry.images(way.end) for entry, (_, way) in zip(entries, rows, strict=True)] if budget.patch_rows > 1 else (),
+            images=[entry.images(way.end) for entry, (_, way) in zip(entries, rows, strict=True)]
+            if budget.patch_rows > 1
+            else (),
             owner=np.array([place for place, _ in rows]),
             group=np.array([entry.source for entry in entries]),
             cost=np.array([self.cost(i, end) for i, end in ends]),

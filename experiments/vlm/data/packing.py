@@ -1,19 +1,22 @@
 """Which waiting samples share the next slot: planned on integers, before any pixel exists.
 
-In: tokens and patches of each sample that waits, and a slot's Budget. Out: which of them go in (`choose`), and the
-patch row and first patch of each image (`place`).
+In: tokens and patches of each sample that waits, and a slot's Budget. Out: which of them go in (`choose`),
+and the patch row and first patch of each image (`place`).
 
-A slot is one budget with two sides, S tokens and `patch_rows` rows of L patches; an image never straddles two rows. The
-oldest waiting sample always goes in, so none waits for more slots than there were samples before it. The others are found
-by a few randomised tries, of which the fullest is kept:
+A slot is one budget with two sides, S tokens and `patch_rows` rows of L patches; an image never straddles two
+rows. The oldest waiting sample always goes in, so none waits for more slots than there were samples before
+it. The others are found by a few randomised tries, of which the fullest is kept:
 
-    1. a base: the oldest, then samples in turn from two queues, those with more patches per token than the slot and
-       those with fewer, whichever side lags behind. Both sides stay in step, and what keeps waiting stays like the
-       stream itself. A long text throws a slot out of step: samples that make up for most of it follow, no second one
+    1. a base: the oldest, then samples in turn from two queues, those with more patches per token than the
+    slot and
+       those with fewer, whichever side lags behind. Both sides stay in step, and what keeps waiting stays
+       like the stream itself. A long text throws a slot out of step: samples that make up for most of it
+       follow, no second one
     2. stop while about two samples' room is left
     3. fill it with the best pair (or single) of all that fit, by brute force over thousands of pairs at once
 
-One try is about 50 us in NumPy, and most slots need one or two. Everything here is a pure function of its arguments.
+One try is about 50 us in NumPy, and most slots need one or two. Everything here is a pure function of its
+arguments.
 """
 
 from collections.abc import Sequence
@@ -53,15 +56,19 @@ class Budget:
 
 @dataclass(frozen=True)
 class Waiting:
-    """What waits for a slot: a row for each sample, the oldest first, then rows for other ways to take one of them.
+    """What waits for a slot: a row for each sample, the oldest first, then rows for other ways to take one of
+    them.
 
-    A sample that costs joins only while its group (a source) has some of its quota left. The oldest always joins.
+    A sample that costs joins only while its group (a source) has some of its quota left. The oldest always
+    joins.
     """
 
     tokens: np.ndarray  # int64 [rows]
     patches: np.ndarray  # int64 [rows]
-    images: Sequence[Sequence[int]] = ()  # patches of each image of a row; needed where a slot has several patch rows
-    owner: np.ndarray | None = None  # int64 [rows]: whose way to be taken a row is; None: each sample has one way
+    # patches of each image of a row; needed where a slot has several patch rows
+    images: Sequence[Sequence[int]] = ()
+    # int64 [rows]: whose way to be taken a row is; None: each sample has one way
+    owner: np.ndarray | None = None
     group: np.ndarray | None = None  # int64 [rows]
     cost: np.ndarray | None = None  # float64 [rows]
     quota: np.ndarray | None = None  # float64 [groups]; None: no limit
@@ -71,11 +78,13 @@ class Waiting:
 def place(images: Sequence[int], budget: Budget) -> list[tuple[int, int]] | None:
     """(row, first patch) for each image of so many patches; None if they do not fit.
 
-    Images fill the one row in their order; several rows are filled with the largest first, each into the fullest row that
-    has room.
+    Images fill the one row in their order; several rows are filled with the largest first, each into the
+    fullest row that has room.
     """
     room = [budget.patches_per_row] * budget.patch_rows
-    order = range(len(images)) if budget.patch_rows == 1 else sorted(range(len(images)), key=lambda i: -images[i])
+    order = (
+        range(len(images)) if budget.patch_rows == 1 else sorted(range(len(images)), key=lambda i: -images[i])
+    )
     places = [(0, 0)] * len(images)
     for i in order:
         rows = [row for row in range(budget.patch_rows) if room[row] >= images[i]]
@@ -88,9 +97,14 @@ def place(images: Sequence[int], budget: Budget) -> list[tuple[int, int]] | None
 
 
 def choose(waiting: Waiting, budget: Budget) -> list[int]:
-    """Rows, ascending, for the next slot, at most one of each sample, one of the oldest. Each alone must fit an empty slot."""
+    """Rows, ascending, for the next slot, at most one of each sample, one of the oldest.
+
+    Each alone must fit an empty slot.
+    """
     tries = _Tries(waiting, budget)
-    if waiting.tokens[: tries.samples].sum() <= budget.seq_len and _fits_rows(range(tries.samples), waiting, budget):
+    if waiting.tokens[: tries.samples].sum() <= budget.seq_len and _fits_rows(
+        range(tries.samples), waiting, budget
+    ):
         return list(range(tries.samples))
     best, least, found = [0], 2.0, 0
     for number in range(TRIES):
@@ -128,13 +142,17 @@ class _Tries:
         self.group = np.zeros(len(rows), np.int64) if waiting.group is None else waiting.group
         self.cost = np.zeros(len(rows)) if waiting.cost is None else waiting.cost
         self.quota = np.full(self.group.max() + 1, np.inf) if waiting.quota is None else waiting.quota
-        # Where a slot is far too large on one side for what waits (text alone, say), no try can fill that side: what cannot be
-        # filled is left out when the sides are kept in step.
+        # Where a slot is far too large on one side for what waits (text alone, say), no try can fill that
+        # side: what cannot be filled is left out when the sides are kept in step.
         ratio = self.mean[1] * self.S / (self.mean[0] * self.P)
-        tokens_missing, patches_missing = max(0.0, 1 - SKEW / ratio) if ratio else 0.0, max(0.0, 1 - SKEW * ratio)
+        tokens_missing, patches_missing = (
+            max(0.0, 1 - SKEW / ratio) if ratio else 0.0,
+            max(0.0, 1 - SKEW * ratio),
+        )
         self.unreachable = patches_missing + self.token_weight * tokens_missing
         self.spare_tokens, self.spare_patches = self.S * tokens_missing, self.P * patches_missing
-        self.slope = (self.P - self.spare_patches) / (self.S - self.spare_tokens)  # patches a token that slots can have
+        # patches a token that slots can have
+        self.slope = (self.P - self.spare_patches) / (self.S - self.spare_tokens)
         self.heavy = self.patches > self.slope * self.tokens
         self.random = np.random.Generator(np.random.PCG64(0))
 
@@ -156,40 +174,57 @@ class _Tries:
         return ages[np.argsort(ages + self.random.random(len(ages)) * (spread * len(ages)), kind="stable")]
 
     def _base(self, oldest: int, order: np.ndarray, hole: float) -> tuple[list[int], "_Left"]:
-        """The oldest, taken as that row, and more in `order`, kept in step, until `hole` mean samples fit on one of the sides."""
+        """The oldest, taken as that row, and more in `order`, kept in step, until `hole` mean samples fit on
+        one of the sides.
+        """
         heavy = self.heavy[order]
         light_queue, heavy_queue = order[~heavy][::-1].tolist(), order[heavy][::-1].tolist()
         chosen = [oldest]
         left = _Left(self.S - self.token_list[oldest], self.P - self.patch_list[oldest], self.quota.copy())
-        while (light_queue or heavy_queue) and left.tokens > hole * self.mean[0] and left.patches > hole * self.mean[1]:
+        while (
+            (light_queue or heavy_queue)
+            and left.tokens > hole * self.mean[0]
+            and left.patches > hole * self.mean[1]
+        ):
             behind = self._behind(left.tokens, left.patches)
             queue = (heavy_queue if behind >= 1 else light_queue) or light_queue or heavy_queue
             i = queue.pop(self._steepest(queue, behind))
             tokens, patches = self.token_list[i], self.patch_list[i]
             fits = tokens <= left.tokens and patches <= left.patches
             may = self.cost[i] == 0 or left.quota[self.group[i]] > 0
-            if may and fits and self._behind(left.tokens - tokens, left.patches - patches) <= max(LOST, behind):
+            if (
+                may
+                and fits
+                and self._behind(left.tokens - tokens, left.patches - patches) <= max(LOST, behind)
+            ):
                 chosen.append(i)
                 left.take(tokens, patches, int(self.group[i]), float(self.cost[i]))
         return chosen, left
 
     def _behind(self, tokens: int, patches: int) -> float:
-        """How many times as full the tokens are as the patches, of what can be filled, where so much is left; above 1: patches lag."""
+        """How many times as full the tokens are as the patches, of what can be filled, where so much is left;
+        above 1: patches lag.
+        """
         usable_tokens, usable_patches = tokens - self.spare_tokens, patches - self.spare_patches
         if usable_patches <= 0:
             return 0.0
         return usable_patches / (self.slope * usable_tokens) if usable_tokens > 0 else np.inf
 
     def _steepest(self, queue: list[int], behind: float) -> int:
-        """Place in the queue of the sample to take: the next one, or while one side lags far behind (a long text has come in) the
-        one among the next few that makes up for most of it, so that less extreme ones stay for slots that need no more."""
+        """Place in the queue of the sample to take: the next one, or while one side lags far behind (a long
+        text has come in) the
+        one among the next few that makes up for most of it, so that less extreme ones stay for slots that
+        need no more.
+        """
         if 1 / FAR_BEHIND <= behind <= FAR_BEHIND:
             return len(queue) - 1
         places = range(max(0, len(queue) - STEEPEST_OF), len(queue))
         return (max if behind > 1 else min)(places, key=lambda place: self.ratios[queue[place]])
 
     def _candidates(self, order: np.ndarray, chosen: list[int], left: "_Left") -> np.ndarray:
-        """Rows of samples not chosen that fit what is left, in `order`; the several rows of a sample stand together."""
+        """Rows of samples not chosen that fit what is left, in `order`; the several rows of a sample stand
+        together.
+        """
         rank = np.empty(self.samples, np.int64)
         rank[order] = np.arange(len(order))
         free = np.ones(self.samples, bool)
@@ -202,7 +237,8 @@ class _Tries:
     def _pair(self, candidates: np.ndarray, left: "_Left") -> list[int]:
         """The one or two candidates that fill most of what is left."""
         n = len(candidates)
-        # float32 halves the memory that is swept and is exact here: sizes are whole and below 2^24. The last row stands for none.
+        # float32 halves the memory that is swept and is exact here: sizes are whole and below 2^24. The last
+        # row stands for none.
         tokens, patches = np.zeros(n + 1, np.float32), np.zeros(n + 1, np.float32)
         tokens[:n], patches[:n] = self.tokens[candidates], self.patches[candidates]
         owner = np.append(self.owner[candidates], -1)

@@ -1,10 +1,11 @@
-"""A rank's steps as nodes of torchdata: from its own process or from workers that run ahead, pinned for a GPU.
+"""A rank's steps as nodes of torchdata: from its own process or from workers that run ahead, pinned for a
+GPU.
 
     InProcess or FromWorkers     the steps, in memory that is used again
     PinMemory, Prefetcher        where the process uses a GPU: copies in pinned memory, made alongside training
 
-A step carries its own state (SlotStep.state), so that of a node is empty: a snapshot of nodes could only be resumed
-at the same number of workers.
+A step carries its own state (SlotStep.state), so that of a node is empty: a snapshot of nodes could only be
+resumed at the same number of workers.
 """
 
 import contextlib
@@ -91,7 +92,8 @@ class InProcess(StepNode):
 class FromWorkers(StepNode):
     """Worker w runs slots w, w + workers, ... of the rank; all are `prefetch` steps ahead.
 
-    Step n lies in buffer n modulo their number, prefetch + KEPT: step n + prefetch overwrites that of n - KEPT.
+    Step n lies in buffer n modulo their number, prefetch + KEPT: step n + prefetch overwrites that of n -
+    KEPT.
     """
 
     def __init__(
@@ -146,7 +148,8 @@ class FromWorkers(StepNode):
 class Supply:
     """The steps of a StepNode as the trainer takes them: pinned where this process uses a GPU, errors raised.
 
-    Pinning copies, so a pinned step holds as long as somebody holds it, and the memory it came from is free at once.
+    Pinning copies, so a pinned step holds as long as somebody holds it, and the memory it came from is free
+    at once.
     """
 
     def __init__(self, steps: StepNode):

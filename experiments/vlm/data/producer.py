@@ -1,4 +1,5 @@
-"""The slots of one process: plan each, decode, fill. Runs inside the trainer or inside a worker, with the same result.
+"""The slots of one process: plan each, decode, fill. Runs inside the trainer or inside a worker, with the
+same result.
 
 With threads, a slot is planned while the one before it is still decoding.
 """
@@ -36,7 +37,9 @@ class Producer:
     def __init__(self, setup: Setup, slots: Sequence[int], states: dict[int, SlotState]):
         """`states`: of slots that go on; the others start anew."""
         planning = setup.planning
-        self.cache = ShardCache(setup.open_shard, capacity=2 * len(slots) * len(planning.deals) + SPARE_SHARDS)
+        self.cache = ShardCache(
+            setup.open_shard, capacity=2 * len(slots) * len(planning.deals) + SPARE_SHARDS
+        )
         self.pool = ThreadPoolExecutor(setup.decode_threads, "decode") if setup.decode_threads > 1 else None
         self.filler = Collator(self.cache, planning.plan, setup.tokenizer.pad_id, self.pool)
         doubt = Search(planning, setup.tokenizer, self.cache).require
@@ -72,7 +75,11 @@ class Producer:
             if reject.kind == "samples":
                 tally.count(reject.source, "read", -1)  # the plan took it for a good one
         for delivered in filled.delivered:
-            for what, more in (("samples", delivered.offset == 0), ("pieces", 1), ("images", len(delivered.image_sizes))):
+            for what, more in (
+                ("samples", delivered.offset == 0),
+                ("pieces", 1),
+                ("images", len(delivered.image_sizes)),
+            ):
                 tally.count(delivered.source, what, int(more))
         for name, count in filled.counts.items():
             if name.startswith("tokens/"):

@@ -1,4 +1,6 @@
-"""`rejects/RANK.jsonl`: a line for each rejected sample, image or shard, each once in a run whatever was restarted."""
+"""`rejects/RANK.jsonl`: a line for each rejected sample, image or shard, each once in a run whatever was
+restarted.
+"""
 
 import io
 import json
@@ -12,7 +14,8 @@ from torchtitan.tools.logging import logger
 
 
 class RejectLog:
-    """Appends to this rank's file and reads those of the others, since a later epoch may deal a sample to another rank.
+    """Appends to this rank's file and reads those of the others, since a later epoch may deal a sample to
+    another rank.
 
     The first of a reason in a shard is logged too, as a line for people; without a folder that is all.
     """
@@ -66,4 +69,6 @@ class RejectLog:
             return
         self.logged.add(kind)
         more = f"; more of this kind in {self.path}" if self.path else "; more of this kind are not shown"
-        logger.warning(f"source {reject.source}, shard {reject.shard}, sample {reject.key or '-'}: {reject}{more}")
+        logger.warning(
+            f"source {reject.source}, shard {reject.shard}, sample {reject.key or '-'}: {reject}{more}"
+        )

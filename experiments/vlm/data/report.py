@@ -52,8 +52,12 @@ class Tally:
                 for reason, entry in reasons.items():
                     self._add_rejects(source, kind, reason, entry["count"], entry["examples"])
 
-    def _add_rejects(self, source: str, kind: str, reason: str, count: int, examples: list[dict[str, str]]) -> None:
-        entry = self.of(source)["rejected"].setdefault(kind, {}).setdefault(reason, {"count": 0, "examples": []})
+    def _add_rejects(
+        self, source: str, kind: str, reason: str, count: int, examples: list[dict[str, str]]
+    ) -> None:
+        entry = (
+            self.of(source)["rejected"].setdefault(kind, {}).setdefault(reason, {"count": 0, "examples": []})
+        )
         entry["count"] += count
         entry["examples"] = (entry["examples"] + examples)[:EXAMPLES]
 
@@ -72,7 +76,10 @@ def _copied(sources: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {
         source: {
             "counts": dict(entry["counts"]),
-            "rejected": {kind: {reason: dict(found) for reason, found in reasons.items()} for kind, reasons in entry["rejected"].items()},
+            "rejected": {
+                kind: {reason: dict(found) for reason, found in reasons.items()}
+                for kind, reasons in entry["rejected"].items()
+            },
         }
         for source, entry in sources.items()
     }
@@ -87,8 +94,10 @@ def check_bad_fraction(tally: Tally, allowed: float) -> None:
         if allowed < 1 and read >= JUDGED_FROM and bad > allowed * read:
             worst = max(kinds, key=lambda reason: kinds[reason]["count"])
             raise DataError(
-                f"source {source}: {bad} of {read} samples are bad ({bad / read:.1%}), more than data.max_bad_fraction = {allowed}; "
-                f"most of them: {meaning(worst)}, as {kinds[worst]['examples'][0]}. See data_report.json and rejects/"
+                f"source {source}: {bad} of {read} samples are bad ({bad / read:.1%}), more than "
+                f"data.max_bad_fraction = {allowed}; "
+                f"most of them: {meaning(worst)}, as {kinds[worst]['examples'][0]}. See data_report.json and "
+                "rejects/"
             )
 
 
@@ -107,7 +116,11 @@ def _rejected_of(source: str, entry: Mapping[str, Any]) -> str:
         counts = Counter({reason: found["count"] for reason, found in reasons.items()})
         bad = counts.total()
         read = bad + entry["counts"].get("read", 0)
-        of = f"{bad:,} of {read:,} samples" if kind == "samples" else f"{bad:,} {kind if bad > 1 else kind[:-1]}"
+        of = (
+            f"{bad:,} of {read:,} samples"
+            if kind == "samples"
+            else f"{bad:,} {kind if bad > 1 else kind[:-1]}"
+        )
         parts.append(f"{of} ({', '.join(f'{reason} {count:,}' for reason, count in counts.most_common())})")
     return f"{source} {', '.join(parts)}" if parts else ""
 
@@ -120,8 +133,8 @@ def tally_of(state: SlotState) -> Tally:
 
 
 def report(states: Iterable[SlotState]) -> dict[str, Any]:
-    """The report on slots, from their states: {"sources": {source: as in Tally, and "epochs", how often it was
-    delivered}}.
+    """The report on slots, from their states: {"sources": {source: as in Tally, and "epochs", how often it
+    was delivered}}.
 
     Numbers and lists, so that the reports of ranks add up.
     """

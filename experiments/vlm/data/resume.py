@@ -36,7 +36,9 @@ def save_states(states: Mapping[int, SlotState], facts: dict[str, Any]) -> dict[
     return {key: zlib.compress(json.dumps(entry).encode()) for key, entry in entries.items()}
 
 
-def load_states(saved: Mapping[str, bytes], slots: Iterable[int], facts: dict[str, Any], anew: bool) -> dict[int, SlotState]:
+def load_states(
+    saved: Mapping[str, bytes], slots: Iterable[int], facts: dict[str, Any], anew: bool
+) -> dict[int, SlotState]:
     """The state of each slot; none where the data starts anew.
 
     Raises ConfigError if it cannot go on exactly, unless `anew`.
@@ -51,7 +53,8 @@ def load_states(saved: Mapping[str, bytes], slots: Iterable[int], facts: dict[st
             states[slot] = entry["slot"]
         if changes and not anew:
             raise ConfigError(
-                f"the data cannot go on exactly where the checkpoint left it: {'; '.join(changes)}. Change it back, or set "
+                f"the data cannot go on exactly where the checkpoint left it: {'; '.join(changes)}. Change "
+                "it back, or set "
                 f"data.resume_changed_data to go on with the weights and start the data anew"
             )
         if changes:

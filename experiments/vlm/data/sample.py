@@ -1,13 +1,14 @@
 """A document as the model will read it: token ids, which of them are targets, and where its images go.
 
-In: a Document, whose images are references with their sizes in pixels. Out: a Sample; no image has been decoded.
+In: a Document, whose images are references with their sizes in pixels. Out: a Sample; no image has been
+decoded.
 
     document   [bos] parts [eos]         an image: begin_image, image * (h * w / merge^2), end_image
     target     a token that is to be predicted from the one before it. Text is, and eos; bos, image tokens and texts
                without loss (a user's turn) are not. So the first text token after an image is a target
 
-A document that does not fit a slot is a sample all the same, and leaves in pieces (split.py): bos stands in the first
-alone, eos in the last.
+A document that does not fit a slot is a sample all the same, and leaves in pieces (split.py): bos stands in
+the first alone, eos in the last.
 """
 
 import itertools
@@ -75,7 +76,9 @@ class Sample:
         """The tokens [start, end), without copying them. Images lie inside or outside, never across."""
         if (start, end) == (0, self.length):
             return self
-        images = [replace(image, start=image.start - start) for image in self.images if start <= image.start < end]
+        images = [
+            replace(image, start=image.start - start) for image in self.images if start <= image.start < end
+        ]
         return Sample(self.tokens[start:end], self.targets[start:end], images)
 
 
@@ -94,7 +97,9 @@ def make_sample(document: Document, tokenizer: Tokenizer, plan: Grid) -> Sample:
     return Sample(
         tokens=np.fromiter(itertools.chain.from_iterable(atom.tokens for atom in atoms), np.int32),
         targets=np.fromiter(itertools.chain.from_iterable(atom.targets for atom in atoms), bool),
-        images=[replace(atom.image, start=start) for start, atom in zip(starts, atoms, strict=True) if atom.image],
+        images=[
+            replace(atom.image, start=start) for start, atom in zip(starts, atoms, strict=True) if atom.image
+        ],
         parts=np.array(starts, np.int64),
     )
 
@@ -115,7 +120,8 @@ def encode(document: Document, tokenizer: Tokenizer, plan: Grid) -> Iterator[Ato
         if texts:
             yield encode_text(texts, tokenizer)
     last = document.parts[-1]
-    if not (isinstance(last, Special) and tokenizer.special_id(last.spelling) == tokenizer.eos_id):  # a chat template may end with it
+    # a chat template may end with it
+    if not (isinstance(last, Special) and tokenizer.special_id(last.spelling) == tokenizer.eos_id):
         yield Atom([tokenizer.eos_id], [True])
 
 

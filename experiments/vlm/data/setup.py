@@ -55,7 +55,9 @@ def sources_of(job: VLMJobConfig, split: Split) -> list[Source]:
     return [replace(source, name=source.name or source.format) for source in sources]
 
 
-def make_setup(job: VLMJobConfig, tokenizer: Tokenizer, split: Split, slots: int, control: str | None = None) -> Setup:
+def make_setup(
+    job: VLMJobConfig, tokenizer: Tokenizer, split: Split, slots: int, control: str | None = None
+) -> Setup:
     """`slots`: G. Raises ConfigError where a source has no shards, or a chat template that cannot be used."""
     data, sources = job.data, sources_of(job, split)
     held_out = split == "validation"
@@ -64,7 +66,13 @@ def make_setup(job: VLMJobConfig, tokenizer: Tokenizer, split: Split, slots: int
         weights=tuple(source.weight for source in sources),
         weight_by=data.weight_by,
         budget=Budget(job.training.seq_len, data.patch_rows, data.patches_per_row),
-        plan=ImagePlan(data.patch_size, data.spatial_merge_size, data.min_patches_per_image, data.max_patches_per_image, data.resize),
+        plan=ImagePlan(
+            data.patch_size,
+            data.spatial_merge_size,
+            data.min_patches_per_image,
+            data.max_patches_per_image,
+            data.resize,
+        ),
         long=data.long_documents,
         buffer=data.packing_buffer_size,
         seed=job.debug.seed,
@@ -76,12 +84,21 @@ def make_setup(job: VLMJobConfig, tokenizer: Tokenizer, split: Split, slots: int
 
 def make_deal(source: Source, job: VLMJobConfig, slots: int, held_out: bool) -> Deal:
     """How a source is dealt to `slots` slots. Raises ConfigError for no shards, or no such chat template."""
-    load_chat_template(source.chat_template)  # one that cannot be used is refused now, not when a worker opens the first shard
+    # one that cannot be used is refused now, not when a worker opens the first shard
+    load_chat_template(source.chat_template)
     endless = source.repeat and job.data.epochs == 0 and not held_out
     epochs = None if endless else job.data.epochs if source.repeat and not held_out else 1
     shards = tuple(list_shards(source.path, source.format, job.data))
     # The held-out split is read in order: shuffling would only cost seeks.
-    return Deal(source.name, shards, slots, job.debug.seed, epochs, source.shuffle and not held_out, source.shuffle_buffer)
+    return Deal(
+        source.name,
+        shards,
+        slots,
+        job.debug.seed,
+        epochs,
+        source.shuffle and not held_out,
+        source.shuffle_buffer,
+    )
 
 
 def open_source(sources: list[Source], job: VLMJobConfig, source: int, path: str) -> Any:
@@ -103,7 +120,9 @@ def order_facts(job: VLMJobConfig, setup: Setup) -> dict[str, Any]:
     facts |= {f"data.{name}": value for name, value in vars(data).items() if name not in FREE_OF_DATA}
     for deal, source in zip(planning.deals, sources_of(job, "train"), strict=True):
         key = f"data.sources[{deal.name}]"
-        facts |= {f"{key}.{name}": value for name, value in vars(source).items() if name not in FREE_OF_SOURCE}
+        facts |= {
+            f"{key}.{name}": value for name, value in vars(source).items() if name not in FREE_OF_SOURCE
+        }
         # The same files may lie elsewhere when the run goes on.
         names = [PurePosixPath(path).name for path in deal.shards]
         facts[f"{key}.path"] = f"{len(names)} shards, {zlib.crc32(json.dumps(names).encode()):08x}"
@@ -113,5 +132,11 @@ def order_facts(job: VLMJobConfig, setup: Setup) -> dict[str, Any]:
 def tokenizer_print(tokenizer: Tokenizer) -> str:
     """Differs between tokenizers that cut text differently, as far as a sentence shows."""
     sentence = "Zwei rote Quadrate (3 x 4) left of the 2nd circle;\n\tété, 日本, 🙂 1234567 don't."
-    ids = [tokenizer.bos_id, tokenizer.eos_id, tokenizer.image_id, tokenizer.begin_image_id, tokenizer.end_image_id]
+    ids = [
+        tokenizer.bos_id,
+        tokenizer.eos_id,
+        tokenizer.image_id,
+        tokenizer.begin_image_id,
+        tokenizer.end_image_id,
+    ]
     return f"vocabulary of {tokenizer.vocab_size}, {zlib.crc32(json.dumps([ids, tokenizer.encode(sentence)]).encode()):08x}"

@@ -1,7 +1,7 @@
 """Memory for a few steps of batches, which workers write and the trainer reads without a copy.
 
-It is an anonymous file in memory (a temporary file where the system has none), handed to workers as an open descriptor: it
-needs no room in /dev/shm, and goes with the last process that holds it, however that ends.
+It is an anonymous file in memory (a temporary file where the system has none), handed to workers as an open
+descriptor: it needs no room in /dev/shm, and goes with the last process that holds it, however that ends.
 """
 
 import mmap
@@ -22,7 +22,10 @@ def step_bytes(shape: BatchShape) -> int:
 
 
 class Buffers:
-    """`count` steps of `shape`, where shape.slots are all slots of a rank. `arrays[i]`: the fields of one of them."""
+    """`count` steps of `shape`, where shape.slots are all slots of a rank.
+
+    `arrays[i]`: the fields of one of them.
+    """
 
     def __init__(self, shape: BatchShape, count: int, descriptor: int | None = None):
         """`descriptor`: of memory that another process made; without one it is made here."""
@@ -43,7 +46,9 @@ class Buffers:
 def slot_views(arrays: Arrays, index: int, patch_rows: int) -> Arrays:
     """The part of slot `index`: [S] of a token field, [patch_rows, L, ...] of a patch field."""
     return {
-        name: array[index * patch_rows : (index + 1) * patch_rows] if FIELDS[name].dims[0] == "N" else array[index]
+        name: array[index * patch_rows : (index + 1) * patch_rows]
+        if FIELDS[name].dims[0] == "N"
+        else array[index]
         for name, array in arrays.items()
     }
 

@@ -3,8 +3,8 @@
     draw      the mixture says which source, its reader gives the next good document, sample.py makes tokens of it
     wait      in the look-ahead, until a row is planned that the document, or a piece of it, goes into
 
-State: the readers' positions, what the mixture gave, references to those that wait (with the token from which on they do),
-counts. A resumed slot reads again only what was waiting.
+State: the readers' positions, what the mixture gave, references to those that wait (with the token from which
+on they do), counts. A resumed slot reads again only what was waiting.
 """
 
 from collections.abc import Callable, Iterator
@@ -78,14 +78,24 @@ class SlotPlan:
     packed: list[Packed] = field(default_factory=list)
     rejects: list[Reject] = field(default_factory=list)  # met while reading ahead for this row
     position: dict[str, Any] = field(default_factory=dict)  # the slot's, right after this plan
-    epochs: dict[str, float] = field(default_factory=dict)  # this slot's share of the passes over each source so far
+    # this slot's share of the passes over each source so far
+    epochs: dict[str, float] = field(default_factory=dict)
 
 
 class Slot:
     """One slot of the global batch: what it has read, what waits, what it plans next."""
 
-    def __init__(self, number: int, planning: SlotSettings, tokenizer: Tokenizer, cache: ShardCache, doubt: Callable[[int], None]):
-        """`doubt`: raises DataError where a source has no good sample; called when this slot met none for long."""
+    def __init__(
+        self,
+        number: int,
+        planning: SlotSettings,
+        tokenizer: Tokenizer,
+        cache: ShardCache,
+        doubt: Callable[[int], None],
+    ):
+        """`doubt`: raises DataError where a source has no good sample; called when this slot met none for
+        long.
+        """
         self.number = number
         self.doubt = doubt
         self.planning = planning
@@ -93,15 +103,22 @@ class Slot:
         typical = planning.budget.seq_len / 4 if planning.weight_by == "tokens" else 1.0
         self.mixture = Mixture(planning.weights, planning.seed, number, typical)
         transform = CONTROLS[planning.control] if planning.control else None
-        self.readers = [SourceReader(source, deal, number, cache, transform) for source, deal in enumerate(planning.deals)]
+        self.readers = [
+            SourceReader(source, deal, number, cache, transform) for source, deal in enumerate(planning.deals)
+        ]
         self.records = [self._records(reader) for reader in self.readers]
         self.splitter = Splitter(planning.budget, planning.plan.merge_size)
-        self.look_ahead: LookAhead[Drawn] = LookAhead(self.splitter, planning.buffer, self.mixture, planning.weight_by == "tokens")
+        self.look_ahead: LookAhead[Drawn] = LookAhead(
+            self.splitter, planning.buffer, self.mixture, planning.weight_by == "tokens"
+        )
         self.tally = Tally()
         self.rejects: list[Reject] = []
 
     def plan(self) -> SlotPlan:
-        """The next row; an empty one once everything is over. Raises DataError for a source of too much bad data."""
+        """The next row; an empty one once everything is over.
+
+        Raises DataError for a source of too much bad data.
+        """
         self.look_ahead.refill(self.draw)
         packed = [self._packed(taken) for taken in self.look_ahead.take()]
         plan = SlotPlan(self.number, packed, self.rejects, self.position(), self.epochs())
@@ -134,7 +151,9 @@ class Slot:
         # A source that gave nothing good is asked again: it may have been mended.
         self.mixture.seek(state["mixture"], [reader.ended for reader in self.readers])
         self.records = [self._records(reader) for reader in self.readers]
-        self.look_ahead.entries = [entry for entry in map(self._reread, state["waiting"]) if entry is not None]
+        self.look_ahead.entries = [
+            entry for entry in map(self._reread, state["waiting"]) if entry is not None
+        ]
 
     def _records(self, reader: SourceReader) -> Iterator[tuple[Reference, Record]]:
         return reader.records(self._reject, self.doubt)
@@ -185,7 +204,12 @@ class Slot:
         drawn, start = taken.queued.payload, taken.queued.start
         if start == 0 and taken.end < drawn.sample.length:
             self.tally.count(drawn.origin.source, "split")
-        return Packed(drawn.reference._replace(offset=start), drawn.origin, drawn.sample.piece(start, taken.end), taken.places)
+        return Packed(
+            drawn.reference._replace(offset=start),
+            drawn.origin,
+            drawn.sample.piece(start, taken.end),
+            taken.places,
+        )
 
     def _count(self, source: int, record: Record, entry: Queued[Drawn] | None) -> None:
         name = self.planning.deals[source].name
@@ -198,4 +222,6 @@ class Slot:
 
     def _origin(self, reference: Reference, record: Record) -> Origin:
         document = record.document
-        return Origin(self.planning.deals[reference.source].name, record.shard, document.key, document.caption)
+        return Origin(
+            self.planning.deals[reference.source].name, record.shard, document.key, document.caption
+        )

@@ -1,7 +1,7 @@
 """Where a document longer than a slot may be cut: on integers alone, and only when the slot is planned.
 
-An `Outline` is what the planner knows of a document: how many tokens, where its images lie among them, where parts begin.
-A piece is a range [start, end) of its tokens. Text may be cut at any token, an image nowhere:
+An `Outline` is what the planner knows of a document: how many tokens, where its images lie among them, where
+parts begin. A piece is a range [start, end) of its tokens. Text may be cut at any token, an image nowhere:
 
     tokens   0 ........ 40 [image 72 tokens] 112 .............. 300
     cuts     anywhere up to 40             from 112 on; better at 40, 112 or another boundary if one is near
@@ -18,9 +18,11 @@ import numpy as np
 
 from experiments.vlm.data.packing import Budget, place
 
-SHORTEST = 32  # tokens of a piece, and of what a piece leaves behind; a slot of fewer than 256: an eighth of it
+# tokens of a piece, and of what a piece leaves behind; a slot of fewer than 256: an eighth of it
+SHORTEST = 32
 NEAR = 128  # a cut moves back to where a part begins if that costs at most S / NEAR tokens (0.8 % of a slot)
-GOAL = 2 / 3  # of a slot, at most, for the piece of a document with images that goes in first: others fill the rest
+# of a slot, at most, for the piece of a document with images that goes in first: others fill the rest
+GOAL = 2 / 3
 TEXT_RATIO = 0.5  # slots with fewer patches a token are for text
 DENSE = 0.8  # of a sample that is nearly all image, the share of its tokens that are visual
 MOST_PARTS = 4  # of a slot made for images, that the text which goes in first takes one of
@@ -28,7 +30,10 @@ MOST_PARTS = 4  # of a slot made for images, that the text which goes in first t
 
 @dataclass(frozen=True)
 class Outline:
-    """Images ascend: image i has the tokens [starts[i], ends[i]) and patches[i]. `boundaries`: tokens where a part begins."""
+    """Images ascend: image i has the tokens [starts[i], ends[i]) and patches[i].
+
+    `boundaries`: tokens where a part begins.
+    """
 
     length: int
     starts: np.ndarray  # int64 [images]
@@ -79,7 +84,9 @@ class Splitter:
         return self.budget.holds(outline.length - start, outline.images(start, outline.length))
 
     def fits(self, outline: Outline, start: int = 0) -> bool:
-        """Whether it also leaves room for what fills the other side: no text of more than half a slot that is made for images."""
+        """Whether it also leaves room for what fills the other side: no text of more than half a slot that is
+        made for images.
+        """
         tokens, patches = outline.length - start, outline.patches_of(start, outline.length)
         budget = self.budget
         balanced = budget.patches - patches <= DENSE * self.merge_size**2 * (budget.seq_len - tokens)
@@ -87,14 +94,25 @@ class Splitter:
         return (balanced or for_text or tokens * MOST_PARTS <= budget.seq_len) and self.holds(outline, start)
 
     def longest(self, outline: Outline) -> int:
-        """The end of the longest beginning that fits: text is cut to the token, an image that does not fit is left out."""
+        """The end of the longest beginning that fits: text is cut to the token, an image that does not fit is
+        left out.
+        """
         return self._end_of_room(outline, 0, self.budget.seq_len, self.budget.patches)
 
-    def reach(self, outline: Outline, start: int, tokens: int, patches: int, beside: tuple[int, ...] = (), begun: int | None = None) -> int:
-        """How far a piece from `start` gets with so many tokens and patches left in the slot: its end, `start` for none.
+    def reach(
+        self,
+        outline: Outline,
+        start: int,
+        tokens: int,
+        patches: int,
+        beside: tuple[int, ...] = (),
+        begun: int | None = None,
+    ) -> int:
+        """How far a piece from `start` gets with so many tokens and patches left in the slot: its end,
+        `start` for none.
 
-        `beside`: patches of each image that the slot holds already (for slots of several rows). `begun`: where the piece
-        really begins, if it is one that is made longer.
+        `beside`: patches of each image that the slot holds already (for slots of several rows). `begun`:
+        where the piece really begins, if it is one that is made longer.
         """
         end = self._end_of_room(outline, start, tokens, patches, beside)
         if end == outline.length:
@@ -109,8 +127,9 @@ class Splitter:
     def first(self, outline: Outline, start: int) -> int:
         """The end of a piece that leaves room for what can share its slot and fill both sides.
 
-        With images, about equal pieces of at most two thirds of a slot. Text alone: so much of a slot that images in the
-        rest of it, at most merge^2 patches a token, can bring all of its patches; a whole slot where slots are for text.
+        With images, about equal pieces of at most two thirds of a slot. Text alone: so much of a slot that
+        images in the rest of it, at most merge^2 patches a token, can bring all of its patches; a whole slot
+        where slots are for text.
         """
         budget, rest, patches = self.budget, outline.length - start, outline.patches_of(start, outline.length)
         if patches:
@@ -124,11 +143,18 @@ class Splitter:
         # An empty slot has room for whatever comes next.
         return end if end > start else self._end_of_room(outline, start, budget.seq_len, budget.patches)
 
-    def _end_of_room(self, outline: Outline, start: int, tokens: int, patches: int, beside: tuple[int, ...] = ()) -> int:
+    def _end_of_room(
+        self, outline: Outline, start: int, tokens: int, patches: int, beside: tuple[int, ...] = ()
+    ) -> int:
         first = outline.image_at(start)
-        allowed = int(np.searchsorted(outline.patches_before, outline.patches_before[first] + patches, "right")) - 1
+        allowed = (
+            int(np.searchsorted(outline.patches_before, outline.patches_before[first] + patches, "right")) - 1
+        )
         if self.budget.patch_rows > 1:
-            while allowed > first and place([*beside, *outline.patches[first:allowed].tolist()], self.budget) is None:
+            while (
+                allowed > first
+                and place([*beside, *outline.patches[first:allowed].tolist()], self.budget) is None
+            ):
                 allowed -= 1
         stop = int(outline.starts[allowed]) if allowed < len(outline.starts) else outline.length
         return self._outside_images(outline, min(start + tokens, stop))

@@ -1,11 +1,13 @@
 """Worker processes: each runs some of a rank's slots and writes their rows into shared memory.
 
-The trainer sends the number of a buffer, a worker answers with the SlotSteps that it wrote there. A worker that is asked
-for the next step before it has finished one plans ahead while its threads decode. It ends when its pipe closes, whatever
-happened to the trainer; Ctrl-C and SIGTERM, which reach the whole process group, are the trainer's to act on.
+The trainer sends the number of a buffer, a worker answers with the SlotSteps that it wrote there. A worker
+that is asked for the next step before it has finished one plans ahead while its threads decode. It ends when
+its pipe closes, whatever happened to the trainer; Ctrl-C and SIGTERM, which reach the whole process group,
+are the trainer's to act on.
 
-Workers are forked by a server process that has imported torch (for its resize kernel: 2 s and half a GB, once for all of
-them) and done nothing else. Forks of the trainer would copy a CUDA context, and the locks of its threads as they are.
+Workers are forked by a server process that has imported torch (for its resize kernel: 2 s and half a GB, once
+for all of them) and done nothing else. Forks of the trainer would copy a CUDA context, and the locks of its
+threads as they are.
 """
 
 import contextlib
@@ -35,7 +37,10 @@ GRACE_S = 5.0  # for a worker to end by itself
 
 @dataclass(frozen=True)
 class Assignment:
-    """What one worker runs. `places[i]`: which of the rank's slots, and so of a buffer's rows, slot `slots[i]` is."""
+    """What one worker runs.
+
+    `places[i]`: which of the rank's slots, and so of a buffer's rows, slot `slots[i]` is.
+    """
 
     slots: list[int]
     places: list[int]
@@ -45,7 +50,9 @@ class Assignment:
 class Worker:
     """The trainer's end of one worker."""
 
-    def __init__(self, number: int, setup: Setup, shape: BatchShape, buffers: Buffers, assignment: Assignment):
+    def __init__(
+        self, number: int, setup: Setup, shape: BatchShape, buffers: Buffers, assignment: Assignment
+    ):
         self.name = f"data worker {number} (slots {', '.join(map(str, assignment.slots))})"
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["experiments.vlm.data.image"])
@@ -116,7 +123,11 @@ def close_all(workers: list[Worker]) -> None:
 def _death(exitcode: int | None) -> str:
     if exitcode is not None and exitcode < 0:
         name = signal.Signals(-exitcode).name
-        hint = ": out of memory? Lower data.num_workers, data.prefetch or data.packing_buffer_size" if name == "SIGKILL" else ""
+        hint = (
+            ": out of memory? Lower data.num_workers, data.prefetch or data.packing_buffer_size"
+            if name == "SIGKILL"
+            else ""
+        )
         return f"was killed by {name}{hint}"
     return f"ended with exit code {exitcode}; its own message is above"
 
@@ -154,7 +165,10 @@ def run(pipe: Connection, setup: Setup, memory: _Memory, assignment: Assignment)
 def _serve(pipe: Connection, setup: Setup, memory: _Memory, assignment: Assignment) -> None:
     buffers = memory.open()
     producer = Producer(setup, assignment.slots, assignment.states)
-    views = [[slot_views(arrays, place, memory.shape.patch_rows) for place in assignment.places] for arrays in buffers.arrays]
+    views = [
+        [slot_views(arrays, place, memory.shape.patch_rows) for place in assignment.places]
+        for arrays in buffers.arrays
+    ]
     finish: Callable[[], list[SlotStep]] | None = None
     while True:
         asked = pipe.recv() if finish is None or pipe.poll() else None

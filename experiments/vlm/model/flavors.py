@@ -44,8 +44,12 @@ ENCODERS = {
     "giant": EncoderConfig(1536, 40, 16, 6144),
 }
 
-FLAVORS = {"debugmodel": VLMConfig(EncoderConfig(128, 4, 4, 512), ProjectorConfig(256), DECODERS["debug"])} | {
-    f"{encoder}-{decoder}": VLMConfig(ENCODERS[encoder], ProjectorConfig(DECODERS[decoder].dim), DECODERS[decoder])
+FLAVORS = {
+    "debugmodel": VLMConfig(EncoderConfig(128, 4, 4, 512), ProjectorConfig(256), DECODERS["debug"])
+} | {
+    f"{encoder}-{decoder}": VLMConfig(
+        ENCODERS[encoder], ProjectorConfig(DECODERS[decoder].dim), DECODERS[decoder]
+    )
     for encoder in ENCODERS
     for decoder in DECODERS
     if decoder != "debug"

@@ -1,8 +1,9 @@
 """Hugging Face names: the SigLIP2 vision tower, and the whole model as Lfm2VlForConditionalGeneration.
 
-That class's pixel unshuffle orders the values of a visual token by row, column, channel of its patches, which is the order
-in which the loader puts them side by side: so the projector's weights are the same as they are. The pooling head of a
-published encoder, its text tower and its logit scale have no place here and are named in `Weights.unused`.
+That class's pixel unshuffle orders the values of a visual token by row, column, channel of its patches, which
+is the order in which the loader puts them side by side: so the projector's weights are the same as they are.
+The pooling head of a published encoder, its text tower and its logit scale have no place here and are named
+in `Weights.unused`.
 """
 
 from collections.abc import Mapping
@@ -15,12 +16,16 @@ from torchtitan.models.weight_names import Row, Transform, Weights, prefixed, re
 
 
 def _kernel_to_columns(weight: Tensor) -> Tensor:
-    """The fixed-size models embed by a convolution [dim, 3, p, p]; a patch's values stand in the order (p, p, 3) here."""
+    """The fixed-size models embed by a convolution [dim, 3, p, p]; a patch's values stand in the order (p, p,
+    3) here.
+    """
     return weight.permute(0, 2, 3, 1).flatten(1) if weight.ndim == 4 else weight
 
 
 TOWER = [
-    Row("embeddings.patch_embedding.weight", "embedding.projection.weight", Transform(read=_kernel_to_columns)),
+    Row(
+        "embeddings.patch_embedding.weight", "embedding.projection.weight", Transform(read=_kernel_to_columns)
+    ),
     Row("embeddings.patch_embedding.bias", "embedding.projection.bias"),
     Row("embeddings.position_embedding.weight", "embedding.positions.weight"),
     Row("encoder.layers.*.layer_norm1.*", "layers.*.attention_norm.*"),

@@ -1,11 +1,12 @@
 """Learned positions, resized to every image of a batch at once.
 
-SigLIP2 resizes its square table of positions to each image's (h, w) bilinearly, antialiased, align_corners=False. That is
-separable and has closed-form weights, so all images are done in one matrix product, without a loop, an interpolation kernel
-or a question to the device: per patch a weight for each row and each column of the table.
+SigLIP2 resizes its square table of positions to each image's (h, w) bilinearly, antialiased,
+align_corners=False. That is separable and has closed-form weights, so all images are done in one matrix
+product, without a loop, an interpolation kernel or a question to the device: per patch a weight for each row
+and each column of the table.
 
-A table for training from nothing starts as sines and cosines of row and column. Random entries would average out on small
-images, whose places the model would then learn late.
+A table for training from nothing starts as sines and cosines of row and column. Random entries would average
+out on small images, whose places the model would then learn late.
 
 Letters: N rows, L patches, P side of the table, D width.
 """
@@ -15,7 +16,10 @@ from torch import Tensor
 
 
 def image_ids(grid_thw_NL3: Tensor) -> Tensor:
-    """int32 [N, L]: which image of its row a patch belongs to, -1 on padding. An image starts where h and w are both 0."""
+    """int32 [N, L]: which image of its row a patch belongs to, -1 on padding.
+
+    An image starts where h and w are both 0.
+    """
     t, h, w = grid_thw_NL3.unbind(-1)
     starts = (h == 0) & (w == 0)
     return torch.where(t >= 0, starts.cumsum(-1, dtype=torch.int32) - 1, -1)
@@ -35,7 +39,8 @@ def image_sizes(grid_thw_NL3: Tensor, ids_NL: Tensor) -> tuple[Tensor, Tensor]:
 def resize_weights(place: Tensor, size: Tensor, table_side: int) -> Tensor:
     """Weight of each of P table cells for target cell `place` of `size`, float32 [..., P]; sums to 1.
 
-    A triangle around the target's centre, as wide as the step where the table is shrunk (PyTorch's antialiased bilinear filter).
+    A triangle around the target's centre, as wide as the step where the table is shrunk (PyTorch's
+    antialiased bilinear filter).
     """
     step = table_side / size.float()
     reach = step.clamp_min(1.0)
@@ -46,7 +51,10 @@ def resize_weights(place: Tensor, size: Tensor, table_side: int) -> Tensor:
 
 
 def interpolate_positions(table_QD: Tensor, grid_thw_NL3: Tensor, ids_NL: Tensor) -> Tensor:
-    """float32 [N, L, D] from a table of Q = P * P positions in raster order. Padding gets finite values that nothing reads."""
+    """float32 [N, L, D] from a table of Q = P * P positions in raster order.
+
+    Padding gets finite values that nothing reads.
+    """
     side = round(table_QD.shape[0] ** 0.5)
     height_NL, width_NL = image_sizes(grid_thw_NL3, ids_NL)
     rows_NLP = resize_weights(grid_thw_NL3[..., 1].clamp_min(0), height_NL, side)
@@ -56,7 +64,8 @@ def interpolate_positions(table_QD: Tensor, grid_thw_NL3: Tensor, ids_NL: Tensor
 
 
 def fill_with_waves(table_QD: Tensor) -> None:
-    """Sine and cosine of the row, sine and cosine of the column (MAE, He et al., 2022), in waves of 4 down to 1/4 table sides.
+    """Sine and cosine of the row, sine and cosine of the column (MAE, He et al., 2022), in waves of 4 down to
+    1/4 table sides.
 
     Slow waves pass the averaging of `interpolate_positions` whatever the image's size.
     """

@@ -1,10 +1,11 @@
-"""SigLIP2 (NaFlex) vision encoder on packed rows of patches (Tschannen et al., 2025; NaViT, Dehghani et al., 2023).
+"""SigLIP2 (NaFlex) vision encoder on packed rows of patches (Tschannen et al., 2025; NaViT, Dehghani et al.,
+2023).
 
 In: uint8 patches [N, L, C] and their coordinates. Out: features [N, L, D].
 
-Unusual here: a row holds many images of any size, and attention stays inside each image; raw uint8 patches come in and are
-normalised on the device; positions are resized for all images at once (positions.py). The pooling head of the published
-model is left out, since a VLM reads the patches.
+Unusual here: a row holds many images of any size, and attention stays inside each image; raw uint8 patches
+come in and are normalised on the device; positions are resized for all images at once (positions.py). The
+pooling head of the published model is left out, since a VLM reads the patches.
 
 Letters: N rows, L patches, C values a patch (p * p * 3), D width, H heads, E width of a head.
 """
@@ -94,7 +95,10 @@ class VisionEncoder(nn.Module):
         self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
 
     def forward(self, pixels_NLC: Tensor, grid_thw_NL3: Tensor) -> Tensor:
-        """uint8 patches and their (t, h, w) -> features [N, L, D] after the last norm. Rows of nothing but padding are fine."""
+        """uint8 patches and their (t, h, w) -> features [N, L, D] after the last norm.
+
+        Rows of nothing but padding are fine.
+        """
         ids_NL = image_ids(grid_thw_NL3)
         x_NLD = self.embedding(pixels_NLC, grid_thw_NL3, ids_NL)
         mask = prepare_mask(Mask(segments=ids_NL, causal=False), self.backend)
@@ -105,7 +109,8 @@ class VisionEncoder(nn.Module):
 
 
 def initial_weight(name: str, config: EncoderConfig) -> Fill:
-    """Matrices N(0, 1 / fan in), those that write to the residual stream divided by sqrt(2 * layers); positions sines and
+    """Matrices N(0, 1 / fan in), those that write to the residual stream divided by sqrt(2 * layers);
+    positions sines and
     cosines; norms 1; biases 0."""
     if name.endswith("bias"):
         return constant(0.0)

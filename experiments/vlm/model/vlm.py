@@ -1,12 +1,13 @@
-"""A native-resolution vision-language model: SigLIP2 -> projector -> placed among the token embeddings -> decoder.
+"""A native-resolution vision-language model: SigLIP2 -> projector -> placed among the token embeddings ->
+decoder.
 
 In: the tensors of a batch (experiments/vlm/batch.py). Out: their summed loss, float32 [1].
 
-Unusual here: every shape is fixed, images or not. Visual tokens reach their places by a gather inside the slot, so the device
-never waits for the host, and a batch without images runs the same code on padding.
+Unusual here: every shape is fixed, images or not. Visual tokens reach their places by a gather inside the
+slot, so the device never waits for the host, and a batch without images runs the same code on padding.
 
-Letters: B slots, S tokens, N patch rows (a slot owns N / B of them), L patches, C values a patch, D width of the decoder,
-V visual tokens of a slot.
+Letters: B slots, S tokens, N patch rows (a slot owns N / B of them), L patches, C values a patch, D width of
+the decoder, V visual tokens of a slot.
 """
 
 import torch
@@ -22,7 +23,8 @@ from torchtitan.models.decoder import model as decoder
 
 
 class Projector(nn.Module):
-    """m * m neighbouring patches become one visual token (pixel unshuffle), then two linear maps with a GELU between.
+    """m * m neighbouring patches become one visual token (pixel unshuffle), then two linear maps with a GELU
+    between.
 
     The loader puts the patches of a visual token next to each other, so merging is a view.
     """
@@ -42,7 +44,10 @@ class Projector(nn.Module):
 
 
 def place_visual_tokens(h_BSD: Tensor, visual_BVD: Tensor, visual_index_BS: Tensor) -> Tensor:
-    """Visual token `visual_index` of the slot where it is >= 0, the text embedding elsewhere. Fixed shape, no synchronisation."""
+    """Visual token `visual_index` of the slot where it is >= 0, the text embedding elsewhere.
+
+    Fixed shape, no synchronisation.
+    """
     S, V = h_BSD.shape[1], visual_BVD.shape[1]
     is_visual_BS1 = (visual_index_BS >= 0)[..., None]
     # Text reads rows in turn and throws them away: all of it on row 0 would pile its gradient on one address.
@@ -55,14 +60,17 @@ def place_visual_tokens(h_BSD: Tensor, visual_BVD: Tensor, visual_index_BS: Tens
 class VLM(nn.Module):
     """Parts are `encoder`, `projector` and `decoder`. A pipeline stage holds some; what it lacks is None."""
 
-    # Tables: their rows are looked up or scored one by one: an optimizer of whole matrices has no business with them.
+    # Tables: their rows are looked up or scored one by one: an optimizer of whole matrices has no business
+    # with them.
     ADAMW_ONLY = ("decoder.tok_embeddings", "decoder.output", "encoder.embedding.positions")
 
     def __init__(self, config: VLMConfig, vocab_size: int, merge_size: int, backend: str, loss_chunk: int):
         super().__init__()
         self.config = config
         self.encoder: vit.VisionEncoder | None = vit.VisionEncoder(config.encoder, backend)
-        self.projector: Projector | None = Projector(config.projector, config.encoder.dim, merge_size, config.decoder.dim)
+        self.projector: Projector | None = Projector(
+            config.projector, config.encoder.dim, merge_size, config.decoder.dim
+        )
         self.decoder = decoder.Decoder(config.decoder, vocab_size, backend, loss_chunk)
 
     def encode(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
@@ -91,19 +99,27 @@ class VLM(nn.Module):
         kv_document_ids: Tensor | None = None,
         kv_rows: Tensor | None = None,
     ) -> Tensor:
-        """A batch (experiments/vlm/batch.py) to its summed loss, float32 [1]; without labels to logits [B, S, V].
+        """A batch (experiments/vlm/batch.py) to its summed loss, float32 [1]; without labels to logits [B, S,
+        V].
 
-        `per_token`: negative log-likelihood and correctness of each label instead, float32 [B, S, 2]. A later pipeline stage gets
-        the residual stream in place of `tokens`, and all but the last return it. `rows`, `kv_*`: where each token and each key
-        stands in its slot, if this rank holds only some of the slot's tokens (see Mask).
+        `per_token`: negative log-likelihood and correctness of each label instead, float32 [B, S, 2]. A later
+        pipeline stage gets the residual stream in place of `tokens`, and all but the last return it. `rows`,
+        `kv_*`: where each token and each key stands in its slot, if this rank holds only some of the slot's
+        tokens (see Mask).
         """
         h_BSD = tokens if self.encoder is None else self.embed(tokens, pixel_values, grid_thw, visual_index)
-        mask = Mask(segments=document_ids, causal=True, kv_segments=kv_document_ids, rows=rows, kv_rows=kv_rows)
+        mask = Mask(
+            segments=document_ids, causal=True, kv_segments=kv_document_ids, rows=rows, kv_rows=kv_rows
+        )
         return self.decoder(h_BSD, positions, mask, labels, per_token)
 
     def tied_names(self) -> dict[str, str]:
         """Parameter -> the one that it is."""
-        return {"decoder.output.weight": "decoder.tok_embeddings.weight"} if self.config.decoder.tied_embeddings else {}
+        return (
+            {"decoder.output.weight": "decoder.tok_embeddings.weight"}
+            if self.config.decoder.tied_embeddings
+            else {}
+        )
 
     def init_weights(self, seed: int) -> None:
         """Deterministic from `seed`, whatever the sharding; call it once parameters have storage."""

@@ -34,7 +34,9 @@ class Sum:
     def note(self, text: str) -> None: ...
 
     def advance(self, count: int = 1, failed: int = 0, size: int = 0, before: bool = False) -> None:
-        self.total[before] = [old + new for old, new in zip(self.total[before], (count, failed, size), strict=True)]
+        self.total[before] = [
+            old + new for old, new in zip(self.total[before], (count, failed, size), strict=True)
+        ]
 
 
 @ray.remote(max_retries=LOST_NODES)

@@ -96,9 +96,13 @@ async def collect_all(job: PrepareJob, numbers: Iterable[int], progress: StagePr
         crowd = Crowd(client, CROWD * job.options.concurrency)
         with ThreadPoolExecutor(job.options.threads or None) as pool, stop.calling(crowd.stop):
             tools = Tools(crowd, pool, asyncio.Semaphore(SHARDS_AT_ONCE), progress, stop)
-            results = await asyncio.gather(*(collect_shard(job, number, tools) for number in numbers), return_exceptions=True)
+            results = await asyncio.gather(
+                *(collect_shard(job, number, tools) for number in numbers), return_exceptions=True
+            )
     # A fault of one shard stops the others, whose Stopped then says less than the fault.
-    for error in sorted((result for result in results if result is not None), key=lambda error: isinstance(error, Stopped)):
+    for error in sorted(
+        (result for result in results if result is not None), key=lambda error: isinstance(error, Stopped)
+    ):
         raise error
 
 
@@ -123,7 +127,9 @@ async def make_images(job: PrepareJob, number: int, tools: Tools, counted: Count
         await asyncio.to_thread(write_images, job, number, journal, tools.pool, counted, tools.stop)
 
 
-async def fetch_missing(job: PrepareJob, number: int, journal: Journal, crowd: Crowd, counted: Counted) -> None:
+async def fetch_missing(
+    job: PrepareJob, number: int, journal: Journal, crowd: Crowd, counted: Counted
+) -> None:
     """Into the journal, what is not there yet. Raises Stopped."""
     if not read_array(job.folder.hashes("urls", number), np.uint64).any():
         return

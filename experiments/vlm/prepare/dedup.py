@@ -31,7 +31,11 @@ def list_urls(job: PrepareJob, number: int) -> None:
 
 def url_hash(url: str) -> int:
     """Hash of a URL without its fragment, which never reaches the server."""
-    return hash_of(hashlib.sha256(url.strip().partition("#")[0].encode("utf-8", "replace")).hexdigest()) if url else 0
+    return (
+        hash_of(hashlib.sha256(url.strip().partition("#")[0].encode("utf-8", "replace")).hexdigest())
+        if url
+        else 0
+    )
 
 
 def hash_of(sha256: str) -> int:

@@ -32,10 +32,19 @@ IN_WORK = 64  # images that are read, judged and not yet written
 Item = TypeVar("Item")
 
 # Formats that may stay as they are, with the names that readers of shards know them by. Others become PNG.
-EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}
+EXTENSIONS = {
+    "JPEG": "jpg",
+    "MPO": "jpg",
+    "PNG": "png",
+    "WEBP": "webp",
+    "GIF": "gif",
+    "BMP": "bmp",
+    "TIFF": "tif",
+}
 ENCODED = {"jpeg": "JPEG", "png": "PNG", "webp": "WEBP"}
 SIDE_LIMITS = {"JPEG": 65500, "WEBP": 16383}  # pixels a side that can be encoded; longer images become PNG
-BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF")  # of images, which Pillow may not open when cut (WebP)
+# of images, which Pillow may not open when cut (WebP)
+BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF")
 CHECK_SHRINK = 32  # a check decodes every byte, but to as few pixels as the decoder can
 
 
@@ -86,7 +95,9 @@ def images_of(job: PrepareJob, number: int) -> Iterator[tuple[ImageValue, bool]]
                 yield image, repeated is not None and bool(next(repeated))
 
 
-def write_images(job: PrepareJob, number: int, journal: Journal, pool: Executor, progress: Advancing, stop: Stop) -> None:
+def write_images(
+    job: PrepareJob, number: int, journal: Journal, pool: Executor, progress: Advancing, stop: Stop
+) -> None:
     """Raises Stopped."""
     entries: list[ImageEntry] = []
     with appearing(job.folder.images(number)) as file:
@@ -96,11 +107,16 @@ def write_images(job: PrepareJob, number: int, journal: Journal, pool: Executor,
                 entries.append(store(work, file))
             else:
                 entries.append(entries[work] if isinstance(work, int) else work)
-    write_array(job.folder.hashes("content", number), np.array([hash_of(entry.sha256) for entry in entries], np.uint64))
+    write_array(
+        job.folder.hashes("content", number),
+        np.array([hash_of(entry.sha256) for entry in entries], np.uint64),
+    )
     write_json(job.folder.image_index(number), [asdict(entry) for entry in entries])
 
 
-def start_works(job: PrepareJob, number: int, journal: Journal, pool: Executor, progress: Advancing) -> Iterator[Work]:
+def start_works(
+    job: PrepareJob, number: int, journal: Journal, pool: Executor, progress: Advancing
+) -> Iterator[Work]:
     """What a shard names twice is judged and stored once."""
     options, folder = job.options, job.image_folder(number)
     encoding = Encoding(options.encode, options.max_side, options.quality)
@@ -137,7 +153,9 @@ def store(work: Future[FinishedImage], file: IO[bytes]) -> ImageEntry:
         return ImageEntry(reason=rejected.reason, detail=rejected.detail)
     offset = file.tell()
     file.write(picture.data)
-    return ImageEntry(offset, len(picture.data), picture.extension, picture.height, picture.width, picture.sha256)
+    return ImageEntry(
+        offset, len(picture.data), picture.extension, picture.height, picture.width, picture.sha256
+    )
 
 
 def ahead(items: Iterable[Item], count: int) -> Iterator[Item]:
@@ -199,5 +217,7 @@ def shrunk(height: int, width: int, max_side: int) -> tuple[int, int]:
 def encoded(data: bytes, size: tuple[int, int], wanted: str, quality: int) -> bytes:
     """The image at `size` (height, width), in the format `wanted`. Raises Rejected."""
     out = io.BytesIO()
-    PILImage.fromarray(decode(data, *size)).save(out, wanted, **({} if wanted == "PNG" else {"quality": quality}))
+    PILImage.fromarray(decode(data, *size)).save(
+        out, wanted, **({} if wanted == "PNG" else {"quality": quality})
+    )
     return out.getvalue()

@@ -29,17 +29,23 @@ FREE = (
 
 @dataclass(frozen=True)
 class Options:
-    input: str  # records: a file, glob or folder of .parquet, .arrow, .tsv, .jsonl, .json or .txt, also packed as .gz, .bz2 or .zst
+    # records: a file, glob or folder of .parquet, .arrow, .tsv, .jsonl, .json or .txt, also packed as .gz,
+    # .bz2 or .zst
+    input: str
     out: str  # folder of the shards; on a cluster one that all nodes share
-    format: Literal["auto", "captions", "obelics", "llava", "messages", "text"] = "auto"  # what a record is; auto: by its columns
-    image_column: str = ""  # captions: column of the image (URL, path or bytes); empty: found by its usual names
+    # what a record is; auto: by its columns
+    format: Literal["auto", "captions", "obelics", "llava", "messages", "text"] = "auto"
+    # captions: column of the image (URL, path or bytes); empty: found by its usual names
+    image_column: str = ""
     text_column: str = ""  # captions: column of the text; empty: found by its usual names
     image_folder: str = ""  # where the paths of images begin; empty: at the folder of the record file
     records_per_shard: int = 5000  # records of the input that make one shard
     max_side: int = 0  # shrink images whose longer side has more pixels than this; 0: never
-    encode: Literal["keep", "jpeg", "png", "webp"] = "keep"  # format of the images; keep: their own. Bytes change only where they must
+    # format of the images; keep: their own. Bytes change only where they must
+    encode: Literal["keep", "jpeg", "png", "webp"] = "keep"
     quality: int = 92  # of images that are encoded as JPEG or WebP
-    dedup: Literal["auto", "on", "off"] = "auto"  # each image once, by URL and by content; auto: not for conversations
+    # each image once, by URL and by content; auto: not for conversations
+    dedup: Literal["auto", "on", "off"] = "auto"
     concurrency: int = 64  # answers that are on their way at one time
     max_per_host: int = 8  # of these, from one host
     host_delay_s: float = 0.0  # seconds between two requests to one host
@@ -48,14 +54,23 @@ class Options:
     max_bytes: int = 32 << 20  # larger images are not fetched
     retries: int = 3  # further tries after 429, 5xx, a timeout or a broken connection
     max_retry_after_s: float = 120.0  # a host that asks for a longer rest (Retry-After) is given up
-    user_agent: str = "torchtitan-vlm/0.1 (training data)"  # how hosts see the run; name yourself and where to complain
+    # how hosts see the run; name yourself and where to complain
+    user_agent: str = "torchtitan-vlm/0.1 (training data)"
     allow_private: bool = False  # fetch from private, loopback and link-local addresses too
     allow_networks: tuple[str, ...] = ()  # fetch from these of them only, such as 10.1.0.0/16
     threads: int = 0  # that check, shrink and encode images; 0: one for each core
-    ray_address: str = ""  # run on this Ray cluster (auto, local, or HOST:PORT); empty: on this machine, with nothing to start
+    # run on this Ray cluster (auto, local, or HOST:PORT); empty: on this machine, with nothing to start
+    ray_address: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("records_per_shard", "concurrency", "max_per_host", "timeout_s", "read_timeout_s", "max_bytes"):
+        for name in (
+            "records_per_shard",
+            "concurrency",
+            "max_per_host",
+            "timeout_s",
+            "read_timeout_s",
+            "max_bytes",
+        ):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"--{name} {getattr(self, name)} must be above 0")
         for name in ("max_side", "host_delay_s", "retries", "max_retry_after_s", "threads"):
@@ -69,7 +84,9 @@ class Options:
             try:
                 ipaddress.ip_network(network)
             except ValueError as error:
-                raise ConfigError(f"--allow_networks: {error}; write a network such as 10.1.0.0/16") from error
+                raise ConfigError(
+                    f"--allow_networks: {error}; write a network such as 10.1.0.0/16"
+                ) from error
 
     def outcome(self) -> dict:
         """The options that decide what comes out."""

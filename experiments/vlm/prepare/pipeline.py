@@ -63,7 +63,9 @@ def run(job: PrepareJob, runner: Runner) -> None:
         runner.run("list", list(shards))
         if job.dedup:
             mark_repeated(folder, "urls", job.shards)
-        runner.progress.stage("images", sum(len(read_array(folder.hashes("urls", number), np.uint64)) for number in todo))
+        runner.progress.stage(
+            "images", sum(len(read_array(folder.hashes("urls", number), np.uint64)) for number in todo)
+        )
         runner.run("collect", todo)
         if job.dedup:
             mark_repeated(folder, "content", job.shards)
@@ -79,7 +81,12 @@ def write_report(job: PrepareJob) -> None:
         tally = Tally(read_json(job.folder.done(number)))
         shards += bool(tally.of(job.plan.format)["counts"].get("samples"))
         total.add(tally)
-    about = {"format": job.plan.format, "shards": shards, "options": job.plan.options, "inputs": job.plan.inputs}
+    about = {
+        "format": job.plan.format,
+        "shards": shards,
+        "options": job.plan.options,
+        "inputs": job.plan.inputs,
+    }
     write_json(job.folder.report, {**about, "sources": total.sources})
     for leftover in ("urls", "content", "journal", "images", "inputs"):
         remove(job.folder.state / leftover)

@@ -28,7 +28,10 @@ class StageProgress(Advancing, Protocol):
 
 
 class Shown:
-    """For people, on standard error. Not tqdm: that shows nothing on a terminal that does not know its size."""
+    """For people, on standard error.
+
+    Not tqdm: that shows nothing on a terminal that does not know its size.
+    """
 
     def __init__(self) -> None:
         self._terminal = sys.stderr.isatty()

@@ -3,7 +3,8 @@
 captions    KEY.jpg, KEY.txt, KEY.json (the layout of CC12M)
 obelics     KEY.json names its images, which are members of the same sample:
             {"texts": ["A heron", null, "in the reeds."], "images": [null, "00000-00007.1.jpg", null],
-             "metadata": [null, {"url": ..., "height": ..., "width": ..., "sha256": ...}, null], "general_metadata": ...}
+             "metadata": [null, {"url": ..., "height": ..., "width": ..., "sha256": ...}, null],
+             "general_metadata": ...}
 llava, messages    KEY.json is the record as it was, with the member's name in place of each image
 text        KEY.json is the record as it was
 """
@@ -75,14 +76,19 @@ def conversation(record: Record, document: Document, key: str) -> Members:
             found[names[value.place]] = image.data
     fields = {place[0] for place in names if len(place) == 1} - {"image"}
     if fields:  # called like image files, as the members of the sample are
-        record = {name: value for name, value in record.items() if name not in fields} | {"images": list(names.values())}
+        record = {name: value for name, value in record.items() if name not in fields} | {
+            "images": list(names.values())
+        }
     return {f"{key}.json": to_json(renamed(record, names)), **found}
 
 
 def renamed(value: Any, names: dict[Place, str], place: Place = ()) -> Any:
     """The record with a member's name in place of each image; in items of messages under "image"."""
     if place in names and place[0] == "messages":
-        return {name: value[name] for name in value if name not in HELD_UNDER} | {"type": "image", "image": names[place]}
+        return {name: value[name] for name in value if name not in HELD_UNDER} | {
+            "type": "image",
+            "image": names[place],
+        }
     if place in names:
         return names[place]
     if isinstance(value, dict):
@@ -122,7 +128,9 @@ def is_plain(value: Any) -> bool:
 
 def to_json(value: Any) -> bytes:
     """Sorted and without spaces: the same value is the same bytes."""
-    return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"), default=_spelled).encode("utf-8", "replace")
+    return json.dumps(
+        value, ensure_ascii=False, sort_keys=True, separators=(",", ":"), default=_spelled
+    ).encode("utf-8", "replace")
 
 
 def _spelled(value: Any) -> str | None:

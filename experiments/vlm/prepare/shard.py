@@ -81,7 +81,9 @@ def sample(parsed: Parsed, key: str, outcomes: list[Judged], account: Account) -
         outcome = by_position[value.position]
         if isinstance(outcome, ImageEntry):
             address = name_of(value.value)
-            raise Rejected(outcome.reason, ": ".join(filter(None, (address * is_address(address), outcome.detail))))
+            raise Rejected(
+                outcome.reason, ": ".join(filter(None, (address * is_address(address), outcome.detail)))
+            )
         return outcome.height, outcome.width
 
     try:
@@ -110,4 +112,6 @@ def read_images(job: PrepareJob, number: int, file: IO[bytes]) -> Iterator[Judge
             yield ImageEntry(reason="duplicate_content", detail=f"sha256 {entry.sha256}")
         else:
             file.seek(entry.offset)
-            yield FinishedImage(file.read(entry.length), entry.extension, entry.height, entry.width, entry.sha256)
+            yield FinishedImage(
+                file.read(entry.length), entry.extension, entry.height, entry.width, entry.sha256
+            )

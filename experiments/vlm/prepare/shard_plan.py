@@ -27,7 +27,8 @@ from torchtitan.config.errors import ConfigError
 
 SUFFIXES = (*RECORD_FILES, ".txt")
 COPIES_BYTES = 50 << 30  # of unpacked inputs and row groups; the longest unused are made again
-SHARED = ("llava", "messages")  # formats whose images may stand in many records, so that none is left out for being repeated
+# formats whose images may stand in many records, so that none is left out for being repeated
+SHARED = ("llava", "messages")
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,9 @@ def make_plan(options: Options, folder: Folder) -> Plan:
         check_same(plan, options, inputs, folder)
         return plan
     counts = {file: len(open_input(file, folder.inputs)) for file in inputs}
-    pieces = [piece for file, count in counts.items() for piece in cut(file, count, options.records_per_shard)]
+    pieces = [
+        piece for file, count in counts.items() for piece in cut(file, count, options.records_per_shard)
+    ]
     if not pieces:
         raise ConfigError(f"--input {options.input} holds no record")
     plan = Plan(find_format(options, pieces, folder), pieces, options.outcome(), inputs)
@@ -172,7 +175,10 @@ def check_same(plan: Plan, options: Options, inputs: dict[str, int], folder: Fol
 
 
 def list_inputs(pattern: str) -> list[str]:
-    """The input files of a path, glob, brace range or folder, absolute and sorted. Raises ConfigError for none."""
+    """The input files of a path, glob, brace range or folder, absolute and sorted.
+
+    Raises ConfigError for none.
+    """
     found = [Path(file).resolve() for file in match_files(pattern, SUFFIXES) if suffix_of(file) in SUFFIXES]
     files = sorted({str(file) for file in found if file.is_file()})
     if not files:

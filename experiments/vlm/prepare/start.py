@@ -28,13 +28,17 @@ class Crashed(RuntimeError):
 
 def prepare(options: Options, progress: StageProgress) -> dict:
     """Make the shards, or go on where an earlier call was stopped. The report. Raises ConfigError."""
-    options = dataclasses.replace(options, out=absolute(options.out), image_folder=absolute(options.image_folder))
+    options = dataclasses.replace(
+        options, out=absolute(options.out), image_folder=absolute(options.image_folder)
+    )
     job = PrepareJob.begin(options)
     if options.ray_address:
         try:
             from experiments.vlm.prepare.cluster import run_on_cluster
         except ModuleNotFoundError as error:
-            raise ConfigError(f"--ray_address needs Ray ({error}): pip install 'torchtitan-vlm[ray]'") from error
+            raise ConfigError(
+                f"--ray_address needs Ray ({error}): pip install 'torchtitan-vlm[ray]'"
+            ) from error
         run_on_cluster(options, progress)
     else:
         run_local(options, progress)

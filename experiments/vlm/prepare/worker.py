@@ -85,7 +85,9 @@ def only_run(folder: Folder, progress: StageProgress, stop: Stop) -> Iterator[No
         waits = False
         while not locked(file.fileno()):
             if not waits:
-                progress.note(f"waiting for another run on {folder.out}, or the last answers of one that was stopped")
+                progress.note(
+                    f"waiting for another run on {folder.out}, or the last answers of one that was stopped"
+                )
             waits = True
             stop.check()
             time.sleep(0.05)

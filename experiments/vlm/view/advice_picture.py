@@ -20,7 +20,10 @@ def draw_advice(documents: Sequence[SizedDocument], seen: Sequence[Occupancy], p
     patches = np.array([sum(part for _, part in document) for document in documents])
     images = np.array([part for document in documents for _, part in document if part])
     figure, axes = plt.subplots(2, 2, figsize=(12, 8), layout="constrained")
-    figure.suptitle(f"{len(documents)} documents, {len(images)} images, {patches.sum() / tokens.sum():.3f} patches per token")
+    figure.suptitle(
+        f"{len(documents)} documents, {len(images)} images, {patches.sum() / tokens.sum():.3f} patches per "
+        "token"
+    )
     _histogram(axes[0, 0], tokens, "tokens a document", TOKENS, logarithmic=True)
     _histogram(axes[0, 1], images, "patches an image", PATCHES)
     _histogram(axes[1, 0], patches / tokens, "patches per token of a document", "#5b8c5a")
@@ -42,12 +45,17 @@ def _histogram(axes: Axes, values: np.ndarray, name: str, colour: str, logarithm
     axes.hist(values, bins=bins.tolist(), color=colour)
     middle = np.median(values)
     axes.axvline(middle, color="#22262a", lw=1)
-    axes.set_title(f"median {middle:g}, 95 % up to {np.percentile(values, 95):g}, largest {values.max():g}", fontsize=9)
+    axes.set_title(
+        f"median {middle:g}, 95 % up to {np.percentile(values, 95):g}, largest {values.max():g}", fontsize=9
+    )
 
 
 def _occupancies(axes: Axes, seen: Sequence[Occupancy]) -> None:
     """Padding, since differences between 99 and 99.9 % are what matters."""
-    names = [f"S {o.budget.seq_len}\n{o.budget.patch_rows} x {o.budget.patches_per_row}\nbuffer {o.buffer}" for o in seen]
+    names = [
+        f"S {o.budget.seq_len}\n{o.budget.patch_rows} x {o.budget.patches_per_row}\nbuffer {o.buffer}"
+        for o in seen
+    ]
     places = np.arange(len(seen))
     axes.bar(places - 0.2, [100 * (1 - o.tokens) for o in seen], 0.4, color=TOKENS, label="tokens")
     axes.bar(places + 0.2, [100 * (1 - o.patches) for o in seen], 0.4, color=PATCHES, label="patches")

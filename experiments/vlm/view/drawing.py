@@ -13,7 +13,12 @@ from experiments.vlm.view.slot_view import ImageView, Kind, SlotView
 STRIP_COLUMNS = 256  # patches in a line of the strip
 STRIP_PATCH = 4  # pixels a patch
 EMPTY = (236, 239, 241)
-KIND_COLOURS = {Kind.PADDING: "#f3f5f6", Kind.TARGET: "#a9d8b8", Kind.CONTEXT: "#c3cbd1", Kind.BOUNDARY: "#30343a"}
+KIND_COLOURS = {
+    Kind.PADDING: "#f3f5f6",
+    Kind.TARGET: "#a9d8b8",
+    Kind.CONTEXT: "#c3cbd1",
+    Kind.BOUNDARY: "#30343a",
+}
 
 
 def colour(number: int) -> str:
@@ -49,7 +54,9 @@ def patch_strip(slot: SlotView, row: int) -> Image.Image:
         filled = EMPTY if np.isnan(mean[0]) else tuple(int(value) for value in mean)
         draw.rectangle((x, y, x + STRIP_PATCH - 1, y + STRIP_PATCH - 1), fill=filled)
         if owners[patch] >= 0:
-            draw.rectangle((x, y + STRIP_PATCH, x + STRIP_PATCH - 1, y + STRIP_PATCH + 1), fill=colour(owners[patch]))
+            draw.rectangle(
+                (x, y + STRIP_PATCH, x + STRIP_PATCH - 1, y + STRIP_PATCH + 1), fill=colour(owners[patch])
+            )
     return strip
 
 

@@ -27,17 +27,29 @@ class Seen:
     rejected: Counter
 
     def __str__(self) -> str:
-        c, sources = self.counts, [name.removeprefix("samples/") for name in self.counts if name.startswith("samples/")]
-        mixture = ", ".join(f"{name} {c[f'samples/{name}']} samples, {c[f'tokens/{name}']} tokens" for name in sources)
-        bad = "; rejected: " + ", ".join(f"{count} {reason}" for reason, count in self.rejected.items()) if self.rejected else ""
+        c, sources = (
+            self.counts,
+            [name.removeprefix("samples/") for name in self.counts if name.startswith("samples/")],
+        )
+        mixture = ", ".join(
+            f"{name} {c[f'samples/{name}']} samples, {c[f'tokens/{name}']} tokens" for name in sources
+        )
+        bad = (
+            "; rejected: " + ", ".join(f"{count} {reason}" for reason, count in self.rejected.items())
+            if self.rejected
+            else ""
+        )
         return (
-            f"{self.steps} steps, {self.slots} slots: tokens {c['tokens'] / max(1, self.tokens):.1%}, patches "
-            f"{c['patches'] / max(1, self.patches):.1%}, {c['images']} images, {c['loss_tokens']} tokens with loss; {mixture}{bad}"
+            f"{self.steps} steps, {self.slots} slots: tokens {c['tokens'] / max(1, self.tokens):.1%}, "
+            "patches "
+            f"{c['patches'] / max(1, self.patches):.1%}, {c['images']} images, {c['loss_tokens']} tokens "
+            f"with loss; {mixture}{bad}"
         )
 
 
 def inspect(job: VLMJobConfig, tokenizer: Tokenizer, steps: int, shown: int, out: str, keys: str) -> Seen:
-    """`shown` slots go into the report `out`, every delivered sample into `keys`, what was rejected into the job's dump folder.
+    """`shown` slots go into the report `out`, every delivered sample into `keys`, what was rejected into the
+    job's dump folder.
 
     Any of them may be empty: then it is not written.
     """
@@ -54,13 +66,18 @@ def inspect(job: VLMJobConfig, tokenizer: Tokenizer, steps: int, shown: int, out
                     file.writelines(line + "\n" for line in lines(batch, number, slots))
                 if out:
                     rows = range(min(shape.slots, shown - len(views)))
-                    views += [read_slot(batch, row, number, slots[row], shape, merge, tokenizer) for row in rows]
+                    views += [
+                        read_slot(batch, row, number, slots[row], shape, merge, tokenizer) for row in rows
+                    ]
                 _count(seen, batch.counts)
                 seen.slots += shape.slots
             seen.steps = number
         if job.job.dump_folder:
             _write_data_report(Path(job.job.dump_folder), loader)
-    seen.tokens, seen.patches = seen.slots * shape.seq_len, seen.slots * shape.patch_rows * shape.patches_per_row
+    seen.tokens, seen.patches = (
+        seen.slots * shape.seq_len,
+        seen.slots * shape.patch_rows * shape.patches_per_row,
+    )
     if out:
         _write_report(views, loader, tokenizer, str(seen), out)
     return seen
@@ -85,4 +102,7 @@ def _write_report(views: list[SlotView], loader: Loader, tokenizer: Tokenizer, f
     if Path(out).suffix == ".png":
         draw_slots(views, loader.shape, tokenizer, f"{title}\n{facts}", out)
     else:
-        Path(out).write_text(make_page(views, loader.shape, job.data.spatial_merge_size, tokenizer, title, facts), encoding="utf-8")
+        Path(out).write_text(
+            make_page(views, loader.shape, job.data.spatial_merge_size, tokenizer, title, facts),
+            encoding="utf-8",
+        )

@@ -1,4 +1,6 @@
-"""What was delivered, for programs: a JSON line for each sample, and one for each slot with a hash of its tensors."""
+"""What was delivered, for programs: a JSON line for each sample, and one for each slot with a hash of its
+tensors.
+"""
 
 import hashlib
 import json

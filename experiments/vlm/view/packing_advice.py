@@ -1,8 +1,10 @@
-"""Which S and L waste least on a data set: measured on its documents' sizes, simulated with the packer itself.
+"""Which S and L waste least on a data set: measured on its documents' sizes, simulated with the packer
+itself.
 
-L follows from S: S times the patches per token of the mixture, for a slot's two sides run full together only then.
-Where images are large for such a row (one fills most of it), a longer row costs less: padding of patches is cheaper than
-padding of tokens. No pixel is decoded; sizes come from headers and from the tokenizer.
+L follows from S: S times the patches per token of the mixture, for a slot's two sides run full together only
+then. Where images are large for such a row (one fills most of it), a longer row costs less: padding of
+patches is cheaper than padding of tokens. No pixel is decoded; sizes come from headers and from the
+tokenizer.
 """
 
 import itertools
@@ -53,8 +55,14 @@ class Occupancy:
     longest_wait: int  # rows
 
     def cost(self, patch_cost: float) -> float:
-        """What a useful token costs, padding and patches included; 1: a slot of tokens alone, full to the last."""
-        return (1 + patch_cost * self.budget.patches / self.budget.seq_len) / self.tokens if self.tokens else float("inf")
+        """What a useful token costs, padding and patches included; 1: a slot of tokens alone, full to the
+        last.
+        """
+        return (
+            (1 + patch_cost * self.budget.patches / self.budget.seq_len) / self.tokens
+            if self.tokens
+            else float("inf")
+        )
 
 
 def read_documents(setup: Setup, limit: int) -> Stream:
@@ -65,7 +73,9 @@ def read_documents(setup: Setup, limit: int) -> Stream:
     slot = Slot(0, planning, setup.tokenizer, cache, Search(planning, setup.tokenizer, cache).require)
     read = list(itertools.islice(iter(slot.draw, None), limit))
     documents = [sizes_of(entry.payload.sample) for entry in read]
-    return Stream(documents, [entry.source for entry in read], planning.weights, planning.weight_by == "tokens")
+    return Stream(
+        documents, [entry.source for entry in read], planning.weights, planning.weight_by == "tokens"
+    )
 
 
 def sizes_of(sample: Sample) -> SizedDocument:
@@ -90,7 +100,10 @@ def fitting_budget(seq_len: int, rows: int, ratio: float, merge: int, largest_im
 
 
 def simulate(stream: Stream, budget: Budget, buffer: int, merge: int) -> Occupancy:
-    """Pack the documents in this order. Neither the first rows count nor those that only empty the look-ahead."""
+    """Pack the documents in this order.
+
+    Neither the first rows count nor those that only empty the look-ahead.
+    """
     splitter, mixture = Splitter(budget, merge), Mixture(stream.weights, seed=0, slot=0)
     look_ahead: LookAhead[int] = LookAhead(splitter, buffer, mixture, stream.by_tokens)
     left = list(reversed(list(zip(stream.documents, stream.sources, strict=True))))
@@ -128,7 +141,9 @@ def simulate(stream: Stream, budget: Budget, buffer: int, merge: int) -> Occupan
     )
 
 
-def advise(stream: Stream, seq_len: int, rows: int, buffer: int, merge: int, largest_image: int, patch_cost: float) -> Occupancy:
+def advise(
+    stream: Stream, seq_len: int, rows: int, buffer: int, merge: int, largest_image: int, patch_cost: float
+) -> Occupancy:
     """The L at which a token costs least for this S, number of rows and look-ahead.
 
     patch_cost: what a patch costs to encode, in tokens of the decoder.

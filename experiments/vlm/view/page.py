@@ -13,7 +13,9 @@ from experiments.vlm.view.slot_view import ImageView, Kind, SlotView
 from torchtitan.components.tokenizer import Tokenizer
 
 
-def make_page(slots: list[SlotView], shape: BatchShape, merge: int, tokenizer: Tokenizer, title: str, facts: str) -> str:
+def make_page(
+    slots: list[SlotView], shape: BatchShape, merge: int, tokenizer: Tokenizer, title: str, facts: str
+) -> str:
     ids = sorted({int(token) for slot in slots for token in slot.tokens})
     return Template(files(__package__).joinpath("page.html").read_text(encoding="utf-8")).substitute(
         title=html.escape(title),
@@ -37,14 +39,20 @@ def _data(slot: SlotView) -> dict:
         "kinds": slot.kinds.tolist(),
         "documents": slot.document_ids.tolist(),
         "visual": slot.visual_index.tolist(),
-        "images": [{"visual": i.visual, "h": i.h, "w": i.w, "colour": colour(n)} for n, i in enumerate(slot.images)],
+        "images": [
+            {"visual": i.visual, "h": i.h, "w": i.w, "colour": colour(n)} for n, i in enumerate(slot.images)
+        ],
     }
 
 
 def _section(number: int, slot: SlotView, shape: BatchShape, merge: int, tokenizer: Tokenizer) -> str:
     patches = shape.patch_rows * shape.patches_per_row
-    bars = _bar("tokens", slot.token_occupancy, shape.seq_len) + _bar("patches", slot.patch_occupancy, patches)
-    strips = "".join(f'<img class="strip" alt="" src="{png(patch_strip(slot, row))}">' for row in range(shape.patch_rows))
+    bars = _bar("tokens", slot.token_occupancy, shape.seq_len) + _bar(
+        "patches", slot.patch_occupancy, patches
+    )
+    strips = "".join(
+        f'<img class="strip" alt="" src="{png(patch_strip(slot, row))}">' for row in range(shape.patch_rows)
+    )
     figures = "".join(_figure(number, place, image, merge) for place, image in enumerate(slot.images))
     return f"""<section><h2>step {slot.step}, slot {slot.slot}</h2>
 <div class="bars">{bars}</div>
@@ -74,7 +82,10 @@ def _document(slot: SlotView, sample: Delivered, tokenizer: Tokenizer) -> str:
         kind = slot.kinds[run[0]] if len(run) else Kind.PADDING
         if kind == Kind.IMAGE:
             number = starts[int(run[0])]
-            parts.append(f'<img alt="image {number}" style="border-color:{colour(number)}" src="{png(thumbnail(slot.images[number]))}">')
+            parts.append(
+                f'<img alt="image {number}" style="border-color:{colour(number)}" '
+                f'src="{png(thumbnail(slot.images[number]))}">'
+            )
         elif kind in (Kind.TARGET, Kind.CONTEXT):
             text = html.escape(tokenizer.decode(slot.tokens[run].tolist()))
             parts.append(text if kind == Kind.TARGET else f'<span class="quiet">{text}</span>')

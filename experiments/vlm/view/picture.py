@@ -34,9 +34,13 @@ SHOWN_LETTERS = 900
 def draw_slots(slots: list[SlotView], shape: BatchShape, tokenizer: Tokenizer, title: str, path: str) -> None:
     figure = plt.figure(figsize=(15, 6.2 * len(slots) + 0.8), layout="constrained")
     figure.suptitle("\n".join(textwrap.fill(line, TITLE_LETTERS) for line in title.splitlines()), fontsize=13)
-    handles = [Patch(facecolor=KIND_COLOURS[kind], edgecolor="#888", label=name) for kind, name in NAMES.items()]
+    handles = [
+        Patch(facecolor=KIND_COLOURS[kind], edgecolor="#888", label=name) for kind, name in NAMES.items()
+    ]
     handles.append(Patch(color=colour(0), label="placeholders, in the colour of their image"))
-    parts = figure.subfigures(len(slots) + 1, 1, squeeze=False, height_ratios=[*[6.2] * len(slots), 0.4])[:, 0]
+    parts = figure.subfigures(len(slots) + 1, 1, squeeze=False, height_ratios=[*[6.2] * len(slots), 0.4])[
+        :, 0
+    ]
     for part, slot in zip(parts, slots, strict=False):
         _draw_slot(part, slot, shape, tokenizer)
     parts[-1].legend(handles=handles, loc="center", ncols=len(handles))
@@ -46,8 +50,10 @@ def draw_slots(slots: list[SlotView], shape: BatchShape, tokenizer: Tokenizer, t
 
 def _draw_slot(part: FigureBase, slot: SlotView, shape: BatchShape, tokenizer: Tokenizer) -> None:
     part.suptitle(
-        f"step {slot.step}, slot {slot.slot}: {slot.token_occupancy:.1%} of {shape.seq_len} tokens, {slot.patch_occupancy:.1%} of "
-        f"{shape.patch_rows} x {shape.patches_per_row} patches, {len(slot.samples)} documents, {len(slot.images)} images",
+        f"step {slot.step}, slot {slot.slot}: {slot.token_occupancy:.1%} of {shape.seq_len} tokens, "
+        f"{slot.patch_occupancy:.1%} of "
+        f"{shape.patch_rows} x {shape.patches_per_row} patches, {len(slot.samples)} documents, "
+        f"{len(slot.images)} images",
         fontsize=11,
     )
     rows = part.add_gridspec(4, 1, height_ratios=[2, 1.2, 3, 1.4])
@@ -84,7 +90,12 @@ def _draw_tokens(axes: Axes, slot: SlotView) -> None:
         cells[slice(*image.tokens)] = to_rgb(colour(number))
     axes.imshow(cells.reshape(lines, COLUMNS, 3), aspect="auto", interpolation="nearest")
     for place in np.flatnonzero(np.diff(slot.document_ids, prepend=-1)):
-        axes.plot([place % COLUMNS - 0.5] * 2, [place // COLUMNS - 0.5, place // COLUMNS + 0.5], color="#d11", lw=1.6)
+        axes.plot(
+            [place % COLUMNS - 0.5] * 2,
+            [place // COLUMNS - 0.5, place // COLUMNS + 0.5],
+            color="#d11",
+            lw=1.6,
+        )
     _bare(axes, f"tokens, in lines of {COLUMNS}; red: a document begins")
 
 

@@ -1,6 +1,7 @@
 """One slot of a batch, read back from its tensors alone, for people to look at.
 
-Nothing here knows what the loader meant to do: images are found where h and w are 0, and put together again from their patches.
+Nothing here knows what the loader meant to do: images are found where h and w are 0, and put together again
+from their patches.
 """
 
 from dataclasses import dataclass
@@ -62,7 +63,9 @@ class SlotView:
         return float(np.mean([~np.isnan(row[:, 0]) for row in self.patch_rows]))
 
 
-def read_slot(batch: Batch, row: int, step: int, slot: int, shape: BatchShape, merge: int, tokenizer: Tokenizer) -> SlotView:
+def read_slot(
+    batch: Batch, row: int, step: int, slot: int, shape: BatchShape, merge: int, tokenizer: Tokenizer
+) -> SlotView:
     """Row `row` of the batch."""
     tensors = {name: tensor.numpy() for name, tensor in batch.tensors.items()}
     patch_rows = slice(row * shape.patch_rows, (row + 1) * shape.patch_rows)
@@ -70,7 +73,9 @@ def read_slot(batch: Batch, row: int, step: int, slot: int, shape: BatchShape, m
     visual_index, labels = tensors["visual_index"][row], tensors["labels"][row]
     pixels, grid = tensors["pixel_values"][patch_rows], tensors["grid_thw"][patch_rows]
     images = [
-        _read_image(pixels[number], grid[number], number, int(first), merge, shape, visual_index, document_ids)
+        _read_image(
+            pixels[number], grid[number], number, int(first), merge, shape, visual_index, document_ids
+        )
         for number in range(shape.patch_rows)
         for first in np.flatnonzero((grid[number][:, 1:] == 0).all(-1))
     ]
@@ -104,7 +109,16 @@ def _read_image(
     placed = np.flatnonzero((visual_index >= visual) & (visual_index < visual + h * w // merge**2))
     span = (int(placed[0]), int(placed[-1]) + 1) if len(placed) else (-1, -1)
     document = int(document_ids[span[0]]) if len(placed) else -1
-    return ImageView(unpatchify(pixels[first:end], grid[first:end], shape.patch_size), row, first, h, w, visual, span, document)
+    return ImageView(
+        unpatchify(pixels[first:end], grid[first:end], shape.patch_size),
+        row,
+        first,
+        h,
+        w,
+        visual,
+        span,
+        document,
+    )
 
 
 def unpatchify(patches: np.ndarray, grid: np.ndarray, patch_size: int) -> np.ndarray:
@@ -115,7 +129,13 @@ def unpatchify(patches: np.ndarray, grid: np.ndarray, patch_size: int) -> np.nda
     return rearrange(image, "h w (ph pw c) -> (h ph) (w pw) c", ph=patch_size, pw=patch_size)
 
 
-def _kinds(tokens: np.ndarray, labels: np.ndarray, document_ids: np.ndarray, visual_index: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+def _kinds(
+    tokens: np.ndarray,
+    labels: np.ndarray,
+    document_ids: np.ndarray,
+    visual_index: np.ndarray,
+    tokenizer: Tokenizer,
+) -> np.ndarray:
     kinds = np.full(len(tokens), Kind.CONTEXT)
     boundaries = tokenizer.bos_id, tokenizer.eos_id, tokenizer.begin_image_id, tokenizer.end_image_id
     kinds[np.isin(tokens, boundaries)] = Kind.BOUNDARY

@@ -41,7 +41,9 @@ def ensure(name: str, cache: str = "", seed: int = 0) -> Path:
                 if not folder.is_dir():
                     draw(name, seed, folder)
         except OSError as error:
-            raise ConfigError(f"cannot draw embedded:{name} into {folder}: {error}; choose another data.cache_folder") from error
+            raise ConfigError(
+                f"cannot draw embedded:{name} into {folder}: {error}; choose another data.cache_folder"
+            ) from error
     return folder
 
 
@@ -66,7 +68,10 @@ def draw(name: str, seed: int, folder: Path) -> None:
     run_workers([name, str(seed), str(unfinished)], shards, unfinished)
     unfinished.rename(folder)
     size = sum(file.stat().st_size for file in folder.iterdir()) / 2**20
-    logger.info(f"drew embedded:{name}: {WORLDS[world].samples[split]} samples, {size:.0f} MiB, {time.monotonic() - start:.0f} s")
+    logger.info(
+        f"drew embedded:{name}: {WORLDS[world].samples[split]} samples, {size:.0f} MiB, "
+        f"{time.monotonic() - start:.0f} s"
+    )
 
 
 def run_workers(arguments: list[str], shards: int, folder: Path) -> None:
@@ -91,7 +96,9 @@ def run_workers(arguments: list[str], shards: int, folder: Path) -> None:
         show_progress(folder, shards)
         for worker in running:
             if worker.poll():
-                raise RuntimeError(f"drawing {arguments[0]} failed:\n{worker.stderr.read() if worker.stderr else ''}")
+                raise RuntimeError(
+                    f"drawing {arguments[0]} failed:\n{worker.stderr.read() if worker.stderr else ''}"
+                )
     finally:
         for worker in running:
             worker.kill()
@@ -102,4 +109,9 @@ def show_progress(folder: Path, shards: int) -> None:
     if sys.stderr.isatty():
         done = sum(not file.name.endswith(".unfinished") for file in folder.iterdir())
         bar = "#" * (40 * done // shards)
-        print(f"\rdrawing [{bar:<40}] {done}/{shards} shards", end="\n" if done == shards else "", file=sys.stderr, flush=True)
+        print(
+            f"\rdrawing [{bar:<40}] {done}/{shards} shards",
+            end="\n" if done == shards else "",
+            file=sys.stderr,
+            flush=True,
+        )

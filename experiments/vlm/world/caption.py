@@ -10,7 +10,21 @@ from collections import Counter
 
 from experiments.vlm.world.scene import Scene, Thing
 
-NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+NUMBERS = (
+    "no",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+)
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
 
@@ -139,7 +153,11 @@ def capital(text: str) -> str:
 def proportions(scene: Scene) -> str:
     ratio = scene.columns / scene.rows
     if 2 / 3 < ratio < 3 / 2:
-        return "The picture is about as wide as it is tall." if ratio == 1 else "The picture is not quite square."
+        return (
+            "The picture is about as wide as it is tall."
+            if ratio == 1
+            else "The picture is not quite square."
+        )
     long, short = ("wider", "tall") if ratio > 1 else ("taller", "wide")
     return f"The picture is {'much ' if max(ratio, 1 / ratio) >= 3 else ''}{long} than it is {short}."
 

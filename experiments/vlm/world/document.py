@@ -44,7 +44,9 @@ def album(rng: random.Random, heldout: bool) -> list[Part]:
         if number and rng.random() < 0.4:
             parts.append(comparison(scenes[number - 1], scene))
     if len(scenes) > 1 and rng.random() < 0.7:
-        parts.append(f"\n\nThat makes {sum(len(scene.things) for scene in scenes)} things in {len(scenes)} pictures.")
+        parts.append(
+            f"\n\nThat makes {sum(len(scene.things) for scene in scenes)} things in {len(scenes)} pictures."
+        )
     return parts
 
 
@@ -68,16 +70,32 @@ def questions(scene: Scene) -> list[tuple[str, str]]:
     number = len(scene.things)
     asked = [("How many things are drawn here?", NUMBERS[number])]
     if scene.kind == "single":
-        asked += [("What is drawn here, and where?", describe(scene, sized=False)), ("What colour is it?", scene.things[0].colour)]
+        asked += [
+            ("What is drawn here, and where?", describe(scene, sized=False)),
+            ("What colour is it?", scene.things[0].colour),
+        ]
     elif scene.kind == "relation":
         big, small = sorted(scene.things, key=lambda thing: thing.size)
-        asked += [(f"What is {side_of(big, small)} {a(small)}?", a(big)), ("Which thing is the smaller one?", a(small))]
+        asked += [
+            (f"What is {side_of(big, small)} {a(small)}?", a(big)),
+            ("Which thing is the smaller one?", a(small)),
+        ]
     elif scene.kind in ("count", "groups"):
-        asked += [(f"How many {look[2]} shapes are {look[1]}?", NUMBERS[found]) for look, found in groups(scene)]
+        asked += [
+            (f"How many {look[2]} shapes are {look[1]}?", NUMBERS[found]) for look, found in groups(scene)
+        ]
     elif scene.kind == "text":
-        asked += [("What is written here?", written(scene)), ("In which colour is it written?", scene.things[0].colour)]
+        asked += [
+            ("What is written here?", written(scene)),
+            ("In which colour is it written?", scene.things[0].colour),
+        ]
     else:
-        asked += [("What comes first, and what comes last?", f"first {a(scene.things[0], False)}, last {a(scene.things[-1], False)}")]
+        asked += [
+            (
+                "What comes first, and what comes last?",
+                f"first {a(scene.things[0], False)}, last {a(scene.things[-1], False)}",
+            )
+        ]
     return asked
 
 
@@ -91,7 +109,10 @@ def story(rng: random.Random, heldout: bool) -> list[Part]:
 def tale(rng: random.Random) -> str:
     """Somebody gives things away and is given things; what is left is said at the end."""
     owner, friend = rng.sample(PEOPLE, 2)
-    looks = [(colour, shape) for colour, shape in zip(rng.sample(list(COLOURS), 3), rng.sample(SHAPES, 3), strict=True)]
+    looks = [
+        (colour, shape)
+        for colour, shape in zip(rng.sample(list(COLOURS), 3), rng.sample(SHAPES, 3), strict=True)
+    ]
     owned = {look: rng.randint(1, 6) for look in looks[: rng.randint(1, 3)]}
     sentences = [f"{owner} has {inventory(owned)} in a box."]
     for _ in range(rng.randint(1, 4)):
@@ -103,9 +124,13 @@ def tale(rng: random.Random) -> str:
         else:
             number = rng.randint(1, 12 - owned[look]) if owned[look] < 12 else 0
             owned[look] += number
-            sentences.append(f"{friend} brings {group(number, look)}." if number else f"{friend} brings nothing.")
+            sentences.append(
+                f"{friend} brings {group(number, look)}." if number else f"{friend} brings nothing."
+            )
     total = sum(owned.values())
-    return " ".join([*sentences, f"Now {owner} has {inventory(owned)}, {total} thing{'' if total == 1 else 's'} in all."])
+    return " ".join(
+        [*sentences, f"Now {owner} has {inventory(owned)}, {total} thing{'' if total == 1 else 's'} in all."]
+    )
 
 
 def inventory(owned: dict[tuple[str, str], int]) -> str:

@@ -21,7 +21,8 @@ import hashlib
 import random
 from dataclasses import dataclass
 
-GRIDS = [(rows, columns) for rows in range(1, 7) for columns in range(1, 7) if rows * columns <= 12]  # 23, from 1:6 to 6:1
+# 23, from 1:6 to 6:1
+GRIDS = [(rows, columns) for rows in range(1, 7) for columns in range(1, 7) if rows * columns <= 12]
 CELL = 32  # pixels
 COLOURS = {
     "red": (230, 40, 40),
@@ -35,7 +36,8 @@ COLOURS = {
 }
 SHAPES = ("circle", "oval", "egg", "square", "slab", "post", "triangle", "diamond", "cross", "star", "ring")
 GLYPHS = "0123456789ACEHKLTX"
-EXTENTS = {"small": (12, 14, 5), "big": (20, 22, 3), "glyph": (20, 22, 3)}  # from, to, and the jitter that stays inside the cell
+# from, to, and the jitter that stays inside the cell
+EXTENTS = {"small": (12, 14, 5), "big": (20, 22, 3), "glyph": (20, 22, 3)}
 SIZES = ("small", "big")
 HELD_OUT_SHARE = 16  # one scene in so many is held out
 
@@ -83,7 +85,9 @@ def sees_scene(rng: random.Random, heldout: bool) -> Scene:
     """A random scene of that split for learning to see: cells of 32 px on one even, dark colour."""
     while True:
         rows, columns = rng.choice(GRIDS)
-        scene = compose(rng, rng.choice(["single", "text"] + ["relation", "count"] * (rows * columns > 1)), rows, columns)
+        scene = compose(
+            rng, rng.choice(["single", "text"] + ["relation", "count"] * (rows * columns > 1)), rows, columns
+        )
         if held_out(scene.arrangement) == heldout:
             return scene
 
@@ -93,16 +97,27 @@ def varied_scene(rng: random.Random, heldout: bool, longest: int) -> Scene:
     while True:
         rows, columns = rng.choice(GRIDS)
         cell = CELL * min(8.0, longest / CELL / max(rows, columns)) ** rng.random()
-        kind = rng.choice(["single", "text"] + ["relation", "count", "listing"] * (rows * columns > 1) + ["groups"] * (rows * columns > 2))
+        kind = rng.choice(
+            ["single", "text"]
+            + ["relation", "count", "listing"] * (rows * columns > 1)
+            + ["groups"] * (rows * columns > 2)
+        )
         scene = compose(rng, kind, rows, columns, cell, rng.choice(("flat", "gradient", "grain")))
         if held_out(scene.arrangement) == heldout:
             return scene
 
 
-def compose(rng: random.Random, kind: str, rows: int, columns: int, cell: float = CELL, ground: str = "flat") -> Scene:
+def compose(
+    rng: random.Random, kind: str, rows: int, columns: int, cell: float = CELL, ground: str = "flat"
+) -> Scene:
     things = sorted(PLACE[kind](rng, rows, columns), key=lambda thing: (thing.row, thing.column))
-    darkest, lightest = (0, 40) if ground == "flat" else (35, 75)  # a painted ground must be seen to be painted
-    background = (rng.randint(darkest, lightest), rng.randint(darkest, lightest), rng.randint(darkest, lightest))
+    # a painted ground must be seen to be painted
+    darkest, lightest = (0, 40) if ground == "flat" else (35, 75)
+    background = (
+        rng.randint(darkest, lightest),
+        rng.randint(darkest, lightest),
+        rng.randint(darkest, lightest),
+    )
     height, width = side(rng, rows, cell), side(rng, columns, cell)
     return Scene(kind, rows, columns, height, width, cell, ground, background, tuple(things))
 
@@ -141,7 +156,10 @@ def relation(rng: random.Random, rows: int, columns: int) -> list[Thing]:
     big, small = rng.sample(range(columns if along_row else rows), 2)
     line = rng.randrange(rows if along_row else columns)
     cells = [(line, big), (line, small)] if along_row else [(big, line), (small, line)]
-    return [make_thing(rng, *look, size, cell) for look, size, cell in zip(draw_looks(rng, 2), ("big", "small"), cells, strict=True)]
+    return [
+        make_thing(rng, *look, size, cell)
+        for look, size, cell in zip(draw_looks(rng, 2), ("big", "small"), cells, strict=True)
+    ]
 
 
 def count(rng: random.Random, rows: int, columns: int) -> list[Thing]:
@@ -174,7 +192,17 @@ def text(rng: random.Random, rows: int, columns: int) -> list[Thing]:
 def listing(rng: random.Random, rows: int, columns: int) -> list[Thing]:
     number = rng.randint(max(2, rows * columns // 2), rows * columns)
     cells = draw_cells(rng, rows, columns, number)
-    return [make_thing(rng, *look, rng.choice(SIZES), cell) for look, cell in zip(draw_looks(rng, number), cells, strict=True)]
+    return [
+        make_thing(rng, *look, rng.choice(SIZES), cell)
+        for look, cell in zip(draw_looks(rng, number), cells, strict=True)
+    ]
 
 
-PLACE = {"single": single, "relation": relation, "count": count, "groups": groups, "text": text, "listing": listing}
+PLACE = {
+    "single": single,
+    "relation": relation,
+    "count": count,
+    "groups": groups,
+    "text": text,
+    "listing": listing,
+}

@@ -53,8 +53,14 @@ def captions_sample(rng: random.Random, heldout: bool, key: str) -> dict:
 
 def interleaved_sample(rng: random.Random, heldout: bool, key: str) -> dict:
     parts = draw_document(rng, heldout)
-    images = [image_record(part, f"{key}-{i}", rng) if isinstance(part, Scene) else None for i, part in enumerate(parts)]
-    sizes = [{"original_width": part.width, "original_height": part.height} if isinstance(part, Scene) else None for part in parts]
+    images = [
+        image_record(part, f"{key}-{i}", rng) if isinstance(part, Scene) else None
+        for i, part in enumerate(parts)
+    ]
+    sizes = [
+        {"original_width": part.width, "original_height": part.height} if isinstance(part, Scene) else None
+        for part in parts
+    ]
     return {
         "texts": [part if isinstance(part, str) else None for part in parts],
         "images": images,
@@ -80,9 +86,19 @@ def write_parquet(path: Path, records: Iterator[dict]) -> None:
     import pyarrow.parquet as pq
 
     image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    columns = [("texts", pa.list_(pa.string())), ("images", pa.list_(image)), ("metadata", pa.string()), ("general_metadata", pa.string())]
+    columns = [
+        ("texts", pa.list_(pa.string())),
+        ("images", pa.list_(image)),
+        ("metadata", pa.string()),
+        ("general_metadata", pa.string()),
+    ]
     # Small row groups: a reader that wants one document loads no more than its neighbours.
-    pq.write_table(pa.Table.from_pylist(list(records), schema=pa.schema(columns)), path, row_group_size=50, compression="none")
+    pq.write_table(
+        pa.Table.from_pylist(list(records), schema=pa.schema(columns)),
+        path,
+        row_group_size=50,
+        compression="none",
+    )
 
 
 WORLDS = {
@@ -96,7 +112,9 @@ def write_shard(name: str, seed: int, folder: Path, number: int) -> None:
     """Draw shard `number` of a world's split ("sees/train") into `folder`, whole or not at all."""
     world_name, split = name.split("/")
     world = WORLDS[world_name]
-    keys = ((f"{sample:09d}", random.Random(f"{seed} {name} {sample}")) for sample in world.shards(split)[number])
+    keys = (
+        (f"{sample:09d}", random.Random(f"{seed} {name} {sample}")) for sample in world.shards(split)[number]
+    )
     unfinished = folder / f"{number}.unfinished"
     world.write(unfinished, (world.draw(rng, split == "heldout", key) for key, rng in keys))
     unfinished.rename(folder / f"{split}-{number:05d}.{world.suffix}")

@@ -16,14 +16,19 @@ def check_decoder(config: DecoderConfig, job: JobConfig, sizes: Degrees) -> None
 def _check_heads(config: DecoderConfig, job: JobConfig, sizes: Degrees) -> None:
     flavor = f"of model.flavor = {job.model.flavor}"
     tensor = f"parallelism.tensor_parallel_degree = {sizes.tp} does not divide the"
-    for count, what in ((config.heads, "heads"), (config.kv_heads, "key/value heads"), (config.mlp_dim, "columns of the MLP")):
+    for count, what in (
+        (config.heads, "heads"),
+        (config.kv_heads, "key/value heads"),
+        (config.mlp_dim, "columns of the MLP"),
+    ):
         require(count % sizes.tp == 0, f"{tensor} {count} {what} {flavor}")
     require(64 % sizes.tp == 0, f"{tensor} vocabulary, which is padded to a multiple of 64")
     if sizes.cp > 1 and job.parallelism.context_parallel_method == "ulysses":
         local = config.kv_heads // sizes.tp
         require(
             local % sizes.cp == 0,
-            f"parallelism.context_parallel_method = ulysses: parallelism.context_parallel_degree = {sizes.cp} does not divide "
+            "parallelism.context_parallel_method = ulysses: parallelism.context_parallel_degree = "
+            f"{sizes.cp} does not divide "
             f"the {local} key/value heads a rank {flavor}; use allgather",
         )
 
@@ -35,7 +40,8 @@ def _check_stages(layers: int, job: JobConfig, pp: int) -> None:
     room = layers + p.pipeline_parallel_encoder_stage
     require(
         pp * per_rank <= room,
-        f"parallelism.pipeline_parallel_degree = {pp} makes {pp * per_rank} stages with {schedule}, but {layers} decoder layers "
+        f"parallelism.pipeline_parallel_degree = {pp} makes {pp * per_rank} stages with {schedule}, but "
+        f"{layers} decoder layers "
         f"fill at most {room}",
     )
     if not points:
@@ -43,9 +49,16 @@ def _check_stages(layers: int, job: JobConfig, pp: int) -> None:
     key, stages = f"parallelism.pipeline_parallel_split_points = {points}", len(points) + 1
     first = 0 if p.pipeline_parallel_encoder_stage else 1
     increasing = all(a < b for a, b in zip(points, points[1:], strict=False))
-    require(increasing and first <= points[0] and points[-1] < layers, f"{key}: must increase, from {first} to at most {layers - 1}")
-    require(first == 1 or points[0] == 0, f"{key}: must begin with 0, since parallelism.pipeline_parallel_encoder_stage is on")
-    more = schedule.startswith("Interleaved")  # these schedules take any whole number of stages a rank, from two
+    require(
+        increasing and first <= points[0] and points[-1] < layers,
+        f"{key}: must increase, from {first} to at most {layers - 1}",
+    )
+    require(
+        first == 1 or points[0] == 0,
+        f"{key}: must begin with 0, since parallelism.pipeline_parallel_encoder_stage is on",
+    )
+    # these schedules take any whole number of stages a rank, from two
+    more = schedule.startswith("Interleaved")
     fits = stages % pp == 0 and stages // pp >= per_rank if more else stages == pp * per_rank
     allowed = f"{pp * per_rank}{' or a larger multiple of the ranks' if more else ''}"
     require(fits, f"{key}: makes {stages} stages, but {schedule} on {pp} ranks takes {allowed}")

@@ -1,7 +1,8 @@
-"""Sizes of published decoders, as rows. Imports no torch, so that a configuration is checked before anything heavy loads.
+"""Sizes of published decoders, as rows. Imports no torch, so that a configuration is checked before anything
+heavy loads.
 
-Sources: each model's config.json on the Hugging Face hub. A choice of a run (attention backend, dtype, compile) is an
-option of the job, never a row here.
+Sources: each model's config.json on the Hugging Face hub. A choice of a run (attention backend, dtype,
+compile) is an option of the job, never a row here.
 """
 
 from dataclasses import dataclass
@@ -30,16 +31,41 @@ class DecoderConfig:
 
 def _llama(dim: int, layers: int, heads: int, mlp_dim: int, factor: float, tied: bool) -> DecoderConfig:
     return DecoderConfig(
-        dim, layers, heads, 8, dim // heads, mlp_dim, 128256, 500000.0, RopeScaling(factor), norm_eps=1e-5, tied_embeddings=tied
+        dim,
+        layers,
+        heads,
+        8,
+        dim // heads,
+        mlp_dim,
+        128256,
+        500000.0,
+        RopeScaling(factor),
+        norm_eps=1e-5,
+        tied_embeddings=tied,
     )
 
 
-def _qwen2(dim: int, layers: int, heads: int, kv_heads: int, mlp_dim: int, tied: bool, vocab_size: int = 151936) -> DecoderConfig:
-    return DecoderConfig(dim, layers, heads, kv_heads, dim // heads, mlp_dim, vocab_size, 1000000.0, tied_embeddings=tied, qkv_bias=True)
+def _qwen2(
+    dim: int, layers: int, heads: int, kv_heads: int, mlp_dim: int, tied: bool, vocab_size: int = 151936
+) -> DecoderConfig:
+    return DecoderConfig(
+        dim,
+        layers,
+        heads,
+        kv_heads,
+        dim // heads,
+        mlp_dim,
+        vocab_size,
+        1000000.0,
+        tied_embeddings=tied,
+        qkv_bias=True,
+    )
 
 
 def _qwen3(dim: int, layers: int, heads: int, mlp_dim: int, tied: bool) -> DecoderConfig:
-    return DecoderConfig(dim, layers, heads, 8, 128, mlp_dim, 151936, 1000000.0, tied_embeddings=tied, qk_norm=True)
+    return DecoderConfig(
+        dim, layers, heads, 8, 128, mlp_dim, 151936, 1000000.0, tied_embeddings=tied, qk_norm=True
+    )
 
 
 DECODERS = {

@@ -1,4 +1,5 @@
-"""Hugging Face names of the decoder's weights: LlamaForCausalLM, Qwen2ForCausalLM and Qwen3ForCausalLM share them.
+"""Hugging Face names of the decoder's weights: LlamaForCausalLM, Qwen2ForCausalLM and Qwen3ForCausalLM share
+them.
 
 The rotary layout is theirs already (rope.py), so no weight changes on the way.
 """
@@ -39,8 +40,15 @@ def with_output(weights: Weights, config: DecoderConfig, prefix: str = "") -> We
     embedding, output = named.get(prefix + "tok_embeddings.weight"), named.get(prefix + "output.weight")
     if embedding is not None and output is None:
         named[prefix + "output.weight"] = embedding
-    elif embedding is not None and output is not None and config.tied_embeddings and not torch.equal(embedding, output):
-        raise ValueError("lm_head.weight is not the embedding, but this flavor ties the two: use a flavor that does not")
+    elif (
+        embedding is not None
+        and output is not None
+        and config.tied_embeddings
+        and not torch.equal(embedding, output)
+    ):
+        raise ValueError(
+            "lm_head.weight is not the embedding, but this flavor ties the two: use a flavor that does not"
+        )
     return Weights(named, weights.unused)
 
 

@@ -2,8 +2,9 @@
 
 In: embeddings [B, S, D], positions, a mask, labels. Out: the summed loss, float32 [1], or logits [B, S, V].
 
-Unusual here: it takes embeddings, positions and a mask description rather than tokens alone, since documents are packed and
-image tokens are placed into the embeddings first; and its output layer computes the loss, so that all logits never exist.
+Unusual here: it takes embeddings, positions and a mask description rather than tokens alone, since documents
+are packed and image tokens are placed into the embeddings first; and its output layer computes the loss, so
+that all logits never exist.
 Papers: Llama 3 (Dubey et al., 2024), Qwen 2.5 and Qwen 3 (Yang et al., 2024, 2025).
 
 Letters: B slots, S tokens, D width, H heads, G key-value heads, E width of a head.
@@ -78,7 +79,10 @@ class Block(nn.Module):
 
 
 class LMHead(nn.Linear):
-    """The output layer. Given labels it returns the loss, in chunks; `vocab_group` is set where tensor parallel splits its rows."""
+    """The output layer.
+
+    Given labels it returns the loss, in chunks; `vocab_group` is set where tensor parallel splits its rows.
+    """
 
     def __init__(self, dim: int, vocab_size: int, chunk: int):
         super().__init__(dim, vocab_size, bias=False)
@@ -86,7 +90,9 @@ class LMHead(nn.Linear):
         self.vocab_group = None
 
     def forward(self, h_BSD: Tensor, labels_BS: Tensor | None = None, per_token: bool = False) -> Tensor:
-        """Logits [B, S, V]; with labels their summed loss, float32 [1]; with `per_token` (nll, correct), float32 [B, S, 2]."""
+        """Logits [B, S, V]; with labels their summed loss, float32 [1]; with `per_token` (nll, correct),
+        float32 [B, S, 2].
+        """
         weight = self.weight.to_local() if hasattr(self.weight, "to_local") else self.weight
         if labels_BS is None:
             return whole_vocabulary(F.linear(h_BSD, weight), self.vocab_group)
@@ -95,7 +101,8 @@ class LMHead(nn.Linear):
 
 
 class Decoder(nn.Module):
-    """Embedding, layers, norm and output layer. A pipeline stage holds some of them; what it lacks is None and is passed through.
+    """Embedding, layers, norm and output layer. A pipeline stage holds some of them; what it lacks is None
+    and is passed through.
 
     Layers are numbered in a dictionary so that a stage's weights keep the names they have in the whole model.
     """
@@ -115,9 +122,20 @@ class Decoder(nn.Module):
         if self.config.tied_embeddings and self.tok_embeddings is not None and self.output is not None:
             self.output.weight = self.tok_embeddings.weight
 
-    def forward(self, h_BSD: Tensor, positions_BS: Tensor, mask: Mask, labels_BS: Tensor | None = None, per_token: bool = False) -> Tensor:
-        """Embeddings to logits or loss (see LMHead); to the residual stream where this stage has no output layer."""
-        cos, sin = rope.angles(positions_BS, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
+    def forward(
+        self,
+        h_BSD: Tensor,
+        positions_BS: Tensor,
+        mask: Mask,
+        labels_BS: Tensor | None = None,
+        per_token: bool = False,
+    ) -> Tensor:
+        """Embeddings to logits or loss (see LMHead); to the residual stream where this stage has no output
+        layer.
+        """
+        cos, sin = rope.angles(
+            positions_BS, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling
+        )
         prepared = prepare_mask(mask, self.backend)
         for layer in self.layers.values():
             h_BSD = layer(h_BSD, cos, sin, prepared)
@@ -127,7 +145,8 @@ class Decoder(nn.Module):
 
 
 def initial_weight(name: str, config: DecoderConfig) -> Fill:
-    """Embedding and output rows N(0, 1 / dim), so that tied or not the first logits are of order 1; matrices N(0, 1 / fan in),
+    """Embedding and output rows N(0, 1 / dim), so that tied or not the first logits are of order 1; matrices
+    N(0, 1 / fan in),
     those that write to the residual stream divided by sqrt(2 * layers) (GPT-2); norms 1; biases 0."""
     if name.endswith("bias"):
         return constant(0.0)

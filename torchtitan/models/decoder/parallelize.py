@@ -12,7 +12,8 @@ def block_plan(qk_norm: bool) -> dict[str, ParallelStyle]:
     plan = {
         "attention_norm": tp.norm(),
         "attention": tp.gathered(arguments=4),
-        # With norms on the heads of q and k the layout must reach those, or their gradients would be those of one rank's heads.
+        # With norms on the heads of q and k the layout must reach those, or their gradients would be those of
+        # one rank's heads.
         "attention.wq": tp.columns(to_local=not qk_norm),
         "attention.wk": tp.columns(to_local=not qk_norm),
         "attention.wv": tp.columns(),
@@ -23,7 +24,9 @@ def block_plan(qk_norm: bool) -> dict[str, ParallelStyle]:
         "feed_forward.w3": tp.columns(),
         "feed_forward.w2": tp.rows(),
     }
-    return plan | ({"attention.q_norm": tp.head_norm(), "attention.k_norm": tp.head_norm()} if qk_norm else {})
+    return plan | (
+        {"attention.q_norm": tp.head_norm(), "attention.k_norm": tp.head_norm()} if qk_norm else {}
+    )
 
 
 def apply_tensor_parallel(decoder: Decoder, mesh: DeviceMesh) -> None:
@@ -33,7 +36,13 @@ def apply_tensor_parallel(decoder: Decoder, mesh: DeviceMesh) -> None:
     """
     for layer in decoder.layers.values():
         tp.split(layer, mesh, block_plan(decoder.config.qk_norm))
-    ends = {"tok_embeddings": tp.embedding(), "norm": tp.norm(to_local=True), "output": tp.VocabularyParallel()}
-    tp.split(decoder, mesh, {name: style for name, style in ends.items() if getattr(decoder, name) is not None})
+    ends = {
+        "tok_embeddings": tp.embedding(),
+        "norm": tp.norm(to_local=True),
+        "output": tp.VocabularyParallel(),
+    }
+    tp.split(
+        decoder, mesh, {name: style for name, style in ends.items() if getattr(decoder, name) is not None}
+    )
     # Each style made parameters of its own; untied they would drift apart without an error.
     decoder.tie_weights()

@@ -40,7 +40,9 @@ def format_of(record: Record) -> str | None:
 def parse_sample(record: Record) -> Draft:
     """A sample of a tar in the WebDataset convention, whatever it is: a caption where nothing else fits."""
     formats = (RECORD_FORMATS[name] for name in ("llava", "messages", "obelics"))
-    return next((format for format in formats if format.fits(record)), RECORD_FORMATS["captions"]).parse(record)
+    return next((format for format in formats if format.fits(record)), RECORD_FORMATS["captions"]).parse(
+        record
+    )
 
 
 RECORD_FORMATS = {

@@ -12,7 +12,8 @@ from experiments.vlm.data.document import Draft, ImageValue, Text
 from experiments.vlm.data.formats.image_values import IMAGE_EXTENSIONS, is_image_name, split_name
 from experiments.vlm.data.rejects import Rejected
 
-IMAGES = ("url", "URL", "image_url", "image", "image_path", "path")  # fields called like an image file come first
+# fields called like an image file come first
+IMAGES = ("url", "URL", "image_url", "image", "image_path", "path")
 TEXTS = ("caption", "text", "TEXT", "txt", "alt_text", "alt")
 COLUMNS = (*IMAGE_EXTENSIONS, *IMAGES, *TEXTS)
 
@@ -33,12 +34,20 @@ def parse(record: Mapping[str, Any], image: str = "", text: str = "") -> Draft:
         raise Rejected("wrong_shape", f"the caption is a {type(caption).__name__}")
     if not caption or caption.isspace():
         raise Rejected("caption_missing")
-    return Draft([ImageValue(record[image], 0, (image,)), Text(caption)], caption=True, rejects=_swallowed(record, image))
+    return Draft(
+        [ImageValue(record[image], 0, (image,)), Text(caption)],
+        caption=True,
+        rejects=_swallowed(record, image),
+    )
 
 
 def image_field(record: Mapping[str, Any]) -> str | None:
     """ "jpg" before "0.jpg" before the other names."""
-    named: tuple[Iterable[str], ...] = (filter(IMAGE_EXTENSIONS.__contains__, record), filter(is_image_name, record), IMAGES)
+    named: tuple[Iterable[str], ...] = (
+        filter(IMAGE_EXTENSIONS.__contains__, record),
+        filter(is_image_name, record),
+        IMAGES,
+    )
     return next((name for name in itertools.chain(*named) if record.get(name) is not None), None)
 
 

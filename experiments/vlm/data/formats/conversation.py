@@ -33,7 +33,9 @@ def make_draft(turns: Sequence[Turn], rejects: Sequence[Rejected] = ()) -> Draft
     return Draft([], caption=has_images, rejects=list(rejects), turns=turns)
 
 
-def place_images(turns: Sequence[tuple[str, str]], images: Sequence[ImageValue]) -> tuple[list[Turn], list[Rejected]]:
+def place_images(
+    turns: Sequence[tuple[str, str]], images: Sequence[ImageValue]
+) -> tuple[list[Turn], list[Rejected]]:
     """(role, text) with images where the text says `<image>`.
 
     Without images `<image>` is text, and so it is in answers where the questions account for all images.
@@ -51,14 +53,19 @@ def place_images(turns: Sequence[tuple[str, str]], images: Sequence[ImageValue])
         raise Rejected("image_missing", counts)
     lost = [Rejected("image_unplaced", counts, image=image.position) for image in images[markers:]]
     values = iter(images)
-    return [Turn(role, _split(text, values) if images and role in roles else [text]) for role, text in turns], lost
+    return [
+        Turn(role, _split(text, values) if images and role in roles else [text]) for role, text in turns
+    ], lost
 
 
 def _ask_first(turns: Sequence[tuple[str, str]], count: int) -> list[tuple[str, str]]:
     first = next((number for number, (role, _) in enumerate(turns) if role == "user"), None)
     if first is None:
         raise Rejected("image_unplaced", "no question that an image could stand in")
-    return [(role, (MARKER + "\n") * count + text if number == first else text) for number, (role, text) in enumerate(turns)]
+    return [
+        (role, (MARKER + "\n") * count + text if number == first else text)
+        for number, (role, text) in enumerate(turns)
+    ]
 
 
 def _split(text: str, images: Iterator[ImageValue]) -> list[str | ImageValue]:

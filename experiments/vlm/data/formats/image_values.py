@@ -39,7 +39,10 @@ def held_image(item: dict[str, Any]) -> Any:
 
 
 def is_address(value: str) -> bool:
-    """Whether a plain value is an address; else it is a path. Which addresses are fetched, the client says."""
+    """Whether a plain value is an address; else it is a path.
+
+    Which addresses are fetched, the client says.
+    """
     return "://" in value[:12]
 
 

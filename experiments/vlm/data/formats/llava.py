@@ -21,7 +21,9 @@ def parse(record: Mapping[str, Any]) -> Draft:
     conversations = record.get("conversations")
     if not isinstance(conversations, list):
         raise Rejected("wrong_shape", f"conversations is a {type(conversations).__name__}, not a list")
-    turns, rejects = place_images([_turn(row, number) for number, row in enumerate(conversations)], images_of(record))
+    turns, rejects = place_images(
+        [_turn(row, number) for number, row in enumerate(conversations)], images_of(record)
+    )
     return make_draft(turns, rejects)
 
 

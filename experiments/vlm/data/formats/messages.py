@@ -31,15 +31,21 @@ def parse(record: Mapping[str, Any]) -> Draft:
         if not isinstance(message, dict) or message.get("role") not in ROLES:
             raise Rejected("wrong_shape", f"messages[{number}] has no role of {', '.join(ROLES)}")
     if all(isinstance(message.get("content"), str) for message in messages):
-        turns, rejects = place_images([(message["role"], message["content"]) for message in messages], images_of(record))
+        turns, rejects = place_images(
+            [(message["role"], message["content"]) for message in messages], images_of(record)
+        )
         return make_draft(turns, rejects)
     found = _Images(images_of(record))
-    return make_draft([_turn(message, number, found) for number, message in enumerate(messages)], found.unused())
+    return make_draft(
+        [_turn(message, number, found) for number, message in enumerate(messages)], found.unused()
+    )
 
 
 def _turn(message: dict[str, Any], number: int, images: "_Images") -> Turn:
     place = "messages", number, "content"
-    return Turn(message["role"], [images.part(item, (*place, index)) for index, item in enumerate(_items(message))])
+    return Turn(
+        message["role"], [images.part(item, (*place, index)) for index, item in enumerate(_items(message))]
+    )
 
 
 def _items(message: dict[str, Any]) -> list[dict[str, Any]]:
@@ -47,7 +53,9 @@ def _items(message: dict[str, Any]) -> list[dict[str, Any]]:
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
     if not isinstance(content, list) or not all(isinstance(item, dict) for item in content):
-        raise Rejected("wrong_shape", f"a content is a {type(content).__name__}: neither text nor a list of typed items")
+        raise Rejected(
+            "wrong_shape", f"a content is a {type(content).__name__}: neither text nor a list of typed items"
+        )
     return content
 
 
@@ -84,4 +92,6 @@ class _Images:
         if self._count and not self._used:
             return []  # the items hold their images: the record only lists them once more
         left = [number for number in range(len(self._images)) if number not in self._used]
-        return [Rejected("image_unplaced", f"images[{number}] is in no message", image=number) for number in left]
+        return [
+            Rejected("image_unplaced", f"images[{number}] is in no message", image=number) for number in left
+        ]

@@ -1,8 +1,8 @@
 """Files of records, opened for random access: JSON lines, a JSON list, TSV, parquet, Arrow, lines of text.
 
-The first bytes of a file say what it is, or its name where they cannot (TSV, text). A file that ends early gives
-the records that are whole, and a reject for its tail. Memory: 16 bytes a record of text; of parquet what
-row_groups.py says.
+The first bytes of a file say what it is, or its name where they cannot (TSV, text). A file that ends early
+gives the records that are whole, and a reject for its tail. Memory: 16 bytes a record of text; of parquet
+what row_groups.py says.
 """
 
 import os
@@ -10,12 +10,20 @@ import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from experiments.vlm.data.formats.json_index import Spans, begins_list, decode_utf8, find_items, find_lines, parse_object
+from experiments.vlm.data.formats.json_index import (
+    Spans,
+    begins_list,
+    decode_utf8,
+    find_items,
+    find_lines,
+    parse_object,
+)
 from experiments.vlm.data.formats.tables import ArrowRecords, ParquetRecords
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.storage.file_cache import FileCache
 
-UNNAMED_COLUMNS = {0: ["url", "caption"], 1: ["caption", "url"]}  # of a TSV, by where its first address stands
+# of a TSV, by where its first address stands
+UNNAMED_COLUMNS = {0: ["url", "caption"], 1: ["caption", "url"]}
 
 
 class Records(Protocol):
@@ -52,10 +60,13 @@ def open_records(path: str, columns: tuple[str, ...] | None, cache: FileCache) -
 class LineRecords:
     """A record a line, or a record wherever else it begins and ends."""
 
-    def __init__(self, path: str, parse: Callable[[bytes], dict[str, Any]], find: Callable[[int], Spans] = find_lines):
+    def __init__(
+        self, path: str, parse: Callable[[bytes], dict[str, Any]], find: Callable[[int], Spans] = find_lines
+    ):
         """parse: raises Rejected. find: the records of an open file."""
         file = os.open(path, os.O_RDONLY)
-        self.close = weakref.finalize(self, os.close, file)  # at the latest when nobody reads from it any more
+        # at the latest when nobody reads from it any more
+        self.close = weakref.finalize(self, os.close, file)
         self._spans = find(file)
         self._parse = parse
         self.tail: Rejected | None = self._spans.tail
@@ -70,7 +81,9 @@ class LineRecords:
 
 def json_records(path: str) -> Records:
     """A JSON object a line, or a list of objects."""
-    return LineRecords(path, parse_object, lambda file: find_items(file) if begins_list(file) else find_lines(file))
+    return LineRecords(
+        path, parse_object, lambda file: find_items(file) if begins_list(file) else find_lines(file)
+    )
 
 
 def tsv_records(path: str) -> Records:
@@ -78,7 +91,9 @@ def tsv_records(path: str) -> Records:
     with open(path, "rb") as file:
         line = file.readline()
     names = line.decode("utf-8-sig", "replace").rstrip("\r\n").split("\t")
-    address = next((i for i, name in enumerate(names) if name.lower().startswith(("http://", "https://"))), None)
+    address = next(
+        (i for i, name in enumerate(names) if name.lower().startswith(("http://", "https://"))), None
+    )
     if address is not None:
         names = UNNAMED_COLUMNS[address] if len(names) == 2 else [str(i) for i in range(len(names))]
 

@@ -21,7 +21,11 @@ from experiments.vlm.data.storage.fetch import make_fetcher
 
 def folder_of(record_file: str) -> str:
     """Where the paths of a record file begin."""
-    return record_file.rpartition("/")[0] if "://" in record_file else os.path.dirname(os.path.abspath(record_file))
+    return (
+        record_file.rpartition("/")[0]
+        if "://" in record_file
+        else os.path.dirname(os.path.abspath(record_file))
+    )
 
 
 class ImageFolder:
@@ -32,9 +36,14 @@ class ImageFolder:
         self.remote = "://" in folder
 
     def path(self, value: str) -> str:
-        """Where the image lies: below the folder by its letters; a link there is followed. Raises Rejected."""
+        """Where the image lies: below the folder by its letters; a link there is followed.
+
+        Raises Rejected.
+        """
         join, norm = (posixpath.join, posixpath.normpath) if self.remote else (os.path.join, os.path.normpath)
-        relative = norm(value if self.remote or not os.path.isabs(value) else os.path.relpath(value, self.folder))
+        relative = norm(
+            value if self.remote or not os.path.isabs(value) else os.path.relpath(value, self.folder)
+        )
         if relative.startswith(("..", "/")) or "\0" in relative:
             raise Rejected("image_outside", value[:200])
         return join(self.folder, relative)
@@ -72,7 +81,9 @@ class ImageValues:
         path = self.folder.path(value)
         try:
             with open(path, "rb", buffering=0) as file:
-                return probe_lazily(lambda count: os.pread(file.fileno(), count, 0), os.fstat(file.fileno()).st_size)
+                return probe_lazily(
+                    lambda count: os.pread(file.fileno(), count, 0), os.fstat(file.fileno()).st_size
+                )
         except (OSError, ValueError) as error:
             raise Rejected("image_missing", str(error)) from error
 

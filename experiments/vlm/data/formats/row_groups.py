@@ -30,7 +30,9 @@ class RowGroups:
         metadata = self._file.metadata
         self.rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
         if min(self.rows, default=0) < 0 or sum(self.rows) != metadata.num_rows:
-            raise Rejected("shard_unreadable", f"its row groups hold {self.rows[:9]} rows, {metadata.num_rows} in all")
+            raise Rejected(
+                "shard_unreadable", f"its row groups hold {self.rows[:9]} rows, {metadata.num_rows} in all"
+            )
         self._columns = [name for name in self._file.schema_arrow.names if columns is None or name in columns]
         self._origin = f"{origin_of(path)} {','.join(self._columns)}"
         self._cache = cache
@@ -46,7 +48,9 @@ class RowGroups:
     def _read(self, group: int) -> pa.Table:
         if group in self._decoded:
             try:
-                path = self._cache.get(f"{self._origin} {group}", lambda copy: self._write(copy, group), ".arrow")
+                path = self._cache.get(
+                    f"{self._origin} {group}", lambda copy: self._write(copy, group), ".arrow"
+                )
                 return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
             except OSError:
                 pass  # a full disk, or thrown out of the cache in between
@@ -75,7 +79,10 @@ class Kept:
         self._lock = threading.Lock()
 
     def get(self, key: tuple[int, int], read: Callable[[], pa.Table]) -> pa.Table:
-        """The row group of that (file, group), from `read` where it is not kept. Raises what `read` raises."""
+        """The row group of that (file, group), from `read` where it is not kept.
+
+        Raises what `read` raises.
+        """
         with self._lock:
             if key in self._tables:
                 self._tables.move_to_end(key)

@@ -63,7 +63,9 @@ class ArrowRecords:
         try:
             for batch in _batches(self._source):
                 batch.validate()
-                self._batches.append(batch.select([name for name in batch.schema.names if columns is None or name in columns]))
+                self._batches.append(
+                    batch.select([name for name in batch.schema.names if columns is None or name in columns])
+                )
         except (OSError, pa.ArrowException) as error:
             if not self._batches:
                 raise
@@ -114,7 +116,9 @@ def _check_offsets(array: pa.Array) -> None:
 
 def _row(table: pa.Table | pa.RecordBatch, row: int) -> dict[str, Any]:
     try:
-        return {name: _plain(column[row]) for name, column in zip(table.schema.names, table.columns, strict=True)}
+        return {
+            name: _plain(column[row]) for name, column in zip(table.schema.names, table.columns, strict=True)
+        }
     except UnicodeDecodeError as error:
         raise Rejected("broken_utf8", str(error)) from error
     except (ValueError, OverflowError, pa.ArrowException) as error:  # a date that Python does not know

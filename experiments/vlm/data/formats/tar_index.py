@@ -58,7 +58,11 @@ class Header(NamedTuple):
     def member(self) -> Member | None:
         """None where it is no part of a sample: a folder, a link, a hidden file, a name without a dot."""
         match = NAME.match(self.name.removeprefix("./")) if self.kind in REGULAR else None
-        return Member(match[1], match[2].lower(), self.name.removeprefix("./"), self.offset, self.size) if match else None
+        return (
+            Member(match[1], match[2].lower(), self.name.removeprefix("./"), self.offset, self.size)
+            if match
+            else None
+        )
 
 
 class TarIndex:
@@ -69,7 +73,8 @@ class TarIndex:
         self._size = os.fstat(file).st_size
         self.tail = None if self._size else Rejected("shard_truncated", "the file is empty")
         samples, headers = array("q"), array("q")
-        latest: dict[str, tuple[int, set[str]]] = {}  # key -> its newest sample, and the extensions seen there
+        # key -> its newest sample, and the extensions seen there
+        latest: dict[str, tuple[int, set[str]]] = {}
         count = 0
         for start, member in self._members():
             number, seen = latest.get(member.key, (-1, set()))

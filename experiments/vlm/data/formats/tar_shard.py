@@ -24,7 +24,8 @@ class TarShard:
     def __init__(self, path: str, columns: tuple[str, ...], parse: Callable[[dict[str, Any]], Draft]):
         """columns: what `parse` reads of a record."""
         self.file = os.open(path, os.O_RDONLY)
-        self.close = weakref.finalize(self, os.close, self.file)  # at the latest when nobody reads from it any more
+        # at the latest when nobody reads from it any more
+        self.close = weakref.finalize(self, os.close, self.file)
         self.wants_text = "txt" in columns
         self.parse = parse
         self.index = TarIndex(self.file)
@@ -43,7 +44,9 @@ class TarShard:
         """See Shard.read."""
         members = self.index.sample(index)
         draft = self.parse(self._record(members))
-        draft.parts = [_found(part, members) if isinstance(part, ImageValue) else part for part in draft.parts]
+        draft.parts = [
+            _found(part, members) if isinstance(part, ImageValue) else part for part in draft.parts
+        ]
         return finish(draft, members[0].key, self._size, lambda image: (image.value.offset, image.value.size))
 
     def load(self, image: Image) -> bytes:
@@ -51,7 +54,9 @@ class TarShard:
         return read_at(self.file, *image.locator)
 
     def _record(self, members: list[Member]) -> dict[str, Any]:
-        record: dict[str, Any] = {member.extension: member for member in members if is_image_name(member.extension)}
+        record: dict[str, Any] = {
+            member.extension: member for member in members if is_image_name(member.extension)
+        }
         text, fields = (_find(members, kind) for kind in ("txt", "json"))
         if text and self.wants_text:
             record |= {member.extension: member for member in members if member.kind == "txt"}
@@ -94,5 +99,7 @@ def _found(image: ImageValue, members: list[Member]) -> ImageValue:
     name = name.removeprefix("./").lower()
     borne: dict[str, Member] = {}
     for member in members:
-        borne |= {own.lower(): member for own in (member.extension, os.path.basename(member.name), member.name)}
+        borne |= {
+            own.lower(): member for own in (member.extension, os.path.basename(member.name), member.name)
+        }
     return ImageValue(borne.get(name, name), image.position)

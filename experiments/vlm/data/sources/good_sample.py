@@ -1,7 +1,8 @@
 """A source without one good sample is an error: it would leave the mixture, and the run would go on.
 
-Looked for before training, and again where a slot has read a source for long and met none. A good sample is one
-that would be delivered: it can be read, it is not dropped for its length, and a caption's images can be decoded.
+Looked for before training, and again where a slot has read a source for long and met none. A good sample is
+one that would be delivered: it can be read, it is not dropped for its length, and a caption's images can be
+decoded.
 """
 
 from collections import Counter
@@ -94,8 +95,13 @@ class Search:
         guarded(lambda: decode(lease.shard.load(image), h * plan.patch_size, w * plan.patch_size))
 
 
-def require_good_samples(planning: SlotSettings, tokenizer: Tokenizer, open_shard: OpenShard, slot: int) -> None:
-    """Raises DataError for the first source that has none. Begins with the shard that this slot reads first."""
+def require_good_samples(
+    planning: SlotSettings, tokenizer: Tokenizer, open_shard: OpenShard, slot: int
+) -> None:
+    """Raises DataError for the first source that has none.
+
+    Begins with the shard that this slot reads first.
+    """
     search = Search(planning, tokenizer, ShardCache(open_shard, capacity=1))
     for source, deal in enumerate(planning.deals):
         unit = deal.unit(slot, 0)
@@ -122,7 +128,11 @@ def complaint(name: str, shards: int, found: list[Reject]) -> str:
     mend = "correct it, or take it out of the mixture"
     if not reasons:
         return f"source {name}: no record in its {shards:,} shards; {mend}"
-    tried = f"the {samples:,} samples that were tried is good" if samples else f"its {shards:,} shards can be read"
+    tried = (
+        f"the {samples:,} samples that were tried is good"
+        if samples
+        else f"its {shards:,} shards can be read"
+    )
     counted = ", ".join(f"{reason} {count:,}" for reason, count in reasons)
     example = next(reject for reject in found if reject.reason == reasons[0][0])
     place = f"shard {example.shard}" + (f", sample {example.key}" if example.key else "")

@@ -1,33 +1,44 @@
 """Which source gives a slot's next sample: the one that lags furthest behind its weight.
 
-There is nothing to draw, so the shares are exact to a sample and a position is one number a source. Each slot starts at a
-phase of its own, or all slots would ask a rare source at the same step.
+There is nothing to draw, so the shares are exact to a sample and a position is one number a source. Each slot
+starts at a phase of its own, or all slots would ask a rare source at the same step.
 
-Samples that were drawn wait for a slot where they fit. So that waiting changes no shares, a source that is ahead of its
-weight in what has left waits for the others: `quota` says how much each may still give.
+Samples that were drawn wait for a slot where they fit. So that waiting changes no shares, a source that is
+ahead of its weight in what has left waits for the others: `quota` says how much each may still give.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 
-AHEAD = 4.0  # slots' worth of the mixture that a source may be ahead: less costs occupancy, more lets the shares drift
+# slots' worth of the mixture that a source may be ahead: less costs occupancy, more lets the shares drift
+AHEAD = 4.0
 
 
 class Mixture:
     """Shares of the sources in what one slot reads. `weights` need not add up to 1."""
 
     def __init__(self, weights: Sequence[float], seed: int, slot: int, typical: float = 1.0):
-        """`typical`: what one sample counts, roughly: 1 where weights count samples, its tokens where they count tokens."""
+        """`typical`: what one sample counts, roughly: 1 where weights count samples, its tokens where they
+        count tokens.
+        """
         self.weights = list(weights)
-        self.phases = (np.random.PCG64(np.random.SeedSequence([seed, 2, slot])).random_raw(len(self.weights)) / 2**64 * typical).tolist()
+        self.phases = (
+            np.random.PCG64(np.random.SeedSequence([seed, 2, slot])).random_raw(len(self.weights))
+            / 2**64
+            * typical
+        ).tolist()
         self.given = [0] * len(self.weights)
         self.dry = [False] * len(self.weights)
 
     def pick(self) -> int | None:
         """The source to ask; None once all are exhausted."""
         alive = [source for source, dry in enumerate(self.dry) if not dry]
-        return min(alive, key=lambda source: (self.given[source] + self.phases[source]) / self.weights[source], default=None)
+        return min(
+            alive,
+            key=lambda source: (self.given[source] + self.phases[source]) / self.weights[source],
+            default=None,
+        )
 
     def give(self, source: int, amount: int) -> None:
         """Count what a source gave: samples, or tokens, as its weight does."""
@@ -41,7 +52,8 @@ class Mixture:
         held, weights = np.array(waiting, np.float64), np.array(self.weights)
         left = np.array(self.given) - held
         shares = weights / weights.sum()
-        # A source of which nothing waits holds nobody back: its next sample has not been drawn yet, or it has ended.
+        # A source of which nothing waits holds nobody back: its next sample has not been drawn yet, or it has
+        # ended.
         level = (left / shares)[held > 0].min() if held.any() else 0.0
         return (level + AHEAD * held.sum() / max(slots, 1.0)) * shares - left
 

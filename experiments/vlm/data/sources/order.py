@@ -1,11 +1,13 @@
-"""In which order a slot reads a source: a pure function of the seed, so that neither ranks nor workers change it.
+"""In which order a slot reads a source: a pure function of the seed, so that neither ranks nor workers change
+it.
 
     unit     (shard, part): part j of p takes the records j, j + p, ... of a shard, with p the smallest for which
              shards * p >= G, so that there is a unit for every slot
     dealing  the units of all epochs, each epoch permuted anew, form one endless list; slot s takes units s, s + G, ...
     order    the records of a unit are permuted inside windows of `shuffle_buffer`
 
-A position in a source is two integers: how many units the slot has taken, and how many records of the current one.
+A position in a source is two integers: how many units the slot has taken, and how many records of the current
+one.
 """
 
 import math
@@ -15,11 +17,14 @@ from functools import lru_cache
 
 import numpy as np
 
-MOST_EMPTY_UNITS = 64  # without a good sample, and 16 rounds of the parts: then the whole source is asked for one
+# without a good sample, and 16 rounds of the parts: then the whole source is asked for one
+MOST_EMPTY_UNITS = 64
 
 
 def permutation(count: int, *key: int) -> np.ndarray:
-    """A permutation of range(count) drawn from non-negative integers: the same on every machine and NumPy version."""
+    """A permutation of range(count) drawn from non-negative integers: the same on every machine and NumPy
+    version.
+    """
     raw = np.random.PCG64(np.random.SeedSequence(list(key))).random_raw(count)
     return np.argsort(raw, kind="stable")
 
@@ -83,8 +88,14 @@ class Deal:
         if not self.shuffle:
             return indices
         place = unit.shard * self.parts + unit.part
-        windows = [indices[start : start + self.shuffle_buffer] for start in range(0, len(indices), self.shuffle_buffer)]
-        shuffled = [window[permutation(len(window), *self.key, 1, unit.epoch, place, i)] for i, window in enumerate(windows)]
+        windows = [
+            indices[start : start + self.shuffle_buffer]
+            for start in range(0, len(indices), self.shuffle_buffer)
+        ]
+        shuffled = [
+            window[permutation(len(window), *self.key, 1, unit.epoch, place, i)]
+            for i, window in enumerate(windows)
+        ]
         return np.concatenate(shuffled) if shuffled else indices
 
 

@@ -1,6 +1,7 @@
 """One source, read by one slot: records in the order that order.py deals, bad ones logged and skipped.
 
-`ShardCache` keeps shards open for all slots of a process; `SourceReader` is one slot's position in one source.
+`ShardCache` keeps shards open for all slots of a process; `SourceReader` is one slot's position in one
+source.
 """
 
 import contextlib
@@ -39,7 +40,9 @@ class Record:
 
 
 class Lease:
-    """An open shard, closed when nobody holds the lease any more: a thread may still read from one that the cache let go."""
+    """An open shard, closed when nobody holds the lease any more: a thread may still read from one that the
+    cache let go.
+    """
 
     def __init__(self, shard: Shard):
         self.shard = shard
@@ -50,7 +53,10 @@ class Lease:
 
 
 class ShardCache:
-    """Open shards of all sources, the longest unused let go. A shard that cannot be opened is remembered as well."""
+    """Open shards of all sources, the longest unused let go.
+
+    A shard that cannot be opened is remembered as well.
+    """
 
     def __init__(self, open_shard: Callable[[int, str], Shard], capacity: int):
         self.open_shard = open_shard  # (source, path); raises Rejected
@@ -80,7 +86,8 @@ class ShardCache:
 def guarded(call: Callable, *args):
     """`call(*args)`, with every error as Rejected: a record that a reader stumbles over stops no run.
 
-    Readers raise Rejected for what is wrong with a record, so whatever else they raise is their own fault and says so.
+    Readers raise Rejected for what is wrong with a record, so whatever else they raise is their own fault and
+    says so.
     """
     try:
         return call(*args)
@@ -93,20 +100,28 @@ def guarded(call: Callable, *args):
         kind = f"{type(error).__name__} in {where.name}, {os.path.basename(where.filename)}:{where.lineno}"
         if kind not in _failures:
             _failures.add(kind)
-            logger.exception(f"a reader failed ({kind}); it is counted as reader_failed, and further ones are not shown")
+            logger.exception(
+                f"a reader failed ({kind}); it is counted as reader_failed, and further ones are not shown"
+            )
         raise Rejected("reader_failed", f"{kind}: {error}") from error
 
 
 _failures: set[str] = set()  # kinds that this process has logged
 
 
-Transform = Callable[[Document, Shard, int], Document]  # a validation control: (document, its shard, its record)
+# a validation control: (document, its shard, its record)
+Transform = Callable[[Document, Shard, int], Document]
 
 
 class SourceReader:
-    """One slot's position in one source. Position: `unit`, `place` in the unit's order, `empty_units` units since a useful sample."""
+    """One slot's position in one source.
 
-    def __init__(self, source: int, deal: Deal, slot: int, cache: ShardCache, transform: Transform | None = None):
+    Position: `unit`, `place` in the unit's order, `empty_units` units since a useful sample.
+    """
+
+    def __init__(
+        self, source: int, deal: Deal, slot: int, cache: ShardCache, transform: Transform | None = None
+    ):
         self.source = source
         self.deal = deal
         self.slot = slot
@@ -132,8 +147,11 @@ class SourceReader:
         self.unit, self.place, self.empty_units = position
         self._order = None
 
-    def records(self, reject: Callable[[Reject], None], doubt: Callable[[int], None]) -> Iterator[tuple[Reference, Record]]:
-        """Good records from here on, until the last epoch is over, or where this slot's share never holds one.
+    def records(
+        self, reject: Callable[[Reject], None], doubt: Callable[[int], None]
+    ) -> Iterator[tuple[Reference, Record]]:
+        """Good records from here on, until the last epoch is over, or where this slot's share never holds
+        one.
 
         `doubt` is called with the source where there was none for long: it raises DataError if it has none.
         """
@@ -170,13 +188,17 @@ class SourceReader:
         return Record(document, path, lost)
 
     def epochs(self, waiting: Sequence[int]) -> float:
-        """This slot's share of the passes over the source: the units that it is done with among those of an epoch.
+        """This slot's share of the passes over the source: the units that it is done with among those of an
+        epoch.
 
-        `waiting`: the unit of each record that was read and not delivered yet. Over all slots the shares add up to
-        how often the source was delivered, 1.0 after each unit once; rejected records count as delivered.
+        `waiting`: the unit of each record that was read and not delivered yet. Over all slots the shares add
+        up to how often the source was delivered, 1.0 after each unit once; rejected records count as
+        delivered.
         """
         needed = {*waiting, self.unit} if self.place else set(waiting)
-        self._records_in = {number: self._records_in.get(number) or self._count_records(number) for number in needed}
+        self._records_in = {
+            number: self._records_in.get(number) or self._count_records(number) for number in needed
+        }
         read = self.unit + (self.place / self._records_in[self.unit] if self.place else 0)
         return (read - sum(1 / self._records_in[number] for number in waiting)) / self.deal.units
 
@@ -210,10 +232,14 @@ class SourceReader:
         unit = self.deal.unit(self.slot, reference.unit)
         assert unit is not None
         try:
-            key = guarded(self.cache.get(self.source, self.deal.shards[unit.shard]).shard.key, reference.record)
+            key = guarded(
+                self.cache.get(self.source, self.deal.shards[unit.shard]).shard.key, reference.record
+            )
         except Rejected:
             key = f"record {reference.record}"
         return self._told(unit, rejected, key, image=None)
 
     def _told(self, unit: Unit, rejected: Rejected, key: str, image: int | None) -> Reject:
-        return Reject(self.deal.name, self.deal.shards[unit.shard], key, rejected.reason, rejected.detail, image)
+        return Reject(
+            self.deal.name, self.deal.shards[unit.shard], key, rejected.reason, rejected.detail, image
+        )

@@ -43,7 +43,8 @@ HUB = "hf://datasets/"
 CHUNK_BYTES = 1 << 20
 STEP_BYTES = 1 << 14  # of decompression: the step that meets the end of a cut file is lost
 WAIT_S = 1.0  # before the second try, twice that before the third
-NOT_RECORDS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # what `datasets` writes next to its data
+# what `datasets` writes next to its data
+NOT_RECORDS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
 
 def list_shards(path: str, format: str, data: Data) -> list[str]:
@@ -56,7 +57,9 @@ def list_shards(path: str, format: str, data: Data) -> list[str]:
     if not found and (unreadable := denied(path)):
         raise ConfigError(f"{path}: permission denied: {unreadable}")
     if not found:
-        raise ConfigError(f"{path}: no shard of format {format} ({', '.join(suffixes)}) there; looked from {os.getcwd()}")
+        raise ConfigError(
+            f"{path}: no shard of format {format} ({', '.join(suffixes)}) there; looked from {os.getcwd()}"
+        )
     return sorted(set(found))
 
 
@@ -112,7 +115,12 @@ def _below(folder: str) -> list[str]:
         raise ConfigError(f"{folder}: {(error.strerror or str(error)).lower()}: {error.filename}") from error
 
     walk = os.walk(Path(folder), onerror=refuse)
-    return [file for place, _, names in walk for name in names if os.path.isfile(file := os.path.join(place, name))]
+    return [
+        file
+        for place, _, names in walk
+        for name in names
+        if os.path.isfile(file := os.path.join(place, name))
+    ]
 
 
 def _match_remote(pattern: str, suffixes: tuple[str, ...]) -> list[str]:
@@ -122,11 +130,19 @@ def _match_remote(pattern: str, suffixes: tuple[str, ...]) -> list[str]:
             return [system.unstrip_protocol(file) for file in system.glob(path)]
         if pattern.startswith(("http://", "https://")) or not system.isdir(path):
             return [pattern]
-        files = _of_folder([system.unstrip_protocol(file) for file in system.find(path)], system.unstrip_protocol(path), suffixes)
+        files = _of_folder(
+            [system.unstrip_protocol(file) for file in system.find(path)],
+            system.unstrip_protocol(path),
+            suffixes,
+        )
     except Exception as error:  # clients of remote systems raise kinds of their own
         raise ConfigError(f"{pattern}: {_unlisted(pattern, error)}") from error
     is_whole_data_set = pattern.startswith(HUB) and pattern.removeprefix(HUB).count("/") == 1
-    return [file for file in files if "train" in file.removeprefix(pattern)] or files if is_whole_data_set else files
+    return (
+        [file for file in files if "train" in file.removeprefix(pattern)] or files
+        if is_whole_data_set
+        else files
+    )
 
 
 def _unlisted(pattern: str, error: Exception) -> str:
@@ -139,15 +155,21 @@ def _unlisted(pattern: str, error: Exception) -> str:
     if isinstance(error, (FileNotFoundError, ImportError, ValueError)):
         return f"cannot be listed ({told}); a private or gated data set needs HF_TOKEN"
     return (
-        f"the Hugging Face hub could not be reached ({told}): check the network, HF_ENDPOINT, and HF_TOKEN for a "
-        "private or gated data set; or download it first (hf download NAME --repo-type dataset), and give the folder"
+        f"the Hugging Face hub could not be reached ({told}): check the network, HF_ENDPOINT, and HF_TOKEN "
+        "for a "
+        "private or gated data set; or download it first (hf download NAME --repo-type dataset), and give "
+        "the folder"
     )
 
 
 def _of_folder(files: list[str], folder: str, suffixes: tuple[str, ...]) -> list[str]:
     """Those that are shards. Beside tars, other files are notes about them; hidden ones do not count."""
     visible = [file for file in files if "/." not in file.removeprefix(folder.rstrip("/"))]
-    found = {file: suffix for file in visible if (suffix := suffix_of(file)) in suffixes and os.path.basename(file) not in NOT_RECORDS}
+    found = {
+        file: suffix
+        for file in visible
+        if (suffix := suffix_of(file)) in suffixes and os.path.basename(file) not in NOT_RECORDS
+    }
     tars = [file for file, suffix in found.items() if suffix == ".tar"]
     return tars or list(found)
 
@@ -209,4 +231,9 @@ def _open_zstd(path: str) -> io.BufferedReader:
     return io.BufferedReader(pa.CompressedInputStream(path, "zstd"), STEP_BYTES)
 
 
-COMPRESSIONS: dict[str, Callable[[str], Any]] = {".gz": gzip.open, ".tgz": gzip.open, ".bz2": bz2.open, ".zst": _open_zstd}
+COMPRESSIONS: dict[str, Callable[[str], Any]] = {
+    ".gz": gzip.open,
+    ".tgz": gzip.open,
+    ".bz2": bz2.open,
+    ".zst": _open_zstd,
+}

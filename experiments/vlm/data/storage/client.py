@@ -75,7 +75,11 @@ class Client:
         self.in_flight: set[asyncio.Task] = set()  # tasks whose request is on the wire
         # identity: pictures do not shrink, and a compressed answer can be a bomb (one that comes all the
         # same: `inflate`).
-        self._headers = {"User-Agent": user_agent, "Accept": "image/*,*/*;q=0.5", "Accept-Encoding": "identity"}
+        self._headers = {
+            "User-Agent": user_agent,
+            "Accept": "image/*,*/*;q=0.5",
+            "Accept-Encoding": "identity",
+        }
 
     async def __aenter__(self) -> "Client":
         # A further try gets a connection of its own: one that was used before may be what failed, full of
@@ -91,7 +95,9 @@ class Client:
     def _open_session(self, force_close: bool) -> aiohttp.ClientSession:
         silence_s = self.limits.read_timeout_s
         return aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, force_close=force_close, socket_factory=self.gate.make_socket),
+            connector=aiohttp.TCPConnector(
+                limit=0, force_close=force_close, socket_factory=self.gate.make_socket
+            ),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=silence_s, sock_read=silence_s),
             cookie_jar=aiohttp.DummyCookieJar(),
             headers=self._headers,
@@ -106,7 +112,11 @@ class Client:
             except Failed as failure:
                 if self.stopping:
                     raise Stopped from failure
-                if not failure.again or attempt == self.limits.retries or failure.after_s > self.limits.max_retry_after_s:
+                if (
+                    not failure.again
+                    or attempt == self.limits.retries
+                    or failure.after_s > self.limits.max_retry_after_s
+                ):
                     raise
                 backoff_s = min(self.limits.backoff_s * 2**attempt, MAX_BACKOFF_S) * random.uniform(0.5, 1.5)
                 await asyncio.sleep(max(backoff_s, failure.after_s))
@@ -122,7 +132,10 @@ class Client:
         raise Failed("too_many_redirects", f"more than {MAX_REDIRECTS}, last to {url}")
 
     async def _hop(self, url: URL, session: aiohttp.ClientSession) -> bytes | URL:
-        """One request: the body, or where it is said to be. The time limit does not count waiting for a turn."""
+        """One request: the body, or where it is said to be.
+
+        The time limit does not count waiting for a turn.
+        """
         host = url.host or ""
         async with self.hosts.turn(host), self.places, self._on_the_wire():
             try:
@@ -152,9 +165,16 @@ class Client:
             if response.status in REDIRECTS and "Location" in response.headers:
                 return parse_url(str(response.headers["Location"]), base=url)
             if response.status != 200:
-                raise Failed(f"http_{response.status}", again=response.status in RETRIED, after_s=retry_after_s(response.headers))
+                raise Failed(
+                    f"http_{response.status}",
+                    again=response.status in RETRIED,
+                    after_s=retry_after_s(response.headers),
+                )
             data = await self._read(response)
-            ends_by_itself = response.content_length is not None or "chunked" in response.headers.get("Transfer-Encoding", "").lower()
+            ends_by_itself = (
+                response.content_length is not None
+                or "chunked" in response.headers.get("Transfer-Encoding", "").lower()
+            )
         if not ends_by_itself and not await asyncio.to_thread(self.looks_whole, data):
             raise Failed("incomplete", f"the connection closed after {len(data)} bytes", again=True)
         return data
@@ -181,7 +201,9 @@ def parse_url(text: str, base: URL | None = None) -> URL:
     except ValueError as error:
         raise Failed("bad_url", str(error)) from error
     if url.scheme not in ("http", "https") or not url.host:
-        raise Failed("bad_url", f"only http and https are fetched, not {str(url)[:200]!r} (a file? --image_folder)")
+        raise Failed(
+            "bad_url", f"only http and https are fetched, not {str(url)[:200]!r} (a file? --image_folder)"
+        )
     return url
 
 

@@ -39,7 +39,8 @@ class Fetcher:
         self.timeout_s = timeout_s
         self.gate = Gate(allow_private)
         self.failures = FileCache(cache.folder / "failed", FAILED_BYTES)
-        self._failed: dict[str, tuple[str, str]] = {}  # reason and detail; the exceptions would keep their frames
+        # reason and detail; the exceptions would keep their frames
+        self._failed: dict[str, tuple[str, str]] = {}
         self._pool: ThreadPoolExecutor | None = None
         self._running: asyncio.AbstractEventLoop | None = None
         self._lock = threading.Lock()
@@ -98,7 +99,9 @@ class Fetcher:
             return asyncio.run_coroutine_threadsafe(self._asked(url), self._loop()).result()
         except Failed as failed:
             refused = failed.reason in ("bad_url", "private_address")
-            reason = "image_address" if refused else failed.reason if failed.reason in REASONS else "image_fetch"
+            reason = (
+                "image_address" if refused else failed.reason if failed.reason in REASONS else "image_fetch"
+            )
             detail = ", ".join(filter(None, (failed.reason, failed.detail)))
             raise Rejected(reason, f"{url[:200]}: {detail}") from failed
         except TimeoutError as error:
@@ -107,7 +110,10 @@ class Fetcher:
     async def _asked(self, url: str) -> bytes:
         """In the loop's thread. The time limit is for the sum of everything."""
         limits = Limits(self.timeout_s, self.timeout_s, MAX_BYTES, retries=0, keep_alive=False)
-        async with Client(limits, self.gate, Hosts(THREADS, 0.0), THREADS, USER_AGENT) as client, asyncio.timeout(self.timeout_s):
+        async with (
+            Client(limits, self.gate, Hosts(THREADS, 0.0), THREADS, USER_AGENT) as client,
+            asyncio.timeout(self.timeout_s),
+        ):
             return await client.fetch(url)
 
     def _loop(self) -> asyncio.AbstractEventLoop:
@@ -123,8 +129,10 @@ def about_failures(data: Data) -> str:
     """For people, once an address did not answer: what stays the same, and what does not."""
     folder = file_cache(data).folder
     return (
-        f"images by address: what did not answer stays left out for all ranks and later runs that share {folder}; "
-        "batches may differ where machines do not share it, or where data.cache_gb is too small for all images; "
+        "images by address: what did not answer stays left out for all ranks and later runs that share "
+        f"{folder}; "
+        "batches may differ where machines do not share it, or where data.cache_gb is too small for all "
+        "images; "
         f"delete {folder / 'failed'} to ask again"
     )
 

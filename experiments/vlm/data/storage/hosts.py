@@ -46,7 +46,9 @@ class Gate:
     def permits(self, text: str) -> bool:
         """Whether an IP address in text may be connected to."""
         address = ipaddress.ip_address(text.partition("%")[0])  # without the scope of fe80::1%eth0
-        return self.allow_private or is_public(address) or any(address in network for network in self.networks)
+        return (
+            self.allow_private or is_public(address) or any(address in network for network in self.networks)
+        )
 
     def make_socket(self, address_info: tuple[Any, ...]) -> socket.socket:
         """For aiohttp's `socket_factory`: `address_info` is a row of getaddrinfo. Raises OSError(REFUSED)."""
@@ -76,7 +78,9 @@ class Hosts:
     @asynccontextmanager
     async def turn(self, name: str) -> AsyncIterator[None]:
         """Waits for a place at the host and for its delay; the request is made inside."""
-        host = self._hosts.get(name) or self._hosts.setdefault(name, Host(asyncio.Semaphore(self.max_connections)))
+        host = self._hosts.get(name) or self._hosts.setdefault(
+            name, Host(asyncio.Semaphore(self.max_connections))
+        )
         host.visitors += 1
         try:
             async with host.places:
