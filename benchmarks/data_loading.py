@@ -308,7 +308,8 @@ def print_table(found: dict[int, dict[str, dict]]) -> None:
             if name == "stages":
                 continue
             tokens = f"{result['tokens_per_s']:.0f}" if result["tokens_per_s"] else ""
-            rates = f"{result['images_per_s']:.0f} | {result['megapixels_per_s']:.0f} | {tokens} | {by_clock(result)} | {result['others']:.2f}"
+            rates = f"{result['images_per_s']:.0f} | {result['megapixels_per_s']:.0f} | {tokens}"
+            rates += f" | {by_clock(result)} | {result['others']:.2f}"
             memory = f"{result['process_mb']:.0f} + {result['workers_mb']:.0f}"
             print(
                 f"| {name} | {cores} | {rates} | {result['cpu_ms']:.2f} | {result.get('of_bare_cpu', 1):.2f} "

@@ -8,7 +8,7 @@ planned), L is what the adviser says, about S times the patches per token, and t
 packer fill slots with them:
 
     captions             one image, about 20 tokens of text (CC12M)
-    documents            1 to 15 images, about 90 tokens of text around each, one document in sixteen without images
+    documents            1 to 15 images, about 90 tokens of text around each; one in sixteen has no image
     text                 about 700 tokens, one in ten above 2,500
     few images           up to 2 images, about 700 tokens around each
     many images          5 to 24 images, about 30 tokens around each

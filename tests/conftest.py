@@ -19,7 +19,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # there.
 MAY_BE_SKIPPED = {
     "needs a GPU": "CI has none; whoever has one runs `pytest tests/gpu`",
-    "could not import 'ray'": "an extra for preparing data on several machines, larger than all else together",
+    "could not import 'ray'": "an extra for preparing data on several machines, larger than all else",
     "could not import 'torchvision'": "its release pins a torch of its own, and pip would replace ours",
     "transformers before 5.24": "an environment of lower bounds has one, which masks an answer otherwise",
 }

@@ -124,7 +124,9 @@ def seed_generators(job: JobConfig) -> None:
 
 
 def resolve_options(job: JobConfig) -> None:
-    """Give options that depend on others, or on what the run did before, the value that holds and is saved."""
+    """Give options that depend on others, or on what the run did before,
+    the value that holds and is saved.
+    """
     resolve_global_batch(job)
     fit_warmup(job.lr_scheduler, job.training.steps)
     job.training.global_batch_size = resolve_batch(job, dist.get_world_size()).global_

@@ -45,7 +45,8 @@ def cost_of_a_patch(job: VLMJobConfig, tokenizer: Tokenizer) -> float:
 
 def print_row(o: Occupancy, patch_cost: float, best: bool) -> None:
     b = o.budget
-    figures = f"{o.tokens:7.2%} {o.patches:8.2%} {o.cost(patch_cost):6.3f} {o.plan_s * 1e3:8.2f} {o.images:7.1f} {o.rows:6}"
+    figures = f"{o.tokens:7.2%} {o.patches:8.2%} {o.cost(patch_cost):6.3f} {o.plan_s * 1e3:8.2f}"
+    figures += f" {o.images:7.1f} {o.rows:6}"
     print(
         f"{b.seq_len:6} {b.patch_rows:5} {b.patches_per_row:7} {o.buffer:7} {figures}{'  <-' if best else ''}"
     )

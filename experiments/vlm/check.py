@@ -52,7 +52,9 @@ def check_vlm(job: VLMJobConfig, world_size: int) -> None:
 
 
 def check_estimated(job: VLMJobConfig) -> None:
-    """What a plan needs to be right (estimate.py): neither data nor devices, and the layout is checked there."""
+    """What a plan needs to be right (estimate.py): neither data nor devices,
+    and the layout is checked there.
+    """
     check_ranges(job, JOB_RANGES)
     check_selective(job)
     check_model(job)

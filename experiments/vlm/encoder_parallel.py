@@ -1,8 +1,8 @@
 """The encoder inside a group of context- and tensor-parallel ranks, which all hold the same slots.
 
-    shared      each rank encodes its share of the patch rows, and they exchange visual tokens: no image is encoded twice
+    shared      each rank encodes its share of the patch rows; they exchange visual tokens
     repeated    each encodes all rows; where these do not divide among the ranks
-    heads       tensor parallel: each computes some heads of all rows (of its share, where context-parallel ranks share them)
+    heads       tensor parallel: each computes some heads of all rows (of its share under context parallel)
 
 In all three a rank places only the visual tokens of its own part of the sequence, so what it finds for their
 gradient is a part of a sum. For `shared` and `repeated` FSDP makes that sum, over the mesh `enc`; for `heads`

@@ -1,6 +1,6 @@
 """The VLM as stages of a pipeline.
 
-    stage 0          encoder, projector, embedding, placing, and decoder layers (none where the encoder is a stage of its own)
+    stage 0          encoder, projector, embedding, placing, and decoder layers (or none)
     stages between   decoder layers
     last stage       decoder layers, norm, output layer with the loss
 

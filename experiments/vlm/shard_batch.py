@@ -1,9 +1,9 @@
 """What a rank of a context- and tensor-parallel group keeps of a batch that the whole group holds. On the
 host, next to the loader.
 
-S of the batch's tensors     cp: this rank's rows of each slot; visual_index also tp, as the sequence is split between blocks
+S of the batch's tensors     cp: this rank's rows of each slot; visual_index also tp, between blocks
 N of the batch's tensors     this rank's share of the patch rows, where the group shares the encoder
-rows, kv_rows, kv_document_ids     added under `allgather`: where each token and each gathered key stands in its slot
+rows, kv_rows, kv_document_ids     of `allgather`: where each token and each gathered key stands in its slot
 """
 
 import torch

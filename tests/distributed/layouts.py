@@ -116,7 +116,9 @@ def require_one_opinion(figures: Any) -> None:
 
 
 def compare(measured: Measured, reference: Measured) -> Difference:
-    """A gradient's difference is over its own largest element, or 1e-3 of the largest of all if that is more."""
+    """A gradient's difference is over its own largest element,
+    or 1e-3 of the largest of all if that is more.
+    """
     for ours, whole_model in (
         (measured.gradients, reference.gradients),
         (measured.weights, reference.weights),

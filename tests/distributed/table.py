@@ -127,9 +127,10 @@ ON_EIGHT = [
     layout("fsdp2.tp2.pp2", 8, tp=2, pp=2),
     layout("fsdp2.cp2.pp2, ulysses", 8, cp=2, pp=2, method="ulysses", schedule="InterleavedZeroBubble"),
     layout("fsdp.tp2.cp2.pp2", 8, tp=2, cp=2, pp=2),
-    layout("fsdp.tp2.cp2.pp2, all at once", 8, tp=2, cp=2, pp=2, schedule="Interleaved1F1B", rows=4, sharing="on", ac="selective",
-           encoder_ac="selective", model="small-qwen3-tied"),
-    layout("fsdp.tp2.cp2.pp2, ZBVZeroBubble, frozen", 8, tp=2, cp=2, pp=2, schedule="ZBVZeroBubble", freeze=["encoder"]),
+    layout("fsdp.tp2.cp2.pp2, all at once", 8, tp=2, cp=2, pp=2, schedule="Interleaved1F1B", rows=4,
+           sharing="on", ac="selective", encoder_ac="selective", model="small-qwen3-tied"),
+    layout("fsdp.tp2.cp2.pp2, ZBVZeroBubble, frozen", 8, tp=2, cp=2, pp=2, schedule="ZBVZeroBubble",
+           freeze=["encoder"]),
     layout("cp8", 8, cp=8),
     layout("tp4.cp2", 8, tp=4, cp=2),
     layout("cp4.tp2, tied", 8, tp=2, cp=4, model="small-qwen3-tied"),
@@ -172,7 +173,8 @@ class Row:
             return f"{name} failed: {self.error.strip().splitlines()[-1]}"
         d = self.found
         verdict = "equal" if self.equal else "DIFFERENT"
-        return f"{name} {d.loss:8.1e} {d.norm:8.1e} {d.gradient:8.1e} {d.weight:8.1e} {d.validation:8.1e}  {verdict}  {d.worst}"
+        figures = " ".join(f"{value:8.1e}" for value in (d.loss, d.norm, d.gradient, d.weight, d.validation))
+        return f"{name} {figures}  {verdict}  {d.worst}"
 
 
 HEADING = f"{'ranks  layout':45s} {'loss':>8s} {'norm':>8s} {'gradient':>8s} {'weight':>8s} {'held out':>8s}"

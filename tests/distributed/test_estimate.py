@@ -127,8 +127,15 @@ def test_peak_is_as_measured_in_further_layouts(pool, case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [layout("fsdp2", 2, slots=1), layout("replicate2.fsdp2", 4, slots=1, replicate=2), layout("pp2", 2, pp=2)],
-                         ids=lambda case: case.name)  # fmt: skip
+@pytest.mark.parametrize(
+    "case",
+    [
+        layout("fsdp2", 2, slots=1),
+        layout("replicate2.fsdp2", 4, slots=1, replicate=2),
+        layout("pp2", 2, pp=2),
+    ],
+    ids=lambda case: case.name,
+)
 def test_peak_is_as_measured_with_accumulation(pool, case):
     compare(pool, case, accumulation=3)
 

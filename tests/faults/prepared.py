@@ -1,4 +1,6 @@
-"""What the tests of data preparation share: inputs to write, a quick run, and a plain look at what came out."""
+"""What the tests of data preparation share: inputs to write, a quick run,
+and a plain look at what came out.
+"""
 
 import json
 import os

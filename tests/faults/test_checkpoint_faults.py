@@ -43,7 +43,8 @@ def test_a_checkpoint_that_finds_no_room_is_one_line_and_the_run_goes_on_later(c
     told = error(copied, "--checkpoint.async_mode", mode, FILE_LIMIT=str(largest // 2))
     assert re.fullmatch(
         re.escape(f"checkpoint of step 6 was not written to {copied}/checkpoint ")
-        + r"\(a file was cut short; \d+\.\d [GM]iB free\): make room, and the same command goes on from step 4",
+        + r"\(a file was cut short; \d+\.\d [GM]iB free\): make room, "
+        "and the same command goes on from step 4",
         told,
     )
     assert runs.checkpoints(copied) == ["step-2", "step-4"], "and nothing half written takes room"

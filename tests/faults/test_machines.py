@@ -16,8 +16,9 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[2]
 OPTIONS = [
-    "--optimizer.name", "AdamW", "--optimizer.eps", "1e-6", "--training.global_batch_size", "4", "--training.seq_len", "256",
-    "--data.patches_per_row", "512", "--metrics.log_freq", "1", "--metrics.no_enable_tensorboard", "--metrics.no_save_plot",
+    "--optimizer.name", "AdamW", "--optimizer.eps", "1e-6", "--training.global_batch_size", "4",
+    "--training.seq_len", "256", "--data.patches_per_row", "512", "--metrics.log_freq", "1",
+    "--metrics.no_enable_tensorboard", "--metrics.no_save_plot",
     "--validation.no_enable", "--validation.no_controls", "--data.packing_buffer_size", "32",
 ]  # fmt: skip
 

@@ -49,7 +49,9 @@ def bright(image: np.ndarray) -> np.ndarray:
 
 
 def glyphs(image: np.ndarray) -> list[Blob]:
-    """What is in each cell that is not empty, in reading order: the dots of a glyph need not hang together."""
+    """What is in each cell that is not empty, in reading order:
+    the dots of a glyph need not hang together.
+    """
     height, width, _ = image.shape
     rows, columns = round(height / 32), round(width / 32)
     found = []

@@ -201,7 +201,7 @@ def test_a_source_that_vanished_ends_the_run_and_goes_on_once_it_is_back(tmp_pat
     (folder / "captions").rename(folder / "away")
     with pytest.raises(
         DataError,
-        match=r"source captions: none of its 3 shards can be read \(shard_missing 3\); for example shard .*tar",
+        match=r"captions: none of its 3 shards can be read \(shard_missing 3\); for example shard .*tar",
     ):
         Loader(job, Characters())
     (folder / "away").rename(folder / "captions")
@@ -368,7 +368,7 @@ def test_a_rotten_source_stops_the_run_when_asked_to(tmp_path, workers):
     job.data.max_bad_fraction = 0.5
     with pytest.raises(
         DataError,
-        match=r"source captions: \d+ of \d+ samples are bad \(6\d.\d%\), more than data.max_bad_fraction = 0.5",
+        match=r"captions: \d+ of \d+ samples are bad \(6\d.\d%\), more than data.max_bad_fraction = 0.5",
     ):
         for _ in Loader(job, Characters()):
             pass

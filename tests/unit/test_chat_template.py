@@ -31,7 +31,8 @@ SPECIALS = [
 SPECIALS += ["<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "[INST]", "[/INST]"]
 
 # The loop over a content's typed items, as vision-language templates have it.
-ITEMS = """{% if message.content is string %}{{ message.content }}{% else %}{% for item in message.content %}{% if item.type == 'image' %}
+ITEMS = """{% if message.content is string %}{{ message.content }}{% else %}
+{%- for item in message.content %}{% if item.type == 'image' %}
 <|vision_start|><|image_pad|><|vision_end|>{% else %}{{ item.text }}{% endif %}{% endfor %}{% endif %}"""
 TEMPLATES = {
     "chatml": BUILT_IN["chatml"].source,
@@ -39,7 +40,8 @@ TEMPLATES = {
     "typed items": "{% for message in messages %}<|im_start|>{{ message.role }}\n"
     "{% if message.role == 'assistant' %}{% generation %}" + ITEMS + "<|im_end|>{% endgeneration %}\n\n"
     "{% else %}" + ITEMS + "<|im_end|>\n\n{% endif %}{% endfor %}",
-    "items only": "{% for message in messages %}<|im_start|>{{ message.role + '\n' }}{% for item in message.content %}"
+    "items only": "{% for message in messages %}<|im_start|>{{ message.role + '\n' }}"
+    "{% for item in message.content %}"
     "{% if message.role == 'assistant' %}{% generation %}{{ item.text + '<|im_end|>' }}{% endgeneration %}{% "
     "else %}{{ item.text }}"
     "{% endif %}{% endfor %}{% endfor %}",
@@ -47,15 +49,18 @@ TEMPLATES = {
     "{% if message.role == 'assistant' %}{% generation %}{{ message.content }}{% endgeneration %}{{ "
     "'<|im_end|>' }}"
     "{% else %}{{ message.content }}{% endif %}{{ '\n' }}{% endfor %}",
-    "a generated half": "{% for message in messages %}{% if message.role == 'assistant' %}{% generation %}{{ message.content[:2] }}"
+    "a generated half": "{% for message in messages %}{% if message.role == 'assistant' %}"
+    "{% generation %}{{ message.content[:2] }}"
     "{% endgeneration %}-{% generation %}{{ message.content[2:] + '<|im_end|>' }}{% endgeneration %}{% else "
     "%}{{ message.content }}"
     "{% endif %}{{ '\n' }}{% endfor %}",
-    "mistral": "{{ bos_token }}{% for message in messages %}{% if message.role == 'user' %}{{ '[INST] ' + message.content + ' [/INST]' }}"
+    "mistral": "{{ bos_token }}{% for message in messages %}{% if message.role == 'user' %}"
+    "{{ '[INST] ' + message.content + ' [/INST]' }}"
     "{% elif message.role == 'assistant' %}{% generation %}{{ ' ' + message.content | trim + eos_token }}{% "
     "endgeneration %}"
     "{% endif %}{% endfor %}",
-    "thoughts of the last answer only": "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}"
+    "thoughts of the last answer only": "{% for message in messages %}"
+    "{{ '<|im_start|>' + message.role + '\n' }}"
     "{% if message.role == 'assistant' %}{% generation %}{% if '</think>' in message.content and not "
     "loop.last %}"
     "{{ message.content.split('</think>')[-1].lstrip('\n') }}{% else %}{{ message.content }}{% endif %}{{ "

@@ -490,7 +490,8 @@ def test_a_full_disk_is_told_with_what_is_free(tmp_path):
     ],
 )
 def test_a_wrong_command_ends_in_one_line_before_torch_is_imported(options, key):
-    code = "import sys, experiments.__main__ as m; code = m.main(sys.argv[1:]); print('torch' in sys.modules); sys.exit(code)"
+    code = "import sys, experiments.__main__ as m; code = m.main(sys.argv[1:])\n"
+    code += "print('torch' in sys.modules); sys.exit(code)"
     run = subprocess.run(
         [sys.executable, "-c", code, *options], cwd=REPOSITORY, capture_output=True, text=True
     )

@@ -1,4 +1,6 @@
-"""Options from command line, TOML and defaults: which one wins, what comes back, and what a fault is called."""
+"""Options from command line, TOML and defaults: which one wins, what comes back,
+and what a fault is called.
+"""
 
 import ast
 import dataclasses
@@ -286,7 +288,8 @@ def test_a_scripts_unknown_option_is_told_as_the_jobs():
 
 
 def test_configuration_imports_no_torch():
-    code = "import sys, experiments.__main__ as m; m.parse(['--training.steps', '3'], m.CONFIG_CLASSES); print('torch' in sys.modules)"
+    code = "import sys, experiments.__main__ as m; m.parse(['--training.steps', '3'], m.CONFIG_CLASSES)\n"
+    code += "print('torch' in sys.modules)"
     told = subprocess.run(
         [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=60
     )

@@ -150,7 +150,9 @@ def test_a_vocabulary_split_over_ranks_gives_the_same(tmp_path):
 
 
 def tied_problem() -> tuple[torch.Tensor, ...]:
-    """Each token's highest logit is that of two to four words, of which each half of the vocabulary has some."""
+    """Each token's highest logit is that of two to four words,
+    of which each half of the vocabulary has some.
+    """
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(V, D, generator=generator)
     copies = [3, 30, 40, 69]

@@ -141,7 +141,9 @@ def test_an_image_is_fetched_once_and_kept(server, fetcher, tmp_path, path):
 
 @pytest.mark.parametrize("path", ["/gone", "/broken", "/short", "/circle", "/silent", "/drip"])
 def test_what_fails_is_not_waited_for_and_not_tried_again(server, tmp_path, path):
-    """The silent and the dripping end only when the test has ended: to come back at all is to have given up."""
+    """The silent and the dripping end only when the test has ended:
+    to come back at all is to have given up.
+    """
     fetcher = Fetcher(FileCache(tmp_path, 1 << 20), TIMEOUT_S, allow_private=True)
     assert failed(fetcher, server + path) == "image_fetch"
     asked = Handler.asked.copy()

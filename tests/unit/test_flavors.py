@@ -1,4 +1,6 @@
-"""Sizes against the published models: parameters of what transformers builds from each model's config.json."""
+"""Sizes against the published models:
+parameters of what transformers builds from each model's config.json.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,6 @@
-"""What is seen of a unit on the meta device is what a run with real tensors keeps, counted in two other ways."""
+"""What is seen of a unit on the meta device is what a run with real tensors keeps,
+counted in two other ways.
+"""
 
 from collections.abc import Callable
 

@@ -1,4 +1,6 @@
-"""Initial weights: the same from a seed whatever the sharding, and of a scale that training can start from."""
+"""Initial weights: the same from a seed whatever the sharding,
+and of a scale that training can start from.
+"""
 
 import math
 

@@ -1,4 +1,6 @@
-"""Slots over time: nothing lost, pieces in order, full on the side that binds, and sources at their weights."""
+"""Slots over time: nothing lost, pieces in order, full on the side that binds,
+and sources at their weights.
+"""
 
 import itertools
 from collections import Counter

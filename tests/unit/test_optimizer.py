@@ -1,4 +1,6 @@
-"""Muon against PyTorch's and against a singular value decomposition; which parameter goes to which optimizer."""
+"""Muon against PyTorch's and against a singular value decomposition;
+which parameter goes to which optimizer.
+"""
 
 import pytest
 import torch

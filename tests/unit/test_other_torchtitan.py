@@ -11,7 +11,8 @@ REPOSITORY = Path(__file__).parents[2]
 def start_beside(other: Path, first: str) -> subprocess.CompletedProcess:
     """Start with the packages of the folder `other` before or after ours."""
     paths = [str(other), str(REPOSITORY)] if first == "other" else [str(REPOSITORY), str(other)]
-    code = f"import sys; sys.path[:0] = {paths}; from experiments.commands import main; sys.exit(main(['--version']))"
+    code = f"import sys; sys.path[:0] = {paths}\n"
+    code += "from experiments.commands import main; sys.exit(main(['--version']))"
     return subprocess.run([sys.executable, "-c", code], cwd=other, capture_output=True, text=True)
 
 

@@ -90,7 +90,9 @@ def test_one_sample_larger_than_what_is_left_waits_for_an_emptier_slot():
 
 @pytest.mark.parametrize("rows", [1, 2])
 def test_both_sides_of_a_slot_fill_up(rows):
-    """Captions of CC12M's shape, an eighth of the benchmark's slots: 7 samples a slot, a look-ahead of 256."""
+    """Captions of CC12M's shape, an eighth of the benchmark's slots: 7 samples a slot,
+    a look-ahead of 256.
+    """
     random = np.random.default_rng(0)
     patches = 4 * random.integers(16, 250, 2000)
     samples = [

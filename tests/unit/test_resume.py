@@ -54,7 +54,8 @@ def test_a_changed_source_is_named(data, saved, tmp_path):
     job.data.sources[2].name = "prose"
     with pytest.raises(
         ConfigError,
-        match=r"data.sources\[captions\].weight was 2.0 and is 3.0.*sources\[prose\].format was not set and is text",
+        match=r"data.sources\[captions\].weight was 2.0 and is 3.0"
+        r".*sources\[prose\].format was not set and is text",
     ):
         resume(job, saved)
 
@@ -83,8 +84,8 @@ def test_what_does_not_change_the_order_may_change(data, saved, tmp_path, option
 
 
 COUNTING = {
-    Data: "weight_by epochs patches_per_row patch_rows max_patches_per_image min_patches_per_image patch_size "
-    "spatial_merge_size resize packing_buffer_size long_documents",
+    Data: "weight_by epochs patches_per_row patch_rows max_patches_per_image min_patches_per_image "
+    "patch_size spatial_merge_size resize packing_buffer_size long_documents",
     Source: "format weight shuffle shuffle_buffer repeat chat_template",
 }
 

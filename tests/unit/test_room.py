@@ -1,4 +1,6 @@
-"""What a rank holds, against the tensors of a real step; a job that does not fit is told before it is built."""
+"""What a rank holds, against the tensors of a real step;
+a job that does not fit is told before it is built.
+"""
 
 import pytest
 import torch

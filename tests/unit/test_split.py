@@ -1,4 +1,6 @@
-"""Where long documents may be cut: never through an image, without crumbs, at a boundary where one is near."""
+"""Where long documents may be cut: never through an image, without crumbs,
+at a boundary where one is near.
+"""
 
 import pytest
 from hypothesis import given, settings

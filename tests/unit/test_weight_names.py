@@ -1,4 +1,6 @@
-"""Weight names both ways: what transformers calls them, what has no place here, and what must not go unseen."""
+"""Weight names both ways: what transformers calls them, what has no place here,
+and what must not go unseen.
+"""
 
 import pytest
 import torch

@@ -124,7 +124,8 @@ def test_some_documents_hold_many_pictures_some_none(drawn):
 
 
 def test_a_shard_is_a_function_of_seed_and_number(tmp_path):
-    code = "import pathlib; from experiments.vlm.world.shards import write_shard as w\nw('captions/heldout', 7, pathlib.Path({!r}), 0)"
+    code = "import pathlib; from experiments.vlm.world.shards import write_shard\n"
+    code += "write_shard('captions/heldout', 7, pathlib.Path({!r}), 0)"
     for hash_seed in ("1", "2"):
         (tmp_path / hash_seed).mkdir()
         assert run(code.format(str(tmp_path / hash_seed)), PYTHONHASHSEED=hash_seed).wait() == 0
@@ -137,7 +138,8 @@ def test_a_shard_is_a_function_of_seed_and_number(tmp_path):
 
 
 def test_one_process_draws_and_the_others_wait(tmp_path):
-    code = "from torchtitan.tools.logging import init_logger; init_logger()\nfrom experiments.vlm.world import ensure\n"
+    code = "from torchtitan.tools.logging import init_logger; init_logger()\n"
+    code += "from experiments.vlm.world import ensure\n"
     code += "print(ensure('sees/heldout', {!r}))"
     processes = [run(code.format(str(tmp_path))) for _ in range(3)]
     outputs = [process.communicate()[0] for process in processes]

@@ -2,8 +2,8 @@
 
 step         forward_backward, optimizer (muon), lr_scheduler, cuda_graph
 data         loader (what the trainer asks of one), tokenizer, epochs, data_report
-figures      metrics (what a step measures, and its line), sinks (metrics.jsonl, TensorBoard, wandb), curves, flops
+figures      metrics (what a step measures), sinks (metrics.jsonl, TensorBoard, wandb), curves, flops
 validation   held-out loss, and the share of documents whose every token is right
 checkpoints  checkpoint, train_state (what it holds), checkpoint_folder (how it lies on the disk)
-launches     dump_folder (a folder that is used again), saved_config, numbered, room (does the job fit this machine)
+launches     dump_folder (a folder used again), saved_config, numbered, room (does the job fit this machine)
 """

@@ -93,7 +93,9 @@ class MetricsMeter:
 
 
 def format_line(step: int, values: Values, percentages: tuple[str, ...] = (), colours: bool = False) -> str:
-    """`step: 12 loss: 3.14159 ...`; names in `percentages` and not in FORMATS are percentages, others rates."""
+    """`step: 12 loss: 3.14159 ...`; names in `percentages` and not in FORMATS are percentages,
+    others rates.
+    """
     shown = {"step": str(step)}
     for name, value in values.items():
         default = "{:.1f}%".format if name in percentages else "{:.1f}".format

@@ -1,7 +1,7 @@
 """Text to token ids and back: one protocol, two backends, both byte-level BPE.
 
-    tokenizer.model   tiktoken ranks, as Llama 3 ships them: a line holds base64(token) and its rank. Special tokens
-                      follow the ranks: those of `special_tokens.json` next to it (a list in the order of
+    tokenizer.model   tiktoken ranks, as Llama 3 ships them: a line holds base64(token) and its rank. Special
+                      tokens follow the ranks: those of `special_tokens.json` next to it (a list in order of
                       ids), else Llama 3's 256
     tokenizer.json    Hugging Face `tokenizers`; `tokenizer_config.json` next to it names bos, eos and pad
 
@@ -44,7 +44,10 @@ ROLES = {
 }
 CHAT_MARKERS = ("<|im_start|>", "<|im_end|>")  # every tokenizer has them
 RESERVED = re.compile(r"<\|?(reserved|unused)\D*\d+\|?>")
-LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 LLAMA3_SPECIALS = [  # as published with Llama 3.1: ids 128000 to 128255
     *("<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>"),
     *(

@@ -135,8 +135,9 @@ def check_devices(job: JobConfig) -> None:
         "compile.cuda_graphs": job.compile.cuda_graphs,
         "profiling.enable_memory_snapshot": job.profiling.enable_memory_snapshot,
         "training.enable_cpu_offload": job.training.enable_cpu_offload,
-        "model.attention_backend = flex (it has no backward on CPU; use auto or sdpa)": job.model.attention_backend
-        == "flex",
+        "model.attention_backend = flex (no backward on CPU; use auto or sdpa)": (
+            job.model.attention_backend == "flex"
+        ),
     }
     for key, wanted in needs_gpu.items():
         require(not wanted or visible_gpus() > 0, f"{key} needs a GPU, and none is visible")

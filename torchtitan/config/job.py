@@ -1,8 +1,8 @@
 """Every option of a training job, one dataclass per TOML section.
 
-The comment after a field is its `--help` text, and its default lives here alone. Names follow torchtitan's
-TOML files. An experiment adds sections of its own by subclassing `JobConfig` (see experiments/vlm/config.py).
-Imports no torch, so that a typo is reported at once.
+The comment beside or above a field is its `--help` text, and its default lives here alone. Names follow
+torchtitan's TOML files. An experiment adds sections of its own by subclassing `JobConfig` (see
+experiments/vlm/config.py). Imports no torch, so that a typo is reported at once.
 """
 
 from collections.abc import Collection

@@ -117,7 +117,9 @@ def run_tyro(
     prog: str | None,
     description: str | None = None,
 ) -> Options:
-    """tyro's command line for a dataclass, with errors as one ConfigError in place of its box and exit code."""
+    """tyro's command line for a dataclass,
+    with errors as one ConfigError in place of its box and exit code.
+    """
     told = io.StringIO()
     defaults = {} if default is None else {"default": default}
     try:

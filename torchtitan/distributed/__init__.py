@@ -10,6 +10,6 @@ collectives           sums of host numbers; differentiable: collectives that gra
 grad_norm             one norm over parameters of several meshes
 process_group         start and end of communication, and who is to blame when it hangs
 
-estimate              memory and traffic of a layout without running it: footprint watches units of a model on the
-                      meta device, imagined lends them ranks that are not there
+estimate              memory and traffic of a layout without running it: footprint watches units of a model on
+                      the meta device, imagined lends them ranks that are not there
 """

@@ -2,8 +2,9 @@
 
 Two ways for attention to see the whole slot:
 
-    allgather   keys and values of all ranks are gathered; queries stay. (Llama 3, Dubey et al., 2024, section 3.3)
-    ulysses     one all-to-all gives each rank all tokens of some heads, and one brings them back (Jacobs et al., 2023)
+    allgather   keys and values of all ranks are gathered; queries stay (Llama 3, arXiv 2407.21783, 3.3)
+    ulysses     one all-to-all gives each rank all tokens of some heads, one brings them back (arXiv
+                2309.14509)
 
 Under causal attention inside documents, tokens late in a long document cost most. So for `allgather` a slot
 is cut into blocks which are dealt by cost, an equal number to each rank, anew for every slot. Nothing puts

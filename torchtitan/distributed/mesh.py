@@ -2,11 +2,11 @@
 
     pp  x  dp_replicate  x  dp_shard  x  cp  x  tp          all five always there, size 1 allowed
 
-           |--------- data --------|                        ranks with slots of their own
-           |------------ loss ------------|                 ranks that hold different tokens
-                           |---- fsdp ----|                 shards of the decoder, sequence-parallel parts summed by TP
-                           |------- enc --------|           shards of encoder and projector
-                                   |-- cptp ---|            ranks that hold the same slots
+           |--------- data --------|                ranks with slots of their own
+           |------------ loss ------------|         ranks that hold different tokens
+                           |---- fsdp ----|         shards of the decoder; TP sums sequence-parallel parts
+                           |------- enc --------|   shards of encoder and projector
+                                   |-- cptp ---|    ranks that hold the same slots
 
 Encoder and projector are sharded over `enc`, TP ranks included: each of them places only its own tokens'
 visual vectors, so each holds a part of the gradient, and summing over all of dp, cp and tp is right whether

@@ -15,7 +15,9 @@ from torch import Tensor
 
 
 class _Chunk:
-    """Log-sum-exp and label logit of a chunk over the whole vocabulary; `ranked`: the most likely token too."""
+    """Log-sum-exp and label logit of a chunk over the whole vocabulary; `ranked`:
+    the most likely token too.
+    """
 
     def __init__(
         self,

@@ -50,7 +50,8 @@ CHATML = TemplateFile(
 LLAMA3 = TemplateFile(
     """{% for message in messages %}
 {{ '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' }}
-{%- if message.role == 'assistant' %}{% generation %}{{ message.content | trim + '<|eot_id|>' }}{% endgeneration %}
+{%- if message.role == 'assistant' -%}
+{% generation %}{{ message.content | trim + '<|eot_id|>' }}{% endgeneration %}
 {%- else %}{{ message.content | trim + '<|eot_id|>' }}
 {%- endif %}
 {%- endfor %}""",

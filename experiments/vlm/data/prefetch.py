@@ -2,7 +2,7 @@
 GPU.
 
     InProcess or FromWorkers     the steps, in memory that is used again
-    PinMemory, Prefetcher        where the process uses a GPU: copies in pinned memory, made alongside training
+    PinMemory, Prefetcher        where there is a GPU: copies in pinned memory, made alongside training
 
 A step carries its own state (SlotStep.state), so that of a node is empty: a snapshot of nodes could only be
 resumed at the same number of workers.

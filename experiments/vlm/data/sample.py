@@ -4,8 +4,8 @@ In: a Document, whose images are references with their sizes in pixels. Out: a S
 decoded.
 
     document   [bos] parts [eos]         an image: begin_image, image * (h * w / merge^2), end_image
-    target     a token that is to be predicted from the one before it. Text is, and eos; bos, image tokens and texts
-               without loss (a user's turn) are not. So the first text token after an image is a target
+    target     a token that is to be predicted from the one before it. Text is, and eos; bos, image tokens and
+               texts without loss (a user's turn) are not. So the first text token after an image is a target
 
 A document that does not fit a slot is a sample all the same, and leaves in pieces (split.py): bos stands in
 the first alone, eos in the last.

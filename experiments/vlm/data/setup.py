@@ -139,4 +139,5 @@ def tokenizer_print(tokenizer: Tokenizer) -> str:
         tokenizer.begin_image_id,
         tokenizer.end_image_id,
     ]
-    return f"vocabulary of {tokenizer.vocab_size}, {zlib.crc32(json.dumps([ids, tokenizer.encode(sentence)]).encode()):08x}"
+    checksum = zlib.crc32(json.dumps([ids, tokenizer.encode(sentence)]).encode())
+    return f"vocabulary of {tokenizer.vocab_size}, {checksum:08x}"

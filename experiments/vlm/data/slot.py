@@ -1,6 +1,6 @@
 """One slot: a stream of planned rows, the same whichever process runs it.
 
-    draw      the mixture says which source, its reader gives the next good document, sample.py makes tokens of it
+    draw      the mixture says which source, its reader gives the next good document, sample.py its tokens
     wait      in the look-ahead, until a row is planned that the document, or a piece of it, goes into
 
 State: the readers' positions, what the mixture gave, references to those that wait (with the token from which

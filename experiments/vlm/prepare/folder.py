@@ -1,7 +1,7 @@
 """Where everything lies below the output folder, and how a file appears there: whole or not at all.
 
 OUT/00000.tar ...               finished shards; a shard without a sample has no file
-OUT/rejects/00000.jsonl         a line for each record that is not in a shard, and each image that its document goes without
+OUT/rejects/00000.jsonl         a line for each record in no shard, and each image its document goes without
 OUT/report.json                 counts and examples
 OUT/.prepare/plan.json          the input, cut into shards, and the options that made it
 OUT/.prepare/inputs/            packed inputs unpacked, and row groups that are wanted again

@@ -58,19 +58,24 @@ def _section(number: int, slot: SlotView, shape: BatchShape, merge: int, tokeniz
 <div class="bars">{bars}</div>
 <h3>The sequence: {shape.seq_len} tokens, {len(slot.samples)} documents (red marks: where one begins)</h3>
 <canvas id="tokens-{number}"></canvas>
-<h3>The patches: {shape.patch_rows} x {shape.patches_per_row}, each in its mean colour, underlined in that of its image</h3>{strips}
-<h3>Its {len(slot.images)} images, put together again from the patches</h3><div class="gallery">{figures}</div>
-<h3>What the model reads</h3>{"".join(_document(slot, sample, tokenizer) for sample in slot.samples)}</section>"""
+<h3>The patches: {shape.patch_rows} x {shape.patches_per_row}, each in its mean colour, underlined in that of
+its image</h3>{strips}
+<h3>Its {len(slot.images)} images, put together again from the patches</h3>
+<div class="gallery">{figures}</div>
+<h3>What the model reads</h3>
+{"".join(_document(slot, sample, tokenizer) for sample in slot.samples)}</section>"""
 
 
 def _figure(number: int, place: int, image: ImageView, merge: int) -> str:
     return f"""<figure id="image-{number}-{place}">
-<div class="frame" style="border-color:{colour(place)}"><img alt="" src="{png(image.pixels)}"><div class="spot"></div></div>
+<div class="frame" style="border-color:{colour(place)}">
+<img alt="" src="{png(image.pixels)}"><div class="spot"></div></div>
 <figcaption>{caption(place, image, merge)}</figcaption></figure>"""
 
 
 def _bar(name: str, share: float, of: int) -> str:
-    return f'<div class="bar"><div><b style="width:{share:.2%}"></b></div><small>{name}: {share:.1%} of {of}</small></div>'
+    filled = f'<div><b style="width:{share:.2%}"></b></div>'
+    return f'<div class="bar">{filled}<small>{name}: {share:.1%} of {of}</small></div>'
 
 
 def _document(slot: SlotView, sample: Delivered, tokenizer: Tokenizer) -> str:
@@ -91,6 +96,8 @@ def _document(slot: SlotView, sample: Delivered, tokenizer: Tokenizer) -> str:
             parts.append(text if kind == Kind.TARGET else f'<span class="quiet">{text}</span>')
     sizes = ", ".join(f"{height} x {width}" for height, width in sample.image_sizes)
     piece = f", from token {sample.offset}" if sample.offset else ""
-    origin = f"document {sample.document}{piece}: {sample.source}, {sample.shard}, key {sample.key}, {len(places)} tokens"
+    where = f"{sample.source}, {sample.shard}, key {sample.key}"
+    origin = f"document {sample.document}{piece}: {where}, {len(places)} tokens"
     images = f"; images of {sizes} pixels before resizing" if sizes else ""
-    return f'<div class="document" style="border-color:#cfd6db"><small>{html.escape(origin + images)}</small>{"".join(parts)}</div>'
+    heading = f"<small>{html.escape(origin + images)}</small>"
+    return f'<div class="document" style="border-color:#cfd6db">{heading}{"".join(parts)}</div>'

@@ -1,8 +1,8 @@
 """The embedded world: small pictures that say something, drawn on first use, and true words about them.
 
-    scene -> sprites, render -> a picture        scene (what is where) is all that a picture and its words are made from
+    scene -> sprites, render -> a picture        scene (what is where) makes a picture and its words
     scene -> caption, document -> words
-    shards: pictures and words -> tar and parquet files        cache: the folder of a world's split, drawn if it is not there
+    shards: pictures and words -> tar and parquet files        cache: the folder of a split, drawn if absent
 
 `ensure("sees/train")` gives the folder. Worlds: captions, interleaved, sees; splits: train, heldout.
 """

@@ -7,7 +7,7 @@ alone, so a picture has one right caption:
     relation   two shapes in one row or column, a big and a small one: how the big one lies to the small one
     count      2 to 5 equal shapes: how many
     groups     two such groups, the larger first, 3 to 7 things in all: how many of each (not in `sees`)
-    text       1 to 4 glyphs along a row (down the column where there is only one): what is written, and its colour
+    text       1 to 4 glyphs along a row (down the column if it is the only one): what is written, its colour
     listing    different shapes, in half of the cells or more: each in reading order (not in `sees`)
 
 Circle, oval and egg differ in nothing but their aspect ratio, and so do square, slab and post: a model that

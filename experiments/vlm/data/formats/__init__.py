@@ -1,6 +1,6 @@
 """Data set formats: how a record becomes a document. A format is a row of FORMATS and one pure function.
 
-    parse(record) -> Draft      raises Rejected for what is not of its shape; a record holds what JSON and tables can hold
+    parse(record) -> Draft      a record holds what JSON and tables can; raises Rejected for another shape
 
 The same function reads records of tars (tar_shard), and of JSON, TSV, parquet, Arrow and text files
 (record_files), in training (shard.open_shard) and in data preparation. Imports no torch.

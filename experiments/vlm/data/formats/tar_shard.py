@@ -1,8 +1,8 @@
 """A tar shard: each sample is a record, so any format that parses records reads it.
 
 KEY.json                    its object's fields are the record's
-KEY.txt                     the field "txt"; where it says something and the format wants it, KEY.json is not read
-KEY.jpg  KEY.0.jpg  ...     the fields "jpg", "0.jpg", ...: members, which become images where the record says so. A record
+KEY.txt                     the field "txt"; KEY.json is not read where it says something and is wanted
+KEY.jpg  KEY.0.jpg  ...     the fields "jpg", "0.jpg", ...: members: images where the record says so. A record
                             may also name a member: "KEY.0.jpg", with the tar's folders before it, or "0.jpg"
 """
 

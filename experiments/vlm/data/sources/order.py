@@ -1,9 +1,9 @@
 """In which order a slot reads a source: a pure function of the seed, so that neither ranks nor workers change
 it.
 
-    unit     (shard, part): part j of p takes the records j, j + p, ... of a shard, with p the smallest for which
-             shards * p >= G, so that there is a unit for every slot
-    dealing  the units of all epochs, each epoch permuted anew, form one endless list; slot s takes units s, s + G, ...
+    unit     (shard, part): part j of p takes the records j, j + p, ... of a shard, with p the smallest for
+             which shards * p >= G, so that there is a unit for every slot
+    dealing  the units of all epochs, each permuted anew, form one endless list; slot s takes s, s + G, ...
     order    the records of a unit are permuted inside windows of `shuffle_buffer`
 
 A position in a source is two integers: how many units the slot has taken, and how many records of the current

@@ -5,7 +5,7 @@
     data/**/*.parquet                   a glob
     data/cc12m                          a folder: the files below it whose suffix the format knows
     s3://bucket/cc12m/*.tar             any of these where fsspec reaches it: s3, gs, http(s) ...
-    hf://datasets/ORG/NAME              a data set of the Hugging Face hub; all of it means its train split, where it has splits
+    hf://datasets/ORG/NAME              a data set of the Hugging Face hub: of its splits the train split
     embedded:captions/train             drawn on first use, see experiments/vlm/world
 
 Remote and compressed shards (.gz, .tgz, .zst, .bz2) are copied into the cache folder, so that every shard can
@@ -64,7 +64,9 @@ def list_shards(path: str, format: str, data: Data) -> list[str]:
 
 
 def match_files(path: str, suffixes: tuple[str, ...]) -> list[str]:
-    """The files that a path with braces and globs means; of folders those with these suffixes, packed or not."""
+    """The files that a path with braces and globs means; of folders those with these suffixes,
+    packed or not.
+    """
     return [file for pattern in _expand(path) for file in _match(pattern, suffixes)]
 
 
