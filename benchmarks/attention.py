@@ -82,10 +82,8 @@ def measure(case: Case, backend: str, dense: bool, device: str, seconds: float) 
         torch.randn(1, total, h, case.width, device=device, dtype=dtype, requires_grad=True)
         for h in (case.heads, case.kv_heads, case.kv_heads)
     )
-    inner, grad = (
-        InnerAttention(backend),
-        torch.randn(1, total, case.heads, case.width, device=device, dtype=dtype),
-    )
+    inner = InnerAttention(backend)
+    grad = torch.randn(1, total, case.heads, case.width, device=device, dtype=dtype)
 
     def step() -> None:
         torch.autograd.grad(inner(q, k, v, prepared), (q, k, v), grad)

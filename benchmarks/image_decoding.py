@@ -169,10 +169,8 @@ def main() -> None:
     cv2.setNumThreads(1)
     images = make_jpegs(arguments.images)
     sizes = [probe(data) for data in images]
-    megapixels, kilobytes = (
-        np.mean([h * w for h, w in sizes]) / 1e6,
-        np.mean([len(data) for data in images]) / 1e3,
-    )
+    megapixels = np.mean([h * w for h, w in sizes]) / 1e6
+    kilobytes = np.mean([len(data) for data in images]) / 1e3
     print(
         f"{len(images)} JPEGs, {megapixels:.2f} megapixels and {kilobytes:.0f} kB each, to at most "
         f"{PLAN.max_patches} patches"

@@ -26,11 +26,9 @@ def draw_photo(height: int, width: int, seed: int) -> Image.Image:
     photo = Image.fromarray(channels.clip(0, 255).astype(np.uint8))
     draw = ImageDraw.Draw(photo)
     for _ in range(12):
-        x, y, size = (
-            int(generator.integers(0, width)),
-            int(generator.integers(0, height)),
-            int(generator.integers(10, 200)),
-        )
+        x = int(generator.integers(0, width))
+        y = int(generator.integers(0, height))
+        size = int(generator.integers(10, 200))
         colour = tuple(int(value) for value in generator.integers(0, 256, 3))
         draw.ellipse((x, y, x + size, y + size * 0.7), fill=colour)
     return photo

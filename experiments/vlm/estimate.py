@@ -144,11 +144,9 @@ def with_degrees(job: VLMJobConfig, sizes: Degrees) -> VLMJobConfig:
     job = copy.deepcopy(job)
     p = job.parallelism
     p.data_parallel_replicate_degree, p.data_parallel_shard_degree = sizes.dp_replicate, sizes.dp_shard
-    p.context_parallel_degree, p.tensor_parallel_degree, p.pipeline_parallel_degree = (
-        sizes.cp,
-        sizes.tp,
-        sizes.pp,
-    )
+    p.context_parallel_degree = sizes.cp
+    p.tensor_parallel_degree = sizes.tp
+    p.pipeline_parallel_degree = sizes.pp
     p.pipeline_parallel_split_points = []
     p.pipeline_parallel_encoder_stage = p.pipeline_parallel_encoder_stage and sizes.pp > 1
     p.encoder_tensor_parallel = p.encoder_tensor_parallel and sizes.tp > 1

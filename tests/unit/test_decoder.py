@@ -83,10 +83,8 @@ def test_packed_documents_equal_each_document_alone(pair):
     ours, theirs = pair
     lengths, S = [[40, 1, 77, 30], [100, 55]], 160
     generator = torch.Generator().manual_seed(3)
-    tokens, positions = (
-        torch.randint(VOCAB, (2, S), generator=generator),
-        torch.zeros(2, S, dtype=torch.int32),
-    )
+    tokens = torch.randint(VOCAB, (2, S), generator=generator)
+    positions = torch.zeros(2, S, dtype=torch.int32)
     documents = torch.full((2, S), -1, dtype=torch.int32)
     spans = []
     for row, row_lengths in enumerate(lengths):

@@ -311,10 +311,8 @@ def test_batches_stay_equal_whatever_an_address_answers_later(server, tmp_path, 
             local_batch_size=1,
             url_timeout_s=PATIENCE_S,
         )
-        job.data.allow_private_urls, job.data.sources = (
-            True,
-            [Source(format="obelics", path=str(tmp_path / "data"))],
-        )
+        job.data.allow_private_urls = True
+        job.data.sources = [Source(format="obelics", path=str(tmp_path / "data"))]
         loaders = [Loader(job, Characters(), rank=rank, ranks=ranks, agree=bool) for rank in range(ranks)]
         steps = [batch for loader in loaders for step in loader for batch in step.batches]
         runs.append(

@@ -142,10 +142,8 @@ def test_the_picture_shows_the_images_and_words_of_each_slot(data, tmp_path, fig
         shades += [np.unique(cells[slice(*image.tokens)], axis=0) for image in slot.images]
         assert all(len(shade) == 1 for shade in shades)
         assert len({tuple(shade[0]) for shade in shades}) == len(shades)
-        strip, first = (
-            strips.images[0].get_array(),
-            next(image for image in slot.images if image.row == image.first == 0),
-        )
+        strip = strips.images[0].get_array()
+        first = next(image for image in slot.images if image.row == image.first == 0)
         assert strip.shape[1] == 4 * min(256, loader.shape.patches_per_row)
         assert np.array_equal(strip[0, 0], first.pixels[:16, :16].mean((0, 1)).astype(int)), (
             "a patch is its mean colour"

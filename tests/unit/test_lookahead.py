@@ -124,11 +124,9 @@ def run(shares: dict[str, float], seq_len: int, slots: int) -> tuple[list[list[T
         [part for _, parts in itertools.islice(stream_of(shares, largest), 3000) for part in parts]
     ).sum(0)
     budget = Budget(seq_len, 1, max(largest, round(seq_len * sizes[1] / sizes[0] / 4) * 4))
-    splitter, mixture, stream = (
-        Splitter(budget, 2),
-        Mixture(list(shares.values()), 0, 0),
-        stream_of(shares, largest),
-    )
+    splitter = Splitter(budget, 2)
+    mixture = Mixture(list(shares.values()), 0, 0)
+    stream = stream_of(shares, largest)
     look_ahead: LookAhead[None] = LookAhead(splitter, 256, mixture)
 
     def draw() -> Queued[None]:

@@ -83,11 +83,9 @@ def test_a_frozen_encoder_leaves_the_first_stage_more_layers():
 
 def test_what_backward_computes_again_has_its_cost():
     plain = layers_of_stages(8192)
-    encoder, every_second, decoder = (
-        {"encoder_mode": "full"},
-        {"encoder_mode": "selective", "selective_ac_option": "2"},
-        {"mode": "full"},
-    )
+    encoder = {"encoder_mode": "full"}
+    every_second = {"encoder_mode": "selective", "selective_ac_option": "2"}
+    decoder = {"mode": "full"}
     fewest, fewer, more = (layers_of_stages(8192, mode)[0] for mode in (encoder, every_second, decoder))
     assert fewest < fewer < plain[0] < more
     assert layers_of_stages(8192, {"encoder_mode": "selective"}) == plain, "products are kept"

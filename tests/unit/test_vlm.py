@@ -123,10 +123,8 @@ def test_changing_one_document_changes_no_other():
 def test_rows_of_patches_hold_images_of_their_slot_wherever_they_stand(patch_rows):
     """The same documents with their images spread over several rows: the same logits."""
     model = small_vlm()
-    one, several = (
-        build_batch(example_slots(2), sizes_of(2)),
-        build_batch(example_slots(2), sizes_of(2, patch_rows)),
-    )
+    one = build_batch(example_slots(2), sizes_of(2))
+    several = build_batch(example_slots(2), sizes_of(2, patch_rows))
     short = Sizes(seq_len=56, patches_per_row=44, patch_rows=patch_rows)
     spread = build_batch(example_slots(2), short)
     assert (spread["grid_thw"].view(2, patch_rows, -1, 3)[0, 1] >= 0).any()
@@ -157,11 +155,9 @@ def test_a_batch_of_text_alone_equals_the_decoder_alone():
 def test_scores_of_tokens_add_up_to_the_loss():
     model, batch = small_vlm(), build_batch(example_slots(2), sizes_of(2))
     labels = batch.pop("labels")
-    logits, loss, scores = (
-        model(**batch),
-        model(**batch, labels=labels),
-        model(**batch, labels=labels, per_token=True),
-    )
+    logits = model(**batch)
+    loss = model(**batch, labels=labels)
+    scores = model(**batch, labels=labels, per_token=True)
     valid = labels >= 0
     assert scores.shape == (2, 56, 2) and not scores[~valid].any()
     assert abs(scores[..., 0].sum() / loss - 1) < 1e-6

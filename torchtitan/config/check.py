@@ -2,8 +2,7 @@
 built.
 
 `check` runs them all. What a model or an experiment adds (heads that tensor parallel divides, patches) is
-checked next to
-it: torchtitan/models/decoder/check.py, experiments/vlm/check.py. Imports no torch.
+checked next to it: torchtitan/models/decoder/check.py, experiments/vlm/check.py. Imports no torch.
 """
 
 import importlib.metadata
@@ -225,11 +224,9 @@ def check_pipeline(job: JobConfig, sizes: Degrees) -> None:
 
 def check_microbatches(job: JobConfig, sizes: Degrees) -> None:
     """local_batch_size cuts into microbatches, enough of them for the schedule."""
-    size, local, name = (
-        job.parallelism.pipeline_parallel_microbatch_size,
-        job.training.local_batch_size,
-        job.parallelism.pipeline_parallel_schedule,
-    )
+    size = job.parallelism.pipeline_parallel_microbatch_size
+    local = job.training.local_batch_size
+    name = job.parallelism.pipeline_parallel_schedule
     key = f"parallelism.pipeline_parallel_microbatch_size = {size}"
     require(local % size == 0, f"{key} does not divide training.local_batch_size ({local})")
     count = local // size
@@ -255,10 +252,8 @@ def zero_bubble_works() -> bool:
 
 def check_zero_bubble(job: JobConfig) -> None:
     """What makes its gradients wrong without an error, or raises deep inside the schedule."""
-    name, ac = (
-        f"parallelism.pipeline_parallel_schedule = {job.parallelism.pipeline_parallel_schedule}",
-        job.activation_checkpoint,
-    )
+    name = f"parallelism.pipeline_parallel_schedule = {job.parallelism.pipeline_parallel_schedule}"
+    ac = job.activation_checkpoint
     require(
         zero_bubble_works(),
         f"{name} needs torch 2.13: before, it cannot split the backward of FSDP and of attention; use 1F1B",

@@ -102,10 +102,8 @@ def _loads(
         earlier = shards if s.reductions > 1 and not s.sharding.offload else 0.0
         yield from ((sum(map(mul, counts, kept)), earlier) for counts in in_flight)
         return
-    whole, every = (
-        [sum(u.parameters * s.reduced for u in stage) for stage in trained],
-        s.forwards // s.reductions,
-    )
+    whole = [sum(u.parameters * s.reduced for u in stage) for stage in trained]
+    every = s.forwards // s.reductions
     for counts in in_flight:
         # A stage has gradients once a microbatch has gone back through it: not while all are in flight, but
         # one later.

@@ -3,8 +3,7 @@ when needed.
 
 Unusual here: the loss is already divided by the tokens of the whole global step, so gradients are summed over
 ranks, never averaged; a mean would be wrong wherever two towers are sharded over meshes of different sizes.
-It is applied on one rank
-too: one code path, and mixed precision comes with it.
+It is applied on one rank too: one code path, and mixed precision comes with it.
 """
 
 import warnings

@@ -5,8 +5,7 @@
     fill     the tokens that are left, to the last, with text of longer documents: a piece takes what is there
 
 So a document that is too long is a cursor, cut only when a slot is planned. What is left of it queues up
-again behind the
-others: pieces keep their order, and a book fills no row of rows while others wait.
+again behind the others: pieces keep their order, and a book fills no row of rows while others wait.
 """
 
 from collections.abc import Callable, Sequence
@@ -107,13 +106,11 @@ class LookAhead(Generic[Payload]):
         """`mixture`: whose weights hold for what leaves too; `by_tokens`: it counts tokens,
         else documents.
         """
-        self.splitter, self.budget, self.size, self.mixture, self.by_tokens = (
-            splitter,
-            splitter.budget,
-            size,
-            mixture,
-            by_tokens,
-        )
+        self.splitter = splitter
+        self.budget = splitter.budget
+        self.size = size
+        self.mixture = mixture
+        self.by_tokens = by_tokens
         self.entries: list[Queued[Payload]] = []  # oldest first
         self.plans = 0
 
@@ -162,10 +159,8 @@ class LookAhead(Generic[Payload]):
         waiting = [0.0] * len(self.mixture.weights)
         for entry in self.entries:
             waiting[entry.source] += entry.length if self.by_tokens else entry.start == 0
-        tokens, patches = (
-            sum(entry.length for entry in self.entries),
-            sum(entry.patches for entry in self.entries),
-        )
+        tokens = sum(entry.length for entry in self.entries)
+        patches = sum(entry.patches for entry in self.entries)
         return self.mixture.quota(waiting, max(tokens / self.budget.seq_len, patches / self.budget.patches))
 
 
@@ -173,12 +168,10 @@ class _Row:
     """The next row while it is being planned. `ends[i]`: where the piece of entry i ends."""
 
     def __init__(self, entries: Sequence[Queued], splitter: Splitter, by_tokens: bool, quota: np.ndarray):
-        self.entries, self.splitter, self.budget, self.by_tokens = (
-            entries,
-            splitter,
-            splitter.budget,
-            by_tokens,
-        )
+        self.entries = entries
+        self.splitter = splitter
+        self.budget = splitter.budget
+        self.by_tokens = by_tokens
         self.quota = quota
         self.ends: dict[int, int] = {}
         self.tokens_left, self.patches_left = self.budget.seq_len, self.budget.patches

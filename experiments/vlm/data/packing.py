@@ -145,10 +145,8 @@ class _Tries:
         # Where a slot is far too large on one side for what waits (text alone, say), no try can fill that
         # side: what cannot be filled is left out when the sides are kept in step.
         ratio = self.mean[1] * self.S / (self.mean[0] * self.P)
-        tokens_missing, patches_missing = (
-            max(0.0, 1 - SKEW / ratio) if ratio else 0.0,
-            max(0.0, 1 - SKEW * ratio),
-        )
+        tokens_missing = max(0.0, 1 - SKEW / ratio) if ratio else 0.0
+        patches_missing = max(0.0, 1 - SKEW * ratio)
         self.unreachable = patches_missing + self.token_weight * tokens_missing
         self.spare_tokens, self.spare_patches = self.S * tokens_missing, self.P * patches_missing
         # patches a token that slots can have
@@ -212,9 +210,8 @@ class _Tries:
 
     def _steepest(self, queue: list[int], behind: float) -> int:
         """Place in the queue of the sample to take: the next one, or while one side lags far behind (a long
-        text has come in) the
-        one among the next few that makes up for most of it, so that less extreme ones stay for slots that
-        need no more.
+        text has come in) the one among the next few that makes up for most of it, so that less extreme ones
+        stay for slots that need no more.
         """
         if 1 / FAR_BEHIND <= behind <= FAR_BEHIND:
             return len(queue) - 1

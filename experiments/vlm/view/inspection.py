@@ -27,10 +27,8 @@ class Seen:
     rejected: Counter
 
     def __str__(self) -> str:
-        c, sources = (
-            self.counts,
-            [name.removeprefix("samples/") for name in self.counts if name.startswith("samples/")],
-        )
+        c = self.counts
+        sources = [name.removeprefix("samples/") for name in self.counts if name.startswith("samples/")]
         mixture = ", ".join(
             f"{name} {c[f'samples/{name}']} samples, {c[f'tokens/{name}']} tokens" for name in sources
         )
@@ -74,10 +72,8 @@ def inspect(job: VLMJobConfig, tokenizer: Tokenizer, steps: int, shown: int, out
             seen.steps = number
         if job.job.dump_folder:
             _write_data_report(Path(job.job.dump_folder), loader)
-    seen.tokens, seen.patches = (
-        seen.slots * shape.seq_len,
-        seen.slots * shape.patch_rows * shape.patches_per_row,
-    )
+    seen.tokens = seen.slots * shape.seq_len
+    seen.patches = seen.slots * shape.patch_rows * shape.patches_per_row
     if out:
         _write_report(views, loader, tokenizer, str(seen), out)
     return seen
