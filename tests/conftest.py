@@ -5,9 +5,11 @@ not allow.
 import os
 import signal
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import pytest
 
+from torchtitan.config import check as checks
 from torchtitan.tools.logging import logger
 
 # A job in the background has SIGINT ignored, as have all that it starts: then nobody here could be
@@ -34,6 +36,14 @@ def logger_as_it_was() -> Iterator[None]:
     before = logger.handlers[:], logger.level, logger.propagate
     yield
     logger.handlers[:], logger.level, logger.propagate = before
+
+
+@pytest.fixture
+def repository_without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The working directory is the repository; no GPU is seen, and every pipeline schedule works."""
+    monkeypatch.chdir(Path(__file__).parents[1])
+    monkeypatch.setattr(checks, "visible_gpus", lambda: 0)
+    monkeypatch.setattr(checks, "zero_bubble_works", lambda: True)
 
 
 def skips_that_may_not_be(reasons: Iterable[str]) -> list[str]:

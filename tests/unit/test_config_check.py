@@ -2,30 +2,18 @@
 built.
 """
 
-import errno
-import os
-import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from experiments.__main__ import USER_ERROR, checked_job, main
+from experiments.__main__ import checked_job
 from experiments.vlm import check as vlm_checks
 from experiments.vlm.config import VLMJobConfig
-from experiments.vlm.model.flavors import FLAVORS
 from torchtitan.config import check as checks
-from torchtitan.config import devices
 from torchtitan.config.check import is_allowed
-from torchtitan.config.devices import visible_gpus
 from torchtitan.config.errors import ConfigError
-from torchtitan.config.job import JobConfig, Parallelism
-from torchtitan.config.layout import BatchSizes, Degrees, degrees, resolve_batch
 from torchtitan.config.parse import option_types
-from torchtitan.models.decoder.check import check_decoder
-from torchtitan.tools import disk
 
 REPOSITORY = Path(__file__).parents[2]
 DATA = ["--training.dataset", "cc12m", "--training.dataset_path", "embedded:captions/train"]
@@ -34,14 +22,8 @@ TP2, CP2, PP2 = (
     ["--parallelism." + name, "2"]
     for name in ("tensor_parallel_degree", "context_parallel_degree", "pipeline_parallel_degree")
 )
+pytestmark = pytest.mark.usefixtures("repository_without_gpu")
 FLAVOR_1B = ["--model.flavor", "so400m-llama3.2-1B"]
-
-
-@pytest.fixture(autouse=True)
-def repository_without_gpu(monkeypatch):
-    monkeypatch.chdir(REPOSITORY)
-    monkeypatch.setattr(checks, "visible_gpus", lambda: 0)
-    monkeypatch.setattr(checks, "zero_bubble_works", lambda: True)
 
 
 def told(argv: list[str], world_size: int = 1) -> str:
@@ -373,44 +355,6 @@ def test_a_rule_is_read_as_it_is_printed(value, rule, allowed):
     assert is_allowed(value, rule) is allowed
 
 
-def test_degrees_fill_what_is_left():
-    assert degrees(Parallelism(tensor_parallel_degree=2, data_parallel_replicate_degree=2), 16) == Degrees(
-        2, 4, 1, 2, 1
-    )
-    assert degrees(Parallelism(), 1) == Degrees(1, 1, 1, 1, 1)
-    assert degrees(Parallelism(data_parallel_replicate_degree=2, data_parallel_shard_degree=3), 6).dp == 6
-
-
-def test_batch_sizes_multiply_to_the_global_batch():
-    job = JobConfig()
-    job.training.local_batch_size, job.training.global_batch_size = 2, 24
-    assert resolve_batch(job, 4) == BatchSizes(2, 24, 3)
-    job.training.global_batch_size = -1
-    assert resolve_batch(job, 4) == BatchSizes(2, 8, 1)
-
-
-def test_tensor_parallel_must_divide_query_heads_too():
-    job = JobConfig()
-    decoder = FLAVORS["base-qwen2.5-0.5B"].decoder  # 14 heads, 2 of keys and values
-    check_decoder(decoder, job, Degrees(1, 1, 1, 2, 1))
-    with pytest.raises(ConfigError, match="does not divide the 14 heads"):
-        check_decoder(decoder, job, Degrees(1, 1, 1, 4, 1))
-
-
-@pytest.mark.parametrize(
-    ("allowed", "gpus"), [(None, 2), ("0", 1), ("0,1", 2), ("", 0), ("-1", 0), ("1,-1,0", 1), ("0,1,2", 2)]
-)
-def test_visible_gpus_obey_cuda_visible_devices(allowed, gpus, tmp_path, monkeypatch):
-    fake = tmp_path / "nvidia-smi"
-    fake.write_text("#!/bin/sh\necho 'GPU 0: A (UUID: x)'\necho '  MIG 1g'\necho 'GPU 1: A (UUID: y)'\n")
-    fake.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if allowed is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", allowed)
-    assert visible_gpus() == gpus
-
-
 def test_a_cuda_graph_holds_no_pipeline(monkeypatch):
     monkeypatch.setattr(checks, "visible_gpus", lambda: 2)
     checked_job([*DATA, "--compile.cuda_graphs", *TP2], 2)
@@ -426,74 +370,3 @@ def test_a_cuda_graph_keeps_the_last_group_gathered(monkeypatch):
         "compile.cuda_graphs needs parallelism.fsdp_reshard_after_forward = default or never, not always"
         in message
     )
-
-
-def test_gpus_are_counted_without_the_tools_that_list_them(tmp_path, monkeypatch):
-    for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm", "null"):
-        (tmp_path / name).touch()
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr(devices, "DEVICE_FILES", tmp_path)
-    assert visible_gpus() == 2
-
-
-def test_main_prints_one_line_and_gives_its_exit_code(capsys, monkeypatch):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert main([*DATA, "--training.steps", "0"]) == USER_ERROR
-    assert capsys.readouterr().err == "error: training.steps = 0: must be >= 1\n"
-
-
-def test_the_check_knows_the_number_of_processes():
-    assert checked_job([*DATA, *CP2, *TP2], 4).parallelism.tensor_parallel_degree == 2
-    with pytest.raises(ConfigError):
-        checked_job([*DATA, *CP2, *TP2], 3)
-
-
-@pytest.mark.parametrize("folder", ["pyproject.toml/below", "/proc/no/such"])
-def test_a_dump_folder_that_cannot_be_written_to_is_told_before_torch_is_imported(
-    folder, capsys, monkeypatch
-):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.setitem(sys.modules, "torchtitan.train", None)  # importing it would raise
-    assert main([*DATA, "--job.dump_folder", folder]) == USER_ERROR
-    told = capsys.readouterr().err
-    assert (
-        told.startswith(f"error: job.dump_folder = {folder}: cannot be written to (")
-        and told.count("\n") == 1
-    )
-
-
-def test_a_folder_without_write_permission_is_told(tmp_path, monkeypatch):
-    def refuse(**options):
-        # root itself is never refused
-        raise PermissionError(errno.EACCES, "Permission denied", str(options["dir"]))
-
-    monkeypatch.setattr(disk.tempfile, "TemporaryFile", refuse)
-    with pytest.raises(
-        ConfigError,
-        match=f"job.dump_folder = {tmp_path}: cannot be written to .Permission denied.; give another",
-    ):
-        disk.require_writable(tmp_path, "job.dump_folder")
-
-
-def test_a_full_disk_is_told_with_what_is_free(tmp_path):
-    told = disk.describe(OSError(errno.ENOSPC, "No space left on device"), tmp_path / "not" / "there")
-    assert re.fullmatch(r"No space left on device; \d+\.\d [MG]iB free", told)
-
-
-@pytest.mark.parametrize(
-    ("options", "key"),
-    [
-        (["--traning.steps", "5"], "--training.steps"),
-        ([*DATA, "--training.steps", "0"], "training.steps"),
-        ([*DATA, *TP2], "tensor_parallel"),
-    ],
-)
-def test_a_wrong_command_ends_in_one_line_before_torch_is_imported(options, key):
-    code = "import sys, experiments.__main__ as m; code = m.main(sys.argv[1:])\n"
-    code += "print('torch' in sys.modules); sys.exit(code)"
-    run = subprocess.run(
-        [sys.executable, "-c", code, *options], cwd=REPOSITORY, capture_output=True, text=True
-    )
-    assert (run.returncode, run.stdout) == (USER_ERROR, "False\n") and run.stderr.startswith("error: ")
-    assert key in run.stderr and run.stderr.count("\n") == 1

@@ -1,0 +1,183 @@
+"""A source of which nothing is good, or which goes away, ends the run with the commonest reason."""
+
+import json
+import shutil
+import zlib
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from experiments.vlm.config import Source
+from experiments.vlm.data import loader as loader_module
+from experiments.vlm.data.loader import Loader
+from tests.bad_samples import caption, kinds_of_bad, mixed_job, read_all, wholly_bad
+from tests.samples import jpeg, write_tar
+from tests.tiny_data import Characters, make_job, write_all
+from torchtitan.config.errors import DataError
+
+
+def tokens_of(loader: Loader, steps: int) -> list[np.ndarray]:
+    return [next(loader).batches[0].tensors["tokens"].numpy().copy() for _ in range(steps)]
+
+
+def test_a_source_that_vanished_ends_the_run_and_goes_on_once_it_is_back(tmp_path):
+    folder = write_all(tmp_path / "data")
+    job = make_job(folder, tmp_path / "out")
+    job.data.sources[0].path = str(folder / "captions" / "captions-{0..2}.tar")
+    loader = Loader(job, Characters())
+    next(loader)
+    state, expected = loader.state_dict(), tokens_of(loader, 8)
+    loader.close()
+    (folder / "captions").rename(folder / "away")
+    with pytest.raises(
+        DataError,
+        match=r"captions: none of its 3 shards can be read \(shard_missing 3\); for example shard .*tar",
+    ):
+        Loader(job, Characters())
+    (folder / "away").rename(folder / "captions")
+    loader = Loader(job, Characters())
+    loader.load_state_dict(state)
+    assert all(map(np.array_equal, tokens_of(loader, 8), expected))
+    loader.close()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_source_that_vanishes_while_it_is_read_ends_the_run(tmp_path, monkeypatch, workers):
+    job = make_job(write_all(tmp_path / "data"), tmp_path / "out", num_workers=workers)
+    loader = Loader(job, Characters())
+    states = [next(loader).state() for _ in range(3)]
+    loader.close()
+    shutil.rmtree(tmp_path / "data" / "captions")
+    # as if it had vanished right after
+    monkeypatch.setattr(loader_module, "require_good_samples", lambda *_: None)
+    job.data.sources[0].path = str(tmp_path / "data" / "captions" / "captions-{0..2}.tar")
+    loader = Loader(job, Characters())
+    with pytest.raises(DataError, match=r"source captions: none of its 3 shards can be read"):
+        for state in (next(loader).state() for _ in range(200)):
+            states.append(state)
+    loader.close()
+    assert all(b'"dry"' not in zlib.decompress(entry) for state in states for entry in state.values())
+
+
+@pytest.mark.parametrize("kind", kinds_of_bad())
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_a_source_without_one_good_sample_is_an_error_beside_good_ones(tmp_path, kind, epochs):
+    folder = write_all(tmp_path / "data")
+    (folder / "rotten").mkdir()
+    members = [member for number in range(20) for member in wholly_bad(kind)(f"{number:02d}")]
+    write_tar(folder / "rotten" / "a.tar", members)
+    job = make_job(folder, tmp_path / "out", epochs=epochs)
+    job.data.sources[1] = Source(name="rotten", format="cc12m", path=str(folder / "rotten"))
+    reason = kinds_of_bad()[kind][0]
+    with pytest.raises(DataError) as error:
+        Loader(job, Characters())
+    message = str(error.value)
+    assert message.startswith(
+        f"source rotten: none of the 20 samples that were tried is good ({reason} 20); for example shard "
+        f"{folder}"
+    )
+    assert "a.tar, sample " in message and "\n" not in message
+
+
+def test_a_held_out_source_without_a_good_sample_is_told_before_training(tmp_path):
+    folder = write_all(tmp_path / "data")
+    (tmp_path / "rotten").mkdir()
+    write_tar(tmp_path / "rotten" / "a.tar", wholly_bad("no image")("1"))
+    job = make_job(folder, tmp_path / "out")
+    job.validation.sources = [Source(name="held out", format="cc12m", path=str(tmp_path / "rotten"))]
+    Loader(job, Characters())
+    job.validation.enable = True
+    with pytest.raises(DataError, match="source held out: none of the 1 samples"):
+        Loader(job, Characters())
+
+
+def test_a_source_of_documents_that_are_all_too_long_is_an_error(tmp_path):
+    job = make_job(
+        write_all(tmp_path / "data"),
+        tmp_path / "out",
+        long_documents="drop",
+        seq_len=64,
+        max_patches_per_image=16,
+    )
+    (tmp_path / "data" / "texts" / "texts.jsonl").write_text(json.dumps({"text": "word " * 100}) + "\n")
+    with pytest.raises(
+        DataError, match=r"source texts: none of the 1 samples that were tried is good \(too_long 1\)"
+    ):
+        Loader(job, Characters())
+
+
+def test_one_good_sample_among_many_is_enough(tmp_path):
+    (tmp_path / "mixed").mkdir()
+    members = [
+        member
+        for n in range(300)
+        for member in (caption(jpeg()) if n == 211 else wholly_bad("zero bytes"))(f"{n:03d}")
+    ]
+    write_tar(tmp_path / "mixed" / "a.tar", members)
+    job = mixed_job(tmp_path / "mixed", tmp_path / "out")
+    seen, report, _ = read_all(job)
+    assert (
+        seen == Counter(["211"]) and report["captions"]["rejected"]["samples"]["image_empty"]["count"] == 299
+    )
+
+
+def test_a_source_of_which_nearly_all_shards_are_missing_stays_in_the_mixture(tmp_path):
+    folder = write_all(tmp_path / "data")
+    job = make_job(folder, tmp_path / "out")
+    job.data.sources[0].path = str(folder / "captions" / "captions-{0..400}.tar")
+    loader = Loader(job, Characters())
+    given = [sum(batch.counts["samples/captions"] for batch in next(loader).batches) for _ in range(60)]
+    loader.close()
+    assert sum(given[-10:]) > 0
+
+
+def test_slots_without_a_share_of_an_unshuffled_source_go_on_without_it(tmp_path):
+    folder = write_all(tmp_path / "data")
+    (folder / "few").mkdir()
+    members = [
+        member
+        for n in range(4)
+        for member in (wholly_bad("zero bytes") if n == 2 else caption(jpeg()))(f"few {n}")
+    ]
+    write_tar(folder / "few" / "a.tar", members)
+    job = make_job(folder, tmp_path / "out", global_batch_size=8)
+    job.data.sources[0] = Source(name="few", format="cc12m", path=str(folder / "few"), shuffle=False)
+    loader = Loader(job, Characters())
+    few = {
+        sample.key
+        for _ in range(10)
+        for batch in next(loader).batches
+        for sample in batch.samples
+        if sample.source == "few"
+    }
+    loader.close()
+    assert few == {"few 0", "few 1", "few 3"}
+
+
+def test_slots_that_can_get_no_sample_ever_are_an_error(tmp_path):
+    (tmp_path / "few").mkdir()
+    write_tar(tmp_path / "few" / "a.tar", caption(jpeg())("0"))
+    job = mixed_job(tmp_path / "few", tmp_path / "out", global_batch_size=4)
+    job.data.epochs, job.data.sources[0].shuffle = 0, False
+    with pytest.raises(DataError, match="slots 2 to 3 get no good sample of captions, ever"):
+        next(Loader(job, Characters(), rank=1, ranks=2))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_rotten_source_stops_the_run_when_asked_to(tmp_path, workers):
+    (tmp_path / "rotten").mkdir()
+    members = [
+        member for n in range(1500) for member in caption(b"no image" if n % 3 else jpeg())(f"{n:04d}")
+    ]
+    write_tar(tmp_path / "rotten" / "a.tar", members)
+    job = mixed_job(tmp_path / "rotten", tmp_path / "out", max_bad_fraction=0.7, num_workers=workers)
+    if workers == 0:
+        assert sum(1 for _ in Loader(job, Characters())) > 10
+    job.data.max_bad_fraction = 0.5
+    with pytest.raises(
+        DataError,
+        match=r"captions: \d+ of \d+ samples are bad \(6\d.\d%\), more than data.max_bad_fraction = 0.5",
+    ):
+        for _ in Loader(job, Characters()):
+            pass
