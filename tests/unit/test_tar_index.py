@@ -9,7 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from experiments.vlm.data.formats.tar_index import TarIndex
+from experiments.vlm.data.formats import tar_index
+from experiments.vlm.data.formats.tar_index import TarIndex, open_index
+from experiments.vlm.data.storage.file_cache import FileCache
 from tests.samples import write_tar
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
@@ -143,3 +145,59 @@ def test_tars_that_were_joined_are_read_to_the_end(tmp_path, between):
     samples, index = read(tmp_path / "x.tar")
     assert [sample["key"] for sample in samples] == ["1", "2"]
     assert (index.tail is None) == (between < 1 << 20), "more zeros than a tar ends with are told"
+
+
+def big_tar(tmp_path, cut=0):
+    members = [(f"{n:04}.{kind}", os.urandom(900)) for n in range(1000) for kind in ("jpg", "txt")]
+    path = write_tar(tmp_path / "x.tar", members)
+    os.truncate(path, os.path.getsize(path) - cut)
+    return path
+
+
+def count_reads(monkeypatch) -> list[int]:
+    reads, true_pread = [], os.pread
+
+    def pread(file, size, offset):
+        reads.append(size)
+        return true_pread(file, size, offset)
+
+    monkeypatch.setattr(tar_index.os, "pread", pread)
+    return reads
+
+
+def test_headers_are_searched_in_blocks_of_a_megabyte(tmp_path, monkeypatch):
+    path = big_tar(tmp_path)
+    file = os.open(path, os.O_RDONLY)
+    reads = count_reads(monkeypatch)
+    assert len(TarIndex(file)) == 1000
+    assert len(reads) <= os.path.getsize(path) / 2**20 + 3, "2,000 headers"
+    os.close(file)
+
+
+@pytest.mark.parametrize("cut", [0, 60_000])
+def test_the_index_of_a_tar_is_kept_until_the_tar_changes(tmp_path, monkeypatch, cut):
+    path = big_tar(tmp_path, cut)
+    cache = FileCache(tmp_path / "cache", 1 << 30)
+
+    def facts():
+        file = os.open(path, os.O_RDONLY)
+        try:
+            index = open_index(file, str(path), cache)
+            return [index.sample(number) for number in range(len(index))], str(index.tail)
+        finally:
+            os.close(file)
+
+    searched, true_search = [], tar_index.find_samples
+    monkeypatch.setattr(tar_index, "find_samples", lambda file: searched.append(file) or true_search(file))
+    first = facts()
+    assert facts() == first and len(searched) == 1 and (first[1] == "None") == (cut == 0)
+    os.truncate(path, os.path.getsize(path) - 200_000)
+    assert len(facts()[0]) < len(first[0]) and len(searched) == 2
+
+
+def test_a_tar_is_read_without_a_cache_where_that_cannot_be_written(tmp_path):
+    path = big_tar(tmp_path)
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    file = os.open(path, os.O_RDONLY)
+    assert len(open_index(file, str(path), FileCache(tmp_path / "cache", 1 << 30))) == 1000
+    os.close(file)

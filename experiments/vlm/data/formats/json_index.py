@@ -75,13 +75,12 @@ def find_items(file: int) -> Spans:
 
 
 def read_at(file: int, offset: int, size: int) -> bytes:
-    """Bytes [offset, offset + size) of an open file. Raises Rejected where they are not there (any more)."""
+    """Bytes [offset, offset + size) of an open file. Raises Rejected where they are not there (any more),
+    OSError where the storage does not answer.
+    """
     pieces = []
     while size > 0:
-        try:
-            piece = os.pread(file, size, offset)
-        except OSError as error:
-            raise Rejected("shard_missing", str(error)) from error
+        piece = os.pread(file, size, offset)
         if not piece:
             raise Rejected("shard_truncated", f"the file ends at byte {offset}")
         pieces.append(piece)

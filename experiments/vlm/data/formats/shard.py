@@ -50,6 +50,6 @@ def open_shard(file: ShardFile, source: Source, data: Data) -> Shard:
         return template.speak(format.parse(record))
 
     if is_tar(file.local):
-        return TarShard(file.local, format.columns, parse)
+        return TarShard(file.local, format.columns, parse, file_cache(data))
     records = open_records(file.local, format.columns, file_cache(data))
     return RecordShard(records, ImageValues(folder_of(file.path), data), parse)

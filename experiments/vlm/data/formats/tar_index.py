@@ -3,23 +3,30 @@
     a/0001.jpg, a/0001.txt, a/0001.seg.png    one sample of key "a/0001" with members "jpg", "txt", "seg.png"
 
 A key is the path up to the first dot of the file's name. Members of a sample need not be neighbours; a name
-that comes a second time begins a new sample. What is kept is 8 bytes a member: names and sizes are read again
-from the headers. Python's tarfile takes ten times as long, and a loader opens a shard for each of its slots;
-webdataset reads in sequence, where a sample that waits for its slot must be read again by its number.
+that comes a second time begins a new sample. What is kept is 8 bytes a member, in the cache folder too, so
+that a tar is searched once for all slots, runs and epochs: names and sizes are read again from the headers.
+Python's tarfile takes ten times as long, and a loader opens a shard for each of its slots; webdataset reads
+in sequence, where a sample that waits for its slot must be read again by its number.
 """
 
+import json
 import os
 import re
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from experiments.vlm.data.formats.json_index import SCAN_BYTES, read_at
 from experiments.vlm.data.rejects import Rejected
+from experiments.vlm.data.storage.file_cache import FileCache, origin_of
 
+VERSION = "samples 1"  # of what is kept: another number where the same tar would give other samples
 BLOCK = 512
+READ_BYTES = 1 << 20  # at a time while headers are searched: on a cold network file system each read waits
 MOST_ZEROS = 1 << 20  # that a tar ends with; more are what a download left empty
 REGULAR = (b"0", b"\0", b"7")
 WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders
@@ -65,54 +72,107 @@ class Header(NamedTuple):
         )
 
 
+class Found(NamedTuple):
+    """Where the samples of a tar lie: sample i is the members at `headers[starts[i] : starts[i + 1]]`."""
+
+    headers: np.ndarray  # int64 [members]
+    starts: np.ndarray  # int64 [samples + 1]
+    tail: Rejected | None  # why the tar ends early, if it does
+
+    def to_bytes(self) -> bytes:
+        tail = [self.tail.reason, self.tail.detail] if self.tail else None
+        head = json.dumps({"members": len(self.headers), "tail": tail})
+        return head.encode() + b"\n" + np.concatenate([self.headers, self.starts]).astype("<i8").tobytes()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "Found":
+        head, _, places = data.partition(b"\n")
+        told, numbers = json.loads(head), np.frombuffer(places, "<i8").astype(np.int64)
+        tail = Rejected(*told["tail"]) if told["tail"] else None
+        return cls(numbers[: told["members"]], numbers[told["members"] :], tail)
+
+
 class TarIndex:
     """Samples of an opened tar by number. `tail`: why it ends early, if it does."""
 
-    def __init__(self, file: int):
-        self._file = file
-        self._size = os.fstat(file).st_size
-        self.tail = None if self._size else Rejected("shard_truncated", "the file is empty")
-        samples, headers = array("q"), array("q")
-        # key -> its newest sample, and the extensions seen there
-        latest: dict[str, tuple[int, set[str]]] = {}
-        count = 0
-        for start, member in self._members():
-            number, seen = latest.get(member.key, (-1, set()))
-            if number < 0 or member.extension in seen:
-                number, seen = latest[member.key] = count, set()
-                count += 1
-            seen.add(member.extension)
-            samples.append(number)
-            headers.append(start)
-        order = np.argsort(samples, kind="stable")
-        self._headers = np.array(headers, np.int64)[order]
-        self._starts = np.searchsorted(np.array(samples, np.int64)[order], np.arange(count + 1))
+    def __init__(self, file: int, found: Found | None = None):
+        """`found`: what was found in it before."""
+        self._headers = Headers(partial(read_at, file))
+        self.found = found or find_samples(file)
+        self.tail = self.found.tail
 
     def __len__(self) -> int:
-        return len(self._starts) - 1
+        return len(self.found.starts) - 1
 
     def sample(self, index: int) -> list[Member]:
         """The members in the order of the tar. Raises Rejected where the file has changed."""
-        first, end = self._starts[index : index + 2]
-        return [self._member(int(start)) for start in self._headers[first:end]]
+        first, end = self.found.starts[index : index + 2]
+        return [self._member(int(start)) for start in self.found.headers[first:end]]
 
     def key(self, index: int) -> str:
         """What the members of a sample have in common. Raises Rejected where the file has changed."""
-        return self._member(int(self._headers[self._starts[index]])).key
+        return self._member(int(self.found.headers[self.found.starts[index]])).key
 
     def _member(self, start: int) -> Member:
-        header = self._header(start)
+        header = self._headers.at(start)
         member = header.member() if header else None
         if member is None:
             raise Rejected("shard_unreadable", f"it has changed at byte {start} since it was opened")
         return member
 
-    def _members(self) -> Iterator[tuple[int, Member]]:
+
+def open_index(file: int, path: str, cache: FileCache) -> TarIndex:
+    """The index of the tar at `path`, which is open as `file`: kept in the cache, 8 bytes a member."""
+    if os.fstat(file).st_size <= READ_BYTES:
+        return TarIndex(file)  # one read finds all of it
+    found: list[Found] = []
+
+    def keep(copy: Path) -> None:
+        found.append(find_samples(file))
+        copy.write_bytes(found[0].to_bytes())
+
+    try:
+        kept = cache.get(f"{origin_of(path)} {VERSION}", keep, ".index").read_bytes()
+        return TarIndex(file, found[0] if found else Found.from_bytes(kept))
+    except (OSError, ValueError):  # of the cache; what is wrong with the tar itself comes again
+        return TarIndex(file, found[0] if found else None)
+
+
+def find_samples(file: int) -> Found:
+    """Reads through the headers of an opened tar. Raises OSError."""
+    search = _Search(file)
+    samples, headers = array("q"), array("q")
+    # key -> its newest sample, and the extensions seen there
+    latest: dict[str, tuple[int, set[str]]] = {}
+    count = 0
+    for start, member in search.members():
+        number, seen = latest.get(member.key, (-1, set()))
+        if number < 0 or member.extension in seen:
+            number, seen = latest[member.key] = count, set()
+            count += 1
+        seen.add(member.extension)
+        samples.append(number)
+        headers.append(start)
+    order = np.argsort(samples, kind="stable")
+    starts = np.searchsorted(np.array(samples, np.int64)[order], np.arange(count + 1))
+    return Found(np.array(headers, np.int64)[order], starts, search.tail)
+
+
+class _Search:
+    """One pass over the headers of a tar. `tail`: why it ended early."""
+
+    def __init__(self, file: int):
+        self._file = file
+        self._size = os.fstat(file).st_size
+        self._headers = Headers(Blocks(file).read)
+        self.tail = None if self._size else Rejected("shard_truncated", "the file is empty")
+
+    def members(self) -> Iterator[tuple[int, Member]]:
         """(position of the first header, member) of each; stops at the end, however it looks."""
         start = 0
         try:
             while start < self._size:
-                header = self._header(start)
+                header = self._headers.at(start)
                 if header is None:
                     start = self._appended(start)
                     continue
@@ -135,20 +195,42 @@ class TarIndex:
         if start - first > MOST_ZEROS:
             self.tail = Rejected("shard_truncated", f"nothing but zeros from byte {first} to {start}")
         try:
-            return start if start < self._size and self._header(start) else self._size
+            return start if start < self._size and self._headers.at(start) else self._size
         except Rejected:
             return self._size  # something else, which is none of ours
 
-    def _header(self, start: int) -> Header | None:
+
+class Blocks:
+    """A file that is read forward in blocks of a megabyte, however small the pieces that are asked for."""
+
+    def __init__(self, file: int):
+        self._file, self._start, self._block = file, 0, b""
+
+    def read(self, offset: int, size: int) -> bytes:
+        """As read_at."""
+        if not self._start <= offset <= offset + size <= self._start + len(self._block):
+            self._start, self._block = offset, os.pread(self._file, max(size, READ_BYTES), offset)
+        at = offset - self._start
+        piece = self._block[at : at + size]
+        return piece if len(piece) == size else read_at(self._file, offset, size)
+
+
+class Headers:
+    """The headers of a tar by position. `read(offset, size)` gives bytes of it, or raises Rejected."""
+
+    def __init__(self, read: Callable[[int, int], bytes]):
+        self._read = read
+
+    def at(self, start: int) -> Header | None:
         """The header at `start`, with what extension headers before it say; None for the zeros at the end."""
         name, size = "", -1
         while True:
-            block = read_at(self._file, start, BLOCK)
+            block = self._read(start, BLOCK)
             if not block.strip(b"\0"):
                 return None
             kind, length = block[156:157], _checked_size(block, start)
             if kind in (b"x", b"X", b"L"):
-                body = read_at(self._file, start + BLOCK, length)
+                body = self._read(start + BLOCK, length)
                 found, size = _pax(body) if kind != b"L" else (_text(body), size)
                 name = found or name
             elif kind not in (b"g", b"K"):

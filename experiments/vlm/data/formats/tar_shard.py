@@ -14,21 +14,28 @@ from typing import Any
 from experiments.vlm.data.document import Document, Draft, Image, ImageValue, finish
 from experiments.vlm.data.formats.image_values import is_image_name
 from experiments.vlm.data.formats.json_index import decode_utf8, parse_object, read_at
-from experiments.vlm.data.formats.tar_index import Member, TarIndex
+from experiments.vlm.data.formats.tar_index import Member, open_index
 from experiments.vlm.data.rejects import Rejected
+from experiments.vlm.data.storage.file_cache import FileCache
 
 
 class TarShard:
     """Implements shard.Shard. A key is the tar key; an image's locator the offset and size of its member."""
 
-    def __init__(self, path: str, columns: tuple[str, ...], parse: Callable[[dict[str, Any]], Draft]):
-        """columns: what `parse` reads of a record."""
+    def __init__(
+        self,
+        path: str,
+        columns: tuple[str, ...],
+        parse: Callable[[dict[str, Any]], Draft],
+        cache: FileCache,
+    ):
+        """columns: what `parse` reads of a record. cache: for the index."""
         self.file = os.open(path, os.O_RDONLY)
         # at the latest when nobody reads from it any more
         self.close = weakref.finalize(self, os.close, self.file)
         self.wants_text = "txt" in columns
         self.parse = parse
-        self.index = TarIndex(self.file)
+        self.index = open_index(self.file, path, cache)
         self.rejects: list[Rejected] = [self.index.tail] if self.index.tail else []
         if self.rejects and not len(self.index):
             self.close()
