@@ -7,12 +7,11 @@ from collections.abc import Callable
 import numpy as np
 
 from benchmarks.turns import Counts
-from experiments.vlm.batch import BatchShape
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.data import image as image_module
 from experiments.vlm.data.collate import Collator
 from experiments.vlm.data.image import decode, probe, write_patches
-from experiments.vlm.data.setup import make_setup
+from experiments.vlm.data.setup import make_setup, shape_of
 from experiments.vlm.data.shared_memory import Buffers, slot_views
 from experiments.vlm.data.slot import Packed, Slot
 from experiments.vlm.data.sources.good_sample import Search
@@ -28,9 +27,7 @@ class Stages:
         doubt = Search(setup.planning, setup.tokenizer, self.cache).require
         self.slot = Slot(0, setup.planning, setup.tokenizer, self.cache, doubt)
         self.filler = Collator(self.cache, setup.planning.plan, setup.tokenizer.pad_id)
-        shape = BatchShape(
-            1, job.training.seq_len, self.data.patch_rows, self.data.patches_per_row, self.data.patch_size
-        )
+        shape = shape_of(setup.planning, 1)
         self.views = slot_views(Buffers(shape, 1).arrays[0], 0, self.data.patch_rows)
         self.seconds: dict[str, float] = defaultdict(float)
         for _ in range(4):  # until the look-ahead is full

@@ -15,6 +15,7 @@ from experiments.vlm.check import check_output, check_sources
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.data.setup import make_setup
 from experiments.vlm.flops import Work, flops_of_work
+from experiments.vlm.model_config import model_config
 from experiments.vlm.spec import build_vlm
 from experiments.vlm.view.packing_advice import Occupancy, advise, patches_per_token, read_documents
 from torchtitan.build import freeze
@@ -39,7 +40,7 @@ def cost_of_a_patch(job: VLMJobConfig, tokenizer: Tokenizer) -> float:
     """In tokens of the decoder, with what is frozen; attention aside."""
     model = build_vlm(job, tokenizer)
     freeze(model, job.training.freeze)
-    flops, merged = flops_of_work(model), job.data.spatial_merge_size**2
+    flops, merged = flops_of_work(model), model_config(job).projector.merge_size ** 2
     return flops(Work(merged, 0, 0, 0)) / merged / flops(Work(0, 1, 0, 0))
 
 
@@ -61,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
     check_output(options.out, "--out")
     for key, values in (("samples", [options.samples]), ("rows", options.rows), ("buffers", options.buffers)):
         require(min(values, default=1) >= 1, f"--{key} {' '.join(map(str, values))}: must be 1 or more")
-    merge, largest = job.data.spatial_merge_size, job.data.max_patches_per_image
+    merge, largest = model_config(job).projector.merge_size, job.data.max_patches_per_image
     seq_lens = options.seq_lens or [job.training.seq_len // 2, job.training.seq_len, job.training.seq_len * 2]
     seq_lens = [length for length in seq_lens if length >= largest // merge**2 + 2]
     require(

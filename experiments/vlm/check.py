@@ -12,7 +12,8 @@ from experiments.vlm.config import PARTS, Source, VLMJobConfig
 from experiments.vlm.data.chat_template import BUILT_IN as CHAT_TEMPLATES
 from experiments.vlm.data.formats import FORMATS
 from experiments.vlm.data.sources.permission import denied
-from experiments.vlm.model.flavors import FLAVORS, EncoderConfig
+from experiments.vlm.model.flavors import EncoderConfig, VLMConfig
+from experiments.vlm.model_config import model_config
 from experiments.vlm.world.shards import SPLITS, WORLDS
 from torchtitan.config.check import RANGES as JOB_RANGES
 from torchtitan.config.check import check, check_ranges, check_selective, is_allowed
@@ -44,10 +45,9 @@ def check_vlm(job: VLMJobConfig, world_size: int) -> None:
     Raises ConfigError for the first fault.
     """
     check(job, world_size)
-    check_model(job)
-    flavor, sizes = FLAVORS[job.model.flavor], degrees(job.parallelism, world_size)
-    check_encoder(job, flavor.encoder, sizes)
-    check_decoder(flavor.decoder, job, sizes)
+    config, sizes = check_model(job), degrees(job.parallelism, world_size)
+    check_encoder(job, config.encoder, sizes)
+    check_decoder(config.decoder, job, sizes)
     check_sources(job)
 
 
@@ -60,23 +60,19 @@ def check_estimated(job: VLMJobConfig) -> None:
     check_model(job)
 
 
-def check_model(job: VLMJobConfig) -> None:
-    """What needs the flavor but neither data nor devices. Raises ConfigError."""
+def check_model(job: VLMJobConfig) -> VLMConfig:
+    """The model, and what it asks of the job but for data and devices. Raises ConfigError."""
     check_ranges(job, RANGES)
-    known = did_you_mean(job.model.flavor, FLAVORS)
-    require(job.model.flavor in FLAVORS, f"model.flavor = {job.model.flavor}: no such flavor{known}")
-    check_patches(job, FLAVORS[job.model.flavor].encoder)
+    config = model_config(job)
+    check_patches(job, config.projector.merge_size)
     check_frozen(job)
+    return config
 
 
-def check_patches(job: VLMJobConfig, encoder: EncoderConfig) -> None:
+def check_patches(job: VLMJobConfig, merge_size: int) -> None:
     """The budget of a row, the largest image in it, and the visual tokens of that image in a slot."""
     d, length = job.data, job.training.seq_len
-    square = d.spatial_merge_size**2
-    require(
-        d.patch_size == encoder.patch_size,
-        f"data.patch_size = {d.patch_size}: {job.model.flavor} takes patches of {encoder.patch_size}",
-    )
+    square = merge_size**2
     for key in ("patches_per_row", "max_patches_per_image"):
         value = getattr(d, key)
         fitting = max(1, value // square) * square

@@ -38,8 +38,9 @@ class Data:
     patch_rows: int = 1  # rows of L patches for each slot
     max_patches_per_image: int = 1024  # no image gets more patches than this
     min_patches_per_image: int = 4  # smaller images are enlarged to about this many
-    patch_size: int = 16  # pixels a side
-    spatial_merge_size: int = 2  # m: m * m patches become one visual token
+    patch_size: int | None = None  # pixels a side; unset: as the model takes them
+    # m: m * m patches become one visual token; unset: as the model merges them (2 where its projector is new)
+    spatial_merge_size: int | None = None
     # native: keep the aspect ratio; square: squeeze, as fixed-size encoders do
     resize: Literal["native", "square"] = "native"
     packing_buffer_size: int = 256  # samples that wait for a slot where they fit, per slot

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from experiments.vlm.check import check_encoder
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.flops import Work, flops_of_work
-from experiments.vlm.model.flavors import FLAVORS
+from experiments.vlm.model_config import model_config
 from experiments.vlm.rank_share import RankShare, build_on_meta
 from experiments.vlm.stages import split_layers
 from torchtitan.config.check import check_pipeline, check_sequence
@@ -59,7 +59,7 @@ class _Shares:
     """The whole model of a job, and the rank shares of its layouts as far as they were asked for."""
 
     def __init__(self, job: VLMJobConfig, vocab_size: int, on_gpu: bool):
-        self.config, self._vocab_size, self._on_gpu = FLAVORS[job.model.flavor], vocab_size, on_gpu
+        self.config, self._vocab_size, self._on_gpu = model_config(job), vocab_size, on_gpu
         self.model = build_on_meta(job, self.config, vocab_size)
         self.flops = flops_of_work(self.model)
         self._found: dict[tuple[int, ...], RankShare] = {}

@@ -33,7 +33,7 @@ from torchtitan.distributed.mesh import Mesh, imagine_mesh
 def build_on_meta(job: VLMJobConfig, config: VLMConfig, vocab_size: int) -> VLM:
     """Frozen where the job freezes it."""
     with torch.device("meta"):
-        model = VLM(config, vocab_size, job.data.spatial_merge_size, "sdpa", job.training.loss_chunk_tokens)
+        model = VLM(config, vocab_size, "sdpa", job.training.loss_chunk_tokens)
     for part in job.training.freeze:
         model.get_submodule(part).requires_grad_(False)
     return model
@@ -58,7 +58,7 @@ class RankShare:
         split_decoder(model, mesh, _quiet(job, sizes))
         split_encoder(model, mesh, _quiet(job, sizes))
         self._parameters = dict(model.named_parameters())
-        batch = _batch_of(job, mesh, slots)
+        batch = _batch_of(job, mesh, slots, config.encoder.patch_size)
         self.batch_bytes = sum(tensor.numel() * tensor.element_size() for tensor in batch.values())
         tokens = slots * job.training.seq_len / (sizes.cp * sizes.tp)
         # what goes from stage to stage
@@ -167,10 +167,10 @@ def _span_names(model: VLM) -> list[str]:
     return ["encoder.embedding", *encoder, *ends, *decoder, "decoder.norm"]
 
 
-def _batch_of(job: VLMJobConfig, mesh: Mesh, slots: int) -> dict[str, Tensor]:
+def _batch_of(job: VLMJobConfig, mesh: Mesh, slots: int, patch_size: int) -> dict[str, Tensor]:
     """This rank's arguments of the model, on the meta device."""
     d = job.data
-    shape = BatchShape(slots, job.training.seq_len, d.patch_rows, d.patches_per_row, d.patch_size)
+    shape = BatchShape(slots, job.training.seq_len, d.patch_rows, d.patches_per_row, patch_size)
     # Documents are dealt to ranks by their values; pixels are only sliced.
     batch = {
         name: torch.zeros(

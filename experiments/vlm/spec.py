@@ -11,8 +11,8 @@ from experiments.vlm.data.loader import Loader
 from experiments.vlm.data.setup import sources_of
 from experiments.vlm.estimate import estimate
 from experiments.vlm.flops import count_flops
-from experiments.vlm.model.flavors import FLAVORS
 from experiments.vlm.model.vlm import VLM
+from experiments.vlm.model_config import model_config
 from experiments.vlm.parallelize import parallelize_vlm
 from experiments.vlm.pipeline import pipeline_vlm
 from experiments.vlm.shard_batch import shard_batch, whole_slots
@@ -33,15 +33,8 @@ THIN = 3  # an image is thin when one side is at least this many times the other
 def build_vlm(job: VLMJobConfig, tokenizer: Tokenizer | None) -> VLM:
     """On the meta device."""
     backend = resolve_backend(job.model.attention_backend, "cuda" if torch.cuda.is_available() else "cpu")
-    config = FLAVORS[job.model.flavor]
     with torch.device("meta"):
-        return VLM(
-            config,
-            rows_of(job, tokenizer),
-            job.data.spatial_merge_size,
-            backend,
-            job.training.loss_chunk_tokens,
-        )
+        return VLM(model_config(job), rows_of(job, tokenizer), backend, job.training.loss_chunk_tokens)
 
 
 def memory(job: VLMJobConfig, layout: Degrees, tokenizer: Tokenizer | None, on_gpu: bool) -> Memory:

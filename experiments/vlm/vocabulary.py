@@ -1,7 +1,7 @@
 """Rows of the token embedding: as published with the flavor, or more where the tokenizer has more ids."""
 
 from experiments.vlm.config import VLMJobConfig
-from experiments.vlm.model.flavors import FLAVORS
+from experiments.vlm.model_config import model_config
 from torchtitan.components.tokenizer import Tokenizer, load_tokenizer
 from torchtitan.tools.logging import warn_once
 
@@ -11,14 +11,14 @@ FEW = 0.9
 
 def rows_of(job: VLMJobConfig, tokenizer: Tokenizer | None) -> int:
     """Published embeddings have rows beyond the tokenizer's ids (Qwen); one with more ids enlarges them."""
-    return max(FLAVORS[job.model.flavor].decoder.vocab_size, tokenizer.vocab_size if tokenizer else 0)
+    return max(model_config(job).decoder.vocab_size, tokenizer.vocab_size if tokenizer else 0)
 
 
 def open_tokenizer(job: VLMJobConfig) -> Tokenizer:
     """The job's tokenizer; with a warning where it is hardly the flavor's own."""
     tokenizer = load_tokenizer(job.model.tokenizer_path)
-    ids, published = tokenizer.vocab_size, FLAVORS[job.model.flavor].decoder.vocab_size
-    flavor = f"model.flavor = {job.model.flavor} {published:,} rows"
+    ids, published = tokenizer.vocab_size, model_config(job).decoder.vocab_size
+    flavor = f"{job.model.label} {published:,} rows"
     sizes = f"model.tokenizer_path = {job.model.tokenizer_path} has {ids:,} ids, {flavor}"
     if ids > published:
         warn_once(

@@ -46,8 +46,10 @@ def small_vlm(
     **changes,
 ) -> VLM:
     """`changes` are fields of the encoder's configuration."""
-    config = VLMConfig(dataclasses.replace(ENCODER, **changes), ProjectorConfig(56), decoder)
-    model = VLM(config, decoder.vocab_size, merge, backend, loss_chunk)
+    config = VLMConfig(
+        dataclasses.replace(ENCODER, **changes), ProjectorConfig(56, merge_size=merge), decoder
+    )
+    model = VLM(config, decoder.vocab_size, backend, loss_chunk)
     randomise(model, seed)
     return model
 

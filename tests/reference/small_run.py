@@ -18,6 +18,7 @@ from experiments.vlm.batch import Batch, Delivered
 from experiments.vlm.check import check_encoder, check_patches
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.model.flavors import FLAVORS, EncoderConfig, ProjectorConfig, VLMConfig
+from experiments.vlm.model_config import model_config
 from experiments.vlm.spec import SPEC
 from tests.reference.batches import Document, Picture, Sizes, build_batch, draw_picture
 from torchtitan.config.check import RANGES, check_pipeline, check_ranges, check_selective, check_sequence
@@ -65,7 +66,6 @@ def job_of(changes: dict[str, Any], folder: str) -> VLMJobConfig:
         "lr_scheduler.warmup_steps": 0,
         "metrics.log_freq": 1,
         "metrics.save_plot": False,
-        "data.patch_size": ENCODER.patch_size,
         "data.patches_per_row": PATCHES,
         "data.max_patches_per_image": 48,
         "comm.trace_buf_size": 0,
@@ -143,9 +143,9 @@ class DrawnLoader:
     """
 
     def __init__(self, job: VLMJobConfig, tokenizer: Any, *, rank: int, ranks: int, split: str, **_: Any):
-        data = job.data
+        data, model = job.data, model_config(job)
         rows = job.training.seq_len, data.patches_per_row, data.patch_rows
-        self.sizes = Sizes(*rows, data.patch_size, data.spatial_merge_size)
+        self.sizes = Sizes(*rows, model.encoder.patch_size, model.projector.merge_size)
         self.total = resolve_batch(job, int(os.environ.get("WORLD_SIZE", "1"))).global_
         each = self.total // ranks
         self.mine = list(range(rank * each, (rank + 1) * each))
@@ -193,15 +193,15 @@ def whole(tensor: Tensor) -> Tensor:
 
 def check_sizes(job: VLMJobConfig, ranks: int) -> None:
     """What experiments/vlm/check.py checks, but for the data, which is drawn here."""
-    flavor, sizes = FLAVORS[job.model.flavor], degrees(job.parallelism, ranks)
+    config, sizes = model_config(job), degrees(job.parallelism, ranks)
     check_ranges(job, RANGES)
     check_selective(job)
     resolve_batch(job, ranks)
     check_sequence(job, sizes)
     check_pipeline(job, sizes)
-    check_patches(job, flavor.encoder)
-    check_encoder(job, flavor.encoder, sizes)
-    check_decoder(flavor.decoder, job, sizes)
+    check_patches(job, config.projector.merge_size)
+    check_encoder(job, config.encoder, sizes)
+    check_decoder(config.decoder, job, sizes)
 
 
 SMALL = dataclasses.replace(

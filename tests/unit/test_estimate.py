@@ -37,7 +37,7 @@ def test_flops_of_a_full_step_are_those_counted_in_a_full_batch(freeze):
     }
     batch = Batch(tensors, {"tokens": 64, "patches": 96}, [])
     with torch.device("meta"):
-        model = VLM(FLAVORS["debugmodel"], VOCAB, 2, "sdpa", 64)
+        model = VLM(FLAVORS["debugmodel"], VOCAB, "sdpa", 64)
     for part in freeze:
         model.get_submodule(part).requires_grad_(False)
     assert estimate(job, ONE, VOCAB).flops == count_flops(model)(batch)
@@ -175,7 +175,7 @@ def test_what_crosses_a_group_when_the_decoder_is_frozen_or_its_ends_are_one(mon
 
 def meta_model() -> VLM:
     with torch.device("meta"):
-        return VLM(FLAVORS[FLAVOR], VOCAB, 2, "sdpa", 1024)
+        return VLM(FLAVORS[FLAVOR], VOCAB, "sdpa", 1024)
 
 
 def test_stages_early_in_a_pipeline_hold_more_microbatches():

@@ -62,7 +62,7 @@ def test_every_encoder_goes_with_every_decoder():
     assert {"debugmodel"} | {f"{e}-{d}" for e in ENCODERS for d in DECODER_PARAMETERS} <= set(FLAVORS)
     config = FLAVORS["so400m-llama3.2-1B"]
     with torch.device("meta"):
-        model = VLM(config, config.decoder.vocab_size, 2, "sdpa", 1024)
+        model = VLM(config, config.decoder.vocab_size, "sdpa", 1024)
     assert parameters(model.encoder) + parameters(model.decoder) == 412_649_712 + 1_235_814_400
 
 

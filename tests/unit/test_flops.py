@@ -36,7 +36,7 @@ def full_batch() -> Batch:
 
 def frozen_model(freeze: tuple[str, ...], norm: bool = True, decoder: DecoderConfig = LLAMA) -> VLM:
     """`norm`: of the projector, before its matrices."""
-    model = VLM(VLMConfig(ENCODER, ProjectorConfig(56, norm), decoder), decoder.vocab_size, 2, "sdpa", 16)
+    model = VLM(VLMConfig(ENCODER, ProjectorConfig(56, norm), decoder), decoder.vocab_size, "sdpa", 16)
     for part in freeze:
         model.get_submodule(part).requires_grad_(False)
     return model

@@ -46,7 +46,7 @@ def _shards(rank: int) -> dict[str, dict[str, torch.Tensor]]:
     mesh, shares = init_device_mesh("cpu", (2,)), {}
     for name, config in CONFIGS.items():
         with torch.device("meta"):
-            model = VLM(small_vlm(config).config, 96, 2, "sdpa", 16)
+            model = VLM(small_vlm(config).config, 96, "sdpa", 16)
         for block in (*model.encoder.layers.values(), *model.decoder.layers.values()):
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
@@ -83,7 +83,7 @@ def test_wrappers_do_not_change_what_is_drawn():
 
 def test_tied_weights_are_one_after_the_meta_device():
     with torch.device("meta"):
-        model = VLM(small_vlm(QWEN2).config, 96, 2, "sdpa", 16)
+        model = VLM(small_vlm(QWEN2).config, 96, "sdpa", 16)
     model.to_empty(device="cpu")
     model.init_weights(0)
     assert model.decoder.output.weight is model.decoder.tok_embeddings.weight
@@ -105,7 +105,7 @@ def test_the_first_loss_is_that_of_guessing(tied):
     """
     config = FLAVORS["debugmodel"]
     decoder = QWEN2 if tied else config.decoder
-    model = VLM(type(config)(config.encoder, config.projector, decoder), 1024, 2, "sdpa", 64)
+    model = VLM(type(config)(config.encoder, config.projector, decoder), 1024, "sdpa", 64)
     model.init_weights(0)
     picture = draw_picture(8, 8, config.encoder.patch_size, 0)
     sizes = Sizes(seq_len=96, patches_per_row=64, patch_size=config.encoder.patch_size)

@@ -47,6 +47,11 @@ class Model:
     tokenizer_path: str = "assets/tokenizer"
     attention_backend: Literal["auto", "flex", "sdpa"] = "auto"  # auto: flex on GPU, sdpa on CPU
 
+    @property
+    def label(self) -> str:
+        """What to call the model in a message."""
+        return f"model.flavor = {self.flavor}"
+
 
 @dataclass
 class Optimizer:

@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
-from experiments.vlm.batch import FIELDS, Batch, BatchShape
+from experiments.vlm.batch import FIELDS, Batch
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.data.counts import names_by_source, rejected_name
 from experiments.vlm.data.prefetch import FromWorkers, InProcess, Supply
@@ -28,7 +28,7 @@ from experiments.vlm.data.producer import SlotStep
 from experiments.vlm.data.reject_log import RejectLog
 from experiments.vlm.data.report import Tally, check_bad_fraction, rejected_line, report, tally_of
 from experiments.vlm.data.resume import SlotState, load_states, save_states, slot_key
-from experiments.vlm.data.setup import Split, make_setup, order_facts
+from experiments.vlm.data.setup import Split, make_setup, order_facts, shape_of
 from experiments.vlm.data.sources.good_sample import require_good_samples
 from experiments.vlm.data.storage.fetch import about_failures
 from torchtitan.components.tokenizer import Tokenizer
@@ -85,11 +85,8 @@ class Loader:
             total = local * ranks
         assert total % (local * ranks) == 0, "the configuration check lets no such batch through"
         self.slots = range(rank * total // ranks, (rank + 1) * total // ranks)
-        data = job.data
-        self.shape = BatchShape(
-            local, job.training.seq_len, data.patch_rows, data.patches_per_row, data.patch_size
-        )
         self.setup = make_setup(job, tokenizer, split, total, control)
+        self.shape = shape_of(self.setup.planning, local)
         self.facts = order_facts(job, self.setup) if split == "train" else {}
         self.may_end = all(deal.epochs is not None for deal in self.setup.planning.deals)
         self.agree = agree or (lambda has_data: has_data or ranks > 1)

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
+from experiments.vlm.batch import BatchShape
 from experiments.vlm.config import Source, VLMJobConfig
 from experiments.vlm.data.chat_template import load_chat_template
 from experiments.vlm.data.formats.shard import Shard
@@ -16,6 +17,7 @@ from experiments.vlm.data.packing import Budget
 from experiments.vlm.data.slot import SlotSettings
 from experiments.vlm.data.sources.order import Deal
 from experiments.vlm.data.sources.shards import list_shards, open_shard
+from experiments.vlm.model_config import model_config
 from torchtitan.components.tokenizer import Tokenizer
 
 Split = Literal["train", "validation"]
@@ -59,7 +61,7 @@ def make_setup(
     job: VLMJobConfig, tokenizer: Tokenizer, split: Split, slots: int, control: str | None = None
 ) -> Setup:
     """`slots`: G. Raises ConfigError where a source has no shards, or a chat template that cannot be used."""
-    data, sources = job.data, sources_of(job, split)
+    data, sources, model = job.data, sources_of(job, split), model_config(job)
     held_out = split == "validation"
     planning = SlotSettings(
         deals=tuple(make_deal(source, job, slots, held_out) for source in sources),
@@ -67,8 +69,8 @@ def make_setup(
         weight_by=data.weight_by,
         budget=Budget(job.training.seq_len, data.patch_rows, data.patches_per_row),
         plan=ImagePlan(
-            data.patch_size,
-            data.spatial_merge_size,
+            model.encoder.patch_size,
+            model.projector.merge_size,
             data.min_patches_per_image,
             data.max_patches_per_image,
             data.resize,
@@ -80,6 +82,14 @@ def make_setup(
         max_bad_fraction=1.0 if held_out else data.max_bad_fraction,
     )
     return Setup(planning, tokenizer, partial(open_source, sources, job), data.decode_threads)
+
+
+def shape_of(planning: SlotSettings, slots: int) -> BatchShape:
+    """Of a batch of so many slots."""
+    budget = planning.budget
+    return BatchShape(
+        slots, budget.seq_len, budget.patch_rows, budget.patches_per_row, planning.plan.patch_size
+    )
 
 
 def make_deal(source: Source, job: VLMJobConfig, slots: int, held_out: bool) -> Deal:
@@ -118,6 +128,8 @@ def order_facts(job: VLMJobConfig, setup: Setup) -> dict[str, Any]:
         "model.tokenizer_path": tokenizer_print(setup.tokenizer),
     }
     facts |= {f"data.{name}": value for name, value in vars(data).items() if name not in FREE_OF_DATA}
+    plan = planning.plan  # the model's, where the options leave them open
+    facts |= {"data.patch_size": plan.patch_size, "data.spatial_merge_size": plan.merge_size}
     for deal, source in zip(planning.deals, sources_of(job, "train"), strict=True):
         key = f"data.sources[{deal.name}]"
         facts |= {

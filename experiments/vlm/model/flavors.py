@@ -11,7 +11,7 @@ from torchtitan.models.decoder.flavors import DECODERS, DecoderConfig
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """Sizes of one SigLIP2 encoder."""
+    """Sizes of one SigLIP encoder."""
 
     dim: int
     layers: int
@@ -20,14 +20,16 @@ class EncoderConfig:
     patch_size: int = 16
     position_grid: int = 16  # learned positions form a square table of this side, resized to each image
     norm_eps: float = 1e-6
+    image_size: int | None = None  # pixels a side that its class takes, where that is one size; None: NaFlex
 
 
 @dataclass(frozen=True)
 class ProjectorConfig:
-    """Sizes of the projector; its input is as wide as merge^2 patches."""
+    """Sizes of the projector; its input is as wide as merge_size^2 patches."""
 
     hidden_dim: int
     layer_norm: bool = True
+    merge_size: int = 2  # m: m * m patches become one visual token
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,9 @@ class Projector(nn.Module):
     The loader puts the patches of a visual token next to each other, so merging is a view.
     """
 
-    def __init__(self, config: ProjectorConfig, encoder_dim: int, merge_size: int, dim: int):
+    def __init__(self, config: ProjectorConfig, encoder_dim: int, dim: int):
         super().__init__()
-        self.merged = merge_size**2
+        self.merged = config.merge_size**2
         width = encoder_dim * self.merged
         self.norm = nn.LayerNorm(width) if config.layer_norm else nn.Identity()
         self.linear_1 = nn.Linear(width, config.hidden_dim)
@@ -64,13 +64,11 @@ class VLM(nn.Module):
     # with them.
     ADAMW_ONLY = ("decoder.tok_embeddings", "decoder.output", "encoder.embedding.positions")
 
-    def __init__(self, config: VLMConfig, vocab_size: int, merge_size: int, backend: str, loss_chunk: int):
+    def __init__(self, config: VLMConfig, vocab_size: int, backend: str, loss_chunk: int):
         super().__init__()
         self.config = config
         self.encoder: vit.VisionEncoder | None = vit.VisionEncoder(config.encoder, backend)
-        self.projector: Projector | None = Projector(
-            config.projector, config.encoder.dim, merge_size, config.decoder.dim
-        )
+        self.projector: Projector | None = Projector(config.projector, config.encoder.dim, config.decoder.dim)
         self.decoder = decoder.Decoder(config.decoder, vocab_size, backend, loss_chunk)
 
     def encode(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ def inspect(job: VLMJobConfig, tokenizer: Tokenizer, steps: int, shown: int, out
     Any of them may be empty: then it is not written.
     """
     loader = Loader(job, tokenizer)
-    shape, merge = loader.shape, job.data.spatial_merge_size
+    shape, merge = loader.shape, loader.setup.planning.plan.merge_size
     seen, views = Seen(0, 0, Counter(), 0, 0, Counter()), list[SlotView]()
     with ExitStack() as stack:
         stack.callback(loader.close)
@@ -93,12 +93,12 @@ def _count(seen: Seen, counts: dict[str, int]) -> None:
 
 
 def _write_report(views: list[SlotView], loader: Loader, tokenizer: Tokenizer, facts: str, out: str) -> None:
-    job = loader.job
-    title = f"Packed batches of {job.job.config_file or 'the job'}"
+    title = f"Packed batches of {loader.job.job.config_file or 'the job'}"
+    merge = loader.setup.planning.plan.merge_size
     if Path(out).suffix == ".png":
         draw_slots(views, loader.shape, tokenizer, f"{title}\n{facts}", out)
     else:
         Path(out).write_text(
-            make_page(views, loader.shape, job.data.spatial_merge_size, tokenizer, title, facts),
+            make_page(views, loader.shape, merge, tokenizer, title, facts),
             encoding="utf-8",
         )

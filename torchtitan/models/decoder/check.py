@@ -7,14 +7,21 @@ from torchtitan.models.decoder.flavors import DecoderConfig
 
 
 def check_decoder(config: DecoderConfig, job: JobConfig, sizes: Degrees) -> None:
-    """Raises ConfigError where a parallel layout does not divide the decoder."""
+    """Raises ConfigError where a parallel layout does not divide the decoder, or where it cannot see all of a
+    slot.
+    """
+    require(
+        config.window is None or job.training.seq_len <= config.window,
+        f"training.seq_len = {job.training.seq_len}: {job.model.label} attends inside a sliding window of "
+        f"{config.window} tokens, which is not supported: use at most {config.window}",
+    )
     _check_heads(config, job, sizes)
     if sizes.pp > 1:
         _check_stages(config.layers, job, sizes.pp)
 
 
 def _check_heads(config: DecoderConfig, job: JobConfig, sizes: Degrees) -> None:
-    flavor = f"of model.flavor = {job.model.flavor}"
+    flavor = f"of {job.model.label}"
     tensor = f"parallelism.tensor_parallel_degree = {sizes.tp} does not divide the"
     for count, what in (
         (config.heads, "heads"),

@@ -27,6 +27,11 @@ class DecoderConfig:
     tied_embeddings: bool = False  # the output layer is the embedding
     qkv_bias: bool = False  # Qwen 2
     qk_norm: bool = False  # Qwen 3: RMSNorm on each head of q and k
+    context: int = 4096  # longest document of its training; goes into an exported config.json
+    # tokens that a query saw in its training, itself included (Mistral); None: all of the document. Nothing
+    # limits them here, so no document may be longer.
+    window: int | None = None
+    model_type: str = ""  # its class in transformers, where it came from there (hf_config.py)
 
 
 def _llama(dim: int, layers: int, heads: int, mlp_dim: int, factor: float, tied: bool) -> DecoderConfig:
@@ -42,6 +47,7 @@ def _llama(dim: int, layers: int, heads: int, mlp_dim: int, factor: float, tied:
         RopeScaling(factor),
         norm_eps=1e-5,
         tied_embeddings=tied,
+        context=131072,
     )
 
 
@@ -59,12 +65,23 @@ def _qwen2(
         1000000.0,
         tied_embeddings=tied,
         qkv_bias=True,
+        context=32768,
     )
 
 
 def _qwen3(dim: int, layers: int, heads: int, mlp_dim: int, tied: bool) -> DecoderConfig:
     return DecoderConfig(
-        dim, layers, heads, 8, 128, mlp_dim, 151936, 1000000.0, tied_embeddings=tied, qk_norm=True
+        dim,
+        layers,
+        heads,
+        8,
+        128,
+        mlp_dim,
+        151936,
+        1000000.0,
+        tied_embeddings=tied,
+        qk_norm=True,
+        context=40960,
     )
 
 

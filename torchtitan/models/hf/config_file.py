@@ -1,0 +1,78 @@
+"""Values of a config.json. Imports no torch, so that a wrong folder is told before anything heavy loads.
+
+Published files are sparse: what is missing, or null, is the default of the class of that model_type, which
+the caller names.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torchtitan.config.errors import ConfigError, require
+from torchtitan.config.table import EXPECTED
+
+CONFIG = "config.json"
+Value = TypeVar("Value", bool, int, float, str)
+
+
+@dataclass(frozen=True)
+class ConfigFile:
+    """The values of a file, or of a section in it. `where`: the file, and the section, for errors."""
+
+    values: Mapping[str, Any]
+    where: str
+
+    def get(self, key: str, default: Value) -> Value:
+        """The value as the type of its default. Raises ConfigError where it is of another."""
+        value, kind = self.values.get(key), type(default)
+        if value is None:
+            return default
+        if type(value) is kind or (kind is float and type(value) is int):
+            return kind(value)
+        raise ConfigError(f"{self.where}: {key} = {value!r}: expected {EXPECTED[kind]}")
+
+    def size(self, key: str, default: int) -> int:
+        """A whole number above 0."""
+        value = self.get(key, default)
+        require(value > 0, f"{self.where}: {key} = {value}: must be > 0")
+        return value
+
+    def section(self, key: str) -> "ConfigFile":
+        """A table inside; empty where there is none."""
+        values = self.values.get(key)
+        is_table = values is None or isinstance(values, Mapping)
+        require(is_table, f"{self.where}: {key} = {values!r}: expected a table")
+        return ConfigFile(values or {}, f"{self.where}: {key}")
+
+    def refuse_all_but(self, key: str, known: Any) -> None:
+        """Raises ConfigError unless `key` is missing, null or `known`."""
+        value = self.values.get(key)
+        require(
+            value is None or value == known,
+            f"{self.where}: {key} = {value!r}: not supported here, only {known!r}",
+        )
+
+    @property
+    def model_type(self) -> str:
+        """Empty where it is not said."""
+        return self.get("model_type", "")
+
+
+def read_config(folder: Path) -> ConfigFile:
+    """config.json of a folder. Raises ConfigError where it is not there, cannot be read or is no object."""
+    path = folder / CONFIG
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: {error.strerror}: a Hugging Face folder has a {CONFIG} beside its weights"
+        ) from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: is not JSON ({error}): fetch it again") from None
+    require(isinstance(values, dict), f"{path}: expected an object, with model_type and sizes")
+    file = ConfigFile(values, str(path))
+    quantized = f"{path}: quantization_config: quantized weights cannot be trained; take the original ones"
+    require(values.get("quantization_config") is None, quantized)
+    return file
