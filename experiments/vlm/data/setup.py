@@ -138,6 +138,8 @@ def order_facts(job: VLMJobConfig, setup: Setup) -> dict[str, Any]:
         # The same files may lie elsewhere when the run goes on.
         names = [PurePosixPath(path).name for path in deal.shards]
         facts[f"{key}.path"] = f"{len(names)} shards, {zlib.crc32(json.dumps(names).encode()):08x}"
+        if deal.last_round[1] > 1:
+            facts[f"{key}: pieces of a unit in the last round"] = deal.last_round[1]
     return facts
 
 

@@ -4,6 +4,8 @@ it.
     unit     (shard, part): part j of p takes the records j, j + p, ... of a shard, with p the smallest for
              which shards * p >= G, so that there is a unit for every slot
     dealing  the units of all epochs, each permuted anew, form one endless list; slot s takes s, s + G, ...
+             Where that list ends, its last round and what is left over are dealt in pieces of units, so that
+             slots run dry together
     order    the records of a unit are permuted inside windows of `shuffle_buffer`
 
 A position in a source is two integers: how many units the slot has taken, and how many records of the current
@@ -12,13 +14,16 @@ one.
 
 import math
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 
 # without a good sample, and 16 rounds of the parts: then the whole source is asked for one
 MOST_EMPTY_UNITS = 64
+MOST_PIECES = 16  # of a unit of the last round: each is one more shard to open
+KEPT_EPOCHS = 8  # whose orders of units are kept, of each source: slots are not at the same place
 
 
 def permutation(count: int, *key: int) -> np.ndarray:
@@ -31,11 +36,16 @@ def permutation(count: int, *key: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Unit:
-    """A part of a shard in one epoch: what is dealt to slots."""
+    """A part of a shard in one epoch: what is dealt to slots. It has the records part, part + parts, ..."""
 
     epoch: int
     shard: int  # index in Deal.shards
     part: int
+    parts: int
+
+    def records(self, of: int) -> range:
+        """Its records in a shard of so many."""
+        return range(self.part, of, self.parts)
 
 
 @dataclass(frozen=True)
@@ -74,20 +84,47 @@ class Deal:
         """Seeds the permutations of this source."""
         return self.seed, zlib.crc32(self.name.encode())
 
+    @cached_property
+    def last_round(self) -> tuple[int, int]:
+        """(units that each slot takes whole, pieces of each unit after those); without end, or where the
+        units come out even, there are no pieces.
+
+        Of up to MOST_PIECES those that leave least of the slots dry: with k pieces the units that are left
+        take ceil(units * k / G) / k rounds.
+        """
+        rounds, over = divmod((self.epochs or 0) * self.units, self.slots)
+        if over == 0:
+            return rounds, 1
+        left = over + self.slots
+        return rounds - 1, min(range(1, MOST_PIECES + 1), key=lambda k: (-(-left * k // self.slots) / k, k))
+
     def unit(self, slot: int, number: int) -> Unit | None:
         """The slot's unit of that number, from 0; None after the last epoch."""
-        epoch, place = divmod(slot + number * self.slots, self.units)
+        index, piece, pieces = slot + number * self.slots, 0, 1
+        whole = self.last_round[0] * self.slots
+        if self.epochs is not None and index >= whole:
+            pieces = self.last_round[1]
+            index, piece = divmod(index - whole, pieces)
+            index += whole
+        epoch, place = divmod(index, self.units)
         if self.epochs is not None and epoch >= self.epochs:
             return None
-        shard, part = divmod(int(_epoch_order(self, epoch)[place]), self.parts)
-        return Unit(epoch, shard, part)
+        if self.shuffle:
+            place = int(_epoch_orders(self.units, *self.key)(epoch)[place])
+        shard, part = divmod(place, self.parts)
+        return Unit(epoch, shard, part + piece * self.parts, self.parts * pieces)
+
+    def rounds(self, number: float) -> float:
+        """How many whole units as many as `number` of a slot's are."""
+        whole, pieces = self.last_round
+        return number if self.epochs is None or number <= whole else whole + (number - whole) / pieces
 
     def order(self, unit: Unit, records: int) -> np.ndarray:
         """The indices of the unit's records in a shard of so many, in the order in which they are read."""
-        indices = np.arange(unit.part, records, self.parts)
+        indices = np.array(unit.records(records), np.int64)
         if not self.shuffle:
             return indices
-        place = unit.shard * self.parts + unit.part
+        place = unit.shard * unit.parts + unit.part
         windows = [
             indices[start : start + self.shuffle_buffer]
             for start in range(0, len(indices), self.shuffle_buffer)
@@ -99,6 +136,7 @@ class Deal:
         return np.concatenate(shuffled) if shuffled else indices
 
 
-@lru_cache(maxsize=8)
-def _epoch_order(deal: Deal, epoch: int) -> np.ndarray:
-    return permutation(deal.units, *deal.key, 0, epoch) if deal.shuffle else np.arange(deal.units)
+@lru_cache(maxsize=None)
+def _epoch_orders(units: int, *key: int) -> Callable[[int], np.ndarray]:
+    """Epoch -> the order of a source's units. By numbers alone: a Deal would be hashed by all its shards."""
+    return lru_cache(maxsize=KEPT_EPOCHS)(lambda epoch: permutation(units, *key, 0, epoch))

@@ -199,8 +199,12 @@ class SourceReader:
         self._records_in = {
             number: self._records_in.get(number) or self._count_records(number) for number in needed
         }
-        read = self.unit + (self.place / self._records_in[self.unit] if self.place else 0)
-        return (read - sum(1 / self._records_in[number] for number in waiting)) / self.deal.units
+        shares = {number: self.deal.rounds(number + 1) - self.deal.rounds(number) for number in needed}
+        read = self.deal.rounds(self.unit)
+        if self.place:
+            read += shares[self.unit] * self.place / self._records_in[self.unit]
+        unread = sum(shares[number] / self._records_in[number] for number in waiting)
+        return (read - unread) / self.deal.units
 
     def _count_records(self, number: int) -> int:
         """How many the slot's unit of that number has; at least 1."""
@@ -210,7 +214,7 @@ class SourceReader:
             records = len(self.cache.get(self.source, self.deal.shards[unit.shard]).shard)
         except Rejected:
             records = 0
-        return max(1, len(range(unit.part, records, self.deal.parts)))
+        return max(1, len(unit.records(records)))
 
     def _records_of(self, unit: Unit, reject: Callable[[Reject], None]) -> np.ndarray:
         """The order of the current unit's records; none, and a reject, if its shard cannot be opened."""
