@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.vlm.data import formats
+from experiments.vlm.data import formats, reject_log
 from experiments.vlm.data import report as report_of_data
 from experiments.vlm.data.formats import text
 from experiments.vlm.data.loader import Loader
@@ -128,7 +128,7 @@ def test_rejects_are_written_once_over_epochs_kills_and_ranks(tmp_path):
             loader.close()
     lines = [
         json.loads(line)
-        for path in (tmp_path / "out" / "rejects").iterdir()
+        for path in (tmp_path / "out" / "rejects").glob("*.jsonl")
         for line in path.read_text().splitlines()
     ]
     assert Counter(line["key"] for line in lines if "image" not in line) == Counter(list(bad))
@@ -143,6 +143,67 @@ def test_a_line_that_a_kill_cut_short_is_written_again(tmp_path):
     os.truncate(path, os.path.getsize(path) - 10)
     RejectLog(tmp_path / "rejects", 0).write(rejects)
     assert [json.loads(line)["key"] for line in path.read_text().splitlines()] == ["0", "1", "2", "3"]
+
+
+def some_rejects(start: int, end: int) -> list[Reject]:
+    return [Reject("captions", "a.tar", str(key), "image_empty") for key in range(start, end)]
+
+
+def keys_of(folder: Path) -> Counter:
+    return Counter(
+        json.loads(line)["key"] for path in folder.glob("*.jsonl") for line in path.read_text().splitlines()
+    )
+
+
+def test_lines_are_parsed_once_however_often_a_run_goes_on(tmp_path, monkeypatch):
+    """Nor do ranks look into each other's files while none can have met the same sample."""
+    parsed, read = [], json.loads
+    monkeypatch.setattr(reject_log.json, "loads", lambda line: parsed.append(line) or read(line))
+    for rank in range(3):
+        RejectLog(tmp_path, rank).write(some_rejects(100 * rank, 100 * rank + 100))
+    opened = []
+    monkeypatch.setattr(
+        reject_log.Lines, "more", lambda lines, more=reject_log.Lines.more: opened.append(1) or more(lines)
+    )
+    log = RejectLog(tmp_path, 1)
+    log.write(some_rejects(0, 310))
+    for key in range(310, 320):
+        log.write(some_rejects(key, key + 1), dealt_again=False)
+    assert not parsed and len(opened) == 3 + 10
+    assert keys_of(tmp_path) == Counter(map(str, range(320)))
+
+
+@pytest.mark.parametrize("harm", ["deleted", "cut", "behind", "ahead"])
+def test_an_index_that_does_not_match_its_lines_costs_none(tmp_path, harm):
+    RejectLog(tmp_path, 0).write(some_rejects(0, 20))
+    path, index = tmp_path / "0.jsonl", tmp_path / ".0.index"
+    if harm == "deleted":
+        index.unlink()
+    elif harm == "ahead":  # the machine went down before the lines were on disk
+        os.truncate(path, 250)
+    else:
+        os.truncate(index, 5 * 16 + (7 if harm == "cut" else 0))
+    for _ in range(2):
+        RejectLog(tmp_path, 0).write(some_rejects(0, 25))
+        RejectLog(tmp_path, 1).write(some_rejects(0, 30))
+    assert keys_of(tmp_path) == Counter(map(str, range(30)))
+
+
+def test_two_splits_of_a_rank_share_its_file(tmp_path):
+    train, held_out = RejectLog(tmp_path, 0), RejectLog(tmp_path, 0)
+    for key in range(6):
+        (train, held_out)[key % 2].write(some_rejects(key, key + 2), dealt_again=False)
+    RejectLog(tmp_path, 0).write(some_rejects(0, 9))
+    assert keys_of(tmp_path) == Counter(map(str, range(9)))
+
+
+def test_many_identities_are_known_in_little_memory(monkeypatch):
+    monkeypatch.setattr(reject_log, "RECENT", 10)
+    known, numbers = reject_log.Identities(), [3**key % 2**64 for key in range(100)]
+    for number in numbers[::2]:
+        known.add([number])
+    assert [number in known for number in numbers] == [True, False] * 50
+    assert len(known._recent) <= 10
 
 
 def test_the_first_of_a_kind_in_a_shard_is_logged(tmp_path, caplog):

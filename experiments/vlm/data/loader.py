@@ -97,6 +97,8 @@ class Loader:
         # The controls show the samples of a validation again: what is wrong with them has been logged.
         folder = Path(job.job.dump_folder) / "rejects" if job.job.dump_folder else None
         self.log = RejectLog(folder, rank) if control is None else None
+        shards = [shard for deal in self.setup.planning.deals for shard in deal.shards]
+        self.shared_shards = len(set(shards)) < len(shards)
         self.states: dict[int, SlotState] = {}
         self.supply: Supply | None = None
         self.over = False
@@ -185,7 +187,7 @@ class Loader:
     def _tell(self, steps: list[SlotStep]) -> None:
         rejects = [reject for step in steps for reject in step.rejects]
         if rejects and self.log is not None:
-            self.log.write(rejects)
+            self.log.write(rejects, self._deals_again(steps))
         if not self.told_of_addresses and any(reject.reason == "image_fetch" for reject in rejects):
             self.told_of_addresses = True
             logger.warning(about_failures(self.job.data))
@@ -195,6 +197,17 @@ class Loader:
             for state in self.states.values():
                 total.add(tally_of(state))
             check_bad_fraction(total, allowed)
+
+    def _deals_again(self, steps: list[SlotStep]) -> bool:
+        """Whether a slot of this rank is in a later epoch of a source, or two sources share a shard: then
+        another rank may have met the same samples.
+        """
+        deals = self.setup.planning.deals
+        return self.shared_shards or any(
+            deal.epoch(step.filled.slot, reader[0]) > 0
+            for step in steps
+            for deal, reader in zip(deals, step.state["plan"]["readers"], strict=True)
+        )
 
     def _batches(self, whole: dict[str, Tensor], steps: list[SlotStep]) -> list[Batch]:
         size = self.shape.slots

@@ -1,67 +1,62 @@
 """`rejects/RANK.jsonl`: a line for each rejected sample, image or shard, each once in a run whatever was
 restarted.
+
+`rejects/.RANK.index` beside it has 16 bytes a line, so that a run that goes on need not parse them again. It
+may be deleted, and may lag behind the lines.
 """
 
-import io
+import contextlib
+import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import TextIO
+
+import numpy as np
 
 from experiments.vlm.data.rejects import Reject
 from torchtitan.tools.logging import logger
 
+ENTRY = np.dtype([("identity", "<u8"), ("end", "<i8")])  # of a line: what it is about, where it ends
+RECENT = 1 << 16  # identities that are kept as Python's numbers, of 80 bytes; more of them move to an array
+
 
 class RejectLog:
-    """Appends to this rank's file and reads those of the others, since a later epoch may deal a sample to
-    another rank.
+    """Appends to this rank's file and reads the indices of the others, since a later epoch may deal a sample
+    to another rank.
 
     The first of a reason in a shard is logged too, as a line for people; without a folder that is all.
     """
 
     def __init__(self, folder: Path | None, rank: int):
-        self.folder = folder
         self.path = folder / f"{rank}.jsonl" if folder else None
-        self.known: set[int] = set()  # hashes of identities: a million rejects cost 60 MB
-        self.read: dict[Path, int] = {}  # bytes of each file that are in `known`
+        self.known = Identities()
+        self.lines: dict[Path, Lines] = {}  # of each rank
         self.logged: set[tuple[str, str]] = set()
 
-    def write(self, rejects: Iterable[Reject]) -> None:
-        """A line in the file for each that is new; the log gets the first of a reason and shard."""
-        new = [reject for reject in rejects if hash(reject.identity) not in self.known]
-        if not new:
-            return
-        with self._open() as file:
-            for reject in new:
-                identity = hash(reject.identity)
-                if identity in self.known:
-                    continue
-                self.known.add(identity)
-                file.write(json.dumps(reject.line()) + "\n")
-                self._log(reject)
+    def write(self, rejects: Iterable[Reject], dealt_again: bool = True) -> None:
+        """A line in the file for each that is new; the log gets the first of a reason and shard.
 
-    def _open(self) -> TextIO:
-        """This rank's file, to append to; what is in all of them by now is known then."""
-        if self.folder is None or self.path is None:
-            return io.StringIO()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._catch_up(self.folder)
-        return self.path.open("a", encoding="utf-8", errors="backslashreplace")
+        `dealt_again`: whether another rank may have met them since this one began.
+        """
+        new = {identity: reject for reject in rejects if (identity := identity_of(reject)) not in self.known}
+        if new and self.path is not None:
+            self._catch_up(self.path, dealt_again or not self.lines)
+            new = {identity: reject for identity, reject in new.items() if identity not in self.known}
+            self.lines[self.path].append(new)
+        self.known.add(new)
+        for reject in new.values():
+            self._log(reject)
 
-    def _catch_up(self, folder: Path) -> None:
-        for path in folder.glob("*.jsonl"):
-            start = self.read.get(path, 0)
-            if os.path.getsize(path) == start:
-                continue
-            with path.open("rb") as file:
-                file.seek(start)
-                whole, _, rest = file.read().rpartition(b"\n")
-            lines = whole.splitlines()
-            self.read[path] = start + sum(len(line) + 1 for line in lines)
-            self.known.update(hash(Reject(**json.loads(line)).identity) for line in lines)
-            if rest and path == self.path:
-                os.truncate(path, self.read[path])  # a line that a kill cut short
+    def _catch_up(self, own: Path, all_ranks: bool) -> None:
+        """What is in this rank's file by now (a loader of the other split writes there too), or in those of
+        all ranks, is known then.
+        """
+        own.parent.mkdir(parents=True, exist_ok=True)
+        own.touch()
+        for path in own.parent.glob("*.jsonl") if all_ranks else [own]:
+            lines = self.lines.setdefault(path, Lines(path, own=path == own))
+            self.known.add_array(lines.more())
 
     def _log(self, reject: Reject) -> None:
         kind = reject.shard, reject.reason
@@ -72,3 +67,98 @@ class RejectLog:
         logger.warning(
             f"source {reject.source}, shard {reject.shard}, sample {reject.key or '-'}: {reject}{more}"
         )
+
+
+class Lines:
+    """The lines of one rank, with their index. `own`: of this rank, who alone writes to both."""
+
+    def __init__(self, path: Path, own: bool):
+        self._path, self._own = path, own
+        self._index = path.with_name(f".{path.stem}.index")
+        self._end = 0  # bytes of the lines that are known
+        self._entries = 0  # of the index, that are
+
+    def more(self) -> np.ndarray:
+        """Identities of the whole lines that were not known yet: from the index, and from the lines that it
+        lacks. A line of this rank that a kill cut short is taken out.
+        """
+        size = os.path.getsize(self._path)
+        if size == self._end:
+            return np.empty(0, np.uint64)
+        listed = self._listed(size)
+        with self._path.open("rb") as file:
+            file.seek(self._end)
+            lines = file.read(size - self._end).splitlines(keepends=True)
+        if lines and not lines[-1].endswith(b"\n"):
+            lines.pop()
+        parsed = self._entries_of([identity_of(Reject(**json.loads(line))) for line in lines], lines)
+        if self._own:
+            os.truncate(self._path, self._end)
+            self._write_index(parsed)
+        return np.concatenate([listed["identity"], parsed["identity"]])
+
+    def append(self, rejects: dict[int, Reject]) -> None:
+        """Write a line for each, by its identity."""
+        lines = [
+            json.dumps(reject.line()).encode("utf-8", "backslashreplace") + b"\n"
+            for reject in rejects.values()
+        ]
+        with self._path.open("ab") as file:
+            file.writelines(lines)
+        self._write_index(self._entries_of(rejects, lines))
+
+    def _listed(self, size: int) -> np.ndarray:
+        """More of the index, as far as the lines reach."""
+        listed = np.empty(0, ENTRY)
+        with contextlib.suppress(FileNotFoundError):
+            listed = np.fromfile(self._index, ENTRY, offset=self._entries * ENTRY.itemsize)
+        listed = listed[listed["end"] <= size]
+        if len(listed):
+            self._entries += len(listed)
+            self._end = max(self._end, int(listed["end"][-1]))
+        return listed
+
+    def _entries_of(self, identities: Collection[int], lines: list[bytes]) -> np.ndarray:
+        entries = np.empty(len(identities), ENTRY)
+        entries["identity"] = list(identities)
+        entries["end"] = self._end + np.cumsum([len(line) for line in lines], dtype=np.int64)
+        self._end += sum(map(len, lines))
+        return entries
+
+    def _write_index(self, entries: np.ndarray) -> None:
+        with self._index.open("ab") as file:
+            file.truncate(self._entries * ENTRY.itemsize)
+            file.write(entries.tobytes())
+        self._entries += len(entries)
+
+
+class Identities:
+    """A set of numbers below 2^64 in 8 bytes each, but for the RECENT."""
+
+    def __init__(self) -> None:
+        self._sorted = np.empty(0, np.uint64)
+        self._recent: set[int] = set()
+
+    def __contains__(self, identity: int) -> bool:
+        if identity in self._recent:
+            return True
+        place = int(self._sorted.searchsorted(np.uint64(identity)))
+        return place < len(self._sorted) and int(self._sorted[place]) == identity
+
+    def add(self, identities: Iterable[int]) -> None:
+        """Add numbers."""
+        self._recent.update(identities)
+        if len(self._recent) > RECENT:
+            self.add_array(np.fromiter(self._recent, np.uint64))
+            self._recent.clear()
+
+    def add_array(self, identities: np.ndarray) -> None:
+        """Add an array of uint64."""
+        if len(identities):
+            self._sorted = np.union1d(self._sorted, identities)
+
+
+def identity_of(reject: Reject) -> int:
+    """The same in every process, unlike `hash`."""
+    digest = hashlib.blake2b(reject.identity.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little")

@@ -16,7 +16,7 @@ import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 
 import numpy as np
 
@@ -114,6 +114,11 @@ class Deal:
         shard, part = divmod(place, self.parts)
         return Unit(epoch, shard, part + piece * self.parts, self.parts * pieces)
 
+    def epoch(self, slot: int, number: int) -> int:
+        """The epoch of the slot's unit of that number, from 0; after the last unit the number of epochs."""
+        unit = self.unit(slot, number)
+        return unit.epoch if unit else self.epochs or 0
+
     def rounds(self, number: float) -> float:
         """How many whole units as many as `number` of a slot's are."""
         whole, pieces = self.last_round
@@ -136,7 +141,7 @@ class Deal:
         return np.concatenate(shuffled) if shuffled else indices
 
 
-@lru_cache(maxsize=None)
+@cache
 def _epoch_orders(units: int, *key: int) -> Callable[[int], np.ndarray]:
     """Epoch -> the order of a source's units. By numbers alone: a Deal would be hashed by all its shards."""
     return lru_cache(maxsize=KEPT_EPOCHS)(lambda epoch: permutation(units, *key, 0, epoch))
