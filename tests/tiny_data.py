@@ -35,7 +35,7 @@ class Characters:
     """A tokenizer with a token for each byte. Picklable."""
 
     vocab_size: int = 320
-    bos_id: int = 256
+    bos_id: int | None = 256
     eos_id: int = 257
     pad_id: int = 258
     image_id: int = 259

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from experiments.vlm.data import chat_template
 from experiments.vlm.data.chat_template import BUILT_IN, load_chat_template
-from experiments.vlm.data.document import Document, Image, ImageValue, Special, Text, Turn
+from experiments.vlm.data.document import BOS, Document, Image, ImageValue, Special, Text, Turn
 from experiments.vlm.data.image import ImagePlan
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.sample import make_sample
@@ -36,7 +36,7 @@ ITEMS = """{% if message.content is string %}{{ message.content }}{% else %}
 <|vision_start|><|image_pad|><|vision_end|>{% else %}{{ item.text }}{% endif %}{% endfor %}{% endif %}"""
 TEMPLATES = {
     "chatml": BUILT_IN["chatml"].source,
-    "llama3": "{{ bos_token }}" + BUILT_IN["llama3"].source,
+    "llama3": BUILT_IN["llama3"].source,
     "typed items": "{% for message in messages %}<|im_start|>{{ message.role }}\n"
     "{% if message.role == 'assistant' %}{% generation %}" + ITEMS + "<|im_end|>{% endgeneration %}\n\n"
     "{% else %}" + ITEMS + "<|im_end|>\n\n{% endif %}{% endfor %}",
@@ -107,22 +107,14 @@ def load(folder, source):
 
 
 def tokens_of(parts, tokenizer):
-    """Ids and loss as a sample gets them, but for the bos and eos of every document; an image is one visual
-    token and its marks.
-    """
+    """Ids and loss as a sample gets them; an image is one visual token and its marks."""
     images = [Image(part.value, 32, 32) if isinstance(part, ImageValue) else part for part in parts]
-    sample = make_sample(Document("key", images), tokenizer, ImagePlan())
-    end = None if parts[-1] == Special("</s>", True) else -1  # the template's own eos is not doubled
-    assert (sample.tokens[0], sample.tokens[-1], sample.targets[-1]) == (
-        tokenizer.bos_id,
-        tokenizer.eos_id,
-        True,
-    )
-    return sample.tokens[1:end].tolist(), sample.targets[1:end].tolist()
+    sample = make_sample(Document("key", images, conversation=True), tokenizer, ImagePlan())
+    return sample.tokens.tolist(), sample.targets.tolist()
 
 
-def in_transformers(fast, source, turns, typed=False):
-    """Ids and mask, without a leading bos: every document of ours begins with one anyway.
+def in_transformers(fast, source, turns, typed=False, **variables):
+    """Ids and mask. `variables`: of the template.
 
     Skips before transformers 5.24: of an answer's last character they mask the first token alone, where it
     takes several.
@@ -138,12 +130,9 @@ def in_transformers(fast, source, turns, typed=False):
         ]
         messages.append({"role": turn.role, "content": items if typed or len(items) > 1 else turn.content[0]})
     # Of contents that spell tokens transformers makes tokens, unless it is asked not to.
-    out = fast.apply_chat_template(
-        messages, chat_template=source, return_assistant_tokens_mask=True, return_dict=True, tokenize=True
-    )
-    ids, mask = list(out["input_ids"]), [bool(value) for value in out["assistant_masks"]]
-    skip = 1 if ids[0] == fast.bos_token_id else 0
-    return ids[skip:], mask[skip:]
+    options = {"return_assistant_tokens_mask": True, "return_dict": True, "tokenize": True}
+    out = fast.apply_chat_template(messages, chat_template=source, **options, **variables)
+    return list(out["input_ids"]), [bool(value) for value in out["assistant_masks"]]
 
 
 CONVERSATION = [
@@ -214,6 +203,39 @@ def test_several_images_in_several_turns_stand_where_the_template_puts_them(fold
     assert [part.value for part in parts if isinstance(part, ImageValue)] == ["1.jpg", "2.jpg", "3.jpg"]
 
 
+@pytest.fixture(scope="module")
+def without_bos(folder, tmp_path_factory):
+    """The same tokenizer, but that no token of it is its bos."""
+    import transformers
+
+    path = tmp_path_factory.mktemp("without_bos")
+    fast = transformers.AutoTokenizer.from_pretrained(folder[0])
+    fast.bos_token = None
+    fast.save_pretrained(path)
+    config = json.loads((path / "tokenizer_config.json").read_text())
+    (path / "tokenizer_config.json").write_text(json.dumps(config | {"bos_token": None}))
+    return path, fast, load_tokenizer(str(path))
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("which", ["folder", "without_bos"])
+@pytest.mark.parametrize("images", [0, 1, 3])
+def test_built_in_templates_give_what_transformers_gives_with_and_without_bos(request, name, which, images):
+    _, fast, tokenizer = request.getfixturevalue(which)
+    pictures = [ImageValue(f"{number}.jpg", number) for number in range(images)]
+    turns = [
+        Turn("system", ["Be brief."]),
+        Turn("user", [*pictures[:2], " What is it? "]),
+        Turn("assistant", ["A cat."]),
+        Turn("user", ["And ", *pictures[2:], "?"]),
+        Turn("assistant", [" A dog. "]),
+    ]
+    ours = tokens_of(load_chat_template(name).render(turns), tokenizer)
+    shown = {"image_token": "<|vision_start|><|image_pad|><|vision_end|>"}
+    assert ours == in_transformers(fast, BUILT_IN[name].source, turns, **shown)
+    assert (ours[0][0] == fast.convert_tokens_to_ids("<s>")) == (which == "folder")
+
+
 @pytest.mark.parametrize("name", ["chatml", "items only"])
 def test_a_template_that_knows_no_images_gets_them_where_they_stand(folder, name):
     image = ImageValue("1.jpg")
@@ -251,6 +273,7 @@ def test_chatml_by_hand():
     turns = [Turn("system", ["Be brief."]), Turn("user", ["Hi"]), Turn("assistant", [" Yes? "])]
     start, end = Special("<|im_start|>"), Special("<|im_end|>")
     assert load_chat_template("chatml").render(turns) == [
+        Special(BOS),
         *(start, Text("system\nBe brief.", False), end, Text("\n", False)),
         *(start, Text("user\nHi", False), end, Text("\n", False)),
         *(start, Text("assistant\n", False), Text(" Yes? "), Special("<|im_end|>", True), Text("\n", False)),
@@ -260,6 +283,7 @@ def test_chatml_by_hand():
 def test_llama3_by_hand():
     head, tail, end = Special("<|start_header_id|>"), Special("<|end_header_id|>"), Special("<|eot_id|>")
     assert load_chat_template("llama3").render([Turn("user", [" Hi\n"]), Turn("assistant", ["Yes?"])]) == [
+        Special(BOS),
         *(head, Text("user", False), tail, Text("\n\nHi", False), end),
         *(
             head,
@@ -279,17 +303,15 @@ def test_a_tokenizer_config_brings_its_template(folder, tmp_path):
     }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     turns = [Turn("user", ["Hi"]), Turn("assistant", ["Yes?"])]
-    loaded = load_chat_template(str(tmp_path / "tokenizer_config.json"))
-    assert loaded.render(turns) == load_chat_template("llama3").render(turns)
+    expected = [Special("<s>"), *load_chat_template("llama3").render(turns)[1:]]
+    assert load_chat_template(str(tmp_path / "tokenizer_config.json")).render(turns) == expected
     config["chat_template"] = [
         {"name": "tools", "template": "no"},
         {"name": "default", "template": TEMPLATES["llama3"]},
     ]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     load_chat_template.cache_clear()
-    assert load_chat_template(str(tmp_path / "tokenizer_config.json")).render(turns) == load_chat_template(
-        "llama3"
-    ).render(turns)
+    assert load_chat_template(str(tmp_path / "tokenizer_config.json")).render(turns) == expected
 
 
 def test_a_lonely_jinja_file_is_searched_for_its_tokens(tmp_path):

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from experiments.vlm.config import Data, Source, VLMJobConfig
-from experiments.vlm.data.document import Image, Special, Text
+from experiments.vlm.data.document import BOS, Image, Special, Text
 from experiments.vlm.data.loader import Loader
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.setup import make_deal
@@ -35,8 +35,9 @@ def read(tmp_path):
 
 def spoken(parts) -> str:
     """ChatML as one line: images by their height, what carries loss in brackets."""
+    assert parts[0] == Special(BOS)
     pieces = []
-    for part in parts:
+    for part in parts[1:]:
         if isinstance(part, Image):
             pieces.append(f"<{part.height}>")
         else:
@@ -322,3 +323,26 @@ def test_a_dataset_on_the_command_line_is_rendered_with_the_template_that_was_as
     text = Characters().decode(next(loader).batches[0].tensors["tokens"][0].tolist())
     loader.close()
     assert "<|start_header_id|>assistant<|end_header_id|>" in text and "<|im_start|>" not in text
+
+
+def test_whole_conversations_are_not_told_as_truncated_though_they_end_without_eos(tmp_path):
+    turns = [("human", "What?"), ("gpt", "A cat.")]
+    lines = [json.dumps(llava(*turns)), json.dumps(llava(*turns, ("human", "word " * 100), ("gpt", "No.")))]
+    (tmp_path / "x.jsonl").write_text("\n".join(lines))
+    job = VLMJobConfig()
+    job.data.sources = [Source(format="llava", path=str(tmp_path / "x.jsonl"))]
+    job.data.long_documents, job.data.epochs, job.training.seq_len = "truncate", 1, 256
+    job.data.cache_folder = str(tmp_path / "cache")
+    loader = Loader(job, Characters(bos_id=None))
+    tensors = [step.batches[0].tensors for step in loader]
+    counts = loader.report()["sources"]["llava"]["counts"]
+    loader.close()
+    assert (counts["read"], counts["truncated"]) == (2, 1)
+    spelled = {
+        Characters().decode(tokens[ids == document].tolist())
+        for batch in tensors
+        for tokens, ids in zip(batch["tokens"].numpy(), batch["document_ids"].numpy(), strict=True)
+        for document in set(ids.tolist()) - {-1}
+    }
+    short = "<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\nA cat.<|im_end|>\n"
+    assert short in spelled and len(spelled) == 2

@@ -6,6 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from experiments.vlm.data import document
 from experiments.vlm.data.document import Document, Image, Special, Text
 from experiments.vlm.data.sample import Sample, make_sample
 from tests.tiny_data import Characters
@@ -58,6 +59,21 @@ def test_context_is_no_target():
 def test_an_unknown_marker_is_spelled_out():
     sample = sample_of([Special("<|no|>"), Text("x")])
     assert spelled(sample) == "<<|no|>x>" and targets(sample) == "." * 7 + "x>"
+
+
+def test_a_conversation_begins_and_ends_as_its_template_writes_it():
+    own = [Special(document.BOS), Special("<|turn|>"), Text("a"), Special(document.EOS, True)]
+    for parts, written, expected in ((own, "<@a>", "..a>"), (own[1:3], "@a", ".a")):
+        sample = make_sample(Document("key", parts, conversation=True), TOKENIZER, Sizes())
+        assert (spelled(sample), targets(sample)) == (written, expected)
+
+
+def test_without_bos_a_document_begins_with_its_first_part():
+    tokenizer = Characters(bos_id=None)
+    sample = make_sample(Document("key", [Image(0, 2, 2), Text("a")]), tokenizer, Sizes())
+    assert (spelled(sample), targets(sample)) == ("[*]a>", "...a>")
+    parts = [Special(document.BOS), Text("a")]
+    assert spelled(make_sample(Document("key", parts, conversation=True), tokenizer, Sizes())) == "a"
 
 
 def test_the_placeholder_in_a_text_is_text():

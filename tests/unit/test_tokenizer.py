@@ -203,11 +203,27 @@ def test_qwen_names_are_known_and_every_role_has_an_id_of_its_own(tmp_path):
         963,
         964,
     )
-    # rows of their own: nothing is reserved in this file
-    assert {tokenizer.bos_id, tokenizer.pad_id} == {968, 969}
+    # a row of its own: nothing is reserved in this file
+    assert (tokenizer.pad_id, tokenizer.rows) == (968, 969)
     assert tokenizer.special_id("<|im_end|>") == 962
     assert tokenizer.special_id("<|eot_id|>") is None
     assert tokenizer.vocab_size == 1024
+
+
+@pytest.mark.parametrize("config", [{}, {"bos_token": None}], ids=["not named", "named as none"])
+def test_a_tokenizer_without_bos_gives_none_and_no_row_to_it(tmp_path, config):
+    specials = QWEN | ({"<s>": 968} if config else {})  # a token that others begin with, but not this model
+    tokenizer = load_tokenizer(write_json(tmp_path, specials, eos_token="<|im_end|>", **config))
+    assert tokenizer.bos_id is None
+    assert tokenizer.special_id("<|begin_of_text|>") is None
+    assert tokenizer.rows == 960 + len(specials) + 1  # that of the padding
+
+
+def test_a_tiktoken_file_whose_specials_hold_no_bos_has_none(tmp_path):
+    write_model(tmp_path, {bytes([b]): b for b in range(256)})
+    (tmp_path / "special_tokens.json").write_text('["<|endoftext|>", "<|im_start|>", "<|im_end|>"]')
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.rows) == (None, 256, 263)
 
 
 def test_markers_in_angle_bars_are_plain_text_but_plain_added_tokens_are_kept(tmp_path):

@@ -8,8 +8,8 @@
 Unusual here: what is written in a dataset's text is always text. The spelling of a special token inside it is
 encoded as plain characters, and only `special_id` and the role ids (`image_id`, ...) give special tokens. A
 role or chat marker that a file does not know takes one of the file's reserved ids, lowest first, else a new
-row. The six roles have six different ids, so that a label mask for padding can never hide an end of text.
-Imports no torch.
+row; only bos stays away where it is not published (Qwen). No two roles have the same id, so that a label mask
+for padding can never hide an end of text. Imports no torch.
 """
 
 import base64
@@ -68,7 +68,7 @@ class Tokenizer(Protocol):
     """Plain text to ids and back. Picklable, so that loader workers get it."""
 
     vocab_size: int  # a multiple of 64; every id is below it
-    bos_id: int
+    bos_id: int | None  # None: the model knows none, and its documents begin without
     eos_id: int
     pad_id: int
     image_id: int
@@ -115,7 +115,7 @@ def find_file(path: Path) -> Path:
 class SpecialTokenizer:
     """A Tokenizer: a backend that knows plain text, and the special tokens around it."""
 
-    bos_id: int
+    bos_id: int | None
     eos_id: int
     pad_id: int
     image_id: int
@@ -123,11 +123,14 @@ class SpecialTokenizer:
     end_image_id: int
 
     def __init__(
-        self, backend: "TiktokenBackend | TokenizersBackend", specials: dict[str, int], named: dict[str, str]
+        self,
+        backend: "TiktokenBackend | TokenizersBackend",
+        specials: dict[str, int],
+        named: dict[str, str | None],
     ):
         """`specials`: spelling -> id as the file has them.
 
-        `named`: role -> spelling, where the file says so.
+        `named`: role -> spelling, where the file says so; None where it says that there is none.
         """
         self.backend = backend
         self.specials = dict(specials)
@@ -138,6 +141,9 @@ class SpecialTokenizer:
             known = [
                 self.specials[s] for s in candidates if s in self.specials and self.specials[s] not in taken
             ]
+            if role == "bos_id" and (not known or named.get(role, "") is None):
+                self.bos_id = None
+                continue
             id = known[0] if known else self.add(spellings[0])
             setattr(self, role, id)
             self.specials.setdefault(spellings[0], id)
@@ -293,9 +299,10 @@ def load_tokenizers(file: Path) -> SpecialTokenizer:
     if model != "BPE":
         raise ConfigError(f"{file} holds a model of type {model}; only BPE is supported")
     config = read_json(file.with_name("tokenizer_config.json"), {})
-    named = {f"{name}_id": config.get(f"{name}_token") for name in ("bos", "eos", "pad")}
     named = {
-        role: token["content"] if isinstance(token, dict) else token for role, token in named.items() if token
+        f"{name}_id": token["content"] if isinstance(token, dict) else token
+        for name in ("bos", "eos", "pad")
+        if (token := config.get(f"{name}_token", "")) != ""
     }
     definition.setdefault("added_tokens", [])
     try:

@@ -1,12 +1,14 @@
 """A conversation to the parts of a document, with loss on what the assistant says, its end of turn included.
 
     [Turn("user", ["What is ", IMAGE, "?"]), Turn("assistant", ["A cat."])]
-    ->  Special(<|im_start|>) Text("user\\nWhat is ") IMAGE Text("?") Special(<|im_end|>) Text("\\n")
+    ->  Special(BOS)
+        Special(<|im_start|>) Text("user\\nWhat is ") IMAGE Text("?") Special(<|im_end|>) Text("\\n")
         Special(<|im_start|>) Text("assistant\\n") Text("A cat.", loss) Special(<|im_end|>, loss) Text("\\n")
 
 Encoded piece by piece (document.encode_texts) this gives the ids that transformers gives for the rendered
-string, and its mask. What differs on purpose: contents that spell a control token stay text, and a leading
-bos is left out, since every document begins with one anyway.
+string, and its mask: a conversation begins and ends as its template writes it. What differs on purpose:
+contents that spell a control token stay text. The templates that are built in, and files that say nothing of
+special tokens, write the bos and eos of the model's own tokenizer.
 
 Where the template has no `{% generation %}` blocks, an answer is found by rendering the conversation once
 more with a character in its place: what differs between the two is the answer, whatever the template does to
@@ -23,7 +25,7 @@ from typing import Any
 
 import jinja2
 
-from experiments.vlm.data.document import Draft, ImageValue, Special, Text, Turn
+from experiments.vlm.data.document import BOS, EOS, Draft, ImageValue, Special, Text, Turn
 from experiments.vlm.data.jinja_template import (
     GENERATION_END,
     GENERATION_START,
@@ -35,26 +37,43 @@ from experiments.vlm.data.rejects import Rejected
 from torchtitan.config.errors import ConfigError
 
 IMAGE, PROBE = "\U000f0002", "\U000f0003"
+# What templates write for the tokenizer's own tokens, where no file beside them names any.
+OWN = {"bos_token": "\U000f0004", "eos_token": "\U000f0005"}
+OWN_SPELLINGS = {OWN["bos_token"]: BOS, OWN["eos_token"]: EOS}
 ESCAPED = 0xF1000  # the first of the characters that stand for what must not be taken for a token
 PRIVATE = "[\U000f0000-\U000ffffd]"
 
+# What a message says; its content is a string, or a list of texts and images.
+SAID = """{% macro said(message) -%}
+{%- if message.content is string -%}{{ message.content }}
+{%- else -%}
+{%- for item in message.content -%}
+{%- if item.type == 'image' -%}{{ image_token }}{%- else -%}{{ item.text }}{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{%- endmacro -%}
+"""
 CHATML = TemplateFile(
-    """{% for message in messages %}
+    SAID
+    + """{{ bos_token }}{% for message in messages %}
 {{ '<|im_start|>' + message.role + '\\n' }}
-{%- if message.role == 'assistant' %}{% generation %}{{ message.content + '<|im_end|>' }}{% endgeneration %}
-{%- else %}{{ message.content + '<|im_end|>' }}
+{%- if message.role == 'assistant' %}{% generation %}{{ said(message) + '<|im_end|>' }}{% endgeneration %}
+{%- else %}{{ said(message) + '<|im_end|>' }}
 {%- endif %}{{ '\\n' }}
-{%- endfor %}""",
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}""",
     control=("<|im_start|>", "<|im_end|>"),
 )
 LLAMA3 = TemplateFile(
-    """{% for message in messages %}
+    SAID
+    + """{{ bos_token }}{% for message in messages %}
 {{ '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' }}
 {%- if message.role == 'assistant' -%}
-{% generation %}{{ message.content | trim + '<|eot_id|>' }}{% endgeneration %}
-{%- else %}{{ message.content | trim + '<|eot_id|>' }}
+{% generation %}{{ said(message) | trim + '<|eot_id|>' }}{% endgeneration %}
+{%- else %}{{ said(message) | trim + '<|eot_id|>' }}
 {%- endif %}
-{%- endfor %}""",
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}""",
     control=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
 )
 BUILT_IN = {"chatml": CHATML, "llama3": LLAMA3}
@@ -77,15 +96,15 @@ class ChatTemplate:
 
     def __init__(self, file: TemplateFile):
         self._template = compile_template(file.source)
-        self._variables = file.variables
-        self._bos = file.variables.get("bos_token", "")
+        self._variables = file.variables or {**OWN, "image_token": IMAGE}
         self._marks_answers = bool(re.search(r"\{%-?\s*generation\s*-?%\}", file.source))
         self._takes_text = self._shows(PROBE)
         self._takes_items = self._shows([{"type": "text", "text": PROBE}])
         if not (self._takes_text or self._takes_items):
             raise jinja2.TemplateError("it does not show the content of a user's message")
-        self._markup = self._find_markup(_pattern(file.control))
-        self._control = _pattern((*file.control, *([self._markup] if self._markup else [])))
+        control = (*file.control, *OWN_SPELLINGS)
+        self._markup = self._find_markup(_pattern(control))
+        self._control = _pattern((*control, *([self._markup] if self._markup else [])))
 
     def speak(self, draft: Draft) -> Draft:
         """The draft of a conversation with its parts; another as it is. Raises Rejected as `render` does."""
@@ -106,7 +125,7 @@ class ChatTemplate:
         images = [part for turn in turns for part in turn.content if isinstance(part, ImageValue)]
         if rendered.count(IMAGE) != len(images):
             raise Rejected("chat_template", f"it shows {rendered.count(IMAGE)} of {len(images)} images")
-        return self._parts(rendered.removeprefix(self._bos), images, spellings)
+        return self._parts(rendered, images, spellings)
 
     def _parts(
         self, rendered: str, images: Sequence[ImageValue], spellings: list[str]
@@ -122,7 +141,7 @@ class ChatTemplate:
             elif piece == IMAGE:
                 parts.append(next(waiting))
             elif self._control.fullmatch(piece):
-                parts.append(Special(piece, loss))
+                parts.append(Special(OWN_SPELLINGS.get(piece, piece), loss))
             elif piece:
                 parts.append(Text(_unescape(piece, spellings), loss))
         return parts

@@ -23,6 +23,9 @@ class Text:
     loss: bool = True  # False: context only, such as a user's turn
 
 
+BOS, EOS = "{{ bos_token }}", "{{ eos_token }}"  # spellings of the tokenizer's own, whichever they are
+
+
 @dataclass(frozen=True)
 class Special:
     """A special token by its spelling, from a chat template. Never made from a dataset's own text."""
@@ -51,6 +54,8 @@ class Document:
     parts: list[Part]
     # it makes no sense without its images (captions, conversations): rejected whole when one fails
     caption: bool = False
+    # a chat template wrote it, from its first token to its last: no bos or eos is added
+    conversation: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,7 @@ def finish(
         isinstance(part, Image) or isinstance(part, Text) and not part.text.isspace() for part in parts
     ):
         raise lost[0] if lost else Rejected("empty_document")
-    return Document(key, parts, draft.caption), lost
+    return Document(key, parts, draft.caption, conversation=bool(draft.turns)), lost
 
 
 class OffsetEncoder(Protocol):

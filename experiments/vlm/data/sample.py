@@ -3,9 +3,11 @@
 In: a Document, whose images are references with their sizes in pixels. Out: a Sample; no image has been
 decoded.
 
-    document   [bos] parts [eos]         an image: begin_image, image * (h * w / merge^2), end_image
-    target     a token that is to be predicted from the one before it. Text is, and eos; bos, image tokens and
-               texts without loss (a user's turn) are not. So the first text token after an image is a target
+    document      [bos] parts [eos]      without bos where the tokenizer has none
+    conversation  parts                  its chat template writes where it begins and ends
+    image         begin_image, image * (h * w / merge^2), end_image
+    target        a token that is to be predicted from the one before it. Text is, and eos; bos, image tokens
+                  and texts without loss (a user's turn) are not. So the first text token after an image is
 
 A document that does not fit a slot is a sample all the same, and leaves in pieces (split.py): bos stands in
 the first alone, eos in the last.
@@ -19,7 +21,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from experiments.vlm.data.document import Document, Image, Special, Text, encode_texts
+from experiments.vlm.data.document import BOS, EOS, Document, Image, Special, Text, encode_texts
 from experiments.vlm.data.split import Outline
 from torchtitan.components.tokenizer import Tokenizer
 
@@ -106,7 +108,8 @@ def make_sample(document: Document, tokenizer: Tokenizer, plan: Grid) -> Sample:
 
 def encode(document: Document, tokenizer: Tokenizer, plan: Grid) -> Iterator[Atom]:
     """The parts as tokens; bos and eos are atoms of their own."""
-    yield Atom([tokenizer.bos_id], [False])
+    if tokenizer.bos_id is not None and not document.conversation:
+        yield Atom([tokenizer.bos_id], [False])
     numbers = itertools.count()
     for _, group in itertools.groupby(document.parts, key=type):
         texts: list[Text] = []
@@ -119,9 +122,7 @@ def encode(document: Document, tokenizer: Tokenizer, plan: Grid) -> Iterator[Ato
                 yield encode_special(part, tokenizer)
         if texts:
             yield encode_text(texts, tokenizer)
-    last = document.parts[-1]
-    # a chat template may end with it
-    if not (isinstance(last, Special) and tokenizer.special_id(last.spelling) == tokenizer.eos_id):
+    if not document.conversation:
         yield Atom([tokenizer.eos_id], [True])
 
 
@@ -142,7 +143,10 @@ def encode_image(image: Image, tokenizer: Tokenizer, plan: Grid, number: int) ->
 
 
 def encode_special(part: Special, tokenizer: Tokenizer) -> Atom:
-    """A tokenizer that does not know a chat marker spells it out."""
-    known = tokenizer.special_id(part.spelling)
-    ids = tokenizer.encode(part.spelling) if known is None else [known]
+    """A tokenizer that does not know a chat marker spells it out; one without bos writes none."""
+    if part.spelling == BOS:
+        ids = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    else:
+        known = tokenizer.eos_id if part.spelling == EOS else tokenizer.special_id(part.spelling)
+        ids = tokenizer.encode(part.spelling) if known is None else [known]
     return Atom(ids, [part.loss] * len(ids))

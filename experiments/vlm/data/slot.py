@@ -58,6 +58,7 @@ class Drawn:
     reference: Reference  # offset 0: the look-ahead knows how much of it has left
     origin: Origin
     sample: Sample
+    truncated: bool = False
 
 
 @dataclass(frozen=True)
@@ -193,11 +194,12 @@ class Slot:
     def _queued(self, reference: Reference, record: Record) -> Queued[Drawn] | None:
         """The document from reference.offset on; None if it is dropped for its length."""
         sample = make_sample(record.document, self.tokenizer, self.planning.plan)
-        if self.planning.long != "split" and not self.splitter.holds(sample.outline):
+        too_long = self.planning.long != "split" and not self.splitter.holds(sample.outline)
+        if too_long:
             if self.planning.long == "drop":
                 return None
             sample = sample.piece(0, self.splitter.longest(sample.outline))
-        drawn = Drawn(reference._replace(offset=0), self._origin(reference, record), sample)
+        drawn = Drawn(reference._replace(offset=0), self._origin(reference, record), sample, too_long)
         return Queued(drawn, sample.outline, reference.source, self.splitter, reference.offset)
 
     def _packed(self, taken: Taken[Drawn]) -> Packed:
@@ -217,7 +219,7 @@ class Slot:
             self._reject(Reject(name, record.shard, record.document.key, "too_long"))
             return
         self.tally.count(name, "read")
-        if entry.payload.sample.tokens[-1] != self.tokenizer.eos_id:
+        if entry.payload.truncated:
             self.tally.count(name, "truncated")
 
     def _origin(self, reference: Reference, record: Record) -> Origin:

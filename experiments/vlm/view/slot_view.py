@@ -137,7 +137,8 @@ def _kinds(
     tokenizer: Tokenizer,
 ) -> np.ndarray:
     kinds = np.full(len(tokens), Kind.CONTEXT)
-    boundaries = tokenizer.bos_id, tokenizer.eos_id, tokenizer.begin_image_id, tokenizer.end_image_id
+    marks = tokenizer.bos_id, tokenizer.eos_id, tokenizer.begin_image_id, tokenizer.end_image_id
+    boundaries = [id for id in marks if id is not None]
     kinds[np.isin(tokens, boundaries)] = Kind.BOUNDARY
     kinds[1:][labels[:-1] >= 0] = Kind.TARGET  # eos too
     kinds[visual_index >= 0] = Kind.IMAGE
