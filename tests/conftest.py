@@ -17,6 +17,11 @@ from torchtitan.tools.logging import logger
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Compiled kernels that two processes cached in one folder have given wrong gradients: each worker of
+# pytest-xdist has a folder of its own.
+if {"PYTEST_XDIST_WORKER", "TORCHINDUCTOR_CACHE_DIR"} <= os.environ.keys():
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] += "/" + os.environ["PYTEST_XDIST_WORKER"]
+
 # Beginnings of the reasons for which a test may be skipped where CI is set, and why that cannot be mended
 # there.
 MAY_BE_SKIPPED = {

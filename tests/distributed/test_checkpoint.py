@@ -24,13 +24,13 @@ PP_CP = layout("cp2.pp2", 4, cp=2, pp=2)
 ONE = layout("one", 1)
 PAIRS = [
     (FSDP_TP, PP_CP),
+    (layout("fsdp2", 2), ONE),
+]
+FURTHER = [
     (
         layout("pp2, ZBVZeroBubble, tied", 2, pp=2, schedule="ZBVZeroBubble", **TIED),
         layout("tp2, tied", 2, tp=2, **TIED),
     ),
-    (layout("fsdp2", 2), ONE),
-]
-FURTHER = [
     (PP_CP, FSDP_TP),
     (layout("fsdp2.tp2, muon", 4, tp=2, optimizer="Muon"), layout("pp2, muon", 2, pp=2, optimizer="Muon")),
     (
@@ -70,17 +70,17 @@ def assert_goes_on(found: Measured, straight: Measured) -> None:
     assert found.norms == pytest.approx(straight.norms[SAVED:], rel=TOLERANCE)
 
 
-@pytest.mark.parametrize(
-    ("before", "after"),
-    [pair for pair in PAIRS if all(each.runs for each in pair)],
-    ids=lambda each: each.name,
-)
+@pytest.mark.parametrize(("before", "after"), PAIRS, ids=lambda each: each.name)
 def test_a_run_goes_on_under_another_layout(pool, straight, tmp_path, before, after):
     assert_goes_on(go_on(pool, tmp_path, before, after), straight.reference(before))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("before", "after"), FURTHER, ids=lambda each: each.name)
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [pair for pair in FURTHER if all(each.runs for each in pair)],
+    ids=lambda each: each.name,
+)
 def test_a_run_goes_on_under_further_layouts(pool, straight, tmp_path, before, after):
     assert_goes_on(go_on(pool, tmp_path, before, after), straight.reference(before))
 

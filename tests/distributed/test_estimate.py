@@ -147,10 +147,10 @@ SENT = [
     layout("pp2", 2, slots=4, pp=2),
     layout("fsdp2, muon", 2, slots=2, optimizer="Muon"),
     layout("tp2, muon", 2, slots=2, tp=2, optimizer="Muon"),
-    layout("fsdp2.tp2, muon", 4, slots=2, tp=2, optimizer="Muon"),
     layout("tp2, selective by operator", 2, slots=2, tp=2, ac="selective", encoder_ac="selective"),
 ]
 SENT_TOO = [
+    layout("fsdp2.tp2, muon", 4, slots=2, tp=2, optimizer="Muon"),
     layout("tp2, full checkpointing", 2, slots=2, tp=2, ac="full", encoder_ac="full"),
     layout("cp2, ulysses, selective by operator", 2, slots=2, cp=2, method="ulysses", ac="selective"),
     layout("cp2, full checkpointing", 2, slots=2, cp=2, ac="full"),

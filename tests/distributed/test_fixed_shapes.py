@@ -60,7 +60,10 @@ def trapped(changes: dict[str, Any]) -> int:
 
 @pytest.mark.parametrize(
     "case",
-    [layout("one", 1, slots=4), layout("cp2", 2, cp=2, slots=4, sharing="on")],
+    [
+        layout("one", 1, slots=4),
+        pytest.param(layout("cp2", 2, cp=2, slots=4, sharing="on"), marks=pytest.mark.slow),
+    ],
     ids=lambda case: case.name,
 )
 def test_fifty_steps_of_mixed_images_compile_only_once(pool, case):

@@ -13,7 +13,17 @@ REPOSITORY = Path(__file__).parents[2]
 PACKAGES = runpy.run_path(str(REPOSITORY / "scripts" / "packages.py"))
 OURS = ("torchtitan", "experiments", "tests", "benchmarks")
 # Not imported by name: what torch imports, file systems that fsspec finds, plug-ins and tools.
-NOT_IMPORTED = {"tensorboard", "setuptools", "s3fs", "gcsfs", "pytest-timeout", "mypy", "ruff", "types-tqdm"}
+NOT_IMPORTED = {
+    "tensorboard",
+    "setuptools",
+    "s3fs",
+    "gcsfs",
+    "pytest-timeout",
+    "pytest-xdist",
+    "mypy",
+    "ruff",
+    "types-tqdm",
+}
 IMPORT_NAMES = {
     "pillow": "PIL",
     "opencv-python-headless": "cv2",
