@@ -118,9 +118,9 @@ def test_decoded_row_groups_stay_within_their_bound(tmp_path, only_one_kept):
     shard = open_records(tmp_path / "x.parquet")
     for index in range(7):
         shard.read(index)
-        assert len(kept._tables) == 1
+        assert len(kept) == 1
     shard.close()
-    assert not kept._tables
+    assert len(kept) == 0
 
 
 def test_a_row_group_is_decoded_twice_at_most_however_often_slots_come_back(tmp_path, only_one_kept):

@@ -139,8 +139,9 @@ class Slot:
 
     def epochs(self) -> dict[str, float]:
         """By source: see SourceReader.epochs. A document in pieces counts with its last."""
-        waiting = [entry.payload.reference for entry in self.look_ahead.entries]
-        units = [[one.unit for one in waiting if one.source == reader.source] for reader in self.readers]
+        units: list[list[int]] = [[] for _ in self.readers]
+        for entry in self.look_ahead.entries:
+            units[entry.payload.reference.source].append(entry.payload.reference.unit)
         return {reader.deal.name: reader.epochs(of) for reader, of in zip(self.readers, units, strict=True)}
 
     def seek(self, state: dict[str, Any]) -> None:

@@ -1,46 +1,103 @@
 """Pieces of an open file by position: lines, and the items of a JSON list. Found once, read again with pread.
 
-Memory: 16 bytes a piece.
+Memory: 16 bytes a piece; of files above SCAN_BYTES in the cache folder, mapped by all processes.
 """
 
 import json
 import os
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from experiments.vlm.data.rejects import Rejected
+from experiments.vlm.data.storage.file_cache import FileCache, origin_of
 
 SCAN_BYTES = 1 << 22
+VERSION = "pieces 1"  # of what is kept: another number where the same file would give other pieces
+SHORT = 16  # bytes: only a shorter line is looked into, since a longer blank one would be no JSON anyway
+IS_SPACE = np.isin(np.arange(256), list(b" \t\n\r\v\f"))
 
 
 class Spans:
     """Pieces of a file, each from a start to an end. `tail`: why they end early, if they do."""
 
-    def __init__(self, file: int, starts: np.ndarray, ends: np.ndarray, tail: Rejected | None = None):
-        self._file, self._starts, self._ends, self.tail = file, starts, ends, tail
+    def __init__(self, file: int, edges: np.ndarray, tail: Rejected | None = None):
+        """edges: int64 [pieces, 2]."""
+        self._file, self._edges, self.tail = file, edges, tail
 
     def __len__(self) -> int:
-        return len(self._starts)
+        return len(self._edges)
 
     def read(self, index: int) -> bytes:
         """The bytes of one piece. Raises Rejected where the file is shorter than it was."""
-        start, end = int(self._starts[index]), int(self._ends[index])
+        start, end = (int(edge) for edge in self._edges[index])
         return read_at(self._file, start, end - start)
+
+    def save(self, path: Path) -> None:
+        """Write them so that `load` maps them: how many, their edges, then the tail as JSON."""
+        tail = [self.tail.reason, self.tail.detail] if self.tail else None
+        with path.open("wb") as file:
+            file.write(np.int64(len(self)).tobytes())
+            file.write(self._edges.data)
+            file.write(json.dumps(tail).encode())
+
+    @classmethod
+    def load(cls, file: int, path: Path) -> "Spans":
+        """Those of `file` that were saved at `path`, in memory that all processes share."""
+        count = int(np.fromfile(path, np.int64, 1)[0])
+        shape = count, 2
+        edges = np.asarray(np.memmap(path, np.int64, "r", 8, shape) if count else np.empty(shape, np.int64))
+        with path.open("rb") as saved:
+            saved.seek(8 + edges.nbytes)
+            tail = json.loads(saved.read())
+        return cls(file, edges, Rejected(*tail) if tail else None)
+
+
+def open_spans(file: int, path: str, kind: str, find: Callable[[int], Spans], cache: FileCache) -> Spans:
+    """The pieces of the file at `path`, which is open as `file`: those of a larger one are found once for all
+    processes that share the cache. kind: names what `find` takes for a piece.
+    """
+    if os.fstat(file).st_size <= SCAN_BYTES:
+        return find(file)
+    found: list[Spans] = []
+
+    def keep(copy: Path) -> None:
+        found.append(find(file))
+        found[0].save(copy)
+
+    try:
+        kept = cache.get(f"{origin_of(path)} {VERSION} {kind}", keep, ".index")
+        return Spans.load(file, kept)
+    except (OSError, ValueError):  # of the cache; what is wrong with the file itself comes again
+        return found[0] if found else find(file)
 
 
 def find_lines(file: int, start: int = 0) -> Spans:
-    """Lines from byte `start` on, without their "\\n"; blank ones left out."""
-    breaks, offset = [np.array([start - 1])], start
+    """Lines from byte `start` on, without their "\n"; blank ones left out."""
+    edges, line, offset, before = [], start, start, b""
     while block := os.pread(file, SCAN_BYTES, offset):
-        breaks.append(np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + offset)
+        ends = np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + offset
+        edges.append(_lines_with_text(line, ends, before + block, offset - len(before)))
+        line = int(ends[-1]) + 1 if len(ends) else line
         offset += len(block)
-    edges = np.concatenate([*breaks, [offset]])
-    starts, ends = edges[:-1] + 1, edges[1:]
-    # Only a short line is looked into: a longer blank one would be a record that is not JSON.
-    short = np.flatnonzero(ends - starts < 16)
-    blank = [i for i in short if not os.pread(file, int(ends[i] - starts[i]), int(starts[i])).strip()]
-    return Spans(file, np.delete(starts, blank), np.delete(ends, blank))
+        before = (before + block)[-SHORT:]
+    edges.append(_lines_with_text(line, np.array([offset]), before, offset - len(before)))
+    return Spans(file, np.concatenate(edges))
+
+
+def _lines_with_text(start: int, ends: np.ndarray, text: bytes, offset: int) -> np.ndarray:
+    """Edges of the lines that end at `ends`, the first of which begins at `start`; without blank ones.
+
+    `text` begins at `offset` of the file, and has every short line of them.
+    """
+    edges = np.stack([np.concatenate([[start], ends[:-1] + 1])[: len(ends)], ends], 1)
+    short = np.flatnonzero(edges[:, 1] - edges[:, 0] < SHORT)
+    places = edges[short, :1] + np.arange(SHORT) - offset
+    is_inside = places < edges[short, 1:] - offset
+    signs = np.frombuffer(text or b" ", np.uint8)[np.where(is_inside, places, 0)]
+    return np.delete(edges, short[np.all(IS_SPACE[signs] | ~is_inside, axis=1)], axis=0)
 
 
 def begins_list(file: int) -> bool:
@@ -71,7 +128,7 @@ def find_items(file: int) -> Spans:
         position = _skip(text, end)
     closed = text[position : position + 1] == "]"
     tail = None if closed else Rejected("shard_truncated", f"after {len(starts)} records: {why}")
-    return Spans(file, np.array(starts, np.int64), np.array(ends, np.int64), tail)
+    return Spans(file, np.stack([np.array(starts, np.int64), np.array(ends, np.int64)], 1), tail)
 
 
 def read_at(file: int, offset: int, size: int) -> bytes:

@@ -1,10 +1,11 @@
 """Files of records, opened for random access: JSON lines, a JSON list, TSV, parquet, Arrow, lines of text.
 
 The first bytes of a file say what it is, or its name where they cannot (TSV, text). A file that ends early
-gives the records that are whole, and a reject for its tail. Memory: 16 bytes a record of text; of parquet
-what row_groups.py says.
+gives the records that are whole, and a reject for its tail. Memory: what json_index.py says of text, and of
+parquet what row_groups.py says.
 """
 
+import itertools
 import os
 import weakref
 from collections.abc import Callable
@@ -16,12 +17,15 @@ from experiments.vlm.data.formats.json_index import (
     decode_utf8,
     find_items,
     find_lines,
+    open_spans,
     parse_object,
 )
+from experiments.vlm.data.formats.kept import Kept
 from experiments.vlm.data.formats.tables import ArrowRecords, ParquetRecords
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.storage.file_cache import FileCache
 
+PARSED_BYTES = 16 << 20  # of lines that stay parsed in a process; the last one whatever its size
 # of a TSV, by where its first address stands
 UNNAMED_COLUMNS = {0: ["url", "caption"], 1: ["caption", "url"]}
 
@@ -40,7 +44,7 @@ class Records(Protocol):
 
 
 def open_records(path: str, columns: tuple[str, ...] | None, cache: FileCache) -> Records:
-    """columns: what is wanted of a table, None: all. cache: for row groups.
+    """columns: what is wanted of a table, None: all. cache: for row groups and places of lines.
 
     Raises OSError, pyarrow's errors or Rejected where nothing can be read.
     """
@@ -51,23 +55,32 @@ def open_records(path: str, columns: tuple[str, ...] | None, cache: FileCache) -
     if head.startswith(b"ARROW1") or head.startswith(b"\xff\xff\xff\xff"):
         return ArrowRecords(path, columns)
     if path.endswith(".tsv"):
-        return tsv_records(path)
+        return tsv_records(path, cache)
     if path.endswith(".txt") and (columns is None or "txt" in columns):
-        return LineRecords(path, lambda line: {"txt": decode_utf8(line).rstrip("\r")})
-    return json_records(path)
+        return LineRecords(path, lambda line: {"txt": decode_utf8(line).rstrip("\r")}, cache)
+    return json_records(path, cache)
 
 
 class LineRecords:
-    """A record a line, or a record wherever else it begins and ends."""
+    """A record a line, or a record wherever else it begins and ends.
+
+    The last ones stay parsed: a record of forty images is asked for each of them, one after the other.
+    """
 
     def __init__(
-        self, path: str, parse: Callable[[bytes], dict[str, Any]], find: Callable[[int], Spans] = find_lines
+        self,
+        path: str,
+        parse: Callable[[bytes], dict[str, Any]],
+        cache: FileCache,
+        kind: str = "lines",
+        find: Callable[[int], Spans] = find_lines,
     ):
-        """parse: raises Rejected. find: the records of an open file."""
+        """parse: raises Rejected. find: the records of an open file; cache: for what it found, as `kind`."""
         file = os.open(path, os.O_RDONLY)
         # at the latest when nobody reads from it any more
-        self.close = weakref.finalize(self, os.close, file)
-        self._spans = find(file)
+        self.close = weakref.finalize(self, _close, file, number := next(_numbers))
+        self._number = number
+        self._spans = open_spans(file, path, kind, find, cache)
         self._parse = parse
         self.tail: Rejected | None = self._spans.tail
 
@@ -75,18 +88,35 @@ class LineRecords:
         return len(self._spans)
 
     def get(self, index: int) -> dict[str, Any]:
-        """Raises Rejected where it cannot be parsed."""
-        return self._parse(self._spans.read(index))
+        """Nobody may change it. Raises Rejected where it cannot be parsed."""
+        return _parsed.get((self._number, index), lambda: self._read(index))
+
+    def _read(self, index: int) -> tuple[dict[str, Any], int]:
+        data = self._spans.read(index)
+        return self._parse(data), len(data)
 
 
-def json_records(path: str) -> Records:
+def _close(file: int, number: int) -> None:
+    os.close(file)
+    _parsed.forget(number)
+
+
+_parsed: Kept[dict[str, Any]] = Kept(PARSED_BYTES)
+_numbers = itertools.count()  # of opened files
+
+
+def json_records(path: str, cache: FileCache) -> Records:
     """A JSON object a line, or a list of objects."""
     return LineRecords(
-        path, parse_object, lambda file: find_items(file) if begins_list(file) else find_lines(file)
+        path,
+        parse_object,
+        cache,
+        "json",
+        lambda file: find_items(file) if begins_list(file) else find_lines(file),
     )
 
 
-def tsv_records(path: str) -> Records:
+def tsv_records(path: str, cache: FileCache) -> Records:
     """The columns are those of the first line, unless that has an address in it and so is a record."""
     with open(path, "rb") as file:
         line = file.readline()
@@ -103,4 +133,5 @@ def tsv_records(path: str) -> Records:
             raise Rejected("wrong_shape", f"{len(values)} columns, not {len(names)}")
         return dict(zip(names, values, strict=True))
 
-    return LineRecords(path, parse, lambda file: find_lines(file, 0 if address is not None else len(line)))
+    start = 0 if address is not None else len(line)
+    return LineRecords(path, parse, cache, "table", lambda file: find_lines(file, start))

@@ -98,10 +98,18 @@ class ImageValues:
 class RecordShard:
     """Implements Shard. A key is the record's number; an image's locator that and its place in the record."""
 
-    def __init__(self, records: Records, images: ImageValues, parse: Callable[[Record], Draft]):
+    def __init__(
+        self,
+        records: Records,
+        images: ImageValues,
+        parse: Callable[[Record], Draft],
+        speak: Callable[[Draft], Draft],
+    ):
+        """speak: turns to parts, by a chat template."""
         self.records = records
         self.images = images
         self.parse = parse
+        self.speak = speak
         self.rejects: list[Rejected] = [records.tail] if records.tail else []
 
     def __len__(self) -> int:
@@ -112,7 +120,7 @@ class RecordShard:
 
     def read(self, index: int) -> tuple[Document, list[Rejected]]:
         """See Shard.read."""
-        draft = self.parse(self.records.get(index))
+        draft = self.speak(self.parse(self.records.get(index)))
         self.images.fetch_ahead(draft.images())
         return finish(draft, self.key(index), self.images.size, lambda image: (index, image.position))
 

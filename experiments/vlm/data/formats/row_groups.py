@@ -1,21 +1,21 @@
 """The row groups of parquet files as tables, each reached at any time.
 
-A decoded group stays in memory while all of them together take at most ROW_GROUP_BYTES of the process (and
-always the one in use). One that is wanted again after that is decoded a second time, written to the cache
-folder as Arrow, and from then on mapped: slots read a shard at many places at once, and a group of a gigabyte
-would else be decoded for every few samples.
+Decoded groups stay in memory while all of them together take at most ROW_GROUP_BYTES of the process (and
+always the one in use). Those of a larger file are decoded once for all processes of the machine: written to
+the cache folder as Arrow, and mapped from there, since slots read a shard at many places at once, and a group
+of a gigabyte would else be decoded for every few samples. So is one of a smaller file that is wanted again
+after others took its place. A group that is damaged is decoded once.
 """
 
 import itertools
 import threading
 import weakref
-from collections import OrderedDict
-from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from experiments.vlm.data.formats.kept import Kept
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.storage.file_cache import FileCache, origin_of
 
@@ -28,7 +28,8 @@ class RowGroups:
     def __init__(self, path: str, columns: tuple[str, ...] | None, cache: FileCache):
         self._file = pq.ParquetFile(path)
         metadata = self._file.metadata
-        self.rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+        groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+        self.rows = [group.num_rows for group in groups]
         if min(self.rows, default=0) < 0 or sum(self.rows) != metadata.num_rows:
             raise Rejected(
                 "shard_unreadable", f"its row groups hold {self.rows[:9]} rows, {metadata.num_rows} in all"
@@ -36,7 +37,9 @@ class RowGroups:
         self._columns = [name for name in self._file.schema_arrow.names if columns is None or name in columns]
         self._origin = f"{origin_of(path)} {','.join(self._columns)}"
         self._cache = cache
+        self._is_large = sum(group.total_byte_size for group in groups) > ROW_GROUP_BYTES
         self._decoded: set[int] = set()  # in this process, since the file was opened
+        self._damaged: dict[int, str] = {}
         self._lock = threading.Lock()
         self._number = next(_numbers)
         self.close = weakref.finalize(self, _kept.forget, self._number)
@@ -45,17 +48,18 @@ class RowGroups:
         """Raises Rejected."""
         return _kept.get((self._number, group), lambda: self._read(group))
 
-    def _read(self, group: int) -> pa.Table:
-        if group in self._decoded:
-            try:
-                path = self._cache.get(
-                    f"{self._origin} {group}", lambda copy: self._write(copy, group), ".arrow"
-                )
-                return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-            except OSError:
-                pass  # a full disk, or thrown out of the cache in between
-        self._decoded.add(group)
-        return self._decode(group)
+    def _read(self, group: int) -> tuple[pa.Table, int]:
+        table = self._copied(group) if self._is_large or group in self._decoded else None
+        table = self._decode(group) if table is None else table
+        return table, table.nbytes
+
+    def _copied(self, group: int) -> pa.Table | None:
+        """From the cache; None where that is full, or had to throw it out in between."""
+        try:
+            path = self._cache.get(f"{self._origin} {group}", lambda copy: self._write(copy, group), ".arrow")
+            return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        except OSError:
+            return None
 
     def _write(self, copy: Path, group: int) -> None:
         table = self._decode(group)
@@ -63,43 +67,18 @@ class RowGroups:
             writer.write_table(table)
 
     def _decode(self, group: int) -> pa.Table:
+        self._decoded.add(group)
         with self._lock:
+            if group in self._damaged:
+                raise Rejected("shard_unreadable", self._damaged[group])
             try:
                 return self._file.read_row_group(group, columns=self._columns, use_threads=False)
             except (OSError, pa.ArrowException) as error:
-                raise Rejected("shard_unreadable", f"row group {group}: {error}") from error
+                told = f"row group {group}: {error}"
+                if getattr(error, "errno", None) is None:  # else of the storage, which may answer next time
+                    self._damaged[group] = told
+                raise Rejected("shard_unreadable", told) from error
 
 
-class Kept:
-    """Row groups of all parquet files of the process, the longest unused thrown out."""
-
-    def __init__(self, limit_bytes: int):
-        self._limit = limit_bytes
-        self._tables: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, key: tuple[int, int], read: Callable[[], pa.Table]) -> pa.Table:
-        """The row group of that (file, group), from `read` where it is not kept.
-
-        Raises what `read` raises.
-        """
-        with self._lock:
-            if key in self._tables:
-                self._tables.move_to_end(key)
-                return self._tables[key]
-        table = read()
-        with self._lock:
-            self._tables[key] = table
-            while len(self._tables) > 1 and sum(kept.nbytes for kept in self._tables.values()) > self._limit:
-                self._tables.popitem(last=False)
-        return table
-
-    def forget(self, file: int) -> None:
-        """Throw out the row groups of a file that was closed."""
-        with self._lock:
-            for key in [key for key in self._tables if key[0] == file]:
-                del self._tables[key]
-
-
-_kept = Kept(ROW_GROUP_BYTES)
+_kept: Kept[pa.Table] = Kept(ROW_GROUP_BYTES)
 _numbers = itertools.count()  # of opened parquet files

@@ -5,8 +5,8 @@ from typing import Protocol
 
 from experiments.vlm.config import Data, Source
 from experiments.vlm.data.chat_template import load_chat_template
-from experiments.vlm.data.document import Document, Draft, Image
-from experiments.vlm.data.formats import FORMATS, Record
+from experiments.vlm.data.document import Document, Image
+from experiments.vlm.data.formats import FORMATS
 from experiments.vlm.data.formats.record_files import open_records
 from experiments.vlm.data.formats.record_shard import ImageValues, RecordShard, folder_of
 from experiments.vlm.data.formats.tar_shard import TarShard, is_tar
@@ -46,10 +46,9 @@ def open_shard(file: ShardFile, source: Source, data: Data) -> Shard:
     """Raises OSError, pyarrow's errors or Rejected where nothing can be read; ConfigError."""
     format, template = FORMATS[source.format], load_chat_template(source.chat_template)
 
-    def parse(record: Record) -> Draft:
-        return template.speak(format.parse(record))
-
     if is_tar(file.local):
-        return TarShard(file.local, format.columns, parse, file_cache(data))
+        return TarShard(
+            file.local, format.columns, lambda record: template.speak(format.parse(record)), file_cache(data)
+        )
     records = open_records(file.local, format.columns, file_cache(data))
-    return RecordShard(records, ImageValues(folder_of(file.path), data), parse)
+    return RecordShard(records, ImageValues(folder_of(file.path), data), format.parse, template.speak)
