@@ -47,7 +47,7 @@ def test_members_are_those_of_tarfile(tmp_path, format, folder, sizes):
     with tarfile.open(path) as tar:
         expected = {member.name: tar.extractfile(member).read() for member in tar}
     samples, index = read(path)
-    assert index.tail is None
+    assert index.damage is None
     assert {f"{s['key']}.JPG": s["jpg"] for s in samples} | {
         f"{s['key']}.txt": s["txt"] for s in samples
     } == expected
@@ -110,10 +110,7 @@ def test_a_tar_cut_anywhere_gives_what_is_whole_and_says_so(tmp_path, format):
         path.write_bytes(whole[:cut])
         samples, index = read(path)
         assert samples == expected[: sum(end <= cut for end in ends)]
-        last = max((end for end in ends if end <= cut), default=0)
-        is_between_members = cut <= -(-last // 512) * 512
-        assert (index.tail is None) == is_between_members
-        assert index.tail is None or index.tail.reason == "shard_truncated"
+        assert index.damage.reason == "shard_truncated"
 
 
 def test_garbage_is_never_taken_for_a_header(tmp_path):
@@ -123,8 +120,9 @@ def test_garbage_is_never_taken_for_a_header(tmp_path):
     whole[2048 + 10] ^= 1  # a bit of the third name
     (tmp_path / "x.tar").write_bytes(whole)
     samples, index = read(tmp_path / "x.tar")
-    assert [sample["key"] for sample in samples] == ["0", "1"]
-    assert "no tar header at byte 2048" in index.tail.detail
+    assert [sample["key"] for sample in samples] == ["0", "1", "3"]
+    assert index.damage.reason == "shard_damaged"
+    assert index.damage.detail == "no tar header at byte 2048; 1,024 bytes are skipped"
 
 
 def test_the_holes_of_a_download_are_told(tmp_path):
@@ -132,19 +130,32 @@ def test_the_holes_of_a_download_are_told(tmp_path):
     (tmp_path / "x.tar").write_bytes(whole[:2048] + bytes(2 << 20))
     samples, index = read(tmp_path / "x.tar")
     assert [sample["key"] for sample in samples] == ["0", "1"]
-    assert "nothing but zeros from byte 2048" in index.tail.detail
+    assert "nothing but zeros from byte 2048" in index.damage.detail
 
 
-@pytest.mark.parametrize("between", [0, 10 * 512, 1 << 19, 5 << 20])
-def test_tars_that_were_joined_are_read_to_the_end(tmp_path, between):
+@pytest.mark.parametrize(
+    "between, told",
+    [(0, ""), (10_240, "zeros"), (1000, "zeros"), (1 << 19, "zeros"), (5 << 20, "zeros")],
+)
+def test_tars_that_were_joined_are_read_to_the_end(tmp_path, between, told):
     parts = [
         write_tar(tmp_path / f"{n}.tar", [(f"{n}.jpg", b"image"), (f"{n}.txt", b"text")]).read_bytes()
         for n in (1, 2)
     ]
-    (tmp_path / "x.tar").write_bytes(parts[0] + bytes(between) + parts[1] + b"a note behind it all")
+    (tmp_path / "x.tar").write_bytes(parts[0] + bytes(between) + parts[1])
     samples, index = read(tmp_path / "x.tar")
     assert [sample["key"] for sample in samples] == ["1", "2"]
-    assert (index.tail is None) == (between < 1 << 20), "more zeros than a tar ends with are told"
+    assert (index.damage is not None) == bool(told), "more zeros than a tar ends with are told"
+    assert index.damage is None or told in index.damage.detail
+
+
+@pytest.mark.parametrize("note", [b"a note behind it all", b"and a longer one " * 100])
+def test_what_is_left_behind_the_end_is_told(tmp_path, note):
+    whole = write_tar(tmp_path / "x.tar", [("1.jpg", b"image"), ("1.txt", b"text")]).read_bytes()
+    (tmp_path / "x.tar").write_bytes(whole + note)
+    samples, index = read(tmp_path / "x.tar")
+    assert [sample["key"] for sample in samples] == ["1"]
+    assert f"no tar header at byte {len(whole)}; {len(note):,} bytes are skipped" in str(index.damage)
 
 
 def big_tar(tmp_path, cut=0):
@@ -183,7 +194,7 @@ def test_the_index_of_a_tar_is_kept_until_the_tar_changes(tmp_path, monkeypatch,
         file = os.open(path, os.O_RDONLY)
         try:
             index = open_index(file, str(path), cache)
-            return [index.sample(number) for number in range(len(index))], str(index.tail)
+            return [index.sample(number) for number in range(len(index))], str(index.damage)
         finally:
             os.close(file)
 

@@ -29,6 +29,7 @@ REASONS = {
     "too_long": "longer than a slot (data.long_documents = drop)",
     "shard_missing": "the shard is not there, or not any more",
     "shard_truncated": "the shard ends early; what is whole was read",
+    "shard_damaged": "parts of the shard are damaged; what is whole was read",
     "shard_unreadable": "the shard is there but cannot be read",
 }
 

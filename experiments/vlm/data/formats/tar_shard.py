@@ -14,7 +14,8 @@ from typing import Any
 from experiments.vlm.data.document import Document, Draft, Image, ImageValue, finish
 from experiments.vlm.data.formats.image_values import is_image_name
 from experiments.vlm.data.formats.json_index import decode_utf8, parse_object, read_at
-from experiments.vlm.data.formats.tar_index import Member, open_index
+from experiments.vlm.data.formats.tar_header import Member
+from experiments.vlm.data.formats.tar_index import open_index
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.storage.file_cache import FileCache
 
@@ -36,7 +37,7 @@ class TarShard:
         self.wants_text = "txt" in columns
         self.parse = parse
         self.index = open_index(self.file, path, cache)
-        self.rejects: list[Rejected] = [self.index.tail] if self.index.tail else []
+        self.rejects: list[Rejected] = [self.index.damage] if self.index.damage else []
         if self.rejects and not len(self.index):
             self.close()
             raise Rejected("shard_unreadable", self.rejects[0].detail)

@@ -12,17 +12,11 @@ Remote and compressed shards (.gz, .tgz, .zst, .bz2) are copied into the cache f
 seek.
 """
 
-import bz2
 import glob
-import gzip
-import io
 import os
 import shutil
 import time
-import zlib
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import fsspec
 import pyarrow as pa
@@ -35,13 +29,13 @@ from experiments.vlm.data.formats.shard import open_shard as open_file
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.sources.permission import denied
 from experiments.vlm.data.storage.file_cache import FileCache, file_cache, origin_of
+from experiments.vlm.data.storage.unpack import damage_of, is_packed, note_damage, unpack
 from experiments.vlm.world import ensure
 from torchtitan.config.errors import ConfigError
 
 TRIES = 3  # of a remote shard
 HUB = "hf://datasets/"
 CHUNK_BYTES = 1 << 20
-STEP_BYTES = 1 << 14  # of decompression: the step that meets the end of a cut file is lost
 WAIT_S = 1.0  # before the second try, twice that before the third
 # what `datasets` writes next to its data
 NOT_RECORDS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
@@ -72,14 +66,24 @@ def match_files(path: str, suffixes: tuple[str, ...]) -> list[str]:
 
 def open_shard(path: str, source: Source, data: Data) -> Shard:
     """A shard, for random access. Raises Rejected (shard_missing, shard_unreadable), and ConfigError."""
+    cache = file_cache(data)
     try:
-        return open_file(ShardFile(path, copy_to_read(path, file_cache(data))), source, data)
+        shard = open_file(ShardFile(path, copy_to_read(path, cache)), source, data)
+        if is_packed(path) and (damage := damage_of(path, cache)):
+            shard.rejects = [_joined(shard.rejects, damage)]
+        return shard
     except ConfigError:
         raise  # a chat template that is not there, say
     except FileNotFoundError as error:
         raise Rejected("shard_missing", str(error)) from error
     except (OSError, ValueError, RuntimeError, pa.ArrowException) as error:
         raise Rejected("shard_unreadable", f"{type(error).__name__}: {error}") from error
+
+
+def _joined(rejects: list[Rejected], damage: str) -> Rejected:
+    """What is wrong with a packed shard, in one: its packing, and what that did to its records."""
+    reason = rejects[0].reason if rejects else "shard_damaged"
+    return Rejected(reason, "; ".join([damage, *(reject.detail for reject in rejects)]))
 
 
 def _resolve(path: str, data: Data) -> str:
@@ -181,28 +185,30 @@ def suffix_of(file: str) -> str:
     path = Path(file.lower())
     if path.suffix == ".tgz":
         return ".tar"
-    return path.with_suffix("").suffix if path.suffix in COMPRESSIONS else path.suffix
+    return path.with_suffix("").suffix if is_packed(file) else path.suffix
 
 
 def copy_to_read(path: str, cache: FileCache) -> str:
     """The file itself, or its copy in the cache where it is remote or packed. Raises OSError."""
-    if "://" not in path and Path(path).suffix.lower() not in COMPRESSIONS:
+    if "://" not in path and not is_packed(path):
         return path
-    return str(cache.get(origin_of(path), lambda copy: _copy(path, copy), suffix_of(path)))
+    return str(cache.get(origin_of(path), lambda copy: _copy(path, copy, cache), suffix_of(path)))
 
 
-def _copy(path: str, copy: Path) -> None:
-    compression = Path(path).suffix.lower()
-    if "://" not in path:
-        return _decompress(path, copy)
-    if compression not in COMPRESSIONS:
+def _copy(path: str, copy: Path, cache: FileCache) -> None:
+    if not is_packed(path):
         return _download(path, copy)
-    raw = copy.with_name(copy.name + compression)
+    packed = Path(path)
+    if "://" in path:
+        packed = copy.with_name(copy.name + ".packed")
     try:
-        _download(path, raw)
-        _decompress(str(raw), copy)
+        if "://" in path:
+            _download(path, packed)
+        if damage := unpack(str(packed), copy, Path(path.lower()).suffix):
+            note_damage(path, damage, cache)
     finally:
-        raw.unlink(missing_ok=True)
+        if "://" in path:
+            packed.unlink(missing_ok=True)
 
 
 def _download(path: str, copy: Path) -> None:
@@ -216,26 +222,3 @@ def _download(path: str, copy: Path) -> None:
             if trial == TRIES - 1:
                 raise Rejected("shard_unreadable", f"{type(error).__name__}: {error}") from error
             time.sleep(WAIT_S * 2**trial)
-
-
-def _decompress(path: str, copy: Path) -> None:
-    """What came before the cut of a stream that is cut off: the reader finds where the records end."""
-    with COMPRESSIONS[Path(path).suffix.lower()](path) as source, open(copy, "wb") as target:
-        try:
-            while block := source.read1(STEP_BYTES):
-                target.write(block)
-        except (OSError, EOFError, zlib.error):
-            if not target.tell():
-                raise
-
-
-def _open_zstd(path: str) -> io.BufferedReader:
-    return io.BufferedReader(pa.CompressedInputStream(path, "zstd"), STEP_BYTES)
-
-
-COMPRESSIONS: dict[str, Callable[[str], Any]] = {
-    ".gz": gzip.open,
-    ".tgz": gzip.open,
-    ".bz2": bz2.open,
-    ".zst": _open_zstd,
-}

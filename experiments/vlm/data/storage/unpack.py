@@ -1,0 +1,172 @@
+"""A packed file (.gz, .tgz, .bz2, .zst) to one that can seek; of a damaged one all that can be had.
+
+Where a stream cannot be unpacked any further, all bytes before that are kept, and it goes on where the next
+stream begins, if the file is several that were joined (`cat a.gz b.gz`). What is wrong is noted beside the
+copy, since the copy itself may look whole: `damage_of`.
+"""
+
+import bz2
+import gzip
+import io
+import math
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from experiments.vlm.data.storage.file_cache import FileCache, origin_of
+
+STEP_BYTES = 1 << 14  # of what is unpacked, at a time
+NEAR_BYTES = 1 << 18  # to a damage; pyarrow reads 64 KB at a time
+TRICKLE_BYTES = 64  # at a time, so near
+SEARCH_BYTES = 1 << 20
+NOTES_BYTES = 16 << 20
+ERRORS = (OSError, EOFError, zlib.error, pa.ArrowException)
+
+
+class Packing(NamedTuple):
+    """A way of packing."""
+
+    open: Callable[[str], Any]
+    codec: str  # pyarrow's name of it
+    magic: bytes  # with which a stream begins
+
+
+def _open_zstd(path: str) -> io.BufferedReader:
+    return io.BufferedReader(pa.CompressedInputStream(path, "zstd"), STEP_BYTES)
+
+
+_GZIP = Packing(gzip.open, "gzip", b"\x1f\x8b\x08")
+PACKINGS = {
+    ".gz": _GZIP,
+    ".tgz": _GZIP,
+    ".bz2": Packing(bz2.open, "bz2", b"BZh"),
+    ".zst": Packing(_open_zstd, "zstd", b"\x28\xb5\x2f\xfd"),
+}
+
+
+def is_packed(path: str) -> bool:
+    """By its name."""
+    return Path(path.lower()).suffix in PACKINGS
+
+
+def unpack(path: str, copy: Path, suffix: str) -> str:
+    """What is wrong with it; empty where nothing is. Raises OSError and others where nothing can be had."""
+    packing = PACKINGS[suffix]
+    with packing.open(path) as source, open(copy, "wb") as target:
+        try:
+            while block := source.read1(STEP_BYTES):
+                target.write(block)
+            return ""
+        except ERRORS as error:
+            why = _damage(error)
+    with open(path, "rb") as file, open(copy, "r+b") as target:
+        where = _rescue(file, packing, target)
+        if not target.tell():
+            raise OSError(why)
+    return f"it cannot be unpacked at byte {where}: {why}"
+
+
+def note_damage(path: str, what: str, cache: FileCache) -> None:
+    """Keep what `unpack` said of a file."""
+
+    def write(note: Path) -> None:
+        note.write_text(what)
+
+    _notes(cache).get(origin_of(path), write)
+
+
+def damage_of(path: str, cache: FileCache) -> str:
+    """What was noted of a packed file; empty where nothing was."""
+    note = _notes(cache).find(origin_of(path))
+    return note.read_text() if note else ""
+
+
+def _notes(cache: FileCache) -> FileCache:
+    return FileCache(cache.folder / "damaged", NOTES_BYTES)
+
+
+class _Trickle(io.RawIOBase):
+    """A file from one byte on, and from another on in small pieces, however large pieces are asked for."""
+
+    def __init__(self, file: io.BufferedReader, start: int, trickle: float):
+        self.file, self.trickle = file, trickle
+        file.seek(start)
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        return self.file.read(size if self.file.tell() < self.trickle else min(size, TRICKLE_BYTES))
+
+
+def _rescue(file: io.BufferedReader, packing: Packing, target: io.BufferedRandom) -> int:
+    """Write what can be had of a damaged file after what `target` holds; the byte of the first damage."""
+    target.seek(0, io.SEEK_END)
+    first, start, done = -1, 0, target.tell()
+    while start >= 0:
+        for block in _unpacked(file, packing, start, done):
+            target.write(block)
+        end = file.tell()
+        first = end if first < 0 else first
+        # From its beginning: a stream that is cut off may be unpacked far into the next one before it fails.
+        start, done = _next_stream(file, packing, start + 1, end), 0
+    return first
+
+
+def _next_stream(file: io.BufferedReader, packing: Packing, start: int, end: int) -> int:
+    """Where from `start` on a stream begins that is no part of what failed at `end`; -1 if none does."""
+    while (start := _find(file, packing.magic, start)) >= 0:
+        source = pa.PythonFile(_Trickle(file, start, math.inf), mode="r")
+        try:
+            with pa.CompressedInputStream(source, packing.codec) as stream:
+                while (block := stream.read(STEP_BYTES)) and file.tell() < end + NEAR_BYTES:
+                    pass
+                if block or file.tell() > end:
+                    return start
+        except ERRORS as error:
+            _damage(error)
+        start += 1
+    return -1
+
+
+def _unpacked(file: io.BufferedReader, packing: Packing, start: int, done: int) -> Iterator[bytes]:
+    """The streams from byte `start` on, without the first `done` bytes of them, to the last that can be had.
+
+    Twice: what is unpacked of the piece that meets the damage is lost, so the second time it is a small one.
+    """
+    trickle = math.inf
+    for step in (STEP_BYTES, 1):
+        source = pa.PythonFile(_Trickle(file, start, trickle), mode="r")
+        try:
+            with pa.CompressedInputStream(source, packing.codec) as stream:
+                left = done
+                while left and (block := stream.read(min(left, STEP_BYTES))):
+                    left -= len(block)
+                while block := stream.read(step):
+                    done += len(block)
+                    yield block
+                return
+        except ERRORS as error:
+            _damage(error)
+        trickle = file.tell() - NEAR_BYTES
+
+
+def _damage(error: Exception) -> str:
+    """What it says of the file. Raises it where it is the storage's: that has a number."""
+    if isinstance(error, OSError) and error.errno:
+        raise error
+    return f"{type(error).__name__}: {error}"
+
+
+def _find(file: io.BufferedReader, magic: bytes, start: int) -> int:
+    """Where from `start` on a stream may begin; -1 if none does."""
+    file.seek(start)
+    while block := file.read(SEARCH_BYTES):
+        if (place := block.find(magic)) >= 0:
+            return start + place
+        start += max(1, len(block) - len(magic) + 1) if len(block) == SEARCH_BYTES else len(block)
+        file.seek(start)
+    return -1
