@@ -47,7 +47,7 @@ def check_vlm(job: VLMJobConfig, world_size: int) -> None:
     check(job, world_size)
     config, sizes = check_model(job), degrees(job.parallelism, world_size)
     check_encoder(job, config.encoder, sizes)
-    check_decoder(config.decoder, job, sizes)
+    check_decoder(config.decoder, job, sizes, job.parallelism.pipeline_parallel_encoder_stage)
     check_sources(job)
 
 
@@ -112,6 +112,8 @@ def check_encoder(job: VLMJobConfig, encoder: EncoderConfig, sizes: Degrees) -> 
         f"divide among {ranks} ranks; "
         f"use auto, or change data.patch_rows",
     )
+    stage = "parallelism.pipeline_parallel_encoder_stage needs parallelism.pipeline_parallel_degree > 1"
+    require(sizes.pp > 1 or not p.pipeline_parallel_encoder_stage, stage)
     if not p.encoder_tensor_parallel:
         return
     key = "parallelism.encoder_tensor_parallel"

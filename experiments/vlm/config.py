@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from torchtitan.config.errors import ConfigError
-from torchtitan.config.job import JobConfig, Parallelism, Validation
+from torchtitan.config.job import ActivationCheckpoint, JobConfig, Parallelism, Validation
 
 FIRST = "data.sources.0."
 PARTS = ("encoder", "projector", "decoder")  # of the model; training.freeze names them
@@ -65,6 +65,12 @@ class VLMParallelism(Parallelism):
     # ranks of a CP x TP group encode each its share of the rows
     encoder_sharing: Literal["auto", "on", "off"] = "auto"
     encoder_tensor_parallel: bool = False  # shard the encoder's heads over TP instead of sharing its rows
+    pipeline_parallel_encoder_stage: bool = False  # the encoder is a stage of its own
+
+
+@dataclass
+class VLMActivationCheckpoint(ActivationCheckpoint):
+    encoder_mode: Literal["none", "selective", "full"] = "none"  # of the encoder
 
 
 @dataclass
@@ -77,6 +83,7 @@ class VLMJobConfig(JobConfig):
     """A job with data and held-out data of images and text."""
 
     parallelism: VLMParallelism = field(default_factory=VLMParallelism)
+    activation_checkpoint: VLMActivationCheckpoint = field(default_factory=VLMActivationCheckpoint)
     data: Data = field(default_factory=Data)
     validation: VLMValidation = field(default_factory=VLMValidation)
 

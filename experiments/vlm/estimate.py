@@ -96,7 +96,7 @@ def _estimate(job: VLMJobConfig, sizes: Degrees, shares: _Shares) -> Estimate:
     check_sequence(job, sizes)
     check_pipeline(job, sizes)
     check_encoder(job, shares.config.encoder, sizes)
-    check_decoder(shares.config.decoder, job, sizes)
+    check_decoder(shares.config.decoder, job, sizes, job.parallelism.pipeline_parallel_encoder_stage)
     batch = resolve_batch(job, sizes.dp * sizes.cp * sizes.tp * sizes.pp)
     slots = job.parallelism.pipeline_parallel_microbatch_size if sizes.pp > 1 else batch.local
     share, split = shares.of(job, sizes, slots), Split(shares.config.decoder.layers, ())

@@ -201,7 +201,7 @@ def check_sizes(job: VLMJobConfig, ranks: int) -> None:
     check_pipeline(job, sizes)
     check_patches(job, config.projector.merge_size)
     check_encoder(job, config.encoder, sizes)
-    check_decoder(config.decoder, job, sizes)
+    check_decoder(config.decoder, job, sizes, job.parallelism.pipeline_parallel_encoder_stage)
 
 
 SMALL = dataclasses.replace(

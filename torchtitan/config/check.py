@@ -9,6 +9,7 @@ import importlib.metadata
 import math
 import operator
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -214,8 +215,10 @@ def check_pipeline(job: JobConfig, sizes: Degrees) -> None:
         name in STAGES_PER_RANK, f"parallelism.pipeline_parallel_schedule = {name}: no such schedule{known}"
     )
     if sizes.pp == 1:
-        for key in ("pipeline_parallel_split_points", "pipeline_parallel_encoder_stage"):
-            require(not getattr(p, key), f"parallelism.{key} needs parallelism.pipeline_parallel_degree > 1")
+        points = "parallelism.pipeline_parallel_split_points"
+        require(
+            not p.pipeline_parallel_split_points, f"{points} needs parallelism.pipeline_parallel_degree > 1"
+        )
         return
     check_microbatches(job, sizes)
     if name.endswith("ZeroBubble"):
@@ -264,8 +267,9 @@ def check_zero_bubble(job: JobConfig) -> None:
         f"{name} gives wrong gradients with parallelism.fsdp_reshard_after_forward = always: use never",
     )
     require(not job.compile.enable, f"{name} may give wrong gradients with compile.enable: switch one off")
-    for key, mode in (("mode", ac.mode), ("encoder_mode", ac.encoder_mode)):
+    # an experiment's other towers have a mode of their own
+    for key in (field.name for field in fields(ac) if field.name.endswith("mode")):
         require(
-            mode != "selective",
+            getattr(ac, key) != "selective",
             f"{name} cannot run with activation_checkpoint.{key} = selective: use full or none",
         )

@@ -114,7 +114,6 @@ class Parallelism:
     pipeline_parallel_microbatch_size: int = 1  # slots per microbatch
     # first decoder layer of each later stage; empty: by cost
     pipeline_parallel_split_points: list[int] = field(default_factory=list)
-    pipeline_parallel_encoder_stage: bool = False  # the encoder is a stage of its own
 
 
 @dataclass
@@ -136,10 +135,9 @@ class Checkpoint:
 
 @dataclass
 class ActivationCheckpoint:
-    mode: Literal["none", "selective", "full"] = "none"  # for the decoder
+    mode: Literal["none", "selective", "full"] = "none"  # of the decoder
     # "op": keep matmuls and attention; an integer n: recompute every n-th layer
     selective_ac_option: str = "op"
-    encoder_mode: Literal["none", "selective", "full"] = "none"  # the same for the encoder
 
 
 @dataclass

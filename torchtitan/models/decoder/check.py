@@ -6,9 +6,9 @@ from torchtitan.config.layout import STAGES_PER_RANK, Degrees
 from torchtitan.models.decoder.flavors import DecoderConfig
 
 
-def check_decoder(config: DecoderConfig, job: JobConfig, sizes: Degrees) -> None:
+def check_decoder(config: DecoderConfig, job: JobConfig, sizes: Degrees, stage_before: bool = False) -> None:
     """Raises ConfigError where a parallel layout does not divide the decoder, or where it cannot see all of a
-    slot.
+    slot. `stage_before`: what feeds the decoder is a pipeline stage of its own.
     """
     require(
         config.window is None or job.training.seq_len <= config.window,
@@ -17,7 +17,7 @@ def check_decoder(config: DecoderConfig, job: JobConfig, sizes: Degrees) -> None
     )
     _check_heads(config, job, sizes)
     if sizes.pp > 1:
-        _check_stages(config.layers, job, sizes.pp)
+        _check_stages(config.layers, job, sizes.pp, stage_before)
 
 
 def _check_heads(config: DecoderConfig, job: JobConfig, sizes: Degrees) -> None:
@@ -40,11 +40,11 @@ def _check_heads(config: DecoderConfig, job: JobConfig, sizes: Degrees) -> None:
         )
 
 
-def _check_stages(layers: int, job: JobConfig, pp: int) -> None:
+def _check_stages(layers: int, job: JobConfig, pp: int, stage_before: bool) -> None:
     p = job.parallelism
     schedule, points = p.pipeline_parallel_schedule, p.pipeline_parallel_split_points
     per_rank = STAGES_PER_RANK[schedule]
-    room = layers + p.pipeline_parallel_encoder_stage
+    room = layers + stage_before
     require(
         pp * per_rank <= room,
         f"parallelism.pipeline_parallel_degree = {pp} makes {pp * per_rank} stages with {schedule}, but "
@@ -54,7 +54,7 @@ def _check_stages(layers: int, job: JobConfig, pp: int) -> None:
     if not points:
         return
     key, stages = f"parallelism.pipeline_parallel_split_points = {points}", len(points) + 1
-    first = 0 if p.pipeline_parallel_encoder_stage else 1
+    first = 0 if stage_before else 1
     increasing = all(a < b for a, b in zip(points, points[1:], strict=False))
     require(
         increasing and first <= points[0] and points[-1] < layers,
@@ -62,7 +62,7 @@ def _check_stages(layers: int, job: JobConfig, pp: int) -> None:
     )
     require(
         first == 1 or points[0] == 0,
-        f"{key}: must begin with 0, since parallelism.pipeline_parallel_encoder_stage is on",
+        f"{key}: must begin with 0, since what feeds the decoder is a stage of its own",
     )
     # these schedules take any whole number of stages a rank, from two
     more = schedule.startswith("Interleaved")
