@@ -16,6 +16,7 @@ from experiments.vlm.data.shared_memory import Buffers, slot_views
 from experiments.vlm.data.slot import Packed, Slot
 from experiments.vlm.data.sources.good_sample import Search
 from experiments.vlm.data.sources.reader import ShardCache
+from experiments.vlm.data.storage.patience import Patience
 from torchtitan.components.tokenizer import load_tokenizer
 
 
@@ -23,7 +24,7 @@ class Stages:
     def __init__(self, job: VLMJobConfig, tokenizer: str, images: int):
         self.images, self.data = images, job.data
         setup = make_setup(job, load_tokenizer(tokenizer), "train", 1)
-        self.cache = ShardCache(setup.open_shard, 64)
+        self.cache = ShardCache(setup.open_shard, 64, Patience(setup.storage_timeout_s))
         doubt = Search(setup.planning, setup.tokenizer, self.cache).require
         self.slot = Slot(0, setup.planning, setup.tokenizer, self.cache, doubt)
         self.filler = Collator(self.cache, setup.planning.plan, setup.tokenizer.pad_id)

@@ -25,7 +25,7 @@ from torchtitan.components.validation import Validator
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.job import JobConfig
 from torchtitan.config.layout import BatchSizes, degrees, resolve_batch
-from torchtitan.distributed.collectives import any_rank
+from torchtitan.distributed.collectives import agree_on_data
 from torchtitan.distributed.mesh import Mesh, build_mesh
 from torchtitan.spec import TrainSpec
 from torchtitan.tools.logging import logger
@@ -163,7 +163,8 @@ def loader_of(
     job: JobConfig, spec: TrainSpec, tokenizer: Any, mesh: Mesh
 ) -> Callable[[str, str | None], Loader]:
     """(split, control) -> the loader of this data-parallel rank."""
-    place = {"rank": mesh.data.get_local_rank(), "ranks": mesh.data.size(), "agree": any_rank}
+    agree = agree_on_data if dist.get_world_size() > 1 else None
+    place = {"rank": mesh.data.get_local_rank(), "ranks": mesh.data.size(), "agree": agree}
     return lambda split, control: spec.build_loader(job, tokenizer, split=split, control=control, **place)
 
 

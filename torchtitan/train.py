@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,7 @@ from torchtitan.components.dump_folder import begin
 from torchtitan.components.epochs import Epochs
 from torchtitan.components.loader import Step, Tensors
 from torchtitan.components.metrics import Values
-from torchtitan.config.errors import CheckpointError, ConfigError
+from torchtitan.config.errors import CheckpointError, ConfigError, UserError
 from torchtitan.config.job import JobConfig
 from torchtitan.distributed.collectives import any_rank, from_first_rank, sum_over_hosts, sum_over_ranks
 from torchtitan.distributed.grad_norm import clip, global_norm
@@ -59,6 +59,7 @@ class Trainer:
             self.take_step = GraphedStep(self.optimizer_step, Recorder())
         self.signals = StopSignals()
         self.stopped_by: signal.Signals | None = None  # where the run ended early for it
+        self.failed_data: UserError | None = None  # or for this, of the data or of where they lie
         self.garbage = GarbageCollection(run.job.training.gc_freq)
         self.progress = Progress(run.job.training.steps, run.state.step, run.reporter.writes)
         self.batches = iter(run.loader)
@@ -69,11 +70,19 @@ class Trainer:
             run.state.data = run.loader.state_dict()
 
     def train(self) -> None:
-        """Until the last step, the end of the data or a signal; then evaluate and save."""
+        """Until the last step, the end of the data or a signal; then evaluate and save.
+
+        Raises on all ranks, once it has saved, the UserError that the loader ended with.
+        """
         steps = self.job.training.steps
         logger.info(f"training from step {self.first_step} to {steps}")
-        while self.state.step < steps and self.train_step():
-            self.after_step()
+        try:
+            while self.state.step < steps and self.train_step():
+                self.after_step()
+        except CheckpointError:
+            raise
+        except UserError as error:
+            self.failed_data = error
         self.finish()
 
     def train_step(self) -> bool:
@@ -200,10 +209,12 @@ class Trainer:
             self.log()
         early = self.state.step < self.job.training.steps
         self.stopped_by = self.received_anywhere() if early else None
-        self.save(final=self.stopped_by is None)
+        self.save(final=self.stopped_by is None and self.failed_data is None)
         self.run.checkpointer.wait()
         self.progress.close()
         self.log_rejected()
+        if self.failed_data is not None:
+            self.raise_stopped(self.failed_data)
         if self.stopped_by is not None:
             self.log_stopped(self.stopped_by)
         elif early:
@@ -217,15 +228,23 @@ class Trainer:
         """The signal that asks this run to stop, whichever rank received it; all of them ask."""
         return next((number for number in WATCHED if any_rank(self.signals.received is number)), None)
 
-    def log_stopped(self, by: signal.Signals) -> None:
-        saved = "the same command goes on from its checkpoint"
+    def saved(self) -> str:
+        """What is left of a run that ends early."""
         if not self.job.checkpoint.enable:
-            saved = "nothing was saved, since checkpoint.enable is off"
-        elif self.state.step == 0:
-            saved = "nothing was trained yet, so nothing was saved"
-        logger.info(f"stopped by {by.name} after step {self.state.step}; {saved}")
+            return "nothing was saved, since checkpoint.enable is off"
+        if self.state.step == 0:
+            return "nothing was trained yet, so nothing was saved"
+        return "the same command goes on from its checkpoint"
+
+    def log_stopped(self, by: signal.Signals) -> None:
+        logger.info(f"stopped by {by.name} after step {self.state.step}; {self.saved()}")
         # once a rank has ended with another code than 0, a launcher gives the others little time
         dist.barrier()
+
+    def raise_stopped(self, by: UserError) -> NoReturn:
+        dist.barrier()
+        at = f"stopped after step {self.state.step}; {self.saved()}"
+        raise type(by)(f"{by}; {at}") from by
 
     def control(self, values: Values) -> None:
         """The held-out split as it is, just evaluated, and spoilt in each of the ways that the experiment
@@ -294,7 +313,7 @@ def main(job: JobConfig, spec: TrainSpec) -> int:
     trainer = Trainer(build(job, spec, device))
     try:
         trainer.train()
-    except CheckpointError:
+    except UserError:
         raise  # on all ranks, and it says everything
     except Exception as error:
         if dist.get_world_size() == 1 and is_full(error):

@@ -35,6 +35,7 @@ RANGES = {
     "data.prefetch": ">= 0",
     "data.max_bad_fraction": "> 0, <= 1",
     "data.cache_gb": "> 0",
+    "data.storage_timeout_s": ">= 0",
     "data.url_timeout_s": "> 0",
 }
 

@@ -53,6 +53,8 @@ class Data:
     cache_folder: str = ""  # embedded data and copies of shards and images; empty: ~/.cache/torchtitan-vlm
     # copies of remote and packed shards, row groups and images in cache_folder; the longest unused go first
     cache_gb: float = 50.0
+    # how long shards are tried again while their storage is away; then the run stops, saved where it was
+    storage_timeout_s: float = 600.0
     allow_private_urls: bool = False  # fetch images from private, loopback and link-local addresses too
     # for an image given by its address; another value asks again those that failed
     url_timeout_s: float = 5.0

@@ -3,7 +3,8 @@
     python -m tests.faults.accident --job.config_file X ...
 
 KILL_AFTER=n in the environment: SIGKILL before step n + 1; the other ACCIDENTS likewise; FAIL_AFTER=n: an
-error then. ACCIDENT_RANK: the one rank that gets the signals; without it all do.
+error then; AWAY_AFTER=n: the data are away then. ACCIDENT_RANK: the one rank that gets the signals; without
+it all do.
 """
 
 import os
@@ -16,6 +17,7 @@ from experiments.__main__ import in_one_line
 from experiments.vlm.config import VLMJobConfig
 from tests.reference.small_run import SMALL
 from torchtitan import train
+from torchtitan.config.errors import StorageError
 from torchtitan.config.parse import parse
 from torchtitan.tools.logging import init_logger
 
@@ -34,6 +36,8 @@ class Trainer(train.Trainer):
             now = os.environ.get(f"{name}_AFTER") == str(self.state.step)
             for number in numbers if now and os.environ.get("ACCIDENT_RANK", rank) == rank else ():
                 os.kill(os.getpid(), number)
+        if os.environ.get("AWAY_AFTER") == str(self.state.step):
+            raise StorageError("a.tar: away")
         assert os.environ.get("FAIL_AFTER") != str(self.state.step), "an accident"
         return super().train_step()
 

@@ -3,6 +3,7 @@
 import bz2
 import errno
 import gzip
+import io
 import json
 import os
 
@@ -16,6 +17,8 @@ from experiments.vlm.data.document import Text
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.sources import shards
 from experiments.vlm.data.sources.shards import list_shards, open_shard
+from experiments.vlm.data.storage import unpack
+from experiments.vlm.data.storage.patience import Away
 from tests.samples import jpeg, write_tar
 from torchtitan.config.errors import ConfigError
 
@@ -113,20 +116,6 @@ def test_a_hub_that_cannot_be_reached_is_one_line(data, monkeypatch, path):
     message = str(error.value)
     assert message.startswith(f"{path}: the Hugging Face hub could not be reached (") and "\n" not in message
     assert "HF_ENDPOINT" in message and "HF_TOKEN" in message
-
-
-def test_whatever_a_remote_client_raises_its_shard_is_rejected(data, monkeypatch):
-    class OfItsOwnKind(Exception):
-        pass
-
-    def fail(*_):
-        raise OfItsOwnKind("unreachable")
-
-    monkeypatch.setattr(shards.fsspec, "open", fail)
-    monkeypatch.setattr(shards, "WAIT_S", 0.0)
-    with pytest.raises(Rejected, match="OfItsOwnKind: unreachable") as error:
-        open_shard("s3://bucket/0.tar", Source(format="cc12m"), data)
-    assert error.value.reason == "shard_unreadable"
 
 
 def test_a_folder_that_datasets_saved_has_no_shards_of_settings(tmp_path, data):
@@ -243,24 +232,34 @@ def test_images_of_remote_records_lie_beside_them(tmp_path, data, remote):
     assert [reject.reason for reject in lost] == ["image_outside"]
 
 
-def test_a_remote_shard_is_tried_again(tmp_path, data, remote, monkeypatch):
+@pytest.mark.parametrize("wrong", [-1, 1])
+def test_a_copy_of_another_length_than_the_store_says_is_not_used(tmp_path, data, remote, monkeypatch, wrong):
     remote.pipe("/a.jsonl", lines(3))
-    monkeypatch.setattr(shards, "WAIT_S", 0.0)
-    true_open, tries = fsspec.open, []
+    true_info = remote.info
 
-    def flaky_open(*args):
-        tries.append(args)
-        if len(tries) < 3:
-            raise OSError("the network is down")
-        return true_open(*args)
+    def info(path, **options):
+        found = true_info(path, **options)
+        return found | {"size": found["size"] + wrong}
 
-    monkeypatch.setattr(shards.fsspec, "open", flaky_open)
+    with monkeypatch.context() as patched:
+        patched.setattr(type(remote), "info", lambda self, path, **options: info(path, **options))
+        with pytest.raises(Away, match="bytes came"):
+            open_shard("memory:///a.jsonl", Source(format="text"), data)
     assert len(open_shard("memory:///a.jsonl", Source(format="text"), data)) == 3
-    tries.clear()
-    monkeypatch.setattr(shards, "TRIES", 2)
-    with pytest.raises(Rejected) as error:
-        open_shard("memory:///b.jsonl", Source(format="text"), data)
-    assert error.value.reason == "shard_unreadable" and len(tries) == 2
+
+
+def test_a_full_disk_while_unpacking_is_no_cut_shard(tmp_path, data, monkeypatch):
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(lines(2000)))
+
+    class Full(io.FileIO):
+        def write(self, block):
+            if self.tell():
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(block)
+
+    monkeypatch.setattr(unpack, "open", lambda path, mode: Full(path, mode), raising=False)
+    with pytest.raises(OSError, match="No space left"):
+        open_shard(str(tmp_path / "x.jsonl.gz"), Source(format="text"), data)
 
 
 class Hub:

@@ -10,6 +10,12 @@ Tensors = dict[str, Tensor]
 State = Mapping[str, bytes]
 
 
+# (whether this rank has data, its error): whether any rank has. Raises an error of any rank on all of them.
+# None in place of the first: it waits for its storage, and asks again soon; the others wait with it.
+# Where there are no others there is no `agree`.
+Agree = Callable[..., bool]
+
+
 class Batch(Protocol):
     """One microbatch: host tensors of fixed shapes, and host numbers that describe them.
 
@@ -40,7 +46,8 @@ class Loader(Protocol):
 
     `split` is train or validation; `control`, one of Scoring.controls, spoils the latter.
 
-    It ends on every rank at the same step: `agree`, called by all, says whether any of them still has data.
+    It ends on every rank at the same step: `agree`, asked by all once a step, says whether any of them still
+    has data. A UserError of one rank goes through it too, and so is raised by `next` on all of them alike.
     """
 
     def __iter__(self) -> Iterator[Step]: ...

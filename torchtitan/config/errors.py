@@ -6,6 +6,7 @@
           Damaged        a complete checkpoint that cannot be read (components/checkpoint_folder.py)
         CheckpointError  a checkpoint was not written: no space, no permission
         DataError        the data cannot carry the run: too much of it is bad, or nothing good is left
+        StorageError     where the data lie does not answer for too long, or is full
       Rejected         a sample, image or shard is not used: counted by reason, logged, skipped
                        (experiments/vlm/data/rejects.py)
         Failed         an address was not fetched, and whether to try again (vlm/data/storage/client.py)
@@ -36,6 +37,10 @@ class CheckpointError(UserError):
 
 class DataError(UserError):
     """The data cannot carry the run. One line: which source, why, what to do."""
+
+
+class StorageError(UserError):
+    """Where the data lie does not answer, or has no room left. One line: what, why, what to do."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

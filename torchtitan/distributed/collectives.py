@@ -29,6 +29,28 @@ def any_rank(holds: bool) -> bool:
     return sum_over_hosts({"holds": float(holds)})["holds"] > 0
 
 
+def agree_on_data(has_data: bool | None, error: UserError | None = None) -> bool:
+    """Whether any rank has data; all of them ask. Raises on all the error that one of them brings.
+
+    None: not known yet, since this rank waits for its storage, and will ask again before the time of a
+    collective is out. Those who know wait with it, however long it takes.
+    """
+    while True:
+        own = {"data": bool(has_data), "waits": has_data is None, "failed": error is not None}
+        total = sum_over_hosts({name: float(holds) for name, holds in own.items()})
+        if total["failed"]:
+            raise first_error(error)
+        if has_data is None or not total["waits"]:
+            return total["data"] > 0
+
+
+def first_error(error: UserError | None) -> UserError:
+    """That of the first rank which has one, on all ranks; one of them has."""
+    errors: list[UserError | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, None if error is None else type(error)(str(error)))
+    return next(found for found in errors if found is not None)
+
+
 def from_first_rank(decide: Callable[[], T]) -> T:
     """What `decide` returns on rank 0, on every rank; a UserError that it raises there is raised on all of
     them.

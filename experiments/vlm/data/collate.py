@@ -22,7 +22,7 @@ from experiments.vlm.data.image import ImagePlan, decode, write_patches
 from experiments.vlm.data.rejects import Reject, Rejected
 from experiments.vlm.data.sample import PlannedImage
 from experiments.vlm.data.slot import Packed, SlotPlan
-from experiments.vlm.data.sources.reader import Lease, ShardCache, guarded
+from experiments.vlm.data.sources.reader import Key, ShardCache
 
 Views = dict[str, np.ndarray]  # field -> [S], [rows, L, D] or [rows, L, 3]
 
@@ -62,16 +62,13 @@ class Collator:
         image, (row, first) = packed.sample.images[number], packed.places[number]
         span = slice(first, first + image.patches)
         targets = views["pixel_values"][row, span], views["grid_thw"][row, span]
-        try:
-            lease = guarded(self.cache.get, packed.reference.source, packed.origin.shard)
-        except Rejected as rejected:
-            return finished(rejected)
+        shard = packed.reference.source, packed.origin.shard
         if self.pool is None:
-            return finished(self._decode(lease, image, *targets))
-        return self.pool.submit(self._decode, lease, image, *targets)
+            return finished(self._decode(shard, image, *targets))
+        return self.pool.submit(self._decode, shard, image, *targets)
 
     def _decode(
-        self, lease: Lease, image: PlannedImage, patches: np.ndarray, thw: np.ndarray
+        self, shard: Key, image: PlannedImage, patches: np.ndarray, thw: np.ndarray
     ) -> Rejected | None:
         """Runs in a thread. None: it went well."""
         height, width = image.h * self.plan.patch_size, image.w * self.plan.patch_size
@@ -80,7 +77,9 @@ class Collator:
             pixels = locator.paint(height, width)
         else:
             try:
-                pixels = guarded(lambda: decode(lease.shard.load(image.image), height, width))
+                pixels = self.cache.use(
+                    *shard, lambda opened: decode(opened.load(image.image), height, width)
+                )
             except Rejected as rejected:
                 return rejected
         write_patches(pixels, self.plan, patches, thw)

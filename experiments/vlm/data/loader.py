@@ -23,7 +23,7 @@ from torch import Tensor
 from experiments.vlm.batch import FIELDS, Batch
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.data.counts import names_by_source, rejected_name
-from experiments.vlm.data.prefetch import FromWorkers, InProcess, Supply
+from experiments.vlm.data.prefetch import Filled, FromWorkers, InProcess, Supply
 from experiments.vlm.data.producer import SlotStep
 from experiments.vlm.data.reject_log import RejectLog
 from experiments.vlm.data.report import Tally, check_bad_fraction, rejected_line, report, tally_of
@@ -31,9 +31,18 @@ from experiments.vlm.data.resume import SlotState, load_states, save_states, slo
 from experiments.vlm.data.setup import Split, make_setup, order_facts, shape_of
 from experiments.vlm.data.sources.good_sample import require_good_samples
 from experiments.vlm.data.storage.fetch import about_failures
+from experiments.vlm.data.storage.patience import Patience
+from torchtitan.components.loader import Agree
 from torchtitan.components.tokenizer import Tokenizer
-from torchtitan.config.errors import DataError
+from torchtitan.config.errors import DataError, UserError
 from torchtitan.tools.logging import logger
+
+
+def agree_alone(ranks: int, has_data: bool, error: UserError | None = None) -> bool:
+    """As `agree` where nobody else is there to ask."""
+    if error is not None:
+        raise error
+    return has_data or ranks > 1
 
 
 @dataclass
@@ -61,9 +70,8 @@ class Loader:
 
     It goes on where it was with every `iter()`; to read a split again, open another. Data that ends
     (data.epochs, sources without repeat, validation) ends on every rank with the same step: once no slot of
-    any rank has data. `agree`, given whether this rank has data, returns whether any has (an all-reduce with
-    "or", once a step, and only where `may_end`). Several ranks without `agree` get padding without end
-    instead.
+    any rank has data. `agree` is asked once a step: see components/loader.py. Several ranks without it get
+    padding without end instead.
 
     Raises DataError where a source has no good sample: of training, and of the held-out split of later.
     """
@@ -77,7 +85,7 @@ class Loader:
         ranks: int = 1,
         split: Split = "train",
         control: str | None = None,
-        agree: Callable[[bool], bool] | None = None,
+        agree: Agree | None = None,
     ):
         self.job, self.split = job, split
         local, total = job.training.local_batch_size, job.training.global_batch_size
@@ -89,11 +97,13 @@ class Loader:
         self.shape = shape_of(self.setup.planning, local)
         self.facts = order_facts(job, self.setup) if split == "train" else {}
         self.may_end = all(deal.epochs is not None for deal in self.setup.planning.deals)
-        self.agree = agree or (lambda has_data: has_data or ranks > 1)
+        self.agree = agree or partial(agree_alone, ranks)
+        self.still_waiting = partial(agree, None) if agree else None
+        patience = Patience(job.data.storage_timeout_s)
         if split == "train":
             held_out = [make_setup(job, tokenizer, "validation", total)] if job.validation.enable else []
             for setup in (self.setup, *held_out):
-                require_good_samples(setup.planning, tokenizer, setup.open_shard, self.slots.start)
+                require_good_samples(setup.planning, tokenizer, setup.open_shard, patience, self.slots.start)
         # The controls show the samples of a validation again: what is wrong with them has been logged.
         folder = Path(job.job.dump_folder) / "rejects" if job.job.dump_folder else None
         self.log = RejectLog(folder, rank) if control is None else None
@@ -108,19 +118,27 @@ class Loader:
         return self
 
     def __next__(self) -> Step:
-        """Raises DataError where the data cannot carry the run, RuntimeError where a worker failed."""
+        """Raises on all ranks alike DataError where the data cannot carry the run, and StorageError where
+        their storage stays away; on one RuntimeError where a worker failed.
+        """
         if self.over:
             raise StopIteration
+        try:
+            tensors, steps = self._take()
+        except UserError as error:
+            self.agree(True, error)
+            raise
+        if not self.agree(any(step.planned for step in steps)):
+            self.over = True
+            raise StopIteration
+        return Step(self._batches(tensors, steps), partial(save_states, self.states, self.facts))
+
+    def _take(self) -> Filled:
         if self.supply is None:
             self.supply = self._start()
         tensors, steps = self.supply.next()
-        self.states = {step.filled.slot: step.state for step in steps}
         self._tell(steps)
-        has_data = any(step.planned for step in steps)
-        if self.may_end and not self.agree(has_data):
-            self.over = True
-            raise StopIteration
-        if not self.may_end and not has_data:
+        if not self.may_end and not any(step.planned for step in steps):
             raise DataError(
                 f"slots {self.slots.start} to {self.slots.stop - 1} get no good sample of "
                 f"{', '.join(self.names)}, ever: "
@@ -128,7 +146,8 @@ class Loader:
                 "shuffle, "
                 "or lower training.global_batch_size"
             )
-        return Step(self._batches(tensors, steps), partial(save_states, self.states, self.facts))
+        self.states = {step.filled.slot: step.state for step in steps}
+        return tensors, steps
 
     def state_dict(self) -> dict[str, bytes]:
         """After the last step that was handed out; empty before the first."""
@@ -181,8 +200,9 @@ class Loader:
             )
         shape = replace(self.shape, slots=slots)
         if workers == 0:
-            return Supply(InProcess(setup, self.slots, self.states, shape))
-        return Supply(FromWorkers(setup, self.slots, self.states, shape, workers, data.prefetch))
+            return Supply(InProcess(setup, self.slots, self.states, shape), self.still_waiting)
+        nodes = FromWorkers(setup, self.slots, self.states, shape, workers, data.prefetch)
+        return Supply(nodes, self.still_waiting)
 
     def _tell(self, steps: list[SlotStep]) -> None:
         rejects = [reject for step in steps for reject in step.rejects]
@@ -194,8 +214,8 @@ class Loader:
         allowed = self.setup.planning.max_bad_fraction
         if rejects and allowed < 1:
             total = Tally()
-            for state in self.states.values():
-                total.add(tally_of(state))
+            for step in steps:
+                total.add(tally_of(step.state))
             check_bad_fraction(total, allowed)
 
     def _deals_again(self, steps: list[SlotStep]) -> bool:

@@ -11,7 +11,8 @@ resumed at the same number of workers.
 import contextlib
 import multiprocessing.util
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from experiments.vlm.data.shared_memory import Arrays, Buffers, slot_views
 from experiments.vlm.data.workers import Assignment, Worker, close_all
 
 KEPT = 2  # steps that hold after they were given: the one in use, and the one before it
+WAIT_S = 5.0  # between two words to the other ranks, which wait no longer than comm.train_timeout_seconds
 READY = 1  # pinned steps that wait, besides the one that PinMemory's own thread has made
 
 # A step: its fields with all slots of the rank, and a SlotStep for each slot in order.
@@ -78,8 +80,12 @@ class InProcess(StepNode):
         self.rows = shape.patch_rows
         self.producer = Producer(setup, slots, states)
 
+    def stop(self) -> None:
+        super().stop()
+        self.producer.stop()
+
     def step(self) -> tuple[Arrays, list[SlotStep]]:
-        """Raises DataError."""
+        """Raises UserError: of the data, or of the storage that they lie in."""
         arrays = self.arrays[0]
         self.arrays.rotate(-1)
         views = [slot_views(arrays, place, self.rows) for place in range(len(self.slots))]
@@ -118,7 +124,7 @@ class FromWorkers(StepNode):
         self.asked = self.given = 0
 
     def step(self) -> tuple[Arrays, list[SlotStep]]:
-        """Raises DataError, or RuntimeError for a worker that failed or died."""
+        """Raises UserError as `InProcess`, or RuntimeError for a worker that failed or died."""
         while self.asked <= self.given + self.prefetch:
             for worker in self.workers:
                 worker.ask(self.asked % len(self.buffers.arrays))
@@ -152,8 +158,12 @@ class Supply:
     at once.
     """
 
-    def __init__(self, steps: StepNode):
+    def __init__(self, steps: StepNode, still_waiting: Callable[[], object] | None = None):
+        """`still_waiting`: called every few seconds while a step takes long, by the thread that waits."""
         self.steps = steps
+        self.still_waiting = still_waiting
+        threads = torch.get_num_threads()
+        self.puller = ThreadPoolExecutor(1, "pull", lambda: torch.set_num_threads(threads))
         self.node: BaseNode[Filled | Exception] = steps
         if torch.cuda.is_initialized():
             pinned = PinMemory(steps, "cuda", snapshot_frequency=0)
@@ -161,13 +171,22 @@ class Supply:
 
     def next(self) -> Filled:
         """Raises what reading or decoding raised, RuntimeError for a worker that failed or died."""
-        given = next(self.node)
+        given = self._pull()
         if isinstance(given, Exception):
             raise given
         return given
 
+    def _pull(self) -> Filled | Exception:
+        if self.still_waiting is None:
+            return next(self.node)
+        pulled = self.puller.submit(next, self.node)
+        while not wait([pulled], WAIT_S).done:
+            self.still_waiting()
+        return pulled.result()
+
     def close(self) -> None:
         self.steps.stop()
+        self.puller.shutdown()
         with contextlib.suppress(Exception):  # a thread that could not pin says so in `next`
             for _ in self.node:
                 pass  # a node's thread ends once it has handed on the end

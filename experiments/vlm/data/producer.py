@@ -16,6 +16,7 @@ from experiments.vlm.data.setup import Setup
 from experiments.vlm.data.slot import Slot, SlotPlan
 from experiments.vlm.data.sources.good_sample import Search
 from experiments.vlm.data.sources.reader import ShardCache
+from experiments.vlm.data.storage.patience import Patience
 
 SPARE_SHARDS = 32  # kept open besides two of each source for every slot
 
@@ -38,7 +39,9 @@ class Producer:
         """`states`: of slots that go on; the others start anew."""
         planning = setup.planning
         self.cache = ShardCache(
-            setup.open_shard, capacity=2 * len(slots) * len(planning.deals) + SPARE_SHARDS
+            setup.open_shard,
+            2 * len(slots) * len(planning.deals) + SPARE_SHARDS,
+            Patience(setup.storage_timeout_s),
         )
         self.pool = ThreadPoolExecutor(setup.decode_threads, "decode") if setup.decode_threads > 1 else None
         self.filler = Collator(self.cache, planning.plan, setup.tokenizer.pad_id, self.pool)
@@ -62,10 +65,15 @@ class Producer:
                 done.append(self._finish(*started.pop(0)))
         return lambda: done + [self._finish(*rest) for rest in started]
 
+    def stop(self) -> None:
+        """Let a thread that waits for the storage go, with Stopped."""
+        self.cache.patience.end()
+
     def close(self) -> None:
+        self.stop()
+        self.cache.close()
         if self.pool is not None:
             self.pool.shutdown(cancel_futures=True)
-        self.cache.close()
 
     def _finish(self, plan: SlotPlan, finish: Callable[[], FilledSlot]) -> SlotStep:
         filled = finish()

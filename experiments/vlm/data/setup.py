@@ -31,6 +31,7 @@ FREE_OF_DATA = {
     "max_bad_fraction": "it ends a run and changes none",
     "cache_folder": "copies hold what the originals hold",
     "cache_gb": "copies hold what the originals hold",
+    "storage_timeout_s": "it ends a run and changes none",
     "allow_private_urls": "where addresses lead is the network's to say, at any time",
     "url_timeout_s": "whether an address answers in time is the network's to say, at any time",
     "resume_changed_data": "it says what to do about a change",
@@ -49,6 +50,7 @@ class Setup:
     tokenizer: Tokenizer
     open_shard: Callable[[int, str], Shard]  # (source, path)
     decode_threads: int
+    storage_timeout_s: float
 
 
 def sources_of(job: VLMJobConfig, split: Split) -> list[Source]:
@@ -81,7 +83,9 @@ def make_setup(
         control=control,
         max_bad_fraction=1.0 if held_out else data.max_bad_fraction,
     )
-    return Setup(planning, tokenizer, partial(open_source, sources, job), data.decode_threads)
+    return Setup(
+        planning, tokenizer, partial(open_source, sources, job), data.decode_threads, data.storage_timeout_s
+    )
 
 
 def shape_of(planning: SlotSettings, slots: int) -> BatchShape:

@@ -30,7 +30,7 @@ from experiments.vlm.data.producer import Producer, SlotStep
 from experiments.vlm.data.resume import SlotState
 from experiments.vlm.data.setup import Setup
 from experiments.vlm.data.shared_memory import Buffers, slot_views
-from torchtitan.config.errors import DataError
+from torchtitan.config.errors import UserError
 
 GRACE_S = 5.0  # for a worker to end by itself
 
@@ -70,15 +70,15 @@ class Worker:
             self.pipe.send(buffer)
 
     def answer(self) -> list[SlotStep]:
-        """Raises DataError, or RuntimeError for a worker that failed or died."""
+        """Raises the worker's UserError, or RuntimeError where it failed or died."""
         wait([self.pipe, self.process.sentinel])
         message: tuple[str, Any] = ("died", None)
         with contextlib.suppress(EOFError, ConnectionResetError):
             if self.pipe.poll():
                 message = self.pipe.recv()
         kind, value = message
-        if kind == "data_error":
-            raise DataError(value)
+        if kind == "user_error":
+            raise value
         if kind == "failed":
             raise RuntimeError(f"{self.name} failed:\n{value}")
         if kind == "died":
@@ -154,8 +154,8 @@ def run(pipe: Connection, setup: Setup, memory: _Memory, assignment: Assignment)
         _serve(pipe, setup, memory, assignment)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the trainer is gone
-    except DataError as error:
-        _tell(pipe, "data_error", str(error))
+    except UserError as error:
+        _tell(pipe, "user_error", type(error)(str(error)))  # without the causes, which may not pickle
     except BaseException:
         _tell(pipe, "failed", traceback.format_exc())
     # Without Python's own shutdown: threads that still decode would hold it up.
@@ -178,6 +178,6 @@ def _serve(pipe: Connection, setup: Setup, memory: _Memory, assignment: Assignme
         finish = started
 
 
-def _tell(pipe: Connection, kind: str, message: str) -> None:
+def _tell(pipe: Connection, kind: str, message: object) -> None:
     with contextlib.suppress(OSError):
         pipe.send((kind, message))

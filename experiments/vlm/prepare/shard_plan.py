@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from experiments.vlm.config import Data
 from experiments.vlm.data.document import Draft
 from experiments.vlm.data.formats import RECORD_FILES, RECORD_FORMATS, Record, captions, format_of
 from experiments.vlm.data.formats.record_files import Records, open_records
@@ -21,10 +22,12 @@ from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.sources.reader import guarded
 from experiments.vlm.data.sources.shards import copy_to_read, match_files, suffix_of
 from experiments.vlm.data.storage.file_cache import FileCache
+from experiments.vlm.data.storage.patience import Patience
 from experiments.vlm.prepare.folder import Folder, read_json, write_json
 from experiments.vlm.prepare.options import Options
 from torchtitan.config.errors import ConfigError
 
+patience = Patience(Data.storage_timeout_s)  # of this process, with inputs that are away
 SUFFIXES = (*RECORD_FILES, ".txt")
 COPIES_BYTES = 50 << 30  # of unpacked inputs and row groups; the longest unused are made again
 # formats whose images may stand in many records, so that none is left out for being repeated
@@ -111,7 +114,7 @@ class PrepareJob:
 
 def _parsed(records: Records, index: int, parse: Callable[[Record], Draft]) -> Parsed | Rejected:
     try:
-        record = guarded(records.get, index)
+        record = patience.insist(f"record {index}", lambda: guarded(records.get, index))
         return Parsed(record, guarded(parse, record))
     except Rejected as rejected:
         return rejected
@@ -129,7 +132,7 @@ def open_input(file: str, copies: Path) -> Records:
     """Stays open in this process, for all its threads. Raises ConfigError."""
     cache = FileCache(copies, COPIES_BYTES)
     try:
-        return open_records(copy_to_read(file, cache), None, cache)
+        return patience.insist(file, lambda: open_records(copy_to_read(file, cache), None, cache))
     except (OSError, EOFError, pa.ArrowException, Rejected) as error:
         raise ConfigError(f"--input {file} cannot be read: {error}") from error
 
@@ -207,6 +210,7 @@ def _readable(pieces: list[InputSpan], folder: Folder) -> Iterator[Record]:
     for piece in pieces:
         for index in range(piece.first, piece.first + piece.count):
             try:
-                yield guarded(open_input(piece.file, folder.inputs).get, index)
+                records = open_input(piece.file, folder.inputs)
+                yield patience.insist(piece.file, functools.partial(guarded, records.get, index))
             except Rejected:
                 continue

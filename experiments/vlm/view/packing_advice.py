@@ -23,6 +23,7 @@ from experiments.vlm.data.sources.good_sample import Search
 from experiments.vlm.data.sources.mixture import Mixture
 from experiments.vlm.data.sources.reader import ShardCache
 from experiments.vlm.data.split import Splitter, outline_of
+from experiments.vlm.data.storage.patience import Patience
 
 UNLIMITED = 1 << 40
 WARM_UP = 0.25  # share of the rows that are not counted: the look-ahead is not yet what it will be
@@ -69,7 +70,7 @@ def read_documents(setup: Setup, limit: int) -> Stream:
     """The sizes of the first `limit` documents of the mixture, as one slot would read them."""
     deals = tuple(replace(deal, slots=1) for deal in setup.planning.deals)
     planning = replace(setup.planning, deals=deals, budget=Budget(UNLIMITED, 1, UNLIMITED))
-    cache = ShardCache(setup.open_shard, capacity=64)
+    cache = ShardCache(setup.open_shard, 64, Patience(setup.storage_timeout_s))
     slot = Slot(0, planning, setup.tokenizer, cache, Search(planning, setup.tokenizer, cache).require)
     read = list(itertools.islice(iter(slot.draw, None), limit))
     documents = [sizes_of(entry.payload.sample) for entry in read]

@@ -6,6 +6,7 @@ Imports torch only to look at an image, since data preparation plans without it.
 import os
 import posixpath
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -17,6 +18,7 @@ from experiments.vlm.data.formats.image_values import is_address, name_of, plain
 from experiments.vlm.data.formats.record_files import Records
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.storage.fetch import make_fetcher
+from experiments.vlm.data.storage.patience import Away, is_away, remote
 
 
 def folder_of(record_file: str) -> str:
@@ -49,13 +51,23 @@ class ImageFolder:
         return join(self.folder, relative)
 
     def read(self, value: str) -> bytes:
-        """Raises Rejected."""
+        """Raises Rejected, and OSError where the storage does not answer."""
         path = self.path(value)
         try:
-            with fsspec.open(path, "rb") if self.remote else open(path, "rb") as file:
-                return file.read()
+            return _download(path) if self.remote else Path(path).read_bytes()
         except (OSError, ValueError) as error:
+            if is_away(error):
+                raise
             raise Rejected("image_missing", str(error)) from error
+
+
+def _download(path: str) -> bytes:
+    with remote(), fsspec.open(path, "rb") as file:
+        data = file.read()
+        size = getattr(file, "size", None)
+        if size is not None and len(data) != size:
+            raise Away(f"{len(data)} of {size} bytes came")
+        return data
 
 
 class ImageValues:
@@ -85,6 +97,8 @@ class ImageValues:
                     lambda count: os.pread(file.fileno(), count, 0), os.fstat(file.fileno()).st_size
                 )
         except (OSError, ValueError) as error:
+            if is_away(error):
+                raise
             raise Rejected("image_missing", str(error)) from error
 
     def load(self, value: Any) -> bytes:

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from experiments.vlm.data.formats.kept import Kept
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.storage.file_cache import FileCache, origin_of
+from experiments.vlm.data.storage.patience import is_away
 
 ROW_GROUP_BYTES = 256 << 20
 
@@ -74,10 +75,10 @@ class RowGroups:
             try:
                 return self._file.read_row_group(group, columns=self._columns, use_threads=False)
             except (OSError, pa.ArrowException) as error:
-                told = f"row group {group}: {error}"
-                if getattr(error, "errno", None) is None:  # else of the storage, which may answer next time
-                    self._damaged[group] = told
-                raise Rejected("shard_unreadable", told) from error
+                if is_away(error):
+                    raise
+                self._damaged[group] = f"row group {group}: {error}"
+                raise Rejected("shard_unreadable", self._damaged[group]) from error
 
 
 _kept: Kept[pa.Table] = Kept(ROW_GROUP_BYTES)

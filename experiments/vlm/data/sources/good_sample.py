@@ -7,6 +7,7 @@ decoded.
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 
@@ -16,8 +17,9 @@ from experiments.vlm.data.image import decode
 from experiments.vlm.data.rejects import Reject, Rejected
 from experiments.vlm.data.sample import make_sample
 from experiments.vlm.data.slot import SlotSettings
-from experiments.vlm.data.sources.reader import Lease, ShardCache, guarded
+from experiments.vlm.data.sources.reader import ShardCache, guarded
 from experiments.vlm.data.split import Splitter
+from experiments.vlm.data.storage.patience import Patience
 from torchtitan.components.tokenizer import Tokenizer
 from torchtitan.config.errors import DataError
 
@@ -57,27 +59,27 @@ class Search:
         for number in dict.fromkeys([first, *spread(len(deal.shards), UNREADABLE)]):
             path = deal.shards[number]
             try:
-                lease = self.cache.get(source, path)
+                rejects, records = self.cache.use(source, path, lambda shard: (shard.rejects, len(shard)))
             except Rejected as rejected:
                 yield Reject(deal.name, path, "", rejected.reason, rejected.detail)
                 continue
-            for wrong in lease.shard.rejects:
+            for wrong in rejects:
                 yield Reject(deal.name, path, "", wrong.reason, wrong.detail)
-            for record in spread(len(lease.shard), RECORDS // min(SHARDS, len(deal.shards))):
-                yield self._try_record(deal.name, path, lease, record)
+            for record in spread(records, RECORDS // min(SHARDS, len(deal.shards))):
+                yield self.cache.use(source, path, partial(self._try, deal.name, path, record))
             looked_into += 1
             if looked_into == SHARDS:
                 return
 
-    def _try_record(self, name: str, path: str, lease: Lease, record: int) -> Reject | None:
+    def _try(self, name: str, path: str, record: int, shard: Shard) -> Reject | None:
         try:
-            document, _ = guarded(lease.shard.read, record)
-            self._use(document, lease)
+            document, _ = guarded(shard.read, record)
+            self._use(document, shard)
         except Rejected as rejected:
-            return Reject(name, path, key_of(lease.shard, record), rejected.reason, rejected.detail)
+            return Reject(name, path, key_of(shard, record), rejected.reason, rejected.detail)
         return None
 
-    def _use(self, document: Document, lease: Lease) -> None:
+    def _use(self, document: Document, shard: Shard) -> None:
         """Raises Rejected."""
         planning = self.planning
         if planning.long == "drop":
@@ -86,23 +88,23 @@ class Search:
                 raise Rejected("too_long")
         for image in document.parts if document.caption else ():
             if isinstance(image, Image):
-                self._decode(image, lease)
+                self._decode(image, shard)
 
-    def _decode(self, image: Image, lease: Lease) -> None:
+    def _decode(self, image: Image, shard: Shard) -> None:
         """Raises Rejected."""
         plan = self.planning.plan
         h, w = plan.grid(image.height, image.width)
-        guarded(lambda: decode(lease.shard.load(image), h * plan.patch_size, w * plan.patch_size))
+        guarded(lambda: decode(shard.load(image), h * plan.patch_size, w * plan.patch_size))
 
 
 def require_good_samples(
-    planning: SlotSettings, tokenizer: Tokenizer, open_shard: OpenShard, slot: int
+    planning: SlotSettings, tokenizer: Tokenizer, open_shard: OpenShard, patience: Patience, slot: int
 ) -> None:
-    """Raises DataError for the first source that has none.
+    """Raises DataError for the first source that has none, StorageError where that cannot be known.
 
     Begins with the shard that this slot reads first.
     """
-    search = Search(planning, tokenizer, ShardCache(open_shard, capacity=1))
+    search = Search(planning, tokenizer, ShardCache(open_shard, 1, patience))
     for source, deal in enumerate(planning.deals):
         unit = deal.unit(slot, 0)
         search.require(source, unit.shard if unit else 0)

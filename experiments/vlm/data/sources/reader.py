@@ -6,11 +6,13 @@ source.
 
 import contextlib
 import os
+import threading
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -18,7 +20,13 @@ from experiments.vlm.data.document import Document
 from experiments.vlm.data.formats.shard import Shard
 from experiments.vlm.data.rejects import Reject, Rejected
 from experiments.vlm.data.sources.order import Deal, Unit
+from experiments.vlm.data.storage.client import Stopped
+from experiments.vlm.data.storage.patience import Patience, is_away
+from torchtitan.config.errors import UserError
 from torchtitan.tools.logging import logger
+
+T = TypeVar("T")
+Key = tuple[int, str]  # source, path
 
 
 class Reference(NamedTuple):
@@ -53,47 +61,79 @@ class Lease:
 
 
 class ShardCache:
-    """Open shards of all sources, the longest unused let go.
+    """Open shards of all sources, the longest unused let go. For all threads of a process.
 
-    A shard that cannot be opened is remembered as well.
+    A shard that cannot be opened is remembered as well; where its storage is away, that is waited for.
     """
 
-    def __init__(self, open_shard: Callable[[int, str], Shard], capacity: int):
-        self.open_shard = open_shard  # (source, path); raises Rejected
+    def __init__(self, open_shard: Callable[[int, str], Shard], capacity: int, patience: Patience):
+        self.open_shard = open_shard  # (source, path); raises Rejected, and OSError of a storage that is away
         self.capacity = capacity
-        self.kept: OrderedDict[tuple[int, str], Lease | Rejected] = OrderedDict()
+        self.patience = patience
+        self.kept: OrderedDict[Key, Future[Lease]] = OrderedDict()
+        self.lock = threading.Lock()
 
-    def get(self, source: int, path: str) -> Lease:
-        """Raises Rejected."""
-        key = source, path
-        if key not in self.kept:
+    def use(self, source: int, path: str, work: Callable[[Shard], T]) -> T:
+        """What `work` makes of the opened shard; again from opening it on while its storage is away.
+
+        Raises Rejected and what `work` raises, StorageError.
+        """
+
+        def attempt() -> T:
+            lease = self._leased((source, path))
             try:
-                self.kept[key] = Lease(guarded(self.open_shard, source, path))
-            except Rejected as rejected:
-                self.kept[key] = rejected
-            while len(self.kept) > self.capacity:
-                self.kept.popitem(last=False)
-        self.kept.move_to_end(key)
-        kept = self.kept[key]
-        if isinstance(kept, Rejected):
-            raise kept
-        return kept
+                return guarded(work, lease.shard)
+            except OSError:
+                self._forget((source, path))  # what was open may stay broken once the storage is back
+                raise
+
+        return self.patience.insist(path, attempt)
 
     def close(self) -> None:
         self.kept.clear()
+
+    def _leased(self, key: Key) -> Lease:
+        with self.lock:
+            future = self.kept.get(key)
+            is_new = future is None
+            future = self.kept.setdefault(key, Future())
+            self.kept.move_to_end(key)
+            while len(self.kept) > self.capacity:
+                self.kept.popitem(last=False)
+        if is_new:
+            self._open(key, future)
+        try:
+            return future.result()
+        except Rejected as rejected:  # remembered: each is given one of its own, or tracebacks would grow
+            raise Rejected(*rejected.args) from None
+
+    def _open(self, key: Key, future: "Future[Lease]") -> None:
+        try:
+            future.set_result(Lease(guarded(self.open_shard, *key)))
+        except BaseException as error:
+            if not isinstance(error, Rejected):
+                self._forget(key, future)  # away, or asked to end: nothing to remember
+            future.set_exception(error)
+
+    def _forget(self, key: Key, future: "Future[Lease] | None" = None) -> None:
+        with self.lock:
+            if future is None or self.kept.get(key) is future:
+                self.kept.pop(key, None)
 
 
 def guarded(call: Callable, *args):
     """`call(*args)`, with every error as Rejected: a record that a reader stumbles over stops no run.
 
-    Readers raise Rejected for what is wrong with a record, so whatever else they raise is their own fault and
-    says so.
+    But an OSError of a storage that is away stays one, for Patience. Readers raise Rejected for what is wrong
+    with a record, so whatever else they raise is their own fault and says so.
     """
     try:
         return call(*args)
-    except (Rejected, MemoryError):
+    except (Rejected, MemoryError, UserError, Stopped):
         raise
     except OSError as error:
+        if is_away(error):
+            raise
         raise Rejected("shard_unreadable", f"{type(error).__name__}: {error}") from error
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
@@ -181,10 +221,12 @@ class SourceReader:
         unit = self.deal.unit(self.slot, reference.unit)
         assert unit is not None
         path = self.deal.shards[unit.shard]
-        shard = self.cache.get(self.source, path).shard
-        document, lost = guarded(shard.read, reference.record)
+        return self.cache.use(self.source, path, lambda shard: self._read(shard, path, reference.record))
+
+    def _read(self, shard: Shard, path: str, number: int) -> Record:
+        document, lost = shard.read(number)
         if self.transform is not None:
-            document = self.transform(document, shard, reference.record)
+            document = self.transform(document, shard, number)
         return Record(document, path, lost)
 
     def epochs(self, waiting: Sequence[int]) -> float:
@@ -211,7 +253,7 @@ class SourceReader:
         unit = self.deal.unit(self.slot, number)
         assert unit is not None
         try:
-            records = len(self.cache.get(self.source, self.deal.shards[unit.shard]).shard)
+            records = self.cache.use(self.source, self.deal.shards[unit.shard], len)
         except Rejected:
             records = 0
         return max(1, len(unit.records(records)))
@@ -221,9 +263,9 @@ class SourceReader:
         if self._order is None or self._order[0] != self.unit:
             first = self.place == 0 and unit.part == 0  # report what is wrong with a shard once an epoch
             try:
-                shard = self.cache.get(self.source, self.deal.shards[unit.shard]).shard
-                wrong = shard.rejects
-                order = self.deal.order(unit, len(shard))
+                path = self.deal.shards[unit.shard]
+                wrong, records = self.cache.use(self.source, path, lambda shard: (shard.rejects, len(shard)))
+                order = self.deal.order(unit, records)
             except Rejected as rejected:
                 wrong, order = [rejected], np.empty(0, np.int64)
             for what in wrong if first else ():
@@ -236,8 +278,8 @@ class SourceReader:
         unit = self.deal.unit(self.slot, reference.unit)
         assert unit is not None
         try:
-            key = guarded(
-                self.cache.get(self.source, self.deal.shards[unit.shard]).shard.key, reference.record
+            key = self.cache.use(
+                self.source, self.deal.shards[unit.shard], lambda shard: shard.key(reference.record)
             )
         except Rejected:
             key = f"record {reference.record}"

@@ -15,7 +15,6 @@ seek.
 import glob
 import os
 import shutil
-import time
 from pathlib import Path
 
 import fsspec
@@ -29,14 +28,13 @@ from experiments.vlm.data.formats.shard import open_shard as open_file
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.sources.permission import denied
 from experiments.vlm.data.storage.file_cache import FileCache, file_cache, origin_of
+from experiments.vlm.data.storage.patience import Away, is_away, remote
 from experiments.vlm.data.storage.unpack import damage_of, is_packed, note_damage, unpack
 from experiments.vlm.world import ensure
 from torchtitan.config.errors import ConfigError
 
-TRIES = 3  # of a remote shard
 HUB = "hf://datasets/"
 CHUNK_BYTES = 1 << 20
-WAIT_S = 1.0  # before the second try, twice that before the third
 # what `datasets` writes next to its data
 NOT_RECORDS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
@@ -54,6 +52,8 @@ def list_shards(path: str, format: str, data: Data) -> list[str]:
         raise ConfigError(
             f"{path}: no shard of format {format} ({', '.join(suffixes)}) there; looked from {os.getcwd()}"
         )
+    if not any("://" in file or os.path.exists(file) for file in found):
+        raise ConfigError(f"{path}: none of these {len(found):,} shards is there; looked from {os.getcwd()}")
     return sorted(set(found))
 
 
@@ -65,7 +65,9 @@ def match_files(path: str, suffixes: tuple[str, ...]) -> list[str]:
 
 
 def open_shard(path: str, source: Source, data: Data) -> Shard:
-    """A shard, for random access. Raises Rejected (shard_missing, shard_unreadable), and ConfigError."""
+    """A shard, for random access. Raises Rejected (shard_missing, shard_unreadable), ConfigError, and OSError
+    where the storage does not answer.
+    """
     cache = file_cache(data)
     try:
         shard = open_file(ShardFile(path, copy_to_read(path, cache)), source, data)
@@ -75,8 +77,12 @@ def open_shard(path: str, source: Source, data: Data) -> Shard:
     except ConfigError:
         raise  # a chat template that is not there, say
     except FileNotFoundError as error:
+        if _is_unmounted(path):
+            raise Away(f"nothing is left in {os.path.dirname(path)}: unmounted, or moved away?") from error
         raise Rejected("shard_missing", str(error)) from error
     except (OSError, ValueError, RuntimeError, pa.ArrowException) as error:
+        if is_away(error):
+            raise
         raise Rejected("shard_unreadable", f"{type(error).__name__}: {error}") from error
 
 
@@ -84,6 +90,17 @@ def _joined(rejects: list[Rejected], damage: str) -> Rejected:
     """What is wrong with a packed shard, in one: its packing, and what that did to its records."""
     reason = rejects[0].reason if rejects else "shard_damaged"
     return Rejected(reason, "; ".join([damage, *(reject.detail for reject in rejects)]))
+
+
+def _is_unmounted(path: str) -> bool:
+    """Whether all of a local file's folder is gone: not deleted by name then, but away."""
+    if "://" in path:
+        return False
+    try:
+        with os.scandir(os.path.dirname(path) or ".") as entries:
+            return next(entries, None) is None
+    except FileNotFoundError:
+        return True
 
 
 def _resolve(path: str, data: Data) -> str:
@@ -212,13 +229,14 @@ def _copy(path: str, copy: Path, cache: FileCache) -> None:
 
 
 def _download(path: str, copy: Path) -> None:
-    for trial in range(TRIES):
-        try:
-            with fsspec.open(path, "rb") as source, open(copy, "wb") as target:
-                return shutil.copyfileobj(source, target, CHUNK_BYTES)
-        except (FileNotFoundError, PermissionError):
-            raise
-        except Exception as error:  # clients of remote systems raise kinds of their own
-            if trial == TRIES - 1:
-                raise Rejected("shard_unreadable", f"{type(error).__name__}: {error}") from error
-            time.sleep(WAIT_S * 2**trial)
+    """Raises FileNotFoundError, and Away for all else that the storage does, a file of another length too."""
+    with remote():
+        opened = fsspec.open(path, "rb")
+        with opened as source, open(copy, "wb") as target:
+            shutil.copyfileobj(source, target, CHUNK_BYTES)
+            came = target.tell()
+        # Listings are kept by the client, and what it took for the length is what it asked for.
+        opened.fs.invalidate_cache()
+        size = opened.fs.info(opened.path).get("size")
+        if size is not None and came != size:
+            raise Away(f"{came} of {size} bytes came")

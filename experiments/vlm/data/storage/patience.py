@@ -1,0 +1,136 @@
+"""Storage that is away is waited for: an outage is not bad data.
+
+    not there    a name that the storage says it does not have          FileNotFoundError, a reject
+    damaged      bytes that are not what their format says              a reject
+    away         all else: EIO, timeouts, 5xx, 429, too many open       tried again with growing pauses, then
+                 files, credentials                                     StorageError, which stops the run
+
+Whoever waits goes on where it was, so an outage changes neither samples nor their order. Imports no torch.
+"""
+
+import errno
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from experiments.vlm.data.storage.client import Stopped
+from torchtitan.config.errors import StorageError, UserError
+from torchtitan.tools.disk import is_full
+from torchtitan.tools.logging import logger
+
+T = TypeVar("T")
+
+# What a name, or a number out of damaged bytes, brings about whatever the storage does.
+NOT_AWAY = {
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.EINVAL,
+    errno.EOVERFLOW,
+}
+NOT_THERE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+GONE = (404, 410)  # HTTP
+FIRST_PAUSE_S = 0.5  # doubles with each try, half as long or as much again by chance
+LONGEST_PAUSE_S = 30.0
+TOLD_EVERY_S = 60.0
+
+
+class Away(OSError):
+    """What the client of a remote storage raised, in its words; or a transfer that came short."""
+
+
+def is_away(error: BaseException) -> bool:
+    """Whether the storage failed, and a later try may not. An OSError without a number tells of bytes."""
+    if isinstance(error, (Away, TimeoutError, ConnectionError, PermissionError)):
+        return True
+    return isinstance(error, OSError) and error.errno is not None and error.errno not in NOT_AWAY
+
+
+@contextmanager
+def remote() -> Iterator[None]:
+    """Errors of a remote storage's client, each of a kind of its own: Away, unless a name is not there."""
+    try:
+        yield
+    except (*NOT_THERE, UserError, Away):
+        raise
+    except Exception as error:
+        if is_full(error):
+            raise
+        answer = getattr(error, "response", error)
+        if getattr(answer, "status_code", getattr(answer, "status", None)) in GONE:
+            raise FileNotFoundError(str(error)) from error
+        raise Away(f"{type(error).__name__}: {error}") from error
+
+
+def clock() -> float:
+    """Seconds; tests have one of their own."""
+    return time.monotonic()
+
+
+class Patience:
+    """Tries again for `timeout_s` seconds; one for each process, and for all its threads."""
+
+    def __init__(self, timeout_s: float):
+        self.timeout_s = timeout_s
+        self.over = threading.Event()
+        self.told_at = float("-inf")
+        self.lock = threading.Lock()
+
+    def insist(self, what: str, attempt: Callable[[], T]) -> T:
+        """What `attempt` returns, or raises where the storage is not to blame. `what`: a shard, for people.
+
+        Raises StorageError where the storage stays away, or its disk is full.
+        """
+        since, pause_s = None, FIRST_PAUSE_S
+        while True:
+            try:
+                return attempt()
+            except OSError as error:
+                if is_full(error):
+                    raise StorageError(f"{what}: {told(error)}") from error
+                if not is_away(error):
+                    raise
+                since = clock() if since is None else since
+                waited_s = clock() - since
+                if waited_s >= self.timeout_s:
+                    raise StorageError(self._given_up(what, error, waited_s)) from error
+                self._tell(what, error, waited_s)
+            to_tell_s = self.told_at + TOLD_EVERY_S - clock()
+            self.rest(min(pause_s * random.uniform(0.5, 1.5), self.timeout_s - waited_s, max(to_tell_s, 0.5)))
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+    def rest(self, seconds: float) -> None:
+        """Raises Stopped once `end` was called."""
+        if self.over.wait(seconds):
+            raise Stopped
+
+    def end(self) -> None:
+        """Nobody waits any more: threads that do are let go."""
+        self.over.set()
+
+    def _tell(self, what: str, error: OSError, waited_s: float) -> None:
+        with self.lock:
+            if clock() - self.told_at < TOLD_EVERY_S:
+                return
+            self.told_at = clock()
+        logger.warning(
+            f"{what}: the storage does not answer ({told(error)}); tried again for another "
+            f"{self.timeout_s - waited_s:.0f} s (data.storage_timeout_s)"
+        )
+
+    def _given_up(self, what: str, error: OSError, waited_s: float) -> str:
+        return (
+            f"{what}: the storage has not answered for {waited_s:.0f} s (data.storage_timeout_s = "
+            f"{self.timeout_s:g}): {told(error)}"
+        )
+
+
+def told(error: BaseException) -> str:
+    """An error in one line of bounded length."""
+    text = " ".join(str(error).split())[:300]
+    return text if isinstance(error, Away) else f"{type(error).__name__}: {text}"

@@ -1,0 +1,73 @@
+"""Ranks wait for one whose storage is away, and stop with it where it stays away."""
+
+import dataclasses
+from pathlib import Path
+
+import torch.distributed as dist
+
+from tests.reference.small_run import CPU, SMALL, DrawnLoader, job_of
+from torchtitan.build import build
+from torchtitan.config.errors import StorageError
+from torchtitan.distributed import collectives
+from torchtitan.distributed.collectives import agree_on_data
+from torchtitan.train import Trainer
+
+
+def answers_of_two() -> tuple[list, int]:
+    """Rank 1 waits three times before it has data, then neither has any; and how often rank 0 was asked."""
+    sums, true_sum = [], collectives.sum_over_hosts
+    collectives.sum_over_hosts = lambda values: sums.append(values) or true_sum(values)  # type: ignore
+    waits = [agree_on_data(None) for _ in range(3)] if dist.get_rank() == 1 else []
+    return [*waits, agree_on_data(dist.get_rank() == 1), agree_on_data(False)], len(sums)
+
+
+def error_of_two() -> str:
+    """Rank 1 gives up while rank 0 waits."""
+    error = StorageError("a.tar: away") if dist.get_rank() == 1 else None
+    try:
+        agree_on_data(None if error is None else True, error)
+    except StorageError as raised:
+        return str(raised)
+    return ""
+
+
+def test_those_who_have_data_wait_with_those_who_do_not_know_yet(pool):
+    (first, asked), (second, _) = pool.run(2, answers_of_two)
+    assert first == [True, False] and asked == 5
+    assert second[-2:] == [True, False]
+
+
+def test_an_error_of_one_rank_is_raised_on_all(pool):
+    assert pool.run(2, error_of_two) == ["a.tar: away"] * 2
+
+
+class AwayLoader(DrawnLoader):
+    """Rank 1 has no third step."""
+
+    def __init__(self, *arguments, agree, **options):
+        super().__init__(*arguments, **options)
+        self.agree = agree
+
+    def __next__(self):
+        error = StorageError("a.tar: away") if self.given == 2 and dist.get_rank() == 1 else None
+        self.agree(True, error)
+        return super().__next__()
+
+
+def stop_of_two(folder: str) -> str:
+    spec = dataclasses.replace(SMALL, build_loader=AwayLoader)
+    options = {"checkpoint.enable": True, "checkpoint.interval": 100, "training.steps": 5}
+    trainer = Trainer(build(job_of(options, folder), spec, CPU))
+    try:
+        trainer.train()
+    except StorageError as error:
+        return str(error)
+    finally:
+        trainer.close()
+    return ""
+
+
+def test_a_rank_whose_storage_stays_away_stops_all_with_what_was_trained(pool, tmp_path):
+    line = "a.tar: away; stopped after step 2; the same command goes on from its checkpoint"
+    assert pool.run(2, stop_of_two, str(tmp_path)) == [line] * 2
+    assert [path.name for path in (Path(tmp_path) / "checkpoint").iterdir()] == ["step-2"]
