@@ -24,6 +24,7 @@ from experiments.vlm.world.caption import describe, tell  # noqa: E402
 from experiments.vlm.world.document import draw_document  # noqa: E402
 from experiments.vlm.world.scene import sees_scene, varied_scene  # noqa: E402
 from torchtitan.components.tokenizer import LLAMA3_SPLIT  # noqa: E402
+from torchtitan.components.tokenizer_files import byte_spellings  # noqa: E402
 
 IDS = 1024
 NAMED = [
@@ -69,11 +70,7 @@ def train() -> list[bytes]:
         vocab_size=IDS - len(SPECIALS), initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(corpus(), trainer)
-    # ByteLevel writes a printable byte as itself and the others, in order, as the characters from 256 on.
-    unprintable = iter(range(256, 512))
-    byte_of = {
-        character if (character := chr(b)) in alphabet else chr(next(unprintable)): b for b in range(256)
-    }
+    byte_of = {character: byte for byte, character in byte_spellings().items()}
     tokens = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     return [bytes(byte_of[character] for character in token) for token, _ in tokens]
 

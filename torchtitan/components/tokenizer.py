@@ -94,7 +94,7 @@ class Tokenizer(Protocol):
         """Id of a special token, for chat templates; None where this tokenizer has no such token."""
 
 
-def load_tokenizer(path: str) -> Tokenizer:
+def load_tokenizer(path: str) -> "SpecialTokenizer":
     """Load `path`: a tokenizer file, or a folder that holds one. Raises ConfigError naming the file."""
     file = find_file(shipped(path))
     return load_tokenizers(file) if file.suffix == ".json" else load_tiktoken(file)
@@ -238,6 +238,14 @@ class TiktokenBackend:
 
 def load_tiktoken(file: Path) -> SpecialTokenizer:
     """A `tokenizer.model`. Raises ConfigError where the file is not one."""
+    ranks = read_ranks(file)
+    spellings = read_json(file.with_name("special_tokens.json"), LLAMA3_SPECIALS)
+    specials = {spelling: len(ranks) + i for i, spelling in enumerate(spellings)}
+    return SpecialTokenizer(TiktokenBackend(ranks), specials, {})
+
+
+def read_ranks(file: Path) -> dict[bytes, int]:
+    """Bytes of a token -> its id, of a `tokenizer.model`. Raises ConfigError where the file is not one."""
     ranks: dict[bytes, int] = {}
     try:
         for line in file.read_bytes().splitlines():
@@ -254,9 +262,7 @@ def load_tiktoken(file: Path) -> SpecialTokenizer:
             f"{file}: ranks must be 0, 1, 2, ... without a gap and hold all 256 single bytes; is the file "
             "cut short?"
         )
-    spellings = read_json(file.with_name("special_tokens.json"), LLAMA3_SPECIALS)
-    specials = {spelling: len(ranks) + i for i, spelling in enumerate(spellings)}
-    return SpecialTokenizer(TiktokenBackend(ranks), specials, {})
+    return ranks
 
 
 class TokenizersBackend:
