@@ -15,7 +15,7 @@ from experiments.vlm.data.setup import make_setup, shape_of
 from experiments.vlm.data.shared_memory import Buffers, slot_views
 from experiments.vlm.data.slot import Packed, Slot
 from experiments.vlm.data.sources.good_sample import Search
-from experiments.vlm.data.sources.reader import ShardCache
+from experiments.vlm.data.sources.shard_cache import ShardCache
 from experiments.vlm.data.storage.patience import Patience
 from torchtitan.components.tokenizer import load_tokenizer
 

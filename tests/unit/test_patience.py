@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from experiments.vlm.data.rejects import Rejected
-from experiments.vlm.data.sources.reader import ShardCache, guarded
+from experiments.vlm.data.sources.shard_cache import ShardCache, guarded
 from experiments.vlm.data.storage import patience
 from experiments.vlm.data.storage.client import Stopped
 from experiments.vlm.data.storage.patience import Away, Patience, is_away, remote

@@ -22,7 +22,7 @@ from experiments.vlm.data.image import ImagePlan, decode, write_patches
 from experiments.vlm.data.rejects import Reject, Rejected
 from experiments.vlm.data.sample import PlannedImage
 from experiments.vlm.data.slot import Packed, SlotPlan
-from experiments.vlm.data.sources.reader import Key, ShardCache
+from experiments.vlm.data.sources.shard_cache import Key, ShardCache
 
 Views = dict[str, np.ndarray]  # field -> [S], [rows, L, D] or [rows, L, 3]
 

@@ -12,7 +12,8 @@ import numpy as np
 from experiments.vlm.data.document import Document, Image
 from experiments.vlm.data.formats.shard import Shard
 from experiments.vlm.data.rejects import Rejected
-from experiments.vlm.data.sources.reader import Transform, guarded
+from experiments.vlm.data.sources.reader import Transform
+from experiments.vlm.data.sources.shard_cache import guarded
 
 NEIGHBOURS = 32  # records that are tried for images before a sample is blanked instead
 

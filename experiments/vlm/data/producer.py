@@ -15,10 +15,10 @@ from experiments.vlm.data.resume import SlotState
 from experiments.vlm.data.setup import Setup
 from experiments.vlm.data.slot import Slot, SlotPlan
 from experiments.vlm.data.sources.good_sample import Search
-from experiments.vlm.data.sources.reader import ShardCache
+from experiments.vlm.data.sources.shard_cache import ShardCache
 from experiments.vlm.data.storage.patience import Patience
 
-SPARE_SHARDS = 32  # kept open besides two of each source for every slot
+SPARE_SHARDS = 32  # kept open besides three of each source for every slot: read, next, and still waited for
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Producer:
         planning = setup.planning
         self.cache = ShardCache(
             setup.open_shard,
-            2 * len(slots) * len(planning.deals) + SPARE_SHARDS,
+            3 * len(slots) * len(planning.deals) + SPARE_SHARDS,
             Patience(setup.storage_timeout_s),
         )
         self.pool = ThreadPoolExecutor(setup.decode_threads, "decode") if setup.decode_threads > 1 else None
@@ -48,6 +48,8 @@ class Producer:
         doubt = Search(planning, setup.tokenizer, self.cache).require
         self.slots = [Slot(number, planning, setup.tokenizer, self.cache, doubt) for number in slots]
         self.tallies = {number: Tally() for number in slots}  # of what was delivered
+        for slot in self.slots:  # all of them at one time
+            slot.open_ahead(states[slot.number]["plan"] if slot.number in states else None)
         for slot in self.slots:
             if slot.number in states:
                 state = states[slot.number]

@@ -20,7 +20,8 @@ from experiments.vlm.data.report import Tally, check_bad_fraction
 from experiments.vlm.data.sample import Sample, make_sample
 from experiments.vlm.data.sources.mixture import Mixture
 from experiments.vlm.data.sources.order import Deal
-from experiments.vlm.data.sources.reader import Record, Reference, ShardCache, SourceReader
+from experiments.vlm.data.sources.reader import Record, Reference, SourceReader
+from experiments.vlm.data.sources.shard_cache import ShardCache
 from experiments.vlm.data.split import Splitter
 from torchtitan.components.tokenizer import Tokenizer
 
@@ -143,6 +144,14 @@ class Slot:
         for entry in self.look_ahead.entries:
             units[entry.payload.reference.source].append(entry.payload.reference.unit)
         return {reader.deal.name: reader.epochs(of) for reader, of in zip(self.readers, units, strict=True)}
+
+    def open_ahead(self, state: dict[str, Any] | None) -> None:
+        """Let the shards be opened that this slot reads first, at a `position` or at the beginning."""
+        places = state["readers"] if state else [reader.position() for reader in self.readers]
+        waiting = state["waiting"] if state else []
+        units = [(source, unit) for source, (unit, *_) in enumerate(places)]
+        for source, unit in dict.fromkeys([*units, *((source, unit) for source, unit, *_ in waiting)]):
+            self.readers[source].open_ahead(unit)
 
     def seek(self, state: dict[str, Any]) -> None:
         """Go on from a `position`. Samples that waited are read again; one that is gone is rejected."""

@@ -19,7 +19,7 @@ from experiments.vlm.data.formats import RECORD_FILES, RECORD_FORMATS, Record, c
 from experiments.vlm.data.formats.record_files import Records, open_records
 from experiments.vlm.data.formats.record_shard import ImageFolder, folder_of
 from experiments.vlm.data.rejects import Rejected
-from experiments.vlm.data.sources.reader import guarded
+from experiments.vlm.data.sources.shard_cache import guarded
 from experiments.vlm.data.sources.shards import copy_to_read, match_files, suffix_of
 from experiments.vlm.data.storage.file_cache import FileCache
 from experiments.vlm.data.storage.patience import Patience

@@ -21,7 +21,7 @@ from experiments.vlm.data.setup import Setup
 from experiments.vlm.data.slot import Slot
 from experiments.vlm.data.sources.good_sample import Search
 from experiments.vlm.data.sources.mixture import Mixture
-from experiments.vlm.data.sources.reader import ShardCache
+from experiments.vlm.data.sources.shard_cache import ShardCache
 from experiments.vlm.data.split import Splitter, outline_of
 from experiments.vlm.data.storage.patience import Patience
 

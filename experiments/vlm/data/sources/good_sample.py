@@ -17,7 +17,7 @@ from experiments.vlm.data.image import decode
 from experiments.vlm.data.rejects import Reject, Rejected
 from experiments.vlm.data.sample import make_sample
 from experiments.vlm.data.slot import SlotSettings
-from experiments.vlm.data.sources.reader import ShardCache, guarded
+from experiments.vlm.data.sources.shard_cache import ShardCache, guarded
 from experiments.vlm.data.split import Splitter
 from experiments.vlm.data.storage.patience import Patience
 from torchtitan.components.tokenizer import Tokenizer

@@ -1,18 +1,12 @@
 """One source, read by one slot: records in the order that order.py deals, bad ones logged and skipped.
 
-`ShardCache` keeps shards open for all slots of a process; `SourceReader` is one slot's position in one
-source.
+While a unit is read, the shard of the next one is opened: a slot waits for storage only where opening a shard
+takes longer than reading one.
 """
 
-import contextlib
-import os
-import threading
-import traceback
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,13 +14,7 @@ from experiments.vlm.data.document import Document
 from experiments.vlm.data.formats.shard import Shard
 from experiments.vlm.data.rejects import Reject, Rejected
 from experiments.vlm.data.sources.order import Deal, Unit
-from experiments.vlm.data.storage.client import Stopped
-from experiments.vlm.data.storage.patience import Patience, is_away
-from torchtitan.config.errors import UserError
-from torchtitan.tools.logging import logger
-
-T = TypeVar("T")
-Key = tuple[int, str]  # source, path
+from experiments.vlm.data.sources.shard_cache import ShardCache
 
 
 class Reference(NamedTuple):
@@ -45,108 +33,6 @@ class Record:
     document: Document
     shard: str
     lost: list[Rejected]  # images that the document goes without
-
-
-class Lease:
-    """An open shard, closed when nobody holds the lease any more: a thread may still read from one that the
-    cache let go.
-    """
-
-    def __init__(self, shard: Shard):
-        self.shard = shard
-
-    def __del__(self) -> None:
-        with contextlib.suppress(Exception):  # also while the interpreter ends
-            self.shard.close()
-
-
-class ShardCache:
-    """Open shards of all sources, the longest unused let go. For all threads of a process.
-
-    A shard that cannot be opened is remembered as well; where its storage is away, that is waited for.
-    """
-
-    def __init__(self, open_shard: Callable[[int, str], Shard], capacity: int, patience: Patience):
-        self.open_shard = open_shard  # (source, path); raises Rejected, and OSError of a storage that is away
-        self.capacity = capacity
-        self.patience = patience
-        self.kept: OrderedDict[Key, Future[Lease]] = OrderedDict()
-        self.lock = threading.Lock()
-
-    def use(self, source: int, path: str, work: Callable[[Shard], T]) -> T:
-        """What `work` makes of the opened shard; again from opening it on while its storage is away.
-
-        Raises Rejected and what `work` raises, StorageError.
-        """
-
-        def attempt() -> T:
-            lease = self._leased((source, path))
-            try:
-                return guarded(work, lease.shard)
-            except OSError:
-                self._forget((source, path))  # what was open may stay broken once the storage is back
-                raise
-
-        return self.patience.insist(path, attempt)
-
-    def close(self) -> None:
-        self.kept.clear()
-
-    def _leased(self, key: Key) -> Lease:
-        with self.lock:
-            future = self.kept.get(key)
-            is_new = future is None
-            future = self.kept.setdefault(key, Future())
-            self.kept.move_to_end(key)
-            while len(self.kept) > self.capacity:
-                self.kept.popitem(last=False)
-        if is_new:
-            self._open(key, future)
-        try:
-            return future.result()
-        except Rejected as rejected:  # remembered: each is given one of its own, or tracebacks would grow
-            raise Rejected(*rejected.args) from None
-
-    def _open(self, key: Key, future: "Future[Lease]") -> None:
-        try:
-            future.set_result(Lease(guarded(self.open_shard, *key)))
-        except BaseException as error:
-            if not isinstance(error, Rejected):
-                self._forget(key, future)  # away, or asked to end: nothing to remember
-            future.set_exception(error)
-
-    def _forget(self, key: Key, future: "Future[Lease] | None" = None) -> None:
-        with self.lock:
-            if future is None or self.kept.get(key) is future:
-                self.kept.pop(key, None)
-
-
-def guarded(call: Callable, *args):
-    """`call(*args)`, with every error as Rejected: a record that a reader stumbles over stops no run.
-
-    But an OSError of a storage that is away stays one, for Patience. Readers raise Rejected for what is wrong
-    with a record, so whatever else they raise is their own fault and says so.
-    """
-    try:
-        return call(*args)
-    except (Rejected, MemoryError, UserError, Stopped):
-        raise
-    except OSError as error:
-        if is_away(error):
-            raise
-        raise Rejected("shard_unreadable", f"{type(error).__name__}: {error}") from error
-    except Exception as error:
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        kind = f"{type(error).__name__} in {where.name}, {os.path.basename(where.filename)}:{where.lineno}"
-        if kind not in _failures:
-            _failures.add(kind)
-            logger.exception(
-                f"a reader failed ({kind}); it is counted as reader_failed, and further ones are not shown"
-            )
-        raise Rejected("reader_failed", f"{kind}: {error}") from error
-
-
-_failures: set[str] = set()  # kinds that this process has logged
 
 
 # a validation control: (document, its shard, its record)
@@ -177,6 +63,11 @@ class SourceReader:
     def ended(self) -> bool:
         """Whether the last epoch is over."""
         return self.deal.unit(self.slot, self.unit) is None
+
+    def open_ahead(self, number: int) -> None:
+        """Let the shard of the slot's unit of that number be opened, if there is one."""
+        if (unit := self.deal.unit(self.slot, number)) is not None:
+            self.cache.ahead(self.source, self.deal.shards[unit.shard])
 
     def position(self) -> list[int]:
         """The unit's number, the place in its order, units in a row without a good sample."""
@@ -271,6 +162,7 @@ class SourceReader:
             for what in wrong if first else ():
                 reject(self._told(unit, what, "", image=None))
             self._order = self.unit, order
+            self.open_ahead(self.unit + 1)
         return self._order[1]
 
     def told(self, reference: Reference, rejected: Rejected) -> Reject:

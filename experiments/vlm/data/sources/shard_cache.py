@@ -1,0 +1,146 @@
+"""Open shards of all sources of a process, opened before they are needed, and again after an outage.
+
+use      whoever reads from a shard: it is opened if it is not, and waited for while its storage is away
+ahead    whoever knows what is read next: opened in a thread, many at a time
+"""
+
+import contextlib
+import errno
+import os
+import threading
+import traceback
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import TypeVar
+
+from experiments.vlm.data.formats.shard import Shard
+from experiments.vlm.data.rejects import Rejected
+from experiments.vlm.data.storage.client import Stopped
+from experiments.vlm.data.storage.patience import Patience, is_away
+from torchtitan.config.errors import UserError
+from torchtitan.tools.logging import logger
+
+T = TypeVar("T")
+Key = tuple[int, str]  # source, path
+OPENERS = 32  # threads that open shards ahead: nearly all of their time they wait for the storage
+TOO_MANY_OPEN = (errno.EMFILE, errno.ENFILE)
+
+
+class Lease:
+    """An open shard, closed when nobody holds the lease any more: a thread may still read from one that the
+    cache let go.
+    """
+
+    def __init__(self, shard: Shard):
+        self.shard = shard
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):  # also while the interpreter ends
+            self.shard.close()
+
+
+class ShardCache:
+    """Open shards of all sources, the longest unused let go. For all threads of a process.
+
+    A shard that cannot be opened is remembered as well; where its storage is away, that is waited for.
+    """
+
+    def __init__(self, open_shard: Callable[[int, str], Shard], capacity: int, patience: Patience):
+        self.open_shard = open_shard  # (source, path); raises Rejected, and OSError of a storage that is away
+        self.capacity = capacity
+        self.patience = patience
+        self.kept: OrderedDict[Key, Future[Lease]] = OrderedDict()
+        self.lock = threading.Lock()
+        self.openers = ThreadPoolExecutor(OPENERS, "open")
+
+    def use(self, source: int, path: str, work: Callable[[Shard], T]) -> T:
+        """What `work` makes of the opened shard; again from opening it on while its storage is away.
+
+        Raises Rejected and what `work` raises, StorageError.
+        """
+
+        def attempt() -> T:
+            lease = self._leased((source, path))
+            try:
+                return guarded(work, lease.shard)
+            except OSError as error:
+                self._forget((source, path), error)  # what was open may stay broken once the storage is back
+                raise
+
+        return self.patience.insist(path, attempt)
+
+    def ahead(self, source: int, path: str) -> None:
+        """Open a shard that will be used soon, in a thread; `use` waits for it."""
+        future, is_new = self._future((source, path))
+        if is_new:
+            attempt = partial(guarded, self.open_shard, source, path)
+            self.openers.submit(
+                self._open, (source, path), future, lambda: self.patience.insist(path, attempt)
+            )
+
+    def close(self) -> None:
+        self.openers.shutdown(cancel_futures=True)
+        self.kept.clear()
+
+    def _future(self, key: Key) -> "tuple[Future[Lease], bool]":
+        """The shard, open or being opened; and whether it is for the caller to open it."""
+        with self.lock:
+            is_new = key not in self.kept
+            future = self.kept.setdefault(key, Future())
+            self.kept.move_to_end(key)
+            while len(self.kept) > self.capacity:
+                self.kept.popitem(last=False)
+        return future, is_new
+
+    def _leased(self, key: Key) -> Lease:
+        future, is_new = self._future(key)
+        if is_new:
+            self._open(key, future, partial(guarded, self.open_shard, *key))
+        try:
+            return future.result()
+        except Rejected as rejected:  # remembered: each is given one of its own, or tracebacks would grow
+            raise Rejected(*rejected.args) from None
+
+    def _open(self, key: Key, future: "Future[Lease]", attempt: Callable[[], Shard]) -> None:
+        try:
+            future.set_result(Lease(attempt()))
+        except BaseException as error:
+            if not isinstance(error, Rejected):
+                self._forget(key, error)  # away, or asked to end: nothing to remember
+            future.set_exception(error)
+
+    def _forget(self, key: Key, error: BaseException) -> None:
+        with self.lock:
+            self.kept.pop(key, None)
+            if getattr(error, "errno", None) in TOO_MANY_OPEN:
+                self.kept.clear()
+
+
+def guarded(call: Callable, *args):
+    """`call(*args)`, with every error as Rejected: a record that a reader stumbles over stops no run.
+
+    But an OSError of a storage that is away stays one, for Patience. Readers raise Rejected for what is wrong
+    with a record, so whatever else they raise is their own fault and says so.
+    """
+    try:
+        return call(*args)
+    except (Rejected, MemoryError, UserError, Stopped):
+        raise
+    except OSError as error:
+        if is_away(error):
+            raise
+        raise Rejected("shard_unreadable", f"{type(error).__name__}: {error}") from error
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        kind = f"{type(error).__name__} in {where.name}, {os.path.basename(where.filename)}:{where.lineno}"
+        if kind not in _failures:
+            _failures.add(kind)
+            logger.exception(
+                f"a reader failed ({kind}); it is counted as reader_failed, and further ones are not shown"
+            )
+        raise Rejected("reader_failed", f"{kind}: {error}") from error
+
+
+_failures: set[str] = set()  # kinds that this process has logged
