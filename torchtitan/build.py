@@ -14,6 +14,7 @@ from torch import nn
 from torchtitan.components.checkpoint import Checkpointer
 from torchtitan.components.checkpoint_folder import find, read_record
 from torchtitan.components.forward_backward import ForwardBackward, Plain
+from torchtitan.components.freezing import freeze
 from torchtitan.components.loader import Batch, Loader, Tensors, to_device
 from torchtitan.components.lr_scheduler import Schedule, fit_warmup
 from torchtitan.components.metrics import Counts, MetricsMeter, Reporter
@@ -145,12 +146,6 @@ def resolve_global_batch(job: JobConfig) -> None:
             "checkpoint.exclude_from_loading = ['data']"
         )
     job.training.global_batch_size = saved
-
-
-def freeze(model: nn.Module, parts: list[str]) -> None:
-    """Take gradients from these parts."""
-    for part in parts:
-        model.get_submodule(part).requires_grad_(False)
 
 
 def describe(model: nn.Module, spec: TrainSpec, sizes: BatchSizes) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchtitan.build import describe, freeze
+from torchtitan.build import describe
+from torchtitan.components.freezing import freeze
 from torchtitan.components.lr_scheduler import fit_warmup
 from torchtitan.components.room import held_gib
 from torchtitan.config.job import JobConfig

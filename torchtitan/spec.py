@@ -37,7 +37,7 @@ class TrainSpec:
     """
 
     name: str
-    parts: tuple[str, ...]  # attributes of the model that training.freeze may name
+    parts: tuple[str, ...]  # attributes of the model, in order of forward
     load_tokenizer: Callable[[Any], Any]  # (job)
     # (job, tokenizer; None: as published): a Model, on the meta device
     build_model: Callable[[Any, Any], Any]

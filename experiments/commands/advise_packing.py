@@ -18,7 +18,7 @@ from experiments.vlm.flops import Work, flops_of_work
 from experiments.vlm.model_config import model_config
 from experiments.vlm.spec import build_vlm
 from experiments.vlm.view.packing_advice import Occupancy, advise, patches_per_token, read_documents
-from torchtitan.build import freeze
+from torchtitan.components.freezing import freeze
 from torchtitan.components.tokenizer import Tokenizer, load_tokenizer
 from torchtitan.config.errors import require
 from torchtitan.config.parse import parse_script

@@ -8,7 +8,7 @@ import os
 import re
 from collections import Counter
 
-from experiments.vlm.config import PARTS, Source, VLMJobConfig
+from experiments.vlm.config import Source, VLMJobConfig
 from experiments.vlm.data.chat_template import BUILT_IN as CHAT_TEMPLATES
 from experiments.vlm.data.formats import FORMATS
 from experiments.vlm.data.sources.permission import denied
@@ -16,7 +16,7 @@ from experiments.vlm.model.flavors import EncoderConfig, VLMConfig
 from experiments.vlm.model_config import model_config
 from experiments.vlm.world.shards import SPLITS, WORLDS
 from torchtitan.config.check import RANGES as JOB_RANGES
-from torchtitan.config.check import check, check_ranges, check_selective, is_allowed
+from torchtitan.config.check import check, check_patterns, check_ranges, check_selective, is_allowed
 from torchtitan.config.errors import did_you_mean, require
 from torchtitan.config.layout import Degrees, degrees
 from torchtitan.models.decoder.check import check_decoder
@@ -58,6 +58,7 @@ def check_estimated(job: VLMJobConfig) -> None:
     """
     check_ranges(job, JOB_RANGES)
     check_selective(job)
+    check_patterns(job)
     check_model(job)
 
 
@@ -66,7 +67,6 @@ def check_model(job: VLMJobConfig) -> VLMConfig:
     check_ranges(job, RANGES)
     config = model_config(job)
     check_patches(job, config.projector.merge_size)
-    check_frozen(job)
     return config
 
 
@@ -93,13 +93,6 @@ def check_patches(job: VLMJobConfig, merge_size: int) -> None:
         f"{length}: "
         f"use at most {max(0, length - 2) * square}",
     )
-
-
-def check_frozen(job: VLMJobConfig) -> None:
-    """Parts that are frozen exist, and one trains."""
-    for part in job.training.freeze:
-        require(part in PARTS, f"training.freeze = {part}: no such part{did_you_mean(part, PARTS)}")
-    require(set(job.training.freeze) != set(PARTS), "training.freeze names every part: nothing would train")
 
 
 def check_encoder(job: VLMJobConfig, encoder: EncoderConfig, sizes: Degrees) -> None:

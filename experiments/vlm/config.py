@@ -9,7 +9,7 @@ from torchtitan.config.errors import ConfigError
 from torchtitan.config.job import ActivationCheckpoint, JobConfig, Parallelism, Validation
 
 FIRST = "data.sources.0."
-PARTS = ("encoder", "projector", "decoder")  # of the model; training.freeze names them
+PARTS = ("encoder", "projector", "decoder")  # of the model
 
 
 @dataclass

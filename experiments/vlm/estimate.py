@@ -15,7 +15,7 @@ from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.flops import Work, flops_of_work
 from experiments.vlm.model_config import model_config
 from experiments.vlm.rank_share import RankShare, build_on_meta
-from experiments.vlm.stages import split_layers
+from experiments.vlm.stages import sends_back, split_layers
 from torchtitan.config.check import check_pipeline, check_sequence
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.layout import BatchSizes, Degrees, resolve_batch
@@ -102,7 +102,8 @@ def _estimate(job: VLMJobConfig, sizes: Degrees, shares: _Shares) -> Estimate:
     share, split = shares.of(job, sizes, slots), Split(shares.config.decoder.layers, ())
     if sizes.pp > 1:
         split = split_layers(shares.model, job, sizes)
-    ranks = [_of_rank(job, sizes, batch, share, slots, split, rank) for rank in range(sizes.pp)]
+    back = sends_back(shares.model, split, job.parallelism.pipeline_parallel_schedule)
+    ranks = [_of_rank(job, sizes, batch, share, slots, split, back, rank) for rank in range(sizes.pp)]
     worst = max(range(sizes.pp), key=lambda rank: ranks[rank][0].total)
     memory, sent = ranks[worst]
     return Estimate(sizes, batch, memory, worst, shares.flops(work_of_step(job, batch)), sent, notes)
@@ -115,6 +116,7 @@ def _of_rank(
     share: RankShare,
     slots: int,
     split: Split,
+    back: list[bool],
     rank: int,
 ) -> tuple[Memory, dict[str, float]]:
     schedule, last = job.parallelism.pipeline_parallel_schedule, split.stages - 1
@@ -131,8 +133,10 @@ def _of_rank(
     memory = peak_memory(units, storage, flying, microbatches * share.batch_bytes)
     sent = traffic([unit for stage in units for unit in stage], storage)
     if sizes.pp > 1:
-        # The residual stream goes on after forward, or its gradient back.
-        sent["pp send"] = len(stages) * storage.forwards * share.residual_bytes
+        # The residual stream goes on after forward, and its gradient back, unless this rank goes on itself.
+        on = sum(stage < last and stage + 1 not in stages for stage in stages)
+        on += sum(back[stage] and stage - 1 not in stages for stage in stages)
+        sent["pp send"] = on * storage.forwards * share.residual_bytes
     if share.tied_numbers and (0 in stages) != (last in stages):
         # Both ends of the pipeline hold the table, and add up the gradients of their shards once a step.
         sent["pp tied embedding"] = FLOAT32 * share.tied_numbers / (sizes.dp_shard * sizes.cp)

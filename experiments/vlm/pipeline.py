@@ -19,7 +19,7 @@ from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.model.vlm import VLM
 from experiments.vlm.parallelize import parallelize_vlm
 from experiments.vlm.shard_batch import whole_slots
-from experiments.vlm.stages import split_layers
+from experiments.vlm.stages import sends_back, split_layers
 from torchtitan.distributed.mesh import Mesh
 from torchtitan.distributed.pipeline_parallel import Pipeline
 from torchtitan.distributed.stages import Split, stages_of_rank
@@ -51,14 +51,21 @@ def pipeline_vlm(model: VLM, mesh: Mesh, job: VLMJobConfig) -> Pipeline:
         parallelize_vlm(part, mesh, job)
         parts.append(part)
     tokens = job.training.seq_len // (sizes.cp * sizes.tp)
-    received = partial(torch.empty, p.pipeline_parallel_microbatch_size, tokens, model.config.decoder.dim)
+    received = torch.empty(
+        p.pipeline_parallel_microbatch_size,
+        tokens,
+        model.config.decoder.dim,
+        dtype=getattr(torch, job.training.mixed_precision_param),
+        device="meta",
+    )
     return Pipeline(
         parts,
         split,
         mesh,
         p.pipeline_parallel_schedule,
         job.training.local_batch_size // p.pipeline_parallel_microbatch_size,
-        received(dtype=getattr(torch, job.training.mixed_precision_param), device="meta", requires_grad=True),
+        received,
+        sends_back(model, split, p.pipeline_parallel_schedule),
         partial(whole_slots, mesh=mesh),
         TIED if model.config.decoder.tied_embeddings else None,
     )

@@ -1,8 +1,8 @@
 """One rank's share of a VLM, run once on the meta device: what its units hold, keep and send.
 
 The share is made by what splits and checkpoints the model that trains, so nothing of a tower is said here but
-where its units are. Few layers are run, since all are alike but for the first of a tower, whose input others
-hold too.
+where its units are. Of layers that are alike one is run: alike in what trains, in what backward computes, and
+in being checkpointed. The first of a tower is like no other, since others hold its input too.
 """
 
 import dataclasses
@@ -11,31 +11,33 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from experiments.vlm.batch import FIELDS, BatchShape
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.model.flavors import VLMConfig
+from experiments.vlm.model.vit import VisionEncoder
 from experiments.vlm.model.vlm import VLM
 from experiments.vlm.parallelize import split_decoder, split_encoder
 from experiments.vlm.shard_batch import shard_batch
 from experiments.vlm.sharing import sharers
 from torchtitan.components.flops import backward_of
+from torchtitan.components.freezing import freeze
 from torchtitan.components.optimizer import moments, sent_for_updates
 from torchtitan.config.layout import Degrees
-from torchtitan.distributed.activation_checkpoint import apply_activation_checkpoint
+from torchtitan.distributed.activation_checkpoint import apply_activation_checkpoint, is_checkpointed
 from torchtitan.distributed.estimate import Unit
 from torchtitan.distributed.footprint import Footprint, footprints, fuse_norms
 from torchtitan.distributed.fsdp import Sharding
 from torchtitan.distributed.mesh import Mesh, imagine_mesh
+from torchtitan.models.decoder.model import Decoder
 
 
 def build_on_meta(job: VLMJobConfig, config: VLMConfig, vocab_size: int) -> VLM:
     """Frozen where the job freezes it."""
     with torch.device("meta"):
         model = VLM(config, vocab_size, "sdpa", job.training.loss_chunk_tokens)
-    for part in job.training.freeze:
-        model.get_submodule(part).requires_grad_(False)
+    freeze(model, job.training.freeze)
     return model
 
 
@@ -51,10 +53,9 @@ class RankShare:
         self._job, self._config = job, config
         self._dtype = getattr(torch, job.training.mixed_precision_param)
         self._update = 2 if on_gpu else 4  # bytes of an element that Muon's ranks exchange
-        option = job.activation_checkpoint.selective_ac_option
-        self._every = 1 if option == "op" else int(option)
-        model, mesh = build_on_meta(job, self._shallow(), vocab).to(self._dtype), imagine_mesh(sizes)
+        model, mesh = build_on_meta(job, config, vocab).to(self._dtype), imagine_mesh(sizes)
         self._backward = backward_of(model)
+        self._like = self._keep_one_of_each_kind(model)
         split_decoder(model, mesh, _quiet(job, sizes))
         split_encoder(model, mesh, _quiet(job, sizes))
         self._parameters = dict(model.named_parameters())
@@ -67,20 +68,31 @@ class RankShare:
         self.tied_numbers = table.numel() if config.decoder.tied_embeddings and table.requires_grad else 0
         self._spans = self._run(model, mesh, batch, on_gpu)
 
-    def _shallow(self) -> VLMConfig:
-        """After the first layer of a tower one of each kind: checkpointed, and not where every n-th is."""
-        towers = {name: getattr(self._config, name) for name in ("encoder", "decoder")}
-        layers = 2 if self._every == 1 else 3
-        return dataclasses.replace(
-            self._config,
-            **{name: dataclasses.replace(tower, layers=layers) for name, tower in towers.items()},
-        )
+    def _keep_one_of_each_kind(self, model: VLM) -> dict[str, str]:
+        """Drop the others. Returns which layer is run in the place of each, by full names."""
+        ac, like = self._job.activation_checkpoint, {}
+        assert model.encoder is not None
+        towers: list[tuple[str, VisionEncoder | Decoder, str]] = [
+            ("encoder", model.encoder, ac.encoder_mode),
+            ("decoder", model.decoder, ac.mode),
+        ]
+        for tower_name, tower, mode in towers:
+            first_of: dict[Any, str] = {}
+            for number, layer in tower.layers.items():
+                name = f"{tower_name}.layers.{number}"
+                trained = tuple(parameter.requires_grad for parameter in layer.parameters())
+                checkpointed = is_checkpointed(number, mode, ac.selective_ac_option)
+                kind = number == "0", trained, self._backward[name].inputs, checkpointed
+                like[name] = first_of.setdefault(kind, name)
+            kept = [name.rpartition(".")[2] for name in first_of.values()]
+            tower.layers = nn.ModuleDict({number: tower.layers[number] for number in kept})
+        return like
 
     def _run(self, model: VLM, mesh: Mesh, batch: dict[str, Tensor], on_gpu: bool) -> dict[str, Footprint]:
-        ac, option = self._job.activation_checkpoint, "2" if self._every > 1 else None
+        ac = self._job.activation_checkpoint
         assert model.encoder is not None
         for tower, mode in ((model.encoder, ac.encoder_mode), (model.decoder, ac.mode)):
-            apply_activation_checkpoint(tower.layers, mode, option or ac.selective_ac_option)
+            apply_activation_checkpoint(tower.layers, mode, ac.selective_ac_option)
         if on_gpu:
             fuse_norms(model)
         spans = {name: model.get_submodule(name) for name in _span_names(model)}
@@ -98,7 +110,8 @@ class RankShare:
             # A stage keeps what it received.
             yield Unit("received", use=Footprint(self.residual_bytes))
         for number in layers:
-            yield unit(f"decoder layer {number}", self._layer("decoder", number), ("decoder.layers.1",))
+            layer = self._like[f"decoder.layers.{number}"]
+            yield unit(f"decoder layer {number}", layer, (layer,))
         if last:
             own = (
                 "decoder.norm",
@@ -116,16 +129,10 @@ class RankShare:
         ends = ("encoder.embedding", "encoder.norm")  # one group
         yield unit("patch embedding", "encoder.embedding", ends)
         for number in range(self._config.encoder.layers):
-            yield unit(
-                f"encoder layer {number}", self._layer("encoder", number), ("encoder.layers.1",), tp=heads
-            )
+            layer = self._like[f"encoder.layers.{number}"]
+            yield unit(f"encoder layer {number}", layer, (layer,), tp=heads)
         yield unit("encoder norm", "encoder.norm", ())
         yield unit("projector", "projector", ("projector",))
-
-    def _layer(self, tower: str, number: int) -> str:
-        """The layer that was run in the place of layer `number`."""
-        kind = 1 if self._every == 1 or number % self._every else 2
-        return f"{tower}.layers.{kind if number else 0}"
 
     def _unit(
         self,
@@ -149,7 +156,7 @@ class RankShare:
             sum(parameter.numel() for parameter in own.values()),
             shards,
             copies,
-            trains=bool(trained),
+            trained=sum(parameter.numel() for _, parameter in trained),
             in_backward=any(wants.weights or wants.inputs for wants in backward),
             moments=moments(trained, *optimizer),
             exchanged=sent_for_updates(trained, *optimizer, shards, tp, self._update),

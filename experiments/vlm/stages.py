@@ -1,10 +1,13 @@
 """How the layers of a VLM lie on the stages of a pipeline."""
 
+from collections.abc import Iterable
+
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.model.vlm import VLM
 from experiments.vlm.sharing import rows_a_forward, sharers
-from torchtitan.components.flops import forward_flops, product_flops, total_of
+from torchtitan.components.flops import backward_of, forward_flops, product_flops, total_of
 from torchtitan.config.layout import Degrees
+from torchtitan.distributed.activation_checkpoint import is_checkpointed
 from torchtitan.distributed.stages import Split, number_of_stages, split_evenly
 
 
@@ -18,43 +21,57 @@ def split_layers(model: VLM, job: VLMJobConfig, sizes: Degrees) -> Split:
     if p.pipeline_parallel_split_points:
         return Split(layers, tuple(p.pipeline_parallel_split_points))
     stages = number_of_stages(p.pipeline_parallel_schedule, sizes.pp)
-    layer, first, last = stage_costs(model, job, sizes)
-    return Split(
-        layers, tuple(split_evenly([layer] * layers, first, last, stages, p.pipeline_parallel_encoder_stage))
-    )
+    each, first, last = stage_costs(model, job, sizes)
+    return Split(layers, tuple(split_evenly(each, first, last, stages, p.pipeline_parallel_encoder_stage)))
 
 
-def stage_costs(model: VLM, job: VLMJobConfig, sizes: Degrees) -> tuple[float, float, float]:
-    """FLOPs of a rank for one microbatch: of a decoder layer, of what comes before the layers, of the output
-    layer.
+def stage_costs(model: VLM, job: VLMJobConfig, sizes: Degrees) -> tuple[list[float], float, float]:
+    """FLOPs of a rank for one microbatch: of each decoder layer, of what comes before the layers, of the
+    output layer.
 
     Those of every matrix (torchtitan/components/flops.py), and those that checkpointing computes again.
     Attention is left out: what documents and images look like is not known here, and it is small next to the
     products.
     """
-    assert model.projector is not None
+    assert model.encoder is not None and model.projector is not None
     forward, products, ac = forward_flops(model), product_flops(model), job.activation_checkpoint
     tokens = job.parallelism.pipeline_parallel_microbatch_size * job.training.seq_len / (sizes.cp * sizes.tp)
     patches = rows_a_forward(job, sizes) * job.data.patches_per_row / sharers(job, sizes)
     if job.parallelism.encoder_tensor_parallel:
         patches /= sizes.tp
 
-    def cost(part: str, mode: str = "none") -> float:
-        once, passes = total_of(part, forward), total_of(part, products)
+    def cost(part: str) -> float:
+        return total_of(part, products)
+
+    def costs(tower: str, layers: Iterable[str], mode: str) -> list[float]:
+        names = [f"{tower}.layers.{number}" for number in layers]
+        again = [computed_again(number, mode, ac.selective_ac_option) for number in layers]
         # What has no backward computes nothing again.
-        return passes + (passes > once) * computed_again(mode, ac.selective_ac_option) * once
+        return [
+            cost(name) + (cost(name) > total_of(name, forward)) * total_of(name, forward) * repeats
+            for name, repeats in zip(names, again, strict=True)
+        ]
 
-    encoder = cost("encoder.embedding") + cost("encoder.layers", ac.encoder_mode)
+    encoder = cost("encoder.embedding") + sum(costs("encoder", model.encoder.layers, ac.encoder_mode))
     visual = cost("projector") / model.projector.merged
-    return (
-        tokens * cost("decoder.layers.0", ac.mode),
-        patches * (encoder + visual),
-        tokens * cost("decoder.output"),
-    )
+    decoder = costs("decoder", model.decoder.layers, ac.mode)
+    return [tokens * each for each in decoder], patches * (encoder + visual), tokens * cost("decoder.output")
 
 
-def computed_again(mode: str, option: str) -> float:
-    """The share of a tower's matrix products that backward computes again (activation_checkpoint.py)."""
-    if mode == "selective":
-        return 0 if option == "op" else 1 / int(option)
-    return float(mode == "full")
+def sends_back(model: VLM, split: Split, schedule: str) -> list[bool]:
+    """Of each stage, whether it sends a gradient back: where something trains in those before.
+
+    `model` is whole, and frozen where the job freezes it. Schedules that split backward find the gradients of
+    weights on the way from an input that needs one, and lose them without an error where none does.
+    """
+    if schedule.endswith("ZeroBubble"):
+        return [stage > 0 for stage in range(split.stages)]
+    wants = backward_of(model)
+    later = [split.of(stage) for stage in range(1, split.stages)]
+    firsts = [f"decoder.layers.{layers.start}" if layers else "decoder.norm" for layers in later]
+    return [False, *(wants[first].inputs for first in firsts)]
+
+
+def computed_again(layer: str, mode: str, option: str) -> bool:
+    """Whether backward computes the matrix products of a layer again: not where it keeps them."""
+    return is_checkpointed(layer, mode, option) and not (mode == "selective" and option == "op")

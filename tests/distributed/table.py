@@ -51,6 +51,8 @@ def layout(name: str, ranks: int, **options: Any) -> Layout:
     return Layout(name, ranks, {(KEYS | TASK)[key]: value for key, value in options.items()})
 
 
+FREEZE = [r"encoder\.layers\.0", "bias", "norm", r"decoder\.layers\.[02]\.attention\.w[kv]", "tok_embeddings"]
+FRONT = ["tok_embeddings", r"decoder\.layers\.[012]\."]
 ON_TWO = [
     layout("accumulation", 1, slots=2),
     layout("accumulation, muon", 1, slots=2, optimizer="Muon"),
@@ -64,10 +66,12 @@ ON_TWO = [
     layout("fsdp2, compile", 2, compile=True),
     layout("fsdp2, offload to the CPU", 2, offload=True),
     layout("fsdp2, tied, frozen encoder", 2, model="small-qwen2", freeze=["encoder"]),
+    layout("fsdp2, frozen by pattern", 2, freeze=FREEZE),
     layout("fsdp2, muon", 2, optimizer="Muon"),
     layout("replicate2", 2, replicate=2),
     layout("tp2", 2, tp=2),
     layout("tp2, tied, biases", 2, tp=2, model="small-qwen2"),
+    layout("tp2, frozen by pattern", 2, tp=2, freeze=FREEZE),
     layout("tp2, encoder heads", 2, tp=2, heads=True),
     layout("tp2, shared encoder", 2, tp=2, slots=2, sharing="on"),
     layout("cp2", 2, cp=2),
@@ -82,6 +86,15 @@ ON_TWO = [
     layout("pp2, ZBVZeroBubble, tied", 2, pp=2, schedule="ZBVZeroBubble", model="small-qwen3-tied"),
     layout("pp2, tied", 2, pp=2, model="small-qwen3-tied"),
     layout("pp2, tied, frozen decoder", 2, pp=2, model="small-qwen3-tied", freeze=["decoder"]),
+    layout("pp2, frozen by pattern", 2, pp=2, freeze=FREEZE),
+    layout("pp2, nothing trains in the first stage", 2, pp=2, freeze=["encoder", "projector", *FRONT]),
+    layout(
+        "pp2, ZBVZeroBubble, nothing trains in the first stages",
+        2,
+        pp=2,
+        schedule="ZBVZeroBubble",
+        freeze=["encoder", "projector", *FRONT],
+    ),
     layout("pp2, encoder stage", 2, pp=2, encoder_stage=True),
     layout("pp2, split by hand", 2, pp=2, split=[3]),
     layout("pp2, resharding after forward", 2, pp=2, reshard="always"),
@@ -146,6 +159,8 @@ QUICK = (
     "fsdp2, muon",
     "replicate2.fsdp2",
     "tp2, shared encoder",
+    "tp2, frozen by pattern",
+    "pp2, nothing trains in the first stage",
     "cp2",
     "pp2, ZBVZeroBubble, tied",
     "tp2.cp2, encoder heads",

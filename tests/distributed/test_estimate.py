@@ -82,10 +82,13 @@ def measured_traffic(changes: dict) -> float:
         return sent.total
 
 
+# All of some layers, parts of others, and what comes before the first that trains.
+FREEZE = [r"encoder\.(emb|layers\.[01]\.)", "bias", r"decoder\.layers\.[1-4]\.attention\.w[kv]", "embeddings"]
 CASES = [
     layout("one process", 1, slots=2),
     layout("full checkpointing", 1, slots=2, ac="full", encoder_ac="full"),
     layout("tp2", 2, slots=2, tp=2),
+    layout("fsdp2, frozen by pattern", 2, slots=2, freeze=FREEZE),
     layout("pp2, ZBVZeroBubble", 2, slots=4, pp=2, schedule="ZBVZeroBubble"),
 ]
 FURTHER = [
@@ -102,6 +105,8 @@ FURTHER = [
     layout("pp2, InterleavedZeroBubble", 2, slots=8, pp=2, schedule="InterleavedZeroBubble"),
     layout("fsdp2, frozen encoder", 2, slots=2, freeze=["encoder"]),
     layout("fsdp2, frozen decoder", 2, slots=2, freeze=["decoder"]),
+    layout("fsdp2, frozen by half", 2, slots=2, freeze=["encoder", "projector", "tok_emb", "layers.[0-2]"]),
+    layout("pp2, frozen by pattern", 2, slots=4, pp=2, freeze=FREEZE),
     layout("fsdp2, muon", 2, slots=2, optimizer="Muon"),
     layout("fsdp2, tied", 2, slots=2, model="estimated-tied"),
 ]
@@ -141,6 +146,8 @@ def test_peak_is_as_measured_with_accumulation(pool, case):
 
 
 SENT = [
+    # Where a whole group before the first that trains is frozen, FSDP fetches one such group in vain.
+    layout("fsdp2, frozen by pattern", 2, slots=2, freeze=["bias", r"\.w[kv]\."]),
     layout("fsdp2, frozen decoder", 2, slots=2, freeze=["decoder"]),
     layout("tp2, shared encoder", 2, slots=2, tp=2),
     layout("cp2", 2, slots=1, cp=2),

@@ -15,12 +15,22 @@ from experiments.vlm.stages import stage_costs
 from tests.reference.batches import Sizes, build_batch, draw_picture, words
 from tests.reference.models import ENCODER, LLAMA, QWEN2, small_vlm
 from tests.reference.small_run import PATCHES, SEQ_LEN, job_of
+from torchtitan.components import freezing
 from torchtitan.components.flops import causal_pairs, segment_pairs
 from torchtitan.config.layout import Degrees
 from torchtitan.models.decoder.flavors import DecoderConfig
 
 SIZES = Sizes(seq_len=32, patches_per_row=48)
 FREEZES = [frozen for count in range(len(PARTS)) for frozen in combinations(PARTS, count)]
+BY_TENSOR = [
+    (r"encoder\.layers\.0", r"decoder\.layers\.0\.attention\.wq"),
+    ("encoder", "projector", "tok_embeddings", r"decoder\.layers\.0"),
+    ("encoder", "projector", "tok_embeddings", r"layers\.\d\.(?!attention\.wk)", "output"),
+    ("encoder", "projector", "decoder.(?!layers.0.feed_forward.w3)"),
+    ("encoder.(?!layers.1.attention.wo)", "projector", "decoder"),
+    ("weight",),  # biases alone train, where there are any
+    ("encoder.(?!embedding.positions)", "projector.linear_1", "norm"),
+]
 
 
 def full_batch() -> Batch:
@@ -37,40 +47,47 @@ def full_batch() -> Batch:
 def frozen_model(freeze: tuple[str, ...], norm: bool = True, decoder: DecoderConfig = LLAMA) -> VLM:
     """`norm`: of the projector, before its matrices."""
     model = VLM(VLMConfig(ENCODER, ProjectorConfig(56, norm), decoder), decoder.vocab_size, "sdpa", 16)
-    for part in freeze:
-        model.get_submodule(part).requires_grad_(False)
+    freezing.freeze(model, freeze)
     return model
 
 
 @pytest.mark.parametrize(
     ("norm", "decoder"), [(True, LLAMA), (False, QWEN2)], ids=["norm, untied", "no norm, tied"]
 )
-@pytest.mark.parametrize("freeze", FREEZES)
+@pytest.mark.parametrize("freeze", [*FREEZES, *BY_TENSOR], ids=" ".join)
 def test_flops_equal_those_that_pytorch_counts(freeze, norm, decoder):
     model, batch = frozen_model(freeze, norm, decoder), full_batch()
+    backward = {id(tower): 0 for tower in (model.encoder, model.decoder)}  # layers with one in attention
+    for tower in (model.encoder, model.decoder):
+        for layer in tower.layers.values():
+            layer.attention.inner.register_forward_hook(
+                lambda module, qkv, out, tower=tower: backward.update(
+                    {id(tower): backward[id(tower)] + out.requires_grad}
+                )
+            )
     with FlopCounterMode(display=False) as counter:
         model(**batch.tensors).sum().backward()
-    config, trained = model.config, "encoder" not in freeze
+    config, trained = model.config, model.encoder.embedding.positions.weight.requires_grad
     # The counter also sees what is not useful work. The resized position table is a product, once or twice:
     table = 2 * 96 * config.encoder.position_grid**2 * config.encoder.dim * (2 if trained else 1)
     # a causal call is counted with its upper triangle, and attention's backward computes the scores again (5
     # products for 4):
     allowed = sum(n * (n + 1) // 2 for n in (16, 16)) * 2
     whole = sum(n * n for n in (16, 16)) * 2
-    causal = 4 * config.decoder.heads * config.decoder.head_dim * config.decoder.layers
-    images = 4 * config.encoder.dim * config.encoder.layers * sum(n * n for n in (32, 16)) * 2
-    again = causal * whole // 2 + (images // 2 if trained else 0)
-    extra = table + causal * (whole - allowed) * 3 + again
+    causal, layers = 4 * config.decoder.heads * config.decoder.head_dim, backward[id(model.decoder)]
+    images = 4 * config.encoder.dim * backward[id(model.encoder)] * sum(n * n for n in (32, 16)) * 2
+    again = layers * causal * whole // 2 + images // 2
+    extra = table + causal * (whole - allowed) * (config.decoder.layers + 2 * layers) + again
     assert counter.get_total_flops() - extra == count_flops(model)(batch)
 
 
-@pytest.mark.parametrize("freeze", FREEZES)
+@pytest.mark.parametrize("freeze", [*FREEZES, *BY_TENSOR], ids=" ".join)
 def test_the_split_of_a_pipeline_counts_the_same_products(freeze):
     job, model = job_of({}, "unused"), frozen_model(freeze)
     job.activation_checkpoint.mode = job.activation_checkpoint.encoder_mode = "none"
-    layer, first, last = stage_costs(model, job, Degrees(1, 1, 1, 1, 2))
+    layers, first, last = stage_costs(model, job, Degrees(1, 1, 1, 1, 2))
     products = Work(PATCHES, SEQ_LEN, image_pairs=0, causal_pairs=0)
-    assert first + layer * model.config.decoder.layers + last == flops_of_work(model)(products)
+    assert first + sum(layers) + last == flops_of_work(model)(products)
 
 
 def test_padding_is_no_useful_work():

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from tests.reference.small_run import CPU, SMALL, Tokenizer, job_of
-from torchtitan.build import build, freeze
+from torchtitan.build import build
 from torchtitan.components import room
+from torchtitan.components.freezing import freeze
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.layout import Degrees
 from torchtitan.distributed.process_group import close_process_group, open_process_group

@@ -18,15 +18,10 @@ from torchtitan.layers.attention import InnerAttention
 
 @dataclass(frozen=True)
 class Backward:
-    """Which gradients a module needs: of its own weights, and of what it is given."""
+    """Which gradients a module needs: of any weight of its own, and of what it is given."""
 
     weights: bool
     inputs: bool
-
-    @property
-    def products(self) -> int:
-        """Passes over a matrix product, forward included."""
-        return 1 + self.weights + self.inputs
 
     @property
     def attention(self) -> int:
@@ -37,15 +32,25 @@ class Backward:
 def backward_of(model: nn.Module) -> dict[str, Backward]:
     """What each module computes in backward, by name: the one rule for what freezing saves.
 
-    A module's input needs a gradient where something trains that was registered before it, so modules must be
-    registered in the order in which they run.
+    A module's input needs a gradient where something before it trains. So modules must be registered in the
+    order in which they run; those that read what their parent reads, side by side, are named in its
+    `SAME_INPUT`. A table reads numbers of rows, which have no gradient.
     """
-    found, trains_before = {}, False
-    for name, module in model.named_modules():
-        trains = any(parameter.requires_grad for parameter in module.parameters(recurse=False))
-        found[name] = Backward(weights=trains, inputs=trains_before)
-        trains_before = trains_before or trains
+    found: dict[str, Backward] = {}
+    _visit("", model, False, found)
     return found
+
+
+def _visit(name: str, module: nn.Module, reads: bool, found: dict[str, Backward]) -> bool:
+    """`reads`: whether the input needs a gradient. Returns whether the output does."""
+    trains = any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+    found[name] = Backward(weights=trains, inputs=reads)
+    so_far = reads or trains
+    for child_name, child in module.named_children():
+        given = reads if child_name in getattr(module, "SAME_INPUT", ()) else so_far
+        given = given and not isinstance(child, nn.Embedding)
+        so_far |= _visit(f"{name}.{child_name}" if name else child_name, child, given, found)
+    return so_far
 
 
 def forward_flops(model: nn.Module) -> dict[str, int]:
@@ -55,8 +60,11 @@ def forward_flops(model: nn.Module) -> dict[str, int]:
 
 def product_flops(model: nn.Module) -> dict[str, int]:
     """FLOPs of each matrix, by name, for one row, forward and backward."""
-    backward = backward_of(model)
-    return {name: flops * backward[name].products for name, flops in forward_flops(model).items()}
+    backward, passes = backward_of(model), {}
+    for name, flops in forward_flops(model).items():
+        trains = model.get_parameter(f"{name}.weight").requires_grad
+        passes[name] = flops * (1 + trains + backward[name].inputs)
+    return passes
 
 
 def attention_passes(model: nn.Module) -> dict[str, int]:

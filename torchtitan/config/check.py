@@ -8,13 +8,14 @@ checked next to it: torchtitan/models/decoder/check.py, experiments/vlm/check.py
 import importlib.metadata
 import math
 import operator
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from torchtitan.config.devices import visible_gpus
-from torchtitan.config.errors import did_you_mean, require
+from torchtitan.config.errors import ConfigError, did_you_mean, require
 from torchtitan.config.job import JobConfig
 from torchtitan.config.layout import BALANCE_BLOCKS, STAGES_PER_RANK, Degrees, degrees, resolve_batch
 from torchtitan.config.shipped import shipped
@@ -71,6 +72,7 @@ def check(job: JobConfig, world_size: int) -> None:
     check_cuda_graphs(job)
     check_loading(job)
     check_selective(job)
+    check_patterns(job)
     resolve_batch(job, world_size)
     check_sequence(job, sizes)
     check_pipeline(job, sizes)
@@ -189,6 +191,21 @@ def check_selective(job: JobConfig) -> None:
         f'activation_checkpoint.selective_ac_option = {option}: must be "op" or a whole number >= 1, as a '
         "text",
     )
+
+
+def check_patterns(job: JobConfig) -> None:
+    """They are regular expressions; which parameters they match is known once the model is built."""
+    for pattern in job.training.freeze:
+        check_pattern("training.freeze", pattern)
+
+
+def check_pattern(key: str, pattern: str) -> None:
+    """Raises ConfigError, which names the option `key`."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"{key} = {pattern}: no regular expression ({error})") from None
+    require(bool(pattern), f"{key} is empty: name a part, or a pattern of parameter names")
 
 
 def check_sequence(job: JobConfig, sizes: Degrees) -> None:

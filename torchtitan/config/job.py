@@ -93,7 +93,9 @@ class Training:
     enable_cpu_offload: bool = False  # keep parameters, gradients and optimizer state in host memory
     loss_chunk_tokens: int = 4096  # tokens whose logits exist at one time
     gc_freq: int = 50  # steps between two garbage collections; none in between
-    freeze: list[str] = field(default_factory=list)  # parts that do not train: encoder, projector, decoder
+    # what does not train: parts (encoder, projector, decoder), or regular expressions that are looked for in
+    # the names of parameters (decoder\.layers\.[01]\., norm)
+    freeze: list[str] = field(default_factory=list)
 
 
 @dataclass

@@ -47,12 +47,17 @@ def apply_activation_checkpoint(blocks: nn.ModuleDict, mode: str, option: str) -
     """
     if mode == "none":
         return
-    every = int(option) if mode == "selective" and option != "op" else 1
     # Nothing random happens in a block, so the generators' state need not be kept.
     wrap = partial(checkpoint_wrapper, preserve_rng_state=False)
     if mode == "selective" and option == "op":
         policy = partial(_keep_expensive, _expensive_operators())
         wrap = partial(wrap, context_fn=partial(create_selective_checkpoint_contexts, policy))
-    for number, (name, block) in enumerate(list(blocks.items())):
-        if number % every == 0:
+    for name, block in list(blocks.items()):
+        if is_checkpointed(name, mode, option):
             blocks[name] = wrap(block)
+
+
+def is_checkpointed(name: str, mode: str, option: str) -> bool:
+    """`name` of a block: its number in the whole tower, so that every layout chooses the same."""
+    every = int(option) if mode == "selective" and option != "op" else 1
+    return mode != "none" and int(name) % every == 0

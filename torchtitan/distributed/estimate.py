@@ -28,7 +28,7 @@ class Unit:
     parameters: int = 0
     shards: int = 1  # ranks that FSDP divides the parameters over
     copies: int = 1  # groups of such ranks that hold the same (HSDP)
-    trains: bool = False
+    trained: int = 0  # of the parameters
     in_backward: bool = True  # gathered for it anew; what is frozen too, where something before it trains
     moments: int = 0  # numbers of the optimizer's state, before FSDP divides them
     exchanged: float = 0  # bytes that this rank sends in a step to update them
@@ -96,13 +96,12 @@ def _loads(
 ) -> Iterator[tuple[float, float]]:
     """What the microbatches in flight keep, and the gradients of those before, in bytes."""
     kept = [sum(unit.use.kept for unit in stage) for stage in stages]
-    trained = [[unit for unit in stage if unit.trains] for stage in stages]
     if not s.whole_gradients:
-        shards = sum(u.parameters / u.shards * FLOAT32 for stage in trained for u in stage)
+        shards = sum(u.trained / u.shards * FLOAT32 for stage in stages for u in stage)
         earlier = shards if s.reductions > 1 and not s.sharding.offload else 0.0
         yield from ((sum(map(mul, counts, kept)), earlier) for counts in in_flight)
         return
-    whole = [sum(u.parameters * s.reduced for u in stage) for stage in trained]
+    whole = [sum(u.trained * s.reduced for u in stage) for stage in stages]
     every = s.forwards // s.reductions
     for counts in in_flight:
         # A stage has gradients once a microbatch has gone back through it: not while all are in flight, but
@@ -123,8 +122,8 @@ def _moments(
         # The next unit is gathered while this one works.
         gathered = _gathered(units, full, s, i, i + 1, forward=True)
         yield Memory(f"forward of {unit.name}", state, earlier, gathered, kept, unit.use.forward)
-        done = on_device * sum(u.parameters / u.shards * FLOAT32 for u in units[i + 1 :] if u.trains)
-        own = unit.parameters * (s.parameter + s.reduced) if unit.trains else 0
+        done = on_device * sum(u.trained / u.shards * FLOAT32 for u in units[i + 1 :])
+        own = unit.trained * (s.parameter + s.reduced)
         gathered = _gathered(units, full, s, i, i - 1, forward=False)
         yield Memory(
             f"backward of {unit.name}", state, max(earlier, done), gathered, kept, unit.use.backward + own
@@ -165,14 +164,13 @@ def traffic(units: Sequence[Unit], storage: Storage) -> dict[str, float]:
             else storage.reductions
         )
         add("fsdp all-gather", gathers * others * unit.parameters * storage.parameter)
-        if unit.trains:
-            add("fsdp reduce-scatter", storage.reductions * others * unit.parameters * storage.reduced)
-            shard = unit.parameters / unit.shards
-            add(
-                "hsdp all-reduce",
-                storage.all_reductions * 2 * (unit.copies - 1) / unit.copies * shard * storage.reduced,
-            )
-            add("optimizer updates", unit.exchanged)
+        add("fsdp reduce-scatter", storage.reductions * others * unit.trained * storage.reduced)
+        shard = unit.trained / unit.shards
+        add(
+            "hsdp all-reduce",
+            storage.all_reductions * 2 * (unit.copies - 1) / unit.copies * shard * storage.reduced,
+        )
+        add("optimizer updates", unit.exchanged)
         for name, amount in unit.use.sent.items():
             add(name, amount * storage.forwards)
     return total

@@ -10,7 +10,7 @@ that split backward into input and weight gradients (zero bubble) rely on that: 
 refuses the rest.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -37,13 +37,15 @@ class Pipeline:
         schedule: str,
         microbatches: int,
         received: Tensor,
+        sends_back: Sequence[bool],
         whole_slots: Callable[[Tensor, Tensors], Tensor],
         tied: str | None = None,
     ):
         """`parts`: the stages of this rank, each with FSDP at its root. `received`: on the meta device, what
-        a stage hands to the next for one microbatch. `whole_slots`: (scores, batch) -> scores of whole slots,
-        where ranks hold parts of them.
-        `tied`: name of a parameter that the first and the last stage both hold."""
+        a stage hands to the next for one microbatch. `sends_back`: of each stage, whether it sends a gradient
+        of that back. `whole_slots`: (scores, batch) -> scores of whole slots, where ranks hold parts of them.
+        `tied`: name of a parameter that the first and the last stage both hold.
+        """
         ranks = mesh.degrees.pp
         self.parts, self.mesh, self._microbatches, self._received = parts, mesh, microbatches, received
         self._whole_slots, self._tied = whole_slots, tied
@@ -54,15 +56,16 @@ class Pipeline:
         self._scale: float | Tensor = 1.0
         self._sums: list[Tensor] = []
         # With the shapes given, no extra forward and backward is run to infer them. The last stage gives its
-        # summed loss.
-        given = [received] * (split.stages - 1) + [torch.empty(1, device="meta")]
+        # summed loss. Where nothing before a stage trains, its backward ends with it.
+        taken = [received.detach().requires_grad_(back) for back in sends_back]
+        given = [*taken[1:], torch.empty(1, device="meta")]
         stages = [
             PipelineStage(
                 part,
                 number,
                 split.stages,
                 mesh.device,
-                input_args=received,
+                input_args=taken[number],
                 output_args=given[number],
                 group=self._group,
             )

@@ -41,14 +41,16 @@ class PatchEmbedding(nn.Module):
 class EncoderAttention(nn.Module):
     """Multi-head attention inside each image."""
 
+    SAME_INPUT = ("wq", "wk", "wv")  # see backward_of
+
     def __init__(self, config: EncoderConfig, backend: str):
         super().__init__()
         self.head_dim = config.dim // config.heads
         self.wq = nn.Linear(config.dim, config.dim)
         self.wk = nn.Linear(config.dim, config.dim)
         self.wv = nn.Linear(config.dim, config.dim)
-        self.wo = nn.Linear(config.dim, config.dim)
         self.inner = InnerAttention(backend)
+        self.wo = nn.Linear(config.dim, config.dim)
 
     def forward(self, x_NLD: Tensor, mask: Any) -> Tensor:
         """[N, L, D] -> [N, L, D]. mask: what the backend prepared."""

@@ -26,6 +26,8 @@ from torchtitan.models.decoder.flavors import DecoderConfig
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions; biases and norms of q and k as the flavor says."""
 
+    SAME_INPUT = ("wq", "wk", "wv")  # see backward_of
+
     def __init__(self, config: DecoderConfig, backend: str):
         super().__init__()
         self.head_dim = config.head_dim
@@ -33,10 +35,10 @@ class Attention(nn.Module):
         self.wq = nn.Linear(config.dim, width, bias=config.qkv_bias)
         self.wk = nn.Linear(config.dim, kv_width, bias=config.qkv_bias)
         self.wv = nn.Linear(config.dim, kv_width, bias=config.qkv_bias)
-        self.wo = nn.Linear(width, config.dim, bias=False)
         self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
         self.inner = InnerAttention(backend)
+        self.wo = nn.Linear(width, config.dim, bias=False)
 
     def forward(self, h_BSD: Tensor, cos: Tensor, sin: Tensor, mask: Any) -> Tensor:
         """[B, S, D] -> [B, S, D]. cos, sin: rope.angles; mask: what the backend prepared."""
@@ -51,11 +53,13 @@ class Attention(nn.Module):
 class SwiGLU(nn.Module):
     """w2(silu(w1 x) * w3 x) (Shazeer, 2020)."""
 
+    SAME_INPUT = ("w1", "w3")  # see backward_of
+
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
         self.w1 = nn.Linear(dim, hidden_dim, bias=False)
-        self.w2 = nn.Linear(hidden_dim, dim, bias=False)
         self.w3 = nn.Linear(dim, hidden_dim, bias=False)
+        self.w2 = nn.Linear(hidden_dim, dim, bias=False)
 
     def forward(self, h_BSD: Tensor) -> Tensor:
         """[B, S, D] -> [B, S, D]."""
