@@ -1,4 +1,4 @@
-"""A decoder with a cache computes what it computes without one, whatever is sent at once and whoever is beside."""
+"""A decoder with a cache computes what it computes without, however the text is cut, whoever is beside."""
 
 import dataclasses
 
@@ -32,8 +32,8 @@ def whole(model: Decoder, tokens: list[int]) -> Tensor:
     return model(model.tok_embeddings(ids), positions, mask)[0]
 
 
-def cached(model: Decoder, sequences: int) -> Cache:
-    config, cache = model.config, Cache(sequences, PLACES, CPU)
+def cached(model: Decoder, sequences: int, places: int = PLACES) -> Cache:
+    config, cache = model.config, Cache(sequences, places, CPU)
     cache.attach(model.layers.values(), config.kv_heads, config.head_dim, torch.float32)
     return cache
 

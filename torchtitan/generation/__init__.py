@@ -1,0 +1,7 @@
+"""Text from a model that is there: nothing here knows of images, training or files.
+
+sampling    logits -> the next token, by options and one number
+cache       keys and values of what was read, in the place of each layer's attention
+text        ids -> text as it becomes certain; stop strings
+engine      prompts -> answers: a batch of fixed shape, refilled as its sequences end
+"""

@@ -77,8 +77,11 @@ class Cache:
 class CachedAttention(InnerAttention):
     """Queries of the new tokens against all that their sequences hold."""
 
+    keys: Tensor  # [B, T + 1, G, E], as are the values
+    values: Tensor
+
     def __init__(self, backend: str, cache: Cache, shape: Sequence[int], dtype: torch.dtype):
-        """`shape`: [B, T + 1, G, E] of its buffers."""
+        """`shape`: of the buffers."""
         super().__init__(backend)
         self.cache = cache
         for name in ("keys", "values"):

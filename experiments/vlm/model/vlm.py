@@ -76,9 +76,17 @@ class VLM(nn.Module):
         assert self.encoder is not None and self.projector is not None
         return self.projector(self.encoder(pixel_values, grid_thw))
 
-    def embed(self, tokens: Tensor, pixel_values: Tensor, grid_thw: Tensor, visual_index: Tensor) -> Tensor:
+    def embed(
+        self,
+        tokens: Tensor,
+        pixel_values: Tensor | None,
+        grid_thw: Tensor | None,
+        visual_index: Tensor | None,
+    ) -> Tensor:
         """Token embeddings with the visual tokens in their places, [B, S, D]."""
         assert self.decoder.tok_embeddings is not None
+        if pixel_values is None or grid_thw is None or visual_index is None:
+            return self.decoder.tok_embeddings(tokens)
         visual = self.encode(pixel_values, grid_thw)
         visual_BVD = rearrange(visual, "(B rows) v D -> B (rows v) D", B=tokens.shape[0])
         return place_visual_tokens(self.decoder.tok_embeddings(tokens), visual_BVD, visual_index)
@@ -88,14 +96,15 @@ class VLM(nn.Module):
         tokens: Tensor,
         positions: Tensor,
         document_ids: Tensor,
-        pixel_values: Tensor,
-        grid_thw: Tensor,
-        visual_index: Tensor,
+        pixel_values: Tensor | None = None,
+        grid_thw: Tensor | None = None,
+        visual_index: Tensor | None = None,
         labels: Tensor | None = None,
         per_token: bool = False,
         rows: Tensor | None = None,
         kv_document_ids: Tensor | None = None,
         kv_rows: Tensor | None = None,
+        keep: Tensor | None = None,
     ) -> Tensor:
         """A batch (experiments/vlm/batch.py) to its summed loss, float32 [1]; without labels to logits [B, S,
         V].
@@ -103,13 +112,14 @@ class VLM(nn.Module):
         `per_token`: negative log-likelihood and correctness of each label instead, float32 [B, S, 2]. A later
         pipeline stage gets the residual stream in place of `tokens`, and all but the last return it. `rows`,
         `kv_*`: where each token and each key stands in its slot, if this rank holds only some of the slot's
-        tokens (see Mask).
+        tokens (see Mask). While an answer is generated, tokens come without images, and `keep` says whose
+        logits are wanted, int64 [B, K].
         """
         h_BSD = tokens if self.encoder is None else self.embed(tokens, pixel_values, grid_thw, visual_index)
         mask = Mask(
             segments=document_ids, causal=True, kv_segments=kv_document_ids, rows=rows, kv_rows=kv_rows
         )
-        return self.decoder(h_BSD, positions, mask, labels, per_token)
+        return self.decoder(h_BSD, positions, mask, labels, per_token, keep)
 
     def tied_names(self) -> dict[str, str]:
         """Parameter -> the one that it is."""

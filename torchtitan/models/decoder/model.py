@@ -133,9 +133,10 @@ class Decoder(nn.Module):
         mask: Mask,
         labels_BS: Tensor | None = None,
         per_token: bool = False,
+        keep_BK: Tensor | None = None,
     ) -> Tensor:
         """Embeddings to logits or loss (see LMHead); to the residual stream where this stage has no output
-        layer.
+        layer. `keep_BK`: the tokens whose logits are wanted, int64; None: all.
         """
         cos, sin = rope.angles(
             positions_BS, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling
@@ -145,6 +146,8 @@ class Decoder(nn.Module):
             h_BSD = layer(h_BSD, cos, sin, prepared)
         if self.norm is None or self.output is None:
             return h_BSD
+        if keep_BK is not None:
+            h_BSD = h_BSD.gather(1, keep_BK[..., None].expand(-1, -1, h_BSD.shape[-1]))
         return self.output(self.norm(h_BSD), labels_BS, per_token)
 
 

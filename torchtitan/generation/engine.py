@@ -1,0 +1,223 @@
+"""Answers to many prompts: a batch of fixed shape whose sequences are refilled as they end.
+
+    admit    a prompt takes a free sequence of the cache: it is read in one call, which gives its first token
+    step     every sequence that is not done sends its newest token, and gets the next
+
+Two kinds of shapes in all: prompts padded to one of WIDTHS, and one token of each sequence. The host plans
+where everything goes and asks the device for nothing but the tokens that were chosen. What a request says
+depends on its own seed and number alone. Where ranks share the model, `agree` keeps them at the same calls.
+
+Letters: B sequences, V words.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from torchtitan.components.tokenizer import Tokenizer
+from torchtitan.generation.cache import Cache
+from torchtitan.generation.sampling import Sampling, SamplingRows, next_tokens, uniforms
+from torchtitan.generation.text import AnswerText
+
+DONE: Any = object()
+WIDTHS = (64, 256, 1024)  # tokens that a prompt is padded to; a longer one to what a sequence may hold
+
+
+class Prompt(Protocol):
+    """Tokens, and whatever else the model reads with them."""
+
+    @property
+    def ids(self) -> Sequence[int]:
+        """The tokens, at least one."""
+
+    @property
+    def rich(self) -> bool:
+        """Whether it holds more than tokens."""
+
+
+class Forward(Protocol):
+    """The model with its cache."""
+
+    def __call__(
+        self, tokens: Tensor, where: dict[str, Tensor], keep: Tensor, prompt: Any, rich: bool
+    ) -> Tensor:
+        """Logits [R, V] of token `keep[r]` of each row.
+
+        tokens: int64 [R, Q]; where: Cache.append; keep: int64 [R]. `prompt`: the one that is read, None for a
+        step; rich: some rank's prompt holds more than tokens, so that all ranks run what reads it.
+        """
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to answer, and how."""
+
+    number: int  # of the sample: with the seed it decides every draw
+    prompt: Any  # a Prompt
+    sampling: Sampling = Sampling()
+    seed: int = 0
+    max_tokens: int = 256
+    stops: tuple[str, ...] = ()
+
+
+@dataclass
+class Answer:
+    """An answer so far; `ended` says why nothing more comes, once it is so."""
+
+    request: Request
+    text: AnswerText
+    ids: list[int] = field(default_factory=list)  # without the token that ended it
+    logprobs: list[float] = field(
+        default_factory=list
+    )  # natural, of each id, by the model's own distribution
+    ended: Literal["", "stop", "length"] = ""
+    cancelled: bool = False  # nobody waits for it any more: it ends with its next token
+
+
+@dataclass(frozen=True)
+class Event:
+    """A piece of text of an answer, empty where none is certain yet."""
+
+    answer: Answer
+    text: str
+
+
+class Engine:
+    """Answers requests in the order in which they come, as many beside each other as the cache has rows."""
+
+    def __init__(
+        self,
+        forward: Forward,
+        cache: Cache,
+        tokenizer: Tokenizer,
+        ends: Iterable[int],
+        agree: Callable[[list[int]], list[int]] = lambda mine: mine,
+    ):
+        """`ends`: ids after which nothing follows; `agree`: the largest of each number over the ranks that
+        share the model.
+        """
+        self.forward = forward
+        self.cache = cache
+        self.tokenizer = tokenizer
+        self.ends = frozenset(ends)
+        self.agree = agree
+        self.rows: list[_Row | None] = [None] * len(cache.lengths)
+
+    @torch.no_grad()
+    def answer(self, requests: Iterable[Request | None]) -> Iterator[Event]:
+        """Pieces of text as they become certain; the last of an answer has its `ended` set.
+
+        A None among the requests says that none is there yet.
+        """
+        source, more = iter(requests), True
+        while True:
+            while True:
+                row = next((row for row, held in enumerate(self.rows) if held is None), None)
+                request = next(source, DONE) if more and row is not None else None
+                if request is DONE:
+                    more, request = False, None
+                admitted, width, rich = self.agree(_needs(request))
+                if not admitted:
+                    break
+                yield from self._admit(row or 0, request, width, bool(rich))
+            busy, goes_on = self.agree([sum(held is not None for held in self.rows), int(more)])
+            if busy:
+                yield from self._step()
+            elif not goes_on:
+                return
+
+    def _admit(self, row: int, request: Request | None, width: int, rich: bool) -> Iterator[Event]:
+        """Read a prompt into a free sequence; None: this rank has none and only runs along."""
+        ids = list(request.prompt.ids) if request else []
+        width = min(width, self.cache.places)
+        if request:
+            self.cache.crop(row, 0)
+        where = self.cache.append([row], [len(ids)], width)
+        tokens = torch.tensor([ids + [self.tokenizer.pad_id] * (width - len(ids))])
+        logits = self._logits(tokens, where, [max(len(ids) - 1, 0)], request and request.prompt, rich)
+        if request:
+            held = self.rows[row] = _Row(request, self.tokenizer)
+            yield self._take(row, *self._choose(logits, [held])[0])
+
+    def _step(self) -> Iterator[Event]:
+        """One more token for every sequence that is being answered."""
+        counts = [int(held is not None) for held in self.rows]
+        where = self.cache.append(range(len(counts)), counts, 1)
+        tokens = torch.tensor(
+            [[held.answer.ids[-1] if held else self.tokenizer.pad_id] for held in self.rows]
+        )
+        logits = self._logits(tokens, where, [0] * len(counts), None, False)
+        chosen = self._choose(logits, self.rows)
+        yield from [self._take(row, *chosen[row]) for row in range(len(counts)) if counts[row]]
+
+    def _logits(
+        self, tokens: Tensor, where: dict[str, Tensor], keep: list[int], prompt: Any, rich: bool
+    ) -> Tensor:
+        device = self.cache.device
+        return self.forward(tokens.to(device), where, torch.tensor(keep).to(device), prompt, rich)
+
+    def _choose(self, logits_RV: Tensor, held: Sequence["_Row | None"]) -> list[tuple[int, float]]:
+        """The next token of each row with its log-probability: what the device is asked for."""
+        device = logits_RV.device
+        options = SamplingRows([row.sampling if row else Sampling() for row in held], device)
+        numbers = torch.tensor([row.uniform() if row else 0.0 for row in held], dtype=torch.float64)
+        seen = _seen(held, logits_RV.shape[1]).to(device) if options.penalises else None
+        ids = next_tokens(logits_RV, options, numbers.to(device), seen)
+        logprobs = logits_RV.float().log_softmax(-1).gather(1, ids[:, None])[:, 0]
+        both = torch.stack((ids.double(), logprobs.double())).tolist()  # one copy; float64 holds ids exactly
+        return [(int(id), logprob) for id, logprob in zip(*both, strict=True)]
+
+    def _take(self, row: int, id: int, logprob: float) -> Event:
+        """One more token of a row; the row is free where the answer has ended."""
+        held = self.rows[row]
+        assert held is not None
+        answer, text = held.answer, ""
+        if id in self.ends:
+            answer.ended = "stop"
+        else:
+            answer.ids.append(id)
+            answer.logprobs.append(logprob)
+            text = answer.text.add(id)
+            full = (
+                len(answer.ids) == answer.request.max_tokens or self.cache.lengths[row] == self.cache.places
+            )
+            answer.ended = "stop" if answer.text.stopped else "length" if full or answer.cancelled else ""
+        if answer.ended:
+            text += answer.text.finish()
+            self.rows[row] = None
+        return Event(answer, text)
+
+
+class _Row:
+    """A sequence that is being answered."""
+
+    def __init__(self, request: Request, tokenizer: Tokenizer):
+        self.answer = Answer(request, AnswerText(tokenizer, request.stops))
+        self.sampling = request.sampling
+        self.numbers = uniforms(request.seed, request.number, request.max_tokens)
+
+    def uniform(self) -> float:
+        """The number in [0, 1) of the next draw."""
+        return float(self.numbers[len(self.answer.ids)])
+
+
+def _needs(request: Request | None) -> list[int]:
+    """Of one call: is there a prompt, how wide is it, does it hold more than tokens?"""
+    if request is None:
+        return [0, 0, 0]
+    length = len(request.prompt.ids)
+    width = next((width for width in WIDTHS if width >= length), length)
+    return [1, width, int(request.prompt.rich)]
+
+
+def _seen(held: Sequence[_Row | None], words: int) -> Tensor:
+    """bool [R, V]: the words of each prompt and its answer so far."""
+    seen_RV = torch.zeros(len(held), words, dtype=torch.bool)
+    for row, sequence in enumerate(held):
+        if sequence is not None:
+            ids = [*sequence.answer.request.prompt.ids, *sequence.answer.ids]
+            seen_RV[row, torch.tensor(ids)] = True
+    return seen_RV
