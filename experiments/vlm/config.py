@@ -58,7 +58,9 @@ class Data:
     allow_private_urls: bool = False  # fetch images from private, loopback and link-local addresses too
     # for an image given by its address; another value asks again those that failed
     url_timeout_s: float = 5.0
-    # resume although the data's configuration changed; its order starts anew
+    # shards that came since the run began join it at the next start, with the next epoch; else they stop it
+    join_new_shards: bool = False
+    # resume although the data or their configuration changed; their order starts anew
     resume_changed_data: bool = False
 
 

@@ -1,4 +1,4 @@
-"""Small sums over ranks: host numbers, and a scalar of the device."""
+"""Small sums over ranks, of host numbers and a scalar of the device, and what one rank decides for all."""
 
 from collections.abc import Callable, Mapping
 from typing import TypeVar
@@ -65,6 +65,13 @@ def from_first_rank(decide: Callable[[], T]) -> T:
     if told[1] is not None:
         raise told[1]
     return told[0]
+
+
+def from_all_ranks(value: T) -> list[T]:
+    """The values of all ranks, in the order of the ranks. For small ones: each gets all of them."""
+    values: list = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:

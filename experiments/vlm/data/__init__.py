@@ -16,6 +16,7 @@ RUN: who plans and fills; the steps are the same whichever process does (`next(L
     producer     the slots of one process; setup makes what they need from a job
     workers      processes, each with a producer, that write into shared_memory
     prefetch     steps with or without workers, as nodes of torchdata, which pin them for a GPU
+    ranks        what the ranks of a job know together: the list of shards
     loader       the steps of a rank as the trainer takes them
 
 Alongside: image (sizes in patches for PLAN, decoding for FILL; jpeg_header: sizes of the usual ones,

@@ -25,11 +25,21 @@ from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.data.counts import names_by_source, rejected_name
 from experiments.vlm.data.prefetch import Filled, FromWorkers, InProcess, Supply
 from experiments.vlm.data.producer import SlotStep
+from experiments.vlm.data.ranks import Ranks, shards_of
 from experiments.vlm.data.reject_log import RejectLog
 from experiments.vlm.data.report import Tally, check_bad_fraction, rejected_line, report, tally_of
-from experiments.vlm.data.resume import SlotState, load_states, save_states, slot_key
-from experiments.vlm.data.setup import Split, make_setup, order_facts, shape_of
+from experiments.vlm.data.resume import (
+    SlotState,
+    changed_shards,
+    changes_of,
+    read_states,
+    refuse,
+    save_states,
+    slot_key,
+)
+from experiments.vlm.data.setup import Setup, Split, dealing, make_setup, order_facts, shape_of
 from experiments.vlm.data.sources.good_sample import require_good_samples
+from experiments.vlm.data.sources.listing import Continued, go_on, to_text
 from experiments.vlm.data.storage.fetch import about_failures
 from experiments.vlm.data.storage.patience import Patience
 from torchtitan.components.loader import Agree
@@ -93,22 +103,25 @@ class Loader:
             total = local * ranks
         assert total % (local * ranks) == 0, "the configuration check lets no such batch through"
         self.slots = range(rank * total // ranks, (rank + 1) * total // ranks)
-        self.setup = make_setup(job, tokenizer, split, total, control)
+        self.ranks = Ranks(together=agree is not None)
+        self._use(make_setup(job, tokenizer, split, total, control, shards_of(job, split, self.ranks)))
         self.shape = shape_of(self.setup.planning, local)
-        self.facts = order_facts(job, self.setup) if split == "train" else {}
         self.may_end = all(deal.epochs is not None for deal in self.setup.planning.deals)
         self.agree = agree or partial(agree_alone, ranks)
         self.still_waiting = partial(agree, None) if agree else None
         patience = Patience(job.data.storage_timeout_s)
         if split == "train":
-            held_out = [make_setup(job, tokenizer, "validation", total)] if job.validation.enable else []
-            for setup in (self.setup, *held_out):
+            setups = [self.setup]
+            if job.validation.enable:
+                shards = shards_of(job, "validation", self.ranks)
+                setups.append(make_setup(job, tokenizer, "validation", total, shards=shards))
+            for setup in setups:
                 require_good_samples(setup.planning, tokenizer, setup.open_shard, patience, self.slots.start)
         # The controls show the samples of a validation again: what is wrong with them has been logged.
         folder = Path(job.job.dump_folder) / "rejects" if job.job.dump_folder else None
         self.log = RejectLog(folder, rank) if control is None else None
-        shards = [shard for deal in self.setup.planning.deals for shard in deal.shards]
-        self.shared_shards = len(set(shards)) < len(shards)
+        paths = [shard for deal in self.setup.planning.deals for shard in deal.shards]
+        self.shared_shards = len(set(paths)) < len(paths)
         self.states: dict[int, SlotState] = {}
         self.supply: Supply | None = None
         self.over = False
@@ -131,7 +144,7 @@ class Loader:
         if not self.agree(any(step.planned for step in steps)):
             self.over = True
             raise StopIteration
-        return Step(self._batches(tensors, steps), partial(save_states, self.states, self.facts))
+        return Step(self._batches(tensors, steps), partial(save_states, self.states, self.facts, self.shards))
 
     def _take(self) -> Filled:
         if self.supply is None:
@@ -151,17 +164,65 @@ class Loader:
 
     def state_dict(self) -> dict[str, bytes]:
         """After the last step that was handed out; empty before the first."""
-        return save_states(self.states, self.facts)
+        return save_states(self.states, self.facts, self.shards)
 
     def load_state_dict(self, state: Mapping[str, bytes]) -> None:
         """Go on from a `state_dict` that has all of `slot_keys()`.
 
-        Raises ConfigError if the data's configuration changed.
+        Raises ConfigError if the data or their configuration changed.
         """
-        anew = self.job.data.resume_changed_data
         self.close()
-        self.states = load_states(state, self.slots, self.facts, anew) if state else {}
-        self.over = False
+        self.states, self.over = {}, False
+        if not state:
+            return
+        entries = read_states(state)
+        furthest = self._furthest(entries)
+        continued = self.ranks.from_first(lambda: self._go_on(entries, furthest))
+        changes = self._changes(entries, continued)
+        if changes and not self.job.data.resume_changed_data:
+            raise refuse(changes)
+        if changes:
+            logger.warning(f"the data starts anew (data.resume_changed_data): {'; '.join(changes)}")
+            return
+        for told in continued.joined:
+            logger.info(told)
+        self._use(dealing(self.setup, continued.now))
+        self.states = {slot: entries[slot]["slot"] for slot in self.slots}
+
+    def _use(self, setup: Setup) -> None:
+        self.setup = setup
+        self.facts = order_facts(self.job, setup) if self.split == "train" else {}
+        self.shards = to_text(setup.planning.deals) if self.split == "train" and self.slots.start == 0 else ""
+
+    def _go_on(self, entries: Mapping[int, dict[str, Any]], furthest: list[int]) -> Continued:
+        deals = self.setup.planning.deals
+        text = entries.get(0, {}).get("shards")
+        if text is None:
+            return Continued(deals, deals, [], [])
+        return go_on(deals, text, furthest, self.job.data.join_new_shards)
+
+    def _furthest(self, entries: Mapping[int, dict[str, Any]]) -> list[int]:
+        """Of each source, over all slots: see `go_on`. Empty where not all slots are known."""
+        deals = self.setup.planning.deals
+        if not self.ranks.together and len(entries) < deals[0].slots:
+            return []
+        units = [
+            [
+                entry["slot"]["plan"]["readers"][source][0] * deal.slots + slot
+                for slot, entry in entries.items()
+            ]
+            for source, deal in enumerate(deals)
+        ]
+        return [max(of_source) for of_source in zip(*self.ranks.from_all(list(map(max, units))), strict=True)]
+
+    def _changes(self, entries: Mapping[int, dict[str, Any]], continued: Continued) -> list[str]:
+        """What has changed, for this rank's slots or others'."""
+        setup = dealing(self.setup, continued.then)
+        changes = continued.changes + changes_of(entries, self.slots, order_facts(self.job, setup))
+        if not changes:
+            patience = Patience(self.job.data.storage_timeout_s)
+            changes = changed_shards(entries, self.slots, continued.then, setup.open_shard, patience)
+        return list(dict.fromkeys(change for of_rank in self.ranks.from_all(changes) for change in of_rank))
 
     def slot_keys(self) -> list[str]:
         return [slot_key(slot) for slot in self.slots]

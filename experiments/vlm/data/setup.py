@@ -2,7 +2,7 @@
 
 import json
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import PurePosixPath
@@ -21,6 +21,7 @@ from experiments.vlm.model_config import model_config
 from torchtitan.components.tokenizer import Tokenizer
 
 Split = Literal["train", "validation"]
+Shards = tuple[str, ...]  # of a source
 
 # What may change where a run goes on, and why: the samples and their order stay as they are.
 FREE_OF_DATA = {
@@ -35,6 +36,7 @@ FREE_OF_DATA = {
     "allow_private_urls": "where addresses lead is the network's to say, at any time",
     "url_timeout_s": "whether an address answers in time is the network's to say, at any time",
     "resume_changed_data": "it says what to do about a change",
+    "join_new_shards": "it says what to do about a change",
 }
 FREE_OF_SOURCE = {
     "name": "it is part of every other name",
@@ -60,13 +62,24 @@ def sources_of(job: VLMJobConfig, split: Split) -> list[Source]:
 
 
 def make_setup(
-    job: VLMJobConfig, tokenizer: Tokenizer, split: Split, slots: int, control: str | None = None
+    job: VLMJobConfig,
+    tokenizer: Tokenizer,
+    split: Split,
+    slots: int,
+    control: str | None = None,
+    shards: Sequence[Shards] = (),
 ) -> Setup:
-    """`slots`: G. Raises ConfigError where a source has no shards, or a chat template that cannot be used."""
+    """`slots`: G. `shards`: of each source, where they have been listed.
+
+    Raises ConfigError where a source has no shards, or a chat template that cannot be used.
+    """
     data, sources, model = job.data, sources_of(job, split), model_config(job)
     held_out = split == "validation"
     planning = SlotSettings(
-        deals=tuple(make_deal(source, job, slots, held_out) for source in sources),
+        deals=tuple(
+            make_deal(source, job, slots, held_out, listed)
+            for source, listed in zip(sources, shards or [()] * len(sources), strict=True)
+        ),
         weights=tuple(source.weight for source in sources),
         weight_by=data.weight_by,
         budget=Budget(job.training.seq_len, data.patch_rows, data.patches_per_row),
@@ -88,6 +101,11 @@ def make_setup(
     )
 
 
+def dealing(setup: Setup, deals: Sequence[Deal]) -> Setup:
+    """With other deals of the same sources."""
+    return replace(setup, planning=replace(setup.planning, deals=tuple(deals)))
+
+
 def shape_of(planning: SlotSettings, slots: int) -> BatchShape:
     """Of a batch of so many slots."""
     budget = planning.budget
@@ -96,13 +114,16 @@ def shape_of(planning: SlotSettings, slots: int) -> BatchShape:
     )
 
 
-def make_deal(source: Source, job: VLMJobConfig, slots: int, held_out: bool) -> Deal:
-    """How a source is dealt to `slots` slots. Raises ConfigError for no shards, or no such chat template."""
+def make_deal(source: Source, job: VLMJobConfig, slots: int, held_out: bool, shards: Shards = ()) -> Deal:
+    """How a source is dealt to `slots` slots. `shards`: its own, where they have been listed.
+
+    Raises ConfigError for no shards, or no such chat template.
+    """
     # one that cannot be used is refused now, not when a worker opens the first shard
     load_chat_template(source.chat_template)
     endless = source.repeat and job.data.epochs == 0 and not held_out
     epochs = None if endless else job.data.epochs if source.repeat and not held_out else 1
-    shards = tuple(list_shards(source.path, source.format, job.data))
+    shards = shards or tuple(list_shards(source.path, source.format, job.data))
     # The held-out split is read in order: shuffling would only cost seeks.
     return Deal(
         source.name,
@@ -142,6 +163,10 @@ def order_facts(job: VLMJobConfig, setup: Setup) -> dict[str, Any]:
         # The same files may lie elsewhere when the run goes on.
         names = [PurePosixPath(path).name for path in deal.shards]
         facts[f"{key}.path"] = f"{len(names)} shards, {zlib.crc32(json.dumps(names).encode()):08x}"
+        if deal.joins:
+            facts[f"{key}: shards that joined"] = ", ".join(
+                f"{count} from epoch {epoch} on" for epoch, count in deal.joins
+            )
         if deal.last_round[1] > 1:
             facts[f"{key}: pieces of a unit in the last round"] = deal.last_round[1]
     return facts

@@ -123,27 +123,36 @@ class Slot:
         """
         self.look_ahead.refill(self.draw)
         packed = [self._packed(taken) for taken in self.look_ahead.take()]
+        for reader, units in zip(self.readers, self._waiting(), strict=True):
+            reader.hold(units)
         plan = SlotPlan(self.number, packed, self.rejects, self.position(), self.epochs())
         self.rejects = []
         return plan
 
     def position(self) -> dict[str, Any]:
         """Plain values of its own: what the slot does next changes none of them."""
+        contents = [(reader.source, reader.contents()) for reader in self.readers]
         return {
             "plans": self.look_ahead.plans,
             "readers": [reader.position() for reader in self.readers],
             "mixture": self.mixture.position(),
             # Plain tuples: references with names take five times as long to come from a worker.
             "waiting": [(*entry.payload.reference[:-1], entry.start) for entry in self.look_ahead.entries],
+            "contents": [[source, shard, *held] for source, of in contents for shard, held in of.items()],
             "tally": self.tally.snapshot(),
         }
 
     def epochs(self) -> dict[str, float]:
         """By source: see SourceReader.epochs. A document in pieces counts with its last."""
+        waiting = zip(self.readers, self._waiting(), strict=True)
+        return {reader.deal.name: reader.epochs(units) for reader, units in waiting}
+
+    def _waiting(self) -> list[list[int]]:
+        """By source: the unit of each document that waits."""
         units: list[list[int]] = [[] for _ in self.readers]
         for entry in self.look_ahead.entries:
             units[entry.payload.reference.source].append(entry.payload.reference.unit)
-        return {reader.deal.name: reader.epochs(of) for reader, of in zip(self.readers, units, strict=True)}
+        return units
 
     def open_ahead(self, state: dict[str, Any] | None) -> None:
         """Let the shards be opened that this slot reads first, at a `position` or at the beginning."""

@@ -118,12 +118,14 @@ class RecordShard:
         images: ImageValues,
         parse: Callable[[Record], Draft],
         speak: Callable[[Draft], Draft],
+        checksum: int,
     ):
-        """speak: turns to parts, by a chat template."""
+        """speak: turns to parts, by a chat template. checksum: of the file."""
         self.records = records
         self.images = images
         self.parse = parse
         self.speak = speak
+        self.checksum = checksum
         self.rejects: list[Rejected] = [records.tail] if records.tail else []
 
     def __len__(self) -> int:

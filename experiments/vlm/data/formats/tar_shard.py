@@ -37,6 +37,7 @@ class TarShard:
         self.wants_text = "txt" in columns
         self.parse = parse
         self.index = open_index(self.file, path, cache)
+        self.checksum = self.index.found.checksum
         self.rejects: list[Rejected] = [self.index.damage] if self.index.damage else []
         if self.rejects and not len(self.index):
             self.close()

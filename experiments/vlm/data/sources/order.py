@@ -6,6 +6,7 @@ it.
     dealing  the units of all epochs, each permuted anew, form one endless list; slot s takes s, s + G, ...
              Where that list ends, its last round and what is left over are dealt in pieces of units, so that
              slots run dry together
+    era      epochs over the same shards: new ones may join, from an epoch on that no slot has begun
     order    the records of a unit are permuted inside windows of `shuffle_buffer`
 
 A position in a source is two integers: how many units the slot has taken, and how many records of the current
@@ -17,6 +18,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -48,6 +50,15 @@ class Unit:
         return range(self.part, of, self.parts)
 
 
+class Era(NamedTuple):
+    """Epochs over the same shards."""
+
+    epoch: int  # the first
+    start: int  # its first unit in the endless list
+    parts: int  # p
+    units: int  # of an epoch
+
+
 @dataclass(frozen=True)
 class Deal:
     """How one source is dealt to G slots."""
@@ -59,16 +70,28 @@ class Deal:
     epochs: int | None  # None: without end
     shuffle: bool = True
     shuffle_buffer: int = 1024
+    # (epoch, count): the first so many shards take part from that epoch on; empty: all do from the first
+    joins: tuple[tuple[int, int], ...] = ()
+
+    @cached_property
+    def eras(self) -> list[Era]:
+        """Of growing numbers of shards; one where none joined."""
+        eras: list[Era] = []
+        for epoch, shards in self.joins or ((0, len(self.shards)),):
+            last, parts = eras[-1] if eras else Era(0, 0, 0, 0), -(-self.slots // shards)
+            start = last.start + (epoch - last.epoch) * last.units
+            eras.append(Era(epoch, start, parts, shards * parts))
+        return eras
 
     @property
     def parts(self) -> int:
         """p, parts a shard."""
-        return -(-self.slots // len(self.shards))
+        return self.eras[-1].parts
 
     @property
     def units(self) -> int:
         """Units of one epoch."""
-        return len(self.shards) * self.parts
+        return self.eras[-1].units
 
     @property
     def empty_units(self) -> int:
@@ -92,7 +115,10 @@ class Deal:
         Of up to MOST_PIECES those that leave least of the slots dry: with k pieces the units that are left
         take ceil(units * k / G) / k rounds.
         """
-        rounds, over = divmod((self.epochs or 0) * self.units, self.slots)
+        if self.epochs is None:
+            return 0, 1
+        last = self.eras[-1]
+        rounds, over = divmod(last.start + (self.epochs - last.epoch) * last.units, self.slots)
         if over == 0:
             return rounds, 1
         left = over + self.slots
@@ -106,23 +132,34 @@ class Deal:
             pieces = self.last_round[1]
             index, piece = divmod(index - whole, pieces)
             index += whole
-        epoch, place = divmod(index, self.units)
+        era = next(era for era in reversed(self.eras) if era.start <= index)
+        passed, place = divmod(index - era.start, era.units)
+        epoch = era.epoch + passed
         if self.epochs is not None and epoch >= self.epochs:
             return None
         if self.shuffle:
-            place = int(_epoch_orders(self.units, *self.key)(epoch)[place])
-        shard, part = divmod(place, self.parts)
-        return Unit(epoch, shard, part + piece * self.parts, self.parts * pieces)
+            place = int(_epoch_orders(era.units, *self.key)(epoch)[place])
+        shard, part = divmod(place, era.parts)
+        return Unit(epoch, shard, part + piece * era.parts, era.parts * pieces)
 
     def epoch(self, slot: int, number: int) -> int:
         """The epoch of the slot's unit of that number, from 0; after the last unit the number of epochs."""
         unit = self.unit(slot, number)
         return unit.epoch if unit else self.epochs or 0
 
-    def rounds(self, number: float) -> float:
-        """How many whole units as many as `number` of a slot's are."""
+    def passes(self, slot: int, number: int) -> float:
+        """Which part of a pass over the source the slot's first so many units are: over all slots, epochs."""
         whole, pieces = self.last_round
-        return number if self.epochs is None or number <= whole else whole + (number - whole) / pieces
+        if self.epochs is not None and number > whole:
+            count = whole + (number - whole) / pieces
+        else:
+            count = float(number)
+        passes, end = 0.0, count
+        for era in reversed(self.eras):
+            first = max(0, -(-(era.start - slot) // self.slots))  # of the slot's units in that era
+            passes += max(0.0, end - first) / era.units
+            end = min(end, first)
+        return passes
 
     def order(self, unit: Unit, records: int) -> np.ndarray:
         """The indices of the unit's records in a shard of so many, in the order in which they are read."""

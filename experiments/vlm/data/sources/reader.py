@@ -35,6 +35,14 @@ class Record:
     lost: list[Rejected]  # images that the document goes without
 
 
+class Held(NamedTuple):
+    """A unit in hand: records of it wait, or it is being read, or another slot may have read its shard."""
+
+    shard: int  # index in Deal.shards
+    records: int  # of the unit, at least 1
+    content: tuple[int, int] | None  # records of the shard and Shard.checksum; None where it cannot be opened
+
+
 # a validation control: (document, its shard, its record)
 Transform = Callable[[Document, Shard, int], Document]
 
@@ -57,7 +65,7 @@ class SourceReader:
         self.place = 0
         self.empty_units = 0
         self._order: tuple[int, np.ndarray] | None = None  # of the current unit, by its number
-        self._records_in: dict[int, int] = {}  # units of which records wait, and the current one
+        self._held: dict[int, Held] = {}  # by the unit's number
 
     @property
     def ended(self) -> bool:
@@ -120,34 +128,50 @@ class SourceReader:
             document = self.transform(document, shard, number)
         return Record(document, path, lost)
 
-    def epochs(self, waiting: Sequence[int]) -> float:
-        """This slot's share of the passes over the source: the units that it is done with among those of an
-        epoch.
+    def hold(self, waiting: Sequence[int]) -> None:
+        """Know of each unit in hand what it holds. `waiting`: the unit of each record that was read and not
+        delivered yet.
 
-        `waiting`: the unit of each record that was read and not delivered yet. Over all slots the shares add
-        up to how often the source was delivered, 1.0 after each unit once; rejected records count as
-        delivered.
+        Where a shard is dealt in parts, that counts for all units of the present epoch and the one before,
+        in which other slots may be: what this slot has read of a shard decides what it left to them.
         """
         needed = {*waiting, self.unit} if self.place else set(waiting)
-        self._records_in = {
-            number: self._records_in.get(number) or self._count_records(number) for number in needed
-        }
-        shares = {number: self.deal.rounds(number + 1) - self.deal.rounds(number) for number in needed}
-        read = self.deal.rounds(self.unit)
-        if self.place:
-            read += shares[self.unit] * self.place / self._records_in[self.unit]
-        unread = sum(shares[number] / self._records_in[number] for number in waiting)
-        return (read - unread) / self.deal.units
+        number = self.unit - 1
+        while number >= 0 and (unit := self.deal.unit(self.slot, number)) is not None:
+            if unit.parts == 1 or unit.epoch < self.deal.epoch(self.slot, self.unit) - 1:
+                break
+            needed.add(number)
+            number -= 1
+        self._held = {number: self._held.get(number) or self._look(number) for number in needed}
 
-    def _count_records(self, number: int) -> int:
-        """How many the slot's unit of that number has; at least 1."""
+    def contents(self) -> dict[int, tuple[int, int]]:
+        """Of the shards in hand, by index: records and checksum. What a run that goes on relies on."""
+        return {held.shard: held.content for held in self._held.values() if held.content}
+
+    def epochs(self, waiting: Sequence[int]) -> float:
+        """This slot's share of the passes over the source: the units that it is done with among those of an
+        epoch. `waiting`: as in `hold`, which was called with it.
+
+        Over all slots the shares add up to how often the source was delivered, 1.0 after each unit once;
+        rejected records count as delivered.
+        """
+        passes = {number: self.deal.passes(self.slot, number) for number in {*waiting, self.unit}}
+        shares = {number: self.deal.passes(self.slot, number + 1) - passes[number] for number in passes}
+        read = passes[self.unit]
+        if self.place:
+            read += shares[self.unit] * self.place / self._held[self.unit].records
+        return read - sum(shares[number] / self._held[number].records for number in waiting)
+
+    def _look(self, number: int) -> Held:
+        """Into the slot's unit of that number."""
         unit = self.deal.unit(self.slot, number)
         assert unit is not None
         try:
-            records = self.cache.use(self.source, self.deal.shards[unit.shard], len)
+            path = self.deal.shards[unit.shard]
+            content = self.cache.use(self.source, path, lambda shard: (len(shard), shard.checksum))
         except Rejected:
-            records = 0
-        return max(1, len(unit.records(records)))
+            return Held(unit.shard, 1, None)
+        return Held(unit.shard, max(1, len(unit.records(content[0]))), content)
 
     def _records_of(self, unit: Unit, reject: Callable[[Reject], None]) -> np.ndarray:
         """The order of the current unit's records; none, and a reject, if its shard cannot be opened."""

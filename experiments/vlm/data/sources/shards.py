@@ -34,6 +34,7 @@ from experiments.vlm.world import ensure
 from torchtitan.config.errors import ConfigError
 
 HUB = "hf://datasets/"
+EMBEDDED = "embedded:"
 CHUNK_BYTES = 1 << 20
 # what `datasets` writes next to its data
 NOT_RECORDS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
@@ -104,8 +105,8 @@ def _is_unmounted(path: str) -> bool:
 
 
 def _resolve(path: str, data: Data) -> str:
-    if path.startswith("embedded:"):
-        return str(ensure(path.removeprefix("embedded:"), data.cache_folder))
+    if path.startswith(EMBEDDED):
+        return str(ensure(path.removeprefix(EMBEDDED), data.cache_folder))
     return path if "://" in path else os.path.expanduser(path)
 
 

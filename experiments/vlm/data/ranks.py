@@ -1,0 +1,69 @@
+"""What the ranks of a job come to know together: one lists the shards for all, and for the whole run.
+
+A file that arrives meanwhile would else be on the list of some ranks alone, and a hub would be asked by each.
+"""
+
+import weakref
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from experiments.vlm.config import Source, VLMJobConfig
+from experiments.vlm.data.setup import Shards, Split, sources_of
+from experiments.vlm.data.sources.shards import EMBEDDED, list_shards
+from torchtitan.distributed.collectives import from_all_ranks, from_first_rank
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """`together`: all ranks call the same; else, and where there is one, this rank decides for itself."""
+
+    def __init__(self, together: bool):
+        self.together = together and dist.is_initialized() and dist.get_world_size() > 1
+
+    def from_first(self, decide: Callable[[], T]) -> T:
+        """What rank 0 decides. Raises the UserError that it raises."""
+        return from_first_rank(decide) if self.together else decide()
+
+    def from_all(self, value: T) -> list[T]:
+        """The values of all ranks, in their order."""
+        return from_all_ranks(value) if self.together else [value]
+
+
+def shards_of(job: VLMJobConfig, split: Split, ranks: Ranks) -> list[Shards]:
+    """Of each source. Ranks that go together list once for all loaders of a job.
+
+    Raises ConfigError where a source has none.
+    """
+    if not ranks.together:
+        return [_list(source, job, split) for source in sources_of(job, split)]
+    if id(job) not in _listed:
+        _listed[id(job)] = {}
+        weakref.finalize(job, _listed.pop, id(job), None)
+    if split not in _listed[id(job)]:
+        _listed[id(job)][split] = _list_for_all(job, split, ranks)
+    return _listed[id(job)][split]
+
+
+def _list_for_all(job: VLMJobConfig, split: Split, ranks: Ranks) -> list[Shards]:
+    """By rank 0; but what is embedded is drawn, and so listed, on each machine."""
+    sources = sources_of(job, split)
+    elsewhere = [not source.path.startswith(EMBEDDED) for source in sources]
+    of_first = ranks.from_first(
+        lambda: [
+            _list(source, job, split) if far else () for source, far in zip(sources, elsewhere, strict=True)
+        ]
+    )
+    return [
+        shards if far else _list(source, job, split)
+        for source, shards, far in zip(sources, of_first, elsewhere, strict=True)
+    ]
+
+
+def _list(source: Source, job: VLMJobConfig, split: Split) -> Shards:
+    return tuple(list_shards(source.path, source.format, job.data))
+
+
+_listed: dict[int, dict[Split, list[Shards]]] = {}  # by the job's identity, while there is that job
