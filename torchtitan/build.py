@@ -19,6 +19,7 @@ from torchtitan.components.loader import Batch, Loader, Tensors, to_device
 from torchtitan.components.lr_scheduler import Schedule, fit_warmup
 from torchtitan.components.metrics import Counts, MetricsMeter, Reporter
 from torchtitan.components.optimizer import Optimizers
+from torchtitan.components.parameter_groups import settings
 from torchtitan.components.room import held_gib, require_room
 from torchtitan.components.saved_config import save_config
 from torchtitan.components.train_state import TrainState
@@ -66,6 +67,7 @@ def build(job: JobConfig, spec: TrainSpec, device: torch.device) -> Run:
     tokenizer = spec.load_tokenizer(job)
     model = spec.build_model(job, tokenizer)
     freeze(model, job.training.freeze)
+    setting_of = settings(model, job.optimizer)
     flops = spec.flops(job, model)
     describe(model, spec, sizes)
     require_room(held_gib(model, job, mesh.degrees), job, device)
@@ -74,7 +76,7 @@ def build(job: JobConfig, spec: TrainSpec, device: torch.device) -> Run:
     forward_backward = parallelize(model, mesh, job, spec)
     init_weights(forward_backward.parts, job, device)
     rates_on = device if job.compile.cuda_graphs else None
-    optimizers = Optimizers(forward_backward.parts, job.optimizer, model.ADAMW_ONLY, rates_on)
+    optimizers = Optimizers(forward_backward.parts, job.optimizer, setting_of, model.ADAMW_ONLY, rates_on)
     schedule = Schedule(optimizers, job.training.steps, job.lr_scheduler)
     state = TrainState(
         forward_backward.parts, optimizers, schedule, loader, model.tied_names(), sizes.global_

@@ -10,6 +10,7 @@ from torch import nn
 from torchtitan.build import describe
 from torchtitan.components.freezing import freeze
 from torchtitan.components.lr_scheduler import fit_warmup
+from torchtitan.components.parameter_groups import settings
 from torchtitan.components.room import held_gib
 from torchtitan.config.job import JobConfig
 from torchtitan.config.layout import BatchSizes, Degrees, degrees, resolve_batch
@@ -32,6 +33,7 @@ def dry_run(job: JobConfig, spec: TrainSpec) -> None:
     tokenizer = spec.load_tokenizer(job) if there else None
     model = spec.build_model(job, tokenizer)
     freeze(model, job.training.freeze)
+    settings(model, job.optimizer)  # every pattern matches something
     describe(model, spec, sizes)
     log_run(job, layout, sizes)
     log_memory(job, spec, layout, tokenizer, held_gib(model, job, layout))

@@ -22,6 +22,7 @@ from torchtitan.components.dump_folder import begin
 from torchtitan.components.epochs import Epochs
 from torchtitan.components.loader import Step, Tensors
 from torchtitan.components.metrics import Values
+from torchtitan.components.parameter_groups import peak_rates
 from torchtitan.config.errors import CheckpointError, ConfigError, UserError
 from torchtitan.config.job import JobConfig
 from torchtitan.distributed.collectives import any_rank, from_first_rank, sum_over_hosts, sum_over_ranks
@@ -177,7 +178,9 @@ class Trainer:
         loss = sum_over_ranks(self.loss) / self.run.mesh.degrees.tp
         values: Values = {"loss": loss.item(), "grad_norm": self.grad_norm.item()}
         printed, tallies = self.run.meter.read()
-        tallies |= {"lr": self.job.optimizer.lr * self.run.schedule.factor, **self.epochs.metrics()}
+        factor = self.run.schedule.factor
+        tallies |= {name: peak * factor for name, peak in peak_rates(self.job.optimizer).items()}
+        tallies |= self.epochs.metrics()
         self.run.reporter.train(self.state.step, values | printed, tallies)
         self.epochs.log()
 

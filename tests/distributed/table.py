@@ -10,6 +10,7 @@ from typing import Any
 from tests.distributed.layouts import Difference, Layout, Measured, compare, train
 from tests.distributed.pool import Pool, RankFailed
 from tests.reference.small_run import SLOTS
+from torchtitan.config.job import ParameterGroup
 
 # Short names of options, for a list that can be read.
 KEYS = {
@@ -40,6 +41,7 @@ TASK = {
     "freeze": "training.freeze",
     "rows": "data.patch_rows",
     "optimizer": "optimizer.name",
+    "groups": "optimizer.groups",
 }
 BOUND = 1e-5  # float32 sums in another order; seen: below 4e-6
 WEIGHT_BOUND = 1e-4  # after the last step: a thirtieth of what AdamW moves a weight in one; seen: below 2e-5
@@ -52,6 +54,11 @@ def layout(name: str, ranks: int, **options: Any) -> Layout:
 
 
 FREEZE = [r"encoder\.layers\.0", "bias", "norm", r"decoder\.layers\.[02]\.attention\.w[kv]", "tok_embeddings"]
+GROUPS = [
+    ParameterGroup("encoder", lr=1e-3, layer_decay=0.5),
+    ParameterGroup(r"decoder\.layers\.[01]\.", weight_decay=0.5, schedule_factor=2.0),
+    ParameterGroup("decoder", schedule_factor=0.5, layer_decay=0.9),
+]
 FRONT = ["tok_embeddings", r"decoder\.layers\.[012]\."]
 ON_TWO = [
     layout("accumulation", 1, slots=2),
@@ -67,7 +74,9 @@ ON_TWO = [
     layout("fsdp2, offload to the CPU", 2, offload=True),
     layout("fsdp2, tied, frozen encoder", 2, model="small-qwen2", freeze=["encoder"]),
     layout("fsdp2, frozen by pattern", 2, freeze=FREEZE),
+    layout("fsdp2, groups", 2, groups=GROUPS),
     layout("fsdp2, muon", 2, optimizer="Muon"),
+    layout("fsdp2, muon, groups", 2, optimizer="Muon", groups=GROUPS),
     layout("replicate2", 2, replicate=2),
     layout("tp2", 2, tp=2),
     layout("tp2, tied, biases", 2, tp=2, model="small-qwen2"),
@@ -102,6 +111,7 @@ ON_TWO = [
 ON_FOUR = [
     layout("replicate2.fsdp2", 4, replicate=2),
     layout("fsdp2.tp2", 4, tp=2),
+    layout("tp2.pp2, groups, tied", 4, tp=2, pp=2, groups=GROUPS, model="small-qwen3-tied"),
     layout("fsdp2.tp2, muon", 4, tp=2, optimizer="Muon"),
     layout("fsdp2.cp2", 4, cp=2, slots=2, sharing="on"),
     layout("fsdp2.pp2", 4, pp=2),
@@ -156,7 +166,7 @@ LAYOUTS = {each.name: each for each in [*ON_TWO, *ON_FOUR, *ON_EIGHT] if each.ru
 QUICK = (
     "fsdp2, selective by operator",
     "fsdp2, tied, frozen encoder",
-    "fsdp2, muon",
+    "fsdp2, muon, groups",
     "replicate2.fsdp2",
     "tp2, shared encoder",
     "tp2, frozen by pattern",

@@ -317,6 +317,26 @@ def test_shipped_configurations_pass_once_their_data_are_there(file, tmp_path):
     checked_job(argv, 8)
 
 
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("lr = 1e-4", "optimizer.groups[0].pattern is empty"),
+        ('pattern = "layers.(0"', "optimizer.groups[0].pattern = layers.(0: no regular expression"),
+        ('pattern = "encoder"\nlr = 0', "optimizer.groups[0].lr = 0.0: must be > 0"),
+        ('pattern = "encoder"\nweight_decay = -1', "optimizer.groups[0].weight_decay = -1.0"),
+        ('pattern = "encoder"\nlayer_decay = 1.5', "optimizer.groups[0].layer_decay = 1.5"),
+        ('pattern = "encoder"\nschedule_factor = 0', "optimizer.groups[0].schedule_factor = 0.0"),
+        ('pattern = "encoder"\nmuon_lr = 0.1', "optimizer.groups[0].muon_lr = 0.1 needs optimizer.name"),
+        ('pattern = "a"\n[[optimizer.groups]]\npattern = "b"\nname = "a"', "another group is called a too"),
+        ('pattern = "encoder"\nbeta1 = 0.1', "optimizer.groups[0].beta1 is not a known option"),
+    ],
+)
+def test_wrong_groups_are_told_by_their_place(table, message, tmp_path):
+    file = tmp_path / "job.toml"
+    file.write_text(f"[[optimizer.groups]]\n{table}\n")
+    assert message in told(["--job.config_file", str(file), *DATA])
+
+
 def test_squares_differ_from_native_in_nothing_but_the_resizing():
     """And in the slot's shape and largest image, so that a step sees as many images although squares take
     more patches.

@@ -9,6 +9,7 @@ from torch import nn
 from torchtitan.components.lr_scheduler import Schedule
 from torchtitan.components.muon import COEFFICIENTS, STEPS, Muon, orthogonalise
 from torchtitan.components.optimizer import Optimizers, moments, trainable
+from torchtitan.components.parameter_groups import settings
 from torchtitan.config.job import LRScheduler, Optimizer
 
 
@@ -65,6 +66,10 @@ class Model(nn.Module):
         self.output = nn.Linear(8, 10, bias=False)
 
 
+def optimizers_of(model: Model, options: Optimizer, adamw_only: tuple[str, ...] = ()) -> Optimizers:
+    return Optimizers([model], options, settings(model, options), adamw_only)
+
+
 def step(model: Model, optimizers: Optimizers) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -74,7 +79,7 @@ def step(model: Model, optimizers: Optimizers) -> None:
 
 def test_muon_takes_hidden_matrices_and_adamw_the_rest():
     model = Model()
-    optimizers = Optimizers([model], Optimizer(name="Muon"), ("embeddings", "output"))
+    optimizers = optimizers_of(model, Optimizer(name="Muon"), ("embeddings", "output"))
     step(model, optimizers)
     muon, adamw = optimizers
     assert [parameter is model.hidden.weight for parameter in muon.state] == [True]
@@ -85,7 +90,7 @@ def test_muon_takes_hidden_matrices_and_adamw_the_rest():
 @pytest.mark.parametrize("name", ["AdamW", "Muon"])
 def test_moments_are_the_numbers_of_the_state(name):
     model, options = Model(), Optimizer(name=name)
-    optimizers = Optimizers([model], options, ("embeddings", "output"))
+    optimizers = optimizers_of(model, options, ("embeddings", "output"))
     step(model, optimizers)
     kept = [
         value for optimizer in optimizers for state in optimizer.state.values() for value in state.values()
@@ -98,7 +103,7 @@ def test_moments_are_the_numbers_of_the_state(name):
 def test_a_frozen_part_keeps_no_state_and_does_not_move():
     model = Model()
     before = [parameter.clone() for parameter in model.frozen.parameters()]
-    optimizers = Optimizers([model], Optimizer(), ())
+    optimizers = optimizers_of(model, Optimizer())
     step(model, optimizers)
     states = [parameter for optimizer in optimizers for parameter in optimizer.state]
     assert not any(parameter is frozen for parameter in states for frozen in model.frozen.parameters())
@@ -107,7 +112,7 @@ def test_a_frozen_part_keeps_no_state_and_does_not_move():
 
 def test_weight_decay_shrinks_matrices_and_leaves_vectors():
     model = Model()
-    optimizers = Optimizers([model], Optimizer(lr=0.1, weight_decay=0.5), ())
+    optimizers = optimizers_of(model, Optimizer(lr=0.1, weight_decay=0.5))
     bias, weight = model.hidden.bias.clone(), model.hidden.weight.clone()
     for parameter in optimizers.parameters:
         parameter.grad = torch.zeros_like(parameter)
@@ -121,8 +126,8 @@ def test_every_implementation_makes_the_same_step(implementation):
     torch.manual_seed(0)
     model = Model()
     reference = [parameter.clone() for parameter in model.parameters() if parameter.requires_grad]
-    optimizers = Optimizers(
-        [model], Optimizer(lr=0.01, eps=1e-6, weight_decay=0.1, implementation=implementation), ()
+    optimizers = optimizers_of(
+        model, Optimizer(lr=0.01, eps=1e-6, weight_decay=0.1, implementation=implementation)
     )
     step(model, optimizers)
     # The first step of AdamW with a gradient of ones: decay, then the learning rate against the sign.
@@ -133,7 +138,7 @@ def test_every_implementation_makes_the_same_step(implementation):
 
 def test_a_jobs_options_win_over_those_of_a_checkpoint():
     model = Model()
-    optimizers = Optimizers([model], Optimizer(lr=0.5, weight_decay=0.3), ())
+    optimizers = optimizers_of(model, Optimizer(lr=0.5, weight_decay=0.3))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group.update(lr=9.0, weight_decay=9.0)

@@ -4,13 +4,14 @@ Frozen parameters are in no optimizer and keep no state.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from torchtitan.components.muon import Muon, sent_for_directions
+from torchtitan.components.parameter_groups import Setting
 from torchtitan.config.job import Optimizer
 
 Named = tuple[str, nn.Parameter]
@@ -59,19 +60,23 @@ def sent_for_updates(
     return sent_for_directions(muons, shards, tp) * itemsize
 
 
-def _adamw_groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict]:
+def _adamw_groups(named: list[Named], of: Mapping[str, Setting]) -> list[dict]:
     """Vectors (norms, biases) are not decayed.
 
     One mesh a group: a fused kernel does not take tensors of several.
     """
     groups: dict[tuple, list[nn.Parameter]] = defaultdict(list)
-    for parameter in parameters:
+    for name, parameter in named:
         mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
-        groups[parameter.ndim >= 2, mesh].append(parameter)
-    return [
-        {"params": group, "weight_decay": weight_decay * is_matrix}
-        for (is_matrix, _), group in groups.items()
-    ]
+        groups[of[name].lr, of[name].weight_decay * (parameter.ndim >= 2), mesh].append(parameter)
+    return [{"params": group, "lr": lr, "weight_decay": decay} for (lr, decay, _), group in groups.items()]
+
+
+def _muon_groups(named: list[Named], of: Mapping[str, Setting]) -> list[dict]:
+    groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
+    for name, parameter in named:
+        groups[of[name].muon_lr, of[name].weight_decay].append(parameter)
+    return [{"params": group, "lr": lr, "weight_decay": decay} for (lr, decay), group in groups.items()]
 
 
 class Optimizers:
@@ -81,14 +86,15 @@ class Optimizers:
         self,
         parts: list[nn.Module],
         options: Optimizer,
+        of: Mapping[str, Setting],
         adamw_only: tuple[str, ...],
         rates_on: torch.device | None = None,
     ):
-        """`rates_on`: a CUDA graph is to hold the steps, so learning rates are tensors there, which it reads
-        anew each time.
+        """`of`: the setting of each parameter that trains, by name (parameter_groups.py). `rates_on`: a CUDA
+        graph is to hold the steps, so learning rates are tensors there, which it reads anew each time.
         """
         self.of_part = [
-            _optimizers_of(trainable(part), options, adamw_only, rates_on is not None) for part in parts
+            _optimizers_of(trainable(part), options, of, adamw_only, rates_on is not None) for part in parts
         ]
         self.parameters = [parameter for part in parts for _, parameter in trainable(part)]
         self._made_with = [
@@ -120,23 +126,27 @@ class Optimizers:
 
 
 def _optimizers_of(
-    named: list[Named], options: Optimizer, adamw_only: tuple[str, ...], capturable: bool
+    named: list[Named],
+    options: Optimizer,
+    of: Mapping[str, Setting],
+    adamw_only: tuple[str, ...],
+    capturable: bool,
 ) -> list[torch.optim.Optimizer]:
-    muons = [p for name, p in named if _is_muons(name, p, options, adamw_only)]
-    chosen = {id(parameter) for parameter in muons}
-    rest = [parameter for _, parameter in named if id(parameter) not in chosen]
+    muons = [(name, p) for name, p in named if _is_muons(name, p, options, adamw_only)]
+    chosen = {name for name, _ in muons}
+    rest = [(name, p) for name, p in named if name not in chosen]
     optimizers: list[torch.optim.Optimizer] = []
     if muons:
-        optimizers.append(Muon(muons, options.muon_lr, options.muon_momentum, options.weight_decay))
+        momentum, decay = options.muon_momentum, options.weight_decay
+        optimizers.append(Muon(_muon_groups(muons, of), options.muon_lr, momentum, decay))
     if rest:
-        optimizers.append(_adamw(rest, options, capturable))
+        optimizers.append(_adamw(_adamw_groups(rest, of), options, capturable))
     return optimizers
 
 
-def _adamw(parameters: list[nn.Parameter], options: Optimizer, capturable: bool) -> torch.optim.AdamW:
+def _adamw(groups: list[dict], options: Optimizer, capturable: bool) -> torch.optim.AdamW:
     return torch.optim.AdamW(
-        _adamw_groups(parameters, options.weight_decay),
-        lr=options.lr,
+        groups,
         betas=(options.beta1, options.beta2),
         eps=options.eps,
         capturable=capturable,

@@ -59,6 +59,13 @@ RANGES = {
     "validation.steps": "-1 or >= 1",
     "debug.seed": ">= 0",
 }
+GROUP_RANGES = {
+    "lr": "> 0",
+    "muon_lr": "> 0",
+    "weight_decay": ">= 0",
+    "schedule_factor": "> 0",
+    "layer_decay": "> 0, <= 1",
+}
 COMPARISONS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
 NOT_LOADED = ("optimizer", "lr_scheduler", "data", "train_state")
 
@@ -197,6 +204,19 @@ def check_patterns(job: JobConfig) -> None:
     """They are regular expressions; which parameters they match is known once the model is built."""
     for pattern in job.training.freeze:
         check_pattern("training.freeze", pattern)
+    names = [group.name or group.pattern for group in job.optimizer.groups]
+    for number, group in enumerate(job.optimizer.groups):
+        key = f"optimizer.groups[{number}]"
+        check_pattern(f"{key}.pattern", group.pattern)
+        for field, allowed in GROUP_RANGES.items():
+            value = getattr(group, field)
+            require(
+                value is None or is_allowed(value, allowed), f"{key}.{field} = {value}: must be {allowed}"
+            )
+        needs_muon = group.muon_lr is None or job.optimizer.name == "Muon"
+        require(needs_muon, f"{key}.muon_lr = {group.muon_lr} needs optimizer.name = Muon")
+        twice = names.index(names[number]) < number
+        require(not twice, f"{key}: another group is called {names[number]} too; give each its own name")
 
 
 def check_pattern(key: str, pattern: str) -> None:

@@ -54,6 +54,22 @@ class Model:
 
 
 @dataclass
+class ParameterGroup:
+    """Parameters with options of their own, [[optimizer.groups]]; what is not set is that of [optimizer]."""
+
+    # a part, or a regular expression that is looked for in the names of parameters; the first group that
+    # matches a parameter has it
+    pattern: str = ""
+    name: str = ""  # how metrics call it; empty: the pattern
+    lr: float | None = None  # peak learning rate of AdamW
+    muon_lr: float | None = None  # peak learning rate of Muon
+    weight_decay: float | None = None  # decoupled; not applied to vectors
+    schedule_factor: float = 1.0  # the schedule of this group's learning rates is multiplied by it
+    # the learning rate of a layer is this share of that of the next; 1: all layers have the same
+    layer_decay: float = 1.0
+
+
+@dataclass
 class Optimizer:
     name: Literal["AdamW", "Muon"] = "AdamW"  # Muon: matrices by Muon at muon_lr, the rest by AdamW at lr
     lr: float = 8e-4  # peak learning rate of AdamW
@@ -65,6 +81,7 @@ class Optimizer:
     weight_decay: float = 0.1  # decoupled; not applied to vectors (norms, biases)
     # AdamW kernels; auto: fused where available
     implementation: Literal["auto", "fused", "foreach", "for-loop"] = "auto"
+    groups: list[ParameterGroup] = field(default_factory=list)  # parameters with options of their own
 
 
 @dataclass
