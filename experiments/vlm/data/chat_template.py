@@ -95,16 +95,17 @@ class ChatTemplate:
     """
 
     def __init__(self, file: TemplateFile):
+        self.file = file
         self._template = compile_template(file.source)
         self._variables = file.variables or {**OWN, "image_token": IMAGE}
         self._marks_answers = bool(re.search(r"\{%-?\s*generation\s*-?%\}", file.source))
-        self._takes_text = self._shows(PROBE)
+        self.takes_text = self._shows(PROBE)
         self._takes_items = self._shows([{"type": "text", "text": PROBE}])
-        if not (self._takes_text or self._takes_items):
+        if not (self.takes_text or self._takes_items):
             raise jinja2.TemplateError("it does not show the content of a user's message")
         control = (*file.control, *OWN_SPELLINGS)
-        self._markup = self._find_markup(_pattern(control))
-        self._control = _pattern((*control, *([self._markup] if self._markup else [])))
+        self.markup = self._find_markup(_pattern(control))
+        self._control = _pattern((*control, *([self.markup] if self.markup else [])))
 
     def speak(self, draft: Draft) -> Draft:
         """The draft of a conversation with its parts; another as it is. Raises Rejected as `render` does."""
@@ -120,8 +121,8 @@ class ChatTemplate:
                 rendered = self._mark_answers(messages, rendered)
         except Exception as error:  # a template may fail in any way
             raise Rejected("chat_template", f"{type(error).__name__}: {error}"[:300]) from error
-        if self._markup:
-            rendered = rendered.replace(self._markup, IMAGE)
+        if self.markup:
+            rendered = rendered.replace(self.markup, IMAGE)
         images = [part for turn in turns for part in turn.content if isinstance(part, ImageValue)]
         if rendered.count(IMAGE) != len(images):
             raise Rejected("chat_template", f"it shows {rendered.count(IMAGE)} of {len(images)} images")
@@ -156,7 +157,7 @@ class ChatTemplate:
             for part in turn.content
         ]
         has_image = any(isinstance(part, ImageValue) for part in content)
-        if has_image and self._markup:
+        if has_image and self.markup:
             items = [
                 {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
                 for part in content
@@ -166,7 +167,7 @@ class ChatTemplate:
         return {"role": turn.role, "content": self._plain(text)}
 
     def _plain(self, text: str) -> str | list[dict[str, str]]:
-        return text if self._takes_text else [{"type": "text", "text": text}]
+        return text if self.takes_text else [{"type": "text", "text": text}]
 
     def _render(self, messages: list[dict[str, Any]]) -> str:
         return self._template.render(

@@ -74,7 +74,8 @@ def read_template(path: Path) -> TemplateFile:
     variables = {
         name: text for name, value in config.items() if name.endswith("_token") and (text := _content(value))
     }
-    control = [*special, *variables.values()] or LIKELY_SPECIAL.findall(source)
+    # What looks like a special token and is none to the model's tokenizer becomes text there.
+    control = [*special, *variables.values(), *LIKELY_SPECIAL.findall(source)]
     return TemplateFile(source, tuple(dict.fromkeys(control)), variables)
 
 

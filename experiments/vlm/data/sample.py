@@ -21,7 +21,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from experiments.vlm.data.document import BOS, EOS, Document, Image, Special, Text, encode_texts
+from experiments.vlm.data.document import BOS, EOS, Document, Image, Part, Special, Text, encode_texts
 from experiments.vlm.data.split import Outline
 from torchtitan.components.tokenizer import Tokenizer
 
@@ -111,7 +111,8 @@ def encode(document: Document, tokenizer: Tokenizer, plan: Grid) -> Iterator[Ato
     if tokenizer.bos_id is not None and not document.conversation:
         yield Atom([tokenizer.bos_id], [False])
     numbers = itertools.count()
-    for _, group in itertools.groupby(document.parts, key=type):
+    parts = (known(part, tokenizer) for part in document.parts)
+    for _, group in itertools.groupby(parts, key=type):
         texts: list[Text] = []
         for part in group:
             if isinstance(part, Text):
@@ -124,6 +125,14 @@ def encode(document: Document, tokenizer: Tokenizer, plan: Grid) -> Iterator[Ato
             yield encode_text(texts, tokenizer)
     if not document.conversation:
         yield Atom([tokenizer.eos_id], [True])
+
+
+def known(part: Part, tokenizer: Tokenizer) -> Part:
+    """The part; the text of its spelling where it is a special token that the tokenizer does not know."""
+    if not isinstance(part, Special) or part.spelling in (BOS, EOS):
+        return part
+    unknown = tokenizer.special_id(part.spelling) is None
+    return Text(part.spelling, part.loss) if unknown else part
 
 
 def encode_text(texts: list[Text], tokenizer: Tokenizer) -> Atom:
@@ -143,10 +152,7 @@ def encode_image(image: Image, tokenizer: Tokenizer, plan: Grid, number: int) ->
 
 
 def encode_special(part: Special, tokenizer: Tokenizer) -> Atom:
-    """A tokenizer that does not know a chat marker spells it out; one without bos writes none."""
-    if part.spelling == BOS:
-        ids = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    else:
-        known = tokenizer.eos_id if part.spelling == EOS else tokenizer.special_id(part.spelling)
-        ids = tokenizer.encode(part.spelling) if known is None else [known]
-    return Atom(ids, [part.loss] * len(ids))
+    """One that is known; the bos of a tokenizer without one is no token."""
+    own = {BOS: tokenizer.bos_id, EOS: tokenizer.eos_id}
+    id = own[part.spelling] if part.spelling in own else tokenizer.special_id(part.spelling)
+    return Atom([], []) if id is None else Atom([id], [part.loss])

@@ -1,0 +1,138 @@
+"""What turns images and conversations into a model's inputs, as the files that stock transformers opens.
+
+    write_language(job, folder)    tokenizer, chat template and generation config: for the decoder alone
+    write_processor(job, folder)   these and Lfm2VlProcessor's own, for the whole model
+
+AutoProcessor then gives the token ids and grids that the job trained on. Its pixels are equal where an image
+needs no resize, else within 50 dB. Imports no torch.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from experiments.vlm.config import VLMJobConfig
+from experiments.vlm.data.chat_template import ChatTemplate, load_chat_template
+from experiments.vlm.data.document import Special, Turn
+from experiments.vlm.model_config import model_config
+from torchtitan.components.tokenizer import SpecialTokenizer, load_tokenizer
+from torchtitan.components.tokenizer_files import write_tokenizer
+from torchtitan.config.errors import require
+from torchtitan.tools.logging import warn_once
+
+SPOKEN = ("llava", "messages")  # formats that hold conversations alone
+# For a template that shows no images: each content in the form that it takes, images in their places.
+FLATTEN = """{% set flat = namespace(messages=[]) -%}
+{%- for message in messages -%}
+{%- set said = namespace(text='') -%}
+{%- if message.content is string -%}{%- set said.text = message.content -%}{%- else -%}
+{%- for item in message.content -%}
+{%- set said.text = said.text + (image_token if item.type == 'image' else item.text) -%}
+{%- endfor -%}{%- endif -%}
+{%- set flat.messages = flat.messages + [dict(message, content=CONTENT)] -%}
+{%- endfor -%}
+{%- set messages = flat.messages %}
+"""
+
+
+def write_language(job: VLMJobConfig, folder: Path) -> None:
+    """Raises ConfigError for a tokenizer or a chat template that cannot be read."""
+    tokenizer, template = load_tokenizer(job.model.tokenizer_path), load_chat_template(template_of(job))
+    named = {
+        "image_token": tokenizer.image_id,
+        "image_start_token": tokenizer.begin_image_id,
+        "image_end_token": tokenizer.end_image_id,
+    }
+    write_tokenizer(job.model.tokenizer_path, folder, named)
+    source = template_source(template, tokenizer)
+    (folder / "chat_template.jinja").write_text(source, encoding="utf-8")
+    _dump(folder / "generation_config.json", generation_config(template, tokenizer))
+
+
+def write_processor(job: VLMJobConfig, folder: Path) -> None:
+    """Raises ConfigError as `write_language` does, and where no processor makes images as the job does."""
+    image_processor = image_processor_config(job)
+    write_language(job, folder)
+    config = {"processor_class": "Lfm2VlProcessor", "image_processor": image_processor}
+    _dump(folder / "processor_config.json", config)
+
+
+def image_processor_config(job: VLMJobConfig) -> dict[str, Any]:
+    """Of an Lfm2VlImageProcessor that makes an image's patches by our rule (ImagePlan.grid).
+
+    Raises ConfigError where images are made square, which it cannot do.
+    """
+    data, model = job.data, model_config(job)
+    square = "data.resize = square: no processor of transformers that fits the whole model squeezes images"
+    require(data.resize == "native", f"{square}: export its parts alone")
+    merged = model.projector.merge_size**2
+    return {
+        "image_processor_type": "Lfm2VlImageProcessor",
+        "do_image_splitting": False,
+        "do_resize": True,
+        "resample": 2,  # bilinear
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "do_pad": True,
+        "encoder_patch_size": model.encoder.patch_size,
+        "downsample_factor": model.projector.merge_size,
+        "min_image_tokens": _whole(data.min_patches_per_image / merged),
+        "max_image_tokens": _whole(data.max_patches_per_image / merged),
+    }
+
+
+def generation_config(template: ChatTemplate, tokenizer: SpecialTokenizer) -> dict[str, Any]:
+    """Generation ends with the end of a text, and with what the template ends an answer with."""
+    answer = template.render([Turn("user", ["a"]), Turn("assistant", ["a"])])
+    spoken = [part.spelling for part in answer if isinstance(part, Special) and part.loss]
+    ends = [id for spelling in spoken[-1:] if (id := tokenizer.special_id(spelling)) is not None]
+    bos = {} if tokenizer.bos_id is None else {"bos_token_id": tokenizer.bos_id}
+    return {
+        **bos,
+        "eos_token_id": list(dict.fromkeys([tokenizer.eos_id, *ends])),
+        "pad_token_id": tokenizer.pad_id,
+    }
+
+
+def template_of(job: VLMJobConfig) -> str:
+    """The chat template of the job's conversations; where its sources differ, that of the first."""
+    sources = job.training_sources()
+    spoken = [source.chat_template for source in sources if source.format in SPOKEN]
+    names = list(dict.fromkeys(spoken or [source.chat_template for source in sources] or ["chatml"]))
+    if len(names) > 1:
+        warn_once(f"sources differ in chat_template ({', '.join(names)}): {names[0]} is written")
+    return names[0]
+
+
+def template_source(template: ChatTemplate, tokenizer: SpecialTokenizer) -> str:
+    """The template, so that transformers renders what we train on.
+
+    An image is one image token, of which its processor makes begin, visual tokens and end. Special tokens are
+    those that the template's own files name.
+    """
+    source, named = template.file.source, template.file.variables
+    image, bos_id = tokenizer.spellings[tokenizer.image_id], tokenizer.bos_id
+    bos = "" if bos_id is None else tokenizer.spellings[bos_id]
+    written = {"bos_token": bos, "eos_token": tokenizer.spellings[tokenizer.eos_id]}
+    own = {role: named.get(role, "") for role, text in written.items() if named.get(role, "") != text}
+    variables = {"image_token": image} | (own if named else {})
+    if not template.markup:
+        content = "said.text" if template.takes_text else "[{'type': 'text', 'text': said.text}]"
+        source = FLATTEN.replace("CONTENT", content) + source
+    elif named and template.markup != image:
+        replacing = f"replace({json.dumps(template.markup)}, image_token)"
+        # Jinja drops one newline at the end of a file, and one behind a block.
+        source = f"{{% filter {replacing} %}}\n{source.removesuffix(chr(10))}{{% endfilter %}}"
+    known = (f"{{% set {name} = {json.dumps(text)} %}}\n" for name, text in variables.items())
+    return "".join(known) + source
+
+
+def _whole(number: float) -> int | float:
+    return int(number) if number.is_integer() else number
+
+
+def _dump(file: Path, content: Any) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
