@@ -30,6 +30,13 @@ class Words:
     ids: list[int]
     rich: bool = False
 
+    @property
+    def identity(self) -> list[int]:
+        return self.ids
+
+    def rest(self, start: int) -> "Words":
+        return Words(self.ids[start:])
+
 
 class Plain:
     """A decoder of text as an engine runs it, which counts the shapes that it meets."""

@@ -34,8 +34,15 @@ class Prompt(Protocol):
         """The tokens, at least one."""
 
     @property
+    def identity(self) -> Sequence[int]:
+        """A number for each token, equal in two prompts where the model reads the same."""
+
+    @property
     def rich(self) -> bool:
         """Whether it holds more than tokens."""
+
+    def rest(self, start: int) -> "Prompt":
+        """From token `start` on."""
 
 
 class Forward(Protocol):
@@ -56,7 +63,7 @@ class Request:
     """What to answer, and how."""
 
     number: int  # of the sample: with the seed it decides every draw
-    prompt: Any  # a Prompt
+    prompt: Prompt
     sampling: Sampling = Sampling()
     seed: int = 0
     max_tokens: int = 256
@@ -95,16 +102,20 @@ class Engine:
         tokenizer: Tokenizer,
         ends: Iterable[int],
         agree: Callable[[list[int]], list[int]] = lambda mine: mine,
+        reuse: bool = False,
     ):
         """`ends`: ids after which nothing follows; `agree`: the largest of each number over the ranks that
-        share the model.
+        share the model; `reuse`: a prompt that begins as what a free sequence holds (the next turn of a
+        conversation) is read from there on, which may change the last bits of its logits.
         """
         self.forward = forward
         self.cache = cache
         self.tokenizer = tokenizer
         self.ends = frozenset(ends)
         self.agree = agree
+        self.reuse = reuse
         self.rows: list[_Row | None] = [None] * len(cache.lengths)
+        self.read: list[list[int]] = [[] for _ in cache.lengths]  # identities of what each sequence holds
 
     @torch.no_grad()
     def answer(self, requests: Iterable[Request | None]) -> Iterator[Event]:
@@ -115,32 +126,47 @@ class Engine:
         source, more = iter(requests), True
         while True:
             while True:
-                row = next((row for row, held in enumerate(self.rows) if held is None), None)
-                request = next(source, DONE) if more and row is not None else None
+                request = next(source, DONE) if more and None in self.rows else None
                 if request is DONE:
                     more, request = False, None
-                admitted, width, rich = self.agree(_needs(request))
+                row, start = self._place(request.prompt) if request else (0, 0)
+                rest = request.prompt.rest(start) if request else None
+                admitted, width, rich = self.agree(_needs(rest))
                 if not admitted:
                     break
-                yield from self._admit(row or 0, request, width, bool(rich))
+                logits = self._read(row, start, rest, width, bool(rich))
+                if request:
+                    yield self._begin(row, request, logits)
             busy, goes_on = self.agree([sum(held is not None for held in self.rows), int(more)])
             if busy:
                 yield from self._step()
             elif not goes_on:
                 return
 
-    def _admit(self, row: int, request: Request | None, width: int, rich: bool) -> Iterator[Event]:
-        """Read a prompt into a free sequence; None: this rank has none and only runs along."""
-        ids = list(request.prompt.ids) if request else []
-        width = min(width, self.cache.places)
-        if request:
-            self.cache.crop(row, 0)
+    def _place(self, prompt: Prompt) -> tuple[int, int]:
+        """A free sequence, and how many tokens of the prompt it holds already."""
+        free = [row for row, held in enumerate(self.rows) if held is None]
+        if not self.reuse:
+            return free[0], 0
+        held = {row: min(_common(self.read[row], prompt.identity), len(prompt.ids) - 1) for row in free}
+        row = max(free, key=held.__getitem__)
+        return row, held[row]
+
+    def _read(self, row: int, start: int, prompt: Prompt | None, width: int, rich: bool) -> Tensor:
+        """Logits [1, V] after a prompt that goes on at token `start` of a sequence; None: this rank has none
+        and only runs along.
+        """
+        ids = list(prompt.ids) if prompt else []
+        if prompt:
+            self.cache.crop(row, start)
+            self.read[row] = [*self.read[row][:start], *prompt.identity]
         where = self.cache.append([row], [len(ids)], width)
         tokens = torch.tensor([ids + [self.tokenizer.pad_id] * (width - len(ids))])
-        logits = self._logits(tokens, where, [max(len(ids) - 1, 0)], request and request.prompt, rich)
-        if request:
-            held = self.rows[row] = _Row(request, self.tokenizer)
-            yield self._take(row, *self._choose(logits, [held])[0])
+        return self._logits(tokens, where, [max(len(ids) - 1, 0)], prompt, rich)
+
+    def _begin(self, row: int, request: Request, logits: Tensor) -> Event:
+        held = self.rows[row] = _Row(request, self.tokenizer)
+        return self._take(row, *self._choose(logits, [held])[0])
 
     def _step(self) -> Iterator[Event]:
         """One more token for every sequence that is being answered."""
@@ -204,13 +230,18 @@ class _Row:
         return float(self.numbers[len(self.answer.ids)])
 
 
-def _needs(request: Request | None) -> list[int]:
+def _needs(prompt: Prompt | None) -> list[int]:
     """Of one call: is there a prompt, how wide is it, does it hold more than tokens?"""
-    if request is None:
+    if prompt is None:
         return [0, 0, 0]
-    length = len(request.prompt.ids)
-    width = next((width for width in WIDTHS if width >= length), length)
-    return [1, width, int(request.prompt.rich)]
+    length = len(prompt.ids)
+    return [1, next((width for width in WIDTHS if width >= length), length), int(prompt.rich)]
+
+
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many numbers both begin with."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
 def _seen(held: Sequence[_Row | None], words: int) -> Tensor:

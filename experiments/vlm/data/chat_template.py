@@ -111,13 +111,16 @@ class ChatTemplate:
         """The draft of a conversation with its parts; another as it is. Raises Rejected as `render` does."""
         return replace(draft, parts=self.render(draft.turns)) if draft.turns else draft
 
-    def render(self, turns: Sequence[Turn]) -> list[Text | Special | ImageValue]:
-        """The parts, images in their places. Raises Rejected("chat_template") where the template refuses."""
+    def render(self, turns: Sequence[Turn], prompt: bool = False) -> list[Text | Special | ImageValue]:
+        """The parts, images in their places. Raises Rejected("chat_template") where the template refuses.
+
+        prompt: the assistant is to speak next; with its answer these are the parts of the conversation.
+        """
         spellings: list[str] = []
         messages = [self._message(turn, spellings) for turn in turns]
         try:
-            rendered = self._render(messages)
-            if not self._marks_answers:
+            rendered = self._render(messages, prompt)
+            if not (self._marks_answers or prompt):
                 rendered = self._mark_answers(messages, rendered)
         except Exception as error:  # a template may fail in any way
             raise Rejected("chat_template", f"{type(error).__name__}: {error}"[:300]) from error
@@ -169,9 +172,9 @@ class ChatTemplate:
     def _plain(self, text: str) -> str | list[dict[str, str]]:
         return text if self.takes_text else [{"type": "text", "text": text}]
 
-    def _render(self, messages: list[dict[str, Any]]) -> str:
+    def _render(self, messages: list[dict[str, Any]], prompt: bool = False) -> str:
         return self._template.render(
-            messages=messages, tools=None, documents=None, add_generation_prompt=False, **self._variables
+            messages=messages, tools=None, documents=None, add_generation_prompt=prompt, **self._variables
         )
 
     def _mark_answers(self, messages: list[dict[str, Any]], rendered: str) -> str:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -22,9 +23,16 @@ from experiments.vlm.data.image import ImagePlan, decode, write_patches
 from experiments.vlm.data.rejects import Reject, Rejected
 from experiments.vlm.data.sample import PlannedImage
 from experiments.vlm.data.slot import Packed, SlotPlan
-from experiments.vlm.data.sources.shard_cache import Key, ShardCache
+from experiments.vlm.data.sources.shard_cache import Key
 
 Views = dict[str, np.ndarray]  # field -> [S], [rows, L, D] or [rows, L, 3]
+
+
+class Opened(Protocol):
+    """Where images lie: sources.shard_cache.ShardCache, or a prompt's own."""
+
+    def use(self, source: int, path: str, work: Callable[[Any], Any]) -> Any:
+        """What `work` makes of an opened shard. Raises Rejected and what `work` raises."""
 
 
 @dataclass
@@ -40,7 +48,7 @@ class FilledSlot:
 class Collator:
     """Fills slots of one process. Not thread-safe itself; its pool's threads write to separate places."""
 
-    def __init__(self, cache: ShardCache, plan: ImagePlan, pad_id: int, pool: Executor | None = None):
+    def __init__(self, cache: Opened, plan: ImagePlan, pad_id: int, pool: Executor | None = None):
         """`pool`: threads that decode; without one the caller does."""
         self.cache = cache
         self.plan = plan

@@ -1,0 +1,34 @@
+"""The model with its cache, as an engine runs it (torchtitan/generation/engine.py)."""
+
+import torch
+from torch import Tensor, nn
+
+from experiments.vlm.batch import FIELDS, BatchShape
+from experiments.vlm.generate.prompt import Prompt
+from torchtitan.components.loader import Tensors
+
+
+class CachedVLM:
+    """Logits of a VLM whose layers hold a Cache. `shape`: of a prompt's images, one slot."""
+
+    def __init__(self, model: nn.Module, shape: BatchShape):
+        self.model = model
+        self.shape = shape
+
+    def __call__(
+        self, tokens: Tensor, where: Tensors, keep: Tensor, prompt: Prompt | None, rich: bool
+    ) -> Tensor:
+        """See engine.Forward. Where no rank's prompt has images, the encoder does not run."""
+        images = self._images(prompt, tokens.shape[1]) if rich else {}
+        placed = {name: tensor.to(tokens.device) for name, tensor in images.items()}
+        return self.model(tokens, **where, **placed, keep=keep[:, None])[:, 0]
+
+    def _images(self, prompt: Prompt | None, width: int) -> Tensors:
+        if prompt is not None:
+            return prompt.tensors(width)
+        names = ("pixel_values", "grid_thw")
+        padding = {name: torch.full(self.shape.of(name), FIELDS[name].padding) for name in names}
+        none = torch.full((1, width), FIELDS["visual_index"].padding, dtype=torch.int64)
+        return {"visual_index": none} | {
+            name: tensor.to(getattr(torch, FIELDS[name].dtype)) for name, tensor in padding.items()
+        }

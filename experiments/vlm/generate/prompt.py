@@ -1,0 +1,189 @@
+"""What to answer, made as a training sample is made: parts, then tokens, then patches, without the end.
+
+In: turns of a conversation, or texts and images to go on from; images as bytes. Out: a Prompt, whose images
+are decoded, so that what cannot be read is told before anything is computed.
+
+Letters: t tokens, N patch rows, L patches a row, D values a patch.
+"""
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from experiments.vlm.batch import FIELDS, BatchShape
+from experiments.vlm.data.chat_template import ChatTemplate
+from experiments.vlm.data.collate import Collator
+from experiments.vlm.data.document import Document, Image, ImageValue, Special, Text, Turn
+from experiments.vlm.data.image import ImagePlan, probe
+from experiments.vlm.data.packing import Budget, place
+from experiments.vlm.data.rejects import Rejected, meaning
+from experiments.vlm.data.sample import Sample, make_sample
+from experiments.vlm.data.slot import Origin, Packed, SlotPlan
+from experiments.vlm.data.sources.reader import Reference
+from torchtitan.components.tokenizer import Tokenizer
+from torchtitan.config.errors import UserError
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image in memory. `name`: what errors call it."""
+
+    data: bytes
+    name: str = "image"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Tokens and the patches that they point at."""
+
+    ids: list[int]
+    # as `ids`, but other numbers where an image is, by its content: equal where the model reads the same
+    identity: list[int]
+    visual_index: np.ndarray  # int64 [t], as in the batch contract
+    pixel_values: np.ndarray  # uint8 [N, L, D]
+    grid_thw: np.ndarray  # int32 [N, L, 3]
+
+    @property
+    def rich(self) -> bool:
+        """Whether it points at images."""
+        return bool((self.visual_index >= 0).any())
+
+    def rest(self, start: int) -> "Prompt":
+        """The tokens from `start` on."""
+        tail = slice(start, None)
+        return replace(
+            self, ids=self.ids[tail], identity=self.identity[tail], visual_index=self.visual_index[tail]
+        )
+
+    def tensors(self, width: int) -> dict[str, Tensor]:
+        """The fields of a batch of one slot of so many tokens that images need."""
+        index = np.full((1, width), FIELDS["visual_index"].padding, np.int64)
+        index[0, : len(self.visual_index)] = self.visual_index
+        return {
+            "visual_index": torch.from_numpy(index),
+            "pixel_values": torch.from_numpy(self.pixel_values),
+            "grid_thw": torch.from_numpy(self.grid_thw),
+        }
+
+
+class _Held:
+    """Images in memory, where a collator looks for an opened shard; their locators are their numbers."""
+
+    def __init__(self, pictures: Sequence[Picture]):
+        self.pictures = pictures
+
+    def load(self, image: Image) -> bytes:
+        return self.pictures[image.locator].data
+
+    def use(self, source: int, path: str, work: Callable[[Any], Any]) -> Any:
+        return work(self)
+
+
+class Prompter:
+    """Makes prompts of one model. Raises UserError that names the image, or says what is too long."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        plan: ImagePlan,
+        budget: Budget,
+        most_tokens: int,
+        template: ChatTemplate | None = None,
+    ):
+        """`budget`: patch rows of a prompt; `template`: None where the model knows no conversations."""
+        self.tokenizer = tokenizer
+        self.plan = plan
+        self.budget = budget
+        self.most_tokens = most_tokens
+        self.template = template
+
+    def conversation(self, turns: Sequence[tuple[str, Sequence[str | Picture]]]) -> Prompt:
+        """The assistant is to speak next. `turns`: (role, texts and images in order)."""
+        if self.template is None:
+            raise UserError("this model has no chat template: give one with --chat_template")
+        pictures = [part for _, content in turns for part in content if isinstance(part, Picture)]
+        numbers = iter(range(len(pictures)))
+        said = [
+            Turn(role, [part if isinstance(part, str) else ImageValue(next(numbers)) for part in content])
+            for role, content in turns
+        ]
+        try:
+            parts = self.template.render(said, prompt=True)
+        except Rejected as rejected:
+            raise UserError(f"the chat template refuses the conversation: {rejected.detail}") from None
+        return self._prompt(parts, pictures, conversation=True)
+
+    def beginning(self, parts: Sequence[str | Picture]) -> Prompt:
+        """A document that is to go on: texts and images in order, as training data without turns begin."""
+        pictures = [part for part in parts if isinstance(part, Picture)]
+        numbers = iter(range(len(pictures)))
+        told = [Text(part) if isinstance(part, str) else ImageValue(next(numbers)) for part in parts]
+        return self._prompt(told, pictures, conversation=False)
+
+    def _prompt(
+        self, parts: Sequence[Text | Special | ImageValue], pictures: Sequence[Picture], conversation: bool
+    ) -> Prompt:
+        sized = [self._image(part, pictures) if isinstance(part, ImageValue) else part for part in parts]
+        document = Document("prompt", sized, conversation=conversation)
+        sample = make_sample(document, self.tokenizer, self.plan)
+        if not conversation:
+            sample = sample.piece(0, sample.length - 1)  # it goes on: no eos
+        if sample.length == 0:
+            raise UserError("the prompt is empty")
+        if sample.length > self.most_tokens:
+            raise UserError(
+                f"the prompt has {sample.length} tokens with its {len(pictures)} images, more than the "
+                f"{self.most_tokens} that a sequence may have: shorten it, or use fewer or smaller images"
+            )
+        views = self._collate(sample, pictures)
+        return Prompt(
+            sample.tokens.tolist(),
+            _identity(sample, pictures),
+            views["visual_index"],
+            views["pixel_values"],
+            views["grid_thw"],
+        )
+
+    def _image(self, value: ImageValue, pictures: Sequence[Picture]) -> Image:
+        picture = pictures[value.value]
+        try:
+            return Image(value.value, *probe(picture.data))
+        except Rejected as rejected:
+            raise UserError(_unreadable(picture, rejected.reason, rejected.detail)) from None
+
+    def _collate(self, sample: Sample, pictures: Sequence[Picture]) -> dict[str, np.ndarray]:
+        """The fields of a slot that holds this sample alone."""
+        places = place([image.patches for image in sample.images], self.budget)
+        if places is None:
+            raise UserError(
+                f"{len(pictures)} images of {sum(image.patches for image in sample.images)} patches do not "
+                f"fit {self.budget.patch_rows} x {self.budget.patches_per_row} (data.patch_rows, "
+                "data.patches_per_row): use fewer or smaller ones"
+            )
+        rows, per_row = self.budget.patch_rows, self.budget.patches_per_row
+        shape = BatchShape(1, sample.length, rows, per_row, self.plan.patch_size)
+        fields = {name: np.empty(shape.of(name), field.dtype) for name, field in FIELDS.items()}
+        views = {name: array[0] if FIELDS[name].dims[0] == "B" else array for name, array in fields.items()}
+        packed = Packed(Reference(0, 0, 0), Origin("prompt", "", "", caption=False), sample, places)
+        collator = Collator(_Held(pictures), self.plan, self.tokenizer.pad_id)
+        filled = collator.start(SlotPlan(0, [packed]), views)()
+        for reject in filled.rejects:
+            raise UserError(_unreadable(pictures[reject.image or 0], reject.reason, reject.detail))
+        return views
+
+
+def _identity(sample: Sample, pictures: Sequence[Picture]) -> list[int]:
+    identity = sample.tokens.tolist()
+    for image in sample.images:
+        span = slice(image.start, image.start + image.visual_tokens + 2)
+        identity[span] = [-1 - zlib.crc32(pictures[image.image.locator].data)] * len(identity[span])
+    return identity
+
+
+def _unreadable(picture: Picture, reason: str, detail: str) -> str:
+    return f"{picture.name}: {meaning(reason)}" + (f" ({detail})" if detail else "")
