@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from experiments.vlm.world.caption import describe, tell  # noqa: E402
+from experiments.vlm.world.caption import describe, varied_caption  # noqa: E402
 from experiments.vlm.world.render import render  # noqa: E402
 from experiments.vlm.world.scene import sees_scene, varied_scene  # noqa: E402
 
@@ -31,7 +31,7 @@ def sheet(varied: bool, seed: int) -> Image.Image:
     misses = 0
     while misses < 20:
         scene = varied_scene(rng, False, longest=220) if varied else sees_scene(rng, False)
-        lines = wrap(tell(scene, rng) if varied else describe(scene), draw, font)
+        lines = wrap(varied_caption(scene, rng) if varied else describe(scene), draw, font)
         y = min(bottoms)
         height = scene.height + LINE * len(lines) + 3 * GAP
         if y + height > HEIGHT:

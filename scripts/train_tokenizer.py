@@ -20,7 +20,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
-from experiments.vlm.world.caption import describe, tell  # noqa: E402
+from experiments.vlm.world.caption import describe, varied_caption  # noqa: E402
 from experiments.vlm.world.document import draw_document  # noqa: E402
 from experiments.vlm.world.scene import sees_scene, varied_scene  # noqa: E402
 from torchtitan.components.tokenizer import LLAMA3_SPLIT  # noqa: E402
@@ -45,7 +45,7 @@ def world_text() -> Iterator[str]:
     rng = random.Random("tokenizer")
     for _ in range(3000):
         yield describe(sees_scene(rng, heldout=False))
-        yield tell(varied_scene(rng, False, longest=512), rng)
+        yield varied_caption(varied_scene(rng, False, longest=512), rng)
     for _ in range(1000):
         yield from (part for part in draw_document(rng, heldout=False) if isinstance(part, str))
 

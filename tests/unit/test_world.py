@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image
 
-from experiments.vlm.world.caption import NUMBERS, describe, tell
+from experiments.vlm.world.caption import NUMBERS, describe, varied_caption
 from experiments.vlm.world.document import draw_document
 from experiments.vlm.world.render import render
 from experiments.vlm.world.scene import COLOURS, GLYPHS, GRIDS, SHAPES, Scene, sees_scene, varied_scene
@@ -188,7 +188,7 @@ def test_told_captions_name_what_is_there_and_nothing_else():
     rng = random.Random(2)
     for _ in range(1500):
         scene = varied_scene(rng, False, 512)
-        caption = tell(scene, rng)
+        caption = varied_caption(scene, rng)
         if scene.kind == "text":
             written = "".join(thing.shape for thing in scene.things)
             assert f'"{written}"' in caption
@@ -208,7 +208,7 @@ def test_told_captions_measure_the_picture_truthfully():
     rng = random.Random(3)
     for _ in range(1500):
         scene = varied_scene(rng, False, 512)
-        caption = tell(scene, rng)
+        caption = varied_caption(scene, rng)
         ratio = scene.width / scene.height
         for words, true in (
             ("wider than", ratio > 1.2),
@@ -248,7 +248,7 @@ def test_told_relations_hold():
         scene = varied_scene(rng, False, 512)
         if scene.kind != "relation":
             continue
-        caption = tell(scene, rng)
+        caption = varied_caption(scene, rng)
         look_for = re.match(rf"Look for an? {NOUN}\. (.*) it there is an? {NOUN}", caption)
         match = look_for or re.search(
             rf"an? {NOUN} (?:is |lies )?({'|'.join(before)}) an? {NOUN}", caption, re.IGNORECASE

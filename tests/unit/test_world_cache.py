@@ -16,7 +16,7 @@ from PIL import Image
 
 from experiments.vlm.cache_folder import cache_folder
 from experiments.vlm.world import cache, ensure
-from experiments.vlm.world.caption import describe, tell
+from experiments.vlm.world.caption import describe, varied_caption
 from experiments.vlm.world.document import draw_document
 from experiments.vlm.world.render import render
 from experiments.vlm.world.scene import GRIDS, Scene, sees_scene, varied_scene
@@ -182,7 +182,7 @@ def test_another_drawing_has_another_version():
     rng, drawn = random.Random(0), []
     for _ in range(50):
         scenes = [sees_scene(rng, False), varied_scene(rng, True, longest=512)]
-        drawn += [*scenes, describe(scenes[0]), tell(scenes[1], rng), *draw_document(rng, False)]
+        drawn += [*scenes, describe(scenes[0]), varied_caption(scenes[1], rng), *draw_document(rng, False)]
     digest = hashlib.sha256("".join(map(repr, drawn)).encode()).hexdigest()[:12]
     pixels = [np.asarray(render(scene)).mean() for scene in drawn if isinstance(scene, Scene)]
     version = cache.VERSION, digest, round(float(np.mean(pixels)), 1)

@@ -8,6 +8,7 @@ from experiments.vlm.world.shards import write_shard
 
 
 def main(name: str, seed: str, folder: str, *shards: str) -> None:
+    """Draws shards (their numbers) of a world's split into the folder, until whoever asked has ended."""
     parent = os.getppid()
     for shard in shards:
         if os.getppid() != parent:

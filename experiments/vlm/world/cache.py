@@ -37,9 +37,9 @@ def ensure(name: str, cache: str = "", seed: int = 0) -> Path:
     if not folder.is_dir():
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with locked(folder.with_name(f"{split}.lock")):
+            with _locked(folder.with_name(f"{split}.lock")):
                 if not folder.is_dir():
-                    draw(name, seed, folder)
+                    _draw(name, seed, folder)
         except OSError as error:
             raise ConfigError(
                 f"cannot draw embedded:{name} into {folder}: {error}; choose another data.cache_folder"
@@ -48,14 +48,14 @@ def ensure(name: str, cache: str = "", seed: int = 0) -> Path:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def _locked(path: Path) -> Iterator[None]:
     """Wait for the lock and hold it; the system gives it back when the process ends, however it ends."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
-def draw(name: str, seed: int, folder: Path) -> None:
+def _draw(name: str, seed: int, folder: Path) -> None:
     prefix = f".unfinished-{folder.name}-"
     for left_over in folder.parent.glob(f"{prefix}*"):  # of a run that was killed
         shutil.rmtree(left_over, ignore_errors=True)
@@ -91,9 +91,9 @@ def run_workers(arguments: list[str], shards: int, folder: Path) -> None:
         while any(worker.poll() is None for worker in running):
             if any(worker.returncode for worker in running):
                 break
-            show_progress(folder, shards)
+            _show_progress(folder, shards)
             time.sleep(0.05)
-        show_progress(folder, shards)
+        _show_progress(folder, shards)
         for worker in running:
             if worker.poll():
                 raise RuntimeError(
@@ -105,7 +105,7 @@ def run_workers(arguments: list[str], shards: int, folder: Path) -> None:
             worker.communicate()
 
 
-def show_progress(folder: Path, shards: int) -> None:
+def _show_progress(folder: Path, shards: int) -> None:
     if sys.stderr.isatty():
         done = sum(not file.name.endswith(".unfinished") for file in folder.iterdir())
         bar = "#" * (40 * done // shards)

@@ -23,26 +23,27 @@ def render(scene: Scene) -> Image.Image:
     return image
 
 
-def flat(scene: Scene) -> Image.Image:
+def _flat(scene: Scene) -> Image.Image:
     return Image.new("RGB", (scene.width, scene.height), scene.background)
 
 
-def gradient(scene: Scene) -> Image.Image:
+def _gradient(scene: Scene) -> Image.Image:
     ramp = Image.linear_gradient("L").resize((scene.width, scene.height))
-    return Image.composite(flat(scene), Image.new("RGB", ramp.size), ramp)
+    return Image.composite(_flat(scene), Image.new("RGB", ramp.size), ramp)
 
 
-def grain(scene: Scene) -> Image.Image:
+def _grain(scene: Scene) -> Image.Image:
     width, height = scene.width // GRAIN + 2, scene.height // GRAIN + 2
     noise = random.Random(repr(scene.background)).randbytes(width * height)
     speckles = Image.frombytes("L", (width, height), noise).resize((scene.width, scene.height))
-    return Image.composite(flat(scene), Image.new("RGB", speckles.size), speckles)
+    return Image.composite(_flat(scene), Image.new("RGB", speckles.size), speckles)
 
 
-GROUNDS = {"flat": flat, "gradient": gradient, "grain": grain}
+GROUNDS = {"flat": _flat, "gradient": _gradient, "grain": _grain}
 
 
 def jpeg(image: Image.Image, quality: int) -> bytes:
+    """The bytes of a JPEG file; `quality`: 1 to 100."""
     # Full colour resolution: halved, the edges of a small thing would bleed.
     file = io.BytesIO()
     image.save(file, "JPEG", quality=quality, subsampling=0)
@@ -50,6 +51,7 @@ def jpeg(image: Image.Image, quality: int) -> bytes:
 
 
 def png(image: Image.Image) -> bytes:
+    """The bytes of a PNG file, compressed little, since speed counts for more than size."""
     file = io.BytesIO()
     image.save(file, "PNG", compress_level=1)
     return file.getvalue()

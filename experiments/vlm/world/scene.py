@@ -44,6 +44,8 @@ HELD_OUT_SHARE = 16  # one scene in so many is held out
 
 @dataclass(frozen=True)
 class Thing:
+    """A shape or glyph in a cell, as it is drawn."""
+
     shape: str  # of SHAPES or GLYPHS
     colour: str
     size: str  # of EXTENTS
@@ -55,11 +57,14 @@ class Thing:
 
     @property
     def look(self) -> tuple[str, str, str]:
+        """What a caption says of it, its place apart: size, colour, shape."""
         return self.size, self.colour, self.shape
 
 
 @dataclass(frozen=True)
 class Scene:
+    """A picture before it is drawn: its grid, its sizes and the things in its cells."""
+
     kind: str
     rows: int
     columns: int
@@ -85,7 +90,7 @@ def sees_scene(rng: random.Random, heldout: bool) -> Scene:
     """A random scene of that split for learning to see: cells of 32 px on one even, dark colour."""
     while True:
         rows, columns = rng.choice(GRIDS)
-        scene = compose(
+        scene = _compose(
             rng, rng.choice(["single", "text"] + ["relation", "count"] * (rows * columns > 1)), rows, columns
         )
         if held_out(scene.arrangement) == heldout:
@@ -102,12 +107,12 @@ def varied_scene(rng: random.Random, heldout: bool, longest: int) -> Scene:
             + ["relation", "count", "listing"] * (rows * columns > 1)
             + ["groups"] * (rows * columns > 2)
         )
-        scene = compose(rng, kind, rows, columns, cell, rng.choice(("flat", "gradient", "grain")))
+        scene = _compose(rng, kind, rows, columns, cell, rng.choice(("flat", "gradient", "grain")))
         if held_out(scene.arrangement) == heldout:
             return scene
 
 
-def compose(
+def _compose(
     rng: random.Random, kind: str, rows: int, columns: int, cell: float = CELL, ground: str = "flat"
 ) -> Scene:
     things = sorted(PLACE[kind](rng, rows, columns), key=lambda thing: (thing.row, thing.column))
@@ -118,24 +123,24 @@ def compose(
         rng.randint(darkest, lightest),
         rng.randint(darkest, lightest),
     )
-    height, width = side(rng, rows, cell), side(rng, columns, cell)
+    height, width = _side(rng, rows, cell), _side(rng, columns, cell)
     return Scene(kind, rows, columns, height, width, cell, ground, background, tuple(things))
 
 
-def side(rng: random.Random, cells: int, cell: float) -> int:
+def _side(rng: random.Random, cells: int, cell: float) -> int:
     """Up to 6 px (of a cell of 32) off the grid, 2 for each cell: a circle stays rounder than an oval."""
     off = min(6, 2 * cells)
     return round((cells * CELL + rng.randint(-off, off)) * cell / CELL)
 
 
-def make_thing(rng: random.Random, shape: str, colour: str, size: str, cell: tuple[int, int]) -> Thing:
+def _make_thing(rng: random.Random, shape: str, colour: str, size: str, cell: tuple[int, int]) -> Thing:
     low, high, jitter = EXTENTS[size]
     red, green, blue = (min(255, max(0, value + rng.randint(-15, 15))) for value in COLOURS[colour])
     shift = rng.randint(-jitter, jitter), rng.randint(-jitter, jitter)
     return Thing(shape, colour, size, *cell, (red, green, blue), rng.randint(low, high), shift)
 
 
-def draw_looks(rng: random.Random, number: int) -> list[tuple[str, str]]:
+def _draw_looks(rng: random.Random, number: int) -> list[tuple[str, str]]:
     """`number` different (shape, colour)."""
     found: dict[tuple[str, str], None] = {}
     while len(found) < number:
@@ -143,66 +148,68 @@ def draw_looks(rng: random.Random, number: int) -> list[tuple[str, str]]:
     return list(found)
 
 
-def draw_cells(rng: random.Random, rows: int, columns: int, number: int) -> list[tuple[int, int]]:
+def _draw_cells(rng: random.Random, rows: int, columns: int, number: int) -> list[tuple[int, int]]:
     return [divmod(cell, columns) for cell in rng.sample(range(rows * columns), number)]
 
 
-def single(rng: random.Random, rows: int, columns: int) -> list[Thing]:
-    return [make_thing(rng, *draw_looks(rng, 1)[0], rng.choice(SIZES), draw_cells(rng, rows, columns, 1)[0])]
+def _single(rng: random.Random, rows: int, columns: int) -> list[Thing]:
+    return [
+        _make_thing(rng, *_draw_looks(rng, 1)[0], rng.choice(SIZES), _draw_cells(rng, rows, columns, 1)[0])
+    ]
 
 
-def relation(rng: random.Random, rows: int, columns: int) -> list[Thing]:
+def _relation(rng: random.Random, rows: int, columns: int) -> list[Thing]:
     along_row = columns > 1 and (rows == 1 or rng.random() < 0.5)
     big, small = rng.sample(range(columns if along_row else rows), 2)
     line = rng.randrange(rows if along_row else columns)
     cells = [(line, big), (line, small)] if along_row else [(big, line), (small, line)]
     return [
-        make_thing(rng, *look, size, cell)
-        for look, size, cell in zip(draw_looks(rng, 2), ("big", "small"), cells, strict=True)
+        _make_thing(rng, *look, size, cell)
+        for look, size, cell in zip(_draw_looks(rng, 2), ("big", "small"), cells, strict=True)
     ]
 
 
-def count(rng: random.Random, rows: int, columns: int) -> list[Thing]:
+def _count(rng: random.Random, rows: int, columns: int) -> list[Thing]:
     number = rng.randint(2, min(5, rows * columns))
-    (look,) = draw_looks(rng, 1)
+    (look,) = _draw_looks(rng, 1)
     size = rng.choice(SIZES)
-    return [make_thing(rng, *look, size, cell) for cell in draw_cells(rng, rows, columns, number)]
+    return [_make_thing(rng, *look, size, cell) for cell in _draw_cells(rng, rows, columns, number)]
 
 
-def groups(rng: random.Random, rows: int, columns: int) -> list[Thing]:
+def _groups(rng: random.Random, rows: int, columns: int) -> list[Thing]:
     """Never as many in one as in the other: the larger one is named first."""
     room = rows * columns
     most = rng.randint(2, min(5, room - 1))
     fewer = rng.randint(1, min(2, most - 1, room - most))
-    looks = [(*look, rng.choice(SIZES)) for look in draw_looks(rng, 2)]
-    cells = draw_cells(rng, rows, columns, most + fewer)
-    return [make_thing(rng, *looks[place >= most], cell) for place, cell in enumerate(cells)]
+    looks = [(*look, rng.choice(SIZES)) for look in _draw_looks(rng, 2)]
+    cells = _draw_cells(rng, rows, columns, most + fewer)
+    return [_make_thing(rng, *looks[place >= most], cell) for place, cell in enumerate(cells)]
 
 
-def text(rng: random.Random, rows: int, columns: int) -> list[Thing]:
+def _text(rng: random.Random, rows: int, columns: int) -> list[Thing]:
     down = columns == 1
     line = rows if down else columns
     length = rng.randint(1, min(4, line))
     start, across = rng.randint(0, line - length), rng.randrange(1 if down else rows)
     colour = rng.choice(list(COLOURS))
     cells = [(start + i, across) if down else (across, start + i) for i in range(length)]
-    return [make_thing(rng, rng.choice(GLYPHS), colour, "glyph", cell) for cell in cells]
+    return [_make_thing(rng, rng.choice(GLYPHS), colour, "glyph", cell) for cell in cells]
 
 
-def listing(rng: random.Random, rows: int, columns: int) -> list[Thing]:
+def _listing(rng: random.Random, rows: int, columns: int) -> list[Thing]:
     number = rng.randint(max(2, rows * columns // 2), rows * columns)
-    cells = draw_cells(rng, rows, columns, number)
+    cells = _draw_cells(rng, rows, columns, number)
     return [
-        make_thing(rng, *look, rng.choice(SIZES), cell)
-        for look, cell in zip(draw_looks(rng, number), cells, strict=True)
+        _make_thing(rng, *look, rng.choice(SIZES), cell)
+        for look, cell in zip(_draw_looks(rng, number), cells, strict=True)
     ]
 
 
 PLACE = {
-    "single": single,
-    "relation": relation,
-    "count": count,
-    "groups": groups,
-    "text": text,
-    "listing": listing,
+    "single": _single,
+    "relation": _relation,
+    "count": _count,
+    "groups": _groups,
+    "text": _text,
+    "listing": _listing,
 }

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.vlm.tar_file import write_samples
-from experiments.vlm.world.caption import describe, tell
+from experiments.vlm.world.caption import describe, varied_caption
 from experiments.vlm.world.document import draw_document
 from experiments.vlm.world.render import jpeg, png, render
 from experiments.vlm.world.scene import Scene, sees_scene, varied_scene
@@ -26,6 +26,8 @@ Draw = Callable[[random.Random, bool, str], dict]  # generator, held out, key ->
 
 @dataclass(frozen=True)
 class World:
+    """How many samples an embedded world has, and how they are drawn and written."""
+
     samples: dict[str, int]  # of each split
     shard: int  # samples a shard
     suffix: str  # of a shard
@@ -38,23 +40,23 @@ class World:
         return [range(first, min(first + self.shard, samples)) for first in range(0, samples, self.shard)]
 
 
-def sees_sample(rng: random.Random, heldout: bool, key: str) -> dict:
+def _sees_sample(rng: random.Random, heldout: bool, key: str) -> dict:
     scene = sees_scene(rng, heldout)
     return {f"{key}.png": png(render(scene)), f"{key}.txt": describe(scene).encode()}
 
 
-def captions_sample(rng: random.Random, heldout: bool, key: str) -> dict:
+def _captions_sample(rng: random.Random, heldout: bool, key: str) -> dict:
     scene = varied_scene(rng, heldout, longest=512)
-    caption = tell(scene, rng)
+    caption = varied_caption(scene, rng)
     record = {"key": key, "caption": caption, "width": scene.width, "height": scene.height}
     image = jpeg(render(scene), rng.randint(85, 95))
     return {f"{key}.jpg": image, f"{key}.txt": caption.encode(), f"{key}.json": json.dumps(record).encode()}
 
 
-def interleaved_sample(rng: random.Random, heldout: bool, key: str) -> dict:
+def _interleaved_sample(rng: random.Random, heldout: bool, key: str) -> dict:
     parts = draw_document(rng, heldout)
     images = [
-        image_record(part, f"{key}-{i}", rng) if isinstance(part, Scene) else None
+        _image_record(part, f"{key}-{i}", rng) if isinstance(part, Scene) else None
         for i, part in enumerate(parts)
     ]
     sizes = [
@@ -69,19 +71,19 @@ def interleaved_sample(rng: random.Random, heldout: bool, key: str) -> dict:
     }
 
 
-def image_record(scene: Scene, stem: str, rng: random.Random) -> dict:
+def _image_record(scene: Scene, stem: str, rng: random.Random) -> dict:
     image = render(scene)
     if rng.random() < 0.2:
         return {"bytes": png(image), "path": f"{stem}.png"}
     return {"bytes": jpeg(image, rng.randint(85, 95)), "path": f"{stem}.jpg"}
 
 
-def write_tar(path: Path, records: Iterator[dict]) -> None:
+def _write_tar(path: Path, records: Iterator[dict]) -> None:
     with path.open("wb") as file:
         write_samples(file, records)
 
 
-def write_parquet(path: Path, records: Iterator[dict]) -> None:
+def _write_parquet(path: Path, records: Iterator[dict]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -102,9 +104,11 @@ def write_parquet(path: Path, records: Iterator[dict]) -> None:
 
 
 WORLDS = {
-    "captions": World({"train": 6_000, "heldout": 400}, 1_000, "tar", captions_sample, write_tar),
-    "interleaved": World({"train": 2_000, "heldout": 200}, 250, "parquet", interleaved_sample, write_parquet),
-    "sees": World({"train": 120_000, "heldout": 1_000}, 4_000, "tar", sees_sample, write_tar),
+    "captions": World({"train": 6_000, "heldout": 400}, 1_000, "tar", _captions_sample, _write_tar),
+    "interleaved": World(
+        {"train": 2_000, "heldout": 200}, 250, "parquet", _interleaved_sample, _write_parquet
+    ),
+    "sees": World({"train": 120_000, "heldout": 1_000}, 4_000, "tar", _sees_sample, _write_tar),
 }
 
 

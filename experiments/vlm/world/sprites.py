@@ -78,10 +78,10 @@ HOLE = 0.28  # of a ring: from the border, in units of its width
 @lru_cache(maxsize=4096)
 def sprite(shape: str, extent: int) -> Image.Image:
     """Mask of a shape or glyph whose longer side is `extent` pixels; mode L, 255 inside."""
-    return glyph(shape, extent) if shape in DOTS else outline(shape, extent)
+    return _glyph(shape, extent) if shape in DOTS else _outline(shape, extent)
 
 
-def outline(shape: str, extent: int) -> Image.Image:
+def _outline(shape: str, extent: int) -> Image.Image:
     relative_width, relative_height, form = OUTLINES[shape]
     width, height = max(1, round(relative_width * extent)), max(1, round(relative_height * extent))
     mask = Image.new("L", (FINE * width, FINE * height))
@@ -96,7 +96,7 @@ def outline(shape: str, extent: int) -> Image.Image:
     return mask.reduce(FINE)
 
 
-def glyph(character: str, extent: int) -> Image.Image:
+def _glyph(character: str, extent: int) -> Image.Image:
     rows = bytes.fromhex(DOTS[character])
     dots = Image.new("L", (5, 7))
     dots.putdata([255 * (row >> (4 - column) & 1) for row in rows for column in range(5)])
