@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import tyro
 
 from experiments.vlm.prepare.options import Options
-from experiments.vlm.prepare.progress import Shown
+from experiments.vlm.prepare.progress import ConsoleProgress
 from experiments.vlm.prepare.start import Crashed, prepare
 from torchtitan.tools.error_line import INTERRUPTED, report_error, report_line
 
@@ -25,7 +25,7 @@ def main(argv: Sequence[str]) -> int:
     """The command. Raises ConfigError."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's end is a person's
     try:
-        with contextlib.closing(Shown()) as progress:
+        with contextlib.closing(ConsoleProgress()) as progress:
             flat = (tyro.conf.OmitArgPrefixes,)
             options = tyro.cli(
                 Options, args=argv, prog=PROG, description=__doc__, config=flat, use_underscores=True
@@ -37,11 +37,11 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         report_line("stopped; the same command goes on from here")
         return INTERRUPTED
-    show(options, report)
+    _show(options, report)
     return 0
 
 
-def show(options: Options, report: dict) -> None:
+def _show(options: Options, report: dict) -> None:
     (source,) = report["sources"].values()
     for what in ("samples", "images"):
         rejected = {reason: entry["count"] for reason, entry in source["rejected"].get(what, {}).items()}

@@ -19,7 +19,7 @@ from experiments.vlm.prepare.folder import read_array
 from experiments.vlm.prepare.images import images_of, looks_whole, write_images
 from experiments.vlm.prepare.journal import Journal
 from experiments.vlm.prepare.options import Options
-from experiments.vlm.prepare.progress import Counted, StageProgress
+from experiments.vlm.prepare.progress import ShardProgress, StageProgress
 from experiments.vlm.prepare.shard_plan import PrepareJob
 from experiments.vlm.prepare.stop import Stop
 
@@ -92,6 +92,7 @@ def collect(job: PrepareJob, numbers: Iterable[int], progress: StageProgress, st
 
 
 async def collect_all(job: PrepareJob, numbers: Iterable[int], progress: StageProgress, stop: Stop) -> None:
+    """A few shards at a time, with one client for all. Raises the first error once every shard has ended."""
     async with make_client(job.options) as client:
         crowd = Crowd(client, CROWD * job.options.concurrency)
         with ThreadPoolExecutor(job.options.threads or None) as pool, stop.calling(crowd.stop):
@@ -109,7 +110,7 @@ async def collect_all(job: PrepareJob, numbers: Iterable[int], progress: StagePr
 async def collect_shard(job: PrepareJob, number: int, tools: Tools) -> None:
     """Idempotent: what is there is not made again."""
     async with tools.turns:
-        counted = Counted(tools.progress)
+        counted = ShardProgress(tools.progress)
         try:
             tools.stop.check()
             if not job.folder.image_index(number).exists():
@@ -120,7 +121,7 @@ async def collect_shard(job: PrepareJob, number: int, tools: Tools) -> None:
         counted.fill(len(read_array(job.folder.hashes("content", number), np.uint64)))
 
 
-async def make_images(job: PrepareJob, number: int, tools: Tools, counted: Counted) -> None:
+async def make_images(job: PrepareJob, number: int, tools: Tools, counted: ShardProgress) -> None:
     """Fetch what one shard lacks, then judge and encode; its journal survives a stop."""
     with Journal(job.folder.journal(number)) as journal:
         await fetch_missing(job, number, journal, tools.crowd, counted)
@@ -128,7 +129,7 @@ async def make_images(job: PrepareJob, number: int, tools: Tools, counted: Count
 
 
 async def fetch_missing(
-    job: PrepareJob, number: int, journal: Journal, crowd: Crowd, counted: Counted
+    job: PrepareJob, number: int, journal: Journal, crowd: Crowd, counted: ShardProgress
 ) -> None:
     """Into the journal, what is not there yet. Raises Stopped."""
     if not read_array(job.folder.hashes("urls", number), np.uint64).any():

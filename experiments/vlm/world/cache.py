@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tqdm import tqdm
+
 from experiments.vlm.cache_folder import cache_folder
 from experiments.vlm.world.shards import SPLITS, WORLDS
 from torchtitan.config.errors import ConfigError
@@ -88,12 +90,13 @@ def run_workers(arguments: list[str], shards: int, folder: Path) -> None:
         command = [sys.executable, "-m", "experiments.vlm.world", *arguments, *share]
         running.append(subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True))
     try:
-        while any(worker.poll() is None for worker in running):
-            if any(worker.returncode for worker in running):
-                break
-            _show_progress(folder, shards)
-            time.sleep(0.05)
-        _show_progress(folder, shards)
+        with tqdm(desc="drawing", total=shards, unit="shard", disable=None) as bar:  # None: where no terminal
+            while any(worker.poll() is None for worker in running):
+                if any(worker.returncode for worker in running):
+                    break
+                time.sleep(0.05)
+                bar.update(_finished(folder) - bar.n)
+            bar.update(_finished(folder) - bar.n)
         for worker in running:
             if worker.poll():
                 raise RuntimeError(
@@ -105,13 +108,5 @@ def run_workers(arguments: list[str], shards: int, folder: Path) -> None:
             worker.communicate()
 
 
-def _show_progress(folder: Path, shards: int) -> None:
-    if sys.stderr.isatty():
-        done = sum(not file.name.endswith(".unfinished") for file in folder.iterdir())
-        bar = "#" * (40 * done // shards)
-        print(
-            f"\rdrawing [{bar:<40}] {done}/{shards} shards",
-            end="\n" if done == shards else "",
-            file=sys.stderr,
-            flush=True,
-        )
+def _finished(folder: Path) -> int:
+    return sum(not file.name.endswith(".unfinished") for file in folder.iterdir())
