@@ -25,6 +25,8 @@ from torchtitan.tools.wandb_login import require_wandb
 
 
 class Experiment(NamedTuple):
+    """What `model.name` chooses: the job's class, its check, and where its TrainSpec is."""
+
     config_class: type[JobConfig]
     check: Callable[[Any, int], None]  # (job, world size); raises ConfigError
     spec: str  # "module:NAME" of its TrainSpec; imported after the check, since it imports torch
@@ -60,10 +62,10 @@ def load_spec(name: str) -> Any:
 def main(argv: Sequence[str]) -> int:
     """Check, then train. Returns the exit code."""
     init_logger()
-    return in_one_line(lambda: check_and_train(argv))
+    return in_one_line(lambda: _check_and_train(argv))
 
 
-def check_and_train(argv: Sequence[str]) -> int:
+def _check_and_train(argv: Sequence[str]) -> int:
     job = ready_job(argv, int(os.environ.get("WORLD_SIZE", "1")))
     if job.job.print_config and os.environ.get("RANK", "0") == "0":
         print(to_toml(job), flush=True)

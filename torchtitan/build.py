@@ -60,7 +60,7 @@ class Run:
 def build(job: JobConfig, spec: TrainSpec, device: torch.device) -> Run:
     """In this order: what is cheap and may be wrong first, what a checkpoint fills before it is loaded."""
     folder, world_size = Path(job.job.dump_folder), dist.get_world_size()
-    seed_generators(job)
+    _seed_generators(job)
     resolve_options(job)
     sizes = resolve_batch(job, world_size)
     mesh = build_mesh(degrees(job.parallelism, world_size), device)
@@ -69,7 +69,7 @@ def build(job: JobConfig, spec: TrainSpec, device: torch.device) -> Run:
     freeze(model, job.training.freeze)
     setting_of = settings(model, job.optimizer)
     flops = spec.flops(job, model)
-    describe(model, spec, sizes)
+    log_sizes(model, spec, sizes)
     require_room(held_gib(model, job, mesh.degrees), job, device)
     open_loader = loader_of(job, spec, tokenizer, mesh)
     loader = open_loader("train", None)
@@ -116,7 +116,7 @@ def build(job: JobConfig, spec: TrainSpec, device: torch.device) -> Run:
     )
 
 
-def seed_generators(job: JobConfig) -> None:
+def _seed_generators(job: JobConfig) -> None:
     torch.manual_seed(job.debug.seed)
     random.seed(job.debug.seed)
     if job.debug.deterministic:
@@ -150,7 +150,8 @@ def resolve_global_batch(job: JobConfig) -> None:
     job.training.global_batch_size = saved
 
 
-def describe(model: nn.Module, spec: TrainSpec, sizes: BatchSizes) -> None:
+def log_sizes(model: nn.Module, spec: TrainSpec, sizes: BatchSizes) -> None:
+    """Logs the parameters of each part, and how a step divides into forwards."""
     counted = {part: sum(p.numel() for p in model.get_submodule(part).parameters()) for part in spec.parts}
     logger.info("parameters: " + ", ".join(f"{part} {count:,}" for part, count in counted.items()))
     logger.info(f"slots a step: {sizes.global_}, in {sizes.accumulation} forwards of {sizes.local} a rank")

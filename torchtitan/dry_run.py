@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchtitan.build import describe
+from torchtitan.build import log_sizes
 from torchtitan.components.freezing import freeze
 from torchtitan.components.lr_scheduler import fit_warmup
 from torchtitan.components.parameter_groups import settings
@@ -34,8 +34,8 @@ def dry_run(job: JobConfig, spec: TrainSpec) -> None:
     model = spec.build_model(job, tokenizer)
     freeze(model, job.training.freeze)
     settings(model, job.optimizer)  # every pattern matches something
-    describe(model, spec, sizes)
-    log_run(job, layout, sizes)
+    log_sizes(model, spec, sizes)
+    _log_run(job, layout, sizes)
     log_memory(job, spec, layout, tokenizer, held_gib(model, job, layout))
     if there:
         log_batch(job, spec, layout, tokenizer, model)
@@ -45,7 +45,7 @@ def dry_run(job: JobConfig, spec: TrainSpec) -> None:
     logger.info("dry run: nothing was trained")
 
 
-def log_run(job: JobConfig, layout: Degrees, sizes: BatchSizes) -> None:
+def _log_run(job: JobConfig, layout: Degrees, sizes: BatchSizes) -> None:
     steps, length = job.training.steps, job.training.seq_len
     logger.info(f"layout: {layout.name}")
     a_step = f"{sizes.global_} slots of {length:,} tokens"

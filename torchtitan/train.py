@@ -240,11 +240,13 @@ class Trainer:
         return "the same command goes on from its checkpoint"
 
     def log_stopped(self, by: signal.Signals) -> None:
+        """Says which signal ended the run and what was saved. Waits for all ranks."""
         logger.info(f"stopped by {by.name} after step {self.state.step}; {self.saved()}")
         # once a rank has ended with another code than 0, a launcher gives the others little time
         dist.barrier()
 
     def raise_stopped(self, by: UserError) -> NoReturn:
+        """Raises the error again, with the step and what was saved. Waits for all ranks."""
         dist.barrier()
         at = f"stopped after step {self.state.step}; {self.saved()}"
         raise type(by)(f"{by}; {at}") from by
@@ -259,6 +261,7 @@ class Trainer:
         logger.info(" ".join(f"{name} {share:.1f} %" for name, share in exact.items()))
 
     def draw_curves(self) -> None:
+        """Draws curves.png from all of the run so far, on the rank that writes metrics."""
         if self.job.metrics.save_plot and self.run.reporter.writes:
             path = draw_curves(
                 self.folder, tuple(self.run.counts.capacity), tuple(self.run.spec.scoring.groups)
@@ -266,6 +269,7 @@ class Trainer:
             logger.info(f"curves: {path}")
 
     def close(self) -> None:
+        """Ends the loader's processes, the sinks and the profiler; signals are the caller's again."""
         self.signals.close()
         self.garbage.close()
         self.progress.close()

@@ -27,6 +27,8 @@ from torchtitan.tools.logging import init_logger
 
 @dataclass
 class Options:
+    """Which documents are read, and which sizes of a slot are tried on them."""
+
     samples: int = 5000  # documents to read
     # S to try; none: training.seq_len, half and twice of it
     seq_lens: list[int] = field(default_factory=list)
@@ -44,7 +46,7 @@ def cost_of_a_patch(job: VLMJobConfig, tokenizer: Tokenizer) -> float:
     return flops(Work(merged, 0, 0, 0)) / merged / flops(Work(0, 1, 0, 0))
 
 
-def print_row(o: Occupancy, patch_cost: float, best: bool) -> None:
+def _print_row(o: Occupancy, patch_cost: float, best: bool) -> None:
     b = o.budget
     figures = f"{o.tokens:7.2%} {o.patches:8.2%} {o.cost(patch_cost):6.3f} {o.plan_s * 1e3:8.2f}"
     figures += f" {o.images:7.1f} {o.rows:6}"
@@ -83,7 +85,7 @@ def main(argv: Sequence[str]) -> int:
     seen = [occupancy for occupancy in seen if occupancy.rows]
     best = min(seen, key=lambda occupancy: occupancy.cost(patch_cost), default=None)
     for occupancy in seen:
-        print_row(occupancy, patch_cost, occupancy is best)
+        _print_row(occupancy, patch_cost, occupancy is best)
     if best is None:
         print("too few samples to fill slots: raise --samples, or lower --seq_lens and --buffers")
         return 1

@@ -19,6 +19,8 @@ PROG = "torchtitan-vlm download"
 
 @dataclass
 class Options:
+    """Which files of which repository are fetched, and where they go."""
+
     repo: str  # OWNER/NAME on the hub
     what: What = "tokenizer"  # which files
     out: str = ""  # folder; without: assets/NAME

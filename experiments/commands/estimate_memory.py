@@ -25,6 +25,8 @@ from torchtitan.tools.hardware import GIB
 
 @dataclass
 class Options:
+    """How many ranks of what memory, and which layouts of them are tried."""
+
     world_size: int = 1  # ranks; thousands cost nothing
     memory_gib: float = 80.0  # of a GPU; layouts that need more are not listed
     max_tp: int = 8  # tensor parallel inside a machine
@@ -45,7 +47,7 @@ LIMITS = {
 }
 
 
-def vocabulary(job: VLMJobConfig) -> int:
+def _vocabulary(job: VLMJobConfig) -> int:
     tokenizer = (
         load_tokenizer(job.model.tokenizer_path) if shipped(job.model.tokenizer_path).exists() else None
     )
@@ -58,7 +60,7 @@ def vocabulary(job: VLMJobConfig) -> int:
     return rows
 
 
-def print_estimate(e: Estimate) -> None:
+def _print_estimate(e: Estimate) -> None:
     m = e.memory
     print(
         f"\n{e.sizes.name}: {e.batch.local} slots a forward, {e.batch.global_} a step, in "
@@ -76,7 +78,7 @@ def print_estimate(e: Estimate) -> None:
         print(f"    {collective:34s} {amount / 1e9:10.3f} GB")
 
 
-def print_layouts(found: list[Estimate], options: Options) -> None:
+def _print_layouts(found: list[Estimate], options: Options) -> None:
     fitting = sorted(
         (e for e in found if e.memory.total <= options.memory_gib * GIB), key=lambda e: e.sent_per_slot
     )
@@ -102,11 +104,11 @@ def main(argv: Sequence[str]) -> int:
         value = getattr(options, name)
         require(is_allowed(value, allowed), f"--{name} {value}: must be {allowed}")
     check_estimated(job)
-    vocab_size = vocabulary(job)
-    print_estimate(estimate(job, degrees(job.parallelism, options.world_size), vocab_size))
+    vocab_size = _vocabulary(job)
+    _print_estimate(estimate(job, degrees(job.parallelism, options.world_size), vocab_size))
     if options.rows:
         most = Degrees(
             options.max_replicate, options.world_size, options.max_cp, options.max_tp, options.max_pp
         )
-        print_layouts(list(estimates(job, options.world_size, vocab_size, most)), options)
+        _print_layouts(list(estimates(job, options.world_size, vocab_size, most)), options)
     return 0

@@ -25,6 +25,8 @@ from torchtitan.tools.logging import init_logger
 
 @dataclass
 class Options:
+    """How many batches are read, and what is written down of them."""
+
     out: str = ""  # the report: a name that ends in .html or .png
     keys: str = ""  # a JSON line for each delivered sample, and for each slot a hash of its tensors
     dump: str = ""  # a folder for data_report.json and rejects/ of what was read; empty: they are not kept

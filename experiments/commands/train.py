@@ -53,6 +53,7 @@ class Machines:
 
     @property
     def world_size(self) -> int:
+        """Ranks of the run, on all machines together."""
         return self.processes * self.machines
 
     def launcher(self) -> list[str]:

@@ -130,7 +130,7 @@ def check_sources(job: VLMJobConfig) -> None:
             bool(dataset), f"training.dataset is missing: which format is training.dataset_path = {path}?"
         )
         require(bool(path), f"training.dataset_path is missing: where is training.dataset = {dataset}?")
-        check_format(dataset, "training.dataset")
+        _check_format(dataset, "training.dataset")
         check_path(path, "training.dataset_path")
         check_reading(job.training_sources()[0], "data.sources[0]")
     else:
@@ -151,7 +151,7 @@ def check_sources(job: VLMJobConfig) -> None:
 def check_list(sources: list[Source], key: str) -> None:
     """`key`: the list's name, for the error. Raises ConfigError."""
     for number, source in enumerate(sources):
-        check_source(source, f"{key}[{number}]")
+        _check_source(source, f"{key}[{number}]")
     repeated = [
         name
         for name, times in Counter(source.name or source.format for source in sources).items()
@@ -160,10 +160,10 @@ def check_list(sources: list[Source], key: str) -> None:
     require(not repeated, f"{key}: two sources have the name {', '.join(repeated)}; give each its own")
 
 
-def check_source(source: Source, key: str) -> None:
+def _check_source(source: Source, key: str) -> None:
     require(bool(source.format), f"{key}.format is missing")
     require(bool(source.path), f"{key}.path is missing")
-    check_format(source.format, f"{key}.format")
+    _check_format(source.format, f"{key}.format")
     check_reading(source, key)
     check_path(source.path, f"{key}.path")
 
@@ -177,7 +177,7 @@ def check_reading(source: Source, key: str) -> None:
     require(known, f"{key}.chat_template = {template}: neither a file nor one of {', '.join(CHAT_TEMPLATES)}")
 
 
-def check_format(name: str, key: str) -> None:
+def _check_format(name: str, key: str) -> None:
     require(name in FORMATS, f"{key} = {name}: no such format{did_you_mean(name, FORMATS)}")
 
 

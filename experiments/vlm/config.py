@@ -66,6 +66,8 @@ class Data:
 
 @dataclass
 class VLMParallelism(Parallelism):
+    """How the work is split over ranks, the encoder's too."""
+
     # ranks of a CP x TP group encode each its share of the rows
     encoder_sharing: Literal["auto", "on", "off"] = "auto"
     encoder_tensor_parallel: bool = False  # shard the encoder's heads over TP instead of sharing its rows
@@ -74,11 +76,15 @@ class VLMParallelism(Parallelism):
 
 @dataclass
 class VLMActivationCheckpoint(ActivationCheckpoint):
+    """Which activations of each tower are recomputed in backward instead of kept."""
+
     encoder_mode: Literal["none", "selective", "full"] = "none"  # of the encoder
 
 
 @dataclass
 class VLMValidation(Validation):
+    """Evaluation on held-out data while training."""
+
     sources: list[Source] = field(default_factory=list)  # held-out data, [[validation.sources]]
 
 

@@ -47,6 +47,7 @@ class Estimate:
 
     @property
     def ranks(self) -> int:
+        """The world size of the layout."""
         return self.sizes.dp * self.sizes.cp * self.sizes.tp * self.sizes.pp
 
     @property

@@ -44,4 +44,5 @@ class Epochs:
         self.began = {}
 
     def metrics(self) -> dict[str, float]:
+        """The value of each source under its name in the metrics."""
         return {name: self.values[source] for source, name in self.names.items()}

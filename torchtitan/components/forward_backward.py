@@ -59,6 +59,7 @@ class Plain:
 
     @torch.no_grad()
     def score(self, tensors: Tensors) -> Tensor:
+        """See ForwardBackward."""
         self.model.eval()
         try:
             return self._score(self.model, tensors)
@@ -67,4 +68,5 @@ class Plain:
             free_gathered(self.model)
 
     def copies(self) -> list[nn.Parameter]:
+        """None: each weight is on this rank once."""
         return []

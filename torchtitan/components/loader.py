@@ -33,7 +33,8 @@ class Step(Protocol):
     """The microbatches of one optimizer step, and the loader's position right after them."""
 
     @property
-    def batches(self) -> Sequence[Batch]: ...
+    def batches(self) -> Sequence[Batch]:
+        """The microbatches in the order of their forwards, as many on every rank."""
 
     @property
     def state(self) -> State | Callable[[], State]:
@@ -76,7 +77,8 @@ class Loader(Protocol):
         """
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Ends processes and threads of the loader, and closes its files."""
 
 
 def to_device(tensors: Tensors, device) -> Tensors:

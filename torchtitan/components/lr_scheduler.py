@@ -68,7 +68,9 @@ class Schedule:
         self.optimizers.scale_learning_rates(self.factor)
 
     def state_dict(self) -> dict[str, int]:
+        """The steps taken; the shape of the schedule is the job's."""
         return {"step": self.step}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on after that step; `advance` sets the rates of the next one."""
         self.step = state["step"]

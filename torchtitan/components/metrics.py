@@ -56,6 +56,7 @@ class MetricsMeter:
         self.restart()
 
     def restart(self) -> None:
+        """Begin a new interval: totals and clock at zero."""
         self.totals: dict[str, float] = defaultdict(float)
         self.data_s = 0.0
         self.started = time.perf_counter()
@@ -138,5 +139,6 @@ class Reporter:
             sink.write(step, known)
 
     def close(self) -> None:
+        """Closes the sinks, so that nothing written is lost."""
         for sink in self.sinks:
             sink.close()

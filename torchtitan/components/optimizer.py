@@ -117,10 +117,12 @@ class Optimizers:
             group.update(made_with, lr=kept.fill_(rate) if isinstance(kept, Tensor) else rate)
 
     def step(self) -> None:
+        """One step of each optimizer, on the gradients that are there."""
         for optimizer in self:
             optimizer.step()
 
     def zero_grad(self) -> None:
+        """Frees the gradients."""
         for optimizer in self:
             optimizer.zero_grad(set_to_none=True)
 

@@ -19,9 +19,11 @@ HISTORY = "metrics.jsonl"
 class Sink(Protocol):
     """Takes the numbers of a step. `values`: name -> number, the same names in every sink."""
 
-    def write(self, step: int, values: Mapping[str, float]) -> None: ...
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Keeps the numbers of one step."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Writes out what is held back, and ends files and connections."""
 
 
 class History:
@@ -35,11 +37,12 @@ class History:
         unfinished.replace(self.path)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Appends a line, on disk when this returns."""
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
     def close(self) -> None:
-        pass
+        """Nothing is open between two lines."""
 
 
 def read_history(folder: Path) -> list[dict[str, float]]:
@@ -66,10 +69,12 @@ class TensorBoard:
         self.writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
+        """A scalar for each name."""
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 
     def close(self) -> None:
+        """Writes out the events that are held back."""
         self.writer.close()
 
 
@@ -87,9 +92,11 @@ class WandB:
             raise ConfigError(f"metrics.enable_wandb: {told}; {OFFLINE}") from None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Sends the numbers, or keeps them where WANDB_MODE is offline."""
         self.run.log(dict(values), step=step)
 
     def close(self) -> None:
+        """Ends the run and waits until all is sent."""
         self.run.finish()
 
 

@@ -169,12 +169,15 @@ class SpecialTokenizer:
         return id
 
     def special_id(self, spelling: str) -> int | None:
+        """The id of a special token; None where this tokenizer has none of that spelling."""
         return self.specials.get(spelling)
 
     def encode(self, text: str) -> list[int]:
+        """Ids of the text; a special token's spelling inside it is ordinary text."""
         return [id for _, piece in pieces(text) for id in self.backend.encode(piece)]
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids, and for each the characters [first, last) of the text that it covers."""
         ids: list[int] = []
         spans: list[tuple[int, int]] = []
         for start, piece in pieces(text):
@@ -184,6 +187,7 @@ class SpecialTokenizer:
         return ids, spans
 
     def decode(self, ids: list[int]) -> str:
+        """The text of the ids, special tokens by their spelling; ids that mean nothing are left out."""
         texts = []
         for special, group in groupby(ids, key=lambda id: id in self.spellings or id >= self.backend.rows):
             run = list(group)
@@ -221,6 +225,7 @@ class TiktokenBackend:
         self.encode = self.encoding.encode_ordinary
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """See Backend; where tokens share a character, each covers it."""
         ids = self.encode(text)
         if not ids:
             return [], []
@@ -233,6 +238,7 @@ class TiktokenBackend:
         return ids, list(zip(first.tolist(), (last + 1).tolist(), strict=True))
 
     def decode(self, ids: list[int]) -> str:
+        """The text; bytes that are no UTF-8 become U+FFFD."""
         return self.encoding.decode(ids)
 
 
@@ -288,13 +294,16 @@ class TokenizersBackend:
         return TokenizersBackend, (json.loads(self.tokenizer.to_str()),)
 
     def encode(self, text: str) -> list[int]:
+        """Ids of the text, without the special tokens that a model adds."""
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids, and for each its characters [first, last)."""
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
     def decode(self, ids: list[int]) -> str:
+        """The text, added tokens included."""
         return self.tokenizer.decode(ids, skip_special_tokens=False)
 
 

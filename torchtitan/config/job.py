@@ -12,6 +12,8 @@ from typing import Literal
 
 @dataclass
 class Job:
+    """The run as a whole: what it reads, where it writes."""
+
     config_file: str | None = None  # TOML file to read; the last one given wins
     dump_folder: str = "./outputs"  # everything a run writes goes below this folder
     description: str = ""  # a note for people, printed at the start
@@ -22,6 +24,8 @@ class Job:
 
 @dataclass
 class Profiling:
+    """Traces and memory snapshots for performance work; both cost time in the steps they record."""
+
     enable_profiling: bool = False  # write torch profiler traces
     save_traces_folder: str = "profile_traces"  # below dump_folder
     profile_freq: int = 10  # steps between two traces
@@ -31,6 +35,8 @@ class Profiling:
 
 @dataclass
 class Metrics:
+    """What is printed and kept of each step."""
+
     log_freq: int = 10  # steps between two printed lines
     enable_tensorboard: bool = False  # write TensorBoard event files
     save_tb_folder: str = "tb"  # below dump_folder
@@ -41,6 +47,8 @@ class Metrics:
 
 @dataclass
 class Model:
+    """Which model is trained, and with which tokenizer."""
+
     name: str = "vlm"  # which experiment: a key of the table in experiments/__main__.py
     flavor: str = "debugmodel"  # which size: a row of the experiment's flavors
     # a tokenizer.model (tiktoken) or tokenizer.json, or the folder that holds one
@@ -71,6 +79,8 @@ class ParameterGroup:
 
 @dataclass
 class Optimizer:
+    """How weights follow from gradients."""
+
     name: Literal["AdamW", "Muon"] = "AdamW"  # Muon: matrices by Muon at muon_lr, the rest by AdamW at lr
     lr: float = 8e-4  # peak learning rate of AdamW
     muon_lr: float = 0.02  # peak learning rate of Muon, scaled by sqrt(max(1, out / in)) per matrix
@@ -86,6 +96,8 @@ class Optimizer:
 
 @dataclass
 class LRScheduler:
+    """How the learning rate goes over the run: warm-up, a plateau, decay."""
+
     # optimizer steps of linear warm-up; cut, with a warning, where training.steps is less
     warmup_steps: int = 200
     # share of the steps spent in decay, after warm-up; unset: all that are left
@@ -96,6 +108,8 @@ class LRScheduler:
 
 @dataclass
 class Training:
+    """Data, sizes of a step, precision and what is frozen."""
+
     # format of a single source (cc12m, text, ...); on the command line it replaces those of data.sources
     dataset: str = ""
     dataset_path: str = ""  # its files: a file, glob, brace range or folder
@@ -117,6 +131,8 @@ class Training:
 
 @dataclass
 class Parallelism:
+    """How the model and its data are split over the ranks."""
+
     data_parallel_replicate_degree: int = 1  # HSDP: copies of the sharded model
     data_parallel_shard_degree: int = -1  # FSDP2; -1: what is left of the world size
     # default: always, but never under pipeline
@@ -137,6 +153,8 @@ class Parallelism:
 
 @dataclass
 class Checkpoint:
+    """What is saved, when, and what a run starts from."""
+
     # save every `interval`, on the last step and on SIGTERM or SIGINT; resume from the latest
     enable: bool = False
     folder: str = "checkpoint"  # below dump_folder
@@ -154,6 +172,8 @@ class Checkpoint:
 
 @dataclass
 class ActivationCheckpoint:
+    """Which activations are recomputed in backward instead of kept."""
+
     mode: Literal["none", "selective", "full"] = "none"  # of the decoder
     # "op": keep matmuls and attention; an integer n: recompute every n-th layer
     selective_ac_option: str = "op"
@@ -161,12 +181,16 @@ class ActivationCheckpoint:
 
 @dataclass
 class Compile:
+    """Compiled blocks and replayed steps: faster, after a slow first step."""
+
     enable: bool = False  # torch.compile each block of both towers
     cuda_graphs: bool = False  # replay the whole optimizer step as one CUDA graph; not with a pipeline
 
 
 @dataclass
 class Comm:
+    """How long ranks wait for each other before the run fails."""
+
     init_timeout_seconds: int = 300  # for the first collectives
     train_timeout_seconds: int = 100  # after the first step; a hang then names the stuck rank
     trace_buf_size: int = 20000  # entries of the flight recorder; 0: off
@@ -174,6 +198,8 @@ class Comm:
 
 @dataclass
 class Validation:
+    """Evaluation on held-out data while training."""
+
     enable: bool = False  # evaluate on validation.sources
     freq: int = 100  # steps between two evaluations; the last step is always evaluated
     steps: int = -1  # batches per evaluation; -1: the held-out split once
@@ -183,6 +209,8 @@ class Validation:
 
 @dataclass
 class Debug:
+    """Seeds and determinism."""
+
     seed: int = 0  # of weights and data
     deterministic: bool = False  # deterministic kernels; slower on GPU
 

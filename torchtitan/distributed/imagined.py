@@ -20,12 +20,15 @@ class ImaginedGroup:
         self.group_name, self._ranks = name, ranks
 
     def size(self) -> int:
+        """Ranks of the group."""
         return self._ranks
 
     def get_group(self) -> "ImaginedGroup":
+        """Itself: as a mesh it has one dimension."""
         return self
 
     def get_local_rank(self) -> int:
+        """The first rank is the one that is there."""
         return 0
 
     def collective(self, name: str, x: Tensor) -> Tensor:
@@ -53,6 +56,7 @@ class ImaginedWorld:
         return ImaginedGroup(name, self.ranks[name])
 
     def get_local_rank(self, name: str) -> int:
+        """The first rank is the one that is there."""
         return 0
 
 

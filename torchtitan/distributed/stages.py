@@ -77,6 +77,7 @@ class Split:
 
     @property
     def stages(self) -> int:
+        """How many stages there are, the first one included."""
         return len(self.first_layers) + 1
 
     def of(self, stage: int) -> range:

@@ -114,7 +114,7 @@ def segment_attention(
 
 
 @torch.library.custom_op("torchtitan::segment_attention_backward", mutates_args=())
-def segment_attention_backward(
+def _segment_attention_backward(
     grad: Tensor,
     q: Tensor,
     k: Tensor,
@@ -155,7 +155,7 @@ def _(q, k, v, q_seg, k_seg, q_row, k_row, causal):
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@segment_attention_backward.register_fake
+@_segment_attention_backward.register_fake
 def _(grad, q, k, v, out, lse, q_seg, k_seg, q_row, k_row, causal):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
@@ -168,7 +168,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad_out, grad_lse):
     q, k, v, *where, out, lse = ctx.saved_tensors
-    grads = segment_attention_backward(grad_out, q, k, v, out, lse, *where, ctx.causal)
+    grads = _segment_attention_backward(grad_out, q, k, v, out, lse, *where, ctx.causal)
     return *grads, None, None, None, None, None
 
 

@@ -12,6 +12,7 @@ ERROR_FILE = "TORCHTITAN_ERROR_FILE"  # variable of a rank: where torchtitan/lau
 
 
 def report_error(error: BaseException) -> None:
+    """A user's error in its line, as `report_line` reports it."""
     report_line(f"error: {error}")
 
 

@@ -14,8 +14,10 @@ class GarbageCollection:
         gc.disable()
 
     def after_step(self, step: int) -> None:
+        """Collects the young generations where `freq` says so."""
         if step % self.freq == 0:
             gc.collect(1)
 
     def close(self) -> None:
+        """Collections happen by themselves again."""
         gc.enable()

@@ -43,6 +43,7 @@ class Profiler:
         logger.info(f"profiler trace of step {self.step}: {folder}")
 
     def after_step(self, step: int) -> None:
+        """Moves the profiler on, and writes a memory snapshot where one is due."""
         self.step = step
         if self.profile is not None:
             self.profile.step()
@@ -53,5 +54,6 @@ class Profiler:
                 pickle.dump(torch.cuda.memory._snapshot(), file)
 
     def close(self) -> None:
+        """Ends the profiler; a trace that is under way is written."""
         if self.profile is not None:
             self.profile.stop()

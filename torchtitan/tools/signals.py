@@ -26,5 +26,6 @@ class StopSignals:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def close(self) -> None:
+        """Gives the signals back to who had them before."""
         for number, handler in self._before.items():
             signal.signal(number, handler)

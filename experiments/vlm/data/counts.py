@@ -61,6 +61,7 @@ def names_by_source(sources: Iterable[str]) -> list[str]:
 
 
 def rejected_name(reason: str) -> str:
+    """The count of samples and images rejected for that reason, a key of REASONS."""
     return f"rejected/{reason}"
 
 

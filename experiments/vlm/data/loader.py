@@ -225,6 +225,7 @@ class Loader:
         return list(dict.fromkeys(change for of_rank in self.ranks.from_all(changes) for change in of_rank))
 
     def slot_keys(self) -> list[str]:
+        """The keys of `state_dict` that this rank's slots have: "slot_000017" for slot 17."""
         return [slot_key(slot) for slot in self.slots]
 
     def report(self) -> dict[str, Any]:
@@ -239,12 +240,14 @@ class Loader:
         return rejected_line(report["sources"])
 
     def close(self) -> None:
+        """Ends the workers, and frees their memory; the position stays."""
         if self.supply is not None:
             self.supply.close()
             self.supply = None
 
     @property
     def names(self) -> list[str]:
+        """The sources, in the order of the configuration."""
         return [deal.name for deal in self.setup.planning.deals]
 
     def _start(self) -> Supply:

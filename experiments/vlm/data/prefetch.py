@@ -81,6 +81,7 @@ class InProcess(StepNode):
         self.producer = Producer(setup, slots, states)
 
     def stop(self) -> None:
+        """No more steps; a wait for storage ends."""
         super().stop()
         self.producer.stop()
 
@@ -92,6 +93,7 @@ class InProcess(StepNode):
         return arrays, self.producer.start(views)()
 
     def close(self) -> None:
+        """Ends the decoding threads and closes the shards."""
         self.producer.close()
 
 
@@ -138,11 +140,13 @@ class FromWorkers(StepNode):
         return arrays, [step for step in steps if step is not None]
 
     def stop(self) -> None:
+        """No more steps; a worker that is asked for one meanwhile ends instead of answering."""
         super().stop()
         for worker in self.workers:
             worker.hang_up()
 
     def close(self) -> None:
+        """Ends the workers and frees the shared memory."""
         self.shutdown()
         self.buffers.close()
 
@@ -185,6 +189,7 @@ class Supply:
         return pulled.result()
 
     def close(self) -> None:
+        """Ends the threads of the nodes and what makes the steps; nothing can be taken any more."""
         self.steps.stop()
         self.puller.shutdown()
         with contextlib.suppress(Exception):  # a thread that could not pin says so in `next`

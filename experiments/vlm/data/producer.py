@@ -72,6 +72,7 @@ class Producer:
         self.cache.patience.end()
 
     def close(self) -> None:
+        """Ends the decoding threads and lets go of the shards."""
         self.stop()
         self.cache.close()
         if self.pool is not None:

@@ -36,6 +36,7 @@ class SlotState(TypedDict):
 
 
 def slot_key(slot: int) -> str:
+    """The name of a slot's state in a checkpoint."""
     return f"{PREFIX}{slot:06d}"
 
 

@@ -30,7 +30,8 @@ class Grid(Protocol):
     """The part of ImagePlan that planning needs: sizes in patches from sizes in pixels."""
 
     @property
-    def merge_size(self) -> int: ...
+    def merge_size(self) -> int:
+        """Patches a side that become one visual token."""
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Patches (h, w) of an image of that many pixels."""
@@ -50,6 +51,7 @@ class PlannedImage:
 
     @property
     def patches(self) -> int:
+        """How many patches the image takes of a patch row."""
         return self.h * self.w
 
 
@@ -64,6 +66,7 @@ class Sample:
 
     @property
     def length(self) -> int:
+        """Tokens, those of images included."""
         return len(self.tokens)
 
     @cached_property

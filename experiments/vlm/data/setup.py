@@ -97,7 +97,7 @@ def make_setup(
         max_bad_fraction=1.0 if held_out else data.max_bad_fraction,
     )
     return Setup(
-        planning, tokenizer, partial(open_source, sources, job), data.decode_threads, data.storage_timeout_s
+        planning, tokenizer, partial(_open_source, sources, job), data.decode_threads, data.storage_timeout_s
     )
 
 
@@ -136,7 +136,7 @@ def make_deal(source: Source, job: VLMJobConfig, slots: int, held_out: bool, sha
     )
 
 
-def open_source(sources: list[Source], job: VLMJobConfig, source: int, path: str) -> Any:
+def _open_source(sources: list[Source], job: VLMJobConfig, source: int, path: str) -> Any:
     return open_shard(path, sources[source], job.data)
 
 

@@ -34,6 +34,8 @@ class ProjectorConfig:
 
 @dataclass(frozen=True)
 class VLMConfig:
+    """Sizes of a whole model, part by part."""
+
     encoder: EncoderConfig
     projector: ProjectorConfig
     decoder: DecoderConfig

@@ -59,6 +59,8 @@ class EncoderAttention(nn.Module):
 
 
 class EncoderMLP(nn.Module):
+    """Two linear layers with bias and the tanh approximation of GELU in between."""
+
     def __init__(self, config: EncoderConfig):
         super().__init__()
         self.fc1 = nn.Linear(config.dim, config.mlp_dim)

@@ -29,11 +29,14 @@ class Sum:
     def __init__(self) -> None:
         self.total = {False: [0, 0, 0], True: [0, 0, 0]}
 
-    def stage(self, name: str, total: int) -> None: ...
+    def stage(self, name: str, total: int) -> None:
+        """Nothing: the task's caller has begun the stage."""
 
-    def note(self, text: str) -> None: ...
+    def note(self, text: str) -> None:
+        """Nothing: notes of a task have nobody to read them."""
 
     def advance(self, count: int = 1, failed: int = 0, size: int = 0, before: bool = False) -> None:
+        """Adds to the total; work done before is kept apart."""
         self.total[before] = [
             old + new for old, new in zip(self.total[before], (count, failed, size), strict=True)
         ]
@@ -55,6 +58,7 @@ class Cluster:
         self.options, self.progress = options, progress
 
     def run(self, stage: str, numbers: list[int]) -> None:
+        """A task for each shard, few of them waiting at a time. Raises what a task raised."""
         left = deque(numbers)
         running: list[ray.ObjectRef] = []
         while left or running:

@@ -33,42 +33,54 @@ class Folder:
 
     @property
     def state(self) -> Path:
+        """What is needed to go on; most of it is removed with the report."""
         return self.out / ".prepare"
 
     def tar(self, number: int) -> Path:
+        """Shard `number`."""
         return self.out / f"{number:05d}.tar"
 
     def rejects(self, number: int) -> Path:
+        """What was left out of shard `number`, JSON lines."""
         return self.out / "rejects" / f"{number:05d}.jsonl"
 
     @property
     def report(self) -> Path:
+        """Counts and examples of the whole run; once it is there, the run is over."""
         return self.out / "report.json"
 
     @property
     def plan(self) -> Path:
+        """The input cut into shards, and the options."""
         return self.state / "plan.json"
 
     @property
     def inputs(self) -> Path:
+        """A folder of unpacked inputs and of row groups that are wanted again."""
         return self.state / "inputs"
 
     def hashes(self, of: str, number: int) -> Path:
+        """A hash of each image of the shard, uint64 [n]; `of`: "urls" or "content"."""
         return self.state / of / f"{number:05d}.npy"
 
     def repeated(self, of: str, number: int) -> Path:
+        """Which of `hashes` were in the input before, bool [n]."""
         return self.state / of / f"{number:05d}.repeated.npy"
 
     def journal(self, number: int) -> Path:
+        """A folder of what was fetched for the shard."""
         return self.state / "journal" / f"{number:05d}"
 
     def images(self, number: int) -> Path:
+        """The finished images of the shard, one after another."""
         return self.state / "images" / f"{number:05d}.bin"
 
     def image_index(self, number: int) -> Path:
+        """What became of each image of the shard, and where in `images` it lies."""
         return self.state / "images" / f"{number:05d}.json"
 
     def done(self, number: int) -> Path:
+        """The report of the shard, there once the shard is finished."""
         return self.state / "done" / f"{number:05d}.json"
 
 
@@ -97,10 +109,12 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
+    """What `write_json` wrote. Raises FileNotFoundError."""
     return json.loads(path.read_bytes())
 
 
 def write_array(path: Path, array: np.ndarray) -> None:
+    """The file appears whole or not at all."""
     with appearing(path) as file:
         np.save(file, array)
 

@@ -28,6 +28,8 @@ class Outcome:
 
 
 class Journal:
+    """The URLs of one shard that are settled, and an open attempt that settles more of them."""
+
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder

@@ -29,6 +29,8 @@ FREE = (
 
 @dataclass(frozen=True)
 class Options:
+    """All that a run is told: input, format, images, and how politely it fetches."""
+
     # records: a file, glob or folder of .parquet, .arrow, .tsv, .jsonl, .json or .txt, also packed as .gz,
     # .bz2 or .zst
     input: str

@@ -29,28 +29,29 @@ class Runner(Protocol):
     """Does stages: here, or on a cluster."""
 
     @property
-    def progress(self) -> StageProgress: ...
+    def progress(self) -> StageProgress:
+        """Where stages say how far they are."""
 
     def run(self, stage: str, numbers: list[int]) -> None:
         """Does a stage (a key of STAGES) for these shards."""
         ...
 
 
-def list_all(job: PrepareJob, numbers: Iterable[int], progress: StageProgress, stop: Stop) -> None:
+def _list_all(job: PrepareJob, numbers: Iterable[int], progress: StageProgress, stop: Stop) -> None:
     for number in numbers:
         stop.check()
         list_urls(job, number)
         progress.advance(job.plan.pieces[number].count)
 
 
-def write_all(job: PrepareJob, numbers: Iterable[int], progress: StageProgress, stop: Stop) -> None:
+def _write_all(job: PrepareJob, numbers: Iterable[int], progress: StageProgress, stop: Stop) -> None:
     for number in numbers:
         stop.check()
         write_shard(job, number)
         progress.advance(job.plan.pieces[number].count)
 
 
-STAGES: dict[str, Stage] = {"list": list_all, "collect": collect, "write": write_all}
+STAGES: dict[str, Stage] = {"list": _list_all, "collect": collect, "write": _write_all}
 
 
 def run(job: PrepareJob, runner: Runner) -> None:

@@ -24,9 +24,9 @@ Place = tuple[str | int, ...]
 
 def captions(record: Record, document: Document, key: str) -> Members:
     """An image, its caption and what else the record says, as KEY.jpg, KEY.txt and KEY.json."""
-    ((value, image),) = images_in(document)
+    ((value, image),) = _images_in(document)
     (caption,) = (part.text for part in document.parts if isinstance(part, Text))
-    other = {name: value for name, value in record.items() if is_plain(value) and value != caption}
+    other = {name: value for name, value in record.items() if _is_plain(value) and value != caption}
     other.pop(str(value.place[0]), None)
     return {
         f"{key}.{image.extension}": image.data,
@@ -70,7 +70,7 @@ def conversation(record: Record, document: Document, key: str) -> Members:
     """The record with members' names in place of its images."""
     names: dict[Place, str] = {}
     found: Members = {}
-    for value, image in images_in(document):
+    for value, image in _images_in(document):
         if value.place not in names:
             names[value.place] = f"{key}.{len(names)}.{image.extension}"
             found[names[value.place]] = image.data
@@ -99,6 +99,7 @@ def renamed(value: Any, names: dict[Place, str], place: Place = ()) -> Any:
 
 
 def text(record: Record, document: Document, key: str) -> Members:
+    """The record as it was, as KEY.json."""
     return {f"{key}.json": to_json(record)}
 
 
@@ -111,7 +112,7 @@ MEMBERS: dict[str, Callable[[Record, Document, str], Members]] = {
 }
 
 
-def images_in(document: Document) -> Iterator[tuple[ImageValue, FinishedImage]]:
+def _images_in(document: Document) -> Iterator[tuple[ImageValue, FinishedImage]]:
     return (part.locator for part in document.parts if isinstance(part, Image))
 
 
@@ -122,7 +123,7 @@ def described(value: ImageValue, image: FinishedImage) -> dict[str, Any]:
     return {**where, "height": image.height, "width": image.width, "sha256": image.sha256}
 
 
-def is_plain(value: Any) -> bool:
+def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (str, int, float, bool))
 
 

@@ -54,6 +54,7 @@ class Plan:
 
     @property
     def records(self) -> int:
+        """Records of the whole input."""
         return sum(piece.count for piece in self.pieces)
 
 
@@ -87,6 +88,7 @@ class PrepareJob:
 
     @property
     def shards(self) -> int:
+        """How many shards the input is cut into."""
         return len(self.plan.pieces)
 
     @property

@@ -34,6 +34,7 @@ class Here:
     stop: Stop
 
     def run(self, stage: str, numbers: list[int]) -> None:
+        """The stage for these shards, one after another. Raises Stopped."""
         STAGES[stage](self.job, numbers, self.progress, self.stop)
 
 

@@ -16,6 +16,7 @@ TOKENS, PATCHES = "#3376bd", "#d1793f"
 
 
 def draw_advice(documents: Sequence[SizedDocument], seen: Sequence[Occupancy], path: str) -> None:
+    """Writes a PNG of the documents' sizes and of how full slots of each tried size are."""
     tokens = np.array([sum(part for part, _ in document) for document in documents])
     patches = np.array([sum(part for _, part in document) for document in documents])
     images = np.array([part for document in documents for _, part in document if part])

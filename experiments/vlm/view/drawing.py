@@ -72,6 +72,7 @@ def patch_owners(slot: SlotView, row: int) -> np.ndarray:
 
 
 def caption(number: int, image: ImageView, merge: int) -> str:
+    """One line: the image's size and row in patches, its visual tokens, and the tokens that they replace."""
     visual = image.h * image.w // merge**2
     place = (
         f"tokens {image.tokens[0]} to {image.tokens[1] - 1} of document {image.document}"

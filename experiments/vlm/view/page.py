@@ -16,6 +16,7 @@ from torchtitan.components.tokenizer import Tokenizer
 def make_page(
     slots: list[SlotView], shape: BatchShape, merge: int, tokenizer: Tokenizer, title: str, facts: str
 ) -> str:
+    """The slots as one HTML page that loads nothing else; `facts`: a line under the title."""
     ids = sorted({int(token) for slot in slots for token in slot.tokens})
     return Template(files(__package__).joinpath("page.html").read_text(encoding="utf-8")).substitute(
         title=html.escape(title),

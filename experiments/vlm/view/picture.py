@@ -32,6 +32,7 @@ SHOWN_LETTERS = 900
 
 
 def draw_slots(slots: list[SlotView], shape: BatchShape, tokenizer: Tokenizer, title: str, path: str) -> None:
+    """Writes a PNG of the slots, one below the other, with a legend of their colours."""
     figure = plt.figure(figsize=(15, 6.2 * len(slots) + 0.8), layout="constrained")
     figure.suptitle("\n".join(textwrap.fill(line, TITLE_LETTERS) for line in title.splitlines()), fontsize=13)
     handles = [

@@ -40,7 +40,8 @@ class Records(Protocol):
     def get(self, index: int) -> dict[str, Any]:
         """Raises Rejected."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Closes the file and lets go of what stays parsed of it."""
 
 
 def open_records(path: str, columns: tuple[str, ...] | None, cache: FileCache) -> Records:

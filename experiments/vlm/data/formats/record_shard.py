@@ -132,6 +132,7 @@ class RecordShard:
         return len(self.records)
 
     def key(self, index: int) -> str:
+        """The number of the record, since a file of records names none."""
         return str(index)
 
     def read(self, index: int) -> tuple[Document, list[Rejected]]:
@@ -150,4 +151,5 @@ class RecordShard:
         return self.images.load(found.value)
 
     def close(self) -> None:
+        """Closes the file of records."""
         self.records.close()

@@ -44,7 +44,8 @@ class Shard(Protocol):
     def load(self, image: Image) -> bytes:
         """The bytes of an image that `read` gave. Raises Rejected."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Closes the file: nothing can be read or loaded any more."""
 
 
 def open_shard(file: ShardFile, source: Source, data: Data) -> Shard:

@@ -93,6 +93,7 @@ class ArrowRecords:
             self._sound.add(batch)
 
     def close(self) -> None:
+        """Unmaps the file."""
         self._batches = []
         self._source.close()
 

@@ -26,14 +26,14 @@ from experiments.vlm.data.storage.file_cache import FileCache, origin_of
 VERSION = "samples 2"  # of what is kept: another number where the same tar would give other samples
 
 
-def to_bytes(samples: Samples) -> bytes:
+def _to_bytes(samples: Samples) -> bytes:
     damage = [samples.damage.reason, samples.damage.detail] if samples.damage else None
     head = {"members": len(samples.headers), "checksum": samples.checksum, "damage": damage}
     places = np.concatenate([samples.headers, samples.starts]).astype("<i8")
     return json.dumps(head).encode() + b"\n" + places.tobytes()
 
 
-def from_bytes(data: bytes) -> Samples:
+def _from_bytes(data: bytes) -> Samples:
     """Raises ValueError or KeyError where these are none."""
     head, _, places = data.partition(b"\n")
     told, numbers = json.loads(head), np.frombuffer(places, "<i8").astype(np.int64)
@@ -78,10 +78,10 @@ def open_index(file: int, path: str, cache: FileCache) -> TarIndex:
 
     def keep(copy: Path) -> None:
         found.append(find_samples(file))
-        copy.write_bytes(to_bytes(found[0]))
+        copy.write_bytes(_to_bytes(found[0]))
 
     try:
         kept = cache.get(f"{origin_of(path)} {VERSION}", keep, ".index").read_bytes()
-        return TarIndex(file, found[0] if found else from_bytes(kept))
+        return TarIndex(file, found[0] if found else _from_bytes(kept))
     except (OSError, ValueError, KeyError):  # of the cache; what is wrong with the tar itself comes again
         return TarIndex(file, found[0] if found else None)

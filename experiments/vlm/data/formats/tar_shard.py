@@ -47,6 +47,7 @@ class TarShard:
         return len(self.index)
 
     def key(self, index: int) -> str:
+        """What the names of the sample's members begin with, up to the first dot."""
         return self.index.key(index)
 
     def read(self, index: int) -> tuple[Document, list[Rejected]]:

@@ -81,6 +81,7 @@ class ShardCache:
             )
 
     def close(self) -> None:
+        """Ends the threads that open shards and lets go of all; each is closed when its last lease ends."""
         self.openers.shutdown(cancel_futures=True)
         self.kept.clear()
 
