@@ -10,13 +10,16 @@ else is Rejected. JPEGs, nearly all of the data, are decoded by libjpeg-turbo in
 image is resized by torch's antialiased bilinear kernel, both without the interpreter lock; the result stays
 above 50 dB PSNR of Pillow's own.
 
-Transparency is composited onto white, as transformers' image processors do. 16-bit grey is scaled to 8 bits
-(Pillow would clip it to white). The first frame of an animation counts.
+Colours and transparency: rgb.py. The first frame of an animation counts.
 
-Memory: up to 48 MB a thread are kept to decode into. An image at Pillow's limit (179 megapixels) takes 0.5 GB
-while it is decoded, and twice that with transparency; a JPEG of that size is shrunk on the way.
+Memory: a thread keeps up to 48 MB to decode into, and takes about 30 MB more for an image below a
+megapixel. Larger ones share DECODING_BYTES of the process, counted by what their decoders were measured to
+hold; one that needs more is decoded when no other is. So a process takes no more than that, or what one image
+at Pillow's limit (179 megapixels) takes: 0.8 GB as a PNG, 1.8 as a progressive JPEG, 2.9 as a WebP, 3.5 as a
+JPEG 2000.
 """
 
+import contextlib
 import io
 import math
 import re
@@ -34,11 +37,18 @@ from PIL import Image as PILImage
 
 from experiments.vlm.data.jpeg_header import plain_jpeg_size
 from experiments.vlm.data.rejects import Rejected
+from experiments.vlm.data.rgb import Rgb
+from experiments.vlm.data.room import Room
 
 HEAD_BYTES = 1 << 16  # enough for the header of nearly every JPEG
 # a decoding thread keeps a buffer for images up to here; larger ones allocate their own
 KEPT_PIXELS = 16_000_000
 LARGE_PIXELS = 6_000_000  # a JPEG from here on may lose a little quality to scaled decoding
+DECODING_BYTES = 1 << 30  # of the images that the threads of a process decode at a time
+COUNTED_PIXELS = 1_000_000  # from here on an image counts for that
+# Pillow at its peak, as measured; of the fast JPEG decoder `_decode_jpeg` says what it takes
+BYTES_A_PIXEL = {"other": 8, "JPEG": 10, "MPO": 10, "AVIF": 10, "WEBP": 17, "JPEG2000": 20}
+PROGRESSIVE = b"\xff\xc2"  # the marker of a JPEG whose coefficients the decoder holds, 6 bytes a pixel
 
 PILImage.init()
 # The usual ones first, since some plugins find out by trying. EPS would start an external program
@@ -50,6 +60,7 @@ OPENED_FORMATS = sorted(
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 _buffers = threading.local()
+_room = Room(DECODING_BYTES)
 # torch.nn.functional.interpolate(antialias=True), with scales of one's own
 _resample = torch.ops.aten._upsample_bilinear2d_aa
 
@@ -99,7 +110,9 @@ def probe(data: bytes) -> tuple[int, int]:
     if size := plain_jpeg_size(data):
         return size
     image = _open(data)
-    return (image.width, image.height) if _orientation(image, data) >= 5 else (image.height, image.width)
+    with _room_for(image):  # the orientation of a PNG may stand behind its pixels
+        turned = _orientation(image, data) >= 5
+    return (image.width, image.height) if turned else (image.height, image.width)
 
 
 def probe_lazily(read: Callable[[int], bytes], size: int) -> tuple[int, int]:
@@ -126,15 +139,24 @@ def decode(data: bytes, height: int, width: int) -> np.ndarray:
     if plain and (resized := _decode_jpeg(data, plain, (height, width))) is not None:
         return resized
     image = _open(data)
+    with _room_for(image):
+        try:
+            return _decode_opened(image, data, bool(plain), (height, width))
+        except Rejected as rejected:
+            told = rejected.reason, rejected.detail
+        finally:
+            del image  # before another takes its room
+    raise Rejected(*told)  # anew: the first one's frames hold the image
+
+
+def _decode_opened(image: PILImage.Image, data: bytes, tried: bool, size: tuple[int, int]) -> np.ndarray:
+    """tried: whether the fast decoder complained of it. Raises Rejected."""
     orientation = _orientation(image, data)
-    target = (width, height) if orientation >= 5 else (height, width)
+    target = (size[1], size[0]) if orientation >= 5 else size
     resized = None
-    if not plain and image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):
-        resized = _decode_jpeg(data, (image.height, image.width), target)
-    if resized is None:
-        pixels = _load_rgb(image)
-        resized = _resize(pixels, pixels.shape[:2], target)
-    return _orient(resized, orientation)
+    if not tried and image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):
+        resized = _decode_fast(data, (image.height, image.width), target)
+    return _orient(_load_resized(image, target) if resized is None else resized, orientation)
 
 
 def write_patches(image: np.ndarray, plan: ImagePlan, out_patches: np.ndarray, out_thw: np.ndarray) -> None:
@@ -201,6 +223,11 @@ def _orient(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 def _decode_jpeg(data: bytes, size: tuple[int, int], target: tuple[int, int]) -> np.ndarray | None:
     """None where libjpeg-turbo complains of anything: then Pillow decides."""
+    with _room_for_jpeg(data, size, jpeg_factor(size, target)):
+        return _decode_fast(data, size, target)
+
+
+def _decode_fast(data: bytes, size: tuple[int, int], target: tuple[int, int]) -> np.ndarray | None:
     factor = jpeg_factor(size, target)
     height, width = (math.ceil(side / factor) for side in size)
     buffer = _buffer(height * width * 3)
@@ -234,6 +261,23 @@ def _buffer(size: int) -> np.ndarray:
     return kept[:size]
 
 
+def _room_for(image: PILImage.Image) -> contextlib.AbstractContextManager[None]:
+    pixels = image.width * image.height
+    if pixels < COUNTED_PIXELS:
+        return contextlib.nullcontext()
+    return _room.hold(pixels * BYTES_A_PIXEL.get(image.format or "", BYTES_A_PIXEL["other"]))
+
+
+def _room_for_jpeg(
+    data: bytes, size: tuple[int, int], factor: int
+) -> contextlib.AbstractContextManager[None]:
+    """For the fast decoder, which shrinks by `factor`."""
+    pixels = size[0] * size[1]
+    if pixels < COUNTED_PIXELS:
+        return contextlib.nullcontext()
+    return _room.hold(3 * pixels // factor**2 + (6 * pixels if PROGRESSIVE in data else 0))
+
+
 def _resize(pixels: np.ndarray, extent: tuple[float, float], target: tuple[int, int]) -> np.ndarray:
     """Antialiased bilinear resize of uint8 [H, W, 3] to target (height, width).
 
@@ -251,30 +295,27 @@ def _resize(pixels: np.ndarray, extent: tuple[float, float], target: tuple[int, 
     return _resample(image, list(target), False, down, across)[0].permute(1, 2, 0).numpy()
 
 
-def _load_rgb(image: PILImage.Image) -> np.ndarray:
-    """uint8 [H, W, 3] of any image that Pillow loads. Raises Rejected."""
+def _load_resized(image: PILImage.Image, target: tuple[int, int]) -> np.ndarray:
+    """uint8 [*target, 3] of any image that Pillow loads. Raises Rejected."""
     try:
-        image.load()
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = PILImage.alpha_composite(PILImage.new("RGBA", image.size, "white"), image)
-        elif image.mode.startswith("I") or image.mode == "F":
-            image = _eight_bits(image)
-        return np.array(image.convert("RGB"))
+        pixels = _resize_by_strips(Rgb(image), target)
     except PILImage.DecompressionBombError as error:
         raise Rejected("image_too_large", str(error)) from error
     except Exception as error:  # a decoder may raise anything on broken bytes
         raise _rejected(error) from error
+    return pixels
 
 
-def _eight_bits(image: PILImage.Image) -> PILImage.Image:
-    """Grey of 16 bits, or as floats in 0 ... 1, to 0 ... 255; other numbers are clipped, as Pillow does."""
-    values = np.asarray(image).astype(np.float64)
-    if image.mode.startswith("I") and values.max() > 255:
-        values /= 257  # 65535 -> 255
-    elif image.mode == "F" and values.max() <= 1:
-        values *= 255
-    return PILImage.fromarray(np.nan_to_num(values).clip(0, 255).astype(np.uint8))
+def _resize_by_strips(image: Rgb, target: tuple[int, int]) -> np.ndarray:
+    """The pixels that `_resize` would make of all at once: first along the strips, then across them."""
+    boxes, axis = (image.columns(), 1) if target[0] < image.height else (image.rows(), 0)
+    strips = []
+    for box in boxes:
+        strip = image.box(box)
+        along = (target[0], strip.shape[1]) if axis == 1 else (strip.shape[0], target[1])
+        strips.append(_resize(strip, strip.shape[:2], along))
+    pixels = np.concatenate(strips, axis)
+    return _resize(pixels, pixels.shape[:2], target)
 
 
 def _rejected(error: Exception, cut: bool = False) -> Rejected:
