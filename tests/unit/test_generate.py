@@ -30,8 +30,9 @@ BUDGET = Budget(200, 2, 64)
 TOKENIZER = Characters()
 
 
-def vlm() -> VLM:
-    model = VLM(VLMConfig(ENCODER, ProjectorConfig(48), DECODERS["qwen3"]), TOKENIZER.vocab_size, "sdpa", 64)
+def vlm(decoder: str = "qwen3") -> VLM:
+    config = VLMConfig(ENCODER, ProjectorConfig(48), DECODERS[decoder])
+    model = VLM(config, TOKENIZER.vocab_size, "sdpa", 64)
     model.init_weights(3)
     return model.eval()
 

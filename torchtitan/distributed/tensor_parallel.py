@@ -40,11 +40,11 @@ def split(module: nn.Module, mesh: DeviceMesh | ImaginedGroup, plan: dict[str, P
         module.get_parameter(name).requires_grad_(False)
 
 
-def embedding() -> ParallelStyle:
+def embedding(split: bool = True) -> ParallelStyle:
     """Each rank holds some rows of the table; the looked-up vectors are summed and come out split along the
-    sequence.
+    sequence, or whole on every rank.
     """
-    return RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1))
+    return RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1) if split else Replicate())
 
 
 def norm(to_local: bool = False) -> ParallelStyle:
@@ -99,6 +99,11 @@ class VocabularyParallel(ParallelStyle):
     The head itself crosses the group with three numbers a token (layers/cross_entropy.py), never with logits.
     """
 
+    def __init__(self, split: bool = True):
+        """`split`: tokens come split along the sequence; else all of them on every rank."""
+        super().__init__()
+        self.split = split
+
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         head: Any = module
         head.vocab_group = group = device_mesh.get_group()
@@ -106,7 +111,8 @@ class VocabularyParallel(ParallelStyle):
             distribute_tensor(head.weight, device_mesh, [Shard(0)]), head.weight.requires_grad
         )
         # The gradient of each rank's columns is a part of a sum, which the gather's backward adds up.
-        head.register_forward_pre_hook(lambda module, inputs: (gather(inputs[0], 1, group), *inputs[1:]))
+        if self.split:
+            head.register_forward_pre_hook(lambda module, inputs: (gather(inputs[0], 1, group), *inputs[1:]))
         return module
 
 

@@ -1,0 +1,60 @@
+"""A VLM over ranks, and its cache, for answers rather than training."""
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from experiments.vlm.config import VLMJobConfig
+from experiments.vlm.model.vlm import VLM
+from experiments.vlm.parallelize import apply_fsdp
+from torchtitan.config.errors import require
+from torchtitan.config.layout import Degrees
+from torchtitan.distributed.compile import apply_compile
+from torchtitan.distributed.fsdp import Sharding
+from torchtitan.distributed.mesh import Mesh
+from torchtitan.generation.cache import Cache
+from torchtitan.models.decoder.parallelize import apply_tensor_parallel
+
+
+def check_layout(sizes: Degrees) -> None:
+    """Raises ConfigError where one token at a time cannot be computed that way."""
+    for key, degree in (("context_parallel_degree", sizes.cp), ("pipeline_parallel_degree", sizes.pp)):
+        require(
+            degree == 1,
+            f"parallelism.{key} = {degree}: answers are generated with data and tensor parallel alone; use 1",
+        )
+
+
+def parallelize_for_answers(model: VLM, mesh: Mesh, job: VLMJobConfig) -> None:
+    """Tensor parallel without splitting the sequence, compile, FSDP. Each rank encodes its images alone."""
+    check_layout(mesh.degrees)
+    assert model.encoder is not None
+    if mesh.degrees.tp > 1:
+        apply_tensor_parallel(model.decoder, mesh["tp"], split=False)
+    if job.compile.enable:
+        for tower in (model.encoder, model.decoder):
+            apply_compile(tower.layers)
+    apply_fsdp(model, mesh, mesh.enc, Sharding.of(job))
+
+
+def attach_cache(model: VLM, mesh: Mesh, job: VLMJobConfig, sequences: int, places: int) -> Cache:
+    """In the precision of training's activations; a rank holds the heads that it computes."""
+    decoder, cache = model.config.decoder, Cache(sequences, places, mesh.device)
+    dtype = getattr(torch, job.training.mixed_precision_param)
+    kv_heads = decoder.kv_heads // mesh.degrees.tp
+    cache.attach(model.decoder.layers.values(), kv_heads, decoder.head_dim, dtype)
+    return cache
+
+
+def agreement(mesh: Mesh) -> Callable[[list[int]], list[int]]:
+    """For an engine: the largest of each number over all ranks, which make the same calls."""
+    if dist.get_world_size() == 1:
+        return lambda mine: mine
+
+    def largest(mine: list[int]) -> list[int]:
+        numbers = torch.tensor(mine, device=mesh.device)
+        dist.all_reduce(numbers, dist.ReduceOp.MAX)
+        return numbers.tolist()
+
+    return largest

@@ -1,0 +1,58 @@
+"""Ranks that share a model answer as one process does, each its own prompts, however many it has."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from experiments.vlm.batch import BatchShape
+from experiments.vlm.generate.forward import CachedVLM
+from experiments.vlm.generate.layout import agreement, attach_cache, parallelize_for_answers
+from experiments.vlm.model.vlm import VLM
+from tests.reference.small_run import job_of
+from tests.unit.test_generate import BUDGET, CPU, PLAN, TOKENIZER, prompts, vlm
+from tests.unit.test_generate import answers as answers_alone
+from tests.unit.test_generate import engine as engine_alone
+from torchtitan.build import init_weights
+from torchtitan.config.layout import degrees
+from torchtitan.distributed.mesh import build_mesh
+from torchtitan.generation.engine import Engine, Request
+
+
+def answers_on_rank(changes: dict, decoder: str) -> dict[int, tuple[list[int], list[float]]]:
+    """Prompt i is answered by data rank i mod data ranks, so that some have more than others."""
+    changes = {f"parallelism.{key}": value for key, value in changes.items()} | {"debug.seed": 3}
+    job = job_of(changes, "/nowhere")
+    mesh = build_mesh(degrees(job.parallelism, dist.get_world_size()), CPU)
+    plain = vlm(decoder)
+    with torch.device("meta"):
+        model = VLM(plain.config, TOKENIZER.vocab_size, "sdpa", 64)
+    parallelize_for_answers(model, mesh, job)
+    init_weights([model], job, CPU)
+    model.eval()
+    cache = attach_cache(model, mesh, job, 2, 420)
+    shape = BatchShape(1, 0, BUDGET.patch_rows, BUDGET.patches_per_row, PLAN.patch_size)
+    engine = Engine(CachedVLM(model, shape), cache, TOKENIZER, [TOKENIZER.eos_id], agreement(mesh))
+    mine = list(enumerate(prompts()))[mesh.data.get_local_rank() :: mesh.data.size()]
+    requests = [Request(number, prompt, max_tokens=3 + number) for number, prompt in mine]
+    done = [event.answer for event in engine.answer(requests) if event.answer.ended]
+    return {answer.request.number: (answer.ids, answer.logprobs) for answer in done}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "changes", "decoder"),
+    [
+        (2, {}, "qwen3"),
+        (2, {"tensor_parallel_degree": 2}, "qwen3-tied"),
+        (4, {"tensor_parallel_degree": 2}, "llama"),
+    ],
+    ids=["fsdp2", "tp2", "fsdp2.tp2"],
+)
+def test_ranks_answer_as_one_process_does(pool, ranks, changes, decoder):
+    expected = answers_alone(engine_alone(2, vlm(decoder)), prompts(), 7)
+    found: dict = {}
+    for answered in pool.run(ranks, answers_on_rank, changes, decoder):
+        for number, (ids, logprobs) in answered.items():
+            assert found.setdefault(number, ids) == ids  # ranks of a group say the same
+            assert ids == expected[number].ids[: 3 + number]
+            assert logprobs == pytest.approx(expected[number].logprobs[: 3 + number], abs=1e-4)
+    assert found.keys() == set(range(5))
