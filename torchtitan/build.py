@@ -13,7 +13,7 @@ from torch import nn
 
 from torchtitan.components.checkpoint import Checkpointer
 from torchtitan.components.checkpoint_folder import find, read_record
-from torchtitan.components.forward_backward import ForwardBackward, Plain
+from torchtitan.components.forward_backward import ForwardBackward
 from torchtitan.components.freezing import freeze
 from torchtitan.components.loader import Batch, Loader, Tensors, to_device
 from torchtitan.components.lr_scheduler import Schedule, fit_warmup
@@ -24,6 +24,7 @@ from torchtitan.components.room import held_gib, require_room
 from torchtitan.components.saved_config import save_config
 from torchtitan.components.train_state import TrainState
 from torchtitan.components.validation import Validator
+from torchtitan.components.weights import shapes_of
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.job import JobConfig
 from torchtitan.config.layout import BatchSizes, degrees, resolve_batch
@@ -32,6 +33,7 @@ from torchtitan.distributed.mesh import Mesh, build_mesh
 from torchtitan.spec import TrainSpec
 from torchtitan.tools.logging import logger
 from torchtitan.tools.profiling import Profiler
+from torchtitan.weights import give_weights, lay_out
 
 
 @dataclass
@@ -68,18 +70,27 @@ def build(job: JobConfig, spec: TrainSpec, device: torch.device) -> Run:
     model = spec.build_model(job, tokenizer)
     freeze(model, job.training.freeze)
     setting_of = settings(model, job.optimizer)
+    source = None if own_checkpoint(job) else spec.initial_weights(job, shapes_of(model))
     flops = spec.flops(job, model)
     log_sizes(model, spec, sizes)
     require_room(held_gib(model, job, mesh.degrees), job, device)
     open_loader = loader_of(job, spec, tokenizer, mesh)
     loader = open_loader("train", None)
-    forward_backward = parallelize(model, mesh, job, spec)
-    init_weights(forward_backward.parts, job, device)
+    forward_backward = lay_out(model, mesh, job, spec)
+    give_weights(forward_backward, model, job, mesh, source)
+    for part in forward_backward.parts:
+        part.train()
     rates_on = device if job.compile.cuda_graphs else None
     optimizers = Optimizers(forward_backward.parts, job.optimizer, setting_of, model.ADAMW_ONLY, rates_on)
     schedule = Schedule(optimizers, job.training.steps, job.lr_scheduler)
     state = TrainState(
-        forward_backward.parts, optimizers, schedule, loader, model.tied_names(), sizes.global_
+        forward_backward.parts,
+        optimizers,
+        schedule,
+        loader,
+        model.tied_names(),
+        sizes.global_,
+        spec.model_config(job),
     )
     checkpointer = Checkpointer(job.checkpoint, folder / job.checkpoint.folder, state)
     checkpointer.load()
@@ -137,7 +148,7 @@ def resolve_options(job: JobConfig) -> None:
 
 def resolve_global_batch(job: JobConfig) -> None:
     """A run that goes on keeps the global batch that it began with, whatever the number of ranks now."""
-    path = find(job.checkpoint, Path(job.job.dump_folder) / job.checkpoint.folder)
+    path = own_checkpoint(job)
     if path is None or "data" in job.checkpoint.exclude_from_loading:
         return
     saved, asked = read_record(path)["global_batch_size"], job.training.global_batch_size
@@ -148,6 +159,11 @@ def resolve_global_batch(job: JobConfig) -> None:
             "checkpoint.exclude_from_loading = ['data']"
         )
     job.training.global_batch_size = saved
+
+
+def own_checkpoint(job: JobConfig) -> Path | None:
+    """What the run goes on from, if anything."""
+    return find(job.checkpoint, Path(job.job.dump_folder) / job.checkpoint.folder)
 
 
 def log_sizes(model: nn.Module, spec: TrainSpec, sizes: BatchSizes) -> None:
@@ -169,23 +185,3 @@ def loader_of(
 def to_rank_of(job: JobConfig, spec: TrainSpec, mesh: Mesh) -> Callable[[Batch], Tensors]:
     """Host batch -> what this rank's forward takes, on its device."""
     return lambda batch: to_device(spec.shard_batch(batch.tensors, mesh, job), mesh.device)
-
-
-def parallelize(model: nn.Module, mesh: Mesh, job: JobConfig, spec: TrainSpec) -> ForwardBackward:
-    """Still on the meta device."""
-    if mesh.degrees.pp > 1:
-        if spec.pipeline is None:
-            raise ConfigError(
-                f"parallelism.pipeline_parallel_degree = {mesh.degrees.pp}: {spec.name} has no pipeline"
-            )
-        return spec.pipeline(model, mesh, job)
-    spec.parallelize(model, mesh, job)
-    return Plain(model, spec.loss, lambda part, tensors: spec.score(part, tensors, mesh))
-
-
-def init_weights(parts: list[nn.Module], job: JobConfig, device: torch.device) -> None:
-    """Give each rank storage for its shards alone, and the initial weights."""
-    for part in parts:
-        part.to_empty(device="cpu" if job.training.enable_cpu_offload else device)
-        part.init_weights(job.debug.seed)  # type: ignore[operator]
-        part.train()

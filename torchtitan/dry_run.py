@@ -12,6 +12,7 @@ from torchtitan.components.freezing import freeze
 from torchtitan.components.lr_scheduler import fit_warmup
 from torchtitan.components.parameter_groups import settings
 from torchtitan.components.room import held_gib
+from torchtitan.components.weights import shapes_of
 from torchtitan.config.job import JobConfig
 from torchtitan.config.layout import BatchSizes, Degrees, degrees, resolve_batch
 from torchtitan.config.shipped import shipped
@@ -35,6 +36,7 @@ def dry_run(job: JobConfig, spec: TrainSpec) -> None:
     freeze(model, job.training.freeze)
     settings(model, job.optimizer)  # every pattern matches something
     log_sizes(model, spec, sizes)
+    _log_weights(job, spec, model)
     _log_run(job, layout, sizes)
     log_memory(job, spec, layout, tokenizer, held_gib(model, job, layout))
     if there:
@@ -43,6 +45,13 @@ def dry_run(job: JobConfig, spec: TrainSpec) -> None:
         path = f"model.tokenizer_path = {job.model.tokenizer_path}"
         warn_once(f"{path} is not here: vocabulary as published, and no batch was read")
     logger.info("dry run: nothing was trained")
+
+
+def _log_weights(job: JobConfig, spec: TrainSpec, model: nn.Module) -> None:
+    """What would be taken of files of others, where they are there. Raises ConfigError for misfits."""
+    source = spec.initial_weights(job, shapes_of(model))
+    for line in source.report() if source else ():
+        logger.info(line)
 
 
 def _log_run(job: JobConfig, layout: Degrees, sizes: BatchSizes) -> None:

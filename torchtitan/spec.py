@@ -1,15 +1,17 @@
 """What a model brings to the trainer, which itself knows nothing of images, towers or what a token means."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from torchtitan.components.checkpoint_read import Sizes
 from torchtitan.components.forward_backward import ForwardBackward
 from torchtitan.components.loader import Loader, Tensors
 from torchtitan.components.metrics import Counts
 from torchtitan.components.validation import Scoring
+from torchtitan.components.weights import WeightSource
 from torchtitan.config.layout import Degrees
 from torchtitan.distributed.estimate import Memory
 from torchtitan.distributed.mesh import Mesh
@@ -20,8 +22,10 @@ class Model(Protocol):
 
     ADAMW_ONLY: tuple[str, ...]  # matrices that Muon leaves to AdamW, by the beginning of their names
 
-    def init_weights(self, seed: int) -> None:
-        """In place and the same under every layout; parameters have storage by then."""
+    def init_weights(self, seed: int, without: Collection[str] = ()) -> None:
+        """In place and the same under every layout; parameters have storage by then. `without`: names of
+        those that get their values elsewhere.
+        """
         ...
 
     def tied_names(self) -> dict[str, str]:
@@ -41,6 +45,9 @@ class TrainSpec:
     load_tokenizer: Callable[[Any], Any]  # (job)
     # (job, tokenizer; None: as published): a Model, on the meta device
     build_model: Callable[[Any, Any], Any]
+    model_config: Callable[[Any], Any]  # (job): a dataclass of sizes, stored with the weights
+    # (job, shapes of the whole model's weights): from the files of others, compared with those shapes
+    initial_weights: Callable[[Any, Sizes], WeightSource | None]
     # (job, layout, tokenizer or None, on a GPU?): bytes of a rank at the peak
     memory: Callable[[Any, Degrees, Any, bool], Memory]
     parallelize: Callable[[Any, Mesh, Any], None]  # (model, mesh, job): in place

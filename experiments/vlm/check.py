@@ -7,19 +7,22 @@ import glob
 import os
 import re
 from collections import Counter
+from pathlib import Path
 
 from experiments.vlm.config import Source, VLMJobConfig
 from experiments.vlm.data.chat_template import BUILT_IN as CHAT_TEMPLATES
 from experiments.vlm.data.formats import FORMATS
 from experiments.vlm.data.sources.permission import denied
 from experiments.vlm.model.flavors import EncoderConfig, VLMConfig
-from experiments.vlm.model_config import model_config
+from experiments.vlm.model_config import model_config, named_folders, part_folders
 from experiments.vlm.world.shards import SPLITS, WORLDS
+from torchtitan.components.checkpoint_folder import find
 from torchtitan.config.check import RANGES as JOB_RANGES
 from torchtitan.config.check import check, check_patterns, check_ranges, check_selective, is_allowed
 from torchtitan.config.errors import did_you_mean, require
 from torchtitan.config.layout import Degrees, degrees
 from torchtitan.models.decoder.check import check_decoder
+from torchtitan.models.hf.folder import read_tensors
 
 RANGES = {
     "data.epochs": ">= 0",
@@ -49,6 +52,7 @@ def check_vlm(job: VLMJobConfig, world_size: int) -> None:
     config, sizes = check_model(job), degrees(job.parallelism, world_size)
     check_encoder(job, config.encoder, sizes)
     check_decoder(config.decoder, job, sizes, job.parallelism.pipeline_parallel_encoder_stage)
+    check_weights(job)
     check_sources(job)
 
 
@@ -68,6 +72,19 @@ def check_model(job: VLMJobConfig) -> VLMConfig:
     config = model_config(job)
     check_patches(job, config.projector.merge_size)
     return config
+
+
+def check_weights(job: VLMJobConfig) -> None:
+    """Files of weights to start from are there and whole, by their headers. A dry run of a flavor, and a run
+    that goes on, do without.
+    """
+    missing = [f"{key} = {folder}" for key, folder in named_folders(job).items() if not folder.is_dir()]
+    goes_on = find(job.checkpoint, Path(job.job.dump_folder) / job.checkpoint.folder)
+    if goes_on or (missing and job.job.dry_run and job.model.flavor):
+        return
+    require(not missing, f"{missing[0] if missing else ''}: no such folder (looked from {os.getcwd()})")
+    for folder in dict.fromkeys(part_folders(job).values()):
+        read_tensors(folder)
 
 
 def check_patches(job: VLMJobConfig, merge_size: int) -> None:

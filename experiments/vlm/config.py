@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from torchtitan.config.errors import ConfigError
-from torchtitan.config.job import ActivationCheckpoint, JobConfig, Parallelism, Validation
+from torchtitan.config.job import ActivationCheckpoint, Checkpoint, JobConfig, Parallelism, Validation
 
 FIRST = "data.sources.0."
 PARTS = ("encoder", "projector", "decoder")  # of the model
@@ -82,6 +82,14 @@ class VLMActivationCheckpoint(ActivationCheckpoint):
 
 
 @dataclass
+class VLMCheckpoint(Checkpoint):
+    # Hugging Face folders of these parts alone, in place of initial_load_path; the projector is fresh where
+    # initial_load_path is no whole model
+    initial_load_encoder_path: str = ""
+    initial_load_decoder_path: str = ""  # the same for the decoder
+
+
+@dataclass
 class VLMValidation(Validation):
     """Evaluation on held-out data while training."""
 
@@ -94,6 +102,7 @@ class VLMJobConfig(JobConfig):
 
     parallelism: VLMParallelism = field(default_factory=VLMParallelism)
     activation_checkpoint: VLMActivationCheckpoint = field(default_factory=VLMActivationCheckpoint)
+    checkpoint: VLMCheckpoint = field(default_factory=VLMCheckpoint)
     data: Data = field(default_factory=Data)
     validation: VLMValidation = field(default_factory=VLMValidation)
 

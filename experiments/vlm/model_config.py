@@ -1,25 +1,136 @@
 """Which model a job trains: one answer for checks, estimates, training and scripts. Imports no torch."""
 
+import dataclasses
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
-from experiments.vlm.config import VLMJobConfig
-from experiments.vlm.model.flavors import FLAVORS, VLMConfig
-from torchtitan.config.errors import did_you_mean, require
+from experiments.vlm.config import PARTS, VLMJobConfig
+from experiments.vlm.model import hf_config as hf
+from experiments.vlm.model.flavors import FLAVORS, ProjectorConfig, VLMConfig
+from torchtitan.components.checkpoint_folder import find, find_initial, read_record
+from torchtitan.config.errors import ConfigError, did_you_mean, require
+from torchtitan.config.table import from_table
+from torchtitan.models.decoder.hf_config import FAMILIES
+from torchtitan.models.hf.config_file import read_config
+
+DEFAULT = "debugmodel"
+# What a row of sizes does not say of a decoder, or may have more of.
+OPEN = ("vocab_size", "context", "window", "model_type")
 
 
 def model_config(job: VLMJobConfig) -> VLMConfig:
-    """Sizes of the model, as the job's options leave them.
+    """Of model.flavor, of the folders that the job starts from, or of the checkpoint that it goes on from.
 
-    Raises ConfigError where there is no such model, or where data.patch_size or data.spatial_merge_size is
-    given and is not the model's.
+    Raises ConfigError where there is no such model, where flavor and folders disagree, or where
+    data.patch_size or data.spatial_merge_size is given and is not the model's.
     """
-    known = did_you_mean(job.model.flavor, FLAVORS)
-    require(job.model.flavor in FLAVORS, f"model.flavor = {job.model.flavor}: no such flavor{known}")
-    config, data = FLAVORS[job.model.flavor], job.data
-    patch, merge = config.encoder.patch_size, data.spatial_merge_size
+    name, row = job.model.flavor, None
+    if name:
+        require(name in FLAVORS, f"model.flavor = {name}: no such flavor{did_you_mean(name, FLAVORS)}")
+        row = FLAVORS[name]
+    elif recorded := _recorded(job):
+        return _with_patches(recorded, job, merges=True)
+    # With a flavor the sizes are known before weights are there: for estimates and dry runs.
+    folders = part_folders(job) if row is None or all(map(Path.is_dir, named_folders(job).values())) else {}
+    config = _of_folders(folders, row, name) if folders else row or FLAVORS[DEFAULT]
+    return _with_patches(config, job, merges="projector" in folders)
+
+
+def named_folders(job: VLMJobConfig) -> dict[str, Path]:
+    """Option -> the Hugging Face folder that it names."""
+    names = ("initial_load_path", "initial_load_encoder_path", "initial_load_decoder_path")
+    paths = (
+        {name: getattr(job.checkpoint, name) for name in names} if job.checkpoint.initial_load_in_hf else {}
+    )
+    return {f"checkpoint.{name}": Path(path) for name, path in paths.items() if path}
+
+
+def part_folders(job: VLMJobConfig) -> dict[str, Path]:
+    """Part -> the Hugging Face folder that its weights start from. Parts without one start fresh.
+
+    Raises ConfigError where a folder does not hold what it is named for.
+    """
+    c = job.checkpoint
+    named = {"encoder": c.initial_load_encoder_path, "decoder": c.initial_load_decoder_path}
+    nothing = "checkpoint.initial_load_in_hf needs checkpoint.initial_load_path, a Hugging Face folder"
+    require(bool(named_folders(job)) or not c.initial_load_in_hf, nothing)
+    for part, path in named.items():
+        key = f"checkpoint.initial_load_{part}_path"
+        require(not path or c.initial_load_in_hf, f"{key} needs checkpoint.initial_load_in_hf")
+        held = parts_in(Path(path)) if path else (part,)
+        require(part in held, f"{key} = {path}: holds the {held[0]} alone")
+    folders = {part: Path(path) for part, path in named.items() if path}
+    if not (c.initial_load_in_hf and c.initial_load_path):
+        return folders
+    whole = Path(c.initial_load_path)
+    left = [part for part in parts_in(whole) if part not in folders]
+    key = f"checkpoint.initial_load_path = {whole}"
+    require(bool(left), f"{key}: nothing of it is used, since its parts have folders of their own")
+    return dict.fromkeys(left, whole) | folders
+
+
+def parts_in(folder: Path) -> tuple[str, ...]:
+    """The parts that a Hugging Face folder holds, by its config.json. Raises ConfigError for none of ours."""
+    file = read_config(folder)
+    kind = file.model_type
+    if kind == hf.WHOLE:
+        return PARTS
+    known = ", ".join([hf.WHOLE, *(kind for kind in hf.TOWERS if kind != hf.WHOLE), *FAMILIES])
+    require(kind in hf.TOWERS or kind in FAMILIES, f"{file.where}: model_type = {kind!r}; known: {known}")
+    return ("encoder",) if kind in hf.TOWERS else ("decoder",)
+
+
+def _of_folders(folders: dict[str, Path], row: VLMConfig | None, flavor: str) -> VLMConfig:
+    for part in ("encoder", "decoder"):
+        fresh = f"nothing says which {part}: checkpoint.initial_load_{part}_path names a folder that has one"
+        require(part in folders or row is not None, f"{fresh}, model.flavor sizes for a fresh one")
+    found: dict[str, Any] = {}
+    if "projector" in folders:
+        found["projector"] = hf.projector_config(read_config(folders["projector"]))
+    for part, read in (("encoder", hf.encoder_config), ("decoder", hf.decoder_config)):
+        if part in folders:
+            found[part] = read(read_config(folders[part]))
+    if row is None:
+        found.setdefault("projector", ProjectorConfig(found["decoder"].dim))
+        return VLMConfig(**found)
+    for part, sizes in found.items():
+        _require_equal(getattr(row, part), sizes, f"model.flavor = {flavor}", folders[part])
+    vocabulary = row.decoder.vocab_size
+    if "decoder" in found:
+        vocabulary = max(vocabulary, found["decoder"].vocab_size)
+        found["decoder"] = replace(found["decoder"], vocab_size=vocabulary)
+    return replace(row, **found)
+
+
+def _require_equal(row: Any, found: Any, flavor: str, folder: Path) -> None:
+    for field in dataclasses.fields(row):
+        name = field.name
+        ours, theirs = getattr(row, name), getattr(found, name)
+        if name not in (*OPEN, "image_size") and ours != theirs:
+            raise ConfigError(
+                f"{flavor}: {name} is {ours}, but {theirs} in {folder}/config.json: leave the flavor unset"
+            )
+
+
+def _recorded(job: VLMJobConfig) -> VLMConfig | None:
+    """What the checkpoint says that the run goes on from, or starts from."""
+    path = find(job.checkpoint, Path(job.job.dump_folder) / job.checkpoint.folder)
+    path = path or find_initial(job.checkpoint)
+    sizes = read_record(path).get("model") if path else None
+    return None if sizes is None else from_table(VLMConfig, sizes, f"{path}: model")
+
+
+def _with_patches(config: VLMConfig, job: VLMJobConfig, merges: bool) -> VLMConfig:
+    """`merges`: its projector has weights, made for its merge_size; else the job may choose one."""
+    data, patch, merge = job.data, config.encoder.patch_size, config.projector.merge_size
+    asked = data.spatial_merge_size
     require(
         data.patch_size in (None, patch),
-        f"data.patch_size = {data.patch_size}: {job.model.flavor} takes patches of {patch}; leave it unset",
+        f"data.patch_size = {data.patch_size}: {job.model.label} takes patches of {patch}; leave it unset",
     )
-    # The projector of a row is made anew, for as many patches as the job merges.
-    return config if merge is None else replace(config, projector=replace(config.projector, merge_size=merge))
+    require(
+        not merges or asked in (None, merge),
+        f"data.spatial_merge_size = {asked}: {job.model.label} merges {merge} x {merge} patches: unset it",
+    )
+    return config if asked is None else replace(config, projector=replace(config.projector, merge_size=asked))

@@ -11,6 +11,7 @@ from experiments.vlm.data.loader import Loader
 from experiments.vlm.data.setup import sources_of
 from experiments.vlm.estimate import estimate
 from experiments.vlm.flops import count_flops
+from experiments.vlm.initial_weights import initial_weights
 from experiments.vlm.model.vlm import VLM
 from experiments.vlm.model_config import model_config
 from experiments.vlm.parallelize import parallelize_vlm
@@ -74,6 +75,8 @@ SPEC = TrainSpec(
     name="vlm",
     parts=PARTS,
     load_tokenizer=open_tokenizer,
+    model_config=model_config,
+    initial_weights=initial_weights,
     build_model=build_vlm,
     memory=memory,
     parallelize=parallelize_vlm,

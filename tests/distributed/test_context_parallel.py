@@ -11,13 +11,13 @@ from torch import Tensor
 from tests.reference.attention import allowed_pairs, dense_attention
 from tests.reference.batches import Sizes
 from tests.reference.small_run import CPU, SMALL, batch_of, job_of
-from torchtitan.build import init_weights, parallelize
 from torchtitan.config.layout import degrees
 from torchtitan.distributed.context_parallel import METHODS, in_slot_order, rows_of_ranks
 from torchtitan.distributed.differentiable import gather
 from torchtitan.distributed.mesh import build_mesh
 from torchtitan.layers.attention import prepare_mask
 from torchtitan.layers.masks import Mask
+from torchtitan.weights import give_weights, lay_out
 
 SIZES = Sizes(seq_len=64, patches_per_row=96)
 
@@ -36,7 +36,7 @@ def logits(cp: int, tp: int, method: str) -> Tensor:
         )
         mesh = build_mesh(degrees(job.parallelism, dist.get_world_size()), CPU)
         model = SMALL.build_model(job, SMALL.load_tokenizer(job))
-        init_weights(parallelize(model, mesh, job, SMALL).parts, job, CPU)
+        give_weights(lay_out(model, mesh, job, SMALL), model, job, mesh)
         tensors = SMALL.shard_batch(batch_of([0, 1], 1, SIZES).tensors, mesh, job)
         del tensors["labels"]
         with torch.no_grad():

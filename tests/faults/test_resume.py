@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults import runs
-from torchtitan.components.checkpoint import stored_sizes
+from torchtitan.components.checkpoint_read import stored_sizes
 from torchtitan.components.sinks import read_history
 
 

@@ -19,7 +19,7 @@ from tests.reference.models import (
 )
 from torchtitan.models.decoder.hf import from_hf, to_hf
 from torchtitan.models.decoder.model import Decoder
-from torchtitan.models.weight_names import Row, Transform, prefixed, read, write
+from torchtitan.models.weight_names import Part, Row, Transform, prefixed, read, write
 
 
 @pytest.mark.parametrize("config", [LLAMA, QWEN2, QWEN3], ids=["llama", "qwen2", "qwen3"])
@@ -106,3 +106,26 @@ def test_stars_are_carried_over_in_order_and_transforms_go_both_ways():
     assert ours.unused == ["in.a.7.8.b.bias"]  # a star is one part of a name
     assert torch.equal(ours.named["out.x.7.y.bias"], weight.T)
     assert torch.equal(write(ours.named, rows)["in.a.7.b.bias"], weight)
+
+
+def test_weights_are_split_stacked_and_offset_along_their_rows():
+    rows = [
+        *(Row("qkv.*", f"w{name}.*", theirs_part=Part(k, 3)) for k, name in enumerate("qkv")),
+        Row("gate.weight", "w13.weight", ours_part=Part(0, 2)),
+        Row("up.weight", "w13.weight", ours_part=Part(1, 2)),
+        Row("table.weight", "first", theirs_part=Part(0, 2, first=0, last=1)),
+        Row("table.weight", "rest", theirs_part=Part(1, 2, first=1)),
+    ]
+    theirs = {
+        "qkv.weight": torch.randn(12, 2), "qkv.bias": torch.randn(12), "up.weight": torch.randn(3, 2),
+        "gate.weight": torch.randn(3, 2), "table.weight": torch.randn(5, 2),
+    }  # fmt: skip
+    ours = read(theirs, rows).named
+    assert torch.equal(ours["wk.weight"], theirs["qkv.weight"][4:8])
+    assert torch.equal(ours["wv.bias"], theirs["qkv.bias"][8:])
+    assert torch.equal(ours["w13.weight"], torch.cat([theirs["gate.weight"], theirs["up.weight"]]))
+    assert torch.equal(ours["first"], theirs["table.weight"][:1]) and len(ours["rest"]) == 4
+    back = write(ours, rows)
+    assert back.keys() == theirs.keys() and all(torch.equal(back[name], theirs[name]) for name in theirs)
+    with pytest.raises(ValueError, match="w13.weight is not whole: there is only gate.weight of its 2 parts"):
+        read({"gate.weight": theirs["gate.weight"]}, rows)

@@ -4,6 +4,7 @@ step         forward_backward, freezing, optimizer (parameter_groups, muon), lr_
 data         loader (what the trainer asks of one), tokenizer, tokenizer_files, epochs, data_report
 figures      metrics (what a step measures), sinks (metrics.jsonl, TensorBoard, wandb), curves, flops
 validation   held-out loss, and the share of documents whose every token is right
-checkpoints  checkpoint, train_state (what it holds), checkpoint_folder (how it lies on the disk)
+checkpoints  checkpoint, train_state (what it holds), checkpoint_folder (how it lies on the disk),
+             checkpoint_read (what one says of itself), weights (of a model on ranks, and their sources)
 launches     dump_folder (a folder used again), saved_config, numbered, room (does the job fit this machine)
 """

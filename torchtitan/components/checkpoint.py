@@ -14,7 +14,6 @@ from typing import Any
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from torchtitan.components.checkpoint_folder import (
     DELETED,
@@ -26,25 +25,13 @@ from torchtitan.components.checkpoint_folder import (
     find_initial,
     read_record,
 )
+from torchtitan.components.checkpoint_read import Failure, reading, reason, stored_sizes
 from torchtitan.components.train_state import TrainState
 from torchtitan.config.errors import CheckpointError, ConfigError
 from torchtitan.config.job import Checkpoint
 from torchtitan.distributed.collectives import from_first_rank
 from torchtitan.tools.disk import free
 from torchtitan.tools.logging import logger
-
-Failure = (OSError, CheckpointException)  # CheckpointException, of all ranks alike, is no Exception
-CUT_SHORT = "inline_container"  # in what torch says of a file that ends too early, written or read
-
-
-def stored_sizes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shape of each tensor in a checkpoint, by name. Raises what torch and the disk raise."""
-    metadata = dcp.FileSystemReader(str(path)).read_metadata().state_dict_metadata
-    return {
-        name: tuple(entry.size)
-        for name, entry in metadata.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
 
 
 class Checkpointer:
@@ -109,7 +96,7 @@ class Checkpointer:
         again = f"the same command goes on from step {complete[-1]}" if complete else ""
         go_on = again or "start again: none is complete"
         return CheckpointError(
-            f"checkpoint of step {step} was not written to {self.folder} ({_reason(error)}; {room} free): "
+            f"checkpoint of step {step} was not written to {self.folder} ({reason(error)}; {room} free): "
             f"make room, and {go_on}"
         )
 
@@ -159,26 +146,15 @@ class Checkpointer:
         self._read(path, everything if model_only else set(self.options.exclude_from_loading))
 
     def _read(self, path: Path, without: set[str]) -> None:
-        record, sizes = read_record(path), readable_sizes(path)
+        record, sizes = read_record(path), stored_sizes(path)
         filled = self.state.to_fill(sizes, without)
-        try:
+        with reading(path):
             dcp.load(filled, checkpoint_id=str(path))
-        except Failure as error:
-            raise Damaged(path, _reason(error)) from None
         self.state.restore(filled, record, without)
         logger.info(
             f"loaded {path}{', without ' + ', '.join(sorted(without)) if without else ''}; at step "
             f"{self.state.step}"
         )
-
-
-def readable_sizes(path: Path) -> dict[str, tuple[int, ...]]:
-    """As stored_sizes. Raises Damaged where .metadata is missing or damaged."""
-    try:
-        return stored_sizes(path)
-    except Exception as error:  # it is a pickle, and damage in it may raise anything
-        reason = _reason(error)
-        raise Damaged(path, reason if isinstance(error, OSError) else f".metadata: {reason}") from None
 
 
 def _raise(error: BaseException) -> None:
@@ -189,21 +165,6 @@ def _prepare(path: Path, record: dict[str, Any]) -> None:
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)
     (path / RECORD).write_text(json.dumps(record, indent=1))
-
-
-def _reason(error: BaseException) -> str:
-    """The cause on the first rank that failed, in one line."""
-    if isinstance(error, CheckpointException):
-        error = next(exception for exception, _ in error.failures.values())
-    if isinstance(error, OSError):
-        return (
-            f"{Path(error.filename).name}: {error.strerror}"
-            if error.filename
-            else error.strerror or str(error)
-        )
-    if isinstance(error, EOFError) or CUT_SHORT in str(error):
-        return "a file was cut short"
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _then(first: Any, what: Callable[[], None]) -> Future:

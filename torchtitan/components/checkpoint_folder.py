@@ -63,8 +63,8 @@ def find(options: Checkpoint, folder: Path) -> Path | None:
 
 
 def find_initial(options: Checkpoint) -> Path | None:
-    """`initial_load_path`: a checkpoint, or a folder of them, of which the latest."""
-    if not options.initial_load_path:
+    """`initial_load_path`: a checkpoint, or a folder of them, of which the latest; no Hugging Face folder."""
+    if not options.initial_load_path or options.initial_load_in_hf:
         return None
     path = Path(options.initial_load_path)
     steps = complete_steps(path)

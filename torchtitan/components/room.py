@@ -43,9 +43,9 @@ def require_room(held: float, job: JobConfig, device: torch.device) -> None:
     need = f"{state} take {held:.1f} GiB a rank, and a rank has {there:.1f} GiB {what}"
     if held > there:
         raise ConfigError(
-            f"model.flavor = {job.model.flavor} does not fit this machine: {need}; "
+            f"{job.model.label} does not fit this machine: {need}; "
             f"take a smaller flavor, freeze parts (training.freeze), or share it among more processes"
         )
     if held > NEAR * there:
         peak = "DRY_RUN=1 shows the peak with activations"
-        warn_once(f"model.flavor = {job.model.flavor} nearly fills this machine: {need}; {peak}")
+        warn_once(f"{job.model.label} nearly fills this machine: {need}; {peak}")

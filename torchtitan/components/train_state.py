@@ -4,14 +4,14 @@
       model.NAME         weights                       step, tokens
       optimizer.NAME     optimizer state               lr_scheduler
       data.SLOT          the loader's position         global_batch_size
-      rng.RANK.DEVICE    generator states              model_only
+      rng.RANK.DEVICE    generator states              model_only, model (its sizes)
 
 Names do not depend on the layout, and a slot's position is stored under the slot, so a run goes on at any
 number of ranks. Options (learning rates, weight decay) are not stored: those of the job hold.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -19,17 +19,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
-    get_model_state_dict,
     get_optimizer_state_dict,
 )
 
+from torchtitan.components.checkpoint_read import PREFIX, Sizes, require_sizes
 from torchtitan.components.loader import Loader, State
 from torchtitan.components.lr_scheduler import Schedule
 from torchtitan.components.optimizer import Optimizers
+from torchtitan.components.weights import named_weights, stored_name
 from torchtitan.config.errors import ConfigError
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
-Sizes = Mapping[str, tuple[int, ...]]  # of the tensors in a checkpoint, by name
 
 
 @dataclass
@@ -42,6 +42,9 @@ class TrainState:
     loader: Loader
     aliases: dict[str, str]  # parameter -> the name it is stored under (tied weights)
     global_batch_size: int
+    model_config: Any = (
+        None  # a dataclass of the experiment, stored so that no file of the start is needed later
+    )
     step: int = 0
     tokens: int = 0  # seen so far
     # the position after the last step that was used
@@ -55,14 +58,12 @@ class TrainState:
             "lr_scheduler": self.schedule.state_dict(),
             "global_batch_size": self.global_batch_size,
             "model_only": model_only,
+            **({"model": _without_none(asdict(self.model_config))} if self.model_config else {}),
         }
 
     def model(self) -> dict[str, Tensor]:
         """References to the weights, by the name that each is stored under."""
-        weights: dict[str, Any] = {
-            name: tensor for part in self.parts for name, tensor in get_model_state_dict(part).items()
-        }
-        return {"model." + self._stored_name(name): tensor for name, tensor in weights.items()}
+        return {PREFIX + name: weight for name, weight in named_weights(self.parts, self.aliases).items()}
 
     def optimizer(self) -> dict[str, Tensor]:
         """References to the optimizers' tensors.
@@ -74,16 +75,10 @@ class TrainState:
             if optimizers:
                 state.update(get_optimizer_state_dict(part, optimizers, options=FLAT))
         return {
-            "optimizer." + self._stored_name(name.removeprefix("state.")): tensor
+            "optimizer." + stored_name(name.removeprefix("state."), self.aliases): tensor
             for name, tensor in state.items()
             if name.startswith("state.")  # and not param_groups, the options
         }
-
-    def _stored_name(self, name: str) -> str:
-        for alias, stored in self.aliases.items():
-            if name == alias or name.startswith(alias + "."):
-                return stored + name[len(alias) :]
-        return name
 
     def position(self) -> dict[str, Tensor]:
         """The loader's state as uint8 tensors, a piece each, named "data.SLOT"."""
@@ -112,7 +107,7 @@ class TrainState:
         the rest.
         """
         live = self.model() | ({} if "optimizer" in without else self.optimizer())
-        _check_sizes(live, stored)
+        require_sizes({name: tuple(tensor.shape) for name, tensor in live.items()}, stored)
         names = [] if "data" in without else ["data." + key for key in self.loader.slot_keys()]
         _check_position(names, stored)
         if "train_state" not in without:
@@ -136,17 +131,13 @@ class TrainState:
                 (torch.cuda.set_rng_state if name.endswith("cuda") else torch.set_rng_state)(tensor)
 
 
-def _check_sizes(wanted: dict[str, Tensor], stored: Sizes) -> None:
-    for name, tensor in wanted.items():
-        if name not in stored:
-            raise ConfigError(
-                f"the checkpoint has no {name}: it was made with another model.flavor or optimizer.name"
-            )
-        if stored[name] != tuple(tensor.shape):
-            raise ConfigError(
-                f"{name} is {list(stored[name])} in the checkpoint and {list(tensor.shape)} here: another "
-                "model.flavor"
-            )
+def _without_none(values: dict[str, Any]) -> dict[str, Any]:
+    """As a table of options has it: what is None is not there."""
+    return {
+        name: _without_none(value) if isinstance(value, dict) else value
+        for name, value in values.items()
+        if value is not None
+    }
 
 
 def _check_position(names: list[str], stored: Sizes) -> None:

@@ -175,8 +175,14 @@ def check_loading(job: JobConfig) -> None:
     """Options of [checkpoint] and [validation] that need each other, and the folder to load from."""
     c, path = job.checkpoint, job.checkpoint.initial_load_path
     require(
-        not path or Path(path).is_dir(),
+        not path or Path(path).is_dir() or c.initial_load_in_hf,  # an experiment looks after those itself
         f"checkpoint.initial_load_path = {path}: no such folder (looked from {Path.cwd()})",
+    )
+    needs = "needs checkpoint.initial_load_in_hf"
+    require(c.initial_load_in_hf or not c.initial_load_allow, f"checkpoint.initial_load_allow {needs}")
+    require(
+        not c.initial_load_in_hf or c.initial_load_model_only,
+        "checkpoint.initial_load_in_hf loads weights alone: checkpoint.initial_load_model_only must be on",
     )
     for name in c.exclude_from_loading:
         require(

@@ -50,7 +50,9 @@ class Model:
     """Which model is trained, and with which tokenizer."""
 
     name: str = "vlm"  # which experiment: a key of the table in experiments/__main__.py
-    flavor: str = "debugmodel"  # which size: a row of the experiment's flavors
+    # which size: a row of the experiment's flavors; empty: as the weights that the run starts from say, else
+    # debugmodel
+    flavor: str = ""
     # a tokenizer.model (tiktoken) or tokenizer.json, or the folder that holds one
     tokenizer_path: str = "assets/tokenizer"
     attention_backend: Literal["auto", "flex", "sdpa"] = "auto"  # auto: flex on GPU, sdpa on CPU
@@ -58,7 +60,7 @@ class Model:
     @property
     def label(self) -> str:
         """What to call the model in a message."""
-        return f"model.flavor = {self.flavor}"
+        return f"model.flavor = {self.flavor}" if self.flavor else "the model"
 
 
 @dataclass
@@ -161,6 +163,9 @@ class Checkpoint:
     interval: int = 500  # steps between two checkpoints
     initial_load_path: str = ""  # start from this checkpoint when the run has none of its own
     initial_load_model_only: bool = True  # of initial_load_path take the weights alone
+    initial_load_in_hf: bool = False  # initial_load_path is a Hugging Face folder: config.json, *.safetensors
+    # what such a folder may be without an error: missing or otherwise shaped weights then start fresh
+    initial_load_allow: list[Literal["missing", "left_over", "shape"]] = field(default_factory=list)
     load_step: int = -1  # resume from this step; -1: the latest complete one
     # async: training goes on while the checkpoint is written
     async_mode: Literal["disabled", "async"] = "disabled"

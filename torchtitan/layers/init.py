@@ -6,7 +6,7 @@ parameter at a time is in memory.
 """
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Generator, Tensor, nn
@@ -26,11 +26,21 @@ def constant(value: float) -> Fill:
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, rule: Callable[[str], Fill], seed: int, prefix: str = "") -> None:
-    """Fill every parameter as `rule` says of its name (tied parameters once, under the first name)."""
+def initialise(
+    model: nn.Module,
+    rule: Callable[[str], Fill],
+    seed: int,
+    prefix: str = "",
+    without: Collection[str] = (),
+) -> None:
+    """Fill every parameter, but for those `without`, as `rule` says of its name (tied parameters once, under
+    the first name).
+    """
     for name, parameter in model.named_parameters():
         # Wrappers of activation checkpointing and compile must not change what is drawn.
         name = prefix + name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+        if name in without:
+            continue
         generator = Generator(parameter.device).manual_seed(seed * 1_000_003 + zlib.crc32(name.encode()))
         whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
         rule(name)(whole, generator)

@@ -1,13 +1,14 @@
-"""Hugging Face names: the SigLIP2 vision tower, and the whole model as Lfm2VlForConditionalGeneration.
+"""Hugging Face names: a SigLIP tower, a decoder, and the whole model as Lfm2VlForConditionalGeneration.
 
 That class's pixel unshuffle orders the values of a visual token by row, column, channel of its patches, which
 is the order in which the loader puts them side by side: so the projector's weights are the same as they are.
-The pooling head of a published encoder, its text tower and its logit scale have no place here and are named
-in `Weights.unused`.
+What a published file has besides, and why a VLM does without it, is said in LEFT_OVER.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
 
+from einops import rearrange
 from torch import Tensor
 
 from experiments.vlm.model.flavors import VLMConfig
@@ -15,17 +16,17 @@ from torchtitan.models.decoder import hf as decoder
 from torchtitan.models.weight_names import Row, Transform, Weights, prefixed, read, write
 
 
-def _kernel_to_columns(weight: Tensor) -> Tensor:
-    """The fixed-size models embed by a convolution [dim, 3, p, p]; a patch's values stand in the order (p, p,
-    3) here.
-    """
-    return weight.permute(0, 2, 3, 1).flatten(1) if weight.ndim == 4 else weight
+def _kernel_to_columns(rows: Tensor) -> Tensor:
+    """The fixed-size models embed by a convolution; a patch's values stand in the order (p, p, c) here."""
+    return rearrange(rows, "d c ph pw -> d (ph pw c)") if rows.ndim == 4 else rows
+
+
+def _columns_to_kernel(rows: Tensor, patch_size: int) -> Tensor:
+    return rearrange(rows, "d (ph pw c) -> d c ph pw", ph=patch_size, pw=patch_size)
 
 
 TOWER = [
-    Row(
-        "embeddings.patch_embedding.weight", "embedding.projection.weight", Transform(read=_kernel_to_columns)
-    ),
+    Row("embeddings.patch_embedding.weight", "embedding.projection.weight", Transform(_kernel_to_columns)),
     Row("embeddings.patch_embedding.bias", "embedding.projection.bias"),
     Row("embeddings.position_embedding.weight", "embedding.positions.weight"),
     Row("encoder.layers.*.layer_norm1.*", "layers.*.attention_norm.*"),
@@ -38,20 +39,65 @@ TOWER = [
     Row("encoder.layers.*.mlp.fc2.*", "layers.*.mlp.fc2.*"),
     Row("post_layernorm.*", "norm.*"),
 ]
-ENCODER_ROWS = TOWER + prefixed(TOWER, "vision_model.", "")
-
 PROJECTOR = [
     Row("layer_norm.*", "norm.*"),
     Row("linear_1.*", "linear_1.*"),
     Row("linear_2.*", "linear_2.*"),
 ]
-VLM_ROWS = [
-    *prefixed(TOWER, "model.vision_tower.", "encoder."),
-    *prefixed(TOWER, "model.vision_tower.vision_model.", "encoder."),
-    *prefixed(PROJECTOR, "model.multi_modal_projector.", "projector."),
-    *prefixed(decoder.BODY, "model.language_model.", "decoder."),
-    *prefixed(decoder.HEAD, "", "decoder."),
-]
+# Where a part stands in files; the first is where it is written, alone and in the whole model.
+ALONE = {"encoder": ("", "vision_model."), "projector": (), "decoder": ("model.", "")}
+WITHIN = {
+    "encoder": ("model.vision_tower.", "model.vision_tower.vision_model."),
+    "projector": ("model.multi_modal_projector.",),
+    "decoder": ("model.language_model.",),
+}
+BODIES = {"encoder": TOWER, "projector": PROJECTOR, "decoder": decoder.BODY}
+
+
+def part_rows(part: str, whole: bool) -> list[Row]:
+    """Of one part, under its name in our model. `whole`: in files of the whole model, else of the part."""
+    places = (WITHIN if whole else ALONE)[part]
+    rows = [row for place in places for row in prefixed(BODIES[part], place, part + ".")]
+    return rows + (prefixed(decoder.HEAD, "", "decoder.") if part == "decoder" else [])
+
+
+def as_convolution(rows: Iterable[Row], patch_size: int) -> list[Row]:
+    """The same, but that the patch embedding is written as the fixed-size models have it."""
+    kernel = Transform(_kernel_to_columns, partial(_columns_to_kernel, patch_size=patch_size))
+    return [row._replace(transform=kernel) if row.ours.endswith("projection.weight") else row for row in rows]
+
+
+ENCODER_ROWS = [row for place in ALONE["encoder"] for row in prefixed(TOWER, place, "")]
+VLM_ROWS = [row for part in WITHIN for row in part_rows(part, whole=True)]
+
+# Tensors that a part leaves in the file, and why nothing is lost by it.
+LEFT_OVER = {
+    "encoder": {
+        r"(model\.vision_tower\.)?(vision_model\.)?head\..*": "of the pooling head: a VLM reads the patches",
+        r"text_model\..*": "of the text tower, in whose place the decoder stands",
+        r"logit_(scale|bias)": "of the contrastive loss",
+        r".*\.position_ids": "position_ids, which are computed",
+    },
+    "projector": {},
+    "decoder": {r".*\.rotary_emb\.inv_freq": "rotary frequencies, which are computed"},
+}
+OF_PARTS = {
+    "encoder": r"model\.vision_tower\..*",
+    "projector": r"model\.multi_modal_projector\..*",
+    "decoder": r"(model\.language_model|lm_head)\..*",
+}
+
+
+def left_over(parts: Iterable[str]) -> dict[str, str]:
+    """Of a file of which these parts are taken: pattern -> why its tensors are no loss."""
+    taken = set(parts)
+    reasons = {pattern: why for part in sorted(taken) for pattern, why in LEFT_OVER[part].items()}
+    others = {
+        pattern: f"of its {part}, which is not taken from it"
+        for part, pattern in OF_PARTS.items()
+        if part not in taken
+    }
+    return reasons | others
 
 
 def encoder_from_hf(state: Mapping[str, Tensor]) -> Weights:

@@ -68,22 +68,20 @@ def decoder_config(file: ConfigFile) -> decoder.DecoderConfig:
     return decoder.decoder_config(text, True)
 
 
-def vlm_config(file: ConfigFile) -> VLMConfig:
-    """Of a whole model. Raises ConfigError."""
-    kind = file.model_type
-    require(
-        kind == WHOLE,
-        f"{file.where}: model_type = {kind!r} is no whole model of encoder, projector and decoder ({WHOLE}); "
-        "name a folder for each part: checkpoint.initial_load_encoder_path, .initial_load_decoder_path",
-    )
+def projector_config(file: ConfigFile) -> ProjectorConfig:
+    """Of the one inside the whole model. Raises ConfigError."""
     file.refuse_all_but("projector_hidden_act", "gelu")
     file.refuse_all_but("projector_bias", True)
-    projector = ProjectorConfig(
+    return ProjectorConfig(
         file.size("projector_hidden_size", 2560),
         file.get("projector_use_layernorm", True),
         file.size("downsample_factor", 2),
     )
-    return VLMConfig(encoder_config(file), projector, decoder_config(file))
+
+
+def vlm_config(file: ConfigFile) -> VLMConfig:
+    """Of a whole model. Raises ConfigError."""
+    return VLMConfig(encoder_config(file), projector_config(file), decoder_config(file))
 
 
 def encoder_hf_config(config: EncoderConfig, fixed: bool) -> dict[str, Any]:

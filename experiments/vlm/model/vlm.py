@@ -10,6 +10,8 @@ Letters: B slots, S tokens, N patch rows (a slot owns N / B of them), L patches,
 the decoder, V visual tokens of a slot.
 """
 
+from collections.abc import Collection
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -129,10 +131,13 @@ class VLM(nn.Module):
             else {}
         )
 
-    def init_weights(self, seed: int) -> None:
-        """Deterministic from `seed`, whatever the sharding; call it once parameters have storage."""
+    def init_weights(self, seed: int, without: Collection[str] = ()) -> None:
+        """Deterministic from `seed`, whatever the sharding; call it once parameters have storage.
+
+        `without`: names of those that get their values elsewhere.
+        """
         self.decoder.tie_weights()
-        initialise(self, self._initial_weight, seed)
+        initialise(self, self._initial_weight, seed, without=without)
 
     def _initial_weight(self, name: str) -> Fill:
         part, _, rest = name.partition(".")

@@ -1,0 +1,48 @@
+"""The weights that a job starts from where they are those of Hugging Face folders."""
+
+from pathlib import Path
+
+from experiments.vlm.config import PARTS, VLMJobConfig
+from experiments.vlm.model.hf import left_over, part_rows
+from experiments.vlm.model.hf_config import WHOLE
+from experiments.vlm.model_config import model_config, named_folders, part_folders
+from torchtitan.components.checkpoint_read import Sizes
+from torchtitan.models.hf.config_file import read_config
+from torchtitan.models.hf.match import Source, match
+from torchtitan.models.hf.source import FolderSource
+
+TABLE, OUTPUT = "decoder.tok_embeddings.weight", "decoder.output.weight"
+
+
+def initial_weights(job: VLMJobConfig, shapes: Sizes) -> FolderSource | None:
+    """Compared with the model, whose `shapes` those are; None where the job names no folder.
+
+    Raises ConfigError that names tensor and file.
+    """
+    there = all(folder.is_dir() for folder in named_folders(job).values())
+    folders = part_folders(job) if there or not job.job.dry_run else {}
+    if not folders:
+        return None
+    tied = model_config(job).decoder.tied_embeddings
+    matched = [
+        match(
+            source_of(folder, [p for p in folders if folders[p] == folder], tied),
+            shapes,
+            job.checkpoint.initial_load_allow,
+        )
+        for folder in dict.fromkeys(folders.values())
+    ]
+    return FolderSource(matched, [part for part in PARTS if part not in folders])
+
+
+def source_of(folder: Path, parts: list[str], tied: bool) -> Source:
+    """What is taken of a folder. `tied`: the output layer is the embedding."""
+    whole = read_config(folder).model_type == WHOLE
+    return Source(
+        folder,
+        tuple(parts),
+        [row for part in parts for row in part_rows(part, whole)],
+        left_over(parts),
+        tables=(TABLE, OUTPUT),
+        tied={OUTPUT: TABLE} if tied else {},
+    )

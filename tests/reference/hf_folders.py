@@ -1,0 +1,65 @@
+"""Hugging Face folders of small models with random weights, and what transformers computes with them."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tests.reference.models import ENCODER, QWEN2, hf_text_config, hf_vision_config, randomise
+from torchtitan.models.decoder.flavors import DecoderConfig
+
+
+def save(model: nn.Module, folder: Path, dtype: torch.dtype = torch.float32, **options) -> Path:
+    randomise(model)
+    model.to(dtype).save_pretrained(folder, **options)
+    return folder
+
+
+def decoder_model(config: DecoderConfig) -> nn.Module:
+    from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
+
+    values = hf_text_config(config)
+    if config.model_type != "mistral":
+        return AutoModelForCausalLM.from_config(values)
+    kept = {
+        k: v for k, v in values.to_dict().items() if k not in ("model_type", "architectures", "layer_types")
+    }
+    return MistralForCausalLM(MistralConfig(**kept | {"sliding_window": config.window}))
+
+
+def naflex_model(head: bool = False) -> nn.Module:
+    from transformers import Siglip2VisionModel
+
+    return Siglip2VisionModel(hf_vision_config(ENCODER, head))
+
+
+def fixed_model(head: bool = False) -> nn.Module:
+    """Images of 34 x 34 pixels, of which patches of 4 read 32."""
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    values = hf_vision_config(ENCODER, head).to_dict()
+    kept = {k: v for k, v in values.items() if k not in ("model_type", "num_patches", "architectures")}
+    return SiglipVisionModel(SiglipVisionConfig(**kept, image_size=34))
+
+
+def whole_model(config: DecoderConfig = QWEN2, merge: int = 2, norm: bool = True) -> nn.Module:
+    from transformers import Lfm2VlConfig, Lfm2VlForConditionalGeneration
+
+    return Lfm2VlForConditionalGeneration(
+        Lfm2VlConfig(
+            text_config=hf_text_config(config),
+            vision_config=hf_vision_config(ENCODER),
+            image_token_id=3,
+            projector_hidden_size=56,
+            projector_use_layernorm=norm,
+            downsample_factor=merge,
+            tie_word_embeddings=config.tied_embeddings,
+        )
+    )
+
+
+def state_of(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder, by the library of the format."""
+    from safetensors.torch import load_file
+
+    return {k: v for path in sorted(folder.glob("*.safetensors")) for k, v in load_file(path).items()}

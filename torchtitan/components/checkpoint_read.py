@@ -1,0 +1,83 @@
+"""What a checkpoint holds, found without reading its tensors, and what is said where one cannot be read."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from torchtitan.components.checkpoint_folder import Damaged
+from torchtitan.config.errors import ConfigError
+
+Failure = (OSError, CheckpointException)  # CheckpointException, of all ranks alike, is no Exception
+CUT_SHORT = "inline_container"  # in what torch says of a file that ends too early, written or read
+PREFIX = "model."  # of the weights' names
+Sizes = Mapping[str, tuple[int, ...]]  # of the tensors in a checkpoint, by name
+
+
+class Stored(NamedTuple):
+    """A tensor in a checkpoint."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def stored_tensors(path: Path) -> dict[str, Stored]:
+    """The tensors of a checkpoint by name. Raises Damaged where .metadata is missing or damaged."""
+    try:
+        metadata = dcp.FileSystemReader(str(path)).read_metadata().state_dict_metadata
+    except Exception as error:  # it is a pickle, and damage in it may raise anything
+        told = reason(error)
+        raise Damaged(path, told if isinstance(error, OSError) else f".metadata: {told}") from None
+    return {
+        name: Stored(tuple(entry.size), entry.properties.dtype)
+        for name, entry in metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+
+
+def stored_sizes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes alone. Raises Damaged."""
+    return {name: tensor.shape for name, tensor in stored_tensors(path).items()}
+
+
+def require_sizes(wanted: Sizes, stored: Sizes) -> None:
+    """Raises ConfigError for a tensor that is not in the checkpoint, or there with another shape."""
+    for name, shape in wanted.items():
+        if name not in stored:
+            raise ConfigError(
+                f"the checkpoint has no {name}: it was made with another model.flavor or optimizer.name"
+            )
+        if stored[name] != tuple(shape):
+            raise ConfigError(
+                f"{name} is {list(stored[name])} in the checkpoint and {list(shape)} here: another "
+                "model.flavor"
+            )
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What goes wrong inside is raised as Damaged."""
+    try:
+        yield
+    except Failure as error:
+        raise Damaged(path, reason(error)) from None
+
+
+def reason(error: BaseException) -> str:
+    """The cause on the first rank that failed, in one line."""
+    if isinstance(error, CheckpointException):
+        error = next(exception for exception, _ in error.failures.values())
+    if isinstance(error, OSError):
+        return (
+            f"{Path(error.filename).name}: {error.strerror}"
+            if error.filename
+            else error.strerror or str(error)
+        )
+    if isinstance(error, EOFError) or CUT_SHORT in str(error):
+        return "a file was cut short"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

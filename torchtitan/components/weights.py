@@ -1,0 +1,87 @@
+"""Weights of a model that lies on ranks: their names, their storage, and where their values come from."""
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+from torchtitan.components.checkpoint_read import PREFIX, Sizes, reading, require_sizes, stored_sizes
+from torchtitan.tools.logging import logger
+
+
+class WeightSource(Protocol):
+    """Where a model's weights come from. It was compared with the model before anything was made."""
+
+    names: Collection[str]  # of the weights that it has; the others are made fresh
+
+    def read(self, weights: Mapping[str, Tensor]) -> None:
+        """Into these, which are shards of the whole. All ranks read together."""
+        ...
+
+    def report(self) -> list[str]:
+        """Lines for people: what is taken from where, and what is not."""
+        ...
+
+
+class CheckpointSource:
+    """The weights of a training checkpoint, all of them."""
+
+    def __init__(self, path: Path, shapes: Sizes):
+        """Raises ConfigError where the checkpoint is of another model, or damaged."""
+        self.path = path
+        self.names: Collection[str] = set(shapes)
+        require_sizes({PREFIX + name: shape for name, shape in shapes.items()}, stored_sizes(path))
+
+    def read(self, weights: Mapping[str, Tensor]) -> None:
+        """Raises Damaged."""
+        with reading(self.path):
+            dcp.load(
+                {PREFIX + name: tensor for name, tensor in weights.items()}, checkpoint_id=str(self.path)
+            )
+
+    def report(self) -> list[str]:
+        return [f"weights of {self.path}"]
+
+
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Of a whole model, on any device; weights that are one are there once, under the name that is stored."""
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def stored_name(name: str, tied: Mapping[str, str]) -> str:
+    """`tied`: parameter -> the name it is stored under."""
+    for alias, stored in tied.items():
+        if name == alias or name.startswith(alias + "."):
+            return stored + name[len(alias) :]
+    return name
+
+
+def named_weights(parts: list[nn.Module], tied: Mapping[str, str]) -> dict[str, Tensor]:
+    """References to the weights of this rank's parts, by the name that each is stored under."""
+    weights: dict[str, Any] = {
+        name: tensor for part in parts for name, tensor in get_model_state_dict(part).items()
+    }
+    return {stored_name(name, tied): tensor for name, tensor in weights.items()}
+
+
+def materialise(parts: list[nn.Module], device: torch.device | str) -> None:
+    """Give each rank storage for its shards alone."""
+    for part in parts:
+        part.to_empty(device=device)
+
+
+def fill(
+    parts: list[nn.Module], tied: Mapping[str, str], seed: int, source: WeightSource | None = None
+) -> None:
+    """Values for parts that have storage: those that `source` has, and initial ones from `seed`."""
+    for part in parts:
+        part.init_weights(seed, without=source.names if source else ())  # type: ignore[operator]
+    if source:
+        weights = named_weights(parts, tied)
+        source.read({name: tensor for name, tensor in weights.items() if name in source.names})
+        for line in source.report():
+            logger.info(line)

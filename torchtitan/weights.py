@@ -1,0 +1,54 @@
+"""A model with its weights, from a job: built, laid out over ranks, given storage, filled.
+
+Training, conversion and generation share it; nothing here optimizes, loads data or keeps time.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from torchtitan.components.forward_backward import ForwardBackward, Plain
+from torchtitan.components.weights import CheckpointSource, WeightSource, fill, materialise, shapes_of
+from torchtitan.config.errors import ConfigError
+from torchtitan.config.job import JobConfig
+from torchtitan.distributed.mesh import Mesh
+from torchtitan.spec import TrainSpec
+
+
+def open_model(
+    job: JobConfig, spec: TrainSpec, mesh: Mesh, tokenizer: Any, checkpoint: Path | None
+) -> ForwardBackward:
+    """The job's model for use, with the weights of a training checkpoint, or (None) those that the job starts
+    from.
+
+    Raises ConfigError where they are not of this model, before anything is made.
+    """
+    model = spec.build_model(job, tokenizer)
+    shapes = shapes_of(model)
+    source = CheckpointSource(checkpoint, shapes) if checkpoint else spec.initial_weights(job, shapes)
+    laid_out = lay_out(model, mesh, job, spec)
+    give_weights(laid_out, model, job, mesh, source)
+    for part in laid_out.parts:
+        part.eval()
+    return laid_out
+
+
+def lay_out(model: nn.Module, mesh: Mesh, job: JobConfig, spec: TrainSpec) -> ForwardBackward:
+    """Still on the meta device."""
+    if mesh.degrees.pp > 1:
+        if spec.pipeline is None:
+            raise ConfigError(
+                f"parallelism.pipeline_parallel_degree = {mesh.degrees.pp}: {spec.name} has no pipeline"
+            )
+        return spec.pipeline(model, mesh, job)
+    spec.parallelize(model, mesh, job)
+    return Plain(model, spec.loss, lambda part, tensors: spec.score(part, tensors, mesh))
+
+
+def give_weights(
+    laid_out: ForwardBackward, model: Any, job: JobConfig, mesh: Mesh, source: WeightSource | None = None
+) -> None:
+    """Storage and values for this rank's shards alone. What `source` has not starts from the seed."""
+    materialise(laid_out.parts, "cpu" if job.training.enable_cpu_offload else mesh.device)
+    fill(laid_out.parts, model.tied_names(), job.debug.seed, source)
