@@ -51,7 +51,8 @@ class Data:
     prefetch: int = 2  # steps that workers have ready before the trainer asks; without workers none is
     max_bad_fraction: float = 1.0  # stop when a source has more bad samples than this (after 1,000); 1.0: off
     cache_folder: str = ""  # embedded data and copies of shards and images; empty: ~/.cache/torchtitan-vlm
-    # copies of remote and packed shards, row groups and images in cache_folder; the longest unused go first
+    # copies of remote and packed shards, row groups and images in cache_folder, those in use too, of all runs
+    # that share it; the longest unused go first
     cache_gb: float = 50.0
     # how long shards are tried again while their storage is away; then the run stops, saved where it was
     storage_timeout_s: float = 600.0

@@ -40,7 +40,9 @@ from experiments.vlm.data.resume import (
 from experiments.vlm.data.setup import Setup, Split, dealing, make_setup, order_facts, shape_of
 from experiments.vlm.data.sources.good_sample import require_good_samples
 from experiments.vlm.data.sources.listing import Continued, go_on, to_text
+from experiments.vlm.data.sources.shards import needs_copy
 from experiments.vlm.data.storage.fetch import about_failures
+from experiments.vlm.data.storage.file_cache import file_cache
 from experiments.vlm.data.storage.patience import Patience
 from torchtitan.components.loader import Agree
 from torchtitan.components.tokenizer import Tokenizer
@@ -111,6 +113,8 @@ class Loader:
         self.still_waiting = partial(agree, None) if agree else None
         patience = Patience(job.data.storage_timeout_s)
         if split == "train":
+            if any(needs_copy(deal.shards[0]) for deal in self.setup.planning.deals):
+                file_cache(job.data).tell_free()
             setups = [self.setup]
             if job.validation.enable:
                 shards = shards_of(job, "validation", self.ranks)

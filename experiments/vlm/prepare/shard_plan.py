@@ -20,7 +20,7 @@ from experiments.vlm.data.formats.record_files import Records, open_records
 from experiments.vlm.data.formats.record_shard import ImageFolder, folder_of
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.sources.shard_cache import guarded
-from experiments.vlm.data.sources.shards import copy_to_read, match_files, suffix_of
+from experiments.vlm.data.sources.shards import hold_copy, match_files, suffix_of
 from experiments.vlm.data.storage.file_cache import FileCache
 from experiments.vlm.data.storage.patience import Patience
 from experiments.vlm.prepare.folder import Folder, read_json, write_json
@@ -134,9 +134,14 @@ def open_input(file: str, copies: Path) -> Records:
     """Stays open in this process, for all its threads. Raises ConfigError."""
     cache = FileCache(copies, COPIES_BYTES)
     try:
-        return patience.insist(file, lambda: open_records(copy_to_read(file, cache), None, cache))
+        return patience.insist(file, functools.partial(_open_records, file, cache))
     except (OSError, EOFError, pa.ArrowException, Rejected) as error:
         raise ConfigError(f"--input {file} cannot be read: {error}") from error
+
+
+def _open_records(file: str, cache: FileCache) -> Records:
+    copy = hold_copy(file, cache)
+    return open_records(str(copy.path) if copy else file, None, cache)
 
 
 def make_plan(options: Options, folder: Folder) -> Plan:

@@ -5,6 +5,7 @@ Memory: 16 bytes a piece; of files above SCAN_BYTES in the cache folder, mapped 
 
 import json
 import os
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,8 +69,10 @@ def open_spans(file: int, path: str, kind: str, find: Callable[[int], Spans], ca
         found[0].save(copy)
 
     try:
-        kept = cache.get(f"{origin_of(path)} {VERSION} {kind}", keep, ".index")
-        return Spans.load(file, kept)
+        kept = cache.hold(f"{origin_of(path)} {VERSION} {kind}", keep, ".index")
+        spans = Spans.load(file, kept.path)
+        weakref.finalize(spans, kept.close)
+        return spans
     except (OSError, ValueError):  # of the cache; what is wrong with the file itself comes again
         return found[0] if found else find(file)
 

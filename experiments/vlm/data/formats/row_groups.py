@@ -57,13 +57,18 @@ class RowGroups:
     def _copied(self, group: int) -> pa.Table | None:
         """From the cache; None where that is full, or had to throw it out in between."""
         try:
-            path = self._cache.get(f"{self._origin} {group}", lambda copy: self._write(copy, group), ".arrow")
-            return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+            copy = self._cache.hold(
+                f"{self._origin} {group}", lambda copy: self._write(copy, group), ".arrow"
+            )
+            table = pa.ipc.open_file(pa.memory_map(str(copy.path))).read_all()
+            weakref.finalize(table, copy.close)
+            return table
         except OSError:
             return None
 
     def _write(self, copy: Path, group: int) -> None:
         table = self._decode(group)
+        self._cache.make_room(table.nbytes)
         with pa.OSFile(str(copy), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
             writer.write_table(table)
 

@@ -18,6 +18,7 @@ from typing import TypeVar
 from experiments.vlm.data.formats.shard import Shard
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.storage.client import Stopped
+from experiments.vlm.data.storage.file_cache import NoRoom, holders, no_hurry
 from experiments.vlm.data.storage.patience import Patience, is_away
 from torchtitan.config.errors import UserError
 from torchtitan.tools.logging import logger
@@ -54,6 +55,7 @@ class ShardCache:
         self.kept: OrderedDict[Key, Future[Lease]] = OrderedDict()
         self.lock = threading.Lock()
         self.openers = ThreadPoolExecutor(OPENERS, "open")
+        holders.add(self)
 
     def use(self, source: int, path: str, work: Callable[[Shard], T]) -> T:
         """What `work` makes of the opened shard; again from opening it on while its storage is away.
@@ -72,13 +74,19 @@ class ShardCache:
         return self.patience.insist(path, attempt)
 
     def ahead(self, source: int, path: str) -> None:
-        """Open a shard that will be used soon, in a thread; `use` waits for it."""
+        """Open a shard that will be used soon, in a thread; `use` waits for it.
+
+        Not where its copy has no room beside what is being read.
+        """
         future, is_new = self._future((source, path))
         if is_new:
-            attempt = partial(guarded, self.open_shard, source, path)
-            self.openers.submit(
-                self._open, (source, path), future, lambda: self.patience.insist(path, attempt)
-            )
+            self.openers.submit(self._open, (source, path), future, partial(self._unhurried, source, path))
+
+    def let_go(self) -> bool:
+        """See Holder."""
+        with self.lock:
+            oldest = next((key for key, future in self.kept.items() if future.done()), None)
+            return oldest is not None and self.kept.pop(oldest).done()
 
     def close(self) -> None:
         """Ends the threads that open shards and lets go of all; each is closed when its last lease ends."""
@@ -103,6 +111,15 @@ class ShardCache:
             return future.result()
         except Rejected as rejected:  # remembered: each is given one of its own, or tracebacks would grow
             raise Rejected(*rejected.args) from None
+        except NoRoom:
+            return self._leased(key)  # it was opened ahead, now it is needed
+
+    def _unhurried(self, source: int, path: str) -> Shard:
+        token = no_hurry.set(True)
+        try:
+            return self.patience.insist(path, partial(guarded, self.open_shard, source, path))
+        finally:
+            no_hurry.reset(token)
 
     def _open(self, key: Key, future: "Future[Lease]", attempt: Callable[[], Shard]) -> None:
         try:
@@ -127,7 +144,7 @@ def guarded(call: Callable, *args):
     """
     try:
         return call(*args)
-    except (Rejected, MemoryError, UserError, Stopped):
+    except (Rejected, MemoryError, UserError, Stopped, NoRoom):
         raise
     except OSError as error:
         if is_away(error):

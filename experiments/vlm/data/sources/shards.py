@@ -15,6 +15,7 @@ seek.
 import glob
 import os
 import shutil
+import weakref
 from pathlib import Path
 
 import fsspec
@@ -27,7 +28,7 @@ from experiments.vlm.data.formats.shard import Shard, ShardFile
 from experiments.vlm.data.formats.shard import open_shard as open_file
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.sources.permission import denied
-from experiments.vlm.data.storage.file_cache import FileCache, file_cache, origin_of
+from experiments.vlm.data.storage.file_cache import FileCache, Held, file_cache, origin_of
 from experiments.vlm.data.storage.patience import Away, is_away, remote
 from experiments.vlm.data.storage.unpack import damage_of, is_packed, note_damage, unpack
 from experiments.vlm.world import ensure
@@ -70,14 +71,20 @@ def open_shard(path: str, source: Source, data: Data) -> Shard:
     where the storage does not answer.
     """
     cache = file_cache(data)
+    copy: Held | None = None
     try:
-        shard = open_file(ShardFile(path, copy_to_read(path, cache)), source, data)
+        copy = hold_copy(path, cache)
+        shard = open_file(ShardFile(path, str(copy.path) if copy else path), source, data)
+        if copy:
+            weakref.finalize(shard, copy.close)
         if is_packed(path) and (damage := damage_of(path, cache)):
             shard.rejects = [_joined(shard.rejects, damage)]
         return shard
     except ConfigError:
         raise  # a chat template that is not there, say
     except FileNotFoundError as error:
+        if copy:
+            raise Away(f"its copy {copy.path} is gone") from error
         if _is_unmounted(path):
             raise Away(f"nothing is left in {os.path.dirname(path)}: unmounted, or moved away?") from error
         raise Rejected("shard_missing", str(error)) from error
@@ -206,22 +213,28 @@ def suffix_of(file: str) -> str:
     return path.with_suffix("").suffix if is_packed(file) else path.suffix
 
 
-def copy_to_read(path: str, cache: FileCache) -> str:
-    """The file itself, or its copy in the cache where it is remote or packed. Raises OSError."""
-    if "://" not in path and not is_packed(path):
-        return path
-    return str(cache.get(origin_of(path), lambda copy: _copy(path, copy, cache), suffix_of(path)))
+def needs_copy(path: str) -> bool:
+    """Whether it is remote or packed, and read from a copy in the cache."""
+    return "://" in path or is_packed(path)
+
+
+def hold_copy(path: str, cache: FileCache) -> Held | None:
+    """The copy of a file in the cache; None where the file itself is read. Raises OSError."""
+    if not needs_copy(path):
+        return None
+    return cache.hold(origin_of(path), lambda copy: _copy(path, copy, cache), suffix_of(path))
 
 
 def _copy(path: str, copy: Path, cache: FileCache) -> None:
     if not is_packed(path):
-        return _download(path, copy)
+        return _download(path, copy, cache)
     packed = Path(path)
     if "://" in path:
         packed = copy.with_name(copy.name + ".packed")
     try:
         if "://" in path:
-            _download(path, packed)
+            _download(path, packed, cache)
+        cache.make_room(packed.stat().st_size)  # as much again at least
         if damage := unpack(str(packed), copy, Path(path.lower()).suffix):
             note_damage(path, damage, cache)
     finally:
@@ -229,13 +242,16 @@ def _copy(path: str, copy: Path, cache: FileCache) -> None:
             packed.unlink(missing_ok=True)
 
 
-def _download(path: str, copy: Path) -> None:
+def _download(path: str, copy: Path, cache: FileCache) -> None:
     """Raises FileNotFoundError, and Away for all else that the storage does, a file of another length too."""
     with remote():
         opened = fsspec.open(path, "rb")
-        with opened as source, open(copy, "wb") as target:
-            shutil.copyfileobj(source, target, CHUNK_BYTES)
-            came = target.tell()
+        with opened as source:
+            cache.make_room(getattr(source, "size", None) or 0, copy)
+            with open(copy, "r+b") as target:
+                shutil.copyfileobj(source, target, CHUNK_BYTES)
+                came = target.tell()
+                target.truncate()
         # Listings are kept by the client, and what it took for the length is what it asked for.
         opened.fs.invalidate_cache()
         size = opened.fs.info(opened.path).get("size")

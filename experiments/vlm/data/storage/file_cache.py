@@ -1,22 +1,70 @@
-"""A folder of copies that may be thrown away: remote and packed shards, row groups, fetched images.
+"""A folder of copies that may be thrown away: remote and packed shards, row groups, indices, fetched images.
 
 Files are named by a hash of where they came from, appear under their name only when complete, and are made
-once for all processes of the machine. When all of them together exceed the limit, those that were used
-longest ago go; a file that a process has open stays readable for it (POSIX). Imports no torch.
+once for all processes of the machine. Whoever reads from a file holds it, by a shared lock on it; so what is
+on the disk is what the folder lists, files that are open and files that are being written too. When all of
+them together exceed the limit, or the disk is full, those that nobody holds go, the longest unused first, and
+then what this process can do without (`Holder`). Imports no torch.
 """
 
+import contextlib
 import fcntl
 import functools
 import hashlib
 import os
+import shutil
 import tempfile
 import threading
+import time
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from contextvars import ContextVar
 from pathlib import Path
+from typing import NamedTuple, Protocol
 
 from experiments.vlm.cache_folder import cache_folder
 from experiments.vlm.config import Data
+from torchtitan.tools.disk import is_full
+from torchtitan.tools.logging import logger, warn_once
+
+UNFINISHED = ".unfinished-"
+# Set where a file is wanted soon, not now: it takes room only from what nobody holds.
+no_hurry: ContextVar[bool] = ContextVar("no_hurry", default=False)
+
+
+class NoRoom(Exception):
+    """In `no_hurry`, the cache is full of what is being read: who can wait does without the file."""
+
+
+class Holder(Protocol):
+    """Whoever holds files that it can get again."""
+
+    def let_go(self) -> bool:
+        """Let go of what was unused for longest; False where there is nothing."""
+
+
+holders: "weakref.WeakSet[Holder]" = weakref.WeakSet()  # of this process
+
+
+class Held:
+    """A file that stays until it is closed, or nobody has this any more."""
+
+    def __init__(self, path: Path, lock: int):
+        self.path = path
+        self._unlock = weakref.finalize(self, os.close, lock)
+
+    def close(self) -> None:
+        self._unlock()
+
+
+class Kept(NamedTuple):
+    """A file of the folder as it is on the disk."""
+
+    used_ns: int
+    bytes: int  # on the disk, or reserved
+    on_disk: int
+    path: Path
 
 
 class FileCache:
@@ -28,60 +76,142 @@ class FileCache:
         # The folder is measured again after a fiftieth of the limit was added, so it exceeds it by little.
         self._added = limit_bytes
         self._lock = threading.Lock()
+        self._told = False
+
+    def hold(self, origin: str, make: Callable[[Path], None], suffix: str = "") -> Held:
+        """The file made of `origin`; where it is not there yet, `make` writes it to the path that it gets.
+
+        Raises what `make` raises, and OSError of a full disk.
+        """
+        path = self._path(origin, suffix)
+        if held := _hold(path):
+            return held
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(self.folder / "locks" / path.name[:3]):
+            return _hold(path) or self._make(path, make)
 
     def get(self, origin: str, make: Callable[[Path], None], suffix: str = "") -> Path:
-        """The file made of `origin`; where it is not there yet, `make` writes it to the path that it gets."""
-        path = self._path(origin, suffix)
-        if not _used(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with _locked(self.folder / "locks" / path.name[:3]):
-                if not _used(path):
-                    self._make(path, make)
-        return path
+        """As `hold`, for one who reads the file at once: it may be thrown out at any time."""
+        with closing(self.hold(origin, make, suffix)) as held:
+            return held.path
 
     def find(self, origin: str, suffix: str = "") -> Path | None:
         """The file made of `origin`, if it is there."""
-        path = self._path(origin, suffix)
-        return path if _used(path) else None
+        held = _hold(self._path(origin, suffix))
+        if held is None:
+            return None
+        with closing(held):
+            return held.path
+
+    def make_room(self, size: int = 0, copy: Path | None = None) -> None:
+        """Throw out what is too much, once `size` more bytes are to come; reserve them in `copy`, if given.
+
+        Raises NoRoom in `no_hurry`, where that would take what this process holds.
+        """
+        with _locked(self.folder / "locks" / "room"):
+            over = self._free(size)
+            if over > 0 and no_hurry.get():
+                raise NoRoom(f"{self.folder} has no room")
+            if over > 0 and not self._told:
+                self._told = True
+                logger.warning(
+                    f"data.cache_gb = {self.limit_bytes / 1e9:g} is {over / 1e9:.3g} GB less than the shards "
+                    f"take that are read at one time: {self.folder} exceeds it"
+                )
+            if copy is not None:
+                with copy.open("ab") as file:
+                    file.truncate(size)
+
+    def tell_free(self) -> None:
+        """Say so, once, where the disk has less room than the cache may take."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        held, free = sum(kept.bytes for kept in self._kept()), shutil.disk_usage(self.folder).free
+        if held + free < self.limit_bytes:
+            warn_once(
+                f"data.cache_gb = {self.limit_bytes / 1e9:g}, but {self.folder} has room for "
+                f"{(held + free) / 1e9:.3g} GB: that is what copies will take at most"
+            )
 
     def _path(self, origin: str, suffix: str) -> Path:
         name = hashlib.sha256(origin.encode("utf-8", "surrogatepass")).hexdigest()[:32]
         return self.folder / name[:2] / (name + suffix)
 
-    def _make(self, path: Path, make: Callable[[Path], None]) -> None:
-        handle, name = tempfile.mkstemp(prefix=".unfinished-", dir=path.parent)
-        os.close(handle)
-        unfinished = Path(name)
+    def _make(self, path: Path, make: Callable[[Path], None]) -> Held:
+        """Where the disk is full, once more after all that can be had of the cache was thrown out."""
         try:
-            make(unfinished)
-            size = unfinished.stat().st_size
-            unfinished.rename(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+            return self._attempt(path, make)
+        except OSError as error:
+            if not is_full(error):
+                raise
+            if no_hurry.get():
+                raise NoRoom(f"{self.folder} has no room") from error
+        with _locked(self.folder / "locks" / "room"):
+            self._free(self.limit_bytes)
+        try:
+            return self._attempt(path, make)
+        except OSError as error:
+            if not is_full(error):
+                raise
+            free = shutil.disk_usage(self.folder).free / 1e9
+            left = f"{free:.3g} GB are free in {self.folder}, and what is left in it is being read"
+            told = f"{error.strerror}: {left}; make room, or set data.cache_folder to a larger disk"
+            raise OSError(error.errno, told) from error
+
+    def _attempt(self, path: Path, make: Callable[[Path], None]) -> Held:
+        held = _new_file(path.parent)
+        try:
+            make(held.path)
+            self._count(held.path.stat().st_size)
+            held.path.rename(path)
+        except BaseException:
+            held.path.unlink(missing_ok=True)
+            held.close()
+            raise
+        held.path = path
+        return held
+
+    def _count(self, size: int) -> None:
         with self._lock:
             self._added += size
-            if self._added >= self.limit_bytes / 50:
-                self._added = 0
-                self._trim(path)
-
-    def _trim(self, newest: Path) -> None:
-        """Delete what was used longest ago until nine tenths of the limit are left; never the newest."""
-        found = []
-        for path in self.folder.glob("??/*"):
-            try:
-                stat = path.stat()
-            except FileNotFoundError:
-                continue  # another process trims too
-            found.append((stat.st_mtime_ns, stat.st_size, path))
-        total = sum(size for _, size, _ in found)
-        if total <= self.limit_bytes:
-            return
-        for _, size, path in sorted(found):
-            if total <= self.limit_bytes * 0.9:
+            if self._added < self.limit_bytes / 50:
                 return
-            if path != newest:
-                path.unlink(missing_ok=True)
-                total -= size
+            self._added = 0
+        self.make_room()
+
+    def _free(self, more: int) -> int:
+        """Throw out, and in a hurry let go, until `more` bytes fit; how many still do not."""
+        over = self._throw_out(more)
+        while over > 0 and not no_hurry.get() and any(holder.let_go() for holder in list(holders)):
+            over = self._throw_out(more)
+        return over
+
+    def _throw_out(self, more: int) -> int:
+        """Delete what nobody holds, the longest unused first, until `more` bytes fit; how many still do not.
+
+        Where anything has to go, a tenth of the limit is made free.
+        """
+        kept = self._kept()
+        total = sum(file.bytes for file in kept) + more
+        on_disk = sum(file.on_disk for file in kept)
+        limit = min(self.limit_bytes, on_disk + shutil.disk_usage(self.folder).free)
+        if total <= limit:
+            return 0
+        for file in sorted(kept):
+            if total <= limit * 0.9:
+                break
+            if _delete(file.path):
+                total -= file.bytes
+        return max(0, total - limit)
+
+    def _kept(self) -> list[Kept]:
+        kept = []
+        for folder in self.folder.glob("??"):
+            for path in folder.iterdir():
+                with contextlib.suppress(FileNotFoundError):  # another process throws out too
+                    stat = path.stat()
+                    on_disk = stat.st_blocks * 512
+                    kept.append(Kept(stat.st_atime_ns, max(stat.st_size, on_disk), on_disk, path))
+        return kept
 
 
 def file_cache(data: Data) -> FileCache:
@@ -100,13 +230,55 @@ def origin_of(path: str) -> str:
     return f"{os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns}"
 
 
-def _used(path: Path) -> bool:
-    """Whether it is there; then it counts as used just now."""
+def _hold(path: Path) -> Held | None:
+    """None where it is not there. It counts as used just now, by the time of access: its own stays."""
     try:
-        os.utime(path)
+        lock = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
+        return None
+    held = Held(path, lock)
+    fcntl.flock(lock, fcntl.LOCK_SH)
+    stat = os.fstat(lock)
+    if not stat.st_nlink:
+        held.close()  # thrown out in between
+        return None
+    with contextlib.suppress(FileNotFoundError):
+        os.utime(path, ns=(time.time_ns(), stat.st_mtime_ns))
+    return held
+
+
+def _new_file(folder: Path) -> Held:
+    """One to be written, which nobody takes for one that was left behind."""
+    while True:
+        lock, name = tempfile.mkstemp(prefix=UNFINISHED, dir=folder)
+        held = Held(Path(name), lock)
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        if os.fstat(lock).st_nlink:
+            return held
+        held.close()
+
+
+def _delete(path: Path) -> bool:
+    """Unless somebody holds it, or writes it or something beside it."""
+    owner = path
+    if path.name.startswith(UNFINISHED):
+        owner = path.with_name(UNFINISHED + path.name.removeprefix(UNFINISHED).partition(".")[0])
+    try:
+        lock = os.open(owner, os.O_RDWR)
+    except FileNotFoundError:
+        path.unlink(missing_ok=True)
+        return True
+    except OSError:
         return False
-    return True
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(lock).st_nlink:  # else it is another file by now
+            path.unlink(missing_ok=True)
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(lock)
 
 
 @contextmanager

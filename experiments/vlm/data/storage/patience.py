@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from experiments.vlm.data.storage.client import Stopped
+from experiments.vlm.data.storage.file_cache import NoRoom
 from torchtitan.config.errors import StorageError, UserError
 from torchtitan.tools.disk import is_full
 from torchtitan.tools.logging import logger
@@ -56,7 +57,7 @@ def remote() -> Iterator[None]:
     """Errors of a remote storage's client, each of a kind of its own: Away, unless a name is not there."""
     try:
         yield
-    except (*NOT_THERE, UserError, Away):
+    except (*NOT_THERE, UserError, Away, NoRoom):
         raise
     except Exception as error:
         if is_full(error):
