@@ -84,6 +84,8 @@ class VLMActivationCheckpoint(ActivationCheckpoint):
 
 @dataclass
 class VLMCheckpoint(Checkpoint):
+    """Checkpoints, and folders of others for parts of the model."""
+
     # Hugging Face folders of these parts alone, in place of initial_load_path; the projector is fresh where
     # initial_load_path is no whole model
     initial_load_encoder_path: str = ""

@@ -44,6 +44,7 @@ class CheckpointSource:
             )
 
     def report(self) -> list[str]:
+        """One line."""
         return [f"weights of {self.path}"]
 
 

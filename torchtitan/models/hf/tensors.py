@@ -57,6 +57,7 @@ class Mean:
         return self.count
 
     def read(self, first: int, last: int) -> Iterator[Tensor]:
+        """As in Rows; float32."""
         if not self.found:
             sums = [rows.double().sum(0) for rows in self.of.read(0, len(self.of))]
             total = torch.stack(sums).sum(0)
@@ -97,6 +98,7 @@ class FolderReader(StorageReader):
         self.made = made
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Each tensor whole, in one chunk."""
         entries: dict[str, Any] = {}
         for name, made in self.made.items():
             size = torch.Size(shape_of(made))
@@ -105,6 +107,7 @@ class FolderReader(StorageReader):
         return Metadata(entries, storage_meta=StorageMeta())
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:  # type: ignore[override]
+        """The boxes that this rank asks for."""
         for item in plan.items:
             target = planner.resolve_tensor(item).detach()
             self._read(item, target)
@@ -132,17 +135,20 @@ class FolderReader(StorageReader):
             begin += len(piece)
 
     def reset(self, checkpoint_id: Any = None) -> None:
-        pass
+        """Nothing is kept between reads."""
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *_: Any, **__: Any) -> None:
-        pass
+        """Nothing is to be set up."""
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """As it is."""
         return plan
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """As they are."""
         return plans
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        """Always False: no path alone says what is asked for."""
         return False
