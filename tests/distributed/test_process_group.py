@@ -30,7 +30,7 @@ def wait_for_a_stuck_rank(folder: str) -> str:
         trainer.sum_counts(None)
     except RuntimeError as error:
         assert "time" in str(error).lower()
-        return process_group.laggards()
+        return process_group.stragglers()
     finally:
         given_up.touch()
         trainer.close()

@@ -78,11 +78,11 @@ def set_timeout(seconds: int) -> None:
 
 
 def note_step(step: int) -> None:
-    """Leave word of the step this rank is in, for `laggards`."""
+    """Leave word of the step this rank is in, for `stragglers`."""
     dist.distributed_c10d._get_default_store().set(f"step/{dist.get_rank()}", str(step))
 
 
-def laggards() -> str:
+def stragglers() -> str:
     """Which ranks are behind the others, from what they noted last; for the message of a rank that failed."""
     steps = _noted_steps()
     behind = [f"rank {rank} in step {step}" for rank, step in enumerate(steps) if step < max(steps)]
@@ -104,7 +104,7 @@ def who_is_stuck(patience_s: float = 5.0) -> str:
     own = [rank for rank in ranks if rank not in silent and store.get(f"gave_up/{rank}") == b"failed"]
     found = [f"rank {rank} failed by itself in step {steps[rank]}" for rank in own]
     found += [f"rank {rank} does not answer since it began step {steps[rank]}" for rank in silent]
-    return ", ".join(found) or laggards()
+    return ", ".join(found) or stragglers()
 
 
 def who_is_to_blame(error: Exception) -> str:
@@ -112,7 +112,7 @@ def who_is_to_blame(error: Exception) -> str:
     if lost_others(error):
         return who_is_stuck()
     note_failure("failed")
-    return laggards()
+    return stragglers()
 
 
 def note_failure(kind: str) -> None:
