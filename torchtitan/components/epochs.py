@@ -19,7 +19,7 @@ class Epochs:
         """`resumed`: which epoch each source is in shows with the first step."""
         self.values = dict.fromkeys(sources, 0.0)
         # the latest epoch of each source that needs no line
-        self.told = {} if resumed else dict.fromkeys(sources, 1)
+        self.logged = {} if resumed else dict.fromkeys(sources, 1)
         # source -> (an epoch not logged yet, the step it began in)
         self.began: dict[str, tuple[int, int]] = {}
 
@@ -33,14 +33,14 @@ class Epochs:
         self.values = {source: total[name] for source, name in self.names.items()}
         for source, value in self.values.items():
             present = max(1, math.ceil(value - ROUNDING))
-            if present > max(self.told.setdefault(source, present), self.began.get(source, (0, 0))[0]):
+            if present > max(self.logged.setdefault(source, present), self.began.get(source, (0, 0))[0]):
                 self.began[source] = present, step
 
     def log(self) -> None:
         """A line for each source that began anew since the last call: a small one may do so in every step."""
         for source, (epoch, step) in self.began.items():
             logger.info(f"source {source}: epoch {epoch} began in step {step}")
-            self.told[source] = epoch
+            self.logged[source] = epoch
         self.began = {}
 
     def metrics(self) -> dict[str, float]:
