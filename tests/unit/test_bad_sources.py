@@ -51,7 +51,7 @@ def test_shards_that_are_deleted_while_they_are_read_end_the_run(tmp_path, worke
         for state in (next(loader).state() for _ in range(200)):
             states.append(state)
     loader.close()
-    assert all(b'"dry"' not in zlib.decompress(entry) for state in states for entry in state.values())
+    assert all(b'"exhausted"' not in zlib.decompress(entry) for state in states for entry in state.values())
 
 
 @pytest.mark.parametrize("workers", [0, 1])

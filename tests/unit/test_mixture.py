@@ -30,9 +30,9 @@ def test_slots_do_not_ask_a_rare_source_together():
     assert np.std(firsts) > 20 and 35 < np.mean(firsts) < 65
 
 
-def test_a_dry_source_leaves_the_others_their_shares():
+def test_an_exhausted_source_leaves_the_others_their_shares():
     mixture = Mixture([1, 1, 2], seed=0, slot=0)
-    mixture.dry[0] = True
+    mixture.exhausted[0] = True
     assert Counter(picks(mixture, 30)) == {1: 10, 2: 20}
-    mixture.dry[:] = [True] * 3
+    mixture.exhausted[:] = [True] * 3
     assert mixture.pick() is None

@@ -199,7 +199,7 @@ class Slot:
         while (source := self.mixture.pick()) is not None:
             found = next(self.records[source], None)
             if found is None:
-                self.mixture.dry[source] = True
+                self.mixture.exhausted[source] = True
                 continue
             reference, record = found
             entry = self._queued(reference, record)

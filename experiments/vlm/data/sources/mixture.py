@@ -29,11 +29,11 @@ class Mixture:
             * typical
         ).tolist()
         self.given = [0] * len(self.weights)
-        self.dry = [False] * len(self.weights)
+        self.exhausted = [False] * len(self.weights)
 
     def pick(self) -> int | None:
         """The source to ask; None once all are exhausted."""
-        alive = [source for source, dry in enumerate(self.dry) if not dry]
+        alive = [source for source, exhausted in enumerate(self.exhausted) if not exhausted]
         return min(
             alive,
             key=lambda source: (self.given[source] + self.phases[source]) / self.weights[source],
@@ -61,6 +61,6 @@ class Mixture:
         """What `seek` goes on from."""
         return {"given": list(self.given)}
 
-    def seek(self, position: dict[str, list], dry: Sequence[bool]) -> None:
-        """Go on from a `position`. `dry`: for each source whether it is exhausted."""
-        self.given, self.dry = list(position["given"]), list(dry)
+    def seek(self, position: dict[str, list], exhausted: Sequence[bool]) -> None:
+        """Go on from a `position`. `exhausted`: for each source whether it has no more."""
+        self.given, self.exhausted = list(position["given"]), list(exhausted)

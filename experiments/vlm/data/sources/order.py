@@ -5,7 +5,7 @@ it.
              which shards * p >= G, so that there is a unit for every slot
     dealing  the units of all epochs, each permuted anew, form one endless list; slot s takes s, s + G, ...
              Where that list ends, its last round and what is left over are dealt in pieces of units, so that
-             slots run dry together
+             slots end together
     era      epochs over the same shards: new ones may join, from an epoch on that no slot has begun
     order    the records of a unit are permuted inside windows of `shuffle_buffer`
 
@@ -112,7 +112,7 @@ class Deal:
         """(units that each slot takes whole, pieces of each unit after those); without end, or where the
         units come out even, there are no pieces.
 
-        Of up to MOST_PIECES those that leave least of the slots dry: with k pieces the units that are left
+        Of up to MOST_PIECES those that leave the fewest slots idle: with k pieces the units that are left
         take ceil(units * k / G) / k rounds.
         """
         if self.epochs is None:
