@@ -189,7 +189,7 @@ class Slot:
         try:
             record = reader.read(reference._replace(offset=0))
         except Rejected as rejected:
-            self._reject(reader.told(reference, rejected))
+            self._reject(reader.make_reject(reference, rejected))
             return None
         entry = self._queued(reference, record)
         return entry if entry and entry.length > 0 else None

@@ -107,10 +107,10 @@ class SourceReader:
                 try:
                     record = self.read(reference)
                 except Rejected as rejected:
-                    reject(self.told(reference, rejected))
+                    reject(self.make_reject(reference, rejected))
                     continue
                 for lost in record.lost:
-                    reject(self._told(unit, lost, record.document.key, lost.image or 0))
+                    reject(self._make_reject(unit, lost, record.document.key, lost.image or 0))
                 yield reference, record
             self.unit, self.place = self.unit + 1, 0
             self.empty_units += 1  # reset by the slot when it uses a sample
@@ -184,12 +184,12 @@ class SourceReader:
             except Rejected as rejected:
                 wrong, order = [rejected], np.empty(0, np.int64)
             for what in wrong if first else ():
-                reject(self._told(unit, what, "", image=None))
+                reject(self._make_reject(unit, what, "", image=None))
             self._order = self.unit, order
             self.open_ahead(self.unit + 1)
         return self._order[1]
 
-    def told(self, reference: Reference, rejected: Rejected) -> Reject:
+    def make_reject(self, reference: Reference, rejected: Rejected) -> Reject:
         """That a record is not used, under its key where the shard still knows it."""
         unit = self.deal.unit(self.slot, reference.unit)
         assert unit is not None
@@ -199,9 +199,9 @@ class SourceReader:
             )
         except Rejected:
             key = f"record {reference.record}"
-        return self._told(unit, rejected, key, image=None)
+        return self._make_reject(unit, rejected, key, image=None)
 
-    def _told(self, unit: Unit, rejected: Rejected, key: str, image: int | None) -> Reject:
+    def _make_reject(self, unit: Unit, rejected: Rejected, key: str, image: int | None) -> Reject:
         return Reject(
             self.deal.name, self.deal.shards[unit.shard], key, rejected.reason, rejected.detail, image
         )
