@@ -20,7 +20,7 @@ from experiments.vlm.data.report import Tally, check_bad_fraction
 from experiments.vlm.data.sample import Sample, make_sample
 from experiments.vlm.data.sources.mixture import Mixture
 from experiments.vlm.data.sources.order import Deal
-from experiments.vlm.data.sources.reader import Record, Reference, SourceReader
+from experiments.vlm.data.sources.reader import ReadDocument, Reference, SourceReader
 from experiments.vlm.data.sources.shard_cache import ShardCache
 from experiments.vlm.data.split import Splitter
 from torchtitan.components.tokenizer import Tokenizer
@@ -175,7 +175,7 @@ class Slot:
             entry for entry in map(self._reread, state["waiting"]) if entry is not None
         ]
 
-    def _records(self, reader: SourceReader) -> Iterator[tuple[Reference, Record]]:
+    def _records(self, reader: SourceReader) -> Iterator[tuple[Reference, ReadDocument]]:
         return reader.records(self._reject, self.doubt)
 
     def _reject(self, reject: Reject) -> None:
@@ -210,7 +210,7 @@ class Slot:
                 return entry
         return None
 
-    def _queued(self, reference: Reference, record: Record) -> Queued[Drawn] | None:
+    def _queued(self, reference: Reference, record: ReadDocument) -> Queued[Drawn] | None:
         """The document from reference.offset on; None if it is dropped for its length."""
         sample = make_sample(record.document, self.tokenizer, self.planning.plan)
         too_long = self.planning.long != "split" and not self.splitter.holds(sample.outline)
@@ -232,7 +232,7 @@ class Slot:
             taken.places,
         )
 
-    def _count(self, source: int, record: Record, entry: Queued[Drawn] | None) -> None:
+    def _count(self, source: int, record: ReadDocument, entry: Queued[Drawn] | None) -> None:
         name = self.planning.deals[source].name
         if entry is None:
             self._reject(Reject(name, record.shard, record.document.key, "too_long"))
@@ -241,7 +241,7 @@ class Slot:
         if entry.payload.truncated:
             self.tally.count(name, "truncated")
 
-    def _origin(self, reference: Reference, record: Record) -> Origin:
+    def _origin(self, reference: Reference, record: ReadDocument) -> Origin:
         document = record.document
         return Origin(
             self.planning.deals[reference.source].name, record.shard, document.key, document.caption

@@ -27,7 +27,7 @@ class Reference(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Record:
+class ReadDocument:
     """A document, the path of its shard, and what it lost."""
 
     document: Document
@@ -88,7 +88,7 @@ class SourceReader:
 
     def records(
         self, reject: Callable[[Reject], None], doubt: Callable[[int], None]
-    ) -> Iterator[tuple[Reference, Record]]:
+    ) -> Iterator[tuple[Reference, ReadDocument]]:
         """Good records from here on, until the last epoch is over, or where this slot's share never holds
         one.
 
@@ -115,18 +115,18 @@ class SourceReader:
             self.unit, self.place = self.unit + 1, 0
             self.empty_units += 1  # reset by the slot when it uses a sample
 
-    def read(self, reference: Reference) -> Record:
+    def read(self, reference: Reference) -> ReadDocument:
         """Raises Rejected."""
         unit = self.deal.unit(self.slot, reference.unit)
         assert unit is not None
         path = self.deal.shards[unit.shard]
         return self.cache.use(self.source, path, lambda shard: self._read(shard, path, reference.record))
 
-    def _read(self, shard: Shard, path: str, number: int) -> Record:
+    def _read(self, shard: Shard, path: str, number: int) -> ReadDocument:
         document, lost = shard.read(number)
         if self.transform is not None:
             document = self.transform(document, shard, number)
-        return Record(document, path, lost)
+        return ReadDocument(document, path, lost)
 
     def hold(self, waiting: Sequence[int]) -> None:
         """Know of each unit in hand what it holds. `waiting`: the unit of each record that was read and not
