@@ -25,10 +25,10 @@ class Stages:
         self.images, self.data = images, job.data
         setup = make_setup(job, load_tokenizer(tokenizer), "train", 1)
         self.cache = ShardCache(setup.open_shard, 64, Patience(setup.storage_timeout_s))
-        doubt = Search(setup.planning, setup.tokenizer, self.cache).require
-        self.slot = Slot(0, setup.planning, setup.tokenizer, self.cache, doubt)
-        self.filler = Collator(self.cache, setup.planning.plan, setup.tokenizer.pad_id)
-        shape = shape_of(setup.planning, 1)
+        doubt = Search(setup.settings, setup.tokenizer, self.cache).require
+        self.slot = Slot(0, setup.settings, setup.tokenizer, self.cache, doubt)
+        self.filler = Collator(self.cache, setup.settings.plan, setup.tokenizer.pad_id)
+        shape = shape_of(setup.settings, 1)
         self.views = slot_views(Buffers(shape, 1).arrays[0], 0, self.data.patch_rows)
         self.seconds: dict[str, float] = defaultdict(float)
         for _ in range(4):  # until the look-ahead is full

@@ -107,24 +107,24 @@ class Loader:
         self.slots = range(rank * total // ranks, (rank + 1) * total // ranks)
         self.ranks = Ranks(together=agree is not None)
         self._use(make_setup(job, tokenizer, split, total, control, shards_of(job, split, self.ranks)))
-        self.shape = shape_of(self.setup.planning, local)
-        self.may_end = all(deal.epochs is not None for deal in self.setup.planning.deals)
+        self.shape = shape_of(self.setup.settings, local)
+        self.may_end = all(deal.epochs is not None for deal in self.setup.settings.deals)
         self.agree = agree or partial(agree_alone, ranks)
         self.still_waiting = partial(agree, None) if agree else None
         patience = Patience(job.data.storage_timeout_s)
         if split == "train":
-            if any(needs_copy(deal.shards[0]) for deal in self.setup.planning.deals):
+            if any(needs_copy(deal.shards[0]) for deal in self.setup.settings.deals):
                 file_cache(job.data).tell_free()
             setups = [self.setup]
             if job.validation.enable:
                 shards = shards_of(job, "validation", self.ranks)
                 setups.append(make_setup(job, tokenizer, "validation", total, shards=shards))
             for setup in setups:
-                require_good_samples(setup.planning, tokenizer, setup.open_shard, patience, self.slots.start)
+                require_good_samples(setup.settings, tokenizer, setup.open_shard, patience, self.slots.start)
         # The controls show the samples of a validation again: what is wrong with them has been logged.
         folder = Path(job.job.dump_folder) / "rejects" if job.job.dump_folder else None
         self.log = RejectLog(folder, rank) if control is None else None
-        paths = [shard for deal in self.setup.planning.deals for shard in deal.shards]
+        paths = [shard for deal in self.setup.settings.deals for shard in deal.shards]
         self.shared_shards = len(set(paths)) < len(paths)
         self.states: dict[int, SlotState] = {}
         self.supply: Supply | None = None
@@ -196,10 +196,10 @@ class Loader:
     def _use(self, setup: Setup) -> None:
         self.setup = setup
         self.facts = order_facts(self.job, setup) if self.split == "train" else {}
-        self.shards = to_text(setup.planning.deals) if self.split == "train" and self.slots.start == 0 else ""
+        self.shards = to_text(setup.settings.deals) if self.split == "train" and self.slots.start == 0 else ""
 
     def _go_on(self, entries: Mapping[int, dict[str, Any]], furthest: list[int]) -> Continued:
-        deals = self.setup.planning.deals
+        deals = self.setup.settings.deals
         text = entries.get(0, {}).get("shards")
         if text is None:
             return Continued(deals, deals, [], [])
@@ -207,7 +207,7 @@ class Loader:
 
     def _furthest(self, entries: Mapping[int, dict[str, Any]]) -> list[int]:
         """Of each source, over all slots: see `go_on`. Empty where not all slots are known."""
-        deals = self.setup.planning.deals
+        deals = self.setup.settings.deals
         if not self.ranks.together and len(entries) < deals[0].slots:
             return []
         units = [
@@ -252,7 +252,7 @@ class Loader:
     @property
     def names(self) -> list[str]:
         """The sources, in the order of the configuration."""
-        return [deal.name for deal in self.setup.planning.deals]
+        return [deal.name for deal in self.setup.settings.deals]
 
     def _start(self) -> Supply:
         data, slots = self.job.data, len(self.slots)
@@ -279,7 +279,7 @@ class Loader:
         if not self.told_of_addresses and any(reject.reason == "image_fetch" for reject in rejects):
             self.told_of_addresses = True
             logger.warning(about_failures(self.job.data))
-        allowed = self.setup.planning.max_bad_fraction
+        allowed = self.setup.settings.max_bad_fraction
         if rejects and allowed < 1:
             total = Tally()
             for step in steps:
@@ -290,7 +290,7 @@ class Loader:
         """Whether a slot of this rank is in a later epoch of a source, or two sources share a shard: then
         another rank may have met the same samples.
         """
-        deals = self.setup.planning.deals
+        deals = self.setup.settings.deals
         return self.shared_shards or any(
             deal.epoch(step.filled.slot, reader[0]) > 0
             for step in steps

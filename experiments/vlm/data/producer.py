@@ -37,16 +37,16 @@ class Producer:
 
     def __init__(self, setup: Setup, slots: Sequence[int], states: dict[int, SlotState]):
         """`states`: of slots that go on; the others start anew."""
-        planning = setup.planning
+        settings = setup.settings
         self.cache = ShardCache(
             setup.open_shard,
-            3 * len(slots) * len(planning.deals) + SPARE_SHARDS,
+            3 * len(slots) * len(settings.deals) + SPARE_SHARDS,
             Patience(setup.storage_timeout_s),
         )
         self.pool = ThreadPoolExecutor(setup.decode_threads, "decode") if setup.decode_threads > 1 else None
-        self.filler = Collator(self.cache, planning.plan, setup.tokenizer.pad_id, self.pool)
-        doubt = Search(planning, setup.tokenizer, self.cache).require
-        self.slots = [Slot(number, planning, setup.tokenizer, self.cache, doubt) for number in slots]
+        self.filler = Collator(self.cache, settings.plan, setup.tokenizer.pad_id, self.pool)
+        doubt = Search(settings, setup.tokenizer, self.cache).require
+        self.slots = [Slot(number, settings, setup.tokenizer, self.cache, doubt) for number in slots]
         self.tallies = {number: Tally() for number in slots}  # of what was delivered
         for slot in self.slots:  # all of them at one time
             slot.open_ahead(states[slot.number]["plan"] if slot.number in states else None)

@@ -48,7 +48,7 @@ FREE_OF_SOURCE = {
 class Setup:
     """All that a process needs to run slots. Picklable."""
 
-    planning: SlotSettings
+    settings: SlotSettings
     tokenizer: Tokenizer
     open_shard: Callable[[int, str], Shard]  # (source, path)
     decode_threads: int
@@ -75,7 +75,7 @@ def make_setup(
     """
     data, sources, model = job.data, sources_of(job, split), model_config(job)
     held_out = split == "validation"
-    planning = SlotSettings(
+    settings = SlotSettings(
         deals=tuple(
             make_deal(source, job, slots, held_out, listed)
             for source, listed in zip(sources, shards or [()] * len(sources), strict=True)
@@ -97,20 +97,20 @@ def make_setup(
         max_bad_fraction=1.0 if held_out else data.max_bad_fraction,
     )
     return Setup(
-        planning, tokenizer, partial(_open_source, sources, job), data.decode_threads, data.storage_timeout_s
+        settings, tokenizer, partial(_open_source, sources, job), data.decode_threads, data.storage_timeout_s
     )
 
 
 def dealing(setup: Setup, deals: Sequence[Deal]) -> Setup:
     """With other deals of the same sources."""
-    return replace(setup, planning=replace(setup.planning, deals=tuple(deals)))
+    return replace(setup, settings=replace(setup.settings, deals=tuple(deals)))
 
 
-def shape_of(planning: SlotSettings, slots: int) -> BatchShape:
+def shape_of(settings: SlotSettings, slots: int) -> BatchShape:
     """Of a batch of so many slots."""
-    budget = planning.budget
+    budget = settings.budget
     return BatchShape(
-        slots, budget.seq_len, budget.patch_rows, budget.patches_per_row, planning.plan.patch_size
+        slots, budget.seq_len, budget.patch_rows, budget.patches_per_row, settings.plan.patch_size
     )
 
 
@@ -145,17 +145,17 @@ def order_facts(job: VLMJobConfig, setup: Setup) -> dict[str, Any]:
 
     That is each option of [data] and of a source that is not free.
     """
-    planning, data = setup.planning, job.data
+    settings, data = setup.settings, job.data
     facts: dict[str, Any] = {
-        "training.global_batch_size": planning.deals[0].slots,
+        "training.global_batch_size": settings.deals[0].slots,
         "training.seq_len": job.training.seq_len,
-        "debug.seed": planning.seed,
+        "debug.seed": settings.seed,
         "model.tokenizer_path": tokenizer_print(setup.tokenizer),
     }
     facts |= {f"data.{name}": value for name, value in vars(data).items() if name not in FREE_OF_DATA}
-    plan = planning.plan  # the model's, where the options leave them open
+    plan = settings.plan  # the model's, where the options leave them open
     facts |= {"data.patch_size": plan.patch_size, "data.spatial_merge_size": plan.merge_size}
-    for deal, source in zip(planning.deals, sources_of(job, "train"), strict=True):
+    for deal, source in zip(settings.deals, sources_of(job, "train"), strict=True):
         key = f"data.sources[{deal.name}]"
         facts |= {
             f"{key}.{name}": value for name, value in vars(source).items() if name not in FREE_OF_SOURCE

@@ -90,7 +90,7 @@ class Slot:
     def __init__(
         self,
         number: int,
-        planning: SlotSettings,
+        settings: SlotSettings,
         tokenizer: Tokenizer,
         cache: ShardCache,
         doubt: Callable[[int], None],
@@ -100,18 +100,18 @@ class Slot:
         """
         self.number = number
         self.doubt = doubt
-        self.planning = planning
+        self.settings = settings
         self.tokenizer = tokenizer
-        typical = planning.budget.seq_len / 4 if planning.weight_by == "tokens" else 1.0
-        self.mixture = Mixture(planning.weights, planning.seed, number, typical)
-        transform = CONTROLS[planning.control] if planning.control else None
+        typical = settings.budget.seq_len / 4 if settings.weight_by == "tokens" else 1.0
+        self.mixture = Mixture(settings.weights, settings.seed, number, typical)
+        transform = CONTROLS[settings.control] if settings.control else None
         self.readers = [
-            SourceReader(source, deal, number, cache, transform) for source, deal in enumerate(planning.deals)
+            SourceReader(source, deal, number, cache, transform) for source, deal in enumerate(settings.deals)
         ]
         self.records = [self._records(reader) for reader in self.readers]
-        self.splitter = Splitter(planning.budget, planning.plan.merge_size)
+        self.splitter = Splitter(settings.budget, settings.plan.merge_size)
         self.look_ahead: LookAhead[Drawn] = LookAhead(
-            self.splitter, planning.buffer, self.mixture, planning.weight_by == "tokens"
+            self.splitter, settings.buffer, self.mixture, settings.weight_by == "tokens"
         )
         self.tally = Tally()
         self.rejects: list[Reject] = []
@@ -181,7 +181,7 @@ class Slot:
     def _reject(self, reject: Reject) -> None:
         self.tally.reject(reject)
         self.rejects.append(reject)
-        check_bad_fraction(self.tally, self.planning.max_bad_fraction)
+        check_bad_fraction(self.tally, self.settings.max_bad_fraction)
 
     def _reread(self, waited: list[int]) -> Queued[Drawn] | None:
         reference = Reference(*waited)
@@ -206,16 +206,16 @@ class Slot:
             self._count(source, record, entry)
             if entry is not None:
                 self.readers[source].empty_units = 0
-                self.mixture.give(source, entry.length if self.planning.weight_by == "tokens" else 1)
+                self.mixture.give(source, entry.length if self.settings.weight_by == "tokens" else 1)
                 return entry
         return None
 
     def _queued(self, reference: Reference, record: ReadDocument) -> Queued[Drawn] | None:
         """The document from reference.offset on; None if it is dropped for its length."""
-        sample = make_sample(record.document, self.tokenizer, self.planning.plan)
-        too_long = self.planning.long != "split" and not self.splitter.holds(sample.outline)
+        sample = make_sample(record.document, self.tokenizer, self.settings.plan)
+        too_long = self.settings.long != "split" and not self.splitter.holds(sample.outline)
         if too_long:
-            if self.planning.long == "drop":
+            if self.settings.long == "drop":
                 return None
             sample = sample.piece(0, self.splitter.longest(sample.outline))
         drawn = Drawn(reference._replace(offset=0), self._origin(reference, record), sample, too_long)
@@ -233,7 +233,7 @@ class Slot:
         )
 
     def _count(self, source: int, record: ReadDocument, entry: Queued[Drawn] | None) -> None:
-        name = self.planning.deals[source].name
+        name = self.settings.deals[source].name
         if entry is None:
             self._reject(Reject(name, record.shard, record.document.key, "too_long"))
             return
@@ -244,5 +244,5 @@ class Slot:
     def _origin(self, reference: Reference, record: ReadDocument) -> Origin:
         document = record.document
         return Origin(
-            self.planning.deals[reference.source].name, record.shard, document.key, document.caption
+            self.settings.deals[reference.source].name, record.shard, document.key, document.caption
         )

@@ -68,14 +68,14 @@ class Occupancy:
 
 def read_documents(setup: Setup, limit: int) -> Stream:
     """The sizes of the first `limit` documents of the mixture, as one slot would read them."""
-    deals = tuple(replace(deal, slots=1) for deal in setup.planning.deals)
-    planning = replace(setup.planning, deals=deals, budget=Budget(UNLIMITED, 1, UNLIMITED))
+    deals = tuple(replace(deal, slots=1) for deal in setup.settings.deals)
+    settings = replace(setup.settings, deals=deals, budget=Budget(UNLIMITED, 1, UNLIMITED))
     cache = ShardCache(setup.open_shard, 64, Patience(setup.storage_timeout_s))
-    slot = Slot(0, planning, setup.tokenizer, cache, Search(planning, setup.tokenizer, cache).require)
+    slot = Slot(0, settings, setup.tokenizer, cache, Search(settings, setup.tokenizer, cache).require)
     read = list(itertools.islice(iter(slot.draw, None), limit))
     documents = [sizes_of(entry.payload.sample) for entry in read]
     return Stream(
-        documents, [entry.source for entry in read], planning.weights, planning.weight_by == "tokens"
+        documents, [entry.source for entry in read], settings.weights, settings.weight_by == "tokens"
     )
 
 

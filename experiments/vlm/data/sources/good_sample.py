@@ -34,8 +34,8 @@ OpenShard = Callable[[int, str], Shard]  # (source, path)
 class Search:
     """Looks into the sources of a run for good samples; not thread-safe."""
 
-    def __init__(self, planning: SlotSettings, tokenizer: Tokenizer, cache: ShardCache):
-        self.planning = planning
+    def __init__(self, settings: SlotSettings, tokenizer: Tokenizer, cache: ShardCache):
+        self.settings = settings
         self.tokenizer = tokenizer
         self.cache = cache
 
@@ -50,12 +50,12 @@ class Search:
             unreached += reject.reason == "image_fetch"
             if unreached == UNREACHED:
                 break
-        deal = self.planning.deals[source]
+        deal = self.settings.deals[source]
         raise DataError(complaint(deal.name, len(deal.shards), found))
 
     def _tried(self, source: int, first: int) -> Iterator[Reject | None]:
         """For each record and shard that is tried what is wrong with it; None for a good record."""
-        deal, looked_into = self.planning.deals[source], 0
+        deal, looked_into = self.settings.deals[source], 0
         for number in dict.fromkeys([first, *spread(len(deal.shards), UNREADABLE)]):
             path = deal.shards[number]
             try:
@@ -81,10 +81,10 @@ class Search:
 
     def _use(self, document: Document, shard: Shard) -> None:
         """Raises Rejected."""
-        planning = self.planning
-        if planning.long == "drop":
-            splitter = Splitter(planning.budget, planning.plan.merge_size)
-            if not splitter.holds(make_sample(document, self.tokenizer, planning.plan).outline):
+        settings = self.settings
+        if settings.long == "drop":
+            splitter = Splitter(settings.budget, settings.plan.merge_size)
+            if not splitter.holds(make_sample(document, self.tokenizer, settings.plan).outline):
                 raise Rejected("too_long")
         for image in document.parts if document.caption else ():
             if isinstance(image, Image):
@@ -92,20 +92,20 @@ class Search:
 
     def _decode(self, image: Image, shard: Shard) -> None:
         """Raises Rejected."""
-        plan = self.planning.plan
+        plan = self.settings.plan
         h, w = plan.grid(image.height, image.width)
         guarded(lambda: decode(shard.load(image), h * plan.patch_size, w * plan.patch_size))
 
 
 def require_good_samples(
-    planning: SlotSettings, tokenizer: Tokenizer, open_shard: OpenShard, patience: Patience, slot: int
+    settings: SlotSettings, tokenizer: Tokenizer, open_shard: OpenShard, patience: Patience, slot: int
 ) -> None:
     """Raises DataError for the first source that has none, StorageError where that cannot be known.
 
     Begins with the shard that this slot reads first.
     """
-    search = Search(planning, tokenizer, ShardCache(open_shard, 1, patience))
-    for source, deal in enumerate(planning.deals):
+    search = Search(settings, tokenizer, ShardCache(open_shard, 1, patience))
+    for source, deal in enumerate(settings.deals):
         unit = deal.unit(slot, 0)
         search.require(source, unit.shard if unit else 0)
 
