@@ -40,15 +40,15 @@ class Crowd:
         self._window = asyncio.Semaphore(size)
         self._tasks: set[asyncio.Task] = set()
 
-    async def fetch_all(self, urls: Iterable[str], journal: Journal, tell: Callable[[str], None]) -> None:
-        """Brings every url into the journal and calls `tell(url)` after each. Raises Stopped."""
+    async def fetch_all(self, urls: Iterable[str], journal: Journal, on_done: Callable[[str], None]) -> None:
+        """Brings every url into the journal and calls `on_done(url)` after each. Raises Stopped."""
         async with asyncio.TaskGroup() as group:
             for url in urls:
                 await self._window.acquire()
                 if self.client.stopping:
                     self._window.release()
                     break
-                task = group.create_task(self._fetch(url, journal, tell))
+                task = group.create_task(self._fetch(url, journal, on_done))
                 self._tasks.add(task)
                 task.add_done_callback(self._leave)
         if self.client.stopping:
@@ -60,7 +60,7 @@ class Crowd:
         for task in self._tasks - self.client.in_flight:
             task.cancel()
 
-    async def _fetch(self, url: str, journal: Journal, tell: Callable[[str], None]) -> None:
+    async def _fetch(self, url: str, journal: Journal, on_done: Callable[[str], None]) -> None:
         # Nothing is awaited between the last byte and the journal.
         try:
             journal.arrived(url, await self.client.fetch(url))
@@ -68,7 +68,7 @@ class Crowd:
             journal.failed(url, failure.reason, failure.detail)
         except Stopped:
             return
-        tell(url)
+        on_done(url)
 
     def _leave(self, task: asyncio.Task) -> None:
         self._tasks.discard(task)
@@ -138,11 +138,11 @@ async def fetch_missing(
     missing = [url for url in urls if url not in journal]
     counted.advance(len(urls) - len(missing), before=True)
 
-    def tell(url: str) -> None:
+    def on_done(url: str) -> None:
         outcome = journal.outcomes[url]
         counted.advance(1, failed=int(bool(outcome.reason)), size=outcome.length)
 
-    await crowd.fetch_all(missing, journal, tell)
+    await crowd.fetch_all(missing, journal, on_done)
 
 
 def list_addresses(job: PrepareJob, number: int) -> list[str]:

@@ -13,7 +13,7 @@ class Stop:
 
     def __init__(self) -> None:
         self._event = threading.Event()
-        self._tell: Callable[[], object] | None = None
+        self._wake: Callable[[], object] | None = None
 
     def __bool__(self) -> bool:
         return self._event.is_set()
@@ -21,8 +21,8 @@ class Stop:
     def ask(self) -> None:
         """From any thread or signal handler, as often as one likes."""
         self._event.set()
-        if self._tell:
-            self._tell()
+        if self._wake:
+            self._wake()
 
     def check(self) -> None:
         """Raises Stopped once it was asked to stop."""
@@ -33,10 +33,10 @@ class Stop:
     def calling(self, action: Callable[[], object]) -> Iterator[None]:
         """While inside an event loop: `action` is called in it when the run is to end."""
         loop = asyncio.get_running_loop()
-        self._tell = lambda: loop.call_soon_threadsafe(action)
+        self._wake = lambda: loop.call_soon_threadsafe(action)
         try:
             if self:
                 action()
             yield
         finally:
-            self._tell = None
+            self._wake = None

@@ -40,7 +40,7 @@ class Here:
 
 def main() -> None:
     """One run, with options from a line of standard input; progress goes out as JSON."""
-    told, stop = JsonProgress(own_stdout()), Stop()
+    progress, stop = JsonProgress(own_stdout()), Stop()
     line = sys.stdin.readline()
     if not line:
         return  # what started this has ended already
@@ -50,12 +50,12 @@ def main() -> None:
     prepare_process()
     try:
         job = PrepareJob.join(options)
-        with only_run(job.folder, told, stop):
-            run(job, Here(job, told, stop))
+        with only_run(job.folder, progress, stop):
+            run(job, Here(job, progress, stop))
     except Stopped:
         pass
     except BaseException:
-        told.send("crashed", traceback.format_exc())
+        progress.send("crashed", traceback.format_exc())
 
 
 def own_stdout() -> BinaryIO:
