@@ -88,8 +88,8 @@ class WandB:
         try:
             self.run = wandb.init(project=project, dir=str(folder), config=asdict(job))
         except wandb.errors.Error as error:  # no network, no such project
-            told = " ".join(str(error).split())
-            raise ConfigError(f"metrics.enable_wandb: {told}; {OFFLINE}") from None
+            detail = " ".join(str(error).split())
+            raise ConfigError(f"metrics.enable_wandb: {detail}; {OFFLINE}") from None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Sends the numbers, or keeps them where WANDB_MODE is offline."""

@@ -120,10 +120,10 @@ def run_tyro(
     """tyro's command line for a dataclass,
     with errors as one ConfigError in place of its box and exit code.
     """
-    told = io.StringIO()
+    printed = io.StringIO()
     defaults = {} if default is None else {"default": default}
     try:
-        with contextlib.redirect_stderr(told):
+        with contextlib.redirect_stderr(printed):
             return tyro.cli(
                 cls, args=list(argv), use_underscores=True, prog=prog, description=description, **defaults
             )  # type: ignore[call-overload]
@@ -131,7 +131,7 @@ def run_tyro(
         if not exit_.code:  # --help
             raise
         raise ConfigError(
-            _complaint(told.getvalue(), split_options(argv), option_types(cls, default))
+            _complaint(printed.getvalue(), split_options(argv), option_types(cls, default))
         ) from None
 
 

@@ -55,16 +55,16 @@ def from_first_rank(decide: Callable[[], T]) -> T:
     """What `decide` returns on rank 0, on every rank; a UserError that it raises there is raised on all of
     them.
     """
-    told: list = [None, None]
+    answer: list = [None, None]
     if dist.get_rank() == 0:
         try:
-            told[0] = decide()
+            answer[0] = decide()
         except UserError as error:
-            told[1] = error
-    dist.broadcast_object_list(told)
-    if told[1] is not None:
-        raise told[1]
-    return told[0]
+            answer[1] = error
+    dist.broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
 
 
 def from_all_ranks(value: T) -> list[T]:

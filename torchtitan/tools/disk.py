@@ -15,8 +15,8 @@ def require_writable(folder: Path, key: str) -> None:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"\0")
     except OSError as error:
-        told = describe(error, folder)
-        wrong = f"{key} = {folder}: cannot be written to ({told})"
+        detail = describe(error, folder)
+        wrong = f"{key} = {folder}: cannot be written to ({detail})"
         raise ConfigError(f"{wrong}; give another folder, or mend this one") from None
 
 

@@ -108,8 +108,9 @@ def rejected_line(sources: Mapping[str, Any]) -> str:
 
     rejected: captions 12 of 2,400 samples (image_undecodable 10, caption_missing 2), 3 images (image_fetch 3)
     """
-    told = "; ".join(filter(None, (_rejected_of(source, entry) for source, entry in sorted(sources.items()))))
-    return f"rejected: {told}; see rejects/" if told else ""
+    found = filter(None, (_rejected_of(source, entry) for source, entry in sorted(sources.items())))
+    line = "; ".join(found)
+    return f"rejected: {line}; see rejects/" if line else ""
 
 
 def _rejected_of(source: str, entry: Mapping[str, Any]) -> str:

@@ -155,9 +155,9 @@ def run(pipe: Connection, setup: Setup, memory: _Memory, assignment: Assignment)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the trainer is gone
     except UserError as error:
-        _tell(pipe, "user_error", type(error)(str(error)))  # without the causes, which may not pickle
+        _send(pipe, "user_error", type(error)(str(error)))  # without the causes, which may not pickle
     except BaseException:
-        _tell(pipe, "failed", traceback.format_exc())
+        _send(pipe, "failed", traceback.format_exc())
     # Without Python's own shutdown: threads that still decode would hold it up.
     os._exit(0)
 
@@ -178,6 +178,6 @@ def _serve(pipe: Connection, setup: Setup, memory: _Memory, assignment: Assignme
         finish = started
 
 
-def _tell(pipe: Connection, kind: str, message: object) -> None:
+def _send(pipe: Connection, kind: str, message: object) -> None:
     with contextlib.suppress(OSError):
         pipe.send((kind, message))

@@ -102,10 +102,10 @@ def is_header(block: bytes) -> bool:
     field = block[148:156].strip(b" \0")
     if not field or field.strip(b"01234567"):
         return False
-    told = int(field, 8)
+    stated = int(field, 8)
     unsigned = sum(block) - sum(block[148:156]) + 8 * ord(" ")
     signed = unsigned - 256 * sum(byte > 127 for byte in block[:148] + block[156:])
-    return told in (unsigned, signed)
+    return stated in (unsigned, signed)
 
 
 def _checked_size(block: bytes, start: int) -> int:

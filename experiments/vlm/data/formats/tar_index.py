@@ -36,9 +36,9 @@ def _to_bytes(samples: Samples) -> bytes:
 def _from_bytes(data: bytes) -> Samples:
     """Raises ValueError or KeyError where these are none."""
     head, _, places = data.partition(b"\n")
-    told, numbers = json.loads(head), np.frombuffer(places, "<i8").astype(np.int64)
-    damage = Rejected(*told["damage"]) if told["damage"] else None
-    return Samples(numbers[: told["members"]], numbers[told["members"] :], told["checksum"], damage)
+    known, numbers = json.loads(head), np.frombuffer(places, "<i8").astype(np.int64)
+    damage = Rejected(*known["damage"]) if known["damage"] else None
+    return Samples(numbers[: known["members"]], numbers[known["members"] :], known["checksum"], damage)
 
 
 class TarIndex:

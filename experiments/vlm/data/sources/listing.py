@@ -51,8 +51,8 @@ def go_on(deals: Sequence[Deal], text: str, furthest: Sequence[int], join: bool)
         if not changes and new and join and not furthest:
             changes = [f"source {deal.name}: whether new shards can join, the states of all slots say"]
         elif not changes and new and join:
-            now, told = _joined(then, new, furthest[source])
-            continued.joined.append(told)
+            now, line = _joined(then, new, furthest[source])
+            continued.joined.append(line)
         elif not changes and new:
             then = now = deal
             changes = [
@@ -91,8 +91,8 @@ def _joined(deal: Deal, new: list[str], furthest: int) -> tuple[Deal, str]:
         return deal, f"source {deal.name}: {_named(new)} came too late, the last epoch has begun"
     joins = [join for join in deal.joins or ((0, len(deal.shards)),) if join[0] < epoch]
     shards = (*deal.shards, *new)
-    told = f"source {deal.name}: {_named(new)} more from epoch {epoch} on"
-    return replace(deal, shards=shards, joins=(*joins, (epoch, len(shards)))), told
+    line = f"source {deal.name}: {_named(new)} more from epoch {epoch} on"
+    return replace(deal, shards=shards, joins=(*joins, (epoch, len(shards)))), line
 
 
 def _name(path: str) -> str:
