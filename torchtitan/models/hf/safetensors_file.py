@@ -38,6 +38,7 @@ class StoredTensor:
 
     @property
     def bytes(self) -> int:
+        """Bytes of the tensor in the file."""
         return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
     @property

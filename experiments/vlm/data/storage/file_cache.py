@@ -55,6 +55,7 @@ class Held:
         self._unlock = weakref.finalize(self, os.close, lock)
 
     def close(self) -> None:
+        """Gives the lock up: the cache may delete the file."""
         self._unlock()
 
 
