@@ -10,11 +10,11 @@ from benchmarks.turns import Counts
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.data import image as image_module
 from experiments.vlm.data.collate import Collator
+from experiments.vlm.data.good_sample import Search
 from experiments.vlm.data.image import decode, probe, write_patches
 from experiments.vlm.data.setup import make_setup, shape_of
 from experiments.vlm.data.shared_memory import Buffers, slot_views
 from experiments.vlm.data.slot import Packed, Slot
-from experiments.vlm.data.sources.good_sample import Search
 from experiments.vlm.data.sources.shard_cache import ShardCache
 from experiments.vlm.data.storage.patience import Patience
 from torchtitan.components.tokenizer import load_tokenizer

@@ -23,6 +23,7 @@ from torch import Tensor
 from experiments.vlm.batch import FIELDS, Batch
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.data.counts import names_by_source, rejected_name
+from experiments.vlm.data.good_sample import require_good_samples
 from experiments.vlm.data.prefetch import Filled, FromWorkers, InProcess, Supply
 from experiments.vlm.data.producer import SlotStep
 from experiments.vlm.data.ranks import Ranks, shards_of
@@ -38,7 +39,6 @@ from experiments.vlm.data.resume import (
     slot_key,
 )
 from experiments.vlm.data.setup import Setup, Split, dealing, make_setup, order_facts, shape_of
-from experiments.vlm.data.sources.good_sample import require_good_samples
 from experiments.vlm.data.sources.listing import Continued, go_on, to_text
 from experiments.vlm.data.sources.shards import needs_copy
 from experiments.vlm.data.storage.fetch import about_failures

@@ -9,12 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from experiments.vlm.data.collate import Collator, FilledSlot, Views
+from experiments.vlm.data.good_sample import Search
 from experiments.vlm.data.rejects import Reject
 from experiments.vlm.data.report import Tally
 from experiments.vlm.data.resume import SlotState
 from experiments.vlm.data.setup import Setup
 from experiments.vlm.data.slot import Slot, SlotPlan
-from experiments.vlm.data.sources.good_sample import Search
 from experiments.vlm.data.sources.shard_cache import ShardCache
 from experiments.vlm.data.storage.patience import Patience
 

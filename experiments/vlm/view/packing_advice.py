@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from experiments.vlm.data.good_sample import Search
 from experiments.vlm.data.lookahead import LookAhead, Queued, Taken
 from experiments.vlm.data.packing import Budget
 from experiments.vlm.data.sample import Sample
 from experiments.vlm.data.setup import Setup
 from experiments.vlm.data.slot import Slot
-from experiments.vlm.data.sources.good_sample import Search
 from experiments.vlm.data.sources.mixture import Mixture
 from experiments.vlm.data.sources.shard_cache import ShardCache
 from experiments.vlm.data.split import Splitter, outline_of

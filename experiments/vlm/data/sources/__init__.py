@@ -6,6 +6,5 @@ order         which records of which shard a slot reads when: a pure function of
 mixture       which source gives the next sample, and which waits for the others
 shard_cache   shards that are open, opened before they are needed, and again after an outage
 reader        one slot's position in one source: good records, bad ones rejected
-good_sample   a source without a good sample is an error
 permission    a folder that may not be read is not an empty one
 """
