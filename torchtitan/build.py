@@ -14,7 +14,7 @@ from torch import nn
 from torchtitan.components.checkpoint import Checkpointer
 from torchtitan.components.checkpoint_folder import find, read_record
 from torchtitan.components.forward_backward import ForwardBackward
-from torchtitan.components.freezing import freeze
+from torchtitan.components.freezing import choose_trained, rows_of
 from torchtitan.components.loader import Batch, Loader, Tensors, to_device
 from torchtitan.components.lr_scheduler import Schedule, fit_warmup
 from torchtitan.components.metrics import Counts, MetricsMeter, Reporter
@@ -68,8 +68,9 @@ def build(job: JobConfig, spec: TrainSpec, device: torch.device) -> Run:
     mesh = build_mesh(degrees(job.parallelism, world_size), device)
     tokenizer = spec.load_tokenizer(job)
     model = spec.build_model(job, tokenizer)
-    freeze(model, job.training.freeze)
-    setting_of = settings(model, job.optimizer)
+    choose_trained(model, job.training)
+    token_rows = rows_of(job.training.trainable_tokens, tokenizer)
+    setting_of = settings(model, job.optimizer, token_rows)
     source = None if own_checkpoint(job) else spec.initial_weights(job, shapes_of(model))
     flops = spec.flops(job, model)
     log_sizes(model, spec, sizes)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from torchtitan.build import log_sizes
-from torchtitan.components.freezing import freeze
+from torchtitan.components.freezing import choose_trained, rows_of
 from torchtitan.components.lr_scheduler import fit_warmup
 from torchtitan.components.parameter_groups import settings
 from torchtitan.components.room import held_gib
@@ -33,8 +33,9 @@ def dry_run(job: JobConfig, spec: TrainSpec) -> None:
     there = shipped(job.model.tokenizer_path).exists()
     tokenizer = spec.load_tokenizer(job) if there else None
     model = spec.build_model(job, tokenizer)
-    freeze(model, job.training.freeze)
-    settings(model, job.optimizer)  # every pattern matches something
+    choose_trained(model, job.training)
+    token_rows = rows_of(job.training.trainable_tokens, tokenizer) if tokenizer else ()
+    settings(model, job.optimizer, token_rows)  # every pattern matches something
     log_sizes(model, spec, sizes)
     _log_weights(job, spec, model)
     _log_run(job, layout, sizes)

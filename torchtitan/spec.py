@@ -22,6 +22,8 @@ class Model(Protocol):
 
     ADAMW_ONLY: tuple[str, ...]  # matrices that Muon leaves to AdamW, by the beginning of their names
 
+    TOKEN_TABLES: tuple[str, ...]  # names of the parameters that have a row for each token
+
     def init_weights(self, seed: int, without: Collection[str] = ()) -> None:
         """In place and the same under every layout; parameters have storage by then. `without`: names of
         those that get their values elsewhere.

@@ -126,6 +126,7 @@ class Trainer:
     def update(self) -> Tensor:
         """Clip and step. Returns the global gradient norm before clipping."""
         optimizers = self.run.optimizers
+        optimizers.drop_frozen_rows()
         norm = global_norm(self.norm_parameters, self.run.mesh)
         if self.job.training.max_norm > 0:
             clip(optimizers.parameters, norm, self.job.training.max_norm)

@@ -18,7 +18,7 @@ from experiments.vlm.flops import Work, flops_of_work
 from experiments.vlm.model_config import model_config
 from experiments.vlm.spec import build_vlm
 from experiments.vlm.view.packing_advice import Occupancy, advise, patches_per_token, read_documents
-from torchtitan.components.freezing import freeze
+from torchtitan.components.freezing import choose_trained
 from torchtitan.components.tokenizer import Tokenizer, load_tokenizer
 from torchtitan.config.errors import require
 from torchtitan.config.parse import parse_script
@@ -41,7 +41,7 @@ class Options:
 def cost_of_a_patch(job: VLMJobConfig, tokenizer: Tokenizer) -> float:
     """In tokens of the decoder, with what is frozen; attention aside."""
     model = build_vlm(job, tokenizer)
-    freeze(model, job.training.freeze)
+    choose_trained(model, job.training)
     flops, merged = flops_of_work(model), model_config(job).projector.merge_size ** 2
     return flops(Work(merged, 0, 0, 0)) / merged / flops(Work(0, 1, 0, 0))
 

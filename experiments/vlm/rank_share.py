@@ -22,7 +22,7 @@ from experiments.vlm.parallelize import split_decoder, split_encoder
 from experiments.vlm.shard_batch import shard_batch
 from experiments.vlm.sharing import sharers
 from torchtitan.components.flops import backward_of
-from torchtitan.components.freezing import freeze
+from torchtitan.components.freezing import choose_trained
 from torchtitan.components.optimizer import moments, sent_for_updates
 from torchtitan.config.layout import Degrees
 from torchtitan.distributed.activation_checkpoint import apply_activation_checkpoint, is_checkpointed
@@ -37,7 +37,7 @@ def build_on_meta(job: VLMJobConfig, config: VLMConfig, vocab_size: int) -> VLM:
     """Frozen where the job freezes it."""
     with torch.device("meta"):
         model = VLM(config, vocab_size, "sdpa", job.training.loss_chunk_tokens)
-    freeze(model, job.training.freeze)
+    choose_trained(model, job.training)
     return model
 
 
@@ -151,6 +151,7 @@ class RankShare:
         backward = [wants for name, wants in self._backward.items() if f"{name}.".startswith(begin)]
         trained = [(name, parameter) for name, parameter in own.items() if parameter.requires_grad]
         optimizer = self._job.optimizer, VLM.ADAMW_ONLY
+        by_rows = VLM.TOKEN_TABLES if self._job.training.trainable_tokens else ()
         return Unit(
             name,
             sum(parameter.numel() for parameter in own.values()),
@@ -158,7 +159,7 @@ class RankShare:
             copies,
             trained=sum(parameter.numel() for _, parameter in trained),
             in_backward=any(wants.weights or wants.inputs for wants in backward),
-            moments=moments(trained, *optimizer),
+            moments=moments(trained, *optimizer, by_rows),
             exchanged=sent_for_updates(trained, *optimizer, shards, tp, self._update),
             stays=stays,
             use=self._spans[span],

@@ -42,6 +42,7 @@ TASK = {
     "rows": "data.patch_rows",
     "optimizer": "optimizer.name",
     "groups": "optimizer.groups",
+    "tokens": "training.trainable_tokens",
 }
 BOUND = 1e-5  # float32 sums in another order; seen: below 4e-6
 WEIGHT_BOUND = 1e-4  # after the last step: a thirtieth of what AdamW moves a weight in one; seen: below 2e-5
@@ -59,6 +60,7 @@ GROUPS = [
     ParameterGroup(r"decoder\.layers\.[01]\.", weight_decay=0.5, schedule_factor=2.0),
     ParameterGroup("decoder", schedule_factor=0.5, layer_decay=0.9),
 ]
+TABLES = ["embeddings", "output"]  # frozen, but for some rows
 FRONT = ["tok_embeddings", r"decoder\.layers\.[012]\."]
 ON_TWO = [
     layout("accumulation", 1, slots=2),
@@ -80,6 +82,7 @@ ON_TWO = [
     layout("replicate2", 2, replicate=2),
     layout("tp2", 2, tp=2),
     layout("tp2, tied, biases", 2, tp=2, model="small-qwen2"),
+    layout("tp2, some rows", 2, tp=2, freeze=TABLES, tokens=["new"]),
     layout("tp2, frozen by pattern", 2, tp=2, freeze=FREEZE),
     layout("tp2, encoder heads", 2, tp=2, heads=True),
     layout("tp2, shared encoder", 2, tp=2, slots=2, sharing="on"),
@@ -95,6 +98,7 @@ ON_TWO = [
     layout("pp2, ZBVZeroBubble, tied", 2, pp=2, schedule="ZBVZeroBubble", model="small-qwen3-tied"),
     layout("pp2, tied", 2, pp=2, model="small-qwen3-tied"),
     layout("pp2, tied, frozen decoder", 2, pp=2, model="small-qwen3-tied", freeze=["decoder"]),
+    layout("pp2, tied, some rows", 2, pp=2, freeze=TABLES[:1], tokens=["<|two|>"], model="small-qwen3-tied"),
     layout("pp2, frozen by pattern", 2, pp=2, freeze=FREEZE),
     layout("pp2, nothing trains in the first stage", 2, pp=2, freeze=["encoder", "projector", *FRONT]),
     layout(
@@ -111,6 +115,7 @@ ON_TWO = [
 ON_FOUR = [
     layout("replicate2.fsdp2", 4, replicate=2),
     layout("fsdp2.tp2", 4, tp=2),
+    layout("fsdp2.tp2, some rows", 4, tp=2, freeze=TABLES, tokens=["new"]),
     layout("tp2.pp2, groups, tied", 4, tp=2, pp=2, groups=GROUPS, model="small-qwen3-tied"),
     layout("fsdp2.tp2, muon", 4, tp=2, optimizer="Muon"),
     layout("fsdp2.cp2", 4, cp=2, slots=2, sharing="on"),

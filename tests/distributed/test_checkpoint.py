@@ -38,6 +38,10 @@ FURTHER = [
         layout("tp2.cp2.pp2, interleaved, tied", 8, tp=2, cp=2, pp=2, schedule="Interleaved1F1B", **TIED),
     ),
     (layout("pp4", 4, pp=4), ONE),
+    (
+        layout("fsdp2.tp2, some rows", 4, tp=2, freeze=["embeddings"], tokens=["new"], **TIED),
+        layout("pp2, some rows", 2, pp=2, freeze=["embeddings"], tokens=["new"], **TIED),
+    ),
     (ONE, layout("fsdp4", 4)),
     (layout("tp2, encoder heads", 2, tp=2, heads=True), layout("replicate2.cp2", 4, replicate=2, cp=2)),
 ]

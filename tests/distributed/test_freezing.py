@@ -5,10 +5,11 @@ import tempfile
 import pytest
 import torch
 
+from experiments.vlm.model.vlm import VLM
 from tests.distributed.table import FREEZE, LAYOUTS
 from tests.reference.small_run import CPU, SMALL, Tokenizer, job_of, whole
 from torchtitan.build import build
-from torchtitan.components.freezing import freeze
+from torchtitan.components.freezing import freeze, rows_of
 from torchtitan.train import Trainer
 
 
@@ -50,3 +51,30 @@ def test_frozen_tensors_do_not_move_and_have_neither_gradient_nor_state(pool, ki
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     for held, moved, with_gradient, with_state in pool.run(2, moved_and_kept, changes):
         assert moved == with_gradient == with_state == trained & held
+
+
+def rows_moved(changes: dict) -> dict[str, tuple[list[int], list[int]]]:
+    """Of each table of this rank: which rows moved in two steps, and the shapes of its moments."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(build(job_of(changes, folder), SMALL, CPU))
+        tables = [f"model.{name}" for name in VLM.TOKEN_TABLES]
+        weights = trainer.state.model()
+        before = {name: whole(weights[name]) for name in tables if name in weights}
+        assert trainer.train_step() and trainer.train_step()
+        state, weights = trainer.state.optimizer(), trainer.state.model()
+        trainer.close()
+    found = {}
+    for name, table in before.items():
+        differs = (whole(weights[name]) != table).any(-1).nonzero().flatten().tolist()
+        moments = state[f"optimizer.{name.removeprefix('model.')}.exp_avg"]
+        found[name] = differs, list(moments.shape)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["tp2", "pp2, tied", "fsdp2.tp2"])
+def test_a_few_rows_of_a_frozen_table_move_and_no_others(pool, kind):
+    layout = LAYOUTS[f"{kind}, some rows"]
+    rows = sorted(rows_of(layout.changes["training.trainable_tokens"], Tokenizer()))
+    for found in pool.run(layout.ranks, rows_moved, layout.changes):
+        assert found or "pp" in kind
+        assert all(moved == (rows, [len(rows), 64]) for moved in found.values()), found

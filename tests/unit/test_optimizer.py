@@ -58,6 +58,8 @@ def test_orthogonalised_singular_values_are_near_one():
 
 
 class Model(nn.Module):
+    TOKEN_TABLES = ("embeddings.weight",)
+
     def __init__(self):
         super().__init__()
         self.embeddings = nn.Embedding(10, 8)
@@ -66,8 +68,10 @@ class Model(nn.Module):
         self.output = nn.Linear(8, 10, bias=False)
 
 
-def optimizers_of(model: Model, options: Optimizer, adamw_only: tuple[str, ...] = ()) -> Optimizers:
-    return Optimizers([model], options, settings(model, options), adamw_only)
+def optimizers_of(
+    model: Model, options: Optimizer, adamw_only: tuple[str, ...] = (), rows: tuple[int, ...] = ()
+) -> Optimizers:
+    return Optimizers([model], options, settings(model, options, rows), adamw_only)
 
 
 def step(model: Model, optimizers: Optimizers) -> None:
@@ -108,6 +112,29 @@ def test_a_frozen_part_keeps_no_state_and_does_not_move():
     states = [parameter for optimizer in optimizers for parameter in optimizer.state]
     assert not any(parameter is frozen for parameter in states for frozen in model.frozen.parameters())
     assert all(torch.equal(a, b) for a, b in zip(before, model.frozen.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Muon"])
+def test_rows_that_train_move_as_if_alone_and_the_others_not_by_a_bit(name):
+    torch.manual_seed(0)
+    model, rows = Model(), (2, 7)
+    table = model.embeddings.weight
+    before, alone = table.detach().clone(), nn.Parameter(table.detach()[list(rows)])
+    options = Optimizer(name, lr=0.1, weight_decay=0.5)
+    optimizers = optimizers_of(model, options, ("embeddings",), rows)
+    reference = torch.optim.AdamW([alone], 0.1, (options.beta1, options.beta2), options.eps, weight_decay=0.0)
+    for _ in range(3):
+        table.grad = torch.randn_like(table)
+        alone.grad = table.grad[list(rows)].clone()
+        optimizers.drop_frozen_rows()
+        others = [row for row in range(10) if row not in rows]
+        assert not table.grad[others].any() and torch.equal(table.grad[list(rows)], alone.grad)
+        optimizers.step()
+        reference.step()
+    assert torch.equal(table[others], before[others])
+    assert torch.allclose(table[list(rows)], alone, atol=1e-6)
+    (state,) = [optimizer.state[table] for optimizer in optimizers if table in optimizer.state]
+    assert all(value.numel() <= 2 * 8 for value in state.values()), "moments of two rows alone"
 
 
 def test_weight_decay_shrinks_matrices_and_leaves_vectors():

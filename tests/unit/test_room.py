@@ -9,7 +9,7 @@ from torch import nn
 from tests.reference.small_run import CPU, SMALL, Tokenizer, job_of
 from torchtitan.build import build
 from torchtitan.components import room
-from torchtitan.components.freezing import freeze
+from torchtitan.components.freezing import choose_trained
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.layout import Degrees
 from torchtitan.distributed.process_group import close_process_group, open_process_group
@@ -48,7 +48,7 @@ def _close_group():
 def test_a_rank_holds_what_is_counted(changes, tmp_path):
     job = job_of(changes, str(tmp_path))
     model = SMALL.build_model(job, Tokenizer())
-    freeze(model, job.training.freeze)
+    choose_trained(model, job.training)
     counted = room.held_gib(model, job, ALONE)
     assert counted * GIB == pytest.approx(bytes_after_a_step(job, tmp_path))
     assert room.held_gib(model, job, Degrees(2, 4, 1, 2, 1)) == pytest.approx(counted / 8), (

@@ -1,15 +1,21 @@
 """Which parameters train: all but those that training.freeze names.
 
 A pattern is a regular expression that is looked for anywhere in a parameter's name, so the name of a part
-(`encoder`) is one too.
+(`encoder`) is one too. Of frozen token tables a few rows may train (training.trainable_tokens): such a table
+has a gradient, which loses its other rows before anything is made of it (row_adamw.py).
 """
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
-from torchtitan.config.errors import ConfigError, did_you_mean
+from torchtitan.components.tokenizer import SpecialTokenizer
+from torchtitan.config.errors import ConfigError, did_you_mean, require
+from torchtitan.config.job import Training
+
+NEW = "new"  # in training.trainable_tokens: what the tokenizer's file does not have
 
 
 def matching(model: nn.Module, pattern: str, key: str) -> dict[str, nn.Parameter]:
@@ -29,13 +35,41 @@ def matching(model: nn.Module, pattern: str, key: str) -> dict[str, nn.Parameter
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Take gradients from what the patterns match. Raises ConfigError where one matches nothing,
-    or all match everything.
-    """
+    """Take gradients from what the patterns match. Raises ConfigError where one matches nothing."""
     for pattern in patterns:
         for parameter in matching(model, pattern, "training.freeze").values():
             parameter.requires_grad_(False)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ConfigError(
-            f"training.freeze = {' '.join(patterns)}: matches every parameter; nothing would train"
-        )
+
+
+def choose_trained(model: Any, options: Training) -> None:
+    """`model`: a whole Model (spec.py).
+
+    Raises ConfigError where a pattern matches nothing, all together match everything, or tables that would
+    train whole are to train by rows.
+    """
+    freeze(model, options.freeze)
+    if options.trainable_tokens:
+        key = f"training.trainable_tokens = {' '.join(options.trainable_tokens)}"
+        tables = {name: model.get_parameter(name) for name in model.TOKEN_TABLES}
+        for name, table in tables.items():
+            require(not table.requires_grad, f"{key}: all rows of {name} train; freeze it, or leave this out")
+        for table in tables.values():
+            table.requires_grad_(True)
+    trains = any(parameter.requires_grad for parameter in model.parameters())
+    patterns = " ".join(options.freeze)
+    require(trains, f"training.freeze = {patterns}: matches every parameter; nothing would train")
+
+
+def rows_of(tokens: Sequence[str], tokenizer: SpecialTokenizer) -> tuple[int, ...]:
+    """Ids of training.trainable_tokens, ascending. Raises ConfigError for a token that is not there."""
+    rows: set[int] = set()
+    for token in tokens:
+        id, key = tokenizer.special_id(token), f"training.trainable_tokens = {token}"
+        if token == NEW:
+            require(bool(tokenizer.new_ids), f"{key}: the tokenizer's file lacks no token; leave this out")
+            rows |= tokenizer.new_ids
+        elif id is None:
+            raise ConfigError(f"{key}: no special token{did_you_mean(token, [NEW, *tokenizer.specials])}")
+        else:
+            rows.add(id)
+    return tuple(sorted(rows))

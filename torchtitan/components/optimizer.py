@@ -4,7 +4,7 @@ Frozen parameters are in no optimizer and keep no state.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from torchtitan.components.muon import Muon, sent_for_directions
 from torchtitan.components.parameter_groups import Setting
+from torchtitan.components.row_adamw import RowAdamW
 from torchtitan.config.job import Optimizer
 
 Named = tuple[str, nn.Parameter]
@@ -38,9 +39,15 @@ def _is_muons(name: str, parameter: Tensor, options: Optimizer, adamw_only: tupl
     return options.name == "Muon" and parameter.ndim == 2 and not name.startswith(adamw_only)
 
 
-def moments(named: Iterable[Named], options: Optimizer, adamw_only: tuple[str, ...]) -> int:
-    """Numbers of optimizer state of these parameters: two for an element, one where Muon moves it."""
-    return sum(p.numel() * (2 - _is_muons(name, p, options, adamw_only)) for name, p in named)
+def moments(
+    named: Iterable[Named], options: Optimizer, adamw_only: tuple[str, ...], by_rows: Collection[str] = ()
+) -> int:
+    """Numbers of optimizer state of these parameters: two for an element, one where Muon moves it.
+
+    `by_rows`: names of tables of which so few rows train that they count as none.
+    """
+    kept = [(name, p) for name, p in named if name not in by_rows]
+    return sum(p.numel() * (2 - _is_muons(name, p, options, adamw_only)) for name, p in kept)
 
 
 def sent_for_updates(
@@ -116,6 +123,12 @@ class Optimizers:
             kept, rate = group["lr"], made_with["lr"] * factor
             group.update(made_with, lr=kept.fill_(rate) if isinstance(kept, Tensor) else rate)
 
+    def drop_frozen_rows(self) -> None:
+        """Zero the gradients of rows that stay, in tables of which others train."""
+        for optimizer in self:
+            if isinstance(optimizer, RowAdamW):
+                optimizer.drop_other_gradients()
+
     def step(self) -> None:
         """One step of each optimizer, on the gradients that are there."""
         for optimizer in self:
@@ -135,7 +148,8 @@ def _optimizers_of(
     capturable: bool,
 ) -> list[torch.optim.Optimizer]:
     muons = [(name, p) for name, p in named if _is_muons(name, p, options, adamw_only)]
-    chosen = {name for name, _ in muons}
+    tables = [(name, p) for name, p in named if of[name].rows is not None]
+    chosen = {name for name, _ in (*muons, *tables)}
     rest = [(name, p) for name, p in named if name not in chosen]
     optimizers: list[torch.optim.Optimizer] = []
     if muons:
@@ -143,6 +157,9 @@ def _optimizers_of(
         optimizers.append(Muon(_muon_groups(muons, of), options.muon_lr, momentum, decay))
     if rest:
         optimizers.append(_adamw(_adamw_groups(rest, of), options, capturable))
+    if tables:
+        groups = [{"params": [p], "lr": of[name].lr, "rows": of[name].rows} for name, p in tables]
+        optimizers.append(RowAdamW(groups, (options.beta1, options.beta2), options.eps))
     return optimizers
 
 

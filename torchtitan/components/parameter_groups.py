@@ -8,6 +8,7 @@ layer i has layer_decay ** (n + 1 - i) of the group's learning rate.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
@@ -25,6 +26,7 @@ class Setting:
     lr: float  # of AdamW
     muon_lr: float
     weight_decay: float  # of matrices
+    rows: tuple[int, ...] | None = None  # of a table, those that train; None: all
 
     def scaled(self, factor: float) -> "Setting":
         """With `factor` times the learning rates."""
@@ -41,8 +43,9 @@ def setting_of(options: Optimizer, group: ParameterGroup | None = None) -> Setti
     return changed.scaled(group.schedule_factor)
 
 
-def settings(model: nn.Module, options: Optimizer) -> dict[str, Setting]:
-    """Of every parameter that trains, by name. `model`: whole, and frozen where it is to be.
+def settings(model: Any, options: Optimizer, token_rows: tuple[int, ...] = ()) -> dict[str, Setting]:
+    """Of every parameter that trains, by name. `model`: a whole Model (spec.py), frozen where it is to be.
+    `token_rows`: of its token tables only these train.
 
     Raises ConfigError where a group has none of them, or decays by layers where there are none.
     """
@@ -62,7 +65,8 @@ def settings(model: nn.Module, options: Optimizer) -> dict[str, Setting]:
             layered,
             f"optimizer.groups[{number}].layer_decay = {group.layer_decay}: {group.pattern} has no layers",
         )
-    return found
+    tables = [name for name in model.TOKEN_TABLES if token_rows and name in found]
+    return found | {name: replace(found[name], rows=token_rows) for name in tables}
 
 
 def layer_factor(model: nn.Module, name: str, decay: float) -> float | None:

@@ -27,7 +27,8 @@ def held_gib(model: Any, job: JobConfig, layout: Degrees) -> float:
     # and gradients
     weights = sum(parameter.numel() * (1 + parameter.requires_grad) for parameter in parameters)
     shards = layout.dp_shard * layout.cp * layout.tp * layout.pp
-    state = moments(trainable(model), job.optimizer, model.ADAMW_ONLY)
+    by_rows = model.TOKEN_TABLES if job.training.trainable_tokens else ()
+    state = moments(trainable(model), job.optimizer, model.ADAMW_ONLY, by_rows)
     return (weights + state) * torch.float32.itemsize / shards / GIB
 
 

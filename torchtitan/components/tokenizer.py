@@ -133,6 +133,7 @@ class SpecialTokenizer:
         `named`: role -> spelling, where the file says so; None where it says that there is none.
         """
         self.backend = backend
+        self.new_ids: set[int] = set()  # that the file gave to nothing: reserved ones and new rows
         self.specials = dict(specials)
         self.rows = max(backend.rows, max(specials.values(), default=-1) + 1)
         taken: set[int] = set()
@@ -163,6 +164,7 @@ class SpecialTokenizer:
         else:
             id = self.rows
             self.rows += 1
+        self.new_ids.add(id)
         # A role named otherwise by the file may already own this spelling (Qwen's eos as padding): the new
         # one stays nameless.
         self.specials.setdefault(spelling, id)

@@ -129,6 +129,9 @@ class Training:
     # what does not train: parts (encoder, projector, decoder), or regular expressions that are looked for in
     # the names of parameters (decoder\.layers\.[01]\., norm)
     freeze: list[str] = field(default_factory=list)
+    # special tokens (<|im_end|>; new: all that the tokenizer's file lacks) whose rows of the embedding and
+    # output tables train although training.freeze has the tables
+    trainable_tokens: list[str] = field(default_factory=list)
 
 
 @dataclass

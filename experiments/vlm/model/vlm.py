@@ -65,6 +65,7 @@ class VLM(nn.Module):
     # Tables: their rows are looked up or scored one by one: an optimizer of whole matrices has no business
     # with them.
     ADAMW_ONLY = ("decoder.tok_embeddings", "decoder.output", "encoder.embedding.positions")
+    TOKEN_TABLES = ("decoder.tok_embeddings.weight", "decoder.output.weight")
 
     def __init__(self, config: VLMConfig, vocab_size: int, backend: str, loss_chunk: int):
         super().__init__()
