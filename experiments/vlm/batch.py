@@ -93,9 +93,9 @@ class Delivered:
 
 @dataclass
 class Batch:
-    """One microbatch. `tensors` follows FIELDS; `counts` (data/counts.py) are host integers, so that nothing
-    asks the device for them. `epochs`: the share of these slots in how often each source was delivered so
-    far.
+    """One microbatch. `tensors` follows FIELDS; `counts` (data/batch_metrics.py) are host integers, so that
+    nothing asks the device for them. `epochs`: the share of these slots in how often each source was
+    delivered so far.
     """
 
     tensors: dict

@@ -5,8 +5,8 @@ from torch import Tensor
 
 from experiments.vlm.batch import Delivered
 from experiments.vlm.config import PARTS, VLMJobConfig
+from experiments.vlm.data.batch_metrics import BATCH_METRICS, written_names
 from experiments.vlm.data.controls import CONTROLS
-from experiments.vlm.data.counts import COUNTS, written_names
 from experiments.vlm.data.loader import Loader
 from experiments.vlm.data.setup import sources_of
 from experiments.vlm.estimate import estimate
@@ -59,8 +59,8 @@ def counts(job: VLMJobConfig) -> Counts:
     return Counts(
         loss_weight="loss_tokens",
         tokens="tokens",
-        capacity={name: count.capacity(job) for name, count in COUNTS.items() if count.capacity},
-        rates=tuple(name for name, count in COUNTS.items() if count.per_second),
+        capacity={name: count.capacity(job) for name, count in BATCH_METRICS.items() if count.capacity},
+        rates=tuple(name for name, count in BATCH_METRICS.items() if count.per_second),
         tallies=written_names(sources),
         sources=sources,
     )

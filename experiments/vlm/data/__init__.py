@@ -12,7 +12,7 @@ PLAN: what the next row of a slot holds, a SlotPlan (`Slot.plan`)
     good_sample  a source that gives a slot nothing is an error: its records tried as a slot would
 FILL: a SlotPlan becomes one slot's part of a batch (`Collator.start`)
     collate      decode -> patches -> row: pixels, tokens, labels, indices, padding
-    counts       what a batch counts of itself: a new metric is a row there
+    batch_metrics  what a batch counts of itself: a new metric is a row there
 RUN: who plans and fills; the steps are the same whichever process does (`next(Loader)`)
     producer     the slots of one process; setup makes what they need from a job
     workers      processes, each with a producer, that write into shared_memory

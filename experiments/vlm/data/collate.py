@@ -17,8 +17,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from experiments.vlm.batch import FIELDS, IGNORE, Delivered
+from experiments.vlm.data.batch_metrics import count_by_source, count_slot
 from experiments.vlm.data.controls import Painted
-from experiments.vlm.data.counts import count_by_source, count_slot
 from experiments.vlm.data.image import ImagePlan, decode, write_patches
 from experiments.vlm.data.rejects import Reject, Rejected
 from experiments.vlm.data.sample import PlannedImage

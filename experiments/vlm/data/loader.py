@@ -22,7 +22,7 @@ from torch import Tensor
 
 from experiments.vlm.batch import FIELDS, Batch
 from experiments.vlm.config import VLMJobConfig
-from experiments.vlm.data.counts import names_by_source, rejected_name
+from experiments.vlm.data.batch_metrics import names_by_source, rejected_name
 from experiments.vlm.data.good_sample import require_good_samples
 from experiments.vlm.data.prefetch import Filled, FromWorkers, InProcess, Supply
 from experiments.vlm.data.producer import SlotStep

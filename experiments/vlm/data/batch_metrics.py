@@ -1,7 +1,8 @@
-"""What a batch counts: every number of Batch.counts, how it is counted in a slot, and how the trainer shows
-it.
+"""What a batch counts of itself: every number of Batch.counts, how it is counted in a slot, and how the
+trainer shows it.
 
-A new metric of batches is a row of COUNTS. What each source gave and what was rejected has names of its own.
+A new metric of batches is a row of BATCH_METRICS; the trainer's own (times, memory) are in its
+components/metrics.py. What each source gave and what was rejected has names of its own.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -17,7 +18,7 @@ Views = Mapping[str, np.ndarray]  # field -> [S], [rows, L, D] or [rows, L, 3]
 
 
 @dataclass(frozen=True)
-class Count:
+class BatchMetric:
     """How one number of a slot is counted, and what is shown of it."""
 
     of: Callable[[Views, list[Delivered]], int]  # (a finished slot's arrays, the samples in it)
@@ -26,17 +27,17 @@ class Count:
     written: bool = False  # in the sinks alone
 
 
-COUNTS: dict[str, Count] = {
-    "patches": Count(
+BATCH_METRICS: dict[str, BatchMetric] = {
+    "patches": BatchMetric(
         lambda views, samples: int((views["grid_thw"][..., 0] >= 0).sum()),
         capacity=lambda job: job.data.patch_rows * job.data.patches_per_row,
     ),
-    "tokens": Count(
+    "tokens": BatchMetric(
         lambda views, samples: int((views["document_ids"] >= 0).sum()),
         capacity=lambda job: job.training.seq_len,
     ),
-    "loss_tokens": Count(lambda views, samples: int((views["labels"] >= 0).sum())),
-    "images": Count(
+    "loss_tokens": BatchMetric(lambda views, samples: int((views["labels"] >= 0).sum())),
+    "images": BatchMetric(
         lambda views, samples: sum(len(sample.image_sizes) for sample in samples),
         per_second=True,
     ),
@@ -44,8 +45,8 @@ COUNTS: dict[str, Count] = {
 
 
 def count_slot(views: Views, samples: list[Delivered]) -> dict[str, int]:
-    """Every count of COUNTS for a slot that has been filled."""
-    return {name: count.of(views, samples) for name, count in COUNTS.items()}
+    """Every number of BATCH_METRICS for a slot that has been filled."""
+    return {name: count.of(views, samples) for name, count in BATCH_METRICS.items()}
 
 
 def count_by_source(sample: Delivered, tokens: int) -> dict[str, int]:
@@ -67,5 +68,5 @@ def rejected_name(reason: str) -> str:
 
 def written_names(sources: Iterable[str]) -> tuple[str, ...]:
     """Counts that the sinks get and the console does not."""
-    counted = (name for name, count in COUNTS.items() if count.written)
+    counted = (name for name, count in BATCH_METRICS.items() if count.written)
     return (*counted, *names_by_source(sources), *map(rejected_name, REASONS))

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import torchtitan
+from experiments.vlm.data.batch_metrics import BATCH_METRICS, BatchMetric
 from experiments.vlm.data.controls import CONTROLS, Painted
-from experiments.vlm.data.counts import COUNTS, Count
 from experiments.vlm.data.document import Image
 from experiments.vlm.data.loader import Loader
 from experiments.vlm.spec import SPEC
@@ -33,12 +33,11 @@ def first_batch(job, **options):
         loader.close()
 
 
-def test_a_further_count_is_counted_and_shown_from_its_row_alone(job, monkeypatch):
-    row = Count(lambda views, samples: len(samples), capacity=lambda job: 7, per_second=True)
-    monkeypatch.setitem(COUNTS, "documents", row)
-    monkeypatch.setitem(
-        COUNTS, "longest", Count(lambda views, samples: int(views["positions"].max()), written=True)
-    )
+def test_a_further_metric_is_counted_and_shown_from_its_row_alone(job, monkeypatch):
+    documents = BatchMetric(lambda views, samples: len(samples), capacity=lambda job: 7, per_second=True)
+    longest = BatchMetric(lambda views, samples: int(views["positions"].max()), written=True)
+    monkeypatch.setitem(BATCH_METRICS, "documents", documents)
+    monkeypatch.setitem(BATCH_METRICS, "longest", longest)
     batch, counts = first_batch(job), SPEC.counts(job)
     assert batch.counts["documents"] == len(batch.samples) > 0
     assert counts.capacity["documents"] == 7 and "documents" in counts.rates
