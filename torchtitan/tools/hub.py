@@ -1,4 +1,4 @@
-"""Tokenizers and weights from the Hugging Face hub, with the hub's own library. Imports no torch."""
+"""Weights and tokenizers from the Hugging Face hub, with the hub's own library. Imports no torch."""
 
 from pathlib import Path
 from typing import Literal
@@ -9,20 +9,40 @@ from torchtitan.tools.disk import describe, is_full, require_writable
 What = Literal["tokenizer", "weights", "all"]
 TOKENIZERS = ["tokenizer.json", "tokenizer.model", "original/tokenizer.model"]
 FILES = {
-    "tokenizer": [*TOKENIZERS, "tokenizer_config.json", "special_tokens_map.json", "special_tokens.json"],
-    "weights": ["*.safetensors", "*.safetensors.index.json", "config.json"],
+    "tokenizer": [
+        *(*TOKENIZERS, "tokenizer_config.json", "special_tokens_map.json", "special_tokens.json"),
+        "chat_template.jinja",
+    ],
+    "weights": ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"],
 }
 TWICE = ["consolidated*.safetensors"]  # the same weights again, under other names
-OWNERS = {"Llama": "meta-llama", "Qwen": "Qwen"}  # what a model's name begins with -> who keeps it
+# what a model's name begins with -> who keeps it
+OWNERS = {"Llama-": "meta-llama", "Mistral-": "mistralai", "Qwen": "Qwen", "siglip": "google"}
+SCRIPT = Path(__file__).parents[2] / "scripts" / "download_hf_assets.py"  # in a checkout, not in a wheel
 
 
 def command_for(path: Path) -> str:
-    """What downloads the tokenizer that should be at `path`, as far as its name says."""
-    name = path.parent.name if path.suffix in (".json", ".model") else path.name
-    folder = path.parent if path.suffix in (".json", ".model") else path
-    owner = next((owner for start, owner in OWNERS.items() if name.startswith(start)), None)
-    repo = f"{owner}/{name}" if owner else "OWNER/NAME"
-    return f"python -m experiments.commands download --repo {repo} --out {folder}"
+    """What downloads the tokenizer or the weights that should be at `path`, as far as its name says."""
+    folder = path.parent if path.suffix in (".json", ".model", ".safetensors") else path
+    owner = owner_of(folder.name)
+    repo = f"{owner}/{folder.name}" if owner else "OWNER/NAME"
+    command = "python scripts/download_hf_assets.py" if SCRIPT.is_file() else "torchtitan-vlm download"
+    return f"{command} {repo} --out {folder}"
+
+
+def owner_of(name: str) -> str | None:
+    """Who keeps the model of that name, where it is known."""
+    return next((owner for start, owner in OWNERS.items() if name.startswith(start)), None)
+
+
+def repository(name: str) -> str:
+    """OWNER/NAME of a name that may lack its owner. Raises UserError where nobody knows the owner."""
+    if "/" in name:
+        return name
+    owner = owner_of(name)
+    if owner is None:
+        raise UserError(f"{name}: whose model is it? give OWNER/NAME, such as meta-llama/Llama-3.2-1B")
+    return f"{owner}/{name}"
 
 
 def download(repo: str, what: What, folder: Path, token: str = "", revision: str = "main") -> list[Path]:
@@ -55,12 +75,13 @@ def download(repo: str, what: What, folder: Path, token: str = "", revision: str
 def check_whole(found: list[Path], repo: str, what: What, folder: Path) -> None:
     """Raises UserError where the repository lacks what was asked of it."""
     names = {str(path.relative_to(folder)) for path in found}
-    if what != "weights" and not names & set(TOKENIZERS):
+    if what == "tokenizer" and not names & set(TOKENIZERS):
         raise UserError(
             f"{repo} has no {' or '.join(TOKENIZERS[:2])}; name a repository that has the tokenizer"
         )
     if what != "tokenizer" and not any(name.endswith(".safetensors") for name in names):
-        raise UserError(f"{repo} has no .safetensors; name a repository that has the weights in this format")
+        other = "; `--what tokenizer` fetches its tokenizer alone" if names & set(TOKENIZERS) else ""
+        raise UserError(f"{repo} has no .safetensors: name a repository that has the weights so{other}")
 
 
 def reason(error: OSError | ValueError, repo: str, revision: str, folder: Path) -> str:
@@ -75,7 +96,7 @@ def reason(error: OSError | ValueError, repo: str, revision: str, folder: Path) 
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{repo} has no revision {revision}: see {page}"
     if isinstance(error, errors.HFValidationError):
-        return f"--repo {repo}: expected OWNER/NAME, such as meta-llama/Llama-3.2-1B"
+        return f"{repo}: expected OWNER/NAME, such as meta-llama/Llama-3.2-1B"
     if is_full(error):
         return f"{folder}: {describe(error, folder)}; make room, and the same command goes on"  # type: ignore[arg-type]
     told = " ".join(str(error).split())[:200]

@@ -1,4 +1,4 @@
-"""Download a tokenizer or weights from the Hugging Face hub.
+"""Fetch the weights and the tokenizer of a model from the Hugging Face hub.
 
 The command `torchtitan-vlm download` of a checkout: --help lists its options.
 """
