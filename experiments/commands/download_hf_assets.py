@@ -19,6 +19,8 @@ PROG = "torchtitan-vlm download"
 
 @dataclass
 class Options:
+    """Which model, which of its files, and where they go."""
+
     name: tyro.conf.Positional[str]  # OWNER/NAME on the hub; NAME of a Llama, Mistral, Qwen or SigLIP
     what: What = "all"  # which files
     out: str = ""  # folder; without: assets/NAME
