@@ -31,8 +31,8 @@ def stored_tensors(path: Path) -> dict[str, Stored]:
     try:
         metadata = dcp.FileSystemReader(str(path)).read_metadata().state_dict_metadata
     except Exception as error:  # it is a pickle, and damage in it may raise anything
-        told = reason(error)
-        raise Damaged(path, told if isinstance(error, OSError) else f".metadata: {told}") from None
+        found = reason(error)
+        raise Damaged(path, found if isinstance(error, OSError) else f".metadata: {found}") from None
     return {
         name: Stored(tuple(entry.size), entry.properties.dtype)
         for name, entry in metadata.items()

@@ -143,10 +143,10 @@ def decode(data: bytes, height: int, width: int) -> np.ndarray:
         try:
             return _decode_opened(image, data, bool(plain), (height, width))
         except Rejected as rejected:
-            told = rejected.reason, rejected.detail
+            why = rejected.reason, rejected.detail
         finally:
             del image  # before another takes its room
-    raise Rejected(*told)  # anew: the first one's frames hold the image
+    raise Rejected(*why)  # anew: the first one's frames hold the image
 
 
 def _decode_opened(image: PILImage.Image, data: bytes, tried: bool, size: tuple[int, int]) -> np.ndarray:

@@ -107,7 +107,7 @@ def _rewritten(source: str, path: str, before: int, now: int) -> str:
 
 
 def refuse(changes: Sequence[str]) -> ConfigError:
-    """What the user is told of changes."""
+    """What a user reads of changes."""
     return ConfigError(
         f"the data cannot go on exactly where the checkpoint left it: {'; '.join(changes)}. Change it back, "
         "or set data.resume_changed_data to go on with the weights and start the data anew"

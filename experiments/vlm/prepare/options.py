@@ -29,7 +29,7 @@ FREE = (
 
 @dataclass(frozen=True)
 class Options:
-    """All that a run is told: input, format, images, and how politely it fetches."""
+    """Where records come from, what is made of them, and how politely images are fetched."""
 
     # records: a file, glob or folder of .parquet, .arrow, .tsv, .jsonl, .json or .txt, also packed as .gz,
     # .bz2 or .zst

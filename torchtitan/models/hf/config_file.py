@@ -1,4 +1,4 @@
-"""Values of a config.json. Imports no torch, so that a wrong folder is told before anything heavy loads.
+"""Values of a config.json. Imports no torch, so that a wrong folder is refused before anything heavy loads.
 
 Published files are sparse: what is missing, or null, is the default of the class of that model_type, which
 the caller names.

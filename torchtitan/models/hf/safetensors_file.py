@@ -5,7 +5,7 @@
     the rest       the tensors, without gaps
 
 So rows of a tensor are read without the rest of it, and a file that was cut short, or whose header or lengths
-were damaged, is told before anything is read of it. Imports no torch: it is asked before torch loads.
+were damaged, is refused before anything is read of it. Imports no torch: it is asked before torch loads.
 """
 
 import json

@@ -3,9 +3,9 @@
 A damaged tar loses only what is damaged. Where a header should be and none is, the search goes on at the next
 512 bytes that are one, wherever they lie:
 
-    a byte of a header, junk      members go on at the next header; what is in between is counted and told
+    a byte of a header, junk      members go on at the next header; what is in between is counted
     bytes that are missing        a member reaches over the next header: it is left out, that one is found
-    zeros, where no tar ends      a hole: what stood there is told to be lost
+    zeros, where no tar ends      a hole: what stood there is counted as lost
     `cat a.tar b.tar`             both are read, also where the first is cut off
 
 So a sample is missing only where a header or the data of one of its members is. Of joined tars with damage,
@@ -30,7 +30,7 @@ RECORD = 20 * BLOCK  # what most writers fill up with zeros
 CHECKSUM = slice(148, 156)  # of a header
 MAGIC = 257  # where a header since 1988 says "ustar"
 OCTAL = np.frombuffer(b"01234567 \0", np.uint8)
-EXAMPLES = 3  # of what is damaged that are told
+EXAMPLES = 3  # of what is damaged, in a message
 
 
 class Samples(NamedTuple):
@@ -105,7 +105,7 @@ class _Search:
         self._size = os.fstat(file).st_size
         self._headers = Headers(Blocks(file).read)
         self._begin, self._part = 0, 0  # of the present one of joined tars: its first byte, its number
-        self._told: list[str] = []
+        self._damaged: list[str] = []
         self._only_end = True  # nothing is wrong but that it ends early
         self._skipped = 0  # bytes
 
@@ -114,12 +114,12 @@ class _Search:
         return self._headers.checksum
 
     def damage(self) -> Rejected | None:
-        if not self._told:
+        if not self._damaged:
             return None
-        more = len(self._told) - EXAMPLES
-        told = "; ".join(self._told[:EXAMPLES]) + (f"; and {more} places more" if more > 0 else "")
+        more = len(self._damaged) - EXAMPLES
+        named = "; ".join(self._damaged[:EXAMPLES]) + (f"; and {more} places more" if more > 0 else "")
         skipped = f"; {self._skipped:,} bytes are skipped" if self._skipped else ""
-        return Rejected("shard_truncated" if self._only_end else "shard_damaged", told + skipped)
+        return Rejected("shard_truncated" if self._only_end else "shard_damaged", named + skipped)
 
     def members(self) -> Iterator[Place]:
         """All that are whole, in the order of the file."""
@@ -137,10 +137,10 @@ class _Search:
             inside = self._inside(entry)
             if entry and inside:
                 if inside < entry.header.offset + entry.header.size:
-                    self._tell(f"{entry.header.name} reaches over the header at byte {inside}", 0)
+                    self._note_damage(f"{entry.header.name} reaches over the header at byte {inside}", 0)
                     entry = None
                 else:
-                    self._tell(f"zeros are missing before byte {inside}", 0)
+                    self._note_damage(f"zeros are missing before byte {inside}", 0)
                 start = inside
             elif header is None:
                 start = self._after_zeros(start)
@@ -148,10 +148,10 @@ class _Search:
                 start = self._after_garbage(start, header)
         yield from entry.places() if entry else ()
         if not closed or not self._size:
-            self._tell(f"it ends at byte {self._size}, without the zeros of a tar's end", 0, end=True)
+            self._note_damage(f"it ends at byte {self._size}, without the zeros of a tar's end", 0, end=True)
 
-    def _tell(self, what: str, skipped: int, end: bool = False) -> None:
-        self._told.append(what)
+    def _note_damage(self, what: str, skipped: int, end: bool = False) -> None:
+        self._damaged.append(what)
         self._skipped += skipped
         self._only_end &= end
 
@@ -165,7 +165,7 @@ class _Search:
         """Where it goes on after a member that is longer than the file: in a tar that was joined to it."""
         found = self._next(header.offset, self._size)
         skipped = found - header.offset if found < self._size else 0
-        self._tell(f"{header.name} is cut off at byte {found}", skipped, end=found == self._size)
+        self._note_damage(f"{header.name} is cut off at byte {found}", skipped, end=found == self._size)
         return found
 
     def _inside(self, entry: _Entry | None) -> int:
@@ -181,7 +181,7 @@ class _Search:
     def _after_garbage(self, start: int, wrong: Rejected) -> int:
         found = self._next(start, self._size)
         cut = wrong.reason == "shard_truncated" and found == self._size
-        self._tell(wrong.detail, found - start, end=cut)
+        self._note_damage(wrong.detail, found - start, end=cut)
         return found
 
     def _after_zeros(self, start: int) -> int:
@@ -190,14 +190,14 @@ class _Search:
         count, full = stop - start, (stop - self._begin) % RECORD == 0
         if stop == self._size:
             if not END <= count < RECORD + END:
-                self._tell(f"nothing but zeros from byte {start} to {stop}", 0, end=True)
+                self._note_damage(f"nothing but zeros from byte {start} to {stop}", 0, end=True)
         elif isinstance(self._at(stop), Header) and (count == END or full and END < count < RECORD + END):
-            self._begin, self._part = stop, self._part + bool(self._told)
+            self._begin, self._part = stop, self._part + bool(self._damaged)
         else:
             found = self._next(stop, self._size)
             if found == self._size:  # a note, or whatever else, behind the end of the tar
                 return self._after_garbage(stop, Rejected("shard_damaged", f"no tar header at byte {stop}"))
-            self._tell(f"zeros from byte {start} to {stop}, where no tar ends", found - start)
+            self._note_damage(f"zeros from byte {start} to {stop}, where no tar ends", found - start)
             return found
         return stop
 

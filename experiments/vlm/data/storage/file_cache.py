@@ -77,7 +77,7 @@ class FileCache:
         # The folder is measured again after a fiftieth of the limit was added, so it exceeds it by little.
         self._added = limit_bytes
         self._lock = threading.Lock()
-        self._told = False
+        self._warned = False
 
     def hold(self, origin: str, make: Callable[[Path], None], suffix: str = "") -> Held:
         """The file made of `origin`; where it is not there yet, `make` writes it to the path that it gets.
@@ -113,8 +113,8 @@ class FileCache:
             over = self._free(size)
             if over > 0 and no_hurry.get():
                 raise NoRoom(f"{self.folder} has no room")
-            if over > 0 and not self._told:
-                self._told = True
+            if over > 0 and not self._warned:
+                self._warned = True
                 logger.warning(
                     f"data.cache_gb = {self.limit_bytes / 1e9:g} is {over / 1e9:.3g} GB less than the shards "
                     f"take that are read at one time: {self.folder} exceeds it"
@@ -155,8 +155,8 @@ class FileCache:
                 raise
             free = shutil.disk_usage(self.folder).free / 1e9
             left = f"{free:.3g} GB are free in {self.folder}, and what is left in it is being read"
-            told = f"{error.strerror}: {left}; make room, or set data.cache_folder to a larger disk"
-            raise OSError(error.errno, told) from error
+            wrong = f"{error.strerror}: {left}; make room, or set data.cache_folder to a larger disk"
+            raise OSError(error.errno, wrong) from error
 
     def _attempt(self, path: Path, make: Callable[[Path], None]) -> Held:
         held = _new_file(path.parent)

@@ -38,7 +38,7 @@ NOT_THERE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 GONE = (404, 410)  # HTTP
 FIRST_PAUSE_S = 0.5  # doubles with each try, half as long or as much again by chance
 LONGEST_PAUSE_S = 30.0
-TOLD_EVERY_S = 60.0
+WARN_EVERY_S = 60.0
 
 
 class Away(OSError):
@@ -79,7 +79,7 @@ class Patience:
     def __init__(self, timeout_s: float):
         self.timeout_s = timeout_s
         self.over = threading.Event()
-        self.told_at = float("-inf")
+        self.warned_at = float("-inf")
         self.lock = threading.Lock()
 
     def insist(self, what: str, attempt: Callable[[], T]) -> T:
@@ -93,16 +93,18 @@ class Patience:
                 return attempt()
             except OSError as error:
                 if is_full(error):
-                    raise StorageError(f"{what}: {told(error)}") from error
+                    raise StorageError(f"{what}: {one_line(error)}") from error
                 if not is_away(error):
                     raise
                 since = clock() if since is None else since
                 waited_s = clock() - since
                 if waited_s >= self.timeout_s:
                     raise StorageError(self._given_up(what, error, waited_s)) from error
-                self._tell(what, error, waited_s)
-            to_tell_s = self.told_at + TOLD_EVERY_S - clock()
-            self.rest(min(pause_s * random.uniform(0.5, 1.5), self.timeout_s - waited_s, max(to_tell_s, 0.5)))
+                self._warn(what, error, waited_s)
+            until_warning_s = self.warned_at + WARN_EVERY_S - clock()
+            self.rest(
+                min(pause_s * random.uniform(0.5, 1.5), self.timeout_s - waited_s, max(until_warning_s, 0.5))
+            )
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
     def rest(self, seconds: float) -> None:
@@ -114,24 +116,24 @@ class Patience:
         """Nobody waits any more: threads that do are let go."""
         self.over.set()
 
-    def _tell(self, what: str, error: OSError, waited_s: float) -> None:
+    def _warn(self, what: str, error: OSError, waited_s: float) -> None:
         with self.lock:
-            if clock() - self.told_at < TOLD_EVERY_S:
+            if clock() - self.warned_at < WARN_EVERY_S:
                 return
-            self.told_at = clock()
+            self.warned_at = clock()
         logger.warning(
-            f"{what}: the storage does not answer ({told(error)}); tried again for another "
+            f"{what}: the storage does not answer ({one_line(error)}); tried again for another "
             f"{self.timeout_s - waited_s:.0f} s (data.storage_timeout_s)"
         )
 
     def _given_up(self, what: str, error: OSError, waited_s: float) -> str:
         return (
             f"{what}: the storage has not answered for {waited_s:.0f} s (data.storage_timeout_s = "
-            f"{self.timeout_s:g}): {told(error)}"
+            f"{self.timeout_s:g}): {one_line(error)}"
         )
 
 
-def told(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """An error in one line of bounded length."""
     text = " ".join(str(error).split())[:300]
     return text if isinstance(error, Away) else f"{type(error).__name__}: {text}"
