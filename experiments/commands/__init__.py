@@ -17,6 +17,7 @@ COMMANDS = {  # name: (module of this package, what it does)
     "inspect": ("inspect_batch", "show packed batches as the model gets them"),
     "advise": ("advise_packing", "which S, L, rows and buffer waste least on a job's data"),
     "estimate": ("estimate_memory", "what a job needs on each rank, and which layouts fit"),
+    "generate": ("generate", "answer a prompt with images, or a file of them"),
     "download": ("download_hf_assets", "fetch weights and tokenizer of a model from the Hugging Face hub"),
     "prepare": ("prepare_data", "make shards, with the images inside, from records that name their images"),
 }

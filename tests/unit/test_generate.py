@@ -14,15 +14,17 @@ from experiments.vlm.data.image import ImagePlan
 from experiments.vlm.data.packing import Budget
 from experiments.vlm.data.sample import make_sample
 from experiments.vlm.generate.forward import CachedVLM
+from experiments.vlm.generate.layout import check_layout
 from experiments.vlm.generate.prompt import Picture, Prompt, Prompter
 from experiments.vlm.model.flavors import ProjectorConfig, VLMConfig
 from experiments.vlm.model.vlm import VLM
 from tests.reference.small_run import DECODERS, ENCODER
 from tests.tiny_data import Characters
-from torchtitan.config.errors import UserError
+from torchtitan.config.errors import ConfigError, UserError
+from torchtitan.config.layout import Degrees
 from torchtitan.generation.cache import Cache
 from torchtitan.generation.engine import Engine, Request
-from torchtitan.generation.sampling import Sampling
+from torchtitan.generation.options import Sampling
 
 CPU = torch.device("cpu")
 PLAN = ImagePlan(patch_size=4, merge_size=2, min_patches=4, max_patches=32)
@@ -164,3 +166,9 @@ def test_what_cannot_be_answered_is_told_before_anything_is_computed():
         make.beginning([picture(64, 64)] * 9)
     with pytest.raises(UserError, match="no chat template"):
         Prompter(TOKENIZER, PLAN, BUDGET, 99).conversation([("user", ["?"])])
+
+
+def test_layouts_that_cannot_compute_one_token_are_refused():
+    check_layout(Degrees(1, 4, 1, 2, 1))
+    with pytest.raises(ConfigError, match="context_parallel_degree = 2: answers are generated with data and"):
+        check_layout(Degrees(1, 1, 2, 1, 1))

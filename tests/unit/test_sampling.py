@@ -15,7 +15,8 @@ from transformers import (
 )
 
 from torchtitan.config.errors import UserError
-from torchtitan.generation.sampling import Sampling, SamplingRows, next_tokens, probabilities, uniforms
+from torchtitan.generation.options import Sampling
+from torchtitan.generation.sampling import SamplingRows, next_tokens, probabilities, uniforms
 
 CPU = torch.device("cpu")
 OPTIONS = [

@@ -1,5 +1,6 @@
 """Text from a model that is there: nothing here knows of images, training or files.
 
+options     what people choose, without torch
 sampling    logits -> the next token, by options and one number
 cache       keys and values of what was read, in the place of each layer's attention
 text        ids -> text as it becomes certain; stop strings

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from torchtitan.components.tokenizer import Tokenizer
 from torchtitan.generation.cache import Cache
-from torchtitan.generation.sampling import Sampling, SamplingRows, next_tokens, uniforms
+from torchtitan.generation.options import Sampling
+from torchtitan.generation.sampling import SamplingRows, next_tokens, uniforms
 from torchtitan.generation.text import AnswerText
 
 DONE: Any = object()
@@ -64,7 +65,7 @@ class Request:
 
     number: int  # of the sample: with the seed it decides every draw
     prompt: Prompt
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     seed: int = 0
     max_tokens: int = 256
     stops: tuple[str, ...] = ()

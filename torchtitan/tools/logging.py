@@ -7,6 +7,7 @@ rank.
 import logging
 import os
 import sys
+from typing import TextIO
 
 logger = logging.getLogger("torchtitan")
 
@@ -37,10 +38,10 @@ def warn_once(message: str) -> None:
         logger.warning(message)
 
 
-def init_logger() -> None:
-    """Print to stdout, however often it is called. `python -m experiments` calls it first."""
+def init_logger(stream: TextIO | None = None) -> None:
+    """Print to `stream` (None: stdout), however often it is called. Commands call it first."""
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    handler = logging.StreamHandler(sys.stdout)
+    handler = logging.StreamHandler(stream or sys.stdout)
     handler.setFormatter(_Line(rank))
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO if rank in log_ranks(world_size) else logging.WARNING)

@@ -1,5 +1,8 @@
 """Answers of a vision-language model, by the path that training takes: parts -> sample -> patches -> batch.
 
+model       from a job to a model that is filled, and what it takes to ask it
+answer      one answer that streams, or a file of them
+record      a line of that file -> a prompt
 prompt      turns or a text with images, as tokens and arrays
 layout      the model over ranks, and its cache
 forward     the model with its cache, as the engine runs it

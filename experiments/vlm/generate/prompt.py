@@ -71,6 +71,9 @@ class Prompt:
         }
 
 
+Turns = Sequence[tuple[str, Sequence[str | Picture]]]  # (role, texts and images in order) of each message
+
+
 class _Held:
     """Images in memory, where a collator looks for an opened shard; their locators are their numbers."""
 
@@ -102,8 +105,8 @@ class Prompter:
         self.most_tokens = most_tokens
         self.template = template
 
-    def conversation(self, turns: Sequence[tuple[str, Sequence[str | Picture]]]) -> Prompt:
-        """The assistant is to speak next. `turns`: (role, texts and images in order)."""
+    def conversation(self, turns: Turns) -> Prompt:
+        """The assistant is to speak next."""
         if self.template is None:
             raise UserError("this model has no chat template: give one with --chat_template")
         pictures = [part for _, content in turns for part in content if isinstance(part, Picture)]
@@ -117,6 +120,10 @@ class Prompter:
         except Rejected as rejected:
             raise UserError(f"the chat template refuses the conversation: {rejected.detail}") from None
         return self._prompt(parts, pictures, conversation=True)
+
+    def question(self, content: Sequence[str | Picture]) -> Prompt:
+        """What a user asks first; without a chat template a document that begins so."""
+        return self.beginning(content) if self.template is None else self.conversation([("user", content)])
 
     def beginning(self, parts: Sequence[str | Picture]) -> Prompt:
         """A document that is to go on: texts and images in order, as training data without turns begin."""

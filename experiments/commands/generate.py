@@ -1,0 +1,151 @@
+"""Answer a prompt, or many.
+
+    torchtitan-vlm generate --job.config_file vlm_sees --job.dump_folder outputs/vlm_sees --image a.jpg
+    torchtitan-vlm generate --hf FOLDER --image a.jpg --image b.png --prompt "What differs?"
+    torchtitan-vlm generate --hf FOLDER --input questions.jsonl --out answers.jsonl
+
+The answer alone goes to standard output, as it comes; all else to standard error. Without --hf it is the
+latest checkpoint of job.dump_folder that answers, and its config.toml says how where no --job.config_file is
+given. A line of --input is {"prompt": "...", "images": ["a.jpg"]} or {"messages": [...]}, with an "id" where
+its number will not do; of --out {"id", "text", "ended", "logprob"} or {"id", "error"}. What is in --out
+already is not asked again.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import tyro
+
+from experiments.__main__ import CONFIG_CLASSES
+from experiments.vlm.check import check_output
+from experiments.vlm.config import VLMJobConfig
+from torchtitan.components.saved_config import NEWEST
+from torchtitan.config.errors import require
+from torchtitan.config.parse import parse_script
+from torchtitan.generation.options import Sampling
+from torchtitan.tools.logging import init_logger
+
+
+@dataclass
+class ModelOptions:
+    """Which model answers."""
+
+    checkpoint: str = ""  # step-N of the job's checkpoints, or the path of one; empty: the latest
+    hf: str = ""  # a Hugging Face folder in place of a checkpoint
+    # chatml, llama3 or a Jinja file; none: no conversations; empty: that of --hf, or of the job's data
+    chat_template: str = ""
+
+
+@dataclass
+class AnswerOptions(Sampling):
+    """How an answer is drawn, and where it ends."""
+
+    seed: int = 0  # of the draws
+    max_tokens: int = 256  # of an answer
+    # ends an answer, and is not part of it; may be given several times
+    stop: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
+
+
+@dataclass
+class Options(ModelOptions, AnswerOptions):
+    """What is asked."""
+
+    prompt: str = ""  # after the images; with a chat template it is what the user says
+    # a file; may be given several times
+    image: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
+    input: str = ""  # a JSONL file of prompts
+    out: str = ""  # a JSONL file of answers
+    samples: int = 1  # answers to each prompt, of different draws
+    sequences: int = 8  # answered beside each other
+
+
+CONVERSATIONS = ("llava", "messages")  # formats of data with turns
+Chosen = TypeVar("Chosen", bound=ModelOptions)
+
+
+def model_job(argv: Sequence[str], options_class: type[Chosen], about: str) -> tuple[Chosen, VLMJobConfig]:
+    """A command's options and the job of the model that answers. Raises ConfigError."""
+    options, job = parse_script(with_saved(argv), options_class, CONFIG_CLASSES, about)
+    assert isinstance(job, VLMJobConfig)
+    if options.hf:
+        require(not options.checkpoint, "--hf and --checkpoint: give one of them")
+        require(Path(options.hf).is_dir(), f"--hf = {options.hf}: no such folder (looked from {Path.cwd()})")
+        job.model.flavor, job.model.tokenizer_path = "", options.hf
+        job.checkpoint.initial_load_in_hf, job.checkpoint.initial_load_path = True, options.hf
+    return options, job
+
+
+def with_saved(argv: Sequence[str]) -> list[str]:
+    """The command line, with the configuration that the run saved where none is named."""
+    given = dict(zip(argv, [*argv[1:], ""], strict=True))
+    saved = Path(given.get("--job.dump_folder", "")) / NEWEST
+    if "--job.config_file" in argv or "--job.dump_folder" not in argv or not saved.is_file():
+        return list(argv)
+    return ["--job.config_file", str(saved), *argv]
+
+
+def template_of(options: ModelOptions, job: VLMJobConfig) -> str:
+    """What load_chat_template takes; empty: the model knows no conversations."""
+    if options.chat_template:
+        return "" if options.chat_template == "none" else options.chat_template
+    if options.hf:
+        names = ("chat_template.jinja", "tokenizer_config.json")
+        found = [path for name in names if (path := Path(options.hf) / name).is_file()]
+        return str(found[0]) if found else ""
+    spoken = [source.chat_template for source in job.training_sources() if source.format in CONVERSATIONS]
+    return spoken[0] if spoken else ""
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command. Raises UserError."""
+    init_logger(sys.stderr)
+    options, job = model_job(argv, Options, __doc__ or "")
+    check(options)
+    # Only now, since they import torch.
+    from experiments.vlm.data.formats.record_shard import ImageValues, folder_of
+    from experiments.vlm.generate.answer import AnswerFile, answer_file, answer_one
+    from experiments.vlm.generate.model import checkpoint_of, open_answering
+    from experiments.vlm.generate.prompt import Picture
+    from torchtitan.distributed.process_group import close_process_group
+    from torchtitan.generation.engine import Request
+
+    places = job.training.seq_len + options.max_tokens
+    sequences = options.sequences if options.input else 1
+    checkpoint, template = checkpoint_of(job, options.checkpoint), template_of(options, job)
+    answering = open_answering(job, checkpoint, template, sequences, places)
+    stops = tuple(options.stop)
+
+    def ask(number: int, prompt: Any) -> Request:
+        return Request(number, prompt, options, options.seed, options.max_tokens, stops)
+
+    try:
+        if options.input:
+            out = AnswerFile(Path(options.out), answering.mesh.leads, options.samples)
+            answer_file(
+                answering, Path(options.input), out, ImageValues(folder_of(options.input), job.data), ask
+            )
+        else:
+            pictures = [Picture(Path(path).read_bytes(), path) for path in options.image]
+            answer_one(answering, [*pictures, *filter(None, [options.prompt])], ask)
+    finally:
+        close_process_group()
+    return 0
+
+
+def check(options: Options) -> None:
+    """Raises UserError before torch is imported."""
+    asked = bool(options.prompt or options.image)
+    require(asked or bool(options.input), "nothing to answer: give --prompt, --image or --input")
+    require(not (asked and options.input), "--input asks by itself: leave out --prompt and --image")
+    require(bool(options.input) == bool(options.out), "--input and --out: give both")
+    require(options.samples == 1 or bool(options.input), "--samples needs --input and --out")
+    for key in ("samples", "sequences", "max_tokens"):
+        require(getattr(options, key) >= 1, f"--{key} = {getattr(options, key)}: must be >= 1")
+    for path in options.image:
+        require(Path(path).is_file(), f"--image {path}: no such file (looked from {Path.cwd()})")
+    if options.input:
+        require(Path(options.input).is_file(), f"--input {options.input}: no such file")
+        check_output(options.out, "--out")

@@ -1,0 +1,141 @@
+"""What the command `generate` does: one answer that streams, or a file of them that can be gone on with."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from experiments.vlm.data.formats.record_shard import ImageValues
+from experiments.vlm.generate.model import Answering
+from experiments.vlm.generate.prompt import Picture, Prompt
+from experiments.vlm.generate.record import prompt_of
+from torchtitan.config.errors import ConfigError, UserError
+from torchtitan.generation.engine import Answer, Request
+from torchtitan.tools.logging import logger
+
+Ask = Callable[[int, Prompt], Request]  # of the number of a sample
+Asked = tuple[int, Any, dict[str, Any]]  # number and id of a record, and the record
+
+
+def answer_one(answering: Answering, content: list[str | Picture], ask: Ask) -> None:
+    """Write the answer to standard output as it comes. Raises UserError."""
+    prompt = answering.prompter.question(content)
+    for event in answering.engine.answer([ask(0, prompt)]):
+        if answering.mesh.leads:
+            sys.stdout.write(event.text)
+            sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+class AnswerFile:
+    """Answers as lines of JSON, each written whole as it ends; several ranks may append to one file."""
+
+    def __init__(self, path: Path, writes: bool, samples: int):
+        """`writes`: whether this rank does. `samples`: answers to each record.
+
+        Raises ConfigError for a line that is none of ours.
+        """
+        self.path = path
+        self.writes = writes
+        self.samples = samples
+        self.failed = 0
+        self.done: set[tuple[Any, int]] = set()
+        if path.exists():
+            _cut_torn_line(path)
+            self.done = {(line["id"], line.get("sample", 0)) for line in _lines(path)}
+
+    def left(self, id: Any) -> list[int]:
+        """Samples of a record that are still to be answered."""
+        return [sample for sample in range(self.samples) if (id, sample) not in self.done]
+
+    def add(self, id: Any, sample: int, values: dict[str, Any]) -> None:
+        """One line, in one write."""
+        self.failed += "error" in values
+        if self.writes:
+            numbered = {"sample": sample} if self.samples > 1 else {}
+            line = json.dumps({"id": id, **numbered, **values}, ensure_ascii=False) + "\n"
+            file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            os.write(file, line.encode())
+            os.close(file)
+
+
+def answer_file(answering: Answering, path: Path, out: AnswerFile, images: ImageValues, ask: Ask) -> None:
+    """Answer every record of a JSONL file that has no answer yet. A record that cannot be asked gets a line
+    with its error.
+    """
+    records = read_records(path)
+    asked = [record for record in records if out.left(record[1])]
+    logger.info(f"{path}: {len(records)} records, {len(records) - len(asked)} of them answered before")
+    data = answering.mesh.data
+    mine = asked[data.get_local_rank() :: data.size()]
+    bar = tqdm(total=sum(len(out.left(id)) for _, id, _ in mine), unit="answer", disable=None)
+    names: dict[int, tuple[Any, int]] = {}
+    for event in answering.engine.answer(_requests(mine, answering, out, images, ask, names)):
+        if event.answer.ended:
+            out.add(*names.pop(event.answer.request.number), told(event.answer))
+            bar.update()
+    bar.close()
+    if out.failed:
+        logger.warning(
+            f"{out.failed} of {len(mine)} records could not be asked: see their lines in {out.path}"
+        )
+
+
+def _requests(
+    records: list[Asked],
+    answering: Answering,
+    out: AnswerFile,
+    images: ImageValues,
+    ask: Ask,
+    names: dict[int, tuple[Any, int]],
+) -> Iterator[Request]:
+    """Made as the engine takes them; `names` gets (id, sample) by the number of each."""
+    for number, id, record in records:
+        try:
+            prompt = prompt_of(record, images, answering.prompter)
+        except UserError as error:
+            for sample in out.left(id):
+                out.add(id, sample, {"error": str(error)})
+            continue
+        for sample in out.left(id):
+            names[number * out.samples + sample] = id, sample
+            yield ask(number * out.samples + sample, prompt)
+
+
+def told(answer: Answer) -> dict[str, Any]:
+    """What a line says of an answer. `logprob`: of all its tokens together, natural."""
+    return {"text": answer.text.given, "ended": answer.ended, "logprob": round(sum(answer.logprobs), 4)}
+
+
+def read_records(path: Path) -> list[Asked]:
+    """(number, id, record) of each line. Raises ConfigError for a line that is no record, or an id twice."""
+    records = [(number, line.get("id", number), line) for number, line in enumerate(_lines(path))]
+    seen: set[Any] = set()
+    for number, id, _ in records:
+        if id in seen:
+            raise ConfigError(f"{path}, line {number + 1}: the id {id!r} is there twice")
+        seen.add(id)
+    return records
+
+
+def _cut_torn_line(path: Path) -> None:
+    """A kill may leave a line without its end."""
+    text = path.read_bytes()
+    os.truncate(path, text.rfind(b"\n") + 1)
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Objects of a JSONL file. Raises ConfigError for a line that is none."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file):
+            try:
+                value = json.loads(line)
+                if not isinstance(value, dict):
+                    raise ValueError("not an object")
+            except ValueError as error:
+                raise ConfigError(f"{path}, line {number + 1}: {error}") from None
+            yield value

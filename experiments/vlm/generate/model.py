@@ -1,0 +1,115 @@
+"""From a job to an engine with a model that is filled, and a maker of prompts for it."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from experiments.vlm.batch import BatchShape
+from experiments.vlm.config import VLMJobConfig
+from experiments.vlm.data.chat_template import ChatTemplate, load_chat_template
+from experiments.vlm.data.document import Special, Turn
+from experiments.vlm.data.image import ImagePlan
+from experiments.vlm.data.packing import Budget
+from experiments.vlm.generate.forward import CachedVLM
+from experiments.vlm.generate.layout import agreement, attach_cache, check_layout, parallelize_for_answers
+from experiments.vlm.generate.prompt import Prompter
+from experiments.vlm.model_config import model_config
+from experiments.vlm.spec import SPEC
+from torchtitan.components.checkpoint_folder import RECORD, find
+from torchtitan.components.tokenizer import Tokenizer
+from torchtitan.config.errors import ConfigError
+from torchtitan.config.layout import degrees
+from torchtitan.distributed.mesh import Mesh, build_mesh
+from torchtitan.distributed.process_group import open_process_group, world_size
+from torchtitan.generation.engine import Engine
+from torchtitan.weights import open_model
+
+PROBE = "A"
+
+
+@dataclass(frozen=True)
+class Answering:
+    """What answers prompts: `engine`, and what makes them: `prompter`."""
+
+    engine: Engine
+    prompter: Prompter
+    mesh: Mesh
+
+
+def checkpoint_of(job: VLMJobConfig, name: str) -> Path | None:
+    """The training checkpoint to answer with: `name` is step-N of the job's folder, or a path; empty: the
+    latest.
+
+    None where the job starts from a Hugging Face folder. Raises ConfigError where there is none.
+    """
+    if job.checkpoint.initial_load_in_hf:
+        return None
+    folder = Path(job.job.dump_folder) / job.checkpoint.folder
+    if name:
+        named = folder / name if (folder / name).exists() else Path(name)
+        if not (named / RECORD).is_file():
+            raise ConfigError(f"--checkpoint {name}: no complete checkpoint there or in {folder}")
+        return named
+    path = find(replace(job.checkpoint, enable=True), folder)
+    if path is None:
+        raise ConfigError(
+            f"no checkpoint in {folder}: train with --checkpoint.enable, or give --checkpoint or --hf"
+        )
+    return path
+
+
+def open_answering(
+    job: VLMJobConfig,
+    checkpoint: Path | None,
+    chat_template: str,
+    sequences: int,
+    places: int,
+    reuse: bool = False,
+) -> Answering:
+    """Fill the model and lay it out over the ranks that there are; a process group is opened.
+
+    checkpoint: None where the job starts from a Hugging Face folder. chat_template: see load_chat_template;
+    empty: the model knows no conversations. sequences, places: of the cache. Raises UserError.
+    """
+    template = load_chat_template(chat_template) if chat_template else None
+    check_layout(degrees(job.parallelism, world_size()))
+    tokenizer = SPEC.load_tokenizer(job)
+    device = open_process_group(job.comm, Path(job.job.dump_folder))
+    mesh = build_mesh(degrees(job.parallelism, world_size()), device)
+    spec = replace(SPEC, parallelize=parallelize_for_answers)
+    (model,) = open_model(job, spec, mesh, tokenizer, checkpoint).parts
+    return over(model, mesh, job, tokenizer, template, sequences, places, reuse)
+
+
+def over(
+    model: Any,
+    mesh: Mesh,
+    job: VLMJobConfig,
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None,
+    sequences: int,
+    places: int,
+    reuse: bool = False,
+) -> Answering:
+    """The same of a model that is filled and laid out."""
+    data, config = job.data, model_config(job)
+    patch, merge = config.encoder.patch_size, config.projector.merge_size
+    plan = ImagePlan(patch, merge, data.min_patches_per_image, data.max_patches_per_image, data.resize)
+    cache = attach_cache(model, mesh, job, sequences, places)
+    budget = Budget(places, data.patch_rows, data.patches_per_row)
+    forward = CachedVLM(model, BatchShape(1, 0, data.patch_rows, data.patches_per_row, patch))
+    engine = Engine(forward, cache, tokenizer, ends_of(tokenizer, template), agreement(mesh), reuse)
+    return Answering(engine, Prompter(tokenizer, plan, budget, places, template), mesh)
+
+
+def ends_of(tokenizer: Tokenizer, template: ChatTemplate | None) -> Iterable[int]:
+    """Ids after which an answer is over: the end of a document, and what the template writes behind an
+    answer.
+    """
+    ends = {tokenizer.eos_id}
+    if template is not None:
+        parts = template.render([Turn("user", [PROBE]), Turn("assistant", [PROBE])])
+        marks = [part.spelling for part in parts if isinstance(part, Special) and part.loss]
+        ends |= {id for mark in marks[:1] if (id := tokenizer.special_id(mark)) is not None}
+    return ends

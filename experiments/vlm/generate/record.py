@@ -1,0 +1,51 @@
+"""A record that asks something, in the spellings of training data.
+
+{"prompt": "What is it?", "images": [IMAGE, ...]}          `<image>` in the text says where an image stands
+{"messages": [{"role": "user", "content": ...}, ...]}      see data/formats/messages.py; the last one asks
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from experiments.vlm.data.document import ImageValue
+from experiments.vlm.data.formats import messages
+from experiments.vlm.data.formats.record_shard import ImageValues
+from experiments.vlm.data.rejects import Rejected, meaning
+from experiments.vlm.generate.prompt import Picture, Prompt, Prompter, Turns
+from torchtitan.config.errors import UserError
+
+
+def prompt_of(record: Mapping[str, Any], images: ImageValues, prompter: Prompter) -> Prompt:
+    """Raises UserError that says what is wrong with the record, or names the image."""
+    turns = turns_of(record, images)
+    if prompter.template is not None:
+        return prompter.conversation(turns)
+    if len(turns) > 1:
+        raise UserError("this model knows no conversations: ask with one prompt, or give --chat_template")
+    return prompter.beginning(turns[0][1])
+
+
+def turns_of(record: Mapping[str, Any], images: ImageValues) -> Turns:
+    """(role, texts and pictures) of each message. Raises UserError."""
+    asked = record.get("messages")
+    if asked is None:
+        asked = [{"role": "user", "content": record.get("prompt", "")}]
+    elif not isinstance(asked, list) or not asked:
+        raise UserError("messages is no list of messages")
+    # Training data end with an answer; here it is to come.
+    whole = {**record, "messages": [*asked, {"role": "assistant", "content": ""}]}
+    try:
+        draft = messages.parse(whole)
+        for lost in draft.rejects:
+            raise lost
+        return [(turn.role, [_picture(part, images) for part in turn.content]) for turn in draft.turns[:-1]]
+    except Rejected as rejected:
+        detail = f" ({rejected.detail})" if rejected.detail else ""
+        raise UserError(f"{meaning(rejected.reason)}{detail}") from None
+
+
+def _picture(part: str | ImageValue, images: ImageValues) -> str | Picture:
+    if isinstance(part, str):
+        return part
+    name = part.value if isinstance(part.value, str) and len(part.value) < 200 else f"image {part.position}"
+    return Picture(images.load(part.value), name)

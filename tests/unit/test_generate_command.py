@@ -1,0 +1,92 @@
+"""`torchtitan-vlm generate`: answers of a run's checkpoint, alone on standard output or in a file."""
+
+import json
+import re
+
+import pytest
+
+from experiments.__main__ import main as train
+from experiments.commands import main
+from tests.samples import jpeg
+
+SMALL = [
+    "--training.dataset", "cc12m", "--training.dataset_path", "embedded:captions/train",
+    "--training.steps", "2", "--training.seq_len", "256", "--training.global_batch_size", "2",
+    "--data.patches_per_row", "128", "--data.max_patches_per_image", "64", "--metrics.no_enable_tensorboard",
+    "--metrics.no_save_plot", "--validation.no_enable", "--validation.no_controls",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a run of two steps, and its options."""
+    folder = tmp_path_factory.mktemp("run")
+    options = ["--job.config_file", "vlm_debug", *SMALL, "--job.dump_folder", str(folder)]
+    assert train([*options, "--checkpoint.enable", "--checkpoint.interval", "1"]) == 0
+    (folder / "a.jpg").write_bytes(jpeg(40, 60))
+    (folder / "b.jpg").write_bytes(jpeg(30, 30, seed=1))
+    return folder
+
+
+def generate(run, *options: str) -> int:
+    return main(["generate", "--job.dump_folder", str(run), "--max_tokens", "12", *options])
+
+
+def test_the_answer_alone_is_on_standard_output(run, capsys):
+    assert generate(run, "--image", str(run / "a.jpg"), "--image", str(run / "b.jpg"), "--prompt", "and") == 0
+    first = capsys.readouterr()
+    assert generate(run, "--checkpoint", "step-2", "--image", str(run / "a.jpg"), "--image",
+                    str(run / "b.jpg"), "--prompt", "and") == 0  # fmt: skip
+    assert capsys.readouterr().out == first.out and len(first.out) > 1
+    assert generate(run, "--checkpoint", "step-1", "--prompt", "It is", "--temperature", "2") == 0
+    assert capsys.readouterr().out != first.out
+
+
+def test_a_file_is_answered_as_each_line_alone_and_gone_on_with(run, capsys):
+    asked = [
+        {"prompt": "one", "images": ["a.jpg"]},
+        {"id": "b", "prompt": "", "images": ["b.jpg", "a.jpg"]},
+        {"id": "gone", "images": ["c.jpg"]},
+        {"prompt": "no image"},
+    ]
+    (run / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in asked))
+    out = run / "out.jsonl"
+    command = [
+        "--input",
+        str(run / "in.jsonl"),
+        "--out",
+        str(out),
+        "--sequences",
+        "3",
+        "--temperature",
+        "0.8",
+    ]
+    assert generate(run, *command) == 0
+    lines = {line["id"]: line for line in map(json.loads, out.read_text().splitlines())}
+    assert lines.keys() == {0, "b", "gone", 3} and capsys.readouterr().out == ""
+    assert "c.jpg" in lines["gone"]["error"]
+    # A kill after one answer, in the middle of the next.
+    kept = out.read_text().splitlines()[1]
+    out.write_text(kept + "\n" + '{"id": 3, "te')
+    assert generate(run, *command, "--sequences", "1") == 0
+    again = list(map(json.loads, out.read_text().splitlines()))
+    assert json.dumps(again[0]) == json.dumps(json.loads(kept))
+    assert {line["id"]: line for line in again} == lines and len(again) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ([], "nothing to answer"),
+        (["--image", "nowhere.jpg"], "--image nowhere.jpg: no such file"),
+        (["--prompt", "a", "--temperature", "-1"], "temperature = -1.0: must be >= 0"),
+        (["--prompt", "a", "--checkpoint", "step-9"], "--checkpoint step-9: no complete checkpoint"),
+        (["--prompt", "a", "--input", "x.jsonl"], "--input asks by itself"),
+        (["--prompt", "a", "--hf", "nowhere"], "--hf = nowhere: no such folder"),
+        (["--prompt", "long " * 300], r"the prompt has \d+ tokens"),
+    ],
+)
+def test_what_cannot_be_answered_is_one_line(run, capsys, options, told):
+    assert generate(run, *options) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and re.search(told, error)
