@@ -83,8 +83,12 @@ def test_samples_that_the_convention_takes_for_one_are_told(shard):
     ]
 
 
-def test_a_second_image_without_a_caption_belongs_to_the_sample(shard):
-    assert shard(("0.jpg", jpeg()), ("0.mask.png", b"?"), ("0.txt", b"A cat.")).read(0)[1] == []
+@pytest.mark.parametrize("other", ["mask.png", "png", "1.jpg", "depth.0.tif"])
+def test_a_second_image_beside_the_one_of_the_caption_is_told(shard, other):
+    document, lost = shard(("0.jpg", jpeg()), (f"0.{other}", b"?"), ("0.txt", b"A cat.")).read(0)
+    assert len(document.parts) == 2
+    assert [(reject.reason, reject.image) for reject in lost] == [("image_unplaced", 1)]
+    assert lost[0].detail == f"{other} is one more image, beside jpg"
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,9 @@ def _parsed(records: Records, index: int, parse: Callable[[Record], Draft]) -> P
 def parser(format: str, options: Options) -> Callable[[Record], Draft]:
     """The parse of a format; of captions with the columns that the options name."""
     if format == "captions":
-        return functools.partial(captions.parse, image=options.image_column, text=options.text_column)
+        return functools.partial(
+            captions.parse, image=options.image_column, text=options.text_column, several=False
+        )
     return RECORD_FORMATS[format].parse
 
 

@@ -2,10 +2,12 @@
 
 {"url": IMAGE, "caption": "A cat."}        an image is anything that image_values.py knows
 KEY.jpg  KEY.txt  KEY.json                 the .txt, or where that is blank "caption" or "text" of the .json
+KEY.0.jpg  KEY.1.png  KEY.txt              several images, numbered: all of them before their caption
 """
 
 import itertools
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from experiments.vlm.data.document import Draft, ImageValue, Text
@@ -15,6 +17,7 @@ from experiments.vlm.data.rejects import Rejected
 # fields called like an image file come first
 IMAGES = ("url", "URL", "image_url", "image", "image_path", "path")
 TEXTS = ("caption", "text", "TEXT", "txt", "alt_text", "alt")
+NUMBER = re.compile(r"[0-9]{1,9}$", re.ASCII)
 COLUMNS = (*IMAGE_EXTENSIONS, *IMAGES, *TEXTS)
 
 
@@ -23,8 +26,11 @@ def fits(record: Mapping[str, Any]) -> bool:
     return image_field(record) is not None and any(name in record for name in TEXTS)
 
 
-def parse(record: Mapping[str, Any], image: str = "", text: str = "") -> Draft:
-    """image, text: names of the two fields; empty: found by their usual names."""
+def parse(record: Mapping[str, Any], image: str = "", text: str = "", several: bool = True) -> Draft:
+    """image, text: names of the two fields; empty: found by their usual names. several: numbered images are
+    one sample; else the first is.
+    """
+    numbered = _numbered(record) if several and not image else []
     image = image or image_field(record) or ""
     if record.get(image) is None:
         raise Rejected("image_missing", f"no image among {', '.join(map(str, record))[:200]}")
@@ -34,11 +40,27 @@ def parse(record: Mapping[str, Any], image: str = "", text: str = "") -> Draft:
         raise Rejected("wrong_shape", f"the caption is a {type(caption).__name__}")
     if not caption or caption.isspace():
         raise Rejected("caption_missing")
+    images = numbered if image in numbered else [image]
     return Draft(
-        [ImageValue(record[image], 0, (image,)), Text(caption)],
+        [*(ImageValue(record[name], place, (name,)) for place, name in enumerate(images)), Text(caption)],
         caption=True,
-        rejects=_swallowed(record, image),
+        rejects=_left_out(record, images),
     )
+
+
+def _numbered(record: Mapping[str, Any]) -> list[str]:
+    """Names of images that differ in a number alone (0.jpg 1.png, img1.jpg img2.jpg, image.0.jpg), in its
+    order: those of the first of them. One alone is not numbered, nor are those with captions of their own.
+    """
+    images = [name for name in record if is_image_name(name) and record[name] is not None]
+    parts = {name: part for name in images if NUMBER.search(part := split_name(name)[0])}
+    stems = {name: NUMBER.sub("", part) for name, part in parts.items()}
+    alike = [name for name, stem in stems.items() if stem == next(iter(stems.values()))]
+    captioned = {part for part, kind in map(split_name, record) if kind == "txt"}
+    if len(alike) < 2 or not captioned.isdisjoint(parts[name] for name in alike):
+        return []
+    by_number = {int(NUMBER.search(parts[name])[0]): name for name in reversed(alike)}  # the first of each
+    return [name for _, name in sorted(by_number.items())]
 
 
 def image_field(record: Mapping[str, Any]) -> str | None:
@@ -51,12 +73,21 @@ def image_field(record: Mapping[str, Any]) -> str | None:
     return next((name for name in itertools.chain(*named) if record.get(name) is not None), None)
 
 
-def _swallowed(record: Mapping[str, Any], image: str) -> list[Rejected]:
-    """Samples that differ only after the first dot (a.1.jpg, a.2.jpg) are one in a tar: one is kept."""
-    others = [name for name in record if name != image and is_image_name(name)]
-    if not others:
-        return []
-    captioned = {part for part, kind in map(split_name, record) if kind == "txt"} - {split_name(image)[0]}
-    lost = [name for name in others if split_name(name)[0] in captioned]
-    why = f"has a caption of its own, but a key ends at the first dot: the sample is that of {image}"
-    return [Rejected("image_unplaced", f"{name} {why}", image=number) for number, name in enumerate(lost, 1)]
+def _left_out(record: Mapping[str, Any], used: Sequence[str]) -> list[Rejected]:
+    """Images that a sample has besides. Samples that differ only after the first dot (a.1.jpg, a.2.jpg) are
+    one in a tar, of which one is kept.
+    """
+    others = [
+        name for name in record if name not in used and is_image_name(name) and record[name] is not None
+    ]
+    captioned = {part for part, kind in map(split_name, record) if kind == "txt"}
+    captioned -= {split_name(used[0])[0]}
+    own = f"has a caption of its own, but a key ends at the first dot: the sample is that of {used[0]}"
+    return [
+        Rejected(
+            "image_unplaced",
+            f"{name} {own if split_name(name)[0] in captioned else f'is one more image, beside {used[0]}'}",
+            image=number,
+        )
+        for number, name in enumerate(others, len(used))
+    ]

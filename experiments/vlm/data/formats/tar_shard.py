@@ -3,7 +3,7 @@
 KEY.json                    its object's fields are the record's
 KEY.txt                     the field "txt"; KEY.json is not read where it says something and is wanted
 KEY.jpg  KEY.0.jpg  ...     the fields "jpg", "0.jpg", ...: members: images where the record says so. A record
-                            may also name a member: "KEY.0.jpg", with the tar's folders before it, or "0.jpg"
+                            may also name them: see tar_images.py
 """
 
 import os
@@ -12,16 +12,21 @@ from collections.abc import Callable
 from typing import Any
 
 from experiments.vlm.data.document import Document, Draft, Image, ImageValue, finish
-from experiments.vlm.data.formats.image_values import is_image_name
+from experiments.vlm.data.formats.image_values import IMAGE_EXTENSIONS, is_image_name
 from experiments.vlm.data.formats.json_index import decode_utf8, parse_object, read_at
 from experiments.vlm.data.formats.tar_header import Member
+from experiments.vlm.data.formats.tar_images import PageOf, SampleImages
 from experiments.vlm.data.formats.tar_index import open_index
+from experiments.vlm.data.formats.tiff_pages import Page, only
+from experiments.vlm.data.formats.tiff_pages import pages as pages_of
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.storage.file_cache import FileCache
 
 
 class TarShard:
-    """Implements shard.Shard. A key is the tar key; an image's locator the offset and size of its member."""
+    """Implements shard.Shard. A key is the tar key; an image's locator the offset and size of its member,
+    and of a page of a TIFF where its tags begin.
+    """
 
     def __init__(
         self,
@@ -35,6 +40,7 @@ class TarShard:
         # at the latest when nobody reads from it any more
         self.close = weakref.finalize(self, os.close, self.file)
         self.wants_text = "txt" in columns
+        self.wants_images = not {"images", *IMAGE_EXTENSIONS}.isdisjoint(columns)
         self.parse = parse
         self.index = open_index(self.file, path, cache)
         self.checksum = self.index.found.checksum
@@ -53,15 +59,20 @@ class TarShard:
     def read(self, index: int) -> tuple[Document, list[Rejected]]:
         """See Shard.read."""
         members = self.index.sample(index)
-        draft = self.parse(self._record(members))
-        draft.parts = [
-            _found(part, members) if isinstance(part, ImageValue) else part for part in draft.parts
-        ]
-        return finish(draft, members[0].key, self._size, lambda image: (image.value.offset, image.value.size))
+        record = self._record(members)
+        draft = self.parse(record)
+        images = SampleImages(members, record, self._pages)
+        all_seen = any(isinstance(image.value, Member) for image in draft.images())
+        draft.parts = [images.find(part) if isinstance(part, ImageValue) else part for part in draft.parts]
+        if self.wants_images:
+            draft.rejects = draft.rejects + images.unplaced(draft, all_seen)
+        return finish(draft, members[0].key, self._size, lambda image: _locator(image.value))
 
     def load(self, image: Image) -> bytes:
         """See Shard.load."""
-        return read_at(self.file, *image.locator)
+        offset, size, *tags = image.locator
+        data = read_at(self.file, offset, size)
+        return only(data, *tags) if tags else data
 
     def _record(self, members: list[Member]) -> dict[str, Any]:
         record: dict[str, Any] = {
@@ -81,10 +92,27 @@ class TarShard:
     def _size(self, image: ImageValue) -> tuple[int, int]:
         from experiments.vlm.data.image import probe_lazily
 
-        member = image.value
-        if not isinstance(member, Member):
-            raise Rejected("image_missing", f"no member {str(member)[:200]} in the sample")
-        return probe_lazily(lambda count: read_at(self.file, member.offset, count), member.size)
+        found = image.value
+        if isinstance(found, Rejected):
+            raise found
+        if isinstance(found, PageOf):
+            return found.page.height, found.page.width
+        return probe_lazily(lambda count: read_at(self.file, found.offset, count), found.size)
+
+    def _pages(self, tiff: Member) -> list[Page]:
+        def read(offset: int, size: int) -> bytes:
+            if offset + size > tiff.size:
+                raise Rejected("image_truncated", f"its tags at byte {offset} are behind its end")
+            return read_at(self.file, tiff.offset + offset, size)
+
+        return pages_of(read)
+
+
+def _locator(found: Member | PageOf) -> tuple[int, ...]:
+    """Offset and size of a member; of a page where its tags are, too."""
+    if isinstance(found, PageOf):
+        return found.member.offset, found.member.size, found.page.tags
+    return found.offset, found.size
 
 
 def is_tar(path: str) -> bool:
@@ -98,18 +126,3 @@ def _find(members: list[Member], kind: str) -> Member | None:
     whole = (member for member in members if member.extension == kind)
     last = (member for member in members if member.kind == kind)
     return next(whole, None) or next(last, None)
-
-
-def _found(image: ImageValue, members: list[Member]) -> ImageValue:
-    """With the member that bears its name in place of the name; `TarShard` rejects one without."""
-    value = image.value
-    name = value.get("path") or value.get("url") if isinstance(value, dict) else value
-    if not isinstance(name, str):
-        return image
-    name = name.removeprefix("./").lower()
-    borne: dict[str, Member] = {}
-    for member in members:
-        borne |= {
-            own.lower(): member for own in (member.extension, os.path.basename(member.name), member.name)
-        }
-    return ImageValue(borne.get(name, name), image.position)

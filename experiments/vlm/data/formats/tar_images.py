@@ -1,0 +1,129 @@
+"""Which images of its sample a record of a tar means, and which it leaves out.
+
+"7.0.jpg", "d/7.0.jpg", "0.jpg"    a member, by its name with or without folders and key
+"page_3_image_85"                  a page of the sample's TIFF, as in MINT-1T: one for each entry of the
+                                   record's `image_metadata`, or where that lacks it of its `images`
+
+A sample may hold more images than its record has places for. None is dropped in silence: each that is left
+out is a reject of its own, `image_unplaced`.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from experiments.vlm.data.document import Draft, ImageValue
+from experiments.vlm.data.formats.image_values import is_image_name
+from experiments.vlm.data.formats.tar_header import Member
+from experiments.vlm.data.formats.tiff_pages import Page, is_tiff
+from experiments.vlm.data.rejects import Rejected
+
+
+class PageOf(NamedTuple):
+    """A page of a member that is a TIFF."""
+
+    member: Member
+    page: Page
+
+
+class SampleImages:
+    """The images of one sample."""
+
+    def __init__(
+        self,
+        members: Sequence[Member],
+        record: Mapping[str, Any],
+        pages_of: Callable[[Member], list[Page]],
+    ):
+        """pages_of: raises Rejected."""
+        self.members = [member for member in members if is_image_name(member.extension)]
+        self.record = record
+        self.pages_of = pages_of
+        tiffs = [member for member in self.members if is_tiff(member.extension)]
+        self.tiff = tiffs[0] if len(tiffs) == 1 else None
+        self.borne = {name: member for member in members for name in _names(member)}
+        self.asked: Counter[str] = Counter()
+
+    def find(self, image: ImageValue) -> ImageValue:
+        """With the Member or PageOf that it means in place of a name; a Rejected where there is none."""
+        value = image.value
+        name = value.get("path") or value.get("url") if isinstance(value, dict) else value
+        if not isinstance(name, str):
+            return image
+        try:
+            found = self.borne.get(_plain(name)) or self._page(name)
+        except Rejected as rejected:
+            return ImageValue(rejected, image.position)
+        missing = Rejected("image_missing", f"no member {name[:200]} in the sample")
+        return ImageValue(found or missing, image.position)
+
+    def unplaced(self, draft: Draft, all_seen: bool) -> list[Rejected]:
+        """Images that stand nowhere in a draft, of which `find` has found the images.
+
+        all_seen: the format had the members before it, and has told what it left out of them.
+        """
+        used = [image.value for image in draft.images()]
+        named = set() if all_seen else {_plain(text) for text in _strings(self.record)}
+        told = list(self._pages_left(used))
+        for member in self.members if not all_seen else ():
+            of_pages = any(isinstance(value, PageOf) and value.member == member for value in used)
+            if member not in used and not of_pages and not named & _names(member):
+                told.append(f"{member.extension}: the record has no place for it")
+        first = len(used) + len(draft.rejects)
+        return [Rejected("image_unplaced", what, image=number) for number, what in enumerate(told, first)]
+
+    def _page(self, name: str) -> PageOf | None:
+        """The page of that name; where several have it, each in its turn. Raises Rejected."""
+        numbers = [number for number, own in enumerate(_page_names(self.record, name)) if own == name]
+        if self.tiff is None or not numbers:
+            return None
+        number = numbers[min(self.asked[name], len(numbers) - 1)]
+        self.asked[name] += 1
+        pages = self.pages_of(self.tiff)
+        if number >= len(pages):
+            raise Rejected(
+                "image_missing", f"{name} is page {number} of {len(pages)} of {self.tiff.extension}"
+            )
+        return PageOf(self.tiff, pages[number])
+
+    def _pages_left(self, used: Sequence[Any]) -> Iterator[str]:
+        """Of a TIFF that is used: its pages that are not. By itself a TIFF shows its first page."""
+        shown = {value.page for value in used if isinstance(value, PageOf)}
+        if self.tiff is None or not (shown or self.tiff in used):
+            return
+        try:
+            pages = self.pages_of(self.tiff)
+        except Rejected:
+            return  # told where the image is looked at
+        for number, page in enumerate(pages):
+            if page not in (shown or {pages[0]}):
+                yield f"page {number} of {len(pages)} of {self.tiff.extension}: no place for it"
+
+
+def _page_names(record: Mapping[str, Any], name: str) -> list[str]:
+    """What a record of MINT-1T calls the pages of its TIFF, in their order."""
+    metadata = record.get("image_metadata")
+    entries = [one for one in metadata if isinstance(one, dict)] if isinstance(metadata, list) else []
+    names = [f"page_{entry.get('page')}_image_{entry.get('xref')}" for entry in entries]
+    images = record.get("images")
+    return (
+        names if name in names or not isinstance(images, list) else [one for one in images if one is not None]
+    )
+
+
+def _names(member: Member) -> set[str]:
+    return {own.lower() for own in (member.extension, os.path.basename(member.name), member.name)}
+
+
+def _plain(name: str) -> str:
+    return name.removeprefix("./").lower()
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """All texts in what JSON can hold."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _strings(one)
