@@ -63,7 +63,7 @@ def _list_for_all(job: VLMJobConfig, split: Split, ranks: Ranks) -> list[Shards]
 
 
 def _list(source: Source, job: VLMJobConfig, split: Split) -> Shards:
-    return tuple(list_shards(source.path, source.format, job.data))
+    return tuple(list_shards(source.path, source.format, job.data, split))
 
 
 _listed: dict[int, dict[Split, list[Shards]]] = {}  # by the job's identity, while there is that job

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import PurePosixPath
-from typing import Any, Literal
+from typing import Any
 
 from experiments.vlm.batch import BatchShape
 from experiments.vlm.config import Source, VLMJobConfig
@@ -15,12 +15,12 @@ from experiments.vlm.data.formats.shard import Shard
 from experiments.vlm.data.image import ImagePlan
 from experiments.vlm.data.packing import Budget
 from experiments.vlm.data.slot import SlotSettings
+from experiments.vlm.data.sources.energon import Split
 from experiments.vlm.data.sources.order import Deal
 from experiments.vlm.data.sources.shards import list_shards, open_shard
 from experiments.vlm.model_config import model_config
 from torchtitan.components.tokenizer import Tokenizer
 
-Split = Literal["train", "validation"]
 Shards = tuple[str, ...]  # of a source
 
 # What may change where a run goes on, and why: the samples and their order stay as they are.
@@ -123,7 +123,8 @@ def make_deal(source: Source, job: VLMJobConfig, slots: int, held_out: bool, sha
     load_chat_template(source.chat_template)
     endless = source.repeat and job.data.epochs == 0 and not held_out
     epochs = None if endless else job.data.epochs if source.repeat and not held_out else 1
-    shards = shards or tuple(list_shards(source.path, source.format, job.data))
+    split: Split = "validation" if held_out else "train"
+    shards = shards or tuple(list_shards(source.path, source.format, job.data, split))
     # The held-out split is read in order: shuffling would only cost seeks.
     return Deal(
         source.name,

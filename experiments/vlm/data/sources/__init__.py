@@ -1,6 +1,7 @@
 """Where samples come from: which shards, in which order, record by record.
 
 shards        a path becomes a list of shards, local or remote
+energon       which of them Megatron Energon's split names
 listing       which shards a run deals from start to start; whether new ones join
 order         which records of which shard a slot reads when: a pure function of the seed
 mixture       which source gives the next sample, and which waits for the others

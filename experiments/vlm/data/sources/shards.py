@@ -3,7 +3,8 @@
     data/cc12m-0001.tar                 a file
     data/cc12m-{0000..0012}.tar         a range; {a,b} too
     data/**/*.parquet                   a glob
-    data/cc12m                          a folder: the files below it whose suffix the format knows
+    data/cc12m                          a folder: the files below it whose suffix the format knows; where
+                                        Megatron Energon has prepared it, those of the split (energon.py)
     s3://bucket/cc12m/*.tar             any of these where fsspec reaches it: s3, gs, http(s) ...
     hf://datasets/ORG/NAME              a data set of the Hugging Face hub: of its splits the train split
     embedded:captions/train             drawn on first use, see experiments/vlm/world
@@ -27,6 +28,7 @@ from experiments.vlm.data.formats import FORMATS
 from experiments.vlm.data.formats.shard import Shard, ShardFile
 from experiments.vlm.data.formats.shard import open_shard as open_file
 from experiments.vlm.data.rejects import Rejected
+from experiments.vlm.data.sources.energon import Split, of_split, of_split_above
 from experiments.vlm.data.sources.permission import denied
 from experiments.vlm.data.storage.file_cache import FileCache, Held, file_cache, origin_of
 from experiments.vlm.data.storage.patience import Away, is_away, remote
@@ -41,13 +43,13 @@ CHUNK_BYTES = 1 << 20
 NOT_RECORDS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
 
-def list_shards(path: str, format: str, data: Data) -> list[str]:
+def list_shards(path: str, format: str, data: Data, split: Split = "train") -> list[str]:
     """The shards of a source, sorted. A shard that a range names may be missing: opening it fails.
 
     Raises ConfigError where there is none.
     """
     suffixes = FORMATS[format].suffixes
-    found = match_files(_resolve(path, data), suffixes)
+    found = match_files(_resolve(path, data), suffixes, split)
     if not found and (unreadable := denied(path)):
         raise ConfigError(f"{path}: permission denied: {unreadable}")
     if not found:
@@ -59,11 +61,11 @@ def list_shards(path: str, format: str, data: Data) -> list[str]:
     return sorted(set(found))
 
 
-def match_files(path: str, suffixes: tuple[str, ...]) -> list[str]:
-    """The files that a path with braces and globs means; of folders those with these suffixes,
-    packed or not.
+def match_files(path: str, suffixes: tuple[str, ...], split: Split | None = None) -> list[str]:
+    """The files that a path with braces and globs means; of folders those with these suffixes, packed or not,
+    and of the split where they have some.
     """
-    return [file for pattern in _expand(path) for file in _match(pattern, suffixes)]
+    return [file for pattern in _expand(path) for file in _match(pattern, suffixes, split)]
 
 
 def open_shard(path: str, source: Source, data: Data) -> Shard:
@@ -129,11 +131,12 @@ def _expand(path: str) -> list[str]:
         return [path]  # a brace that belongs to a name
 
 
-def _match(pattern: str, suffixes: tuple[str, ...]) -> list[str]:
+def _match(pattern: str, suffixes: tuple[str, ...], split: Split | None) -> list[str]:
     if "://" in pattern:
-        return _match_remote(pattern, suffixes)
+        return _match_remote(pattern, suffixes, split)
     if os.path.isdir(pattern):
-        return _of_folder(_below(pattern), pattern, suffixes)
+        found = _of_folder(_below(pattern), pattern, suffixes, split)
+        return of_split_above(pattern, found, split) if split else found
     if glob.has_magic(pattern) and not os.path.exists(pattern):
         return [file for file in glob.glob(pattern, recursive=True) if os.path.isfile(file)]
     return [pattern]
@@ -154,7 +157,7 @@ def _below(folder: str) -> list[str]:
     ]
 
 
-def _match_remote(pattern: str, suffixes: tuple[str, ...]) -> list[str]:
+def _match_remote(pattern: str, suffixes: tuple[str, ...], split: Split | None) -> list[str]:
     try:
         system, path = fsspec.core.url_to_fs(pattern)
         if glob.has_magic(path):
@@ -165,7 +168,10 @@ def _match_remote(pattern: str, suffixes: tuple[str, ...]) -> list[str]:
             [system.unstrip_protocol(file) for file in system.find(path)],
             system.unstrip_protocol(path),
             suffixes,
+            split,
         )
+    except ConfigError:
+        raise
     except Exception as error:  # clients of remote systems raise kinds of their own
         raise ConfigError(f"{pattern}: {_unlisted(pattern, error)}") from error
     is_whole_data_set = pattern.startswith(HUB) and pattern.removeprefix(HUB).count("/") == 1
@@ -193,7 +199,7 @@ def _unlisted(pattern: str, error: Exception) -> str:
     )
 
 
-def _of_folder(files: list[str], folder: str, suffixes: tuple[str, ...]) -> list[str]:
+def _of_folder(files: list[str], folder: str, suffixes: tuple[str, ...], split: Split | None) -> list[str]:
     """Those that are shards. Beside tars, other files are notes about them; hidden ones do not count."""
     visible = [file for file in files if "/." not in file.removeprefix(folder.rstrip("/"))]
     found = {
@@ -201,8 +207,8 @@ def _of_folder(files: list[str], folder: str, suffixes: tuple[str, ...]) -> list
         for file in visible
         if (suffix := suffix_of(file)) in suffixes and os.path.basename(file) not in NOT_RECORDS
     }
-    tars = [file for file, suffix in found.items() if suffix == ".tar"]
-    return tars or list(found)
+    shards = [file for file, suffix in found.items() if suffix == ".tar"] or list(found)
+    return of_split(files, shards, split) if split else shards
 
 
 def suffix_of(file: str) -> str:

@@ -1,0 +1,83 @@
+"""Folders that Megatron Energon has prepared say themselves which of their shards are trained on.
+
+    FOLDER/.nv-meta/split.yaml (or .json)
+        split_parts: {train: [shards/0.tar, "shards/{1..7}.tar"], val: [...], test: [...]}
+        exclude: [shards/3.tar, shards/4.tar/KEY]       whole shards, or a sample by its key
+
+Training reads `train`, validation `val`. A glob or a range names its files itself, so there the split does
+not count. Samples that are excluded one by one are read all the same, which is said.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import fsspec
+import yaml
+from braceexpand import braceexpand
+
+from torchtitan.config.errors import ConfigError
+from torchtitan.tools.logging import logger
+
+Split = Literal["train", "validation"]
+LEVELS = 3  # of folders above
+FILES = ("/.nv-meta/split.yaml", "/.nv-meta/split.json")
+PARTS: dict[Split, tuple[str, ...]] = {"train": ("train",), "validation": ("val", "valid", "validation")}
+
+
+def of_split(files: Sequence[str], shards: Sequence[str], split: Split) -> list[str]:
+    """Of shards in `files` those of a split, where a folder among them says so.
+
+    Raises ConfigError where it has none, or says it in another way.
+    """
+    roots: dict[str, str] = {}
+    for name in FILES:
+        for file in files:
+            if file.endswith(name):
+                roots.setdefault(file.removesuffix(name) + "/", file)
+    outside = [shard for shard in shards if not any(shard.startswith(root) for root in roots)]
+    return outside + [shard for root, file in roots.items() for shard in _shards(root, file, split)]
+
+
+def of_split_above(folder: str, shards: list[str], split: Split) -> list[str]:
+    """Of shards in a local folder those of the split of a folder that it is in."""
+    for parent in Path(folder).absolute().parents[:LEVELS]:
+        for name in FILES:
+            if os.path.isfile(f"{parent}{name}"):
+                chosen = set(_shards(f"{parent}/", f"{parent}{name}", split))
+                return [shard for shard in shards if os.path.abspath(shard) in chosen]
+    return shards
+
+
+def _shards(root: str, file: str, split: Split) -> list[str]:
+    told = _read(file)
+    parts, excluded = told["split_parts"], set(_expanded(file, told.get("exclude") or []))
+    part = next((name for name in PARTS[split] if name in parts), None)
+    if part is None:
+        raise ConfigError(f"{file}: no split {PARTS[split][0]} among {', '.join(map(str, parts))}")
+    named = _expanded(file, parts[part] or [])
+    shards = [name for name in named if name not in excluded]
+    if not shards:
+        raise ConfigError(f"{file}: split {part} has no shards")
+    if samples := sum(any(one.startswith(name + "/") for name in shards) for one in excluded):
+        logger.warning(f"{file} excludes {samples:,} samples by their keys: they are read all the same")
+    return [root + name for name in shards]
+
+
+def _expanded(file: str, names: Any) -> list[str]:
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{file}: a list of shards is expected, not {str(names)[:100]}")
+    return [each for name in names for each in braceexpand(name)]
+
+
+def _read(file: str) -> dict[str, Any]:
+    with fsspec.open(file, "rb") as opened:
+        data = opened.read()
+    try:
+        told = yaml.safe_load(data)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: no YAML: {' '.join(str(error).split())[:200]}") from error
+    if not isinstance(told, dict) or not isinstance(told.get("split_parts"), dict):
+        raise ConfigError(f"{file}: no split_parts: {{train: [...], val: [...]}} in it")
+    return told
