@@ -5,6 +5,8 @@ import zlib
 from collections import Counter
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from experiments.vlm.config import Source
@@ -195,3 +197,60 @@ def test_a_rotten_source_stops_the_run_when_asked_to(tmp_path, workers):
     ):
         for _ in Loader(job, Characters()):
             pass
+
+
+def jsonl(*records: dict) -> bytes:
+    return "".join(json.dumps(record) + "\n" for record in records).encode()
+
+
+LLAVA = {"conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}]}
+MESSAGES = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]}
+
+
+@pytest.mark.parametrize(
+    "format, name, content, hint",
+    [
+        (
+            "captions",
+            "a.jsonl",
+            jsonl(*[LLAVA] * 5),
+            "its records are of format llava, not captions: set format = 'l",
+        ),
+        ("llava", "a.jsonl", jsonl(*[MESSAGES] * 5), "its records are of format messages, not llava"),
+        ("llava", "a.jsonl", jsonl({"text": "a book"}), "its records are of format text, not llava"),
+        (
+            "obelics",
+            "a.tsv",
+            b"url\tcaption\nhttp://a.b/c\tA cat.\n",
+            "its records are of format captions, not",
+        ),
+        ("captions", "a.jsonl", jsonl({"bild": "a.jpg", "titel": "Katze"}), "fields are bild, titel"),
+        ("captions", "a.jsonl", jsonl({"image": "a.jpg", "caption": ""}), "correct it, or take it out"),
+    ],
+)
+def test_a_source_of_another_format_is_told_which_would_fit(tmp_path, format, name, content, hint):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / name).write_bytes(content)
+    job = make_job(folder, tmp_path / "out")
+    job.data.sources = [Source(format=format, path=str(folder))]
+    with pytest.raises(DataError) as error:
+        Loader(job, Characters())
+    message = str(error.value)
+    assert "that were tried is good" in message and hint in message and "\n" not in message
+
+
+def test_parquet_of_another_format_is_told_though_its_columns_are_not_read(tmp_path):
+    pq.write_table(pa.table({"conversations": [LLAVA["conversations"]] * 3}), tmp_path / "a.parquet")
+    job = make_job(tmp_path, tmp_path / "out")
+    job.data.sources = [Source(format="captions", path=str(tmp_path / "a.parquet"))]
+    with pytest.raises(DataError, match="of format llava, not captions"):
+        Loader(job, Characters())
+
+
+def test_a_tar_of_texts_is_told_to_be_no_captions(tmp_path):
+    write_tar(tmp_path / "a.tar", [(f"{number}.txt", b"a book") for number in range(4)])
+    job = make_job(tmp_path, tmp_path / "out")
+    job.data.sources = [Source(format="cc12m", path=str(tmp_path / "a.tar"))]
+    with pytest.raises(DataError, match=r"image_missing 4.*of format text, not cc12m"):
+        Loader(job, Characters())

@@ -143,6 +143,14 @@ def test_nothing_there_is_told_with_the_path(tmp_path, data, pattern):
         list_shards(str(tmp_path / pattern), "cc12m", data)
 
 
+def test_of_a_folder_of_another_format_the_one_that_would_fit_is_told(tmp_path, data):
+    touch(tmp_path, "data/a.parquet", "data/b.parquet")
+    with pytest.raises(
+        ConfigError, match=r"but 2 files .parquet, which the formats llava, messages, obelics"
+    ):
+        list_shards(str(tmp_path / "data"), "cc12m", data)
+
+
 def test_embedded_data_is_drawn_into_the_cache_folder(tmp_path, data, monkeypatch):
     touch(tmp_path, "drawn/0.tar")
     asked = []

@@ -34,10 +34,18 @@ OpenShard = Callable[[int, str], Shard]  # (source, path)
 class Search:
     """Looks into the sources of a run for good samples; not thread-safe."""
 
-    def __init__(self, settings: SlotSettings, tokenizer: Tokenizer, cache: ShardCache):
+    def __init__(
+        self,
+        settings: SlotSettings,
+        tokenizer: Tokenizer,
+        cache: ShardCache,
+        hint: Callable[[int, str], str] = lambda source, path: "",
+    ):
+        """hint: says of a shard in which nothing is good what would mend that."""
         self.settings = settings
         self.tokenizer = tokenizer
         self.cache = cache
+        self.hint = hint
 
     def require(self, source: int, first: int = 0) -> None:
         """Raises DataError where the source has no good sample. `first`: the shard to begin with."""
@@ -51,7 +59,9 @@ class Search:
             if unreached == UNREACHED:
                 break
         deal = self.settings.deals[source]
-        raise DataError(complaint(deal.name, len(deal.shards), found))
+        shard = next((reject.shard for reject in found if reject.kind == "samples"), None)
+        hint = self.hint(source, shard) if shard else ""
+        raise DataError(complaint(deal.name, len(deal.shards), found, hint))
 
     def _tried(self, source: int, first: int) -> Iterator[Reject | None]:
         """For each record and shard that is tried what is wrong with it; None for a good record."""
@@ -98,13 +108,18 @@ class Search:
 
 
 def require_good_samples(
-    settings: SlotSettings, tokenizer: Tokenizer, open_shard: OpenShard, patience: Patience, slot: int
+    settings: SlotSettings,
+    tokenizer: Tokenizer,
+    open_shard: OpenShard,
+    patience: Patience,
+    slot: int,
+    hint: Callable[[int, str], str],
 ) -> None:
     """Raises DataError for the first source that has none, StorageError where that cannot be known.
 
     Begins with the shard that this slot reads first.
     """
-    search = Search(settings, tokenizer, ShardCache(open_shard, 1, patience))
+    search = Search(settings, tokenizer, ShardCache(open_shard, 1, patience), hint)
     for source, deal in enumerate(settings.deals):
         unit = deal.unit(slot, 0)
         search.require(source, unit.shard if unit else 0)
@@ -123,11 +138,11 @@ def key_of(shard: Shard, record: int) -> str:
         return f"record {record}"
 
 
-def complaint(name: str, shards: int, found: list[Reject]) -> str:
+def complaint(name: str, shards: int, found: list[Reject], hint: str = "") -> str:
     """One line: what was tried, why nothing of it is good, the commonest reason first, an example of that."""
     samples = sum(reject.kind == "samples" for reject in found)
     reasons = Counter(reject.reason for reject in found).most_common()
-    mend = "correct it, or take it out of the mixture"
+    mend = f"{hint or 'correct it'}, or take it out of the mixture"
     if not reasons:
         return f"source {name}: no record in its {shards:,} shards; {mend}"
     tried = (

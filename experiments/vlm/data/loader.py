@@ -120,7 +120,9 @@ class Loader:
                 shards = shards_of(job, "validation", self.ranks)
                 setups.append(make_setup(job, tokenizer, "validation", total, shards=shards))
             for setup in setups:
-                require_good_samples(setup.settings, tokenizer, setup.open_shard, patience, self.slots.start)
+                require_good_samples(
+                    setup.settings, tokenizer, setup.open_shard, patience, self.slots.start, setup.hint
+                )
         # The controls show the samples of a validation again: what is wrong with them has been logged.
         folder = Path(job.job.dump_folder) / "rejects" if job.job.dump_folder else None
         self.log = RejectLog(folder, rank) if control is None else None

@@ -45,7 +45,7 @@ class Producer:
         )
         self.pool = ThreadPoolExecutor(setup.decode_threads, "decode") if setup.decode_threads > 1 else None
         self.filler = Collator(self.cache, settings.plan, setup.tokenizer.pad_id, self.pool)
-        doubt = Search(settings, setup.tokenizer, self.cache).require
+        doubt = Search(settings, setup.tokenizer, self.cache, setup.hint).require
         self.slots = [Slot(number, settings, setup.tokenizer, self.cache, doubt) for number in slots]
         self.tallies = {number: Tally() for number in slots}  # of what was delivered
         for slot in self.slots:  # all of them at one time

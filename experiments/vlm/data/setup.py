@@ -17,7 +17,7 @@ from experiments.vlm.data.packing import Budget
 from experiments.vlm.data.slot import SlotSettings
 from experiments.vlm.data.sources.energon import Split
 from experiments.vlm.data.sources.order import Deal
-from experiments.vlm.data.sources.shards import list_shards, open_shard
+from experiments.vlm.data.sources.shards import format_hint, list_shards, open_shard
 from experiments.vlm.model_config import model_config
 from torchtitan.components.tokenizer import Tokenizer
 
@@ -51,6 +51,7 @@ class Setup:
     settings: SlotSettings
     tokenizer: Tokenizer
     open_shard: Callable[[int, str], Shard]  # (source, path)
+    hint: Callable[[int, str], str]  # (source, path) -> see format_hint
     decode_threads: int
     storage_timeout_s: float
 
@@ -97,7 +98,12 @@ def make_setup(
         max_bad_fraction=1.0 if held_out else data.max_bad_fraction,
     )
     return Setup(
-        settings, tokenizer, partial(_open_source, sources, job), data.decode_threads, data.storage_timeout_s
+        settings,
+        tokenizer,
+        partial(_open_source, sources, job),
+        partial(_hint, sources, job),
+        data.decode_threads,
+        data.storage_timeout_s,
     )
 
 
@@ -135,6 +141,11 @@ def make_deal(source: Source, job: VLMJobConfig, slots: int, held_out: bool, sha
         source.shuffle and not held_out,
         source.shuffle_buffer,
     )
+
+
+def _hint(sources: list[Source], job: VLMJobConfig, source: int, path: str) -> str:
+    """Of a shard of a source: see format_hint."""
+    return format_hint(path, sources[source], job.data)
 
 
 def _open_source(sources: list[Source], job: VLMJobConfig, source: int, path: str) -> Any:

@@ -6,12 +6,14 @@ The same function reads records of tars (tar_shard), and of JSON, TSV, parquet, 
 (record_files), in training (shard.open_shard) and in data preparation. Imports no torch.
 """
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from experiments.vlm.data.document import Draft
 from experiments.vlm.data.formats import captions, llava, messages, obelics, text
+from experiments.vlm.data.rejects import Rejected
 
 Record = Mapping[str, Any]
 RECORD_FILES = (".parquet", ".jsonl", ".ndjson", ".json", ".tsv", ".arrow", ".feather")
@@ -35,6 +37,15 @@ def having(*names: str) -> Callable[[Record], bool]:
 def format_of(record: Record) -> str | None:
     """The first format that fits."""
     return next((name for name, format in RECORD_FORMATS.items() if format.fits(record)), None)
+
+
+def fitting(record: Record) -> str | None:
+    """The first format that makes a document of it."""
+    for name, format in RECORD_FORMATS.items():
+        with contextlib.suppress(Rejected):
+            if (format.fits(record) or name == "text") and format.parse(record):
+                return name
+    return None
 
 
 def parse_sample(record: Record) -> Draft:

@@ -53,14 +53,15 @@ def _numbered(record: Mapping[str, Any]) -> list[str]:
     order: those of the first of them. One alone is not numbered, nor are those with captions of their own.
     """
     images = [name for name in record if is_image_name(name) and record[name] is not None]
-    parts = {name: part for name in images if NUMBER.search(part := split_name(name)[0])}
-    stems = {name: NUMBER.sub("", part) for name, part in parts.items()}
-    alike = [name for name, stem in stems.items() if stem == next(iter(stems.values()))]
+    numbers: dict[str, dict[int, str]] = {}  # by what stands before the number; of two alike the first
+    for name in images:
+        if found := NUMBER.search(split_name(name)[0]):
+            numbers.setdefault(found.string[: found.start()], {}).setdefault(int(found[0]), name)
+    alike = next(iter(numbers.values()), {})
     captioned = {part for part, kind in map(split_name, record) if kind == "txt"}
-    if len(alike) < 2 or not captioned.isdisjoint(parts[name] for name in alike):
+    if len(alike) < 2 or not captioned.isdisjoint(split_name(name)[0] for name in alike.values()):
         return []
-    by_number = {int(NUMBER.search(parts[name])[0]): name for name in reversed(alike)}  # the first of each
-    return [name for _, name in sorted(by_number.items())]
+    return [name for _, name in sorted(alike.items())]
 
 
 def image_field(record: Mapping[str, Any]) -> str | None:

@@ -1,5 +1,6 @@
 """An opened shard: documents by record number, read in any order, as often as one likes."""
 
+import contextlib
 import os
 import zlib
 from dataclasses import dataclass
@@ -7,14 +8,15 @@ from typing import Protocol
 
 from experiments.vlm.config import Data, Source
 from experiments.vlm.data.chat_template import load_chat_template
-from experiments.vlm.data.document import Document, Image
-from experiments.vlm.data.formats import FORMATS
+from experiments.vlm.data.document import Document, Draft, Image
+from experiments.vlm.data.formats import COLUMNS, FORMATS, Record
 from experiments.vlm.data.formats.record_files import open_records
 from experiments.vlm.data.formats.record_shard import ImageValues, RecordShard, folder_of
 from experiments.vlm.data.formats.tar_shard import TarShard, is_tar
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.storage.file_cache import file_cache
 
+FIRST = 20  # records that tell what format they are of
 PIECES, PIECE_BYTES = 16, 1 << 16  # of a file that are looked at to tell it from another
 
 
@@ -59,6 +61,27 @@ def open_shard(file: ShardFile, source: Source, data: Data) -> Shard:
     records = open_records(file.local, format.columns, file_cache(data))
     images = ImageValues(folder_of(file.path), data)
     return RecordShard(records, images, format.parse, template.speak, checksum_of(file.local))
+
+
+def first_records(file: ShardFile, data: Data) -> list[Record]:
+    """Some, with all their fields, whatever format they are of. Raises what `open_shard` raises."""
+    found: list[Record] = []
+
+    def keep(record: Record) -> Draft:
+        found.append(record)
+        return Draft([])
+
+    if is_tar(file.local):
+        tar = TarShard(file.local, COLUMNS, keep, file_cache(data))
+        for number in range(min(len(tar), FIRST)):
+            with contextlib.suppress(Rejected):
+                tar.read(number)
+        return found
+    records = open_records(file.local, None, file_cache(data))
+    for number in range(min(len(records), FIRST)):
+        with contextlib.suppress(Rejected):
+            found.append(records.get(number))
+    return found
 
 
 def checksum_of(path: str) -> int:

@@ -27,7 +27,7 @@ class Page(NamedTuple):
 class _Layout(NamedTuple):
     order: Literal["little", "big"]
     offset: int  # bytes of an offset
-    count: int  # bytes of the number of tags
+    total: int  # bytes of the number of tags
     tag: int  # bytes of a tag
 
     def number(self, data: bytes) -> int:
@@ -35,24 +35,26 @@ class _Layout(NamedTuple):
 
 
 def is_tiff(extension: str) -> bool:
+    """By its name."""
     return extension.rpartition(".")[2] in ("tif", "tiff")
 
 
 def pages(read: Read) -> list[Page]:
     """Of the TIFF whose bytes `read` gives. Raises Rejected where it is none, or its pages lead astray."""
     layout = _layout(read(0, 4))
-    place, found = layout.number(read(layout.offset, layout.offset)), []
+    place = layout.number(read(layout.offset, layout.offset))
+    found: list[Page] = []
     seen: set[int] = set()
     while place:
         if place in seen or len(found) == MOST_PAGES:
             raise Rejected("image_undecodable", f"page {len(found)} of the TIFF leads back to an earlier one")
         seen.add(place)
-        count = layout.number(read(place, layout.count))
-        tags = read(place + layout.count, count * layout.tag)
+        count = layout.number(read(place, layout.total))
+        tags = read(place + layout.total, count * layout.tag)
         found.append(
             _page(layout, place, [tags[i : i + layout.tag] for i in range(0, len(tags), layout.tag)])
         )
-        place = layout.number(read(place + layout.count + len(tags), layout.offset))
+        place = layout.number(read(place + layout.total + len(tags), layout.offset))
     return found
 
 

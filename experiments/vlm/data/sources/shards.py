@@ -17,6 +17,7 @@ import glob
 import os
 import shutil
 import weakref
+from collections import Counter
 from pathlib import Path
 
 import fsspec
@@ -24,8 +25,8 @@ import pyarrow as pa
 from braceexpand import braceexpand
 
 from experiments.vlm.config import Data, Source
-from experiments.vlm.data.formats import FORMATS
-from experiments.vlm.data.formats.shard import Shard, ShardFile
+from experiments.vlm.data.formats import FORMATS, RECORD_FORMATS, fitting, format_of
+from experiments.vlm.data.formats.shard import Shard, ShardFile, first_records
 from experiments.vlm.data.formats.shard import open_shard as open_file
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.sources.energon import Split, of_split, of_split_above
@@ -54,11 +55,23 @@ def list_shards(path: str, format: str, data: Data, split: Split = "train") -> l
         raise ConfigError(f"{path}: permission denied: {unreadable}")
     if not found:
         raise ConfigError(
-            f"{path}: no shard of format {format} ({', '.join(suffixes)}) there; looked from {os.getcwd()}"
+            f"{path}: no shard of format {format} ({', '.join(suffixes)}) there{_others(path, data)}; looked "
+            f"from {os.getcwd()}"
         )
     if not any("://" in file or os.path.exists(file) for file in found):
         raise ConfigError(f"{path}: none of these {len(found):,} shards is there; looked from {os.getcwd()}")
     return sorted(set(found))
+
+
+def _others(path: str, data: Data) -> str:
+    """Which files of other formats are there, for people."""
+    suffixes = {suffix for format in FORMATS.values() for suffix in format.suffixes}
+    found = Counter(map(suffix_of, match_files(_resolve(path, data), tuple(suffixes))))
+    if not found:
+        return ""
+    suffix, count = found.most_common(1)[0]
+    formats = [name for name, format in RECORD_FORMATS.items() if suffix in format.suffixes]
+    return f", but {count:,} files {suffix}, which the formats {', '.join(formats)} read"
 
 
 def match_files(path: str, suffixes: tuple[str, ...], split: Split | None = None) -> list[str]:
@@ -94,6 +107,27 @@ def open_shard(path: str, source: Source, data: Data) -> Shard:
         if is_away(error):
             raise
         raise Rejected("shard_unreadable", f"{type(error).__name__}: {error}") from error
+
+
+def format_hint(path: str, source: Source, data: Data) -> str:
+    """Which other format would fit a shard's records, for people; empty where that cannot be said."""
+    copy: Held | None = None
+    try:
+        copy = hold_copy(path, file_cache(data))
+        records = first_records(ShardFile(path, str(copy.path) if copy else path), data)
+    except (Rejected, OSError, ValueError, RuntimeError, pa.ArrowException):
+        return ""
+    finally:
+        if copy:
+            copy.close()
+    fits = Counter(format for record in records if (format := fitting(record)))
+    if fits and FORMATS[best := fits.most_common(1)[0][0]] is not FORMATS[source.format]:
+        return f"its records are of format {best}, not {source.format}: set format = '{best}'"
+    if fits or not records or any(map(format_of, records)):
+        return ""
+    fields = [str(name) for name in records[0]]
+    named = ", ".join(fields[:8]) + (", ..." if len(fields) > 8 else "")
+    return f"no format knows its records, whose fields are {named}: rename the fields, or add a format"
 
 
 def _joined(rejects: list[Rejected], damage: str) -> Rejected:
