@@ -26,6 +26,7 @@ NOT_IMPORTED = {
 }
 IMPORT_NAMES = {
     "pillow": "PIL",
+    "pyyaml": "yaml",
     "opencv-python-headless": "cv2",
     "huggingface-hub": "huggingface_hub",
 }
