@@ -33,7 +33,7 @@ from torchtitan.distributed.mesh import Mesh, build_mesh
 from torchtitan.spec import TrainSpec
 from torchtitan.tools.logging import logger
 from torchtitan.tools.profiling import Profiler
-from torchtitan.weights import give_weights, lay_out
+from torchtitan.weights import give_weights, parallelize
 
 
 @dataclass
@@ -77,7 +77,7 @@ def build(job: JobConfig, spec: TrainSpec, device: torch.device) -> Run:
     require_room(held_gib(model, job, mesh.degrees), job, device)
     open_loader = loader_of(job, spec, tokenizer, mesh)
     loader = open_loader("train", None)
-    forward_backward = lay_out(model, mesh, job, spec)
+    forward_backward = parallelize(model, mesh, job, spec)
     give_weights(forward_backward, model, job, mesh, source)
     for part in forward_backward.parts:
         part.train()

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from torchtitan.components.forward_backward import ForwardBackward, Plain
-from torchtitan.components.weights import CheckpointSource, WeightSource, fill, materialise, shapes_of
+from torchtitan.components.weights import CheckpointSource, WeightSource, fill, shapes_of, to_empty
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.job import JobConfig
 from torchtitan.distributed.mesh import Mesh
@@ -27,14 +27,14 @@ def open_model(
     model = spec.build_model(job, tokenizer)
     shapes = shapes_of(model)
     source = CheckpointSource(checkpoint, shapes) if checkpoint else spec.initial_weights(job, shapes)
-    laid_out = lay_out(model, mesh, job, spec)
-    give_weights(laid_out, model, job, mesh, source)
-    for part in laid_out.parts:
+    forward_backward = parallelize(model, mesh, job, spec)
+    give_weights(forward_backward, model, job, mesh, source)
+    for part in forward_backward.parts:
         part.eval()
-    return laid_out
+    return forward_backward
 
 
-def lay_out(model: nn.Module, mesh: Mesh, job: JobConfig, spec: TrainSpec) -> ForwardBackward:
+def parallelize(model: nn.Module, mesh: Mesh, job: JobConfig, spec: TrainSpec) -> ForwardBackward:
     """Still on the meta device."""
     if mesh.degrees.pp > 1:
         if spec.pipeline is None:
@@ -47,8 +47,12 @@ def lay_out(model: nn.Module, mesh: Mesh, job: JobConfig, spec: TrainSpec) -> Fo
 
 
 def give_weights(
-    laid_out: ForwardBackward, model: Any, job: JobConfig, mesh: Mesh, source: WeightSource | None = None
+    forward_backward: ForwardBackward,
+    model: Any,
+    job: JobConfig,
+    mesh: Mesh,
+    source: WeightSource | None = None,
 ) -> None:
     """Storage and values for this rank's shards alone. What `source` has not starts from the seed."""
-    materialise(laid_out.parts, "cpu" if job.training.enable_cpu_offload else mesh.device)
-    fill(laid_out.parts, model.tied_names(), job.debug.seed, source)
+    to_empty(forward_backward.parts, "cpu" if job.training.enable_cpu_offload else mesh.device)
+    fill(forward_backward.parts, model.tied_names(), job.debug.seed, source)

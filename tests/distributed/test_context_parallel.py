@@ -17,7 +17,7 @@ from torchtitan.distributed.differentiable import gather
 from torchtitan.distributed.mesh import build_mesh
 from torchtitan.layers.attention import prepare_mask
 from torchtitan.layers.masks import Mask
-from torchtitan.weights import give_weights, lay_out
+from torchtitan.weights import give_weights, parallelize
 
 SIZES = Sizes(seq_len=64, patches_per_row=96)
 
@@ -36,7 +36,7 @@ def logits(cp: int, tp: int, method: str) -> Tensor:
         )
         mesh = build_mesh(degrees(job.parallelism, dist.get_world_size()), CPU)
         model = SMALL.build_model(job, SMALL.load_tokenizer(job))
-        give_weights(lay_out(model, mesh, job, SMALL), model, job, mesh)
+        give_weights(parallelize(model, mesh, job, SMALL), model, job, mesh)
         tensors = SMALL.shard_batch(batch_of([0, 1], 1, SIZES).tensors, mesh, job)
         del tensors["labels"]
         with torch.no_grad():

@@ -9,7 +9,7 @@ from tests.reference.batches import Sizes
 from tests.reference.small_run import CPU, SMALL, batch_of, job_of
 from torchtitan.config.layout import degrees
 from torchtitan.distributed.mesh import build_mesh
-from torchtitan.weights import give_weights, lay_out
+from torchtitan.weights import give_weights, parallelize
 
 SIZES = Sizes(seq_len=64, patches_per_row=96)
 
@@ -23,7 +23,7 @@ def encoder_flops(**parallelism) -> int:
         job = job_of(changes, folder)
         mesh = build_mesh(degrees(job.parallelism, dist.get_world_size()), CPU)
         model = SMALL.build_model(job, SMALL.load_tokenizer(job))
-        give_weights(lay_out(model, mesh, job, SMALL), model, job, mesh)
+        give_weights(parallelize(model, mesh, job, SMALL), model, job, mesh)
         # Slots with equal images, so that shares are equal: attention depends on what a row holds.
         tensors = SMALL.shard_batch(batch_of([0, 0, 0, 0], 1, SIZES).tensors, mesh, job)
         with FlopCounterMode(display=False) as counter:

@@ -16,7 +16,7 @@ from tests.reference.hf_folders import decoder_model, fixed_model, naflex_model,
 from tests.reference.models import LLAMA, QWEN2, QWEN3, VOCAB
 from tests.unit.test_vit import pack, pictures_of, raster
 from tests.unit.test_vlm import inputs_alone, sizes_of
-from torchtitan.components.weights import fill, materialise, shapes_of
+from torchtitan.components.weights import fill, shapes_of, to_empty
 from torchtitan.config.errors import ConfigError
 from torchtitan.layers.masks import Mask
 
@@ -44,7 +44,7 @@ def load(job: VLMJobConfig, ids: int | None = None) -> VLM:
     """On one process, without FSDP."""
     model = build_vlm(job, Rows(ids) if ids else None)
     source = initial_weights(job, shapes_of(model))
-    materialise([model], "cpu")
+    to_empty([model], "cpu")
     fill([model], model.tied_names(), 0, source)
     return model.eval()
 
@@ -143,7 +143,7 @@ def test_parts_come_from_folders_of_their_own_and_the_projector_is_fresh(folders
     assert model.encoder is not None and torch.equal(model.encoder.embedding.projection.weight, kernel)
     assert torch.equal(model.decoder.output.weight, state_of(folders["qwen3"])["lm_head.weight"])
     fresh = build_vlm(job, None)
-    materialise([fresh], "cpu")
+    to_empty([fresh], "cpu")
     fill([fresh], fresh.tied_names(), 0)
     assert torch.equal(fresh.projector.linear_1.weight, model.projector.linear_1.weight)
     assert "projector: fresh" in lines

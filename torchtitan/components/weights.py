@@ -69,7 +69,7 @@ def named_weights(parts: list[nn.Module], tied: Mapping[str, str]) -> dict[str, 
     return {stored_name(name, tied): tensor for name, tensor in weights.items()}
 
 
-def materialise(parts: list[nn.Module], device: torch.device | str) -> None:
+def to_empty(parts: list[nn.Module], device: torch.device | str) -> None:
     """Give each rank storage for its shards alone."""
     for part in parts:
         part.to_empty(device=device)
