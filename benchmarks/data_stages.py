@@ -27,7 +27,7 @@ class Stages:
         self.cache = ShardCache(setup.open_shard, 64, Patience(setup.storage_timeout_s))
         doubt = Search(setup.settings, setup.tokenizer, self.cache).require
         self.slot = Slot(0, setup.settings, setup.tokenizer, self.cache, doubt)
-        self.filler = Collator(self.cache, setup.settings.plan, setup.tokenizer.pad_id)
+        self.collator = Collator(self.cache, setup.settings.plan, setup.tokenizer.pad_id)
         shape = shape_of(setup.settings, 1)
         self.views = slot_views(Buffers(shape, 1).arrays[0], 0, self.data.patch_rows)
         self.seconds: dict[str, float] = defaultdict(float)
@@ -42,7 +42,7 @@ class Stages:
         counts: Counter = Counter()
         while counts["images"] < self.images:
             plan = self._timed("plan (reads headers and texts)", self.slot.plan)
-            finish = self.filler.start(plan, self.views)
+            finish = self.collator.start(plan, self.views)
             for packed in plan.packed:
                 self._image(packed)
             counts.update(self._timed("write tokens and indices", finish).counts)
@@ -61,7 +61,7 @@ class Stages:
 
     def _image(self, packed: Packed) -> None:
         planned, (row, first) = packed.sample.images[0], packed.places[0]
-        plan, span = self.filler.plan, slice(first, first + planned.patches)
+        plan, span = self.collator.plan, slice(first, first + planned.patches)
         target = planned.h * plan.patch_size, planned.w * plan.patch_size
         shard = self.cache.get(packed.reference.source, packed.origin.shard).shard
         data = self._timed("read", shard.load, planned.image)

@@ -44,7 +44,7 @@ class Producer:
             Patience(setup.storage_timeout_s),
         )
         self.pool = ThreadPoolExecutor(setup.decode_threads, "decode") if setup.decode_threads > 1 else None
-        self.filler = Collator(self.cache, settings.plan, setup.tokenizer.pad_id, self.pool)
+        self.collator = Collator(self.cache, settings.plan, setup.tokenizer.pad_id, self.pool)
         doubt = Search(settings, setup.tokenizer, self.cache, setup.hint).require
         self.slots = [Slot(number, settings, setup.tokenizer, self.cache, doubt) for number in slots]
         self.tallies = {number: Tally() for number in slots}  # of what was delivered
@@ -62,7 +62,7 @@ class Producer:
         done: list[SlotStep] = []
         for slot, view in zip(self.slots, views, strict=True):
             plan = slot.plan()
-            started.append((plan, self.filler.start(plan, view)))
+            started.append((plan, self.collator.start(plan, view)))
             if len(started) > 1:
                 done.append(self._finish(*started.pop(0)))
         return lambda: done + [self._finish(*rest) for rest in started]
