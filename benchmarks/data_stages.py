@@ -25,8 +25,8 @@ class Stages:
         self.images, self.data = images, job.data
         setup = make_setup(job, load_tokenizer(tokenizer), "train", 1)
         self.cache = ShardCache(setup.open_shard, 64, Patience(setup.storage_timeout_s))
-        doubt = Search(setup.settings, setup.tokenizer, self.cache).require
-        self.slot = Slot(0, setup.settings, setup.tokenizer, self.cache, doubt)
+        check_source = Search(setup.settings, setup.tokenizer, self.cache).require
+        self.slot = Slot(0, setup.settings, setup.tokenizer, self.cache, check_source)
         self.collator = Collator(self.cache, setup.settings.plan, setup.tokenizer.pad_id)
         shape = shape_of(setup.settings, 1)
         self.views = slot_views(Buffers(shape, 1).arrays[0], 0, self.data.patch_rows)

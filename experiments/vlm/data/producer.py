@@ -45,8 +45,8 @@ class Producer:
         )
         self.pool = ThreadPoolExecutor(setup.decode_threads, "decode") if setup.decode_threads > 1 else None
         self.collator = Collator(self.cache, settings.plan, setup.tokenizer.pad_id, self.pool)
-        doubt = Search(settings, setup.tokenizer, self.cache, setup.hint).require
-        self.slots = [Slot(number, settings, setup.tokenizer, self.cache, doubt) for number in slots]
+        check_source = Search(settings, setup.tokenizer, self.cache, setup.hint).require
+        self.slots = [Slot(number, settings, setup.tokenizer, self.cache, check_source) for number in slots]
         self.tallies = {number: Tally() for number in slots}  # of what was delivered
         for slot in self.slots:  # all of them at one time
             slot.open_ahead(states[slot.number]["plan"] if slot.number in states else None)

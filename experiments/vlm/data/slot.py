@@ -93,13 +93,13 @@ class Slot:
         settings: SlotSettings,
         tokenizer: Tokenizer,
         cache: ShardCache,
-        doubt: Callable[[int], None],
+        check_source: Callable[[int], None],
     ):
-        """`doubt`: raises DataError where a source has no good sample; called when this slot met none for
-        long.
+        """`check_source`: raises DataError where that source has no good sample; called when this slot met
+        none for long.
         """
         self.number = number
-        self.doubt = doubt
+        self.check_source = check_source
         self.settings = settings
         self.tokenizer = tokenizer
         typical = settings.budget.seq_len / 4 if settings.weight_by == "tokens" else 1.0
@@ -176,7 +176,7 @@ class Slot:
         ]
 
     def _records(self, reader: SourceReader) -> Iterator[tuple[Reference, ReadDocument]]:
-        return reader.records(self._reject, self.doubt)
+        return reader.records(self._reject, self.check_source)
 
     def _reject(self, reject: Reject) -> None:
         self.tally.reject(reject)

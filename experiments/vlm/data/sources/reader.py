@@ -87,16 +87,17 @@ class SourceReader:
         self._order = None
 
     def records(
-        self, reject: Callable[[Reject], None], doubt: Callable[[int], None]
+        self, reject: Callable[[Reject], None], check_source: Callable[[int], None]
     ) -> Iterator[tuple[Reference, ReadDocument]]:
         """Good records from here on, until the last epoch is over, or where this slot's share never holds
         one.
 
-        `doubt` is called with the source where there was none for long: it raises DataError if it has none.
+        `check_source` is called with the source where there was none for long: it raises DataError if the
+        source has none.
         """
         while (unit := self.deal.unit(self.slot, self.unit)) is not None:
             if self.empty_units > self.deal.empty_units:
-                doubt(self.source)
+                check_source(self.source)
                 if self.deal.epochs is None and not self.deal.shuffle:
                     return
                 self.empty_units = 0
