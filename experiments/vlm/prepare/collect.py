@@ -24,10 +24,10 @@ from experiments.vlm.prepare.shard_plan import PrepareJob
 from experiments.vlm.prepare.stop import Stop
 
 SHARDS_AT_ONCE = 4  # while one is judged, or waits for a slow host, the others fetch
-CROWD = 8  # URLs on their way for each that may be on the wire: the others wait for their hosts
+FETCHES_PER_REQUEST = 8  # URLs under way for each that may be on the wire: the others wait for their hosts
 
 
-class Crowd:
+class Fetches:
     """Many URLs at once, of several shards, and an end without loss.
 
     At most `size` URLs are on their way (asking, or waiting for their host), so memory does not grow with the
@@ -79,7 +79,7 @@ class Crowd:
 class Tools:
     """What the shards of one process share."""
 
-    crowd: Crowd
+    fetches: Fetches
     pool: ThreadPoolExecutor
     turns: asyncio.Semaphore
     progress: StageProgress
@@ -94,9 +94,9 @@ def collect(job: PrepareJob, numbers: Iterable[int], progress: StageProgress, st
 async def collect_all(job: PrepareJob, numbers: Iterable[int], progress: StageProgress, stop: Stop) -> None:
     """A few shards at a time, with one client for all. Raises the first error once every shard has ended."""
     async with make_client(job.options) as client:
-        crowd = Crowd(client, CROWD * job.options.concurrency)
-        with ThreadPoolExecutor(job.options.threads or None) as pool, stop.calling(crowd.stop):
-            tools = Tools(crowd, pool, asyncio.Semaphore(SHARDS_AT_ONCE), progress, stop)
+        fetches = Fetches(client, FETCHES_PER_REQUEST * job.options.concurrency)
+        with ThreadPoolExecutor(job.options.threads or None) as pool, stop.calling(fetches.stop):
+            tools = Tools(fetches, pool, asyncio.Semaphore(SHARDS_AT_ONCE), progress, stop)
             results = await asyncio.gather(
                 *(collect_shard(job, number, tools) for number in numbers), return_exceptions=True
             )
@@ -116,7 +116,7 @@ async def collect_shard(job: PrepareJob, number: int, tools: Tools) -> None:
             if not job.folder.image_index(number).exists():
                 await make_images(job, number, tools, counted)
         except Exception:
-            tools.crowd.stop()
+            tools.fetches.stop()
             raise
         counted.fill(len(read_array(job.folder.hashes("content", number), np.uint64)))
 
@@ -124,12 +124,12 @@ async def collect_shard(job: PrepareJob, number: int, tools: Tools) -> None:
 async def make_images(job: PrepareJob, number: int, tools: Tools, counted: ShardProgress) -> None:
     """Fetch what one shard lacks, then judge and encode; its journal survives a stop."""
     with Journal(job.folder.journal(number)) as journal:
-        await fetch_missing(job, number, journal, tools.crowd, counted)
+        await fetch_missing(job, number, journal, tools.fetches, counted)
         await asyncio.to_thread(write_images, job, number, journal, tools.pool, counted, tools.stop)
 
 
 async def fetch_missing(
-    job: PrepareJob, number: int, journal: Journal, crowd: Crowd, counted: ShardProgress
+    job: PrepareJob, number: int, journal: Journal, fetches: Fetches, counted: ShardProgress
 ) -> None:
     """Into the journal, what is not there yet. Raises Stopped."""
     if not read_array(job.folder.hashes("urls", number), np.uint64).any():
@@ -142,7 +142,7 @@ async def fetch_missing(
         outcome = journal.outcomes[url]
         counted.advance(1, failed=int(bool(outcome.reason)), size=outcome.length)
 
-    await crowd.fetch_all(missing, journal, on_done)
+    await fetches.fetch_all(missing, journal, on_done)
 
 
 def list_addresses(job: PrepareJob, number: int) -> list[str]:
