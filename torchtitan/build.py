@@ -30,6 +30,7 @@ from torchtitan.config.job import JobConfig
 from torchtitan.config.layout import BatchSizes, degrees, resolve_batch
 from torchtitan.distributed.collectives import agree_on_data
 from torchtitan.distributed.mesh import Mesh, build_mesh
+from torchtitan.distributed.slot_group import slot_group
 from torchtitan.spec import TrainSpec
 from torchtitan.tools.logging import logger
 from torchtitan.tools.profiling import Profiler
@@ -180,7 +181,10 @@ def loader_of(
     """(split, control) -> the loader of this data-parallel rank."""
     agree = agree_on_data if dist.get_world_size() > 1 else None
     place = {"rank": mesh.data.get_local_rank(), "ranks": mesh.data.size(), "agree": agree}
-    return lambda split, control: spec.build_loader(job, tokenizer, split=split, control=control, **place)
+    group = slot_group(mesh)
+    return lambda split, control: spec.build_loader(
+        job, tokenizer, split=split, control=control, group=group, **place
+    )
 
 
 def to_rank_of(job: JobConfig, spec: TrainSpec, mesh: Mesh) -> Callable[[Batch], Tensors]:

@@ -77,7 +77,7 @@ def log_memory(job: JobConfig, spec: TrainSpec, layout: Degrees, tokenizer: Any,
 def log_batch(job: JobConfig, spec: TrainSpec, layout: Degrees, tokenizer: Any, model: nn.Module) -> None:
     """The first batch of rank 0: its tensors, how full it is, and what it costs."""
     loader = spec.build_loader(
-        job, tokenizer, rank=0, ranks=layout.dp, split="train", control=None, agree=None
+        job, tokenizer, rank=0, ranks=layout.dp, split="train", control=None, agree=None, group=None
     )
     try:
         batch = next(iter(loader)).batches[0]

@@ -55,7 +55,7 @@ class TrainSpec:
     parallelize: Callable[[Any, Mesh, Any], None]  # (model, mesh, job): in place
     # (model, mesh, job): in place of parallelize
     pipeline: Callable[[Any, Mesh, Any], ForwardBackward] | None
-    # (job, tokenizer, *, rank, ranks, split, control, agree): see components/loader.py
+    # (job, tokenizer, *, rank, ranks, split, control, agree, group): see components/loader.py
     build_loader: Callable[..., Loader]
     # (host tensors, mesh, job): the share of this rank of a CP group
     shard_batch: Callable[[Tensors, Mesh, Any], Tensors]

@@ -46,7 +46,8 @@ class Data:
     packing_buffer_size: int = 256  # samples that wait for a slot where they fit, per slot
     # what becomes of a document longer than a slot
     long_documents: Literal["split", "truncate", "drop"] = "split"
-    num_workers: int = 0  # processes a rank that plan and decode; 0: inside the trainer
+    # processes that plan and decode, of each rank that reads; 0: inside the trainer
+    num_workers: int = 0
     decode_threads: int = 1  # threads per worker that decode and resize
     prefetch: int = 2  # steps that workers have ready before the trainer asks; without workers none is
     max_bad_fraction: float = 1.0  # stop when a source has more bad samples than this (after 1,000); 1.0: off

@@ -45,7 +45,9 @@ class Step(Protocol):
 class Loader(Protocol):
     """Steps of data-parallel rank `rank` of `ranks`.
 
-    `split` is train or validation; `control`, one of Scoring.controls, spoils the latter.
+    `split` is train or validation; `control`, one of Scoring.controls, spoils the latter. `group`: the ranks
+    that hold the same slots as this one, if others do (distributed/slot_group.py); one of them may read for
+    all. What it alone knows (state, report) the others leave empty.
 
     It ends on every rank at the same step: `agree`, asked by all once a step, says whether any of them still
     has data. A UserError of one rank goes through it too, and so is raised by `next` on all of them alike.

@@ -5,6 +5,7 @@ fsdp                  parameters divided over ranks, and copied where asked (HSD
 tensor_parallel       heads, columns and the vocabulary divided
 context_parallel      the tokens of a slot divided
 pipeline_parallel     the layers divided; stages: which rank holds which
+slot_group            the ranks that hold the same slots, of which one reads
 activation_checkpoint, compile      block by block, before FSDP wraps them
 collectives           sums of host numbers; differentiable: collectives that gradients flow through
 grad_norm             one norm over parameters of several meshes

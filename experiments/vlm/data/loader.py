@@ -4,7 +4,7 @@ In: a job. Out: Steps, whose batches are host tensors (experiments/vlm/batch.py)
 
 What a step holds depends on the configuration and the data alone: not on ranks, workers, prefetching or
 restarts. Workers (data.num_workers processes) run ahead by data.prefetch steps; without them the trainer's
-own process reads and decodes.
+own process reads and decodes. Of ranks that hold the same slots one reads for all (read_once.py).
 
 A step's tensors lie in memory that is used again: they hold until the second `next()` after the one that gave
 them. Where the process uses a GPU they are pinned copies, made alongside training (prefetch.py), and hold as
@@ -24,7 +24,7 @@ from experiments.vlm.batch import FIELDS, Batch
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.data.batch_metrics import names_by_source, rejected_name
 from experiments.vlm.data.good_sample import require_good_samples
-from experiments.vlm.data.prefetch import Filled, FromWorkers, InProcess, Supply
+from experiments.vlm.data.prefetch import FromWorkers, InProcess, Supply
 from experiments.vlm.data.producer import SlotStep
 from experiments.vlm.data.ranks import Ranks, shards_of
 from experiments.vlm.data.reject_log import RejectLog
@@ -44,9 +44,11 @@ from experiments.vlm.data.sources.shards import needs_copy
 from experiments.vlm.data.storage.fetch import about_failures
 from experiments.vlm.data.storage.file_cache import file_cache
 from experiments.vlm.data.storage.patience import Patience
+from experiments.vlm.read_once import ReadOnce
 from torchtitan.components.loader import Agree
 from torchtitan.components.tokenizer import Tokenizer
 from torchtitan.config.errors import DataError, UserError
+from torchtitan.distributed.slot_group import SlotGroup
 from torchtitan.tools.logging import logger
 
 
@@ -62,7 +64,8 @@ class Step:
     """What an optimizer step takes, and where to go on after it."""
 
     batches: list[Batch]  # as many as accumulation steps
-    state: Callable[[], dict[str, bytes]]  # this rank's slots right after this step
+    # this rank's slots right after this step; none where another rank reads them
+    state: Callable[[], dict[str, bytes]]
 
 
 class Loader:
@@ -98,6 +101,7 @@ class Loader:
         split: Split = "train",
         control: str | None = None,
         agree: Agree | None = None,
+        group: SlotGroup | None = None,
     ):
         self.job, self.split = job, split
         local, total = job.training.local_batch_size, job.training.global_batch_size
@@ -111,7 +115,8 @@ class Loader:
         self.may_end = all(deal.epochs is not None for deal in self.setup.settings.deals)
         self.agree = agree or partial(agree_alone, ranks)
         self.still_waiting = partial(agree, None) if agree else None
-        patience = Patience(job.data.storage_timeout_s)
+        self.group = ReadOnce(group, job, self.shape) if group else None
+        self.reads = self.group is None or self.group.leads
         if split == "train":
             if any(needs_copy(deal.shards[0]) for deal in self.setup.settings.deals):
                 file_cache(job.data).tell_free()
@@ -119,10 +124,7 @@ class Loader:
             if job.validation.enable:
                 shards = shards_of(job, "validation", self.ranks)
                 setups.append(make_setup(job, tokenizer, "validation", total, shards=shards))
-            for setup in setups:
-                require_good_samples(
-                    setup.settings, tokenizer, setup.open_shard, patience, self.slots.start, setup.hint
-                )
+            self._require_good_samples(setups)
         # The controls show the samples of a validation again: what is wrong with them has been logged.
         folder = Path(job.job.dump_folder) / "rejects" if job.job.dump_folder else None
         self.log = RejectLog(folder, rank) if control is None else None
@@ -132,6 +134,19 @@ class Loader:
         self.supply: Supply | None = None
         self.over = False
         self.told_of_addresses = False
+
+    def _require_good_samples(self, setups: list[Setup]) -> None:
+        """Raises the UserError of any rank on all of them."""
+        patience = Patience(self.job.data.storage_timeout_s)
+        failed: UserError | None = None
+        try:
+            for setup in setups if self.reads else ():
+                slot, hint = self.slots.start, setup.hint
+                require_good_samples(setup.settings, setup.tokenizer, setup.open_shard, patience, slot, hint)
+        except UserError as error:
+            failed = type(error)(str(error))
+        for of_a_rank in filter(None, self.ranks.from_all(failed)):
+            raise of_a_rank
 
     def __iter__(self) -> "Loader":
         return self
@@ -143,21 +158,27 @@ class Loader:
         if self.over:
             raise StopIteration
         try:
-            tensors, steps = self._take()
+            batches, has_data = self._take() if self.reads else (None, False)
         except UserError as error:
             self.agree(True, error)
             raise
-        if not self.agree(any(step.planned for step in steps)):
+        if not self.agree(has_data):
             self.over = True
             raise StopIteration
-        return Step(self._batches(tensors, steps), partial(save_states, self.states, self.facts, self.shards))
+        state = partial(save_states, self.states, self.facts, self.shards) if self.reads else dict
+        if self.group is not None:
+            batches = self.group.share(batches)
+        assert batches is not None
+        return Step(batches, state)
 
-    def _take(self) -> Filled:
+    def _take(self) -> tuple[list[Batch], bool]:
+        """The batches of the next step, and whether anything is in them."""
         if self.supply is None:
             self.supply = self._start()
         tensors, steps = self.supply.next()
         self._tell(steps)
-        if not self.may_end and not any(step.planned for step in steps):
+        has_data = any(step.planned for step in steps)
+        if not self.may_end and not has_data:
             raise DataError(
                 f"slots {self.slots.start} to {self.slots.stop - 1} get no good sample of "
                 f"{', '.join(self.names)}, ever: "
@@ -166,11 +187,11 @@ class Loader:
                 "or lower training.global_batch_size"
             )
         self.states = {step.filled.slot: step.state for step in steps}
-        return tensors, steps
+        return self._batches(tensors, steps), has_data
 
     def state_dict(self) -> dict[str, bytes]:
-        """After the last step that was handed out; empty before the first."""
-        return save_states(self.states, self.facts, self.shards)
+        """After the last step that was handed out; empty before the first, and where another rank reads."""
+        return save_states(self.states, self.facts, self.shards) if self.reads else {}
 
     def load_state_dict(self, state: Mapping[str, bytes]) -> None:
         """Go on from a `state_dict` that has all of `slot_keys()`.
@@ -227,7 +248,8 @@ class Loader:
         changes = continued.changes + changes_of(entries, self.slots, order_facts(self.job, setup))
         if not changes:
             patience = Patience(self.job.data.storage_timeout_s)
-            changes = changed_shards(entries, self.slots, continued.then, setup.open_shard, patience)
+            slots = self.slots if self.reads else range(0)
+            changes = changed_shards(entries, slots, continued.then, setup.open_shard, patience)
         return list(dict.fromkeys(change for of_rank in self.ranks.from_all(changes) for change in of_rank))
 
     def slot_keys(self) -> list[str]:
