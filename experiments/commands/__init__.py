@@ -18,6 +18,8 @@ COMMANDS = {  # name: (module of this package, what it does)
     "advise": ("advise_packing", "which S, L, rows and buffer waste least on a job's data"),
     "estimate": ("estimate_memory", "what a job needs on each rank, and which layouts fit"),
     "generate": ("generate", "answer a prompt with images, or a file of them"),
+    "chat": ("chat", "talk to a model in the terminal"),
+    "serve": ("serve", "a page to talk to a model, and OpenAI's chat completions"),
     "download": ("download_hf_assets", "fetch weights and tokenizer of a model from the Hugging Face hub"),
     "prepare": ("prepare_data", "make shards, with the images inside, from records that name their images"),
 }

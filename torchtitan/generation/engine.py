@@ -69,6 +69,7 @@ class Request:
     seed: int = 0
     max_tokens: int = 256
     stops: tuple[str, ...] = ()
+    key: int = 0  # what the caller knows it by
 
 
 @dataclass
@@ -118,12 +119,19 @@ class Engine:
         self.rows: list[_Row | None] = [None] * len(cache.lengths)
         self.read: list[list[int]] = [[] for _ in cache.lengths]  # identities of what each sequence holds
 
-    @torch.no_grad()
     def answer(self, requests: Iterable[Request | None]) -> Iterator[Event]:
         """Pieces of text as they become certain; the last of an answer has its `ended` set.
 
-        A None among the requests says that none is there yet.
+        A None among the requests says that none is there yet. Who stops early leaves nothing behind.
         """
+        try:
+            yield from self._answer(requests)
+        finally:
+            for row in [row for row, held in enumerate(self.rows) if held is not None]:
+                self.rows[row], self.read[row] = None, []
+
+    @torch.no_grad()
+    def _answer(self, requests: Iterable[Request | None]) -> Iterator[Event]:
         source, more = iter(requests), True
         while True:
             while True:

@@ -23,7 +23,7 @@ Asked = tuple[int, Any, dict[str, Any]]  # number and id of a record, and the re
 
 def answer_one(answering: Answering, content: list[str | Picture], ask: Ask) -> None:
     """Write the answer to standard output as it comes. Raises UserError."""
-    prompt = answering.prompter.question(content)
+    prompt = answering.prompter.prompt([("user", content)])
     for event in answering.engine.answer([ask(0, prompt)]):
         if answering.mesh.leads:
             sys.stdout.write(event.text)

@@ -121,9 +121,13 @@ class Prompter:
             raise UserError(f"the chat template refuses the conversation: {rejected.detail}") from None
         return self._prompt(parts, pictures, conversation=True)
 
-    def question(self, content: Sequence[str | Picture]) -> Prompt:
-        """What a user asks first; without a chat template a document that begins so."""
-        return self.beginning(content) if self.template is None else self.conversation([("user", content)])
+    def prompt(self, turns: Turns) -> Prompt:
+        """What a user asks; without a chat template a document that begins as the one turn does."""
+        if self.template is not None:
+            return self.conversation(turns)
+        if len(turns) > 1:
+            raise UserError("this model knows no conversations: ask in one turn, or give --chat_template")
+        return self.beginning(turns[0][1])
 
     def beginning(self, parts: Sequence[str | Picture]) -> Prompt:
         """A document that is to go on: texts and images in order, as training data without turns begin."""

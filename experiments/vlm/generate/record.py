@@ -17,12 +17,7 @@ from torchtitan.config.errors import UserError
 
 def prompt_of(record: Mapping[str, Any], images: ImageValues, prompter: Prompter) -> Prompt:
     """Raises UserError that says what is wrong with the record, or names the image."""
-    turns = turns_of(record, images)
-    if prompter.template is not None:
-        return prompter.conversation(turns)
-    if len(turns) > 1:
-        raise UserError("this model knows no conversations: ask with one prompt, or give --chat_template")
-    return prompter.beginning(turns[0][1])
+    return prompter.prompt(turns_of(record, images))
 
 
 def turns_of(record: Mapping[str, Any], images: ImageValues) -> Turns:

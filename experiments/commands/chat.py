@@ -1,0 +1,69 @@
+"""Talk to a model in the terminal.
+
+    torchtitan-vlm chat --hf FOLDER
+    torchtitan-vlm chat --job.dump_folder outputs/run --temperature 0.7
+
+A line is what the user says; /image PATH adds a picture to it, /undo takes the last turn back, /save PATH
+keeps the conversation, /help lists the rest. What was read stays in memory between turns.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from experiments.commands.generate import AnswerOptions, ModelOptions, model_job, template_of
+from torchtitan.config.errors import UserError, require
+from torchtitan.tools.logging import init_logger
+
+
+@dataclass
+class Options(ModelOptions, AnswerOptions):
+    """Which model, and how it answers."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command. Raises UserError."""
+    init_logger(sys.stderr)
+    options, job = model_job(argv, Options, __doc__ or "")
+    require(options.max_tokens >= 1, f"--max_tokens = {options.max_tokens}: must be >= 1")
+    # Only now, since they import torch.
+    from experiments.vlm.generate.chat import HELP, Chat
+    from experiments.vlm.generate.model import checkpoint_of, open_answering
+    from torchtitan.distributed.process_group import close_process_group, world_size
+    from torchtitan.generation.engine import Request
+
+    require(world_size() == 1, "chat runs in one process")
+    checkpoint, template = checkpoint_of(job, options.checkpoint), template_of(options, job)
+    places = job.training.seq_len + options.max_tokens
+    answering = open_answering(job, checkpoint, template, sequences=1, places=places, reuse=True)
+    stops = tuple(options.stop)
+
+    def ask(number: int, prompt: Any) -> Request:
+        return Request(number, prompt, options, options.seed, options.max_tokens, stops)
+
+    print(HELP, file=sys.stderr)
+    try:
+        converse(Chat(answering, ask))
+    finally:
+        close_process_group()
+    return 0
+
+
+def converse(chat: Any) -> None:
+    """Lines of standard input to answers on standard output, until it ends."""
+    while True:
+        print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line or line.strip() == "/quit":
+            return
+        line = line.strip()
+        try:
+            if line.startswith("/"):
+                print(chat.command(line), file=sys.stderr)
+            elif line or chat.pictures:
+                for piece in chat.say(line):
+                    print(piece, end="", flush=True)
+                print(flush=True)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)

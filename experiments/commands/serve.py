@@ -1,0 +1,61 @@
+"""A page to talk to a model, and OpenAI's chat completions for programs.
+
+    torchtitan-vlm serve --hf FOLDER
+    torchtitan-vlm serve --job.dump_folder outputs/run --port 8080
+
+Drop pictures on the page, and see the patches that they become. `POST /v1/chat/completions` takes images as
+data URLs; answers stream where "stream" is true. Reachable from this machine alone, unless --host says
+otherwise: it asks for no password.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from experiments.commands.generate import ModelOptions, model_job, template_of
+from torchtitan.config.errors import UserError, require
+from torchtitan.tools.logging import init_logger, logger
+
+
+@dataclass
+class Options(ModelOptions):
+    """Where it listens, and what a request may cost."""
+
+    host: str = "127.0.0.1"  # 0.0.0.0: other machines too, whoever they are
+    port: int = 8000  # 0: any that is free
+    sequences: int = 4  # answered beside each other
+    max_tokens: int = 512  # of an answer
+    max_body_mb: int = 24  # of a request
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command. Raises UserError."""
+    init_logger()
+    options, job = model_job(argv, Options, __doc__ or "")
+    for key in ("sequences", "max_tokens", "max_body_mb"):
+        require(getattr(options, key) >= 1, f"--{key} = {getattr(options, key)}: must be >= 1")
+    require(0 <= options.port < 1 << 16, f"--port = {options.port}: must be from 0 to 65535")
+    # Only now, since they import torch.
+    from experiments.vlm.generate.model import checkpoint_of, open_answering
+    from experiments.vlm.generate.server import Limits, Server
+    from experiments.vlm.generate.service import Service
+    from torchtitan.distributed.process_group import close_process_group, world_size
+
+    require(world_size() == 1, "serve runs in one process: give it one GPU, or use generate with several")
+    checkpoint, template = checkpoint_of(job, options.checkpoint), template_of(options, job)
+    places = job.training.seq_len + options.max_tokens
+    answering = open_answering(job, checkpoint, template, options.sequences, places, reuse=True)
+    limits = Limits(options.max_body_mb << 20, options.max_tokens)
+    name = Path(options.hf or job.job.dump_folder).resolve().name
+    try:
+        server = Server((options.host, options.port), Service(answering), name, limits)
+    except OSError as error:
+        raise UserError(f"--host {options.host} --port {options.port}: {error.strerror}") from None
+    logger.info(f"{name} at http://{options.host}:{server.server_port}")
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        logger.info("stopped")
+    finally:
+        close_process_group()
+    return 0

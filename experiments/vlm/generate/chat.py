@@ -1,0 +1,95 @@
+"""A conversation in a terminal: its turns, and what a line beginning with / does to them."""
+
+import json
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from experiments.vlm.generate.model import Answering
+from experiments.vlm.generate.prompt import Picture, Prompt
+from torchtitan.config.errors import UserError
+from torchtitan.generation.engine import Request
+
+HELP = """/image PATH   a picture for the next turn; several are shown in their order
+/undo         forget the last turn and its answer
+/save PATH    the conversation as JSON: messages, pictures by their paths
+/clear        begin anew
+/quit         leave (as does Ctrl-D); Ctrl-C ends an answer"""
+
+
+@dataclass
+class Chat:
+    """`turns` end with an answer; `pictures` wait for the next question."""
+
+    answering: Answering
+    ask: Callable[[int, Prompt], Request]
+    turns: list[tuple[str, list[str | Picture]]] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
+
+    def say(self, text: str) -> Iterator[str]:
+        """The pieces of the answer, which Ctrl-C ends. Raises UserError and keeps the turns as they were."""
+        content: list[str | Picture] = [*self.pictures, *([text] if text else [])]
+        turns = [*self.turns, ("user", content)]
+        prompt = self.answering.prompter.prompt(turns)
+        said, interrupted = "", False
+
+        def interrupt(number: int, frame: FrameType | None) -> None:
+            nonlocal interrupted
+            interrupted = True
+
+        before = signal.signal(signal.SIGINT, interrupt)
+        try:
+            for event in self.answering.engine.answer([self.ask(len(self.turns), prompt)]):
+                event.answer.cancelled = interrupted
+                said += event.text
+                yield event.text
+        finally:
+            signal.signal(signal.SIGINT, before)
+        self.turns, self.pictures = [*turns, ("assistant", [said])], []
+
+    def command(self, line: str) -> str:
+        """Do what a line with / asks for, and what to say of it. Raises UserError."""
+        name, _, argument = line.partition(" ")
+        work = {"/image": self._image, "/undo": self._undo, "/save": self._save, "/clear": self._clear}.get(
+            name
+        )
+        return HELP if work is None else work(argument.strip())
+
+    def _image(self, path: str) -> str:
+        try:
+            picture = Picture(Path(path).expanduser().read_bytes(), path)
+        except OSError as error:
+            raise UserError(f"/image {path}: {error.strerror}") from None
+        self.answering.prompter.prompt([("user", [*self.pictures, picture])])  # it can be read
+        self.pictures.append(picture)
+        return f"picture {len(self.pictures)}: {path}"
+
+    def _undo(self, argument: str) -> str:
+        if not self.turns:
+            return "there is no turn"
+        del self.turns[-2:]
+        return f"{len(self.turns) // 2} turns are left"
+
+    def _clear(self, argument: str) -> str:
+        self.turns, self.pictures = [], []
+        return "a new conversation"
+
+    def _save(self, path: str) -> str:
+        messages = [
+            {"role": role, "content": [_item(part) for part in content]} for role, content in self.turns
+        ]
+        try:
+            Path(path).expanduser().write_text(
+                json.dumps({"messages": messages}, ensure_ascii=False, indent=1)
+            )
+        except OSError as error:
+            raise UserError(f"/save {path}: {error.strerror}") from None
+        return f"{len(messages)} messages in {path}"
+
+
+def _item(part: str | Picture) -> dict[str, str]:
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    return {"type": "image", "image": part.name}

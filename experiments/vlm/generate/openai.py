@@ -1,0 +1,178 @@
+"""Requests and answers in the form of OpenAI's chat completions, so that existing clients work.
+
+Images come as data URLs alone: a request reads no file and no address of this machine. What is not understood
+is refused, never skipped.
+"""
+
+import base64
+import binascii
+import json
+import math
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from experiments.vlm.generate.prompt import Picture, Turns
+from torchtitan.config.errors import UserError
+from torchtitan.generation.engine import Answer
+from torchtitan.generation.options import Sampling
+
+ROLES = ("system", "user", "assistant")
+MOST_IMAGES = 64
+MOST_STOPS = 4
+DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,")
+# Neither does anything here but what it says by itself.
+IGNORED = ("model", "user", "stream_options", "metadata", "store")
+NUMBERS: dict[str, tuple[type, float, float]] = {  # name: (type, least, most)
+    "temperature": (float, 0, 10),
+    "top_p": (float, 1e-6, 1),
+    "top_k": (int, 0, 1 << 30),
+    "min_p": (float, 0, 1),
+    "repetition_penalty": (float, 1e-3, 1e3),
+    "seed": (int, -(1 << 63), (1 << 63) - 1),
+    "max_tokens": (int, 1, 1 << 20),
+    "max_completion_tokens": (int, 1, 1 << 20),
+    "n": (int, 1, 1),
+}
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a request asks for."""
+
+    turns: Turns
+    sampling: Sampling
+    seed: int
+    max_tokens: int
+    stops: tuple[str, ...]
+    stream: bool
+    logprobs: bool
+
+
+def parse(body: bytes, max_tokens: int) -> Completion:
+    """`max_tokens`: where the request says none. Raises UserError that names the field."""
+    try:
+        fields = json.loads(body, parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"the body is not JSON: {str(error)[:100]}") from None
+    if not isinstance(fields, dict):
+        raise UserError("the body is not an object")
+    known = {"messages", "stop", "stream", "logprobs", *IGNORED, *NUMBERS}
+    for name in fields:
+        if name not in known:
+            raise UserError(f"{name[:60]}: this server knows no such field")
+    numbers = {name: _number(fields, name) for name in NUMBERS if fields.get(name) is not None}
+    sampling = Sampling(**{"temperature": 1.0} | {k: v for k, v in numbers.items() if hasattr(Sampling, k)})
+    most = numbers.get("max_completion_tokens", numbers.get("max_tokens", max_tokens))
+    return Completion(
+        turns=_turns(fields.get("messages")),
+        sampling=sampling,
+        seed=numbers.get("seed", time.time_ns() % (1 << 63)),
+        max_tokens=min(most, max_tokens),
+        stops=_stops(fields.get("stop")),
+        stream=_flag(fields, "stream"),
+        logprobs=_flag(fields, "logprobs"),
+    )
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _number(fields: Mapping[str, Any], name: str) -> Any:
+    value, (kind, least, most) = fields[name], NUMBERS[name]
+    right = isinstance(value, int | kind) and not isinstance(value, bool)
+    if not (right and least <= value <= most and math.isfinite(value)):
+        raise UserError(f"{name}: must be a number from {least:g} to {most:g}")
+    return kind(value)
+
+
+def _flag(fields: Mapping[str, Any], name: str) -> bool:
+    value = fields.get(name)
+    if not (value is None or isinstance(value, bool)):
+        raise UserError(f"{name}: must be true or false")
+    return bool(value)
+
+
+def _stops(value: Any) -> tuple[str, ...]:
+    stops = [value] if isinstance(value, str) else value or []
+    fine = isinstance(stops, list) and len(stops) <= MOST_STOPS and all(isinstance(s, str) for s in stops)
+    if not fine:
+        raise UserError(f"stop: must be a text or a list of at most {MOST_STOPS}")
+    return tuple(stops)
+
+
+def _turns(messages: Any) -> Turns:
+    if not isinstance(messages, list) or not messages:
+        raise UserError("messages: must be a list of messages")
+    turns = [_turn(message, f"messages[{number}]") for number, message in enumerate(messages)]
+    images = sum(isinstance(part, Picture) for _, content in turns for part in content)
+    if images > MOST_IMAGES:
+        raise UserError(f"messages: {images} images, more than {MOST_IMAGES}")
+    if turns[-1][0] == "assistant":
+        raise UserError("messages: the last one must not be the assistant's")
+    return turns
+
+
+def _turn(message: Any, where: str) -> tuple[str, list[str | Picture]]:
+    if not isinstance(message, dict) or message.get("role") not in ROLES:
+        raise UserError(f"{where}.role: must be one of {', '.join(ROLES)}")
+    content = message.get("content")
+    items = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if not isinstance(items, list) or not items:
+        raise UserError(f"{where}.content: must be a text or a list of items")
+    return message["role"], [_part(item, f"{where}.content[{i}]") for i, item in enumerate(items)]
+
+
+def _part(item: Any, where: str) -> str | Picture:
+    fields: dict[str, Any] = item if isinstance(item, dict) else {}
+    if fields.get("type") == "text" and isinstance(fields.get("text"), str):
+        return fields["text"]
+    if fields.get("type") != "image_url":
+        raise UserError(f"{where}: must be an item of type text or image_url")
+    held = fields.get("image_url")
+    url = held.get("url") if isinstance(held, dict) else held
+    mark = DATA_URL.match(url) if isinstance(url, str) else None
+    if not isinstance(url, str) or mark is None:
+        raise UserError(f"{where}.image_url: must be a data URL, data:image/...;base64,...")
+    try:
+        return Picture(base64.b64decode(url[mark.end() :], validate=True), where)
+    except binascii.Error:
+        raise UserError(f"{where}.image_url: is not base64") from None
+
+
+def completion(id: str, model: str, answer: Answer, prompt_tokens: int, logprobs: bool) -> dict[str, Any]:
+    """The whole answer."""
+    choice: dict[str, Any] = {
+        "index": 0,
+        "message": {"role": "assistant", "content": answer.text.given},
+        "finish_reason": answer.ended,
+    }
+    if logprobs:
+        choice["logprobs"] = {"content": _logprobs(answer)}
+    usage = {"prompt_tokens": prompt_tokens, "completion_tokens": len(answer.ids)}
+    usage["total_tokens"] = sum(usage.values())
+    return _object(id, model, "chat.completion") | {"choices": [choice], "usage": usage}
+
+
+def chunk(id: str, model: str, text: str, ended: str = "") -> dict[str, Any]:
+    """A piece of an answer."""
+    choice = {"index": 0, "delta": {"content": text} if text else {}, "finish_reason": ended or None}
+    return _object(id, model, "chat.completion.chunk") | {"choices": [choice]}
+
+
+def _object(id: str, model: str, kind: str) -> dict[str, Any]:
+    return {"id": id, "object": kind, "created": int(time.time()), "model": model}
+
+
+def _logprobs(answer: Answer) -> list[dict[str, Any]]:
+    decode = answer.text.tokenizer.decode
+    pairs = zip(answer.ids, answer.logprobs, strict=True)
+    return [{"token": decode([id]), "logprob": logprob, "top_logprobs": []} for id, logprob in pairs]
+
+
+def failure(message: str, kind: str = "invalid_request_error") -> dict[str, Any]:
+    """An error."""
+    return {"error": {"message": message, "type": kind, "param": None, "code": None}}

@@ -1,0 +1,14 @@
+"""Talk to a model in the terminal.
+
+The command `torchtitan-vlm chat` of a checkout: --help lists its options.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from experiments.commands import main  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(main(["chat", *sys.argv[1:]]))

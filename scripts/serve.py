@@ -1,0 +1,14 @@
+"""A page to talk to a model, and OpenAI's chat completions for programs.
+
+The command `torchtitan-vlm serve` of a checkout: --help lists its options.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from experiments.commands import main  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(main(["serve", *sys.argv[1:]]))

@@ -1,0 +1,53 @@
+"""A conversation through a pipe: what it says is what the engine says of the whole conversation."""
+
+import io
+import json
+
+from experiments.commands.chat import converse
+from experiments.vlm.generate.chat import Chat
+from experiments.vlm.generate.model import Answering
+from tests.unit.test_generate import engine, picture, prompter
+from torchtitan.generation.engine import Request
+
+
+def chat() -> Chat:
+    answering = Answering(engine(1, reuse=True), prompter(), None)
+    return Chat(answering, lambda number, prompt: Request(number, prompt, max_tokens=6))
+
+
+def expected(turns) -> str:
+    request = Request(0, prompter().conversation(turns), max_tokens=6)
+    return "".join(event.text for event in engine(1).answer([request]))
+
+
+def test_turns_pictures_undo_and_what_is_wrong(tmp_path, monkeypatch, capsys):
+    first, second = picture(9, 20), picture(20, 9, 1)
+    for name, image in (("a.png", first), ("b.png", second)):
+        (tmp_path / name).write_bytes(image.data)
+    (tmp_path / "no.png").write_bytes(b"none")
+    lines = [
+        f"/image {tmp_path}/a.png", f"/image {tmp_path}/b.png", "Which?", "/image nowhere.png",
+        f"/image {tmp_path}/no.png", "Forget this.", "/undo", "And now?", f"/save {tmp_path}/said.json",
+        "/help", "/quit", "never read",
+    ]  # fmt: skip
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    talk = chat()
+    converse(talk)
+    out, err = capsys.readouterr()
+    turns = [("user", [first, second, "Which?"])]
+    one = expected(turns)
+    turns += [("assistant", [one]), ("user", ["And now?"])]
+    assert out.startswith(one + "\n") and out.endswith(expected(turns) + "\n")
+    assert "error: /image nowhere.png: No such file" in err and "no.png: Pillow does not open" in err
+    saved = json.loads((tmp_path / "said.json").read_text())["messages"]
+    assert [message["role"] for message in saved] == ["user", "assistant"] * 2
+    assert saved[0]["content"][0] == {"type": "image", "image": f"{tmp_path}/a.png"}
+
+
+def test_a_turn_that_cannot_be_asked_leaves_the_conversation_as_it_was(monkeypatch, capsys):
+    talk = chat()
+    monkeypatch.setattr("sys.stdin", io.StringIO("word " * 200 + "\nWho?\n"))
+    converse(talk)
+    out, err = capsys.readouterr()
+    assert "error: the prompt has" in err and len(talk.turns) == 2
+    assert out == expected([("user", ["Who?"])]) + "\n"

@@ -1,0 +1,159 @@
+"""The server answers what the engine answers, and goes on whatever is sent to it."""
+
+import base64
+import http.client
+import json
+import socket
+import threading
+
+import pytest
+
+from experiments.vlm.generate.model import Answering
+from experiments.vlm.generate.server import Limits, Server
+from experiments.vlm.generate.service import Service
+from tests.unit.test_generate import PLAN, engine, picture, prompter
+from torchtitan.generation.engine import Request
+
+
+@pytest.fixture(scope="module")
+def server():
+    service = Service(Answering(engine(3, reuse=True), prompter(), None))
+    running = Server(("127.0.0.1", 0), service, "tiny", Limits(1 << 18, 8))
+    threading.Thread(target=running.serve_forever, daemon=True).start()
+    yield running
+    running.shutdown()
+
+
+def post(server, body, path="/v1/chat/completions", **headers):
+    """(status, body of the answer)."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    connection.request("POST", path, data, {"Content-Type": "application/json"} | headers)
+    answer = connection.getresponse()
+    text = answer.read()
+    connection.close()
+    return answer.status, text
+
+
+def item(picture) -> dict:
+    url = "data:image/png;base64," + base64.b64encode(picture.data).decode()
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def expected(turns) -> str:
+    request = Request(0, prompter().conversation(turns), max_tokens=8)
+    return "".join(event.text for event in engine(1).answer([request]))
+
+
+def good(server) -> None:
+    asked = {"messages": [{"role": "user", "content": "Who?"}], "temperature": 0}
+    status, text = post(server, asked)
+    said = json.loads(text)["choices"][0]["message"]["content"]
+    assert status == 200 and said == expected([("user", ["Who?"])])
+
+
+def test_a_client_holds_a_conversation_with_two_pictures(server):
+    first, second = picture(10, 24), picture(24, 10, 1)
+    messages = [{"role": "user", "content": [item(first), {"type": "text", "text": "First?"}]}]
+    turns = [("user", [first, "First?"])]
+    for question in ([item(second), {"type": "text", "text": "Second?"}], "Third?"):
+        status, text = post(server, {"messages": messages, "temperature": 0, "logprobs": True})
+        answer = json.loads(text)
+        said = answer["choices"][0]["message"]["content"]
+        assert status == 200 and said == expected(turns)
+        assert answer["usage"]["completion_tokens"] == len(answer["choices"][0]["logprobs"]["content"])
+        messages += [{"role": "assistant", "content": said or " "}, {"role": "user", "content": question}]
+        asked = [second, "Second?"] if isinstance(question, list) else ["Third?"]
+        turns += [("assistant", [said or " "]), ("user", asked)]
+
+
+def test_a_stream_is_the_same_text_in_pieces(server):
+    asked = {"messages": [{"role": "user", "content": "Who?"}], "temperature": 0, "stream": True}
+    status, text = post(server, asked)
+    lines = [line.removeprefix("data: ") for line in text.decode().split("\n\n") if line]
+    pieces = [json.loads(line)["choices"][0] for line in lines[:-1]]
+    assert status == 200 and lines[-1] == "[DONE]" and pieces[-1]["finish_reason"] in ("stop", "length")
+    assert "".join(piece["delta"].get("content", "") for piece in pieces) == expected([("user", ["Who?"])])
+
+
+def user(content) -> dict:
+    return {"messages": [{"role": "user", "content": content}]}
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "told"),
+    [
+        (b"{", 400, "not JSON"),
+        (b"[" * 200_000, 400, "not JSON"),
+        (b'{"messages": NaN}', 400, "not JSON"),
+        (b"\xff\xfe", 400, "not JSON"),
+        (b"9" * 10_000, 400, "not JSON"),
+        ([], 400, "not an object"),
+        ({}, 400, "messages: must be a list"),
+        ({"messages": [7]}, 400, "messages[0].role"),
+        ({"messages": [{"role": ["user"], "content": "a"}]}, 400, "messages[0].role"),
+        (user({"a": 1}), 400, "messages[0].content"),
+        (user([{"type": "file"}]), 400, "must be an item of type text or image_url"),
+        (user([{"type": "image_url", "image_url": {"url": "/etc/passwd"}}]), 400, "must be a data URL"),
+        (user([{"type": "image_url", "image_url": {"url": "http://127.0.0.1/a.png"}}]), 400, "a data URL"),
+        (user([{"type": "image_url", "image_url": "data:image/png;base64,???"}]), 400, "is not base64"),
+        (user([{"type": "image_url", "image_url": "data:image/png;base64,AAAA"}]), 400, "content[0]: Pillow"),
+        (user("long " * 300), 400, "the prompt has"),
+        (user("a") | {"temperature": "hot"}, 400, "temperature: must be a number"),
+        (user("a") | {"temperature": 10**400}, 400, "temperature: must be a number"),
+        (user("a") | {"max_tokens": 0}, 400, "max_tokens: must be a number from 1"),
+        (user("a") | {"n": 2}, 400, "n: must be a number from 1 to 1"),
+        (user("a") | {"stop": [1]}, 400, "stop: must be"),
+        (user("a") | {"tools": []}, 400, "tools: this server knows no such field"),
+        (b"x" * (1 << 20), 413, "may have 0.25 MB"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_is_wrong_is_one_error_and_the_server_goes_on(server, body, status, told):
+    found, text = post(server, body)
+    assert found == status and told in json.loads(text)["error"]["message"]
+    good(server)
+
+
+def test_other_sites_cannot_send_a_browser_here(server):
+    assert post(server, user("a"), Host="evil.example")[0] == 403
+    assert post(server, user("a"), **{"Content-Type": "text/plain"})[0] == 403
+    assert post(server, b"", "/elsewhere")[0] == 404
+
+
+def test_connections_that_are_closed_or_silent_stop_nothing(server):
+    for sent in (b"", b"POST /v1/chat", b"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: 99\r\n\r\n{"):
+        with socket.create_connection(("127.0.0.1", server.server_port)) as connection:
+            connection.sendall(sent)
+    body = json.dumps(user("a") | {"stream": True, "temperature": 1}).encode()
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: "
+    for _ in range(5):
+        with socket.create_connection(("127.0.0.1", server.server_port)) as connection:
+            connection.sendall(head + str(len(body)).encode() + b"\r\n\r\n" + body)
+    good(server)
+
+
+def test_many_ask_at_the_same_time(server):
+    found, turns = {}, {number: [("user", [f"Question {number}?"])] for number in range(6)}
+
+    def ask(number: int) -> None:
+        asked = {"messages": [{"role": "user", "content": f"Question {number}?"}], "temperature": 0}
+        found[number] = json.loads(post(server, asked)[1])["choices"][0]["message"]["content"]
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in turns]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {number: expected(asked) for number, asked in turns.items()}
+
+
+def test_the_page_is_there_and_asks_for_the_grid_of_a_picture(server):
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port)
+    connection.request("GET", "/")
+    page = connection.getresponse().read().decode()
+    assert "/v1/chat/completions" in page and "http" + "://" not in page and "https" + "://" not in page
+    status, text = post(server, picture(16, 40).data, "/grid")
+    h, w = PLAN.grid(16, 40)
+    assert status == 200 and json.loads(text) == {"h": h, "w": w, "tokens": h * w // 4, "merge": 2}
+    assert post(server, b"no image", "/grid")[0] == 400
