@@ -13,7 +13,7 @@ import pytest
 from experiments.vlm.config import Data, Source
 from experiments.vlm.data.document import Image
 from experiments.vlm.data.formats import json_index, record_files, row_groups
-from experiments.vlm.data.formats.kept import Kept
+from experiments.vlm.data.formats.lru_cache import LRUCache
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.sources.shards import open_shard
 from tests.samples import jpeg
@@ -29,7 +29,7 @@ def decoded(monkeypatch):
     """The numbers of the row groups that are decoded, in files of which none fits memory."""
     numbers, read = [], pq.ParquetFile.read_row_group
     monkeypatch.setattr(row_groups, "ROW_GROUP_BYTES", 1)
-    monkeypatch.setattr(row_groups, "_kept", Kept(1))
+    monkeypatch.setattr(row_groups, "_kept", LRUCache(1))
     monkeypatch.setattr(
         pq.ParquetFile,
         "read_row_group",
@@ -158,7 +158,7 @@ def test_a_line_is_parsed_once_for_all_its_images(tmp_path, monkeypatch, format)
 
 
 def test_values_stay_within_their_bound_and_the_longest_unused_go():
-    kept: Kept[str] = Kept(10)
+    kept: LRUCache[str] = LRUCache(10)
     for name in (1, 2, 3, 1, 4, 5):
         kept.get((0, name), lambda name=name: (str(name), 4))
     made = []

@@ -102,7 +102,7 @@ def test_every_record_file_gives_the_same_documents_in_any_order(tmp_path, name)
 @pytest.fixture
 def only_one_kept(monkeypatch):
     """Memory for one row group at a time; and the numbers of those that are decoded."""
-    kept, decoded, read = row_groups.Kept(limit_bytes=1), [], pq.ParquetFile.read_row_group
+    kept, decoded, read = row_groups.LRUCache(limit_bytes=1), [], pq.ParquetFile.read_row_group
     monkeypatch.setattr(row_groups, "_kept", kept)
     monkeypatch.setattr(
         pq.ParquetFile,

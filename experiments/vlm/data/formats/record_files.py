@@ -20,7 +20,7 @@ from experiments.vlm.data.formats.json_index import (
     open_spans,
     parse_object,
 )
-from experiments.vlm.data.formats.kept import Kept
+from experiments.vlm.data.formats.lru_cache import LRUCache
 from experiments.vlm.data.formats.tables import ArrowRecords, ParquetRecords
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.storage.file_cache import FileCache
@@ -102,7 +102,7 @@ def _close(file: int, number: int) -> None:
     _parsed.forget(number)
 
 
-_parsed: Kept[dict[str, Any]] = Kept(PARSED_BYTES)
+_parsed: LRUCache[dict[str, Any]] = LRUCache(PARSED_BYTES)
 _numbers = itertools.count()  # of opened files
 
 

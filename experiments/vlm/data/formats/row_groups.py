@@ -15,7 +15,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from experiments.vlm.data.formats.kept import Kept
+from experiments.vlm.data.formats.lru_cache import LRUCache
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.storage.file_cache import FileCache, origin_of
 from experiments.vlm.data.storage.patience import is_away
@@ -86,5 +86,5 @@ class RowGroups:
                 raise Rejected("shard_unreadable", self._damaged[group]) from error
 
 
-_kept: Kept[pa.Table] = Kept(ROW_GROUP_BYTES)
+_kept: LRUCache[pa.Table] = LRUCache(ROW_GROUP_BYTES)
 _numbers = itertools.count()  # of opened parquet files

@@ -10,7 +10,7 @@ Value = TypeVar("Value")
 Key = tuple[int, int]  # of an opened file, and of something in it
 
 
-class Kept(Generic[Value]):
+class LRUCache(Generic[Value]):
     """Values by their keys, the longest unused thrown out while all together take more than `limit_bytes`,
     and there is more than one. Threads that want the same one at a time wait for the first to make it.
     """
