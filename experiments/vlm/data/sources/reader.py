@@ -35,7 +35,7 @@ class ReadDocument:
     lost: list[Rejected]  # images that the document goes without
 
 
-class Held(NamedTuple):
+class HeldUnit(NamedTuple):
     """A unit in hand: records of it wait, or it is being read, or another slot may have read its shard."""
 
     shard: int  # index in Deal.shards
@@ -65,7 +65,7 @@ class SourceReader:
         self.place = 0
         self.empty_units = 0
         self._order: tuple[int, np.ndarray] | None = None  # of the current unit, by its number
-        self._held: dict[int, Held] = {}  # by the unit's number
+        self._held: dict[int, HeldUnit] = {}  # by the unit's number
 
     @property
     def ended(self) -> bool:
@@ -163,7 +163,7 @@ class SourceReader:
             read += shares[self.unit] * self.place / self._held[self.unit].records
         return read - sum(shares[number] / self._held[number].records for number in waiting)
 
-    def _look(self, number: int) -> Held:
+    def _look(self, number: int) -> HeldUnit:
         """Into the slot's unit of that number."""
         unit = self.deal.unit(self.slot, number)
         assert unit is not None
@@ -171,8 +171,8 @@ class SourceReader:
             path = self.deal.shards[unit.shard]
             content = self.cache.use(self.source, path, lambda shard: (len(shard), shard.checksum))
         except Rejected:
-            return Held(unit.shard, 1, None)
-        return Held(unit.shard, max(1, len(unit.records(content[0]))), content)
+            return HeldUnit(unit.shard, 1, None)
+        return HeldUnit(unit.shard, max(1, len(unit.records(content[0]))), content)
 
     def _records_of(self, unit: Unit, reject: Callable[[Reject], None]) -> np.ndarray:
         """The order of the current unit's records; none, and a reject, if its shard cannot be opened."""

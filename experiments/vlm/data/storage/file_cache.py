@@ -59,7 +59,7 @@ class Held:
         self._unlock()
 
 
-class Kept(NamedTuple):
+class CachedFile(NamedTuple):
     """A file of the folder as it is on the disk."""
 
     used_ns: int
@@ -204,14 +204,14 @@ class FileCache:
                 total -= file.bytes
         return max(0, total - limit)
 
-    def _kept(self) -> list[Kept]:
+    def _kept(self) -> list[CachedFile]:
         kept = []
         for folder in self.folder.glob("??"):
             for path in folder.iterdir():
                 with contextlib.suppress(FileNotFoundError):  # another process throws out too
                     stat = path.stat()
                     on_disk = stat.st_blocks * 512
-                    kept.append(Kept(stat.st_atime_ns, max(stat.st_size, on_disk), on_disk, path))
+                    kept.append(CachedFile(stat.st_atime_ns, max(stat.st_size, on_disk), on_disk, path))
         return kept
 
 
