@@ -36,9 +36,9 @@ from PIL import ExifTags
 from PIL import Image as PILImage
 
 from experiments.vlm.data.jpeg_header import plain_jpeg_size
+from experiments.vlm.data.memory_budget import MemoryBudget
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.rgb import Rgb
-from experiments.vlm.data.room import Room
 
 HEAD_BYTES = 1 << 16  # enough for the header of nearly every JPEG
 # a decoding thread keeps a buffer for images up to here; larger ones allocate their own
@@ -60,7 +60,7 @@ OPENED_FORMATS = sorted(
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 _buffers = threading.local()
-_room = Room(DECODING_BYTES)
+_memory = MemoryBudget(DECODING_BYTES)
 # torch.nn.functional.interpolate(antialias=True), with scales of one's own
 _resample = torch.ops.aten._upsample_bilinear2d_aa
 
@@ -110,7 +110,7 @@ def probe(data: bytes) -> tuple[int, int]:
     if size := plain_jpeg_size(data):
         return size
     image = _open(data)
-    with _room_for(image):  # the orientation of a PNG may stand behind its pixels
+    with _memory_for(image):  # the orientation of a PNG may stand behind its pixels
         turned = _orientation(image, data) >= 5
     return (image.width, image.height) if turned else (image.height, image.width)
 
@@ -139,13 +139,13 @@ def decode(data: bytes, height: int, width: int) -> np.ndarray:
     if plain and (resized := _decode_jpeg(data, plain, (height, width))) is not None:
         return resized
     image = _open(data)
-    with _room_for(image):
+    with _memory_for(image):
         try:
             return _decode_opened(image, data, bool(plain), (height, width))
         except Rejected as rejected:
             why = rejected.reason, rejected.detail
         finally:
-            del image  # before another takes its room
+            del image  # before another takes its memory
     raise Rejected(*why)  # anew: the first one's frames hold the image
 
 
@@ -223,7 +223,7 @@ def _orient(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 def _decode_jpeg(data: bytes, size: tuple[int, int], target: tuple[int, int]) -> np.ndarray | None:
     """None where libjpeg-turbo complains of anything: then Pillow decides."""
-    with _room_for_jpeg(data, size, jpeg_factor(size, target)):
+    with _memory_for_jpeg(data, size, jpeg_factor(size, target)):
         return _decode_fast(data, size, target)
 
 
@@ -261,21 +261,21 @@ def _buffer(size: int) -> np.ndarray:
     return kept[:size]
 
 
-def _room_for(image: PILImage.Image) -> contextlib.AbstractContextManager[None]:
+def _memory_for(image: PILImage.Image) -> contextlib.AbstractContextManager[None]:
     pixels = image.width * image.height
     if pixels < COUNTED_PIXELS:
         return contextlib.nullcontext()
-    return _room.hold(pixels * BYTES_A_PIXEL.get(image.format or "", BYTES_A_PIXEL["other"]))
+    return _memory.hold(pixels * BYTES_A_PIXEL.get(image.format or "", BYTES_A_PIXEL["other"]))
 
 
-def _room_for_jpeg(
+def _memory_for_jpeg(
     data: bytes, size: tuple[int, int], factor: int
 ) -> contextlib.AbstractContextManager[None]:
     """For the fast decoder, which shrinks by `factor`."""
     pixels = size[0] * size[1]
     if pixels < COUNTED_PIXELS:
         return contextlib.nullcontext()
-    return _room.hold(3 * pixels // factor**2 + (6 * pixels if PROGRESSIVE in data else 0))
+    return _memory.hold(3 * pixels // factor**2 + (6 * pixels if PROGRESSIVE in data else 0))
 
 
 def _resize(pixels: np.ndarray, extent: tuple[float, float], target: tuple[int, int]) -> np.ndarray:
