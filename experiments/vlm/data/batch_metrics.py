@@ -5,7 +5,7 @@ A new metric of batches is a row of BATCH_METRICS; the trainer's own (times, mem
 components/metrics.py. What each source gave and what was rejected has names of its own.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,7 @@ from experiments.vlm.batch import Delivered
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.data.rejects import REASONS
 
-Views = Mapping[str, np.ndarray]  # field -> [S], [rows, L, D] or [rows, L, 3]
+Views = dict[str, np.ndarray]  # field -> [S], [rows, L, D] or [rows, L, 3]
 
 
 @dataclass(frozen=True)

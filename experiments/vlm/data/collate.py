@@ -17,15 +17,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from experiments.vlm.batch import FIELDS, IGNORE, Delivered
-from experiments.vlm.data.batch_metrics import count_by_source, count_slot
+from experiments.vlm.data.batch_metrics import Views, count_by_source, count_slot
 from experiments.vlm.data.controls import Painted
 from experiments.vlm.data.image import ImagePlan, decode, write_patches
 from experiments.vlm.data.rejects import Reject, Rejected
 from experiments.vlm.data.sample import PlannedImage
 from experiments.vlm.data.slot import Packed, SlotPlan
 from experiments.vlm.data.sources.shard_cache import Key
-
-Views = dict[str, np.ndarray]  # field -> [S], [rows, L, D] or [rows, L, 3]
 
 
 class Opened(Protocol):

@@ -17,7 +17,7 @@ from experiments.vlm.data.image import decode
 from experiments.vlm.data.rejects import Reject, Rejected
 from experiments.vlm.data.sample import make_sample
 from experiments.vlm.data.slot import SlotSettings
-from experiments.vlm.data.sources.shard_cache import ShardCache, guarded
+from experiments.vlm.data.sources.shard_cache import OpenShard, ShardCache, guarded
 from experiments.vlm.data.split import Splitter
 from experiments.vlm.data.storage.patience import Patience
 from torchtitan.components.tokenizer import Tokenizer
@@ -27,8 +27,6 @@ SHARDS = 8  # that are looked into, spread over all of them
 RECORDS = 1000  # that are tried in these together, spread over each
 UNREADABLE = 64  # shards
 UNREACHED = 64  # records whose address does not answer: each may take data.url_timeout_s
-
-OpenShard = Callable[[int, str], Shard]  # (source, path)
 
 
 class Search:

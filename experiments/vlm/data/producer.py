@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from experiments.vlm.data.collate import Collator, FilledSlot, Views
+from experiments.vlm.data.batch_metrics import Views
+from experiments.vlm.data.collate import Collator, FilledSlot
 from experiments.vlm.data.good_sample import Search
 from experiments.vlm.data.rejects import Reject
 from experiments.vlm.data.report import Tally

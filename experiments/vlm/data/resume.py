@@ -10,21 +10,20 @@ Which rank or worker runs the slot is no part of it, so a run goes on with any n
 
 import json
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypedDict
 
 from experiments.vlm.data.formats.shard import Shard
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.sources.order import Deal
+from experiments.vlm.data.sources.shard_cache import OpenShard
 from experiments.vlm.data.storage.patience import Patience
 from torchtitan.config.errors import ConfigError
 
 MISSING = "not set"
 PREFIX = "slot_"
 OPENED_AT_A_TIME = 8
-
-OpenShard = Callable[[int, str], Shard]  # (source, path); raises Rejected
 
 
 class SlotState(TypedDict):

@@ -11,12 +11,12 @@ from typing import Any
 from experiments.vlm.batch import BatchShape
 from experiments.vlm.config import Source, VLMJobConfig
 from experiments.vlm.data.chat_template import load_chat_template
-from experiments.vlm.data.formats.shard import Shard
 from experiments.vlm.data.image import ImagePlan
 from experiments.vlm.data.packing import Budget
 from experiments.vlm.data.slot import SlotSettings
 from experiments.vlm.data.sources.energon import Split
 from experiments.vlm.data.sources.order import Deal
+from experiments.vlm.data.sources.shard_cache import OpenShard
 from experiments.vlm.data.sources.shards import format_hint, list_shards, open_shard
 from experiments.vlm.model_config import model_config
 from torchtitan.components.tokenizer import Tokenizer
@@ -50,7 +50,7 @@ class Setup:
 
     settings: SlotSettings
     tokenizer: Tokenizer
-    open_shard: Callable[[int, str], Shard]  # (source, path)
+    open_shard: OpenShard
     hint: Callable[[int, str], str]  # (source, path) -> see format_hint
     decode_threads: int
     storage_timeout_s: float

@@ -25,6 +25,8 @@ from torchtitan.tools.logging import logger
 
 T = TypeVar("T")
 Key = tuple[int, str]  # source, path
+# (source, path); raises Rejected, and OSError of a storage that is away
+OpenShard = Callable[[int, str], Shard]
 OPENERS = 32  # threads that open shards ahead: nearly all of their time they wait for the storage
 TOO_MANY_OPEN = (errno.EMFILE, errno.ENFILE)
 
@@ -48,8 +50,8 @@ class ShardCache:
     A shard that cannot be opened is remembered as well; where its storage is away, that is waited for.
     """
 
-    def __init__(self, open_shard: Callable[[int, str], Shard], capacity: int, patience: Patience):
-        self.open_shard = open_shard  # (source, path); raises Rejected, and OSError of a storage that is away
+    def __init__(self, open_shard: OpenShard, capacity: int, patience: Patience):
+        self.open_shard = open_shard
         self.capacity = capacity
         self.patience = patience
         self.kept: OrderedDict[Key, Future[Lease]] = OrderedDict()
