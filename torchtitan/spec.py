@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -50,6 +51,8 @@ class TrainSpec:
     model_config: Callable[[Any], Any]  # (job): a dataclass of sizes, stored with the weights
     # (job, shapes of the whole model's weights): from the files of others, compared with those shapes
     initial_weights: Callable[[Any, Sizes], WeightSource | None]
+    # (job, checkpoint, folder, rank, ranks): the share of a rank in the checkpoint as a Hugging Face folder
+    export: Callable[[Any, Path, Path, int, int], object]
     # (job, layout, tokenizer or None, on a GPU?): bytes of a rank at the peak
     memory: Callable[[Any, Degrees, Any, bool], Memory]
     parallelize: Callable[[Any, Mesh, Any], None]  # (model, mesh, job): in place

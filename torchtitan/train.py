@@ -7,6 +7,7 @@ import dataclasses
 import signal
 import time
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,6 +21,8 @@ from torchtitan.components.curves import draw_curves
 from torchtitan.components.data_report import write_data_report
 from torchtitan.components.dump_folder import begin
 from torchtitan.components.epochs import Epochs
+from torchtitan.components.hf_save import FOLDER as HF_FOLDER
+from torchtitan.components.hf_save import save_in_hf
 from torchtitan.components.loader import Step, Tensors
 from torchtitan.components.metrics import Values
 from torchtitan.components.parameter_groups import peak_rates
@@ -223,10 +226,19 @@ class Trainer:
             self.log_stopped(self.stopped_by)
         elif early:
             logger.info(f"the data ended at step {self.state.step} of {self.job.training.steps}")
+        if self.job.checkpoint.last_save_in_hf and self.stopped_by is None and self.state.step:
+            self.save_in_hf()
         values = self.validate() if self.job.validation.enable and self.stopped_by is None else None
         self.draw_curves()
         if values is not None and self.job.validation.controls:
             self.control(values)
+
+    def save_in_hf(self) -> None:
+        """The last checkpoint, which is complete, as a Hugging Face folder too."""
+        set_timeout(self.job.comm.init_timeout_seconds)  # one rank may write for longer than a step takes
+        step = f"step-{self.state.step}"
+        checkpoint = self.folder / self.job.checkpoint.folder / step
+        save_in_hf(partial(self.run.spec.export, self.job, checkpoint), self.folder / HF_FOLDER / step)
 
     def received_anywhere(self) -> signal.Signals | None:
         """The signal that asks this run to stop, whichever rank received it; all of them ask."""

@@ -21,6 +21,8 @@ COMMANDS = {  # name: (module of this package, what it does)
     "chat": ("chat", "talk to a model in the terminal"),
     "serve": ("serve", "a page to talk to a model, and OpenAI's chat completions"),
     "download": ("download_hf_assets", "fetch weights and tokenizer of a model from the Hugging Face hub"),
+    "to_hf": ("convert_to_hf", "write a checkpoint as a folder that transformers opens"),
+    "from_hf": ("convert_from_hf", "make a checkpoint of Hugging Face folders"),
     "prepare": ("prepare_data", "make shards, with the images inside, from records that name their images"),
 }
 USAGE = "\n".join(

@@ -15,6 +15,7 @@ from experiments.vlm.data.formats import FORMATS
 from experiments.vlm.data.sources.permission import denied
 from experiments.vlm.model.flavors import EncoderConfig, VLMConfig
 from experiments.vlm.model_config import model_config, named_folders, part_folders
+from experiments.vlm.processor import image_processor_config
 from experiments.vlm.world.shards import SPLITS, WORLDS
 from torchtitan.components.checkpoint_folder import find
 from torchtitan.config.check import RANGES as JOB_RANGES
@@ -53,6 +54,8 @@ def check_vlm(job: VLMJobConfig, world_size: int) -> None:
     check_encoder(job, config.encoder, sizes)
     check_decoder(config.decoder, job, sizes, job.parallelism.pipeline_parallel_encoder_stage)
     check_weights(job)
+    if job.checkpoint.last_save_in_hf:
+        image_processor_config(job)  # raises here what it would raise after the last step
     check_sources(job)
 
 

@@ -2,11 +2,20 @@
 
 from pathlib import Path
 
+import torch
+from torch import nn
+
 from experiments.vlm.config import PARTS, VLMJobConfig
 from experiments.vlm.model.hf import left_over, part_rows
 from experiments.vlm.model.hf_config import WHOLE
+from experiments.vlm.model.vlm import VLM
 from experiments.vlm.model_config import model_config, named_folders, part_folders
+from experiments.vlm.vocabulary import rows_of
 from torchtitan.components.checkpoint_read import Sizes
+from torchtitan.components.tokenizer import Tokenizer
+from torchtitan.components.train_state import as_record
+from torchtitan.components.weights import shapes_of
+from torchtitan.models.hf.checkpoint import write_checkpoint
 from torchtitan.models.hf.config_file import read_config
 from torchtitan.models.hf.match import Source, match
 from torchtitan.models.hf.source import FolderSource
@@ -33,6 +42,26 @@ def initial_weights(job: VLMJobConfig, shapes: Sizes) -> FolderSource | None:
         for folder in dict.fromkeys(folders.values())
     ]
     return FolderSource(matched, [part for part in PARTS if part not in folders])
+
+
+def as_checkpoint(job: VLMJobConfig, tokenizer: Tokenizer | None, folder: Path) -> list[str]:
+    """Write the weights that the job starts from, fresh ones too, as a checkpoint into `folder`, which is
+    there. Returns the report. Raises ConfigError as `initial_weights` does.
+    """
+    config = model_config(job)
+    with torch.device("meta"):
+        model = VLM(config, rows_of(job, tokenizer), "sdpa", job.training.loss_chunk_tokens)
+    source = initial_weights(job, shapes_of(model))
+    assert source is not None, "the command asks for folders"
+    fresh = {name: p for name, p in model.named_parameters() if name not in source.names}
+    for name, parameter in fresh.items():
+        module, _, own = name.rpartition(".")
+        fresh[name] = nn.Parameter(torch.empty(parameter.shape))
+        setattr(model.get_submodule(module), own, fresh[name])
+    model.init_weights(job.debug.seed, without=source.names)
+    values = {name: parameter.detach() for name, parameter in fresh.items()}
+    write_checkpoint(source, values, as_record(config), folder)
+    return source.report()
 
 
 def source_of(folder: Path, parts: list[str], tied: bool) -> Source:

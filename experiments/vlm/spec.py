@@ -10,6 +10,7 @@ from experiments.vlm.data.controls import CONTROLS
 from experiments.vlm.data.loader import Loader
 from experiments.vlm.data.setup import sources_of
 from experiments.vlm.estimate import estimate
+from experiments.vlm.export import export
 from experiments.vlm.flops import count_flops
 from experiments.vlm.initial_weights import initial_weights
 from experiments.vlm.model.vlm import VLM
@@ -77,6 +78,7 @@ SPEC = TrainSpec(
     load_tokenizer=open_tokenizer,
     model_config=model_config,
     initial_weights=initial_weights,
+    export=export,
     build_model=build_vlm,
     memory=memory,
     parallelize=parallelize_vlm,

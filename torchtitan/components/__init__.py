@@ -6,6 +6,7 @@ data         loader (what the trainer asks of one), tokenizer, tokenizer_files, 
 figures      metrics (what a step measures), sinks (metrics.jsonl, TensorBoard, wandb), curves, flops
 validation   held-out loss, and the share of documents whose every token is right
 checkpoints  checkpoint, train_state (what it holds), checkpoint_folder (how it lies on the disk),
-             checkpoint_read (what one says of itself), weights (of a model on ranks, and their sources)
+             checkpoint_read (what one says of itself), weights (of a model on ranks, and their sources),
+             hf_save (the last one as a Hugging Face folder)
 launches     dump_folder (a folder used again), saved_config, numbered, room (does the job fit this machine)
 """

@@ -13,6 +13,7 @@ from typing import Any
 from torchtitan.components.checkpoint_folder import complete_steps, find, read_record
 from torchtitan.components.curves import CURVES
 from torchtitan.components.data_report import REPORT
+from torchtitan.components.hf_save import FOLDER as HF_FOLDER
 from torchtitan.components.numbered import next_number
 from torchtitan.components.saved_config import LAUNCHES, NEWEST, Change, changes, read_config
 from torchtitan.components.sinks import HISTORY
@@ -23,7 +24,7 @@ from torchtitan.distributed.process_group import TRACES
 from torchtitan.tools.logging import logger
 
 PREVIOUS = "previous"
-FILES = (HISTORY, REPORT, CURVES, NEWEST, LAUNCHES, "rejects", TRACES)
+FILES = (HISTORY, REPORT, CURVES, NEWEST, LAUNCHES, "rejects", TRACES, HF_FOLDER)
 FOLDERS = ("metrics.save_tb_folder", "profiling.save_traces_folder", "profiling.save_memory_snapshot_folder")
 # Sections that say how a run is watched, saved or spread over ranks, not what it learns.
 NOT_LEARNT = (

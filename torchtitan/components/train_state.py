@@ -58,7 +58,7 @@ class TrainState:
             "lr_scheduler": self.schedule.state_dict(),
             "global_batch_size": self.global_batch_size,
             "model_only": model_only,
-            **({"model": _without_none(asdict(self.model_config))} if self.model_config else {}),
+            **({"model": as_record(self.model_config)} if self.model_config else {}),
         }
 
     def model(self) -> dict[str, Tensor]:
@@ -131,13 +131,13 @@ class TrainState:
                 (torch.cuda.set_rng_state if name.endswith("cuda") else torch.set_rng_state)(tensor)
 
 
-def _without_none(values: dict[str, Any]) -> dict[str, Any]:
-    """As a table of options has it: what is None is not there."""
-    return {
-        name: _without_none(value) if isinstance(value, dict) else value
-        for name, value in values.items()
-        if value is not None
-    }
+def as_record(sizes: Any) -> dict[str, Any]:
+    """A dataclass as JSON holds it and a table of options is read: what is None is not there."""
+
+    def there(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {name: value for name, value in pairs if value is not None}
+
+    return asdict(sizes, dict_factory=there)
 
 
 def _check_position(names: list[str], stored: Sizes) -> None:

@@ -190,7 +190,8 @@ def check_loading(job: JobConfig) -> None:
             f"checkpoint.exclude_from_loading = {name}: is no part{did_you_mean(name, NOT_LOADED)}",
         )
     require(c.enable or c.load_step == -1, f"checkpoint.load_step = {c.load_step} needs checkpoint.enable")
-    require(c.enable or not c.last_save_model_only, "checkpoint.last_save_model_only needs checkpoint.enable")
+    for key in ("last_save_model_only", "last_save_in_hf"):
+        require(c.enable or not getattr(c, key), f"checkpoint.{key} needs checkpoint.enable")
     v = job.validation
     require(v.enable or not v.controls, "validation.controls needs validation.enable")
 

@@ -6,6 +6,8 @@ folder             the files of a folder, with and without an index
 match              which tensor of a folder is which of a model, and what is missing or left over
 tensors            rows of tensors, read by the ranks that need them
 source             folders as the source of a model's weights
+checkpoint         folders as a training checkpoint
+export             a training checkpoint as a folder
 
 The first three import no torch.
 

@@ -37,11 +37,6 @@ class StoredTensor:
     begin: int  # its first byte in the file
 
     @property
-    def bytes(self) -> int:
-        """Bytes of the tensor in the file."""
-        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
-
-    @property
     def row_bytes(self) -> int:
         """Of a row along dim 0; a number alone is its own row."""
         return math.prod(self.shape[1:]) * DTYPE_BYTES[self.dtype]

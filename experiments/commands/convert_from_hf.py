@@ -1,0 +1,74 @@
+"""Make a checkpoint of Hugging Face folders, which checkpoint.initial_load_path takes.
+
+    torchtitan-vlm from_hf --hf assets/my-vlm --out checkpoints/my-vlm
+    torchtitan-vlm from_hf --encoder assets/siglip2-base --decoder assets/Qwen3-0.6B --out checkpoints/start
+
+The second makes a fresh projector. A run reads folders by itself too (checkpoint.initial_load_in_hf). Weights
+keep the dtypes of their files. `--list` says what can be read.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from experiments.__main__ import CONFIG_CLASSES
+from experiments.vlm.config import VLMJobConfig
+from experiments.vlm.model.hf_config import TOWERS, WHOLE
+from torchtitan.components.tokenizer import load_tokenizer
+from torchtitan.config.errors import require
+from torchtitan.config.parse import parse_script
+from torchtitan.models.decoder.hf_config import FAMILIES
+from torchtitan.tools.disk import require_writable
+from torchtitan.tools.logging import init_logger
+
+READ = f"""model_type of config.json:
+  {WHOLE:22s} the whole model, with one of the decoders below
+  {", ".join(kind for kind in TOWERS if kind != WHOLE)}: an encoder
+  {", ".join(FAMILIES)}: a decoder
+weights: *.safetensors, with an index or without"""
+
+
+@dataclass
+class Options:
+    """Which folders, and where to."""
+
+    hf: str = ""  # a folder of the whole model, or of a part
+    encoder: str = ""  # a folder for the encoder, in place of what --hf holds
+    decoder: str = ""  # the same for the decoder
+    # enlarge the vocabulary to that of this tokenizer; the new rows start as the mean of the others
+    tokenizer: str = ""
+    out: str = ""  # a folder that is not there yet
+    list: bool = False  # say what can be read, and read nothing
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command. Raises UserError."""
+    init_logger()
+    options, job = parse_script(argv, Options, CONFIG_CLASSES, __doc__ or "")
+    if options.list:
+        print(READ)
+        return 0
+    assert isinstance(job, VLMJobConfig)
+    c = job.checkpoint
+    c.enable, c.initial_load_in_hf = False, True
+    c.initial_load_path, c.initial_load_encoder_path = options.hf, options.encoder
+    c.initial_load_decoder_path = options.decoder
+    named = options.hf or options.encoder or options.decoder
+    require(bool(named), "--hf is missing: which folder is to be read?")
+    require(bool(options.out), "--out is missing: which folder is to be written?")
+    out = Path(options.out)
+    require(not out.exists(), f"--out = {out}: is there already; give another folder, or delete it")
+    require_writable(out.absolute().parent, "--out")
+    with tempfile.TemporaryDirectory(prefix=out.name + ".", dir=out.absolute().parent) as folder:
+        half = Path(folder) / "half"
+        half.mkdir()
+        from experiments.vlm.initial_weights import as_checkpoint
+
+        tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else None
+        for line in as_checkpoint(job, tokenizer, half):
+            print(line)
+        shutil.move(half, out)
+    print(f"train from it: --checkpoint.initial_load_path {out}")
+    return 0

@@ -1,0 +1,106 @@
+"""Write a checkpoint as a folder that transformers opens: the whole model, or one of its towers.
+
+    torchtitan-vlm to_hf --job.dump_folder outputs/vlm --checkpoint step-20000 --out vlm-hf --dtype bfloat16
+    torchtitan-vlm to_hf --job.dump_folder outputs/vlm --checkpoint step-20000 --out siglip --part encoder
+
+The job is that of the dump folder's config.toml, unless --job.config_file names one. Memory holds one tensor
+at a time. `--list` says what can be written.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from experiments.__main__ import CONFIG_CLASSES
+from experiments.vlm.config import VLMJobConfig
+from torchtitan.components.checkpoint_folder import RECORD, complete_steps
+from torchtitan.components.saved_config import NEWEST
+from torchtitan.config.check import is_allowed
+from torchtitan.config.errors import require
+from torchtitan.config.parse import parse_script
+from torchtitan.models.decoder.hf_config import FAMILIES
+from torchtitan.tools.disk import require_writable
+from torchtitan.tools.logging import init_logger
+
+WRITTEN = f"""all       Lfm2VlForConditionalGeneration, with one of the decoders below, and its processor
+encoder   Siglip2VisionModel (any size of image), SiglipVisionModel (one size), without pooling head
+decoder   {", ".join(family.architecture for family in FAMILIES.values())}, with its tokenizer"""
+
+
+@dataclass
+class Options:
+    """Which checkpoint, what of it, and where to."""
+
+    checkpoint: str = ""  # step-N of the job's checkpoints, or the path of one; empty: the latest
+    out: str = ""  # a folder that is not there yet
+    part: Literal["all", "encoder", "decoder"] = "all"  # what is written
+    # of the weights; stored: as in the checkpoint, float32 after training
+    dtype: Literal["stored", "float32", "bfloat16", "float16"] = "stored"
+    shard_gb: float = 5.0  # of a file, at most, where no tensor is larger
+    list: bool = False  # say what can be written, and write nothing
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command. Raises UserError."""
+    init_logger()
+    options, job = parse_script(argv, Options, CONFIG_CLASSES, __doc__ or "")
+    if options.list:
+        print(WRITTEN)
+        return 0
+    saved = Path(job.job.dump_folder) / NEWEST
+    if job.job.config_file is None and saved.is_file():
+        argv = ["--job.config_file", str(saved), "--job.dump_folder", job.job.dump_folder, *argv]
+        options, job = parse_script(argv, Options, CONFIG_CLASSES)
+    assert isinstance(job, VLMJobConfig)
+    require(bool(options.out), "--out is missing: which folder is to be written?")
+    require(is_allowed(options.shard_gb, "> 0"), f"--shard_gb {options.shard_gb}: must be > 0")
+    out = Path(options.out)
+    require(not out.exists(), f"--out = {out}: is there already; give another folder, or delete it")
+    checkpoint = find_checkpoint(job, options.checkpoint)
+    require_writable(out.absolute().parent, "--out")
+    # Half a folder never bears the name of a whole one.
+    with tempfile.TemporaryDirectory(prefix=out.name + ".", dir=out.absolute().parent) as folder:
+        half = Path(folder) / "half"
+        half.mkdir()
+        write(job, checkpoint, half, options)
+        shutil.move(half, out)
+    print(f"{out}: {options.part} of {checkpoint}")
+    print(f"open it: {OPENED[options.part]}.from_pretrained({str(out)!r})")
+    return 0
+
+
+OPENED = {
+    "all": "AutoModelForImageTextToText",
+    "encoder": "AutoModel",
+    "decoder": "AutoModelForCausalLM",
+}
+
+
+def write(job: VLMJobConfig, checkpoint: Path, folder: Path, options: Options) -> None:
+    """Write and say how many tensors of what size they are."""
+    import torch
+
+    from experiments.vlm.export import export
+
+    dtype = None if options.dtype == "stored" else getattr(torch, options.dtype)
+    made = export(job, checkpoint, folder, part=options.part, dtype=dtype, shard_gb=options.shard_gb)
+    files, size = list(folder.glob("*.safetensors")), sum(tensor.size for tensor in made.tensors.values())
+    print(f"{len(made.tensors)} tensors, {size:,} bytes in {len(files)} files")
+
+
+def find_checkpoint(job: VLMJobConfig, name: str) -> Path:
+    """The checkpoint, which from then on says what model the job has. Raises ConfigError."""
+    folder, c = Path(job.job.dump_folder) / job.checkpoint.folder, job.checkpoint
+    steps = complete_steps(folder)
+    path = folder / (name or f"step-{steps[-1] if steps else 0}")
+    if name and not (path / RECORD).is_file():
+        path = Path(name)
+    known = ", ".join(f"step-{step}" for step in steps) or "none"
+    require((path / RECORD).is_file(), f"--checkpoint {name}: no complete checkpoint; in {folder}: {known}")
+    c.enable = c.initial_load_in_hf = False
+    c.initial_load_encoder_path = c.initial_load_decoder_path = ""
+    c.initial_load_path = str(path)
+    return path

@@ -1,0 +1,14 @@
+"""Write a checkpoint as a folder that transformers opens.
+
+The command `torchtitan-vlm to_hf` of a checkout: --help lists its options.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from experiments.commands import main  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(main(["to_hf", *sys.argv[1:]]))
