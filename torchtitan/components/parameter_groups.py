@@ -34,7 +34,7 @@ class Setting:
 
 
 def setting_of(options: Optimizer, group: ParameterGroup | None = None) -> Setting:
-    """Of a group, before its layer-wise decay; of what no group has."""
+    """The setting of a group, before its layer-wise decay; without a group, that of the other parameters."""
     own = Setting(options.lr, options.muon_lr, options.weight_decay)
     if group is None:
         return own

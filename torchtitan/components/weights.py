@@ -49,7 +49,7 @@ class CheckpointSource:
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Of a whole model, on any device; weights that are one are there once, under the name that is stored."""
+    """Shapes of a whole model's weights, on any device; tied ones are there once, under the stored name."""
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 c10d = torch.ops._c10d_functional
 
-# Of the bytes that a rank gives to a collective of n ranks, how many times as many it sends.
+# Bytes that a rank sends, for each that it gives to a collective of n ranks.
 SENT: dict[Any, tuple[str, Callable[[int], float]]] = {
     c10d.all_gather_into_tensor.default: ("all-gather", lambda n: n - 1),
     c10d.reduce_scatter_tensor.default: ("reduce-scatter", lambda n: 1 - 1 / n),

@@ -33,7 +33,7 @@ class Transform(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Of a tensor's rows the part `number` of `of`: equal ones, or where `first` is given from there to
+    """Part `number` of `of` equal parts of a tensor's rows, or where `first` is given those from there to
     `last`.
     """
 
@@ -43,7 +43,7 @@ class Part(NamedTuple):
     last: int | None = None  # None: to the end
 
     def rows(self, size: int) -> range:
-        """Of a tensor with `size` rows."""
+        """Which rows of a tensor of `size` rows."""
         if self.first is not None:
             return range(self.first, size if self.last is None else self.last)
         return range(self.number * size // self.of, (self.number + 1) * size // self.of)

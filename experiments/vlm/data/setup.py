@@ -113,7 +113,7 @@ def dealing(setup: Setup, deals: Sequence[Deal]) -> Setup:
 
 
 def shape_of(settings: SlotSettings, slots: int) -> BatchShape:
-    """Of a batch of so many slots."""
+    """The sizes of a batch of so many slots."""
     budget = settings.budget
     return BatchShape(
         slots, budget.seq_len, budget.patch_rows, budget.patches_per_row, settings.plan.patch_size
@@ -144,7 +144,7 @@ def make_deal(source: Source, job: VLMJobConfig, slots: int, held_out: bool, sha
 
 
 def _hint(sources: list[Source], job: VLMJobConfig, source: int, path: str) -> str:
-    """Of a shard of a source: see format_hint."""
+    """A hint on the format of a shard: see format_hint."""
     return format_hint(path, sources[source], job.data)
 
 

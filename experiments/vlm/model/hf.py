@@ -89,7 +89,7 @@ OF_PARTS = {
 
 
 def left_over(parts: Iterable[str]) -> dict[str, str]:
-    """Of a file of which these parts are taken: pattern -> why its tensors are no loss."""
+    """What a file of which these parts are taken has besides: pattern -> why those tensors are no loss."""
     taken = set(parts)
     reasons = {pattern: why for part in sorted(taken) for pattern, why in LEFT_OVER[part].items()}
     others = {

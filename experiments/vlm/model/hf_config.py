@@ -22,7 +22,7 @@ TOWERS = {"siglip2": NAFLEX, "siglip": FIXED, WHOLE: NAFLEX, NAFLEX: None, FIXED
 
 
 def encoder_config(file: ConfigFile) -> EncoderConfig:
-    """Of a tower, or of the tower of a larger model. Raises ConfigError for what the encoder is not."""
+    """A tower's sizes, or those of a larger model's tower. Raises ConfigError for what the encoder is not."""
     kind = file.model_type
     require(
         kind in TOWERS,
@@ -58,7 +58,7 @@ def encoder_config(file: ConfigFile) -> EncoderConfig:
 
 
 def decoder_config(file: ConfigFile) -> decoder.DecoderConfig:
-    """Of a causal language model, or of the one inside the whole model. Raises ConfigError."""
+    """Sizes of a causal language model, or of the one inside the whole model. Raises ConfigError."""
     if file.model_type != WHOLE:
         return decoder.decoder_config(file)
     text = file.section("text_config")
@@ -69,7 +69,7 @@ def decoder_config(file: ConfigFile) -> decoder.DecoderConfig:
 
 
 def projector_config(file: ConfigFile) -> ProjectorConfig:
-    """Of the one inside the whole model. Raises ConfigError."""
+    """Sizes of the projector inside the whole model. Raises ConfigError."""
     file.refuse_all_but("projector_hidden_act", "gelu")
     file.refuse_all_but("projector_bias", True)
     return ProjectorConfig(
@@ -80,7 +80,7 @@ def projector_config(file: ConfigFile) -> ProjectorConfig:
 
 
 def vlm_config(file: ConfigFile) -> VLMConfig:
-    """Of a whole model. Raises ConfigError."""
+    """Sizes of a whole model. Raises ConfigError."""
     return VLMConfig(encoder_config(file), projector_config(file), decoder_config(file))
 
 

@@ -55,7 +55,7 @@ class Fetches:
             raise Stopped
 
     def stop(self) -> None:
-        """From the loop's thread. Who only waits goes home; who is on the wire finishes."""
+        """From the loop's thread. Fetches that only wait are cancelled; those on the wire finish."""
         self.client.stopping = True
         for task in self._tasks - self.client.in_flight:
             task.cancel()

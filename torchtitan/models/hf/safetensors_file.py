@@ -38,7 +38,7 @@ class StoredTensor:
 
     @property
     def row_bytes(self) -> int:
-        """Of a row along dim 0; a number alone is its own row."""
+        """Bytes of a row along dim 0; a number alone is its own row."""
         return math.prod(self.shape[1:]) * DTYPE_BYTES[self.dtype]
 
     def __str__(self) -> str:

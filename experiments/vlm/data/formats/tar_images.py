@@ -88,7 +88,7 @@ class SampleImages:
         return PageOf(self.tiff, pages[number])
 
     def _pages_left(self, used: Sequence[Any]) -> Iterator[str]:
-        """Of a TIFF that is used: its pages that are not. By itself a TIFF shows its first page."""
+        """The unused pages of a TIFF that is used. By itself a TIFF shows its first page."""
         shown = {value.page for value in used if isinstance(value, PageOf)}
         if self.tiff is None or not (shown or self.tiff in used):
             return

@@ -40,7 +40,7 @@ def is_tiff(extension: str) -> bool:
 
 
 def pages(read: Read) -> list[Page]:
-    """Of the TIFF whose bytes `read` gives. Raises Rejected where it is none, or its pages lead astray."""
+    """The pages of the TIFF whose bytes `read` gives. Raises Rejected where it is none or leads astray."""
     layout = _layout(read(0, 4))
     place = layout.number(read(layout.offset, layout.offset))
     found: list[Page] = []

@@ -146,7 +146,7 @@ class SourceReader:
         self._held = {number: self._held.get(number) or self._look(number) for number in needed}
 
     def contents(self) -> dict[int, tuple[int, int]]:
-        """Of the shards in hand, by index: records and checksum. What a run that goes on relies on."""
+        """Records and checksum of the shards in hand, by index. What a run that goes on relies on."""
         return {held.shard: held.content for held in self._held.values() if held.content}
 
     def epochs(self, waiting: Sequence[int]) -> float:
