@@ -22,7 +22,7 @@ from tests.reference.models import ENCODER, LLAMA, QWEN2, QWEN3
 from tests.unit.test_hf_import import DECODERS, job_of, load
 from tests.unit.test_vlm import inputs_alone, sizes_of
 from torchtitan.components.train_state import as_record
-from torchtitan.components.weights import CheckpointSource, fill, to_empty, shapes_of
+from torchtitan.components.weights import CheckpointSource, fill, shapes_of, to_empty
 
 WHOLE = {"llama": LLAMA, "qwen2": QWEN2, "qwen3": QWEN3}
 
