@@ -30,14 +30,25 @@ from experiments.vlm.data.formats.shard import Shard, ShardFile, first_records
 from experiments.vlm.data.formats.shard import open_shard as open_file
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.sources.energon import Split, of_split, of_split_above
-from experiments.vlm.data.sources.permission import denied
+from experiments.vlm.data.sources.walk import (
+    FILE,
+    FOLDER,
+    Local,
+    Remote,
+    local_files,
+    local_glob,
+    remote_files,
+    remote_glob,
+)
 from experiments.vlm.data.storage.file_cache import FileCache, Held, file_cache, origin_of
-from experiments.vlm.data.storage.patience import Away, is_away, remote
+from experiments.vlm.data.storage.patience import Away, Patience, is_away, remote
 from experiments.vlm.data.storage.unpack import damage_of, is_packed, note_damage, unpack
 from experiments.vlm.world import ensure
 from torchtitan.config.errors import ConfigError
 
 HUB = "hf://datasets/"
+# that a wrong path leads to, or a client that is not installed; all else the storage may mend
+MISTAKES = (FileNotFoundError, NotADirectoryError, ImportError, ValueError, TypeError, NotImplementedError)
 EMBEDDED = "embedded:"
 CHUNK_BYTES = 1 << 20
 # what `datasets` writes next to its data
@@ -47,12 +58,10 @@ NOT_RECORDS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "
 def list_shards(path: str, format: str, data: Data, split: Split = "train") -> list[str]:
     """The shards of a source, sorted. A shard that a range names may be missing: opening it fails.
 
-    Raises ConfigError where there is none.
+    Raises ConfigError where there is none, StorageError where the storage stays away.
     """
-    suffixes = FORMATS[format].suffixes
-    found = match_files(_resolve(path, data), suffixes, split)
-    if not found and (unreadable := denied(path)):
-        raise ConfigError(f"{path}: permission denied: {unreadable}")
+    suffixes, place = FORMATS[format].suffixes, _resolve(path, data)
+    found = Patience(data.storage_timeout_s).insist(path, lambda: match_files(place, suffixes, split))
     if not found:
         raise ConfigError(
             f"{path}: no shard of format {format} ({', '.join(suffixes)}) there{_others(path, data)}; looked "
@@ -168,46 +177,35 @@ def _expand(path: str) -> list[str]:
 def _match(pattern: str, suffixes: tuple[str, ...], split: Split | None) -> list[str]:
     if "://" in pattern:
         return _match_remote(pattern, suffixes, split)
-    if os.path.isdir(pattern):
-        found = _of_folder(_below(pattern), pattern, suffixes, split)
-        return of_split_above(pattern, found, split) if split else found
-    if glob.has_magic(pattern) and not os.path.exists(pattern):
-        return [file for file in glob.glob(pattern, recursive=True) if os.path.isfile(file)]
-    return [pattern]
-
-
-def _below(folder: str) -> list[str]:
-    """All files in it and its folders. Raises ConfigError where one may not be read."""
-
-    def refuse(error: OSError) -> None:
-        raise ConfigError(f"{folder}: {(error.strerror or str(error)).lower()}: {error.filename}") from error
-
-    walk = os.walk(Path(folder), onerror=refuse)
-    return [
-        file
-        for place, _, names in walk
-        for name in names
-        if os.path.isfile(file := os.path.join(place, name))
-    ]
+    try:
+        kind = Local().kind(pattern)
+        if kind == FOLDER:
+            found = _of_folder(local_files(pattern), pattern, suffixes, split)
+            return of_split_above(pattern, found, split) if split else found
+        return local_glob(pattern) if glob.has_magic(pattern) and kind != FILE else [pattern]
+    except PermissionError as error:  # that waiting for does not mend
+        raise ConfigError(f"{pattern}: permission denied: {error.filename}") from error
 
 
 def _match_remote(pattern: str, suffixes: tuple[str, ...], split: Split | None) -> list[str]:
     try:
         system, path = fsspec.core.url_to_fs(pattern)
         if glob.has_magic(path):
-            return [system.unstrip_protocol(file) for file in system.glob(path)]
-        if pattern.startswith(("http://", "https://")) or not system.isdir(path):
+            return [system.unstrip_protocol(file) for file in remote_glob(system, path)]
+        if pattern.startswith(("http://", "https://")) or Remote(system).kind(path) != FOLDER:
             return [pattern]
         files = _of_folder(
-            [system.unstrip_protocol(file) for file in system.find(path)],
+            [system.unstrip_protocol(file) for file in remote_files(system, path)],
             system.unstrip_protocol(path),
             suffixes,
             split,
         )
     except ConfigError:
         raise
-    except Exception as error:  # clients of remote systems raise kinds of their own
+    except MISTAKES as error:
         raise ConfigError(f"{pattern}: {_unlisted(pattern, error)}") from error
+    except Exception as error:  # clients of remote systems raise kinds of their own
+        raise Away(_unlisted(pattern, error)) from error
     is_whole_data_set = pattern.startswith(HUB) and pattern.removeprefix(HUB).count("/") == 1
     return (
         [file for file in files if "train" in file.removeprefix(pattern)] or files
