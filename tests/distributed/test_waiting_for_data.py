@@ -1,8 +1,10 @@
 """Ranks wait for one whose storage is away, and stop with it where it stays away."""
 
 import dataclasses
+import time
 from pathlib import Path
 
+import pytest
 import torch.distributed as dist
 
 from tests.reference.small_run import CPU, SMALL, DrawnLoader, job_of
@@ -39,6 +41,34 @@ def test_those_who_have_data_wait_with_those_who_do_not_know_yet(pool):
 
 def test_an_error_of_one_rank_is_raised_on_all(pool):
     assert pool.run(2, error_of_two) == ["a.tar: away"] * 2
+
+
+def results_of_two(slow_rank: int, fails: bool) -> tuple[str, int]:
+    """What each rank's work gives, where one works until the other has waited for it three times."""
+    waited, true_agree = [], collectives.agree_on_data
+    collectives.STILL_WAITING_S = 0.01
+    collectives.agree_on_data = lambda *answer: waited.append(answer[0]) or true_agree(*answer)  # type: ignore
+    rank = dist.get_rank()
+
+    def work() -> str:
+        while rank == slow_rank and waited.count(None) < 3:
+            time.sleep(0.01)
+        if rank == slow_rank and fails:
+            raise StorageError("a.tar: away")
+        return f"rank {rank}"
+
+    try:
+        return collectives.wait_together(work), waited.count(None)
+    except StorageError as error:
+        return str(error), waited.count(None)
+
+
+@pytest.mark.parametrize("slow", [0, 1])
+@pytest.mark.parametrize("fails", [False, True])
+def test_ranks_wait_with_the_slowest_and_fail_with_it(pool, slow, fails):
+    results = pool.run(2, results_of_two, slow, fails)
+    assert [result for result, _ in results] == (["a.tar: away"] * 2 if fails else ["rank 0", "rank 1"])
+    assert results[slow][1] >= 3
 
 
 class AwayLoader(DrawnLoader):

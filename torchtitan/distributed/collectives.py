@@ -1,6 +1,7 @@
 """Small sums over ranks, of host numbers and a scalar of the device, and what one rank decides for all."""
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TypeVar
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torchtitan.config.errors import UserError
 
 T = TypeVar("T")
+STILL_WAITING_S = 5.0  # between two words of a rank that waits
 
 
 def sum_over_hosts(values: Mapping[str, float]) -> dict[str, float]:
@@ -42,6 +44,19 @@ def agree_on_data(has_data: bool | None, error: UserError | None = None) -> bool
             raise first_error(error)
         if has_data is None or not total["waits"]:
             return total["data"] > 0
+
+
+def wait_together(work: Callable[[], T]) -> T:
+    """What `work` returns, on a rank where it may wait longer for its storage than a collective may take; all
+    ranks call it, and wait with the slowest. Raises on all the UserError that it raises on one.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        done = thread.submit(work)
+        while not wait([done], STILL_WAITING_S).done:
+            agree_on_data(None)
+    error = done.exception()
+    agree_on_data(True, error if isinstance(error, UserError) else None)
+    return done.result()
 
 
 def first_error(error: UserError | None) -> UserError:

@@ -124,7 +124,7 @@ class Loader:
             if job.validation.enable:
                 shards = shards_of(job, "validation", self.ranks)
                 setups.append(make_setup(job, tokenizer, "validation", total, shards=shards))
-            self._require_good_samples(setups)
+            self.ranks.patiently(lambda: self._require_good_samples(setups if self.reads else []))
         # The controls show the samples of a validation again: what is wrong with them has been logged.
         folder = Path(job.job.dump_folder) / "rejects" if job.job.dump_folder else None
         self.log = RejectLog(folder, rank) if control is None else None
@@ -136,17 +136,12 @@ class Loader:
         self.told_of_addresses = False
 
     def _require_good_samples(self, setups: list[Setup]) -> None:
-        """Raises the UserError of any rank on all of them."""
+        """Raises DataError for a source without."""
         patience = Patience(self.job.data.storage_timeout_s)
-        failed: UserError | None = None
-        try:
-            for setup in setups if self.reads else ():
-                slot, hint = self.slots.start, setup.hint
-                require_good_samples(setup.settings, setup.tokenizer, setup.open_shard, patience, slot, hint)
-        except UserError as error:
-            failed = type(error)(str(error))
-        for of_a_rank in filter(None, self.ranks.from_all(failed)):
-            raise of_a_rank
+        for setup in setups:
+            require_good_samples(
+                setup.settings, setup.tokenizer, setup.open_shard, patience, self.slots.start, setup.hint
+            )
 
     def __iter__(self) -> "Loader":
         return self
@@ -246,10 +241,11 @@ class Loader:
         """What has changed, for this rank's slots or others'."""
         setup = dealing(self.setup, continued.then)
         changes = continued.changes + changes_of(entries, self.slots, order_facts(self.job, setup))
-        if not changes:
-            patience = Patience(self.job.data.storage_timeout_s)
-            slots = self.slots if self.reads else range(0)
-            changes = changed_shards(entries, slots, continued.then, setup.open_shard, patience)
+        patience = Patience(self.job.data.storage_timeout_s)
+        slots = self.slots if self.reads and not changes else range(0)
+        changes += self.ranks.patiently(
+            lambda: changed_shards(entries, slots, continued.then, setup.open_shard, patience)
+        )
         return list(dict.fromkeys(change for of_rank in self.ranks.from_all(changes) for change in of_rank))
 
     def slot_keys(self) -> list[str]:

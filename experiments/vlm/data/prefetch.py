@@ -24,9 +24,9 @@ from experiments.vlm.data.resume import SlotState
 from experiments.vlm.data.setup import Setup
 from experiments.vlm.data.shared_memory import Arrays, Buffers, slot_views
 from experiments.vlm.data.workers import Assignment, Worker, close_all
+from torchtitan.distributed.collectives import STILL_WAITING_S
 
 KEPT = 2  # steps that hold after they were given: the one in use, and the one before it
-WAIT_S = 5.0  # between two words to the other ranks, which wait no longer than comm.train_timeout_seconds
 READY = 1  # pinned steps that wait, besides the one that PinMemory's own thread has made
 
 # A step: its fields with all slots of the rank, and a SlotStep for each slot in order.
@@ -184,7 +184,7 @@ class Supply:
         if self.still_waiting is None:
             return next(self.node)
         pulled = self.puller.submit(next, self.node)
-        while not wait([pulled], WAIT_S).done:
+        while not wait([pulled], STILL_WAITING_S).done:
             self.still_waiting()
         return pulled.result()
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from experiments.vlm.config import Source, VLMJobConfig
 from experiments.vlm.data.setup import Shards, Split, sources_of
 from experiments.vlm.data.sources.shards import EMBEDDED, list_shards
-from torchtitan.distributed.collectives import from_all_ranks, from_first_rank
+from torchtitan.distributed.collectives import from_all_ranks, from_first_rank, wait_together
 
 T = TypeVar("T")
 
@@ -24,8 +24,15 @@ class Ranks:
         self.together = together and dist.is_initialized() and dist.get_world_size() > 1
 
     def from_first(self, decide: Callable[[], T]) -> T:
-        """What rank 0 decides. Raises the UserError that it raises."""
-        return from_first_rank(decide) if self.together else decide()
+        """What rank 0 decides, however long its storage lets it wait. Raises the UserError that it raises."""
+        if not self.together:
+            return decide()
+        decided = wait_together(lambda: [decide()] if dist.get_rank() == 0 else [])
+        return from_first_rank(lambda: decided[0])
+
+    def patiently(self, work: Callable[[], T]) -> T:
+        """What `work` returns on this rank, however long the storage of any rank lets it wait."""
+        return wait_together(work) if self.together else work()
 
     def from_all(self, value: T) -> list[T]:
         """The values of all ranks, in their order."""

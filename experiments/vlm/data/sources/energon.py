@@ -17,6 +17,7 @@ import fsspec
 import yaml
 from braceexpand import braceexpand
 
+from experiments.vlm.data.sources.walk import FILE, Local
 from torchtitan.config.errors import ConfigError
 from torchtitan.tools.logging import logger
 
@@ -44,7 +45,7 @@ def of_split_above(folder: str, shards: list[str], split: Split) -> list[str]:
     """Of shards in a local folder those of the split of a folder that it is in."""
     for parent in Path(folder).absolute().parents[:LEVELS]:
         for name in FILES:
-            if os.path.isfile(f"{parent}{name}"):
+            if Local().kind(f"{parent}{name}") == FILE:
                 chosen = set(_shards(f"{parent}/", f"{parent}{name}", split))
                 return [shard for shard in shards if os.path.abspath(shard) in chosen]
     return shards
