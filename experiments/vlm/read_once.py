@@ -39,10 +39,10 @@ class ReadOnce:
 
     def share(self, batches: Sequence[Batch] | None) -> list[Batch]:
         """The leader's batches on all of them; None from the others."""
-        told = self.group.from_leader(
+        shared = self.group.from_leader(
             [Batch({}, batch.counts, batch.samples, batch.epochs) for batch in batches] if batches else None
         )
-        tensors = [batch.tensors for batch in batches] if batches else [self._empty() for _ in told]
+        tensors = [batch.tensors for batch in batches] if batches else [self._empty() for _ in shared]
         self.group.copy_from_leader(
             [tensor for fields in tensors for name, tensor in fields.items() if name != "pixel_values"]
         )
@@ -51,9 +51,9 @@ class ReadOnce:
             self.group.hand_out([_rows(pixels, runs) for runs in self.runs])
         else:
             self.group.receive(_rows(pixels, self.own))
-        for batch, fields in zip(told, tensors, strict=True):
+        for batch, fields in zip(shared, tensors, strict=True):
             batch.tensors = fields
-        return told
+        return shared
 
     def _empty(self) -> dict[str, Tensor]:
         # Zeros that nobody writes to take no memory.

@@ -19,15 +19,15 @@ def save_in_hf(write: Callable[[Path, int, int], object], folder: Path) -> None:
 
     Called by all ranks alike. Raises CheckpointError on all where one of them fails.
     """
-    half, told = folder.with_name(folder.name + INCOMPLETE), ""
+    half, wrong = folder.with_name(folder.name + INCOMPLETE), ""
     from_first_rank(lambda: _empty(half))
     try:
         write(half, dist.get_rank(), dist.get_world_size())
     except (OSError, UserError) as error:
-        told = str(error)
-    if any_rank(bool(told)):
+        wrong = str(error)
+    if any_rank(bool(wrong)):
         raise CheckpointError(
-            f"{folder} was not written ({told or 'see another rank'}); the checkpoint is there: write it "
+            f"{folder} was not written ({wrong or 'see another rank'}); the checkpoint is there: write it "
             "with `torchtitan-vlm to_hf`"
         )
     from_first_rank(lambda: _name(half, folder))

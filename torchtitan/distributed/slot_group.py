@@ -34,9 +34,9 @@ class SlotGroup:
 
     def from_leader(self, value: T | None) -> T:
         """What the leader gives, on all of them: plain data."""
-        told: list[Any] = [value]
-        dist.broadcast_object_list(told, self.ranks[0], self.group, CPU)
-        return told[0]
+        values: list[Any] = [value]
+        dist.broadcast_object_list(values, self.ranks[0], self.group, CPU)
+        return values[0]
 
     def from_all(self, value: T) -> list[T]:
         """The values of all of them, in the order of `ranks`: plain data."""

@@ -76,7 +76,7 @@ def answer_file(answering: Answering, path: Path, out: AnswerFile, images: Image
     names: dict[int, tuple[Any, int]] = {}
     for event in answering.engine.answer(_requests(mine, answering, out, images, ask, names)):
         if event.answer.ended:
-            out.add(*names.pop(event.answer.request.number), told(event.answer))
+            out.add(*names.pop(event.answer.request.number), as_line(event.answer))
             bar.update()
     bar.close()
     if out.failed:
@@ -106,7 +106,7 @@ def _requests(
             yield ask(number * out.samples + sample, prompt)
 
 
-def told(answer: Answer) -> dict[str, Any]:
+def as_line(answer: Answer) -> dict[str, Any]:
     """What a line says of an answer. `logprob`: of all its tokens together, natural."""
     return {"text": answer.text.given, "ended": answer.ended, "logprob": round(sum(answer.logprobs), 4)}
 

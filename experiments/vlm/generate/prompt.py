@@ -1,7 +1,7 @@
 """What to answer, made as a training sample is made: parts, then tokens, then patches, without the end.
 
 In: turns of a conversation, or texts and images to go on from; images as bytes. Out: a Prompt, whose images
-are decoded, so that what cannot be read is told before anything is computed.
+are decoded, so that what cannot be read is refused before anything is computed.
 
 Letters: t tokens, N patch rows, L patches a row, D values a patch.
 """
@@ -133,8 +133,8 @@ class Prompter:
         """A document that is to go on: texts and images in order, as training data without turns begin."""
         pictures = [part for part in parts if isinstance(part, Picture)]
         numbers = iter(range(len(pictures)))
-        told = [Text(part) if isinstance(part, str) else ImageValue(next(numbers)) for part in parts]
-        return self._prompt(told, pictures, conversation=False)
+        document = [Text(part) if isinstance(part, str) else ImageValue(next(numbers)) for part in parts]
+        return self._prompt(document, pictures, conversation=False)
 
     def _prompt(
         self, parts: Sequence[Text | Special | ImageValue], pictures: Sequence[Picture], conversation: bool

@@ -34,7 +34,7 @@ from torchtitan.tools.logging import logger
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 SILENT_S = 60.0  # a client that sends or takes nothing for so long is left
 DISCARD_S = 2.0  # what a refused client still sends is read for so long
-AT_A_TIME = 64  # connections; further ones are told to come later
+AT_A_TIME = 64  # connections; further ones are answered with 503
 
 
 @dataclass(frozen=True)
@@ -139,8 +139,8 @@ class Handler(BaseHTTPRequestHandler):
             return body
         self.close_connection = True
         if length.isdecimal():
-            told = openai.failure(f"a request may have {most / 2**20:g} MB")
-            self._json(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, told)
+            failure = openai.failure(f"a request may have {most / 2**20:g} MB")
+            self._json(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, failure)
             self._discard()
         else:
             self._json(HTTPStatus.LENGTH_REQUIRED, openai.failure("Content-Length is missing"))

@@ -79,7 +79,7 @@ class Service:
                     self._give(event)
                 ended = True
             except Exception:
-                logger.exception("the engine failed; whoever waited is told so")
+                logger.exception("the engine failed; requests that wait get an error")
                 with self._lock:
                     for pieces in self._pieces.values():
                         pieces.put(None)

@@ -61,17 +61,17 @@ class SampleImages:
     def unplaced(self, draft: Draft, all_seen: bool) -> list[Rejected]:
         """Images that stand nowhere in a draft, of which `find` has found the images.
 
-        all_seen: the format had the members before it, and has told what it left out of them.
+        all_seen: the format had the members before it, and has said what it left out of them.
         """
         used = [image.value for image in draft.images()]
         named = set() if all_seen else {_plain(text) for text in _strings(self.record)}
-        told = list(self._pages_left(used))
+        left = list(self._pages_left(used))
         for member in self.members if not all_seen else ():
             of_pages = any(isinstance(value, PageOf) and value.member == member for value in used)
             if member not in used and not of_pages and not named & _names(member):
-                told.append(f"{member.extension}: the record has no place for it")
+                left.append(f"{member.extension}: the record has no place for it")
         first = len(used) + len(draft.rejects)
-        return [Rejected("image_unplaced", what, image=number) for number, what in enumerate(told, first)]
+        return [Rejected("image_unplaced", what, image=number) for number, what in enumerate(left, first)]
 
     def _page(self, name: str) -> PageOf | None:
         """The page of that name; where several have it, each in its turn. Raises Rejected."""
@@ -95,7 +95,7 @@ class SampleImages:
         try:
             pages = self.pages_of(self.tiff)
         except Rejected:
-            return  # told where the image is looked at
+            return  # rejected where the image is read
         for number, page in enumerate(pages):
             if page not in (shown or {pages[0]}):
                 yield f"page {number} of {len(pages)} of {self.tiff.extension}: no place for it"
