@@ -12,7 +12,7 @@ import numpy as np
 from experiments.vlm.data.document import Document, Image
 from experiments.vlm.data.formats.shard import Shard
 from experiments.vlm.data.rejects import Rejected
-from experiments.vlm.data.sources.reader import Transform
+from experiments.vlm.data.sources.reader import Control
 from experiments.vlm.data.sources.shard_cache import guarded
 
 NEIGHBOURS = 32  # records that are tried for images before a sample is blanked instead
@@ -71,4 +71,4 @@ def _images_of_another(shard: Shard, record: int) -> list[Image]:
 
 
 # Name -> what it makes of a document. A new control is a row: validation.controls goes through all of them.
-CONTROLS: dict[str, Transform] = {"blanked": blanked, "shuffled": shuffled}
+CONTROLS: dict[str, Control] = {"blanked": blanked, "shuffled": shuffled}

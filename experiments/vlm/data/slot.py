@@ -104,9 +104,9 @@ class Slot:
         self.tokenizer = tokenizer
         typical = settings.budget.seq_len / 4 if settings.weight_by == "tokens" else 1.0
         self.mixture = Mixture(settings.weights, settings.seed, number, typical)
-        transform = CONTROLS[settings.control] if settings.control else None
+        control = CONTROLS[settings.control] if settings.control else None
         self.readers = [
-            SourceReader(source, deal, number, cache, transform) for source, deal in enumerate(settings.deals)
+            SourceReader(source, deal, number, cache, control) for source, deal in enumerate(settings.deals)
         ]
         self.records = [self._records(reader) for reader in self.readers]
         self.splitter = Splitter(settings.budget, settings.plan.merge_size)

@@ -44,7 +44,7 @@ class HeldUnit(NamedTuple):
 
 
 # a validation control: (document, its shard, its record)
-Transform = Callable[[Document, Shard, int], Document]
+Control = Callable[[Document, Shard, int], Document]
 
 
 class SourceReader:
@@ -53,14 +53,12 @@ class SourceReader:
     Position: `unit`, `place` in the unit's order, `empty_units` units since a useful sample.
     """
 
-    def __init__(
-        self, source: int, deal: Deal, slot: int, cache: ShardCache, transform: Transform | None = None
-    ):
+    def __init__(self, source: int, deal: Deal, slot: int, cache: ShardCache, control: Control | None = None):
         self.source = source
         self.deal = deal
         self.slot = slot
         self.cache = cache
-        self.transform = transform
+        self.control = control
         self.unit = 0
         self.place = 0
         self.empty_units = 0
@@ -125,8 +123,8 @@ class SourceReader:
 
     def _read(self, shard: Shard, path: str, number: int) -> ReadDocument:
         document, lost = shard.read(number)
-        if self.transform is not None:
-            document = self.transform(document, shard, number)
+        if self.control is not None:
+            document = self.control(document, shard, number)
         return ReadDocument(document, path, lost)
 
     def hold(self, waiting: Sequence[int]) -> None:
