@@ -9,7 +9,9 @@ import yaml
 
 from experiments.vlm.config import Data, Source
 from experiments.vlm.data.loader import Loader
-from experiments.vlm.data.sources.shards import list_shards
+from experiments.vlm.data.rejects import Rejected
+from experiments.vlm.data.sources.shards import list_shards, open_shard
+from tests.samples import jpeg, write_tar
 from tests.tiny_data import Characters, make_job, write_captions
 from torchtitan.config.errors import ConfigError
 
@@ -63,10 +65,16 @@ def test_other_folders_beside_it_are_read_whole(tmp_path):
     assert letters(tmp_path) == "abcz"
 
 
-def test_shards_are_left_out_as_the_list_says_and_samples_are_told(tmp_path, caplog):
-    folder = write(tmp_path / "energon", SPLIT | {"exclude": ["shards/b.tar", "shards/a.tar/00017"]})
+def test_shards_and_samples_are_left_out_as_the_list_says(tmp_path):
+    folder = write(tmp_path / "energon", SPLIT | {"exclude": ["shards/b.tar", "shards/a.tar/00{1,2}"]})
     assert letters(folder) == "ac"
-    assert "excludes 1 samples by their keys: they are read all the same" in caplog.text
+    members = [[(f"00{number}.jpg", jpeg()), (f"00{number}.txt", b"a cat")] for number in range(3)]
+    write_tar(folder / "shards" / "a.tar", sum(members, []))
+    shard = open_shard(str(folder / "shards" / "a.tar"), Source(format="cc12m"), Data())
+    assert shard.read(0)[0].key == "000"
+    for number in (1, 2):
+        with pytest.raises(Rejected, match="list leaves the sample out"):
+            shard.read(number)
 
 
 def test_a_shard_that_is_listed_and_not_there_stays_listed(tmp_path):
@@ -89,12 +97,14 @@ def test_a_split_that_says_nothing_is_an_error(tmp_path, told, line):
         letters(write(tmp_path / "energon", told))
 
 
-def test_a_remote_folder(tmp_path):
+def test_a_remote_folder(caplog):
     memory = fsspec.filesystem("memory")
     memory.pipe({f"/energon/shards/{letter}.tar": b"x" for letter in "abcde"})
-    memory.pipe("/energon/.nv-meta/split.yaml", yaml.safe_dump(SPLIT).encode())
+    told = SPLIT | {"exclude": ["shards/a.tar/001"]}
+    memory.pipe("/energon/.nv-meta/split.yaml", yaml.safe_dump(told).encode())
     try:
         assert (letters("memory://energon"), letters("memory://energon", "validation")) == ("abc", "d")
+        assert "in a remote folder they are read all the same" in caplog.text
     finally:
         memory.rm("/energon", recursive=True)
 

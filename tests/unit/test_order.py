@@ -1,6 +1,8 @@
 """The order in which slots read: every record once an epoch, whoever reads it, and the same always."""
 
+import itertools
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -29,6 +31,11 @@ def read_all(dealt: Deal, records: int) -> list[list[tuple[int, int, int]]]:
     return streams
 
 
+def units(dealt: Deal, slot: int) -> list:
+    """All that a slot gets."""
+    return list(itertools.takewhile(bool, (dealt.unit(slot, number) for number in itertools.count())))
+
+
 @pytest.mark.parametrize(
     "shards, slots, parts", [(4, 1, 1), (4, 4, 1), (4, 5, 2), (3, 8, 3), (1, 16, 16), (7, 3, 1)]
 )
@@ -40,6 +47,29 @@ def test_every_record_is_dealt_once_an_epoch(shards, slots, parts, shuffle):
     assert seen == Counter(
         (epoch, shard, record) for epoch in range(3) for shard in range(shards) for record in range(21)
     )
+
+
+@pytest.mark.parametrize("shards, slots", [((2, 5), 4), ((1, 2, 9), 6), ((7, 8), 3)])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_shards_that_join_change_nothing_that_was_dealt_and_come_once_an_epoch(shards, slots, shuffle):
+    joins = tuple((2 * era, count) for era, count in enumerate(shards))
+    before, dealt = (
+        deal(shards[0], slots, 7, shuffle),
+        replace(deal(shards[-1], slots, 7, shuffle), joins=joins),
+    )
+    begun = [slot + number * slots for slot in range(slots) for number in range(50)]
+    for slot, number in ((index % slots, index // slots) for index in begun):
+        if before.epoch(slot, number) < 2 and number < before.last_round[0]:
+            assert dealt.unit(slot, number) == before.unit(slot, number)
+    count_in = [next(count for epoch, count in reversed(joins) if epoch <= now) for now in range(7)]
+    assert Counter(entry for stream in read_all(dealt, records=21) for entry in stream) == Counter(
+        (epoch, shard, record)
+        for epoch in range(7)
+        for shard in range(count_in[epoch])
+        for record in range(21)
+    )
+    passes = sum(dealt.passes(slot, len(units(dealt, slot))) for slot in range(slots))
+    assert passes == pytest.approx(7)
 
 
 def test_every_slot_has_work_from_the_first_epoch_on():

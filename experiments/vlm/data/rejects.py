@@ -26,6 +26,7 @@ REASONS = {
     "reader_failed": "the reader failed, a fault of the program: the log has the first traceback",
     "chat_template": "the chat template refuses the conversation",
     "no_answer": "a conversation without a turn of the assistant",
+    "excluded": "the data set's own list leaves the sample out (.nv-meta)",
     "too_long": "longer than a slot (data.long_documents = drop)",
     "shard_missing": "the shard is not there, or not any more",
     "shard_truncated": "the shard ends early; what is whole was read",

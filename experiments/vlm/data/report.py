@@ -62,9 +62,9 @@ class Tally:
         entry["examples"] = (entry["examples"] + examples)[:EXAMPLES]
 
     def bad_samples(self, source: str) -> dict[str, dict[str, Any]]:
-        """Those that were rejected, by reason, but for good ones that are too long."""
+        """Those that were rejected, by reason, but for good ones that are too long or left out on purpose."""
         rejected = self.of(source)["rejected"].get("samples", {})
-        return {reason: entry for reason, entry in rejected.items() if reason != "too_long"}
+        return {reason: entry for reason, entry in rejected.items() if reason not in ("too_long", "excluded")}
 
     def of(self, source: str) -> dict[str, Any]:
         """What is counted of one source."""

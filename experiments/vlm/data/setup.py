@@ -177,7 +177,7 @@ def order_facts(job: VLMJobConfig, setup: Setup) -> dict[str, Any]:
         facts[f"{key}.path"] = f"{len(names)} shards, {zlib.crc32(json.dumps(names).encode()):08x}"
         if deal.joins:
             facts[f"{key}: shards that joined"] = ", ".join(
-                f"{count} from epoch {epoch} on" for epoch, count in deal.joins
+                f"{count} from epoch {epoch + 1} on" for epoch, count in deal.joins
             )
         if deal.last_round[1] > 1:
             facts[f"{key}: pieces of a unit in the last round"] = deal.last_round[1]

@@ -102,10 +102,8 @@ def is_header(block: bytes) -> bool:
     field = block[148:156].strip(b" \0")
     if not field or field.strip(b"01234567"):
         return False
-    stated = int(field, 8)
-    unsigned = sum(block) - sum(block[148:156]) + 8 * ord(" ")
-    signed = unsigned - 256 * sum(byte > 127 for byte in block[:148] + block[156:])
-    return stated in (unsigned, signed)
+    over = sum(block) - sum(block[148:156]) + 8 * ord(" ") - int(field, 8)
+    return over == 0 or over == 256 * sum(byte > 127 for byte in block[:148] + block[156:])
 
 
 def _checked_size(block: bytes, start: int) -> int:

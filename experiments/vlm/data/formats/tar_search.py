@@ -15,7 +15,7 @@ samples of the same key stay apart: the text of one would get the image of the o
 import os
 import re
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -74,13 +74,15 @@ def find_samples(file: int) -> Samples:
 def _runs(places: Iterator[Place]) -> Iterator[list[Place]]:
     """Neighbours of one key, each extension once: they stay together whatever else has that key."""
     run: list[Place] = []
+    key, seen = "", set[str]()
     for place in places:
-        last = run[-1] if run else place
-        same = (last.part, last.member.key) == (place.part, place.member.key)
-        if not same or any(place.member.extension == other.member.extension for other in run):
-            yield run
-            run = []
+        _, part, member = place
+        if member.key != key or member.extension in seen or part != run[-1].part:
+            if run:
+                yield run
+            run, key, seen = [], member.key, set()
         run.append(place)
+        seen.add(member.extension)
     if run:
         yield run
 
@@ -92,9 +94,10 @@ class _Entry(NamedTuple):
     part: int
     header: Header
 
-    def places(self) -> list[Place]:
-        member = self.header.member()
-        return [Place(self.start, self.part, member)] if member else []
+
+def _places(entry: _Entry | None) -> Iterable[Place]:
+    member = entry.header.member() if entry else None
+    return (Place(entry.start, entry.part, member),) if entry and member else ()
 
 
 class _Search:
@@ -127,7 +130,7 @@ class _Search:
         while start < self._size:
             header = self._at(start)
             if isinstance(header, Header):
-                yield from entry.places() if entry else ()
+                yield from _places(entry)
                 entry, closed = _Entry(start, self._part, header), False
                 start = header.end
                 if header.offset + header.size > self._size:
@@ -146,7 +149,7 @@ class _Search:
                 start = self._after_zeros(start)
             else:
                 start = self._after_garbage(start, header)
-        yield from entry.places() if entry else ()
+        yield from _places(entry)
         if not closed or not self._size:
             self._note_damage(f"it ends at byte {self._size}, without the zeros of a tar's end", 0, end=True)
 

@@ -42,6 +42,7 @@ class TarShard:
         self.wants_text = "txt" in columns
         self.wants_images = not {"images", *IMAGE_EXTENSIONS}.isdisjoint(columns)
         self.parse = parse
+        self.excluded: frozenset[str] = frozenset()  # keys of samples that are not to be used
         self.index = open_index(self.file, path, cache)
         self.checksum = self.index.found.checksum
         self.rejects: list[Rejected] = [self.index.damage] if self.index.damage else []
@@ -59,6 +60,8 @@ class TarShard:
     def read(self, index: int) -> tuple[Document, list[Rejected]]:
         """See Shard.read."""
         members = self.index.sample(index)
+        if members[0].key in self.excluded:
+            raise Rejected("excluded")
         record = self._record(members)
         draft = self.parse(record)
         images = SampleImages(members, record, self._pages)

@@ -5,11 +5,13 @@
         exclude: [shards/3.tar, shards/4.tar/KEY]       whole shards, or a sample by its key
 
 Training reads `train`, validation `val`. A glob or a range names its files itself, so there the split does
-not count. Samples that are excluded one by one are read all the same, which is said.
+not count. Samples that are excluded one by one are rejects, `excluded`; in remote folders they are read all
+the same, which is said.
 """
 
 import os
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,6 +53,22 @@ def of_split_above(folder: str, shards: list[str], split: Split) -> list[str]:
     return shards
 
 
+def excluded_keys(shard: str) -> frozenset[str]:
+    """Keys of samples of a local shard that the folder above it excludes."""
+    for parent in Path(shard).absolute().parents[: LEVELS + 1]:
+        if (excluded := _excluded(str(parent))) is not None:
+            name = os.path.relpath(os.path.abspath(shard), parent) + "/"
+            return frozenset(one.removeprefix(name) for one in excluded if one.startswith(name))
+    return frozenset()
+
+
+@lru_cache(maxsize=64)
+def _excluded(root: str) -> tuple[str, ...] | None:
+    """What is excluded; None where the folder has no split."""
+    file = next((root + name for name in FILES if os.path.isfile(root + name)), None)
+    return tuple(_expanded(file, _read(file).get("exclude") or [])) if file else None
+
+
 def _shards(root: str, file: str, split: Split) -> list[str]:
     told = _read(file)
     parts, excluded = told["split_parts"], set(_expanded(file, told.get("exclude") or []))
@@ -61,8 +79,8 @@ def _shards(root: str, file: str, split: Split) -> list[str]:
     shards = [name for name in named if name not in excluded]
     if not shards:
         raise ConfigError(f"{file}: split {part} has no shards")
-    if samples := sum(any(one.startswith(name + "/") for name in shards) for one in excluded):
-        logger.warning(f"{file} excludes {samples:,} samples by their keys: they are read all the same")
+    if "://" in root and any(one.startswith(name + "/") for name in shards for one in excluded):
+        logger.warning(f"{file} excludes single samples: in a remote folder they are read all the same")
     return [root + name for name in shards]
 
 

@@ -54,7 +54,7 @@ def go_on(deals: Sequence[Deal], text: str, furthest: Sequence[int], join: bool)
             now, line = _joined(then, new, furthest[source])
             continued.joined.append(line)
         elif not changes and new:
-            then = now = deal
+            then = now = replace(deal, joins=then.joins)
             changes = [
                 f"source {deal.name} has {_named(new)} more; data.join_new_shards lets new shards in with "
                 "the next epoch"
@@ -91,7 +91,7 @@ def _joined(deal: Deal, new: list[str], furthest: int) -> tuple[Deal, str]:
         return deal, f"source {deal.name}: {_named(new)} came too late, the last epoch has begun"
     joins = [join for join in deal.joins or ((0, len(deal.shards)),) if join[0] < epoch]
     shards = (*deal.shards, *new)
-    line = f"source {deal.name}: {_named(new)} more from epoch {epoch} on"
+    line = f"source {deal.name}: {_named(new)} more from epoch {epoch + 1} on"
     return replace(deal, shards=shards, joins=(*joins, (epoch, len(shards)))), line
 
 

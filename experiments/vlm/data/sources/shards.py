@@ -28,8 +28,9 @@ from experiments.vlm.config import Data, Source
 from experiments.vlm.data.formats import FORMATS, RECORD_FORMATS, fitting, format_of
 from experiments.vlm.data.formats.shard import Shard, ShardFile, first_records
 from experiments.vlm.data.formats.shard import open_shard as open_file
+from experiments.vlm.data.formats.tar_shard import TarShard
 from experiments.vlm.data.rejects import Rejected
-from experiments.vlm.data.sources.energon import Split, of_split, of_split_above
+from experiments.vlm.data.sources.energon import Split, excluded_keys, of_split, of_split_above
 from experiments.vlm.data.sources.walk import (
     FILE,
     FOLDER,
@@ -101,6 +102,8 @@ def open_shard(path: str, source: Source, data: Data) -> Shard:
         shard = open_file(ShardFile(path, str(copy.path) if copy else path), source, data)
         if copy:
             weakref.finalize(shard, copy.close)
+        if isinstance(shard, TarShard) and "://" not in path:
+            shard.excluded = excluded_keys(path)
         if is_packed(path) and (damage := damage_of(path, cache)):
             shard.rejects = [_joined(shard.rejects, damage)]
         return shard
