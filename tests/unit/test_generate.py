@@ -22,8 +22,8 @@ from tests.reference.small_run import DECODERS, ENCODER
 from tests.tiny_data import Characters
 from torchtitan.config.errors import ConfigError, UserError
 from torchtitan.config.layout import Degrees
-from torchtitan.generation.cache import Cache
 from torchtitan.generation.engine import Engine, Request
+from torchtitan.generation.kv_cache import KVCache
 from torchtitan.generation.options import Sampling
 
 CPU = torch.device("cpu")
@@ -52,7 +52,7 @@ def prompter(most_tokens: int = 400) -> Prompter:
 
 def engine(sequences: int, model: VLM | None = None, **options) -> Engine:
     model = model or vlm()
-    config, cache = model.config.decoder, Cache(sequences, 420, CPU)
+    config, cache = model.config.decoder, KVCache(sequences, 420, CPU)
     cache.attach(model.decoder.layers.values(), config.kv_heads, config.head_dim, torch.float32)
     shape = BatchShape(1, 0, BUDGET.patch_rows, BUDGET.patches_per_row, PLAN.patch_size)
     return Engine(CachedVLM(model, shape), cache, TOKENIZER, [TOKENIZER.eos_id], **options)

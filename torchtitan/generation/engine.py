@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from torchtitan.components.tokenizer import Tokenizer
-from torchtitan.generation.cache import Cache
+from torchtitan.generation.kv_cache import KVCache
 from torchtitan.generation.options import Sampling
 from torchtitan.generation.sampling import SamplingRows, next_tokens, uniforms
 from torchtitan.generation.text import AnswerText
@@ -54,7 +54,7 @@ class Forward(Protocol):
     ) -> Tensor:
         """Logits [R, V] of token `keep[r]` of each row.
 
-        tokens: int64 [R, Q]; where: Cache.append; keep: int64 [R]. `prompt`: the one that is read, None for a
+        tokens: int64 [R, Q]; where: KVCache.append; keep: int64 [R]. `prompt`: the one that is read, None for a
         step; rich: some rank's prompt holds more than tokens, so that all ranks run what reads it.
         """
 
@@ -100,7 +100,7 @@ class Engine:
     def __init__(
         self,
         forward: Forward,
-        cache: Cache,
+        cache: KVCache,
         tokenizer: Tokenizer,
         ends: Iterable[int],
         agree: Callable[[list[int]], list[int]] = lambda mine: mine,

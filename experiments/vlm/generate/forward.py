@@ -9,7 +9,7 @@ from torchtitan.components.loader import Tensors
 
 
 class CachedVLM:
-    """Logits of a VLM whose layers hold a Cache. `shape`: of a prompt's images, one slot."""
+    """Logits of a VLM whose layers hold a KVCache. `shape`: of a prompt's images, one slot."""
 
     def __init__(self, model: nn.Module, shape: BatchShape):
         self.model = model

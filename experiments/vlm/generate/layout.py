@@ -13,7 +13,7 @@ from torchtitan.config.layout import Degrees
 from torchtitan.distributed.compile import apply_compile
 from torchtitan.distributed.fsdp import Sharding
 from torchtitan.distributed.mesh import Mesh
-from torchtitan.generation.cache import Cache
+from torchtitan.generation.kv_cache import KVCache
 from torchtitan.models.decoder.parallelize import apply_tensor_parallel
 
 
@@ -38,9 +38,9 @@ def parallelize_for_answers(model: VLM, mesh: Mesh, job: VLMJobConfig) -> None:
     apply_fsdp(model, mesh, mesh.enc, Sharding.of(job))
 
 
-def attach_cache(model: VLM, mesh: Mesh, job: VLMJobConfig, sequences: int, places: int) -> Cache:
+def attach_cache(model: VLM, mesh: Mesh, job: VLMJobConfig, sequences: int, places: int) -> KVCache:
     """In the precision of training's activations; a rank holds the heads that it computes."""
-    decoder, cache = model.config.decoder, Cache(sequences, places, mesh.device)
+    decoder, cache = model.config.decoder, KVCache(sequences, places, mesh.device)
     dtype = getattr(torch, job.training.mixed_precision_param)
     kv_heads = decoder.kv_heads // mesh.degrees.tp
     cache.attach(model.decoder.layers.values(), kv_heads, decoder.head_dim, dtype)

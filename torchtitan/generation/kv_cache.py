@@ -1,6 +1,6 @@
 """Keys and values of what was read, so that each further token costs one token.
 
-`Cache.attach` puts a `CachedAttention` in the place of each layer's attention, as context parallel does; no
+`KVCache.attach` puts a `CachedAttention` in the place of each layer's attention, as context parallel does; no
 model file knows of it. The caller then sends new tokens alone, as many as it likes at once, and says where
 they belong: the model's mask holds new tokens as queries and all places of the cache as keys. All shapes are
 fixed, and the host plans every place, so nothing waits for the device.
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torchtitan.layers.attention import InnerAttention
 
 
-class Cache:
+class KVCache:
     """Who holds how many tokens. `attach` it to the layers of a decoder, `append` before each forward."""
 
     def __init__(self, sequences: int, places: int, device: torch.device):
@@ -80,7 +80,7 @@ class CachedAttention(InnerAttention):
     keys: Tensor  # [B, T + 1, G, E], as are the values
     values: Tensor
 
-    def __init__(self, backend: str, cache: Cache, shape: Sequence[int], dtype: torch.dtype):
+    def __init__(self, backend: str, cache: KVCache, shape: Sequence[int], dtype: torch.dtype):
         """`shape`: of the buffers."""
         super().__init__(backend)
         self.cache = cache
@@ -89,7 +89,7 @@ class CachedAttention(InnerAttention):
             self.register_buffer(name, buffer, persistent=False)
 
     def forward(self, q_RQHE: Tensor, k_RQGE: Tensor, v_RQGE: Tensor, prepared: Any) -> Tensor:
-        """-> [R, Q, H, E]. The mask is that of Cache.append."""
+        """-> [R, Q, H, E]. The mask is that of KVCache.append."""
         rows_R1, places_RQ = self.cache.rows_R1, self.cache.places_RQ
         self.keys[rows_R1, places_RQ] = k_RQGE.to(self.keys.dtype)
         self.values[rows_R1, places_RQ] = v_RQGE.to(self.values.dtype)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.reference.small_run import DECODERS, VOCAB
-from torchtitan.generation.cache import Cache
+from torchtitan.generation.kv_cache import KVCache
 from torchtitan.layers.init import initialise
 from torchtitan.layers.masks import Mask
 from torchtitan.models.decoder.model import Decoder, initial_weight
@@ -32,13 +32,13 @@ def whole(model: Decoder, tokens: list[int]) -> Tensor:
     return model(model.tok_embeddings(ids), positions, mask)[0]
 
 
-def cached(model: Decoder, sequences: int, places: int = PLACES) -> Cache:
-    config, cache = model.config, Cache(sequences, places, CPU)
+def cached(model: Decoder, sequences: int, places: int = PLACES) -> KVCache:
+    config, cache = model.config, KVCache(sequences, places, CPU)
     cache.attach(model.layers.values(), config.kv_heads, config.head_dim, torch.float32)
     return cache
 
 
-def send(model: Decoder, cache: Cache, new: dict[int, list[int]], width: int) -> dict[int, Tensor]:
+def send(model: Decoder, cache: KVCache, new: dict[int, list[int]], width: int) -> dict[int, Tensor]:
     """Logits [count, V] of the new tokens of each row."""
     where = cache.append(list(new), [len(tokens) for tokens in new.values()], width)
     ids = torch.tensor([tokens + [0] * (width - len(tokens)) for tokens in new.values()])
