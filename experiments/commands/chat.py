@@ -28,8 +28,8 @@ def main(argv: Sequence[str]) -> int:
     options, job = model_job(argv, Options, __doc__ or "")
     require(options.max_tokens >= 1, f"--max_tokens = {options.max_tokens}: must be >= 1")
     # Only now, since they import torch.
+    from experiments.vlm.generate.answering import checkpoint_of, open_answering
     from experiments.vlm.generate.chat import HELP, Chat
-    from experiments.vlm.generate.model import checkpoint_of, open_answering
     from torchtitan.distributed.process_group import close_process_group, world_size
     from torchtitan.generation.engine import Request
 

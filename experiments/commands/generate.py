@@ -107,7 +107,7 @@ def main(argv: Sequence[str]) -> int:
     # Only now, since they import torch.
     from experiments.vlm.data.formats.record_shard import ImageValues, folder_of
     from experiments.vlm.generate.answer import AnswerFile, answer_file, answer_one
-    from experiments.vlm.generate.model import checkpoint_of, open_answering
+    from experiments.vlm.generate.answering import checkpoint_of, open_answering
     from experiments.vlm.generate.prompt import Picture
     from torchtitan.distributed.process_group import close_process_group
     from torchtitan.generation.engine import Request

@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
         require(getattr(options, key) >= 1, f"--{key} = {getattr(options, key)}: must be >= 1")
     require(0 <= options.port < 1 << 16, f"--port = {options.port}: must be from 0 to 65535")
     # Only now, since they import torch.
-    from experiments.vlm.generate.model import checkpoint_of, open_answering
+    from experiments.vlm.generate.answering import checkpoint_of, open_answering
     from experiments.vlm.generate.server import Limits, Server
     from experiments.vlm.generate.service import Service
     from torchtitan.distributed.process_group import close_process_group, world_size

@@ -4,8 +4,8 @@ import io
 import json
 
 from experiments.commands.chat import converse
+from experiments.vlm.generate.answering import Answering
 from experiments.vlm.generate.chat import Chat
-from experiments.vlm.generate.model import Answering
 from tests.unit.test_generate import engine, picture, prompter
 from torchtitan.generation.engine import Request
 

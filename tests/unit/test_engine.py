@@ -8,10 +8,10 @@ from torch import Tensor
 
 from tests.reference.small_run import VOCAB
 from tests.unit.test_cache import CPU, cached, decoder, whole
+from torchtitan.generation.answer_text import AnswerText
 from torchtitan.generation.engine import Answer, Engine, Request
 from torchtitan.generation.options import Sampling
 from torchtitan.generation.sampling import SamplingRows, next_tokens, uniforms
-from torchtitan.generation.text import AnswerText
 from torchtitan.layers.masks import Mask
 
 END = 7

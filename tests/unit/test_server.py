@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from experiments.vlm.generate.model import Answering
+from experiments.vlm.generate.answering import Answering
 from experiments.vlm.generate.server import Limits, Server
 from experiments.vlm.generate.service import Service
 from tests.unit.test_generate import PLAN, engine, picture, prompter

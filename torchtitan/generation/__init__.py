@@ -3,6 +3,6 @@
 options     what people choose, without torch
 sampling    logits -> the next token, by options and one number
 kv_cache    keys and values of what was read, in the place of each layer's attention
-text        ids -> text as it becomes certain; stop strings
+answer_text ids -> text as it becomes certain; stop strings
 engine      prompts -> answers: a batch of fixed shape, refilled as its sequences end
 """

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from torchtitan.components.tokenizer import Tokenizer
+from torchtitan.generation.answer_text import AnswerText
 from torchtitan.generation.kv_cache import KVCache
 from torchtitan.generation.options import Sampling
 from torchtitan.generation.sampling import SamplingRows, next_tokens, uniforms
-from torchtitan.generation.text import AnswerText
 
 DONE: Any = object()
 WIDTHS = (64, 256, 1024)  # tokens that a prompt is padded to; a longer one to what a sequence may hold

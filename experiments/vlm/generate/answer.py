@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from experiments.vlm.data.formats.record_shard import ImageValues
-from experiments.vlm.generate.model import Answering
+from experiments.vlm.generate.answering import Answering
 from experiments.vlm.generate.prompt import Picture, Prompt
 from experiments.vlm.generate.record import prompt_of
 from torchtitan.config.errors import ConfigError, UserError

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from experiments.vlm.generate.model import Answering
+from experiments.vlm.generate.answering import Answering
 from experiments.vlm.generate.prompt import Picture, Prompt
 from torchtitan.config.errors import UserError
 from torchtitan.generation.engine import Request

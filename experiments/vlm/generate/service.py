@@ -5,7 +5,7 @@ import threading
 from collections.abc import Generator, Iterator
 from dataclasses import replace
 
-from experiments.vlm.generate.model import Answering
+from experiments.vlm.generate.answering import Answering
 from torchtitan.generation.engine import Answer, Event, Request
 from torchtitan.tools.logging import logger
 
