@@ -31,10 +31,10 @@ from torchtitan.config.layout import BatchSizes, degrees, resolve_batch
 from torchtitan.distributed.collectives import agree_on_data
 from torchtitan.distributed.mesh import Mesh, build_mesh
 from torchtitan.distributed.slot_group import slot_group
+from torchtitan.loaded_model import give_weights, parallelize
 from torchtitan.spec import TrainSpec
 from torchtitan.tools.logging import logger
 from torchtitan.tools.profiling import Profiler
-from torchtitan.weights import give_weights, parallelize
 
 
 @dataclass

@@ -17,7 +17,7 @@ from torchtitan.distributed.differentiable import gather
 from torchtitan.distributed.mesh import build_mesh
 from torchtitan.layers.attention import prepare_mask
 from torchtitan.layers.masks import Mask
-from torchtitan.weights import give_weights, parallelize
+from torchtitan.loaded_model import give_weights, parallelize
 
 SIZES = Sizes(seq_len=64, patches_per_row=96)
 

@@ -9,7 +9,7 @@ from tests.reference.batches import Sizes
 from tests.reference.small_run import CPU, SMALL, batch_of, job_of
 from torchtitan.config.layout import degrees
 from torchtitan.distributed.mesh import build_mesh
-from torchtitan.weights import give_weights, parallelize
+from torchtitan.loaded_model import give_weights, parallelize
 
 SIZES = Sizes(seq_len=64, patches_per_row=96)
 

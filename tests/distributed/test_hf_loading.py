@@ -19,8 +19,8 @@ from torchtitan.components.checkpoint_read import stored_tensors
 from torchtitan.components.weights import named_weights
 from torchtitan.config.layout import degrees
 from torchtitan.distributed.mesh import build_mesh
+from torchtitan.loaded_model import open_model
 from torchtitan.train import Trainer
-from torchtitan.weights import open_model
 
 MANY = 2**18  # rows, whose tables are most of the model
 LAYOUTS = [

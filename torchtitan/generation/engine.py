@@ -54,8 +54,8 @@ class Forward(Protocol):
     ) -> Tensor:
         """Logits [R, V] of token `keep[r]` of each row.
 
-        tokens: int64 [R, Q]; where: KVCache.append; keep: int64 [R]. `prompt`: the one that is read, None for a
-        step; rich: some rank's prompt holds more than tokens, so that all ranks run what reads it.
+        tokens: int64 [R, Q]; where: KVCache.append; keep: int64 [R]. `prompt`: the one that is read, None for
+        a step; rich: some rank's prompt holds more than tokens, so that all ranks run what reads it.
         """
 
 

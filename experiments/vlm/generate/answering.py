@@ -23,7 +23,7 @@ from torchtitan.config.layout import degrees
 from torchtitan.distributed.mesh import Mesh, build_mesh
 from torchtitan.distributed.process_group import open_process_group, world_size
 from torchtitan.generation.engine import Engine
-from torchtitan.weights import open_model
+from torchtitan.loaded_model import open_model
 
 PROBE = "A"
 
