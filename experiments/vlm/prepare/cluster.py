@@ -14,8 +14,8 @@ import torch
 
 import experiments
 from experiments.vlm.prepare.options import Options
-from experiments.vlm.prepare.pipeline import STAGES, run
 from experiments.vlm.prepare.progress import StageProgress
+from experiments.vlm.prepare.runner import STAGES, run
 from experiments.vlm.prepare.shard_plan import PrepareJob
 from experiments.vlm.prepare.stop import Stop
 

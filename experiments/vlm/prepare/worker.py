@@ -19,8 +19,8 @@ import torch
 from experiments.vlm.data.storage.client import Stopped
 from experiments.vlm.prepare.folder import Folder
 from experiments.vlm.prepare.options import Options
-from experiments.vlm.prepare.pipeline import STAGES, run
 from experiments.vlm.prepare.progress import JsonProgress, StageProgress
+from experiments.vlm.prepare.runner import STAGES, run
 from experiments.vlm.prepare.shard_plan import PrepareJob
 from experiments.vlm.prepare.stop import Stop
 
