@@ -168,6 +168,15 @@ def own_checkpoint(job: JobConfig) -> Path | None:
     return find(job.checkpoint, Path(job.job.dump_folder) / job.checkpoint.folder)
 
 
+def require_weights(job: JobConfig, spec: TrainSpec) -> None:
+    """Raises ConfigError where files of others that the run would start from do not fit its model.
+
+    Asked before the dump folder is touched.
+    """
+    if job.checkpoint.initial_load_in_hf and own_checkpoint(job) is None:
+        spec.initial_weights(job, shapes_of(spec.build_model(job, spec.load_tokenizer(job))))
+
+
 def log_sizes(model: nn.Module, spec: TrainSpec, sizes: BatchSizes) -> None:
     """Logs the parameters of each part, and how a step divides into forwards."""
     counted = {part: sum(p.numel() for p in model.get_submodule(part).parameters()) for part in spec.parts}

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torchtitan.build import Run, build, resolve_options
+from torchtitan.build import Run, build, require_weights, resolve_options
 from torchtitan.components.cuda_graph import GraphedStep, OptimizerStep, Recorder
 from torchtitan.components.curves import draw_curves
 from torchtitan.components.data_report import write_data_report
@@ -327,6 +327,7 @@ def main(job: JobConfig, spec: TrainSpec) -> int:
     device = open_process_group(job.comm, Path(job.job.dump_folder))
     require_one_job(job)
     resolve_options(job)
+    from_first_rank(lambda: require_weights(job, spec))
     if not from_first_rank(lambda: begin(job)):
         close_process_group()
         return 0

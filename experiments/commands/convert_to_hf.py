@@ -16,7 +16,7 @@ from typing import Literal
 
 from experiments.__main__ import CONFIG_CLASSES
 from experiments.vlm.config import VLMJobConfig
-from torchtitan.components.checkpoint_folder import RECORD, complete_steps
+from torchtitan.components.checkpoint_folder import RECORD, complete_steps, read_record
 from torchtitan.components.saved_config import NEWEST
 from torchtitan.config.check import is_allowed
 from torchtitan.config.errors import require
@@ -103,4 +103,6 @@ def find_checkpoint(job: VLMJobConfig, name: str) -> Path:
     c.enable = c.initial_load_in_hf = False
     c.initial_load_encoder_path = c.initial_load_decoder_path = ""
     c.initial_load_path = str(path)
+    if "model" in read_record(path):
+        job.model.flavor = ""  # the checkpoint says it
     return path

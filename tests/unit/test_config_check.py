@@ -72,6 +72,24 @@ WRONG = [
     (["--checkpoint.folder", "/absolute"], 1, "checkpoint.folder"),
     (["--checkpoint.folder", "../above"], 1, "checkpoint.folder"),
     (["--checkpoint.initial_load_path", "nowhere"], 1, "checkpoint.initial_load_path = nowhere"),
+    (
+        ["--checkpoint.initial_load_in_hf"],
+        1,
+        "checkpoint.initial_load_in_hf needs checkpoint.initial_load_path",
+    ),
+    (["--checkpoint.initial_load_allow", "missing"], 1, "checkpoint.initial_load_allow needs"),
+    (["--checkpoint.initial_load_encoder_path", "tests"], 1, "checkpoint.initial_load_encoder_path needs"),
+    (
+        ["--checkpoint.initial_load_in_hf", "--checkpoint.initial_load_path", "tests"],
+        1,
+        "tests/config.json: No such file",
+    ),
+    (["--checkpoint.last_save_in_hf"], 1, "checkpoint.last_save_in_hf needs checkpoint.enable"),
+    (
+        ["--checkpoint.enable", "--checkpoint.last_save_in_hf", "--data.resize", "square"],
+        1,
+        "data.resize = square",
+    ),
     (["--checkpoint.exclude_from_loading", "optimiser"], 1, "checkpoint.exclude_from_loading = optimiser"),
     (["--job.dump_folder", "pyproject.toml"], 1, "job.dump_folder"),
     (

@@ -37,6 +37,8 @@ DAMAGE = {
     "missing": "tensor model.norm.weight (decoder.norm.weight) is not in {folder}",
     "renamed": "tensor model.norm.weight (decoder.norm.weight) is not in {folder}; left over is tensor "
     "model.nork.weight in {file}",
+    "other": "tensor model.embed_tokens.weight (decoder.tok_embeddings.weight) is not in {folder} (and 20 "
+    "more); left over is tensor transformer.h.",
     "extra": "tensor model.extra in {file} has no place in the model",
     "layers": "tensor model.layers.1.input_layernorm.weight in {file} has no place in the model (and 8 more)",
     "integers": "tensor model.norm.weight in {file}: dtype I32 is no kind of weight here",
@@ -73,6 +75,8 @@ def spoil(folder: Path, how: str) -> None:
             save_file({k: v for k, v in state.items() if k != "model.norm.weight"}, file)
         case "renamed":
             file.write_bytes(raw.replace(b"model.norm.weight", b"model.nork.weight"))
+        case "other":
+            save_file({f"transformer.h.{n}.weight": torch.ones(2) for n in range(3)}, file)
         case "extra":
             save_file(state | {"model.extra": torch.ones(2)}, file)
         case "layers":

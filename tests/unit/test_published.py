@@ -13,13 +13,15 @@ import pytest
 import torch
 
 from experiments.vlm.model import hf_config as vlm
-from experiments.vlm.model.hf import left_over, part_rows
+from experiments.vlm.model.flavors import ProjectorConfig, VLMConfig
+from experiments.vlm.model.hf import VLM_ROWS, left_over, part_rows
 from experiments.vlm.model.vit import VisionEncoder
+from experiments.vlm.model.vlm import VLM
 from torchtitan.components.weights import shapes_of
 from torchtitan.config.errors import ConfigError
 from torchtitan.models.decoder.model import Decoder
 from torchtitan.models.hf.config_file import ConfigFile
-from torchtitan.models.weight_names import to_ours
+from torchtitan.models.weight_names import to_ours, to_theirs
 
 FOLDERS = sorted((Path(__file__).parents[1] / "published").glob("*.json"))
 
@@ -52,6 +54,31 @@ def test_a_published_folder_is_built_and_every_tensor_has_its_place(path):
     reasons = left_over([part])
     unknown = [n for n in pieces.unused if not any(re.fullmatch(pattern, n) for pattern in reasons)]
     assert not unknown
+
+
+@pytest.mark.parametrize("decoder", ["Llama-3.1-8B-Instruct", "Qwen3-8B"])
+def test_whole_models_of_full_size_have_a_name_for_every_weight_and_the_published_parameters(decoder):
+    tower, text = (
+        json.loads((FOLDERS[0].parent / f"{name}.json").read_text())
+        for name in ("siglip2-so400m-patch16-naflex", decoder)
+    )
+    towers = (
+        vlm.encoder_config(ConfigFile(tower["config"], "x")),
+        vlm.decoder_config(ConfigFile(text["config"], "x")),
+    )
+    config = VLMConfig(towers[0], ProjectorConfig(4096), towers[1])
+    with torch.device("meta"):
+        model = VLM(config, config.decoder.vocab_size, "sdpa", 1024)
+    projector = sum(parameter.numel() for parameter in model.projector.parameters())
+    wide = 4 * 1152
+    assert projector == 2 * wide + (wide + 1) * 4096 + (4096 + 1) * 4096
+    counted = sum(parameter.numel() for parameter in model.parameters())
+    assert counted == tower["parameters"] + text["parameters"] + projector
+    theirs = to_theirs({name: shape[0] for name, shape in shapes_of(model).items()}, VLM_ROWS)
+    assert (
+        len(theirs.of) == len(shapes_of(model))
+        and to_ours(dict.fromkeys(theirs.of, 1), VLM_ROWS).unused == []
+    )
 
 
 def test_the_decoder_of_lfm2_is_refused_by_name():

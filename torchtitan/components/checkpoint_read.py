@@ -1,6 +1,7 @@
 """What a checkpoint holds, found without reading its tensors, and what is said where one cannot be read."""
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +13,9 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from torchtitan.components.checkpoint_folder import Damaged
 from torchtitan.config.errors import ConfigError
+
+# Commands of one process read and write checkpoints without a process group, on purpose.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 Failure = (OSError, CheckpointException)  # CheckpointException, of all ranks alike, is no Exception
 CUT_SHORT = "inline_container"  # in what torch says of a file that ends too early, written or read
