@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.reference.small_run import VOCAB
-from tests.unit.test_cache import CPU, cached, decoder, whole
+from tests.unit.test_kv_cache import CPU, cached, decoder, whole
 from torchtitan.generation.answer_text import AnswerText
 from torchtitan.generation.engine import Answer, Engine, Request
 from torchtitan.generation.options import Sampling
