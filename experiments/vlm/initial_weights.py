@@ -15,6 +15,7 @@ from torchtitan.components.checkpoint_read import Sizes
 from torchtitan.components.tokenizer import Tokenizer
 from torchtitan.components.train_state import as_record
 from torchtitan.components.weights import shapes_of
+from torchtitan.layers.lora import is_adapters
 from torchtitan.models.hf.checkpoint import write_checkpoint
 from torchtitan.models.hf.config_file import read_config
 from torchtitan.models.hf.match import Source, match
@@ -32,6 +33,8 @@ def initial_weights(job: VLMJobConfig, shapes: Sizes) -> FolderSource | None:
     folders = part_folders(job) if there or not job.job.dry_run else {}
     if not folders:
         return None
+    # No published file has adapters; they start anew.
+    shapes = {name: shape for name, shape in shapes.items() if not is_adapters(name)}
     tied = model_config(job).decoder.tied_embeddings
     matched = [
         match(

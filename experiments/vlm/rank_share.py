@@ -23,6 +23,7 @@ from experiments.vlm.shard_batch import shard_batch
 from experiments.vlm.sharing import sharers
 from torchtitan.components.flops import backward_of
 from torchtitan.components.freezing import choose_trained
+from torchtitan.components.lora import adapt
 from torchtitan.components.optimizer import moments, sent_for_updates
 from torchtitan.config.layout import Degrees
 from torchtitan.distributed.activation_checkpoint import apply_activation_checkpoint, is_checkpointed
@@ -37,6 +38,7 @@ def build_on_meta(job: VLMJobConfig, config: VLMConfig, vocab_size: int) -> VLM:
     """Frozen where the job freezes it."""
     with torch.device("meta"):
         model = VLM(config, vocab_size, "sdpa", job.training.loss_chunk_tokens)
+        adapt(model, job.lora)
     choose_trained(model, job.training)
     return model
 

@@ -20,6 +20,7 @@ from experiments.vlm.pipeline import pipeline_vlm
 from experiments.vlm.shard_batch import shard_batch, whole_slots
 from experiments.vlm.vocabulary import open_tokenizer, rows_of
 from torchtitan.components.loader import Tensors
+from torchtitan.components.lora import adapt
 from torchtitan.components.metrics import Counts
 from torchtitan.components.tokenizer import Tokenizer
 from torchtitan.components.validation import Scoring
@@ -36,7 +37,9 @@ def build_vlm(job: VLMJobConfig, tokenizer: Tokenizer | None) -> VLM:
     """On the meta device."""
     backend = resolve_backend(job.model.attention_backend, "cuda" if torch.cuda.is_available() else "cpu")
     with torch.device("meta"):
-        return VLM(model_config(job), rows_of(job, tokenizer), backend, job.training.loss_chunk_tokens)
+        model = VLM(model_config(job), rows_of(job, tokenizer), backend, job.training.loss_chunk_tokens)
+        adapt(model, job.lora)
+    return model
 
 
 def memory(job: VLMJobConfig, layout: Degrees, tokenizer: Tokenizer | None, on_gpu: bool) -> Memory:

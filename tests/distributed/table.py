@@ -43,6 +43,8 @@ TASK = {
     "optimizer": "optimizer.name",
     "groups": "optimizer.groups",
     "tokens": "training.trainable_tokens",
+    "lora": "lora.rank",
+    "adapted": "lora.patterns",
 }
 BOUND = 1e-5  # float32 sums in another order; seen: below 4e-6
 WEIGHT_BOUND = 1e-4  # after the last step: a thirtieth of what AdamW moves a weight in one; seen: below 2e-5
@@ -60,6 +62,7 @@ GROUPS = [
     ParameterGroup(r"decoder\.layers\.[01]\.", weight_decay=0.5, schedule_factor=2.0),
     ParameterGroup("decoder", schedule_factor=0.5, layer_decay=0.9),
 ]
+LORA = {"lora": 4, "adapted": [r"layers.*(w[qkvo123]|fc\d)$"]}
 TABLES = ["embeddings", "output"]  # frozen, but for some rows
 FRONT = ["tok_embeddings", r"decoder\.layers\.[012]\."]
 ON_TWO = [
@@ -76,6 +79,10 @@ ON_TWO = [
     layout("fsdp2, offload to the CPU", 2, offload=True),
     layout("fsdp2, tied, frozen encoder", 2, model="small-qwen2", freeze=["encoder"]),
     layout("fsdp2, frozen by pattern", 2, freeze=FREEZE),
+    layout("fsdp2, lora", 2, **LORA),
+    layout("tp2, lora", 2, tp=2, **LORA),
+    layout("tp2, lora, encoder heads, muon", 2, tp=2, heads=True, optimizer="Muon", **LORA),
+    layout("pp2, lora", 2, pp=2, freeze=["projector"], **LORA),
     layout("fsdp2, groups", 2, groups=GROUPS),
     layout("fsdp2, muon", 2, optimizer="Muon"),
     layout("fsdp2, muon, groups", 2, optimizer="Muon", groups=GROUPS),
@@ -115,6 +122,8 @@ ON_TWO = [
 ON_FOUR = [
     layout("replicate2.fsdp2", 4, replicate=2),
     layout("fsdp2.tp2", 4, tp=2),
+    layout("fsdp2.tp2, lora, full checkpointing", 4, tp=2, ac="full", **LORA),
+    layout("tp2.cp2, lora, compile", 4, tp=2, cp=2, compile=True, **LORA),
     layout("fsdp2.tp2, some rows", 4, tp=2, freeze=TABLES, tokens=["new"]),
     layout("tp2.pp2, groups, tied", 4, tp=2, pp=2, groups=GROUPS, model="small-qwen3-tied"),
     layout("fsdp2.tp2, muon", 4, tp=2, optimizer="Muon"),
@@ -174,6 +183,7 @@ QUICK = (
     "fsdp2, muon, groups",
     "replicate2.fsdp2",
     "tp2, shared encoder",
+    "tp2, lora",
     "tp2, frozen by pattern",
     "pp2, nothing trains in the first stage",
     "cp2",

@@ -17,6 +17,8 @@ from tests.reference.models import ENCODER, LLAMA, QWEN2, small_vlm
 from tests.reference.small_run import PATCHES, SEQ_LEN, job_of
 from torchtitan.components import freezing
 from torchtitan.components.flops import causal_pairs, segment_pairs
+from torchtitan.components.lora import adapt
+from torchtitan.config.job import LoRA
 from torchtitan.config.layout import Degrees
 from torchtitan.models.decoder.flavors import DecoderConfig
 
@@ -30,6 +32,8 @@ BY_TENSOR = [
     ("encoder.(?!layers.1.attention.wo)", "projector", "decoder"),
     ("weight",),  # biases alone train, where there are any
     ("encoder.(?!embedding.positions)", "projector.linear_1", "norm"),
+    ("encoder", "projector", "lora", r"decoder\.layers\.1.*(wk|wv|w3)$"),
+    ("projector.linear_1", "lora", "layers.0.attention.w[qo]", "fc2"),
 ]
 
 
@@ -45,8 +49,11 @@ def full_batch() -> Batch:
 
 
 def frozen_model(freeze: tuple[str, ...], norm: bool = True, decoder: DecoderConfig = LLAMA) -> VLM:
-    """`norm`: of the projector, before its matrices."""
+    """`norm`: of the projector, before its matrices. What is frozen after "lora" has adapters."""
     model = VLM(VLMConfig(ENCODER, ProjectorConfig(56, norm), decoder), decoder.vocab_size, "sdpa", 16)
+    if "lora" in freeze:
+        adapt(model, LoRA(rank=3, patterns=list(freeze[freeze.index("lora") + 1 :])))
+        freeze = freeze[: freeze.index("lora")]
     freezing.freeze(model, freeze)
     return model
 

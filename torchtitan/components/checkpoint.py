@@ -143,11 +143,11 @@ class Checkpointer:
     def _read_initial(self, path: Path) -> None:
         model_only = self.options.initial_load_model_only or read_record(path)["model_only"]
         everything = {"optimizer", "lr_scheduler", "data", "train_state"}
-        self._read(path, everything if model_only else set(self.options.exclude_from_loading))
+        self._read(path, everything if model_only else set(self.options.exclude_from_loading), own=False)
 
-    def _read(self, path: Path, without: set[str]) -> None:
+    def _read(self, path: Path, without: set[str], own: bool = True) -> None:
         record, sizes = read_record(path), stored_sizes(path)
-        filled = self.state.to_fill(sizes, without)
+        filled = self.state.to_fill(sizes, without, own)
         with reading(path):
             dcp.load(filled, checkpoint_id=str(path))
         self.state.restore(filled, record, without)

@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from torchtitan.components.checkpoint_folder import Damaged
 from torchtitan.config.errors import ConfigError
+from torchtitan.layers.lora import is_adapters
 
 # Commands of one process read and write checkpoints without a process group, on purpose.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -50,12 +51,16 @@ def stored_sizes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def require_sizes(wanted: Sizes, stored: Sizes) -> None:
-    """Raises ConfigError for a tensor that is not in the checkpoint, or there with another shape."""
+    """Raises ConfigError for a tensor that is not in the checkpoint, or there with another shape, and for
+    adapters that are there and not wanted.
+    """
+    for name in stored:
+        if name.startswith(PREFIX) and is_adapters(name) and name not in wanted:
+            raise ConfigError(f"the checkpoint has an adapter {name}: give the [lora] that it was made with")
     for name, shape in wanted.items():
         if name not in stored:
-            raise ConfigError(
-                f"the checkpoint has no {name}: it was made with another model.flavor or optimizer.name"
-            )
+            other = "[lora]" if is_adapters(name) else "model.flavor or optimizer.name"
+            raise ConfigError(f"the checkpoint has no {name}: it was made with another {other}")
         if stored[name] != tuple(shape):
             raise ConfigError(
                 f"{name} is {list(stored[name])} in the checkpoint and {list(shape)} here: another "

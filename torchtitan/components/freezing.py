@@ -14,6 +14,7 @@ from torch import nn
 from torchtitan.components.tokenizer import SpecialTokenizer
 from torchtitan.config.errors import ConfigError, did_you_mean, require
 from torchtitan.config.job import Training
+from torchtitan.layers.lora import is_adapters
 
 NEW = "new"  # in training.trainable_tokens: what the tokenizer's file does not have
 
@@ -35,10 +36,12 @@ def matching(model: nn.Module, pattern: str, key: str) -> dict[str, nn.Parameter
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Take gradients from what the patterns match. Raises ConfigError where one matches nothing."""
+    """Take gradients from what the patterns match, adapters excepted. Raises ConfigError where one matches
+    nothing.
+    """
     for pattern in patterns:
-        for parameter in matching(model, pattern, "training.freeze").values():
-            parameter.requires_grad_(False)
+        for name, parameter in matching(model, pattern, "training.freeze").items():
+            parameter.requires_grad_(parameter.requires_grad and is_adapters(name))
 
 
 def choose_trained(model: Any, options: Training) -> None:

@@ -28,6 +28,7 @@ from torchtitan.components.lr_scheduler import Schedule
 from torchtitan.components.optimizer import Optimizers
 from torchtitan.components.weights import named_weights, stored_name
 from torchtitan.config.errors import ConfigError
+from torchtitan.layers.lora import is_adapters
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
@@ -102,11 +103,14 @@ class TrainState:
             return self.model()
         return self.model() | self.optimizer() | self.position() | self.generators()
 
-    def to_fill(self, stored: Sizes, without: set[str]) -> dict[str, Tensor]:
+    def to_fill(self, stored: Sizes, without: set[str], own: bool = True) -> dict[str, Tensor]:
         """Tensors for a checkpoint to be read into: the live weights and optimizer state, fresh buffers for
-        the rest.
+        the rest. One that is not the run's `own` may be of the base alone, beside which adapters are new.
         """
-        live = self.model() | ({} if "optimizer" in without else self.optimizer())
+        weights = self.model()
+        if not own and not any(map(is_adapters, stored)):
+            weights = {name: weight for name, weight in weights.items() if not is_adapters(name)}
+        live = weights | ({} if "optimizer" in without else self.optimizer())
         require_sizes({name: tuple(tensor.shape) for name, tensor in live.items()}, stored)
         names = [] if "data" in without else ["data." + key for key in self.loader.slot_keys()]
         _check_position(names, stored)

@@ -43,6 +43,9 @@ RANGES = {
     "training.steps": ">= 1",
     "training.loss_chunk_tokens": ">= 1",
     "training.gc_freq": ">= 1",
+    "lora.rank": ">= 0",
+    "lora.alpha": "> 0",
+    "lora.dropout": ">= 0, < 1",
     "parallelism.data_parallel_replicate_degree": ">= 1",
     "parallelism.data_parallel_shard_degree": "-1 or >= 1",
     "parallelism.tensor_parallel_degree": ">= 1",
@@ -165,6 +168,8 @@ def check_cuda_graphs(job: JobConfig) -> None:
             policy != "always",
             f"{needs} parallelism.fsdp_reshard_after_forward = default or never, not {policy}",
         )
+        # Activation checkpointing has to draw the same numbers again, which a graph has not been shown to do.
+        require(job.lora.dropout == 0, f"{needs} lora.dropout = 0, not {job.lora.dropout}")
         require(
             not job.training.enable_cpu_offload,
             f"{needs} training.enable_cpu_offload off: a graph cannot wait for the host",
@@ -211,6 +216,9 @@ def check_patterns(job: JobConfig) -> None:
     """They are regular expressions; which parameters they match is known once the model is built."""
     for pattern in job.training.freeze:
         check_pattern("training.freeze", pattern)
+    require(bool(job.lora.patterns), "lora.patterns is empty: name the parts or maps that get adapters")
+    for pattern in job.lora.patterns:
+        check_pattern("lora.patterns", pattern)
     names = [group.name or group.pattern for group in job.optimizer.groups]
     for number, group in enumerate(job.optimizer.groups):
         key = f"optimizer.groups[{number}]"

@@ -135,6 +135,18 @@ class Training:
 
 
 @dataclass
+class LoRA:
+    """Low-rank adapters beside frozen linear maps."""
+
+    rank: int = 0  # of an adapter; 0: there are none
+    alpha: float = 16.0  # an update is multiplied by alpha / rank
+    dropout: float = 0.0  # of what an adapter reads, in training
+    # the linear maps that get one: parts, or regular expressions that are looked for in the names of modules
+    # (decoder, attention\.w[qv]$); all else of these parts is frozen
+    patterns: list[str] = field(default_factory=lambda: ["decoder"])
+
+
+@dataclass
 class Parallelism:
     """How the model and its data are split over the ranks."""
 
@@ -237,6 +249,7 @@ class JobConfig:
     optimizer: Optimizer = field(default_factory=Optimizer)
     lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
     training: Training = field(default_factory=Training)
+    lora: LoRA = field(default_factory=LoRA)
     parallelism: Parallelism = field(default_factory=Parallelism)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)

@@ -47,8 +47,9 @@ def apply_activation_checkpoint(blocks: nn.ModuleDict, mode: str, option: str) -
     """
     if mode == "none":
         return
-    # Nothing random happens in a block, so the generators' state need not be kept.
-    wrap = partial(checkpoint_wrapper, preserve_rng_state=False)
+    # The generators' state need not be kept where nothing random happens.
+    random = any(isinstance(module, nn.Dropout) and module.p > 0 for module in blocks.modules())
+    wrap = partial(checkpoint_wrapper, preserve_rng_state=random)
     if mode == "selective" and option == "op":
         policy = partial(_keep_expensive, _expensive_operators())
         wrap = partial(wrap, context_fn=partial(create_selective_checkpoint_contexts, policy))

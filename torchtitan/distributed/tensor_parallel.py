@@ -25,6 +25,7 @@ from torch.distributed.tensor.parallel import (
 
 from torchtitan.distributed.differentiable import gather, sum_gradient
 from torchtitan.distributed.imagined import ImaginedGroup, through
+from torchtitan.layers.lora import LoRALinear
 
 
 def split(module: nn.Module, mesh: DeviceMesh | ImaginedGroup, plan: dict[str, ParallelStyle]) -> None:
@@ -33,11 +34,30 @@ def split(module: nn.Module, mesh: DeviceMesh | ImaginedGroup, plan: dict[str, P
         for name, style in plan.items():
             _imagine(module.get_submodule(name), style, mesh)
         return
+    adapters = {name: _take_adapter(module.get_submodule(name)) for name in plan}
     frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
     parallelize_module(module, mesh, plan)
+    for name, adapter in adapters.items():
+        if adapter is not None:
+            _lay_out(adapter, plan[name], mesh)
+            module.get_submodule(name).lora = adapter
     for name in frozen:
         # PyTorch's sequence parallel style makes new parameters, which would train again.
         module.get_parameter(name).requires_grad_(False)
+
+
+def _take_adapter(module: nn.Module) -> nn.Module | None:
+    """PyTorch's styles would take its factors for weights of the map itself."""
+    return module._modules.pop("lora") if isinstance(module, LoRALinear) else None
+
+
+def _lay_out(adapter: nn.Module, style: ParallelStyle, mesh: DeviceMesh) -> None:
+    """As layers/lora.py says: B lies as the outputs that a rank makes, or A as the inputs that it reads."""
+    by_columns = isinstance(style, ColwiseParallel)
+    placements = {"A": Replicate() if by_columns else Shard(1), "B": Shard(0) if by_columns else Replicate()}
+    for name, placement in placements.items():
+        factor: Any = adapter.get_submodule(name)
+        factor.weight = nn.Parameter(distribute_tensor(factor.weight, mesh, [placement]))
 
 
 def embedding(split: bool = True) -> ParallelStyle:
@@ -140,7 +160,9 @@ def _imagine(module: nn.Module, style: ParallelStyle, group: ImaginedGroup) -> N
 
 
 def _keep_part(module: nn.Module, dim: int, group: ImaginedGroup) -> None:
-    """Divides the weight along `dim`, and the bias where that is what is divided."""
+    """Divides the weight along `dim`, the bias where that is divided too, and of an adapter one factor."""
+    if isinstance(module, LoRALinear):
+        _keep_part(module.lora.A if dim else module.lora.B, dim, group)
     for name, parameter in list(module.named_parameters(recurse=False)):
         if dim < parameter.ndim:
             part = parameter.detach().chunk(group.size(), dim)[0].clone()

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from experiments.vlm.model import vit
 from experiments.vlm.model.flavors import ProjectorConfig, VLMConfig
 from torchtitan.layers.init import Fill, constant, fan_in, initialise
+from torchtitan.layers.lora import is_adapters
 from torchtitan.layers.masks import Mask
 from torchtitan.models.decoder import model as decoder
 
@@ -142,6 +143,8 @@ class VLM(nn.Module):
 
     def _initial_weight(self, name: str) -> Fill:
         part, _, rest = name.partition(".")
+        if is_adapters(name):
+            return fan_in() if name.endswith("A.weight") else constant(0.0)
         if part == "decoder":
             return decoder.initial_weight(rest, self.config.decoder)
         if part == "encoder":

@@ -1,0 +1,40 @@
+"""Which linear maps of a model get an adapter ([lora]), and what that freezes."""
+
+import re
+
+from torch import nn
+
+from torchtitan.config.errors import ConfigError, did_you_mean
+from torchtitan.config.job import LoRA
+from torchtitan.layers.lora import LoRALinear, Shape
+
+
+def adapt(model: nn.Module, options: LoRA) -> None:
+    """Give linear maps their adapters, in place, and freeze all else of the parts in which one stands.
+
+    `model`: whole and plain. Raises ConfigError where a pattern finds no map.
+    """
+    if not options.rank:
+        return
+    shape = Shape(options.rank, options.alpha, options.dropout)
+    maps = {
+        name: module
+        for name, module in model.named_modules()
+        # Not what computes more than a map, such as an output layer with its loss.
+        if type(module) is nn.Linear
+    }
+    chosen: dict[str, nn.Linear] = {}
+    for pattern in options.patterns:
+        found = {name: module for name, module in maps.items() if re.search(pattern, name)}
+        if not found:
+            parts = [name for name, _ in model.named_children()]
+            raise ConfigError(
+                f"lora.patterns = {pattern}: no linear map is called so (one is "
+                f"{next(iter(maps))}){did_you_mean(pattern, parts)}"
+            )
+        chosen |= found
+    for part in {name.partition(".")[0] for name in chosen}:
+        model.get_submodule(part).requires_grad_(False)
+    for name, module in chosen.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, LoRALinear.around(module, shape))

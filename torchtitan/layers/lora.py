@@ -1,0 +1,100 @@
+"""Low-rank adaptation (LoRA; Hu et al., 2021): a frozen linear map, and beside it a small one that trains.
+
+    y = W x + b + (alpha / rank) B A dropout(x)        A [rank, in] random, B [out, rank] zero at first
+
+Unusual here: the map keeps its name and its weight, so that files and layouts know it as before; what is new
+stands below it as `lora.A` and `lora.B`. Under tensor parallel the factors lie as the weight does, B by its
+columns' outputs or A by its rows' inputs, and the other is whole: the update is a part like the map's own
+result, so nothing more is sent for it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial
+
+INFIX = ".lora."  # in the names of the weights that are not the base's
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of an adapter: what it is besides the map that it adapts."""
+
+    rank: int
+    alpha: float
+    dropout: float = 0.0
+
+    @property
+    def scale(self) -> float:
+        """What the update is multiplied by."""
+        return self.alpha / self.rank
+
+
+class Adapter(nn.Module):
+    """The update of a linear map: scale * B(A(dropout(x)))."""
+
+    def __init__(self, inputs: int, outputs: int, shape: Shape):
+        super().__init__()
+        self.scale = shape.scale
+        self.dropout = nn.Dropout(shape.dropout)
+        self.A = nn.Linear(inputs, shape.rank, bias=False)
+        self.B = nn.Linear(shape.rank, outputs, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]; under tensor parallel this rank's part of either."""
+        return self.scale * F.linear(F.linear(self.dropout(x), _local(self.A.weight)), _local(self.B.weight))
+
+
+class LoRALinear(nn.Linear):
+    """A linear map with an adapter `lora` beside it."""
+
+    SAME_INPUT = ("lora",)  # see backward_of
+    lora: Adapter
+
+    @classmethod
+    def around(cls, base: nn.Linear, shape: Shape) -> "LoRALinear":
+        """With the parameters of `base` itself."""
+        adapted = cls(base.in_features, base.out_features, base.bias is not None)
+        adapted.weight, adapted.bias = base.weight, base.bias
+        adapted.lora = Adapter(base.in_features, base.out_features, shape)
+        return adapted
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        out = super().forward(x)
+        update = self.lora(_local(x))
+        if isinstance(out, DTensor):
+            update = DTensor.from_local(update, out.device_mesh, out.placements, run_check=False)
+        return out + update
+
+
+def _local(x: Tensor) -> Tensor:
+    """This rank's part. What is whole on every rank has a gradient that is a part of a sum over them."""
+    if not isinstance(x, DTensor):
+        return x
+    return x.to_local(grad_placements=[Partial() if p.is_replicate() else p for p in x.placements])
+
+
+def is_adapters(name: str) -> bool:
+    """Whether a weight of this name belongs to an adapter."""
+    return INFIX in name
+
+
+def names_of(weight: str) -> tuple[str, str]:
+    """A and B of the adapter beside a map's weight, by the name of that."""
+    module = weight.removesuffix(".weight")
+    return f"{module}{INFIX}A.weight", f"{module}{INFIX}B.weight"
+
+
+def merge(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """The weight of the map and its update in one, in the weight's dtype; added in float32."""
+    return (weight.float() + scale * (b.float() @ a.float())).to(weight.dtype)
+
+
+def merged(state: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """A state dict without adapters, that computes the same."""
+    bare = {name: weight for name, weight in state.items() if not is_adapters(name)}
+    factors = {name: names_of(name) for name in bare if names_of(name)[0] in state}
+    return bare | {name: merge(bare[name], state[a], state[b], scale) for name, (a, b) in factors.items()}
