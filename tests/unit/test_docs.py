@@ -34,6 +34,7 @@ def test_files_that_pages_name_are_there(page):
         "experiments/vlm/data",
         "experiments/vlm/data/sources",
         "experiments/vlm/data/storage",
+        "experiments/vlm/evaluate/metrics",
         "experiments/vlm/model",
         "torchtitan/components",
         "torchtitan/distributed",

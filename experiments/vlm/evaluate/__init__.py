@@ -1,0 +1,1 @@
+"""How good a trained model's answers are. metrics: what they score against those of people."""
