@@ -19,19 +19,21 @@ from torchtitan.config.shipped import shipped
 from torchtitan.distributed.process_group import world_size
 from torchtitan.spec import TrainSpec
 from torchtitan.tools.hardware import GIB, memory_gib
+from torchtitan.tools.hub import get_it
 from torchtitan.tools.logging import logger, warn_once
 
 
 def dry_run(job: JobConfig, spec: TrainSpec) -> None:
     """Every rank would do the same, so nobody else is asked. Raises ConfigError.
 
-    Without the tokenizer's file the sizes are those of the published vocabulary, and no batch is read.
+    Without the tokenizer's file the sizes are those of the published vocabulary; without it or data, no batch
+    is read.
     """
     ranks = world_size()
     sizes, layout = resolve_batch(job, ranks), degrees(job.parallelism, ranks)
     fit_warmup(job.lr_scheduler, job.training.steps)
-    there = shipped(job.model.tokenizer_path).exists()
-    tokenizer = spec.load_tokenizer(job) if there else None
+    path, missing = shipped(job.model.tokenizer_path), spec.missing_data(job)
+    tokenizer = spec.load_tokenizer(job) if path.exists() else None
     model = spec.build_model(job, tokenizer)
     choose_trained(model, job.training)
     token_rows = rows_of(job.training.trainable_tokens, tokenizer) if tokenizer else ()
@@ -40,11 +42,13 @@ def dry_run(job: JobConfig, spec: TrainSpec) -> None:
     _log_weights(job, spec, model)
     _log_run(job, layout, sizes)
     log_memory(job, spec, layout, tokenizer, held_gib(model, job, layout))
-    if there:
+    if tokenizer is None:
+        key = f"model.tokenizer_path = {job.model.tokenizer_path}"
+        warn_once(f"{key} is not here: vocabulary as published, and no batch was read; {get_it(path)}")
+    for line in missing:
+        warn_once(f"{line}; no batch was read")
+    if tokenizer and not missing:
         log_batch(job, spec, layout, tokenizer, model)
-    else:
-        path = f"model.tokenizer_path = {job.model.tokenizer_path}"
-        warn_once(f"{path} is not here: vocabulary as published, and no batch was read")
     logger.info("dry run: nothing was trained")
 
 

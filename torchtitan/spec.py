@@ -60,6 +60,7 @@ class TrainSpec:
     pipeline: Callable[[Any, Mesh, Any], ForwardBackward] | None
     # (job, tokenizer, *, rank, ranks, split, control, agree, group): see components/loader.py
     build_loader: Callable[..., Loader]
+    missing_data: Callable[[Any], list[str]]  # (job): a line for all data that are not on this machine
     # (host tensors, mesh, job): the share of this rank of a CP group
     shard_batch: Callable[[Tensors, Mesh, Any], Tensors]
     # weighted sum over what this rank has of a batch, float32 [1]

@@ -24,6 +24,7 @@ from torchtitan.config.errors import did_you_mean, require
 from torchtitan.config.layout import Degrees, degrees
 from torchtitan.models.decoder.check import check_decoder
 from torchtitan.models.hf.folder import read_tensors
+from torchtitan.tools.hub import get_it
 
 RANGES = {
     "data.epochs": ">= 0",
@@ -81,11 +82,15 @@ def check_weights(job: VLMJobConfig) -> None:
     """Files of weights to start from are there and whole, by their headers. A dry run of a flavor, and a run
     that goes on, do without.
     """
-    missing = [f"{key} = {folder}" for key, folder in named_folders(job).items() if not folder.is_dir()]
+    missing = [
+        f"{key} = {folder}: no such folder (looked from {os.getcwd()}); {get_it(folder)}"
+        for key, folder in named_folders(job).items()
+        if not folder.is_dir()
+    ]
     goes_on = find(job.checkpoint, Path(job.job.dump_folder) / job.checkpoint.folder)
     if goes_on or (missing and job.job.dry_run and job.model.flavor):
         return
-    require(not missing, f"{missing[0] if missing else ''}: no such folder (looked from {os.getcwd()})")
+    require(not missing, "".join(missing[:1]))
     for folder in dict.fromkeys(part_folders(job).values()):
         read_tensors(folder)
 
@@ -141,7 +146,10 @@ def check_encoder(job: VLMJobConfig, encoder: EncoderConfig, sizes: Degrees) -> 
 
 
 def check_sources(job: VLMJobConfig) -> None:
-    """Training data are named in one of two ways; all that will be read are there. Raises ConfigError."""
+    """Training data are named in one of two ways; all that will be read are there, but for a dry run.
+
+    Raises ConfigError.
+    """
     dataset, path, listed = job.training.dataset, job.training.dataset_path, job.data.sources
     if dataset or path:
         others = len(listed) > 1 or any(source.format or source.path for source in listed)
@@ -151,7 +159,6 @@ def check_sources(job: VLMJobConfig) -> None:
         )
         require(bool(path), f"training.dataset_path is missing: where is training.dataset = {dataset}?")
         _check_format(dataset, "training.dataset")
-        check_path(path, "training.dataset_path")
         check_reading(job.training_sources()[0], "data.sources[0]")
     else:
         require(
@@ -166,6 +173,23 @@ def check_sources(job: VLMJobConfig) -> None:
             "validation.sources is empty: validation.enable needs [[validation.sources]]",
         )
         check_list(job.validation.sources, "validation.sources")
+    for key, path in paths_of(job).items():
+        check_path(path, key, needed=not job.job.dry_run)
+
+
+def paths_of(job: VLMJobConfig) -> dict[str, str]:
+    """Option -> the path of data that it names, of all that will be read."""
+    if job.training.dataset_path:
+        paths = {"training.dataset_path": job.training.dataset_path}
+    else:
+        paths = {f"data.sources[{i}].path": source.path for i, source in enumerate(job.data.sources)}
+    held_out = job.validation.sources if job.validation.enable else []
+    return paths | {f"validation.sources[{i}].path": source.path for i, source in enumerate(held_out)}
+
+
+def missing_data(job: VLMJobConfig) -> list[str]:
+    """A line for each path of data that is not here; what is remote counts as here."""
+    return [line for key, path in paths_of(job).items() if (line := missing_path(path, key))]
 
 
 def check_list(sources: list[Source], key: str) -> None:
@@ -185,7 +209,6 @@ def _check_source(source: Source, key: str) -> None:
     require(bool(source.path), f"{key}.path is missing")
     _check_format(source.format, f"{key}.format")
     check_reading(source, key)
-    check_path(source.path, f"{key}.path")
 
 
 def check_reading(source: Source, key: str) -> None:
@@ -201,8 +224,8 @@ def _check_format(name: str, key: str) -> None:
     require(name in FORMATS, f"{key} = {name}: no such format{did_you_mean(name, FORMATS)}")
 
 
-def check_path(path: str, key: str) -> None:
-    """At least one local file is there.
+def check_path(path: str, key: str, needed: bool = True) -> None:
+    """It may be read, and at least one local file is there where data are `needed`. Raises ConfigError.
 
     Which shards of a range are missing, and what is remote, is the reader's to say.
     """
@@ -210,16 +233,26 @@ def check_path(path: str, key: str) -> None:
         worlds = [f"embedded:{world}/{split}" for world in WORLDS for split in SPLITS]
         require(path in worlds, f"{key} = {path}: no such embedded data{did_you_mean(path, worlds)}")
     elif "://" not in path:
-        pattern = re.sub(r"\{[^{}]*\}", "*", os.path.expanduser(path))
-        unreadable = denied(pattern)
+        unreadable = denied(_pattern(path))
         require(unreadable is None, f"{key} = {path}: permission denied: {unreadable}")
-        there = os.path.exists(path) or next(glob.iglob(pattern, recursive=True), None) is not None
-        hub = (
-            f"; a data set of the Hugging Face hub is hf://datasets/{path}"
-            if re.fullmatch(r"[\w.-]+/[\w.-]+", path)
-            else ""
-        )
-        require(there, f"{key} = {path}: no such file or folder (looked from {os.getcwd()}){hub}")
+        missing = missing_path(path, key)
+        require(not (needed and missing), missing)
+
+
+def missing_path(path: str, key: str) -> str:
+    """What to say of a path that matches no file or folder of this machine; else nothing."""
+    if "://" in path or path.startswith("embedded:") or os.path.exists(path):
+        return ""
+    if next(glob.iglob(_pattern(path), recursive=True), None) is not None:
+        return ""
+    named = re.fullmatch(r"[\w.-]+/[\w.-]+", path)
+    hub = f"; a data set of the Hugging Face hub is hf://datasets/{path}" if named else ""
+    return f"{key} = {path}: no such file or folder (looked from {os.getcwd()}){hub}"
+
+
+def _pattern(path: str) -> str:
+    """A glob for a brace range."""
+    return re.sub(r"\{[^{}]*\}", "*", os.path.expanduser(path))
 
 
 def check_output(path: str, key: str) -> None:

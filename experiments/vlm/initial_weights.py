@@ -20,6 +20,7 @@ from torchtitan.models.hf.checkpoint import write_checkpoint
 from torchtitan.models.hf.config_file import read_config
 from torchtitan.models.hf.match import Source, match
 from torchtitan.models.hf.source import FolderSource
+from torchtitan.tools.logging import warn_once
 
 TABLE, OUTPUT = "decoder.tok_embeddings.weight", "decoder.output.weight"
 
@@ -29,8 +30,11 @@ def initial_weights(job: VLMJobConfig, shapes: Sizes) -> FolderSource | None:
 
     Raises ConfigError that names tensor and file.
     """
-    there = all(folder.is_dir() for folder in named_folders(job).values())
-    folders = part_folders(job) if there or not job.job.dry_run else {}
+    missing = [f"{key} = {folder}" for key, folder in named_folders(job).items() if not folder.is_dir()]
+    if missing and job.job.dry_run:
+        warn_once(f"{', '.join(missing)}: not here, so that no weights were compared with the model")
+        return None
+    folders = part_folders(job)
     if not folders:
         return None
     # No published file has adapters; they start anew.

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from experiments.vlm.batch import Delivered
+from experiments.vlm.check import missing_data
 from experiments.vlm.config import PARTS, VLMJobConfig
 from experiments.vlm.data.batch_metrics import BATCH_METRICS, written_names
 from experiments.vlm.data.controls import CONTROLS
@@ -87,6 +88,7 @@ SPEC = TrainSpec(
     parallelize=parallelize_vlm,
     pipeline=pipeline_vlm,
     build_loader=Loader,
+    missing_data=missing_data,
     shard_batch=shard_batch,
     loss=loss,
     score=score,

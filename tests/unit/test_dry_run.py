@@ -6,9 +6,12 @@ import pytest
 
 from experiments.__main__ import checked_job
 from experiments.vlm import vocabulary
+from experiments.vlm.estimate import estimate
 from experiments.vlm.spec import SPEC
+from experiments.vlm.vocabulary import rows_of
 from torchtitan import dry_run as looked
 from torchtitan.config.errors import ConfigError
+from torchtitan.config.layout import degrees
 
 JOB = [
     "--training.dataset",
@@ -40,6 +43,37 @@ def test_layout_memory_and_tokens_are_told_without_the_tokenizer(told):
     assert "it does not fit this machine: 8.0 GiB of cpu memory a rank" in told
     assert any(line.startswith("peak memory: ") for line in told)
     assert any("nowhere is not here: vocabulary as published, and no batch was read" in line for line in told)
+
+
+def test_the_recipe_to_start_from_fits_24_gb_with_nothing_downloaded(caplog, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(looked, "memory_gib", lambda device: 24e9 / 2**30)
+    job = ["--job.config_file", "vlm", "--job.dry_run"]
+    with caplog.at_level("INFO", logger="torchtitan"):
+        looked.dry_run(checked_job(job, 1), SPEC)
+    said = "\n".join(caplog.messages)
+    assert "encoder 85,843,200, projector 4,202,496, decoder 596,049,920" in said
+    assert "it fits this machine: 22.4 GiB of cpu memory a rank" in said
+    fetched = "python scripts/download_hf_assets.py Qwen/Qwen3-0.6B --out assets/Qwen3-0.6B"
+    assert f"vocabulary as published, and no batch was read; get it with `{fetched}`" in said
+    assert "checkpoint.initial_load_encoder_path = assets/siglip2-base-patch16-naflex" in said
+    assert "data.sources[1].path = datasets/obelics/*.tar: no such file or folder" in said
+    job = checked_job(job, 1)
+    assert estimate(job, degrees(job.parallelism, 1), rows_of(job, None)).memory.total < 20 * 2**30
+
+
+@pytest.mark.parametrize("there", ["", "tokenizer", "tokenizer weights"])
+def test_the_recipe_to_start_from_says_first_what_is_missing(there, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    if "tokenizer" in there:
+        (tmp_path / "assets/Qwen3-0.6B").mkdir(parents=True)
+        (tmp_path / "assets/Qwen3-0.6B/tokenizer.json").write_text("{}")
+    if "weights" in there:
+        (tmp_path / "assets/siglip2-base-patch16-naflex").mkdir()
+    missing = "google/siglip2-base-patch16-naflex" if there else "Qwen/Qwen3-0.6B"
+    with pytest.raises(ConfigError) as caught:
+        checked_job(["--job.config_file", "vlm"], 1)
+    assert f"`python scripts/download_hf_assets.py {missing} --out " in str(caught.value)
 
 
 def test_training_needs_the_tokenizer():

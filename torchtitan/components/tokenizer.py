@@ -25,7 +25,7 @@ import numpy as np
 
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.shipped import shipped
-from torchtitan.tools.hub import command_for
+from torchtitan.tools.hub import get_it
 
 # Attribute -> spellings, the first that the file knows is taken; the first of the list is the name of a new
 # one.
@@ -110,7 +110,7 @@ def find_file(path: Path) -> Path:
         if (path / name).is_file():
             return path / name
     missing = "holds no tokenizer.json or tokenizer.model" if path.is_dir() else "does not exist"
-    raise ConfigError(f"model.tokenizer_path = {path} {missing}; fetch one with `{command_for(path)}`")
+    raise ConfigError(f"model.tokenizer_path = {path} {missing}; {get_it(path)}")
 
 
 class SpecialTokenizer:

@@ -19,7 +19,7 @@ from torchtitan.config.errors import ConfigError, did_you_mean, require
 from torchtitan.config.job import JobConfig
 from torchtitan.config.layout import BALANCE_BLOCKS, STAGES_PER_RANK, Degrees, degrees, resolve_batch
 from torchtitan.config.shipped import shipped
-from torchtitan.tools.hub import command_for
+from torchtitan.tools.hub import get_it
 
 # What a number may be. The text is both the rule and what the error says: " or " between ranges, ", " inside
 # one.
@@ -128,11 +128,12 @@ def check_paths(job: JobConfig) -> None:
             inside, f"{key} = {below!r}: must be a path below job.dump_folder, without a leading / and .."
         )
     there = tokenizer.exists() or job.job.dry_run  # which can do without
-    key, get_it = f"model.tokenizer_path = {tokenizer}", f"; download it with `{command_for(tokenizer)}`"
-    require(there, f"{key}: no such file or folder (looked from {Path.cwd()}){get_it}")
+    key = f"model.tokenizer_path = {tokenizer}"
+    require(there, f"{key}: no such file or folder (looked from {Path.cwd()}); {get_it(tokenizer)}")
     if tokenizer.is_dir():
         holds_one = any((tokenizer / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
-        require(holds_one, f"{key}: holds neither tokenizer.model nor tokenizer.json{get_it}")
+        nothing = f"{key}: holds neither tokenizer.model nor tokenizer.json"
+        require(holds_one, f"{nothing}; {get_it(tokenizer)}")
 
 
 def check_devices(job: JobConfig) -> None:

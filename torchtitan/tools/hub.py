@@ -30,6 +30,11 @@ def command_for(path: Path) -> str:
     return f"{command} {repo} --out {folder}"
 
 
+def get_it(path: Path) -> str:
+    """The end of a message that says that `path` is missing."""
+    return f"get it with `{command_for(path)}`"
+
+
 def owner_of(name: str) -> str | None:
     """Who keeps the model of that name, where it is known."""
     return next((owner for start, owner in OWNERS.items() if name.startswith(start)), None)

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from torchtitan.config.errors import ConfigError, require
 from torchtitan.config.table import EXPECTED
+from torchtitan.tools.hub import get_it
 
 CONFIG = "config.json"
 Value = TypeVar("Value", bool, int, float, str)
@@ -66,9 +67,8 @@ def read_config(folder: Path) -> ConfigFile:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(
-            f"{path}: {error.strerror}: a Hugging Face folder has a {CONFIG} beside its weights"
-        ) from None
+        beside = f"a Hugging Face folder has a {CONFIG} beside its weights"
+        raise ConfigError(f"{path}: {error.strerror}: {beside}; {get_it(path)}") from None
     except ValueError as error:
         raise ConfigError(f"{path}: is not JSON ({error}): fetch it again") from None
     require(isinstance(values, dict), f"{path}: expected an object, with model_type and sizes")

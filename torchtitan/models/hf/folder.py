@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torchtitan.config.errors import ConfigError, require
 from torchtitan.models.hf.safetensors_file import StoredTensor, read_header
+from torchtitan.tools.hub import get_it
 
 INDEX = "model.safetensors.index.json"
 SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
@@ -21,7 +22,7 @@ def read_tensors(folder: Path) -> dict[str, StoredTensor]:
     Raises ConfigError where there are none, one is missing, damaged or there twice, or where files and index
     do not agree.
     """
-    require(folder.is_dir(), f"{folder}: no such folder (looked from {Path.cwd()})")
+    require(folder.is_dir(), f"{folder}: no such folder (looked from {Path.cwd()}); {get_it(folder)}")
     index = folder / INDEX
     if index.is_file():
         return _indexed(index, _read_index(index))
@@ -42,7 +43,7 @@ def _nothing(folder: Path) -> str:
     """What to say of a folder without safetensors."""
     pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
     if not pickles:
-        return f"{folder}: holds no *.safetensors"
+        return f"{folder}: holds no *.safetensors; {get_it(folder)}"
     how = "AutoModel.from_pretrained(FOLDER).save_pretrained(OTHER)"
     return (
         f"{folder}/{pickles[0]}: a pickle can run code when it is opened, and no part of it can be read "
@@ -57,7 +58,8 @@ def _require_all_shards(folder: Path, files: list[Path]) -> None:
             for number in range(1, int(count) + 1):
                 shard = folder / f"{stem}-{number:05d}-of-{count}.safetensors"
                 require(
-                    shard.is_file(), f"{shard}: is missing, and {path.name} says that there are {int(count)}"
+                    shard.is_file(),
+                    f"{shard}: is missing, and {path.name} says that there are {int(count)}; {get_it(shard)}",
                 )
 
 
@@ -79,7 +81,8 @@ def _indexed(index: Path, names: Mapping[str, str]) -> dict[str, StoredTensor]:
     for file in sorted(set(names.values())):
         path = index.parent / file
         first = next(name for name, its_file in names.items() if its_file == file)
-        require(path.is_file(), f"{path}: is missing; {INDEX} says that tensor {first} is in it")
+        says = f"{INDEX} says that tensor {first} is in it"
+        require(path.is_file(), f"{path}: is missing; {says}; {get_it(path)}")
         for name, tensor in read_header(path).items():
             where = names.get(name)
             other = f"{index} does not name it" if where is None else f"{INDEX} says that it is in {where}"
