@@ -12,7 +12,7 @@ from tests.reference.small_run import job_of
 from tests.unit.test_generate import BUDGET, CPU, PLAN, TOKENIZER, prompts, vlm
 from tests.unit.test_generate import answers as answers_alone
 from tests.unit.test_generate import engine as engine_alone
-from torchtitan.build import init_weights
+from torchtitan.components.weights import fill, to_empty
 from torchtitan.config.layout import degrees
 from torchtitan.distributed.mesh import build_mesh
 from torchtitan.generation.engine import Engine, Request
@@ -27,7 +27,8 @@ def answers_on_rank(changes: dict, decoder: str) -> dict[int, tuple[list[int], l
     with torch.device("meta"):
         model = VLM(plain.config, TOKENIZER.vocab_size, "sdpa", 64)
     parallelize_for_answers(model, mesh, job)
-    init_weights([model], job, CPU)
+    to_empty([model], CPU)
+    fill([model], model.tied_names(), job.debug.seed)
     model.eval()
     cache = attach_cache(model, mesh, job, 2, 420)
     shape = BatchShape(1, 0, BUDGET.patch_rows, BUDGET.patches_per_row, PLAN.patch_size)
