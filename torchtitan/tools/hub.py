@@ -104,8 +104,8 @@ def reason(error: OSError | ValueError, repo: str, revision: str, folder: Path) 
         return f"{repo}: expected OWNER/NAME, such as meta-llama/Llama-3.2-1B"
     if is_full(error):
         return f"{folder}: {describe(error, folder)}; make room, and the same command goes on"  # type: ignore[arg-type]
-    told = " ".join(str(error).split())[:200]
+    detail = " ".join(str(error).split())[:200]
     if isinstance(error, errors.HfHubHTTPError):
-        return f"{repo}: the hub answers: {told}"
-    unreached = f"{repo}: the hub cannot be reached ({type(error).__name__}: {told})"
+        return f"{repo}: the hub answers: {detail}"
+    unreached = f"{repo}: the hub cannot be reached ({type(error).__name__}: {detail})"
     return f"{unreached}; try again, or copy the files to {folder}"

@@ -70,8 +70,8 @@ def _excluded(root: str) -> tuple[str, ...] | None:
 
 
 def _shards(root: str, file: str, split: Split) -> list[str]:
-    told = _read(file)
-    parts, excluded = told["split_parts"], set(_expanded(file, told.get("exclude") or []))
+    split_file = _read(file)
+    parts, excluded = split_file["split_parts"], set(_expanded(file, split_file.get("exclude") or []))
     part = next((name for name in PARTS[split] if name in parts), None)
     if part is None:
         raise ConfigError(f"{file}: no split {PARTS[split][0]} among {', '.join(map(str, parts))}")
@@ -94,9 +94,9 @@ def _read(file: str) -> dict[str, Any]:
     with fsspec.open(file, "rb") as opened:
         data = opened.read()
     try:
-        told = yaml.safe_load(data)
+        split_file = yaml.safe_load(data)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: no YAML: {' '.join(str(error).split())[:200]}") from error
-    if not isinstance(told, dict) or not isinstance(told.get("split_parts"), dict):
+    if not isinstance(split_file, dict) or not isinstance(split_file.get("split_parts"), dict):
         raise ConfigError(f"{file}: no split_parts: {{train: [...], val: [...]}} in it")
-    return told
+    return split_file

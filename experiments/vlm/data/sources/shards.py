@@ -219,15 +219,15 @@ def _match_remote(pattern: str, suffixes: tuple[str, ...], split: Split | None) 
 
 def _unlisted(pattern: str, error: Exception) -> str:
     """In a line, why it cannot be listed and what to do."""
-    told = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     if isinstance(error, PermissionError):
-        return f"permission denied ({told})"
+        return f"permission denied ({why})"
     if not pattern.startswith("hf://"):
-        return f"cannot be listed ({told})"
+        return f"cannot be listed ({why})"
     if isinstance(error, (FileNotFoundError, ImportError, ValueError)):
-        return f"cannot be listed ({told}); a private or gated data set needs HF_TOKEN"
+        return f"cannot be listed ({why}); a private or gated data set needs HF_TOKEN"
     return (
-        f"the Hugging Face hub could not be reached ({told}): check the network, HF_ENDPOINT, and HF_TOKEN "
+        f"the Hugging Face hub could not be reached ({why}): check the network, HF_ENDPOINT, and HF_TOKEN "
         "for a "
         "private or gated data set; or download it first (hf download NAME --repo-type dataset), and give "
         "the folder"

@@ -46,7 +46,7 @@ class Away(OSError):
 
 
 def is_away(error: BaseException) -> bool:
-    """Whether the storage failed, and a later try may not. An OSError without a number tells of bytes."""
+    """Whether the storage failed, and a later try may not. An OSError without a number is about bytes."""
     if isinstance(error, (Away, TimeoutError, ConnectionError, PermissionError)):
         return True
     return isinstance(error, OSError) and error.errno is not None and error.errno not in NOT_AWAY
