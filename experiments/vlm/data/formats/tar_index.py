@@ -23,7 +23,7 @@ from experiments.vlm.data.formats.tar_search import READ_BYTES, Samples, find_sa
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.storage.file_cache import FileCache, origin_of
 
-VERSION = "samples 2"  # of what is kept: another number where the same tar would give other samples
+VERSION = "samples 3"  # of what is kept: another number where the same tar would give other samples
 
 
 def _to_bytes(samples: Samples) -> bytes:

@@ -15,6 +15,7 @@ samples of the same key stay apart: the text of one would get the image of the o
 import os
 import re
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -53,14 +54,17 @@ class Place(NamedTuple):
 def find_samples(file: int) -> Samples:
     """Reads through the headers of an opened tar. Raises OSError."""
     search = _Search(file)
+    runs = list(_runs(search.members()))
+    damage = search.damage()
+    together = _usual(runs) if damage else set[str]()
     samples, headers = array("q"), array("q")
     latest: dict[tuple[int, str], tuple[int, set[str]]] = {}  # its newest sample, and the extensions there
     count = 0
-    for run in _runs(search.members()):
+    for run in runs:
         key = run[0].part, run[0].member.key
         extensions = {place.member.extension for place in run}
         number, seen = latest.get(key, (-1, extensions))
-        if not seen.isdisjoint(extensions):
+        if not seen.isdisjoint(extensions) or seen | extensions <= together:
             number, seen = count, set()
             count += 1
         latest[key] = number, seen | extensions
@@ -68,7 +72,13 @@ def find_samples(file: int) -> Samples:
         headers.extend(place.start for place in run)
     order = np.argsort(samples, kind="stable")
     starts = np.searchsorted(np.array(samples, np.int64)[order], np.arange(count + 1))
-    return Samples(np.array(headers, np.int64)[order], starts, search.checksum, search.damage())
+    return Samples(np.array(headers, np.int64)[order], starts, search.checksum, damage)
+
+
+def _usual(runs: list[list[Place]]) -> set[str]:
+    """Extensions that stand together in this tar: what has them apart is what is left of two samples."""
+    sets = Counter(frozenset(place.member.extension for place in run) for run in runs)
+    return set(sets.most_common(1)[0][0]) if sets else set()
 
 
 def _runs(places: Iterator[Place]) -> Iterator[list[Place]]:
@@ -191,10 +201,11 @@ class _Search:
         """Where another tar begins, or this one goes on; the end of the file if neither does."""
         stop = self._end_of_zeros(start)
         count, full = stop - start, (stop - self._begin) % RECORD == 0
+        is_end = count == END or full and END < count < RECORD + END
         if stop == self._size:
-            if not END <= count < RECORD + END:
+            if not is_end and not self._damaged or count >= RECORD + END:  # damage moves what follows
                 self._note_damage(f"nothing but zeros from byte {start} to {stop}", 0, end=True)
-        elif isinstance(self._at(stop), Header) and (count == END or full and END < count < RECORD + END):
+        elif isinstance(self._at(stop), Header) and is_end:
             self._begin, self._part = stop, self._part + bool(self._damaged)
         else:
             found = self._next(stop, self._size)
