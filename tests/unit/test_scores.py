@@ -1,5 +1,6 @@
 """Metrics of answers give what the published scorers gave (tests/reference/published_scores.json)."""
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -96,6 +97,23 @@ def test_letter_case_counts_where_asked():
 def test_anls_counts_at_its_threshold_and_not_below():
     assert METRICS["anls"](["abcd", "abc"], ["abxy", "axy"]).per_sample == [50, 0]
     assert METRICS["anls"](["abc"], ["axy"], threshold=0.3).overall == pytest.approx(100 / 3)
+
+
+def edits(left, right):
+    """Levenshtein distance by its definition."""
+    if not left or not right:
+        return len(left) + len(right)
+    swapped = edits(left[1:], right[1:]) + (left[0] != right[0])
+    return min(swapped, edits(left[1:], right) + 1, edits(left, right[1:]) + 1)
+
+
+def test_anls_is_the_edit_distance_by_its_definition():
+    texts = ["".join(text) for length in range(4) for text in itertools.product("ab", repeat=length)] + [
+        "日é😀a"
+    ]
+    for left, right in itertools.product(texts, repeat=2):
+        expected = 100 * (1 - edits(left, right) / max(len(left), len(right), 1))
+        assert METRICS["anls"]([left], [right], threshold=0.0).overall == pytest.approx(expected)
 
 
 def test_relaxed_accuracy_takes_its_tolerance():

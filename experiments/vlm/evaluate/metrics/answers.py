@@ -52,13 +52,23 @@ def _similarity(left: str, right: str, case_sensitive: bool, threshold: float) -
 
 
 def _edit_distance(left: str, right: str) -> int:
-    row = list(range(len(right) + 1))
-    for number, character in enumerate(left, start=1):
-        before = row
-        row = [number]
-        for column, other in enumerate(right):
-            row.append(min(before[column] + (character != other), before[column + 1] + 1, row[column] + 1))
-    return row[-1]
+    """Levenshtein distance, a column of its table at a time: the bits where it goes up, and where down.
+
+    Myers (1999), in the form of Hyyrö (2003).
+    """
+    full, last = (1 << len(left)) - 1, (1 << len(left)) >> 1
+    places: dict[str, int] = {}
+    for place, character in enumerate(left):
+        places[character] = places.get(character, 0) | 1 << place
+    up, down, distance = full, 0, len(left)
+    for character in right:
+        same = places.get(character, 0)
+        diagonal = (((same & up) + up) ^ up) | same
+        right_up, right_down = down | full & ~(diagonal | up), up & diagonal
+        distance += bool(right_up & last) - bool(right_down & last)
+        right_up, right_down, diagonal = right_up << 1 | 1, right_down << 1, same | down
+        up, down = full & (right_down | ~(diagonal | right_up)), full & right_up & diagonal
+    return distance if left else len(right)
 
 
 def relaxed_accuracy(
