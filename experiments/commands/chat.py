@@ -25,16 +25,16 @@ class Options(ModelOptions, AnswerOptions):
 def main(argv: Sequence[str]) -> int:
     """The command. Raises UserError."""
     init_logger(sys.stderr)
-    options, job = model_job(argv, Options, __doc__ or "")
+    options, job, checkpoint = model_job(argv, Options, __doc__ or "")
     require(options.max_tokens >= 1, f"--max_tokens = {options.max_tokens}: must be >= 1")
     # Only now, since they import torch.
-    from experiments.vlm.generate.answering import checkpoint_of, open_answering
+    from experiments.vlm.generate.answering import open_answering
     from experiments.vlm.generate.chat import HELP, Chat
     from torchtitan.distributed.process_group import close_process_group, world_size
     from torchtitan.generation.engine import Request
 
     require(world_size() == 1, "chat runs in one process")
-    checkpoint, template = checkpoint_of(job, options.checkpoint), template_of(options, job)
+    template = template_of(options, job)
     places = job.training.seq_len + options.max_tokens
     answering = open_answering(job, checkpoint, template, sequences=1, places=places, reuse=True)
     stops = tuple(options.stop)

@@ -16,8 +16,7 @@ from typing import Literal
 
 from experiments.__main__ import CONFIG_CLASSES
 from experiments.vlm.config import VLMJobConfig
-from torchtitan.components.checkpoint_folder import RECORD, complete_steps, read_record
-from torchtitan.components.saved_config import NEWEST
+from experiments.vlm.saved_model import use_checkpoint, with_saved
 from torchtitan.config.check import is_allowed
 from torchtitan.config.errors import require
 from torchtitan.config.parse import parse_script
@@ -46,20 +45,16 @@ class Options:
 def main(argv: Sequence[str]) -> int:
     """The command. Raises UserError."""
     init_logger()
-    options, job = parse_script(argv, Options, CONFIG_CLASSES, __doc__ or "")
+    options, job = parse_script(with_saved(argv), Options, CONFIG_CLASSES, __doc__ or "")
     if options.list:
         print(WRITTEN)
         return 0
-    saved = Path(job.job.dump_folder) / NEWEST
-    if job.job.config_file is None and saved.is_file():
-        argv = ["--job.config_file", str(saved), "--job.dump_folder", job.job.dump_folder, *argv]
-        options, job = parse_script(argv, Options, CONFIG_CLASSES)
     assert isinstance(job, VLMJobConfig)
     require(bool(options.out), "--out is missing: which folder is to be written?")
     require(is_allowed(options.shard_gb, "> 0"), f"--shard_gb {options.shard_gb}: must be > 0")
     out = Path(options.out)
     require(not out.exists(), f"--out = {out}: is there already; give another folder, or delete it")
-    checkpoint = find_checkpoint(job, options.checkpoint)
+    checkpoint = use_checkpoint(job, options.checkpoint)
     require_writable(out.absolute().parent, "--out")
     # Half a folder never bears the name of a whole one.
     with tempfile.TemporaryDirectory(prefix=out.name + ".", dir=out.absolute().parent) as folder:
@@ -89,20 +84,3 @@ def write(job: VLMJobConfig, checkpoint: Path, folder: Path, options: Options) -
     made = export(job, checkpoint, folder, part=options.part, dtype=dtype, shard_gb=options.shard_gb)
     files, size = list(folder.glob("*.safetensors")), sum(tensor.size for tensor in made.tensors.values())
     print(f"{len(made.tensors)} tensors, {size:,} bytes in {len(files)} files")
-
-
-def find_checkpoint(job: VLMJobConfig, name: str) -> Path:
-    """The checkpoint, which from then on says what model the job has. Raises ConfigError."""
-    folder, c = Path(job.job.dump_folder) / job.checkpoint.folder, job.checkpoint
-    steps = complete_steps(folder)
-    path = folder / (name or f"step-{steps[-1] if steps else 0}")
-    if name and not (path / RECORD).is_file():
-        path = Path(name)
-    known = ", ".join(f"step-{step}" for step in steps) or "none"
-    require((path / RECORD).is_file(), f"--checkpoint {name}: no complete checkpoint; in {folder}: {known}")
-    c.enable = c.initial_load_in_hf = False
-    c.initial_load_encoder_path = c.initial_load_decoder_path = ""
-    c.initial_load_path = str(path)
-    if "model" in read_record(path):
-        job.model.flavor = ""  # the checkpoint says it
-    return path

@@ -22,7 +22,7 @@ import tyro
 from experiments.__main__ import CONFIG_CLASSES
 from experiments.vlm.check import check_output
 from experiments.vlm.config import VLMJobConfig
-from torchtitan.components.saved_config import NEWEST
+from experiments.vlm.saved_model import use_checkpoint, with_saved
 from torchtitan.config.errors import require
 from torchtitan.config.parse import parse_script
 from torchtitan.generation.options import Sampling
@@ -66,8 +66,13 @@ CONVERSATIONS = ("llava", "messages")  # formats of data with turns
 Chosen = TypeVar("Chosen", bound=ModelOptions)
 
 
-def model_job(argv: Sequence[str], options_class: type[Chosen], about: str) -> tuple[Chosen, VLMJobConfig]:
-    """A command's options and the job of the model that answers. Raises ConfigError."""
+def model_job(
+    argv: Sequence[str], options_class: type[Chosen], about: str
+) -> tuple[Chosen, VLMJobConfig, Path | None]:
+    """A command's options, the job of the model that answers, and its checkpoint, None with --hf.
+
+    Raises ConfigError.
+    """
     options, job = parse_script(with_saved(argv), options_class, CONFIG_CLASSES, about)
     assert isinstance(job, VLMJobConfig)
     if options.hf:
@@ -75,16 +80,9 @@ def model_job(argv: Sequence[str], options_class: type[Chosen], about: str) -> t
         require(Path(options.hf).is_dir(), f"--hf = {options.hf}: no such folder (looked from {Path.cwd()})")
         job.model.flavor, job.model.tokenizer_path = "", options.hf
         job.checkpoint.initial_load_in_hf, job.checkpoint.initial_load_path = True, options.hf
-    return options, job
-
-
-def with_saved(argv: Sequence[str]) -> list[str]:
-    """The command line, with the configuration that the run saved where none is named."""
-    given = dict(zip(argv, [*argv[1:], ""], strict=True))
-    saved = Path(given.get("--job.dump_folder", "")) / NEWEST
-    if "--job.config_file" in argv or "--job.dump_folder" not in argv or not saved.is_file():
-        return list(argv)
-    return ["--job.config_file", str(saved), *argv]
+        job.checkpoint.initial_load_encoder_path = job.checkpoint.initial_load_decoder_path = ""
+        return options, job, None
+    return options, job, use_checkpoint(job, options.checkpoint)
 
 
 def template_of(options: ModelOptions, job: VLMJobConfig) -> str:
@@ -102,19 +100,19 @@ def template_of(options: ModelOptions, job: VLMJobConfig) -> str:
 def main(argv: Sequence[str]) -> int:
     """The command. Raises UserError."""
     init_logger(sys.stderr)
-    options, job = model_job(argv, Options, __doc__ or "")
+    options, job, checkpoint = model_job(argv, Options, __doc__ or "")
     check(options)
     # Only now, since they import torch.
     from experiments.vlm.data.formats.record_shard import ImageValues, folder_of
     from experiments.vlm.generate.answer import AnswerFile, answer_file, answer_one
-    from experiments.vlm.generate.answering import checkpoint_of, open_answering
+    from experiments.vlm.generate.answering import open_answering
     from experiments.vlm.generate.prompt import Picture
     from torchtitan.distributed.process_group import close_process_group
     from torchtitan.generation.engine import Request
 
     places = job.training.seq_len + options.max_tokens
     sequences = options.sequences if options.input else 1
-    checkpoint, template = checkpoint_of(job, options.checkpoint), template_of(options, job)
+    template = template_of(options, job)
     answering = open_answering(job, checkpoint, template, sequences, places)
     stops = tuple(options.stop)
 

@@ -31,18 +31,18 @@ class Options(ModelOptions):
 def main(argv: Sequence[str]) -> int:
     """The command. Raises UserError."""
     init_logger()
-    options, job = model_job(argv, Options, __doc__ or "")
+    options, job, checkpoint = model_job(argv, Options, __doc__ or "")
     for key in ("sequences", "max_tokens", "max_body_mb"):
         require(getattr(options, key) >= 1, f"--{key} = {getattr(options, key)}: must be >= 1")
     require(0 <= options.port < 1 << 16, f"--port = {options.port}: must be from 0 to 65535")
     # Only now, since they import torch.
-    from experiments.vlm.generate.answering import checkpoint_of, open_answering
+    from experiments.vlm.generate.answering import open_answering
     from experiments.vlm.generate.server import Limits, Server
     from experiments.vlm.generate.service import Service
     from torchtitan.distributed.process_group import close_process_group, world_size
 
     require(world_size() == 1, "serve runs in one process: give it one GPU, or use generate with several")
-    checkpoint, template = checkpoint_of(job, options.checkpoint), template_of(options, job)
+    template = template_of(options, job)
     places = job.training.seq_len + options.max_tokens
     answering = open_answering(job, checkpoint, template, options.sequences, places, reuse=True)
     limits = Limits(options.max_body_mb << 20, options.max_tokens)

@@ -16,9 +16,7 @@ from experiments.vlm.generate.layout import agreement, attach_cache, check_layou
 from experiments.vlm.generate.prompt import Prompter
 from experiments.vlm.model_config import model_config
 from experiments.vlm.spec import SPEC
-from torchtitan.components.checkpoint_folder import RECORD, find
 from torchtitan.components.tokenizer import Tokenizer
-from torchtitan.config.errors import ConfigError
 from torchtitan.config.layout import degrees
 from torchtitan.distributed.mesh import Mesh, build_mesh
 from torchtitan.distributed.process_group import open_process_group, world_size
@@ -35,28 +33,6 @@ class Answering:
     engine: Engine
     prompter: Prompter
     mesh: Mesh
-
-
-def checkpoint_of(job: VLMJobConfig, name: str) -> Path | None:
-    """The training checkpoint to answer with: `name` is step-N of the job's folder, or a path; empty: the
-    latest.
-
-    None where the job starts from a Hugging Face folder. Raises ConfigError where there is none.
-    """
-    if job.checkpoint.initial_load_in_hf:
-        return None
-    folder = Path(job.job.dump_folder) / job.checkpoint.folder
-    if name:
-        named = folder / name if (folder / name).exists() else Path(name)
-        if not (named / RECORD).is_file():
-            raise ConfigError(f"--checkpoint {name}: no complete checkpoint there or in {folder}")
-        return named
-    path = find(replace(job.checkpoint, enable=True), folder)
-    if path is None:
-        raise ConfigError(
-            f"no checkpoint in {folder}: train with --checkpoint.enable, or give --checkpoint or --hf"
-        )
-    return path
 
 
 def open_answering(

@@ -1,0 +1,39 @@
+"""The model of a run that is over, for what is done with it later. Imports no torch."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments.vlm.config import VLMJobConfig
+from torchtitan.components.checkpoint_folder import RECORD, complete_steps, read_record
+from torchtitan.components.saved_config import NEWEST
+from torchtitan.config.errors import require
+
+
+def with_saved(argv: Sequence[str]) -> list[str]:
+    """The command line, with the configuration that the run saved where none is named."""
+    given = dict(zip(argv, [*argv[1:], ""], strict=True))
+    saved = Path(given.get("--job.dump_folder", "")) / NEWEST
+    if "--job.config_file" in argv or "--job.dump_folder" not in argv or not saved.is_file():
+        return list(argv)
+    return ["--job.config_file", str(saved), *argv]
+
+
+def use_checkpoint(job: VLMJobConfig, name: str) -> Path:
+    """The checkpoint `name`: step-N of the job, or a path; empty: the latest. The job's model is then that of
+    the checkpoint, whatever the run once started from.
+
+    Raises ConfigError where it is not there.
+    """
+    folder, c = Path(job.job.dump_folder) / job.checkpoint.folder, job.checkpoint
+    steps = complete_steps(folder)
+    require(bool(name or steps), f"no checkpoint in {folder}: train with checkpoint.enable, or name one")
+    path = folder / (name or f"step-{steps[-1]}")
+    path = path if (path / RECORD).is_file() else Path(name)
+    known = ", ".join(f"step-{step}" for step in steps) or "none"
+    require((path / RECORD).is_file(), f"--checkpoint {name}: no complete checkpoint; in {folder}: {known}")
+    c.enable = c.initial_load_in_hf = False
+    c.initial_load_encoder_path = c.initial_load_decoder_path = ""
+    c.initial_load_path = str(path)
+    if "model" in read_record(path):
+        job.model.flavor = ""  # the checkpoint says it
+    return path

@@ -1,0 +1,62 @@
+"""What a run left is used as it is, whatever the run once started from."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from experiments.vlm.config import VLMJobConfig
+from experiments.vlm.model.flavors import FLAVORS
+from experiments.vlm.model_config import model_config
+from experiments.vlm.saved_model import use_checkpoint, with_saved
+from torchtitan.components.train_state import as_record
+from torchtitan.config.errors import ConfigError
+
+TRAINED = replace(FLAVORS["debugmodel"], decoder=replace(FLAVORS["debugmodel"].decoder, layers=2))
+
+
+def run_of(folder: Path) -> VLMJobConfig:
+    """It began with a Hugging Face folder that is gone, and has two checkpoints."""
+    job = VLMJobConfig()
+    job.job.dump_folder = str(folder)
+    job.checkpoint.initial_load_in_hf = True
+    job.checkpoint.initial_load_path = job.checkpoint.initial_load_encoder_path = str(folder / "gone")
+    for step in (2, 10):
+        path = folder / "checkpoint" / f"step-{step}"
+        path.mkdir(parents=True)
+        (path / "train_state.json").write_text(json.dumps({"step": step, "model": as_record(TRAINED)}))
+    return job
+
+
+@pytest.mark.parametrize("name, step", [("", 10), ("step-2", 2)])
+def test_a_checkpoint_takes_the_place_of_what_the_run_started_from(tmp_path, name, step):
+    job = run_of(tmp_path)
+    assert use_checkpoint(job, name) == tmp_path / "checkpoint" / f"step-{step}"
+    assert model_config(job) == TRAINED
+    assert not job.checkpoint.initial_load_in_hf
+
+
+def test_a_checkpoint_is_found_by_its_path_and_a_missing_one_is_named(tmp_path):
+    run_of(tmp_path)
+    elsewhere = VLMJobConfig()
+    elsewhere.model.flavor = "so400m-llama3.2-1B"  # the checkpoint knows better
+    elsewhere.job.dump_folder = str(tmp_path / "other")
+    use_checkpoint(elsewhere, str(tmp_path / "checkpoint" / "step-2"))
+    assert model_config(elsewhere) == TRAINED
+    with pytest.raises(
+        ConfigError, match="--checkpoint step-3: no complete checkpoint; in .*: step-2, step-10"
+    ):
+        use_checkpoint(run_of(tmp_path / "again"), "step-3")
+    elsewhere.job.dump_folder = str(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="no checkpoint in .*nowhere"):
+        use_checkpoint(elsewhere, "")
+
+
+def test_the_saved_configuration_holds_where_none_is_named(tmp_path):
+    argv = ["--job.dump_folder", str(tmp_path), "--prompt", "x"]
+    assert with_saved(argv) == argv
+    (tmp_path / "config.toml").write_text("")
+    assert with_saved(argv) == ["--job.config_file", str(tmp_path / "config.toml"), *argv]
+    named = ["--job.config_file", "vlm_debug", *argv]
+    assert with_saved(named) == named
