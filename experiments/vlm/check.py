@@ -14,7 +14,7 @@ from experiments.vlm.data.chat_template import BUILT_IN as CHAT_TEMPLATES
 from experiments.vlm.data.formats import FORMATS
 from experiments.vlm.data.sources.permission import denied
 from experiments.vlm.model.flavors import EncoderConfig, VLMConfig
-from experiments.vlm.model_config import model_config, named_folders, part_folders
+from experiments.vlm.model_config import missing_folders, model_config, part_folders
 from experiments.vlm.processor import image_processor_config
 from experiments.vlm.world.shards import SPLITS, WORLDS
 from torchtitan.components.checkpoint_folder import find
@@ -24,7 +24,6 @@ from torchtitan.config.errors import did_you_mean, require
 from torchtitan.config.layout import Degrees, degrees
 from torchtitan.models.decoder.check import check_decoder
 from torchtitan.models.hf.folder import read_tensors
-from torchtitan.tools.hub import get_it
 
 RANGES = {
     "data.epochs": ">= 0",
@@ -82,15 +81,9 @@ def check_weights(job: VLMJobConfig) -> None:
     """Files of weights to start from are there and whole, by their headers. A dry run of a flavor, and a run
     that goes on, do without.
     """
-    missing = [
-        f"{key} = {folder}: no such folder (looked from {os.getcwd()}); {get_it(folder)}"
-        for key, folder in named_folders(job).items()
-        if not folder.is_dir()
-    ]
     goes_on = find(job.checkpoint, Path(job.job.dump_folder) / job.checkpoint.folder)
-    if goes_on or (missing and job.job.dry_run and job.model.flavor):
+    if goes_on or (job.job.dry_run and job.model.flavor and missing_folders(job)):
         return
-    require(not missing, "".join(missing[:1]))
     for folder in dict.fromkeys(part_folders(job).values()):
         read_tensors(folder)
 

@@ -9,7 +9,7 @@ from experiments.vlm.config import PARTS, VLMJobConfig
 from experiments.vlm.model.hf import left_over, part_rows
 from experiments.vlm.model.hf_config import WHOLE
 from experiments.vlm.model.vlm import VLM
-from experiments.vlm.model_config import model_config, named_folders, part_folders
+from experiments.vlm.model_config import missing_folders, model_config, part_folders
 from experiments.vlm.vocabulary import rows_of
 from torchtitan.components.checkpoint_read import Sizes
 from torchtitan.components.tokenizer import Tokenizer
@@ -30,9 +30,9 @@ def initial_weights(job: VLMJobConfig, shapes: Sizes) -> FolderSource | None:
 
     Raises ConfigError that names tensor and file.
     """
-    missing = [f"{key} = {folder}" for key, folder in named_folders(job).items() if not folder.is_dir()]
-    if missing and job.job.dry_run:
-        warn_once(f"{', '.join(missing)}: not here, so that no weights were compared with the model")
+    if job.job.dry_run and (missing := missing_folders(job)):
+        for line in missing:
+            warn_once(f"{line}; so no weights were compared with the model")
         return None
     folders = part_folders(job)
     if not folders:

@@ -13,6 +13,7 @@ from torchtitan.config.errors import ConfigError, did_you_mean, require
 from torchtitan.config.table import from_table
 from torchtitan.models.decoder.hf_config import FAMILIES
 from torchtitan.models.hf.config_file import read_config
+from torchtitan.tools.hub import get_it
 
 DEFAULT = "debugmodel"
 # What a row of sizes does not say of a decoder, or may have more of.
@@ -32,7 +33,7 @@ def model_config(job: VLMJobConfig) -> VLMConfig:
     elif recorded := _recorded(job):
         return _with_patches(recorded, job, merges=True)
     # With a flavor the sizes are known before weights are there: for estimates and dry runs.
-    folders = part_folders(job) if row is None or all(map(Path.is_dir, named_folders(job).values())) else {}
+    folders = {} if row and missing_folders(job) else part_folders(job)
     config = _of_folders(folders, row, name) if folders else row or FLAVORS[DEFAULT]
     return _with_patches(config, job, merges="projector" in folders)
 
@@ -43,7 +44,16 @@ def named_folders(job: VLMJobConfig) -> dict[str, Path]:
     paths = (
         {name: getattr(job.checkpoint, name) for name in names} if job.checkpoint.initial_load_in_hf else {}
     )
-    return {f"checkpoint.{name}": Path(path) for name, path in paths.items() if path}
+    return {f"checkpoint.{name}": Path(path).expanduser() for name, path in paths.items() if path}
+
+
+def missing_folders(job: VLMJobConfig) -> list[str]:
+    """A line for each of them that is not here."""
+    return [
+        f"{option} = {folder}: no such folder (looked from {Path.cwd()}); {get_it(folder)}"
+        for option, folder in named_folders(job).items()
+        if not folder.is_dir()
+    ]
 
 
 def part_folders(job: VLMJobConfig) -> dict[str, Path]:
@@ -51,23 +61,25 @@ def part_folders(job: VLMJobConfig) -> dict[str, Path]:
 
     Raises ConfigError where a folder does not hold what it is named for.
     """
-    c = job.checkpoint
-    named = {"encoder": c.initial_load_encoder_path, "decoder": c.initial_load_decoder_path}
+    c, named, missing = job.checkpoint, named_folders(job), missing_folders(job)
     nothing = "checkpoint.initial_load_in_hf needs checkpoint.initial_load_path, a Hugging Face folder"
-    require(bool(named_folders(job)) or not c.initial_load_in_hf, nothing)
-    for part, path in named.items():
-        key = f"checkpoint.initial_load_{part}_path"
-        require(not path or c.initial_load_in_hf, f"{key} needs checkpoint.initial_load_in_hf")
-        held = parts_in(Path(path)) if path else (part,)
-        require(part in held, f"{key} = {path}: holds the {held[0]} alone")
-    folders = {part: Path(path) for part, path in named.items() if path}
-    if not (c.initial_load_in_hf and c.initial_load_path):
-        return folders
-    whole = Path(c.initial_load_path)
-    left = [part for part in parts_in(whole) if part not in folders]
-    key = f"checkpoint.initial_load_path = {whole}"
-    require(bool(left), f"{key}: nothing of it is used, since its parts have folders of their own")
-    return dict.fromkeys(left, whole) | folders
+    require(bool(named) or not c.initial_load_in_hf, nothing)
+    require(not missing, "".join(missing[:1]))
+    folders = {}
+    for part in ("encoder", "decoder"):
+        option = f"initial_load_{part}_path"
+        needs = f"checkpoint.{option} needs checkpoint.initial_load_in_hf"
+        require(c.initial_load_in_hf or not getattr(c, option), needs)
+        if folder := named.get(f"checkpoint.{option}"):
+            held = parts_in(folder)
+            require(part in held, f"checkpoint.{option} = {folder}: holds the {held[0]} alone")
+            folders[part] = folder
+    if whole := named.get("checkpoint.initial_load_path"):
+        left = [part for part in parts_in(whole) if part not in folders]
+        key = f"checkpoint.initial_load_path = {whole}"
+        require(bool(left), f"{key}: nothing of it is used, since its parts have folders of their own")
+        folders |= dict.fromkeys(left, whole)
+    return folders
 
 
 def parts_in(folder: Path) -> tuple[str, ...]:

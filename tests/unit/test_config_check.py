@@ -84,6 +84,11 @@ WRONG = [
         1,
         "tests/config.json: No such file",
     ),
+    (
+        ["--checkpoint.initial_load_in_hf", "--checkpoint.initial_load_path", "nowhere"],
+        1,
+        "checkpoint.initial_load_path = nowhere: no such folder",
+    ),
     (["--checkpoint.last_save_in_hf"], 1, "checkpoint.last_save_in_hf needs checkpoint.enable"),
     (
         ["--checkpoint.enable", "--checkpoint.last_save_in_hf", "--data.resize", "square"],

@@ -118,6 +118,7 @@ WRONG = [
     ({"model_type": "llama", "hidden_act": "gelu"}, "hidden_act = 'gelu': not supported here, only 'silu'"),
     ({"model_type": "llama", "attention_bias": True}, "attention_bias = True"),
     ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window = True"),
+    ({"model_type": "qwen2", "layer_types": ["sliding_attention"]}, "layer_types has 'sliding_attention'"),
     ({"model_type": "qwen3", "attention_bias": True}, "attention_bias = True"),
     ({"model_type": "llama", "rope_scaling": {"type": "yarn"}}, "rope_type = 'yarn'"),
     ({"model_type": "llama", "rope_scaling": {"type": "llama3"}}, "factor is missing"),

@@ -59,6 +59,9 @@ def decoder_config(file: ConfigFile, tied: bool | None = None) -> DecoderConfig:
     family = FAMILIES[kind]
     file.refuse_all_but("hidden_act", "silu")
     family.refuse(file)
+    for layer in file.values.get("layer_types") or ():
+        full = f"{file.where}: layer_types has {layer!r}: not supported here, only 'full_attention'"
+        require(layer == "full_attention", full)
     dim, heads = file.size("hidden_size", 4096), file.size("num_attention_heads", 32)
     kv_heads = file.size("num_key_value_heads", family.kv_heads or heads)
     require(heads % kv_heads == 0, f"{file.where}: {kv_heads} key/value heads do not divide {heads} heads")
