@@ -167,10 +167,16 @@ def test_documents_of_mint_1t_find_their_images_in_the_pages_of_a_tiff(tmp_path,
 
 
 def test_a_page_that_is_not_there_costs_the_image_and_not_the_document(tmp_path):
-    record = mint(["p", "q", None], [None, None, "a"])
+    record = mint(["page_0_image_1", "page_0_image_2", None], [None, None, "a"], [entry(0, 1), entry(0, 2)])
     assert read(tmp_path, ("k.json", record), ("k.tiff", tiff(1))) == ([MARKS[0], "a"], ["image_missing"])
     broken = tiff(2)[:200]
     assert read(tmp_path, ("k.json", record), ("k.tiff", broken))[0] == ["a"]
+
+
+def test_an_image_that_is_missing_is_no_page_of_a_tiff(tmp_path):
+    record = json.dumps({"texts": [None, None, "a"], "images": ["missing.jpg", "0.tif", None]}).encode()
+    parts, told = read(tmp_path, ("k.json", record), ("k.0.tif", tiff(2)))
+    assert parts == [MARKS[0], "a"] and told == ["image_missing", "image_unplaced"]
 
 
 def test_of_a_caption_the_first_page_is_the_image_and_the_others_are_told(tmp_path):

@@ -117,7 +117,9 @@ def test_a_bad_sample_is_rejected_for_its_reason(shard, members, reason):
     assert opened.read(1)[0].parts[1] == Text("good")
 
 
-@pytest.mark.parametrize("name", ["d/7.0.jpg", "./d/7.0.jpg", "7.0.jpg", "0.jpg", "0.JPG"])
+@pytest.mark.parametrize(
+    "name", ["d/7.0.jpg", "./d/7.0.jpg", "7.0.jpg", "0.jpg", "0.JPG", "coco/2017/7.0.jpg"]
+)
 def test_an_interleaved_document_names_members_of_its_sample(shard, name):
     record = {"texts": ["one", None, "two", None], "images": [None, name, None, "7.1.png"]}
     opened = shard(

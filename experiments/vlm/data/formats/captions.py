@@ -53,6 +53,8 @@ def _numbered(record: Mapping[str, Any]) -> list[str]:
     order: those of the first of them. One alone is not numbered, nor are those with captions of their own.
     """
     images = [name for name in record if is_image_name(name) and record[name] is not None]
+    if len(images) < 2:
+        return []
     numbers: dict[str, dict[int, str]] = {}  # by what stands before the number; of two alike the first
     for name in images:
         if found := NUMBER.search(split_name(name)[0]):
@@ -81,6 +83,8 @@ def _left_out(record: Mapping[str, Any], used: Sequence[str]) -> list[Rejected]:
     others = [
         name for name in record if name not in used and is_image_name(name) and record[name] is not None
     ]
+    if not others:
+        return []
     captioned = {part for part, kind in map(split_name, record) if kind == "txt"}
     captioned -= {split_name(used[0])[0]}
     own = f"has a caption of its own, but a key ends at the first dot: the sample is that of {used[0]}"

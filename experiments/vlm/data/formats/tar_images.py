@@ -1,8 +1,8 @@
 """Which images of its sample a record of a tar means, and which it leaves out.
 
-"7.0.jpg", "d/7.0.jpg", "0.jpg"    a member, by its name with or without folders and key
+"7.0.jpg", "d/7.0.jpg", "0.jpg"    a member, by its name with or without folders (also others) and key
 "page_3_image_85"                  a page of the sample's TIFF, as in MINT-1T: one for each entry of the
-                                   record's `image_metadata`, or where that lacks it of its `images`
+                                   record's `image_metadata`, or else of its `images` where these are as many
 
 A sample may hold more images than its record has places for. None is dropped in silence: each that is left
 out is a reject of its own, `image_unplaced`.
@@ -11,6 +11,7 @@ out is a reject of its own, `image_unplaced`.
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from experiments.vlm.data.document import Draft, ImageValue
@@ -27,6 +28,17 @@ class PageOf(NamedTuple):
     page: Page
 
 
+def resolve(draft: Draft, images: "SampleImages", all_count: bool) -> None:
+    """Put what a draft means in place of names. `all_count`: images that stand nowhere are rejects."""
+    values = [image.value for image in draft.images()]
+    all_seen = any(isinstance(value, Member) for value in values)
+    if values == images.members and not images.tiff:
+        return  # as nearly always
+    draft.parts = [images.find(part) if isinstance(part, ImageValue) else part for part in draft.parts]
+    if all_count:
+        draft.rejects = draft.rejects + images.unplaced(draft, all_seen)
+
+
 class SampleImages:
     """The images of one sample."""
 
@@ -37,13 +49,18 @@ class SampleImages:
         pages_of: Callable[[Member], list[Page]],
     ):
         """pages_of: raises Rejected."""
+        self.all = members
         self.members = [member for member in members if is_image_name(member.extension)]
         self.record = record
         self.pages_of = pages_of
         tiffs = [member for member in self.members if is_tiff(member.extension)]
         self.tiff = tiffs[0] if len(tiffs) == 1 else None
-        self.borne = {name: member for member in members for name in _names(member)}
         self.asked: Counter[str] = Counter()
+
+    @cached_property
+    def borne(self) -> dict[str, Member]:
+        """By their names."""
+        return {name: member for member in self.all for name in _names(member)}
 
     def find(self, image: ImageValue) -> ImageValue:
         """With the Member or PageOf that it means in place of a name; a Rejected where there is none."""
@@ -53,6 +70,7 @@ class SampleImages:
             return image
         try:
             found = self.borne.get(_plain(name)) or self._page(name)
+            found = found or self.borne.get(os.path.basename(_plain(name)))
         except Rejected as rejected:
             return ImageValue(rejected, image.position)
         missing = Rejected("image_missing", f"no member {name[:200]} in the sample")
@@ -75,17 +93,33 @@ class SampleImages:
 
     def _page(self, name: str) -> PageOf | None:
         """The page of that name; where several have it, each in its turn. Raises Rejected."""
-        numbers = [number for number, own in enumerate(_page_names(self.record, name)) if own == name]
-        if self.tiff is None or not numbers:
+        if self.tiff is None:
+            return None
+        pages = self.pages_of(self.tiff)
+        numbers = [number for number, own in enumerate(self._page_names(name, len(pages))) if own == name]
+        if not numbers:
             return None
         number = numbers[min(self.asked[name], len(numbers) - 1)]
         self.asked[name] += 1
-        pages = self.pages_of(self.tiff)
         if number >= len(pages):
             raise Rejected(
                 "image_missing", f"{name} is page {number} of {len(pages)} of {self.tiff.extension}"
             )
         return PageOf(self.tiff, pages[number])
+
+    def _page_names(self, name: str, count: int) -> list[Any]:
+        """What a record of MINT-1T calls the pages of its TIFF, in their order.
+
+        By the list of images where that has as many as there are pages, and no member bears one of its names.
+        """
+        metadata, images = self.record.get("image_metadata"), self.record.get("images")
+        entries = [one for one in metadata if isinstance(one, dict)] if isinstance(metadata, list) else []
+        names = [f"page_{entry.get('page')}_image_{entry.get('xref')}" for entry in entries]
+        if name in names or not isinstance(images, list):
+            return names
+        listed = [one for one in images if one is not None]
+        is_of_members = any(isinstance(one, str) and _plain(one) in self.borne for one in listed)
+        return listed if len(listed) == count and not is_of_members else []
 
     def _pages_left(self, used: Sequence[Any]) -> Iterator[str]:
         """The unused pages of a TIFF that is used. By itself a TIFF shows its first page."""
@@ -99,17 +133,6 @@ class SampleImages:
         for number, page in enumerate(pages):
             if page not in (shown or {pages[0]}):
                 yield f"page {number} of {len(pages)} of {self.tiff.extension}: no place for it"
-
-
-def _page_names(record: Mapping[str, Any], name: str) -> list[str]:
-    """What a record of MINT-1T calls the pages of its TIFF, in their order."""
-    metadata = record.get("image_metadata")
-    entries = [one for one in metadata if isinstance(one, dict)] if isinstance(metadata, list) else []
-    names = [f"page_{entry.get('page')}_image_{entry.get('xref')}" for entry in entries]
-    images = record.get("images")
-    return (
-        names if name in names or not isinstance(images, list) else [one for one in images if one is not None]
-    )
 
 
 def _names(member: Member) -> set[str]:

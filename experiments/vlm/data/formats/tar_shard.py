@@ -15,7 +15,7 @@ from experiments.vlm.data.document import Document, Draft, Image, ImageValue, fi
 from experiments.vlm.data.formats.image_values import IMAGE_EXTENSIONS, is_image_name
 from experiments.vlm.data.formats.json_index import decode_utf8, parse_object, read_at
 from experiments.vlm.data.formats.tar_header import Member
-from experiments.vlm.data.formats.tar_images import PageOf, SampleImages
+from experiments.vlm.data.formats.tar_images import PageOf, SampleImages, resolve
 from experiments.vlm.data.formats.tar_index import open_index
 from experiments.vlm.data.formats.tiff_pages import Page, only
 from experiments.vlm.data.formats.tiff_pages import pages as pages_of
@@ -64,11 +64,7 @@ class TarShard:
             raise Rejected("excluded")
         record = self._record(members)
         draft = self.parse(record)
-        images = SampleImages(members, record, self._pages)
-        all_seen = any(isinstance(image.value, Member) for image in draft.images())
-        draft.parts = [images.find(part) if isinstance(part, ImageValue) else part for part in draft.parts]
-        if self.wants_images:
-            draft.rejects = draft.rejects + images.unplaced(draft, all_seen)
+        resolve(draft, SampleImages(members, record, self._pages), self.wants_images)
         return finish(draft, members[0].key, self._size, lambda image: _locator(image.value))
 
     def load(self, image: Image) -> bytes:
