@@ -133,7 +133,7 @@ class Loader:
         self.states: dict[int, SlotState] = {}
         self.supply: Supply | None = None
         self.over = False
-        self.told_of_addresses = False
+        self.warned_of_addresses = False
 
     def _require_good_samples(self, setups: list[Setup]) -> None:
         """Raises DataError for a source without."""
@@ -171,7 +171,7 @@ class Loader:
         if self.supply is None:
             self.supply = self._start()
         tensors, steps = self.supply.next()
-        self._tell(steps)
+        self._log_rejects(steps)
         has_data = any(step.planned for step in steps)
         if not self.may_end and not has_data:
             raise DataError(
@@ -206,8 +206,8 @@ class Loader:
         if changes:
             logger.warning(f"the data starts anew (data.resume_changed_data): {'; '.join(changes)}")
             return
-        for told in continued.joined:
-            logger.info(told)
+        for line in continued.joined:
+            logger.info(line)
         self._use(dealing(self.setup, continued.now))
         self.states = {slot: entries[slot]["slot"] for slot in self.slots}
 
@@ -292,12 +292,12 @@ class Loader:
         nodes = FromWorkers(setup, self.slots, self.states, shape, workers, data.prefetch)
         return Supply(nodes, self.still_waiting)
 
-    def _tell(self, steps: list[SlotStep]) -> None:
+    def _log_rejects(self, steps: list[SlotStep]) -> None:
         rejects = [reject for step in steps for reject in step.rejects]
         if rejects and self.log is not None:
             self.log.write(rejects, self._deals_again(steps))
-        if not self.told_of_addresses and any(reject.reason == "image_fetch" for reject in rejects):
-            self.told_of_addresses = True
+        if not self.warned_of_addresses and any(reject.reason == "image_fetch" for reject in rejects):
+            self.warned_of_addresses = True
             logger.warning(about_failures(self.job.data))
         allowed = self.setup.settings.max_bad_fraction
         if rejects and allowed < 1:
