@@ -38,6 +38,8 @@ class Options:
     part: Literal["all", "encoder", "decoder"] = "all"  # what is written
     # of the weights; stored: as in the checkpoint, float32 after training
     dtype: Literal["stored", "float32", "bfloat16", "float16"] = "stored"
+    # of a checkpoint with [lora]: in the weights of the base, left out, or alone, as a folder for peft
+    adapters: Literal["merge", "leave_out", "only"] = "merge"
     shard_gb: float = 5.0  # of a file, at most, where no tensor is larger
     list: bool = False  # say what can be written, and write nothing
 
@@ -62,8 +64,10 @@ def main(argv: Sequence[str]) -> int:
         half.mkdir()
         write(job, checkpoint, half, options)
         shutil.move(half, out)
-    print(f"{out}: {options.part} of {checkpoint}")
-    print(f"open it: {OPENED[options.part]}.from_pretrained({str(out)!r})")
+    alone = options.adapters == "only"
+    print(f"{out}: {'adapters' if alone else options.part} of {checkpoint}")
+    opened = f"PeftModel.from_pretrained(base, {str(out)!r})" if alone else None
+    print(f"open it: {opened or f'{OPENED[options.part]}.from_pretrained({str(out)!r})'}")
     return 0
 
 
@@ -78,9 +82,22 @@ def write(job: VLMJobConfig, checkpoint: Path, folder: Path, options: Options) -
     """Write and say how many tensors of what size they are."""
     import torch
 
+    from experiments.vlm.adapter import write_adapter
     from experiments.vlm.export import export
 
     dtype = None if options.dtype == "stored" else getattr(torch, options.dtype)
-    made = export(job, checkpoint, folder, part=options.part, dtype=dtype, shard_gb=options.shard_gb)
+    if options.adapters == "only":
+        require(options.part == "all", f"--part {options.part}: adapters are written for the whole model")
+        print(f"{len(write_adapter(checkpoint, folder, job.lora, dtype))} tensors")
+        return
+    made = export(
+        job,
+        checkpoint,
+        folder,
+        part=options.part,
+        dtype=dtype,
+        shard_gb=options.shard_gb,
+        merge_adapters=options.adapters == "merge",
+    )
     files, size = list(folder.glob("*.safetensors")), sum(tensor.size for tensor in made.tensors.values())
     print(f"{len(made.tensors)} tensors, {size:,} bytes in {len(files)} files")

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from experiments.vlm.adapter import require_rank
 from experiments.vlm.config import PARTS, VLMJobConfig
 from experiments.vlm.model import hf_config as sizes
 from experiments.vlm.model.flavors import VLMConfig
@@ -38,18 +39,23 @@ def export(
     part: Part = "all",
     dtype: torch.dtype | None = None,
     shard_gb: float = SHARD_GB,
+    merge_adapters: bool = True,
 ) -> Export:
     """Write `part` of a checkpoint of the job into `folder`, which is there; each rank some of the files.
 
-    dtype: of the weights; None: as stored, which is float32 after training. Raises ConfigError where the
-    checkpoint cannot be read, is of another model, or no processor does what the job does.
+    dtype: of the weights; None: as stored, which is float32 after training. Adapters are merged or left out.
+    Raises ConfigError where the checkpoint cannot be read, is of another model, or no processor does what the
+    job does.
     """
     config = model_config(job)
     parts = PARTS if part == "all" else (part,)
     rows = [row for name in parts for row in part_rows(name, whole=part == "all")]
     if part == "encoder" and config.encoder.image_size:
         rows = as_convolution(rows, config.encoder.patch_size)
-    made = Export(checkpoint, parts, rows, dtype)
+    scale = job.lora.alpha / max(1, job.lora.rank) if merge_adapters else None
+    made = Export(checkpoint, parts, rows, dtype, scale)
+    if merge_adapters:
+        require_rank(job.lora, made.adapters, checkpoint)
     _require_model(config, made, parts)
     if rank == 0:
         _write_settings(job, config, made, folder, part)

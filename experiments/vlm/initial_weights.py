@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from experiments.vlm.adapter import adapter_source
 from experiments.vlm.config import PARTS, VLMJobConfig
 from experiments.vlm.model.hf import left_over, part_rows
 from experiments.vlm.model.hf_config import WHOLE
@@ -34,21 +35,19 @@ def initial_weights(job: VLMJobConfig, shapes: Sizes) -> FolderSource | None:
         for line in missing:
             warn_once(f"{line}; so no weights were compared with the model")
         return None
-    folders = part_folders(job)
-    if not folders:
-        return None
-    # No published file has adapters; they start anew.
-    shapes = {name: shape for name, shape in shapes.items() if not is_adapters(name)}
-    tied = model_config(job).decoder.tied_embeddings
+    folders, allow = part_folders(job), job.checkpoint.initial_load_allow
+    tied = bool(folders) and model_config(job).decoder.tied_embeddings
+    # No folder of a model has adapters; they have one of their own, or start anew.
+    adapters = {name: shape for name, shape in shapes.items() if is_adapters(name)}
+    base = {name: shape for name, shape in shapes.items() if name not in adapters}
     matched = [
-        match(
-            source_of(folder, [p for p in folders if folders[p] == folder], tied),
-            shapes,
-            job.checkpoint.initial_load_allow,
-        )
+        match(source_of(folder, [p for p in folders if folders[p] == folder], tied), base, allow)
         for folder in dict.fromkeys(folders.values())
     ]
-    return FolderSource(matched, [part for part in PARTS if part not in folders])
+    if job.lora.initial_load_path:
+        matched.append(match(adapter_source(job.lora, adapters), adapters, allow))
+    fresh = [part for part in PARTS if part not in folders] if folders else []
+    return FolderSource(matched, fresh) if matched else None
 
 
 def as_checkpoint(job: VLMJobConfig, tokenizer: Tokenizer | None, folder: Path) -> list[str]:

@@ -217,6 +217,12 @@ def check_patterns(job: JobConfig) -> None:
     """They are regular expressions; which parameters they match is known once the model is built."""
     for pattern in job.training.freeze:
         check_pattern("training.freeze", pattern)
+    adapter = job.lora.initial_load_path
+    require(not adapter or job.lora.rank > 0, f"lora.initial_load_path = {adapter} needs lora.rank")
+    there = not adapter or Path(adapter, "adapter_config.json").is_file()
+    require(
+        there, f"lora.initial_load_path = {adapter}: holds no adapter_config.json (looked from {Path.cwd()})"
+    )
     require(bool(job.lora.patterns), "lora.patterns is empty: name the parts or maps that get adapters")
     for pattern in job.lora.patterns:
         check_pattern("lora.patterns", pattern)

@@ -144,6 +144,7 @@ class LoRA:
     # the linear maps that get one: parts, or regular expressions that are looked for in the names of modules
     # (decoder, attention\.w[qv]$); all else of these parts is frozen
     patterns: list[str] = field(default_factory=lambda: ["decoder"])
+    initial_load_path: str = ""  # start from this folder that peft or an export wrote, not from new adapters
 
 
 @dataclass

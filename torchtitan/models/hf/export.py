@@ -16,6 +16,7 @@ from torch import Tensor
 
 from torchtitan.components.checkpoint_read import PREFIX, Stored, reading, stored_tensors
 from torchtitan.config.errors import ConfigError
+from torchtitan.layers.lora import is_adapters, merge, names_of
 from torchtitan.models.hf.folder import INDEX
 from torchtitan.models.hf.safetensors_file import header_bytes
 from torchtitan.models.hf.tensors import NAMES
@@ -43,17 +44,25 @@ class Export:
     """Weights of a checkpoint whose names begin with one of `parts`, under their names."""
 
     def __init__(
-        self, checkpoint: Path, parts: tuple[str, ...], rows: list[Row], dtype: torch.dtype | None = None
+        self,
+        checkpoint: Path,
+        parts: tuple[str, ...],
+        rows: list[Row],
+        dtype: torch.dtype | None = None,
+        lora_scale: float | None = None,
     ):
-        """`dtype`: of what is written; None: as it is stored.
+        """`dtype`: of what is written; None: as it is stored. `lora_scale`: of adapters, which are merged
+        into the weights that they stand beside; None: they are left out.
 
         Raises Damaged, and ConfigError where the checkpoint lacks a part.
         """
-        self.checkpoint = checkpoint
+        self.checkpoint, self.lora_scale = checkpoint, lora_scale
         stored = {
             n.removeprefix(PREFIX): t for n, t in stored_tensors(checkpoint).items() if n.startswith(PREFIX)
         }
-        self.stored = {name: tensor for name, tensor in stored.items() if name.partition(".")[0] in parts}
+        own = {name: tensor for name, tensor in stored.items() if name.partition(".")[0] in parts}
+        self.adapters = {name: tensor for name, tensor in own.items() if is_adapters(name)}
+        self.stored = {name: tensor for name, tensor in own.items() if name not in self.adapters}
         for part in parts:
             if not any(name.startswith(part + ".") for name in self.stored):
                 raise ConfigError(f"checkpoint {checkpoint} has no {part}")
@@ -107,11 +116,17 @@ class Export:
                     file.write(memoryview(rows.view(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
 
     def _read(self, piece: Piece) -> Tensor:
-        stored = self.stored[piece.source]
+        weight, (a, b) = self._load(piece.source), names_of(piece.source)
+        if self.lora_scale is not None and a in self.adapters:
+            weight = merge(weight, self._load(a), self._load(b), self.lora_scale)
+        return weight[piece.rows.start : piece.rows.stop]
+
+    def _load(self, name: str) -> Tensor:
+        stored = (self.stored | self.adapters)[name]
         weight = torch.empty(stored.shape, dtype=stored.dtype)
         with reading(self.checkpoint):
-            dcp.load({PREFIX + piece.source: weight}, checkpoint_id=str(self.checkpoint), no_dist=True)
-        return weight[piece.rows.start : piece.rows.stop]
+            dcp.load({PREFIX + name: weight}, checkpoint_id=str(self.checkpoint), no_dist=True)
+        return weight
 
 
 def _made(pieces: list[Piece], stored: Mapping[str, Stored], dtype: torch.dtype | None) -> Made:

@@ -1,7 +1,7 @@
 """What of a folder goes where in a model, and what does not: compared before anything is read."""
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,6 +28,7 @@ class Source:
     tables: tuple[str, ...] = ()  # ours that may have more rows than theirs; the new ones start as the mean
     # ours -> the one that it is; a file may hold it again, if it is equal
     tied: Mapping[str, str] = field(default_factory=dict)
+    tensors: Callable[[Path], dict[str, StoredTensor]] = read_tensors  # of the folder, by their names
 
 
 @dataclass
@@ -74,7 +75,7 @@ def match(source: Source, shapes: Shapes, allow: Collection[str] = ()) -> Matche
 
     Raises ConfigError that names tensor and file. Reads headers alone.
     """
-    stored, found = read_tensors(source.folder), Matched(source)
+    stored, found = source.tensors(source.folder), Matched(source)
     try:
         pieces = to_ours({n: t.shape[0] if t.shape else 1 for n, t in stored.items()}, source.rows)
     except ValueError as error:
