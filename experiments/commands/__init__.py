@@ -18,6 +18,7 @@ COMMANDS = {  # name: (module of this package, what it does)
     "advise": ("advise_packing", "which S, L, rows and buffer waste least on a job's data"),
     "estimate": ("estimate_memory", "what a job needs on each rank, and which layouts fit"),
     "generate": ("generate", "answer a prompt with images, or a file of them"),
+    "evaluate": ("evaluate", "how good a model is at captions, questions, choices and held-out documents"),
     "chat": ("chat", "talk to a model in the terminal"),
     "serve": ("serve", "a page to talk to a model, and OpenAI's chat completions"),
     "download": ("download_hf_assets", "fetch weights and tokenizer of a model from the Hugging Face hub"),

@@ -1,15 +1,23 @@
 """Ranks that share a model answer as one process does, each its own prompts, however many it has."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from experiments.vlm.batch import BatchShape
+from experiments.vlm.config import Data
+from experiments.vlm.evaluate.evaluation import Evaluation, evaluate
+from experiments.vlm.evaluate.tasks import TASKS
+from experiments.vlm.generate.answering import Answering
 from experiments.vlm.generate.forward import CachedVLM
 from experiments.vlm.generate.layout import agreement, attach_cache, parallelize_for_answers
 from experiments.vlm.model.vlm import VLM
 from tests.reference.small_run import job_of
-from tests.unit.test_generate import BUDGET, CPU, PLAN, TOKENIZER, prompts, vlm
+from tests.unit.test_evaluate import write
+from tests.unit.test_generate import BUDGET, CPU, PLAN, TOKENIZER, prompter, prompts, vlm
 from tests.unit.test_generate import answers as answers_alone
 from tests.unit.test_generate import engine as engine_alone
 from torchtitan.components.weights import fill, to_empty
@@ -18,24 +26,28 @@ from torchtitan.distributed.mesh import build_mesh
 from torchtitan.generation.engine import Engine, Request
 
 
-def answers_on_rank(changes: dict, decoder: str) -> dict[int, tuple[list[int], list[float]]]:
-    """Prompt i is answered by data rank i mod data ranks, so that some have more than others."""
+def answering_on_rank(changes: dict, decoder: str) -> Answering:
     changes = {f"parallelism.{key}": value for key, value in changes.items()} | {"debug.seed": 3}
     job = job_of(changes, "/nowhere")
     mesh = build_mesh(degrees(job.parallelism, dist.get_world_size()), CPU)
-    plain = vlm(decoder)
     with torch.device("meta"):
-        model = VLM(plain.config, TOKENIZER.vocab_size, "sdpa", 64)
+        model = VLM(vlm(decoder).config, TOKENIZER.vocab_size, "sdpa", 64)
     parallelize_for_answers(model, mesh, job)
     to_empty([model], CPU)
     fill([model], model.tied_names(), job.debug.seed)
-    model.eval()
-    cache = attach_cache(model, mesh, job, 2, 420)
+    cache = attach_cache(model.eval(), mesh, job, 2, 420)
     shape = BatchShape(1, 0, BUDGET.patch_rows, BUDGET.patches_per_row, PLAN.patch_size)
     engine = Engine(CachedVLM(model, shape), cache, TOKENIZER, [TOKENIZER.eos_id], agreement(mesh))
-    mine = list(enumerate(prompts()))[mesh.data.get_local_rank() :: mesh.data.size()]
+    return Answering(engine, prompter(), mesh)
+
+
+def answers_on_rank(changes: dict, decoder: str) -> dict[int, tuple[list[int], list[float]]]:
+    """Prompt i is answered by data rank i mod data ranks, so that some have more than others."""
+    answering = answering_on_rank(changes, decoder)
+    data = answering.mesh.data
+    mine = list(enumerate(prompts()))[data.get_local_rank() :: data.size()]
     requests = [Request(number, prompt, max_tokens=3 + number) for number, prompt in mine]
-    done = [event.answer for event in engine.answer(requests) if event.answer.ended]
+    done = [event.answer for event in answering.engine.answer(requests) if event.answer.ended]
     return {answer.request.number: (answer.ids, answer.logprobs) for answer in done}
 
 
@@ -57,3 +69,26 @@ def test_ranks_answer_as_one_process_does(pool, ranks, changes, decoder):
             assert ids == expected[number].ids[: 3 + number]
             assert logprobs == pytest.approx(expected[number].logprobs[: 3 + number], abs=1e-4)
     assert found.keys() == set(range(5))
+
+
+def evaluated_on_rank(changes: dict, path: str, folder: str) -> dict:
+    answering, out = answering_on_rank(changes, "llama"), Path(folder)
+    data = Data(cache_folder=str(out / "cache"))
+    evaluations = [
+        Evaluation(name, TASKS[name], path, out, answering, data) for name in ("vqa", "multiple_choice")
+    ]
+    return evaluate(evaluations, out, {"model": "tiny", "chat_template": "chatml"}, 10)
+
+
+@pytest.mark.parametrize(("ranks", "changes"), [(2, {}), (4, {"tensor_parallel_degree": 2})], ids=["2", "4"])
+def test_any_number_of_processes_gives_the_same_summary(pool, tmp_path, ranks, changes):
+    path = write(tmp_path, "jsonl")
+    for name in ("alone", "shared"):
+        (tmp_path / name).mkdir()
+    alone = pool.run(1, evaluated_on_rank, {}, path, str(tmp_path / "alone"))[0]
+    first, *others = pool.run(ranks, evaluated_on_rank, changes, path, str(tmp_path / "shared"))
+    assert first == alone and alone["tasks"].keys() == {"vqa", "multiple_choice"} and not any(others)
+    texts = [
+        [json.loads(line) for line in (tmp_path / name / "vqa.jsonl").open()] for name in ("alone", "shared")
+    ]
+    assert texts[0] == texts[1]

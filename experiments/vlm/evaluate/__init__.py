@@ -1,1 +1,9 @@
-"""How good a trained model's answers are. metrics: what they score against those of people."""
+"""How good a trained model's answers are, by what `generate` says.
+
+evaluation    a task over a file: answers, shared by ranks, gone on with; then its scores, summary and page
+tasks         how a question is worded, how it is answered and what is counted, as rows
+questions     records that ask and know the answer
+likelihood    how likely the model finds a choice, or a document
+scoring       answers -> figures; metrics: what they score against those of people
+results_page  pictures, questions, answers and scores
+"""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from tqdm import tqdm
 
 from experiments.vlm.data.formats.record_shard import ImageValues
@@ -70,6 +71,7 @@ def answer_file(answering: Answering, path: Path, out: AnswerFile, images: Image
     records = read_records(path)
     asked = [record for record in records if out.left(record[1])]
     logger.info(f"{path}: {len(records)} records, {len(records) - len(asked)} of them answered before")
+    dist.barrier()  # nobody writes before all have read what was there
     data = answering.mesh.data
     mine = asked[data.get_local_rank() :: data.size()]
     bar = tqdm(total=sum(len(out.left(id)) for _, id, _ in mine), unit="answer", disable=None)

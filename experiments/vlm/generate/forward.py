@@ -19,9 +19,15 @@ class CachedVLM:
         self, tokens: Tensor, where: Tensors, keep: Tensor, prompt: Prompt | None, rich: bool
     ) -> Tensor:
         """See engine.Forward. Where no rank's prompt has images, the encoder does not run."""
+        return self.several(tokens, where, keep[:, None], prompt, rich)[:, 0]
+
+    def several(
+        self, tokens: Tensor, where: Tensors, keep: Tensor, prompt: Prompt | None, rich: bool
+    ) -> Tensor:
+        """Logits [R, K, V] of the tokens `keep`, int64 [R, K]."""
         images = self._images(prompt, tokens.shape[1]) if rich else {}
         placed = {name: tensor.to(tokens.device) for name, tensor in images.items()}
-        return self.model(tokens, **where, **placed, keep=keep[:, None])[:, 0]
+        return self.model(tokens, **where, **placed, keep=keep)
 
     def _images(self, prompt: Prompt | None, width: int) -> Tensors:
         if prompt is not None:

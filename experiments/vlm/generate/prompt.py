@@ -44,6 +44,7 @@ class Prompt:
     ids: list[int]
     # as `ids`, but other numbers where an image is, by its content: equal where the model reads the same
     identity: list[int]
+    targets: np.ndarray  # bool [t]: what training would have predicted
     visual_index: np.ndarray  # int64 [t], as in the batch contract
     pixel_values: np.ndarray  # uint8 [N, L, D]
     grid_thw: np.ndarray  # int32 [N, L, 3]
@@ -53,11 +54,15 @@ class Prompt:
         """Whether it points at images."""
         return bool((self.visual_index >= 0).any())
 
-    def rest(self, start: int) -> "Prompt":
-        """The tokens from `start` on."""
-        tail = slice(start, None)
+    def rest(self, start: int, end: int | None = None) -> "Prompt":
+        """The tokens from `start` on, up to `end` where it is given."""
+        tail = slice(start, end)
         return replace(
-            self, ids=self.ids[tail], identity=self.identity[tail], visual_index=self.visual_index[tail]
+            self,
+            ids=self.ids[tail],
+            identity=self.identity[tail],
+            targets=self.targets[tail],
+            visual_index=self.visual_index[tail],
         )
 
     def tensors(self, width: int) -> dict[str, Tensor]:
@@ -107,34 +112,47 @@ class Prompter:
 
     def conversation(self, turns: Turns) -> Prompt:
         """The assistant is to speak next."""
+        said, pictures = _numbered(turns)
+        return self._prompt(self._render(said, prompt=True), pictures, conversation=True)
+
+    def answered(self, turns: Turns, answer: str) -> Prompt:
+        """The prompt with an answer behind it, to the answer's last token."""
         if self.template is None:
-            raise UserError("this model has no chat template: give one with --chat_template")
-        pictures = [part for _, content in turns for part in content if isinstance(part, Picture)]
-        numbers = iter(range(len(pictures)))
-        said = [
-            Turn(role, [part if isinstance(part, str) else ImageValue(next(numbers)) for part in content])
-            for role, content in turns
-        ]
-        try:
-            parts = self.template.render(said, prompt=True)
-        except Rejected as rejected:
-            raise UserError(f"the chat template refuses the conversation: {rejected.detail}") from None
-        return self._prompt(parts, pictures, conversation=True)
+            return self.beginning([*self._one_turn(turns), answer])
+        said, pictures = _numbered([*turns, ("assistant", [answer])])
+        parts = self._render(said, prompt=False)
+        last = max(i for i, part in enumerate(parts) if isinstance(part, Text) and part.loss)
+        return self._prompt(parts[: last + 1], pictures, conversation=True)
 
     def prompt(self, turns: Turns) -> Prompt:
         """What a user asks; without a chat template a document that begins as the one turn does."""
-        if self.template is not None:
-            return self.conversation(turns)
-        if len(turns) > 1:
-            raise UserError("this model knows no conversations: ask in one turn, or give --chat_template")
-        return self.beginning(turns[0][1])
+        return self.conversation(turns) if self.template else self.beginning(self._one_turn(turns))
 
     def beginning(self, parts: Sequence[str | Picture]) -> Prompt:
         """A document that is to go on: texts and images in order, as training data without turns begin."""
-        pictures = [part for part in parts if isinstance(part, Picture)]
-        numbers = iter(range(len(pictures)))
-        document = [Text(part) if isinstance(part, str) else ImageValue(next(numbers)) for part in parts]
-        return self._prompt(document, pictures, conversation=False)
+        whole = self.document(parts)
+        if len(whole.ids) == 1:
+            raise UserError("the prompt is empty")
+        return whole.rest(0, -1)  # without its eos
+
+    def document(self, parts: Sequence[str | Picture]) -> Prompt:
+        """The same with its end: nothing is to follow."""
+        (turn,), pictures = _numbered([("", parts)])
+        told = [Text(part) if isinstance(part, str) else part for part in turn.content]
+        return self._prompt(told, pictures, conversation=False)
+
+    def _one_turn(self, turns: Turns) -> Sequence[str | Picture]:
+        if len(turns) > 1:
+            raise UserError("this model knows no conversations: ask in one turn, or give --chat_template")
+        return turns[0][1]
+
+    def _render(self, said: Sequence[Turn], prompt: bool) -> list[Text | Special | ImageValue]:
+        if self.template is None:
+            raise UserError("this model has no chat template: give one with --chat_template")
+        try:
+            return self.template.render(said, prompt)
+        except Rejected as rejected:
+            raise UserError(f"the chat template refuses the conversation: {rejected.detail}") from None
 
     def _prompt(
         self, parts: Sequence[Text | Special | ImageValue], pictures: Sequence[Picture], conversation: bool
@@ -142,10 +160,6 @@ class Prompter:
         sized = [self._image(part, pictures) if isinstance(part, ImageValue) else part for part in parts]
         document = Document("prompt", sized, conversation=conversation)
         sample = make_sample(document, self.tokenizer, self.plan)
-        if not conversation:
-            sample = sample.piece(0, sample.length - 1)  # it goes on: no eos
-        if sample.length == 0:
-            raise UserError("the prompt is empty")
         if sample.length > self.most_tokens:
             raise UserError(
                 f"the prompt has {sample.length} tokens with its {len(pictures)} images, more than the "
@@ -155,6 +169,7 @@ class Prompter:
         return Prompt(
             sample.tokens.tolist(),
             _identity(sample, pictures),
+            sample.targets,
             views["visual_index"],
             views["pixel_values"],
             views["grid_thw"],
@@ -186,6 +201,17 @@ class Prompter:
         for reject in filled.rejects:
             raise UserError(_unreadable(pictures[reject.image or 0], reject.reason, reject.detail))
         return views
+
+
+def _numbered(turns: Turns) -> tuple[list[Turn], list[Picture]]:
+    """Turns whose images are numbers, and the images."""
+    pictures = [part for _, content in turns for part in content if isinstance(part, Picture)]
+    numbers = iter(range(len(pictures)))
+    said = [
+        Turn(role, [part if isinstance(part, str) else ImageValue(next(numbers)) for part in content])
+        for role, content in turns
+    ]
+    return said, pictures
 
 
 def _identity(sample: Sample, pictures: Sequence[Picture]) -> list[int]:

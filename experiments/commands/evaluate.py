@@ -1,0 +1,113 @@
+"""How good is a model?
+
+    torchtitan-vlm evaluate --hf FOLDER --task vqa=textvqa.parquet --task caption=coco.jsonl --out results
+    torchtitan-vlm evaluate --job.dump_folder outputs/run --task multiple_choice=ai2d.jsonl --out results
+
+A record is {"question", "image" or "images", "answers", "choices"} in JSONL, parquet, Arrow, TSV or a tar.
+--out gets a line for each record, summary.json with 95 % intervals and the versions of everything, and a page
+of pictures with questions, answers and scores. A run that was cut goes on; one that is done is told again.
+Several processes share the records:
+
+    python -m torchtitan.launch --processes 2 experiments.commands evaluate ...
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from experiments.commands.generate import ModelOptions, model_job, template_of
+from torchtitan.config.errors import did_you_mean, require
+from torchtitan.tools.disk import require_writable
+from torchtitan.tools.logging import init_logger, logger
+
+
+@dataclass
+class Options(ModelOptions):
+    """What is asked, and where the answers go."""
+
+    # NAME=FILE, with a name of --list; may be given several times
+    task: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
+    out: str = ""  # a folder for answers, summary.json and pages
+    list: bool = False  # say what tasks there are
+    sequences: int = 8  # answered beside each other
+    page_limit: int = 200  # records on a task's page
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command. Raises UserError."""
+    init_logger()
+    options, job = model_job(argv, Options, __doc__ or "")
+    # Only now, since they import torch.
+    from experiments.vlm.evaluate import tasks
+
+    if options.list:
+        print((tasks.__doc__ or "").strip())
+        return 0
+    asked = parse_tasks(options, tasks.TASKS)
+    from experiments.vlm.evaluate.evaluation import Evaluation, evaluate
+    from experiments.vlm.generate.answering import checkpoint_of, open_answering
+    from torchtitan.distributed.process_group import close_process_group
+
+    out, template = Path(options.out), template_of(options, job)
+    checkpoint = checkpoint_of(job, options.checkpoint)
+    most = max(tasks.TASKS[name].max_tokens for _, name, _ in asked)
+    answering = open_answering(job, checkpoint, template, options.sequences, job.training.seq_len + most)
+    about = {"model": str(checkpoint or options.hf), "chat_template": template or None} | versions()
+    try:
+        evaluations = [
+            Evaluation(label, tasks.TASKS[name], path, out, answering, job.data)
+            for label, name, path in asked
+        ]
+        summary = evaluate(evaluations, out, about, options.page_limit)
+    finally:
+        close_process_group()
+    if answering.mesh.leads and summary:
+        logger.info(table(summary))
+        logger.info(f"{out / 'summary.json'}, and a page of each task beside it")
+    return 0
+
+
+def parse_tasks(options: Options, known: Any) -> list[tuple[str, str, str]]:
+    """(label, task, file) of each; a task of several files is labelled by those too. Raises ConfigError."""
+    require(bool(options.task), "no task: give --task NAME=FILE (--list says which there are)")
+    require(bool(options.out), "nowhere to write: give --out FOLDER")
+    require_writable(Path(options.out), "--out")
+    asked = []
+    for given in options.task:
+        name, mark, path = given.partition("=")
+        require(bool(mark), f"--task {given}: must be NAME=FILE")
+        require(name in known, f"--task {given}: no such task{did_you_mean(name, known)}")
+        require(os.path.isfile(path), f"--task {given}: no such file (looked from {os.getcwd()})")
+        twice = sum(other.startswith(name + "=") for other in options.task) > 1
+        asked.append((f"{name}-{Path(path).stem}" if twice else name, name, path))
+    require(
+        len({label for label, _, _ in asked}) == len(asked), "--task: two files of one task have one name"
+    )
+    return asked
+
+
+def versions() -> dict[str, str]:
+    """Of what decides a figure."""
+    from importlib.metadata import version
+
+    import torchtitan
+
+    found = {name: version(name) for name in ("torch", "numpy", "pillow", "simplejpeg")}
+    return {"torchtitan-vlm": torchtitan.__version__} | found
+
+
+def table(summary: dict[str, Any]) -> str:
+    """For the console."""
+    lines = [f"{'task':24} {'metric':22} {'value':>9}   95 % interval   records"]
+    for task, told in summary["tasks"].items():
+        for metric, figure in told["metrics"].items():
+            interval = f"{figure['low']:.2f} ... {figure['high']:.2f}"
+            lines.append(
+                f"{task:24} {metric:22} {figure['value']:9.2f}   {interval:15} {figure['records']:7}"
+            )
+        lines += [f"{task:24} left out: {reason}" for reason in told["left_out"]]
+    return "\n".join(lines)

@@ -1,0 +1,150 @@
+"""A model answers the questions of a task, record by record; ranks share them, and a killed run goes on.
+
+OUT/NAME.part.jsonl   a line for each record as it ends
+OUT/NAME.jsonl        all of them in order with their scores, once the last has ended
+OUT/summary.json      metrics with their intervals, and the versions of everything
+OUT/NAME.html         pictures, questions, answers and scores, the worst first
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+from experiments.vlm.config import Data
+from experiments.vlm.evaluate.likelihood import Reader
+from experiments.vlm.evaluate.questions import Question, Questions, right_choice
+from experiments.vlm.evaluate.results_page import results_page
+from experiments.vlm.evaluate.scoring import score, summarise
+from experiments.vlm.evaluate.tasks import Task
+from experiments.vlm.generate.answer import AnswerFile
+from experiments.vlm.generate.answering import Answering
+from torchtitan.config.errors import UserError
+from torchtitan.generation.engine import Request
+from torchtitan.generation.options import Sampling
+from torchtitan.tools.logging import logger
+
+Line = dict[str, Any]
+DIGITS = 4  # of log-probabilities: what layouts agree on
+
+
+class Evaluation:
+    """One task over one file. Raises UserError that names the record."""
+
+    def __init__(self, name: str, task: Task, path: str, out: Path, answering: Answering, data: Data):
+        self.name = name
+        self.task = task
+        self.answering = answering
+        self.questions = Questions(path, data, documents=task.way == "read")
+        self.path = out / f"{name}.jsonl"
+        self.part = AnswerFile(out / f"{name}.part.jsonl", answering.mesh.leads, samples=1)
+
+    def run(self) -> list[Line]:
+        """Lines of all records in order, on every rank: of this run, and of those before it."""
+        if not self.path.exists():
+            count, data = len(self.questions), self.answering.mesh.data
+            left = [number for number in range(count) if self.part.left(number)]
+            logger.info(f"{self.name}: {count} records, {count - len(left)} of them answered before")
+            dist.barrier()  # nobody writes before all have read what was there
+            mine = left[data.get_local_rank() :: data.size()]
+            lines = {"generate": self._write, "choose": self._choose, "read": self._read}[self.task.way](mine)
+            for number, line in tqdm(lines, total=len(mine), unit="record", disable=None):
+                self.part.add(number, 0, line)
+            dist.barrier()
+            self.part = AnswerFile(self.part.path, self.part.writes, samples=1)
+        return self._all_lines()
+
+    def _all_lines(self) -> list[Line]:
+        path = self.path if self.path.exists() else self.part.path
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return sorted(lines, key=lambda line: line["id"])
+
+    def _write(self, numbers: list[int]) -> Iterator[tuple[int, Line]]:
+        for event in self.answering.engine.answer(map(self._request, numbers)):
+            answer = event.answer
+            if answer.ended:
+                yield answer.request.key, {"prediction": answer.text.given.strip(), "ended": answer.ended}
+
+    def _request(self, number: int) -> Request:
+        prompt = self.answering.prompter.prompt(self._turns(self.questions.read(number)))
+        return Request(number, prompt, Sampling(), max_tokens=self.task.max_tokens, key=number)
+
+    def _turns(self, question: Question):
+        converses = self.answering.prompter.template is not None
+        return [("user", self.task.content(question, converses))]
+
+    def _choose(self, numbers: list[int]) -> Iterator[tuple[int, Line]]:
+        reader = Reader(self.answering)
+        for number in numbers:
+            question = self.questions.read(number)
+            if len(question.choices) < 2:
+                raise UserError(f"{self.questions.path}, record {number}: a choice needs two choices or more")
+            right_choice(question)
+            found = reader.choices(self._turns(question), question.choices)
+            yield (
+                number,
+                {
+                    "logprobs": [round(total, DIGITS) for total, _ in found],
+                    "tokens": [tokens for _, tokens in found],
+                },
+            )
+        reader.finish()
+
+    def _read(self, numbers: list[int]) -> Iterator[tuple[int, Line]]:
+        reader = Reader(self.answering)
+        for number in numbers:
+            prompt = self.answering.prompter.document(self.questions.read(number).content)
+            logprobs = zip(reader.logprobs(prompt, 1), prompt.targets[1:], strict=True)
+            told = [logprob for logprob, is_target in logprobs if is_target]
+            yield number, {"logprob": round(sum(told), DIGITS), "tokens": len(told)}
+        reader.finish()
+
+
+def finish(evaluation: Evaluation, lines: list[Line], page_limit: int) -> dict[str, Any]:
+    """Write the scores and the page of a task whose records all ended; what a summary says of it."""
+    questions = [evaluation.questions.read(number) for number in range(len(evaluation.questions))]
+    scores, left_out = score(evaluation.task, questions, lines)
+    for number, line in enumerate(lines):
+        line["scores"] = {name: round(found.per_sample[number], DIGITS) for name, found in scores.items()}
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    path = evaluation.path
+    path.with_suffix(".tmp").write_text(text, encoding="utf-8")
+    os.replace(path.with_suffix(".tmp"), path)
+    page = results_page(evaluation.name, evaluation.task, questions, lines, page_limit)
+    path.with_suffix(".html").write_text(page, encoding="utf-8")
+    evaluation.part.path.unlink(missing_ok=True)
+    return {"file": evaluation.questions.path, "metrics": summarise(scores), "left_out": left_out}
+
+
+def evaluate(
+    evaluations: list[Evaluation], out: Path, about: dict[str, Any], page_limit: int
+) -> dict[str, Any]:
+    """Run all tasks; the first rank writes their files and returns the summary, the others an empty one.
+
+    Raises UserError where `out` holds the answers of another model.
+    """
+    path = out / "summary.json"
+    _require_same_model(out / "model.json", about)
+    found = {evaluation.name: evaluation.run() for evaluation in evaluations}
+    if dist.get_rank() > 0:
+        return {}
+    told = {each.name: finish(each, found[each.name], page_limit) for each in evaluations}
+    before = json.loads(path.read_text()) if path.exists() else {"tasks": {}}
+    summary = {"about": about, "tasks": before["tasks"] | told}
+    path.write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return summary
+
+
+def _require_same_model(path: Path, about: dict[str, Any]) -> None:
+    """Answers of two models in one folder would be scored as those of one."""
+    dist.barrier()
+    before = json.loads(path.read_text()) if path.exists() else about
+    dist.barrier()
+    if before["model"] != about["model"] or before["chat_template"] != about["chat_template"]:
+        raise UserError(f"{path.parent} holds answers of {before['model']}: give another --out")
+    if dist.get_rank() == 0:
+        path.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")

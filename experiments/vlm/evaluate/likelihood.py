@@ -1,0 +1,85 @@
+"""How likely a model finds texts that are given, read through an engine's cache while it answers nothing."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from experiments.vlm.generate.answering import Answering
+from experiments.vlm.generate.prompt import Prompt, Turns
+
+CHUNK = 256  # tokens a forward: each keeps the logits of so many
+
+
+class Reader:
+    """Log-probabilities of a prompt's own tokens. Ranks that share the model make the same calls: whoever is
+    done `finish`es.
+    """
+
+    def __init__(self, answering: Answering):
+        self.engine = answering.engine
+        self.prompter = answering.prompter
+        self.cache = answering.engine.cache
+        self.forward: Any = answering.engine.forward
+
+    @torch.no_grad()
+    def logprobs(self, prompt: Prompt, begin: int, held: int = 0) -> list[float]:
+        """Natural, of the tokens from `begin` >= 1 on, each given all before it.
+
+        held: tokens of the prompt that the first sequence of the cache holds already, below `begin`.
+        """
+        self.cache.crop(0, held)
+        found: list[float] = []
+        for start in range(held, len(prompt.ids), CHUNK):
+            found += self._chunk(prompt, start, begin)
+        return found
+
+    def _chunk(self, prompt: Prompt, start: int, begin: int) -> list[float]:
+        """Those of the tokens after each of a chunk's."""
+        piece = prompt.rest(start, start + CHUNK)
+        count, following = len(piece.ids), prompt.ids[start + 1 : start + CHUNK + 1]
+        logits = self._call(piece)[0]
+        logprobs = logits[: len(following)].float().log_softmax(-1)
+        ids = torch.tensor(following, dtype=torch.int64, device=logits.device)
+        chosen = logprobs.gather(1, ids[:, None])[:, 0].tolist()
+        assert len(chosen) in (count, count - 1)
+        return chosen[max(0, begin - 1 - start) :]
+
+    def _call(self, piece: Prompt | None) -> torch.Tensor:
+        """Logits [1, CHUNK, V] of a chunk; None: this rank has none and only runs along."""
+        rich = bool(self.engine.agree([1, int(piece is not None and piece.rich)])[1])
+        ids = piece.ids if piece else []
+        where = self.cache.append([0], [len(ids)], CHUNK)
+        tokens = torch.tensor([[*ids, *[self.engine.tokenizer.pad_id] * (CHUNK - len(ids))]])
+        keep = torch.arange(CHUNK)[None]
+        device = self.cache.device
+        return self.forward.several(tokens.to(device), where, keep.to(device), piece, rich)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Run along until no rank has anything to read."""
+        while True:
+            more, rich = self.engine.agree([0, 0])
+            if not more:
+                return
+            where = self.cache.append([0], [0], CHUNK)
+            tokens = torch.full((1, CHUNK), self.engine.tokenizer.pad_id, device=self.cache.device)
+            self.forward.several(tokens, where, torch.zeros_like(tokens), None, bool(rich))
+
+    def choices(self, turns: Turns, choices: Sequence[str]) -> list[tuple[float, int]]:
+        """(log-probability, tokens) of each choice as the answer, without what ends it."""
+        asked = self.prompter.prompt(turns)
+        found, held = [], 0
+        for choice in choices:
+            whole = self.prompter.answered(turns, choice)
+            # A word boundary may fall elsewhere once the answer is there.
+            begin = _common(asked.ids, whole.ids)
+            logprobs = self.logprobs(whole, begin, min(held, begin - 1))
+            found.append((sum(logprobs), len(logprobs)))
+            held = begin
+        return found
+
+
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(first), len(second)))

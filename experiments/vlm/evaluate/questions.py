@@ -1,0 +1,131 @@
+"""Records that ask and know the answer: JSONL, parquet and every other file that training reads, and tars.
+
+{"question": "...", "image": IMAGE or "images": [...], "answers": ["..."], "choices": ["...", ...]}
+
+Images are spelled as in training data; `<image>` in the question says where one stands, else they come first.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from experiments.vlm.config import Data
+from experiments.vlm.data.document import Document, Draft, Image, ImageValue, Text
+from experiments.vlm.data.formats import Record, captions, format_of, messages, obelics
+from experiments.vlm.data.formats.image_values import IMAGE_EXTENSIONS
+from experiments.vlm.data.formats.record_files import open_records
+from experiments.vlm.data.formats.record_shard import ImageValues, RecordShard, folder_of
+from experiments.vlm.data.formats.shard import Shard
+from experiments.vlm.data.formats.tar_shard import TarShard, is_tar
+from experiments.vlm.data.rejects import Rejected, meaning
+from experiments.vlm.data.storage.file_cache import file_cache
+from experiments.vlm.generate.prompt import Picture
+from torchtitan.config.errors import ConfigError
+
+IDS = ("question_id", "questionId", "id", "uid", "index")
+QUESTIONS = ("question", "prompt", "query", "text")
+ANSWERS = ("answers", "answer", "references", "captions", "caption", "label", "txt")
+CHOICES = ("choices", "options", "endings")
+COLUMNS = (
+    *IDS, *QUESTIONS, *ANSWERS, *CHOICES, "image", "images", "messages", "texts", *IMAGE_EXTENSIONS
+)  # fmt: skip
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+@dataclass(frozen=True)
+class Question:
+    """One record."""
+
+    number: int
+    id: str
+    content: list[str | Picture]  # what is asked, pictures in their places
+    answers: list[str]
+    choices: list[str] = field(default_factory=list)
+
+
+class Questions:
+    """The records of one file, read one by one. Raises ConfigError where it cannot be opened."""
+
+    def __init__(self, path: str, data: Data, documents: bool = False):
+        """`documents`: whole documents without a question, to be read and not to be answered."""
+        self.path = path
+        self.documents = documents
+        self.record: Record = {}
+        try:
+            self.shard: Shard = self._open(data)
+        except (OSError, Rejected, ValueError) as error:
+            raise ConfigError(f"{path}: cannot be read ({error})") from None
+
+    def _open(self, data: Data) -> Shard:
+        cache = file_cache(data)
+        if is_tar(self.path):
+            return TarShard(self.path, COLUMNS, self._parse, cache)
+        images, records = ImageValues(folder_of(self.path), data), open_records(self.path, None, cache)
+        return RecordShard(records, images, self._parse, lambda draft: draft, 0)
+
+    def __len__(self) -> int:
+        return len(self.shard)
+
+    def read(self, number: int) -> Question:
+        """Raises ConfigError that names the record, and what is wrong with it."""
+        try:
+            document, lost = self.shard.read(number)
+            for rejected in lost:
+                raise rejected
+            record = self.record
+            content = [self._part(part, document) for part in document.parts]
+            names = (record[name] for name in IDS if record.get(name) is not None)
+            id = str(next(names, self.shard.key(number)))
+            return Question(number, id, content, answers_of(record), choices_of(record))
+        except Rejected as rejected:
+            detail = f" ({rejected.detail})" if rejected.detail else ""
+            raise ConfigError(f"{self.path}, record {number}: {meaning(rejected.reason)}{detail}") from None
+
+    def _part(self, part: Any, document: Document) -> str | Picture:
+        if isinstance(part, Image):
+            return Picture(self.shard.load(part), f"{self.path}, record {document.key}")
+        return part.text
+
+    def _parse(self, record: Record) -> Draft:
+        self.record = record
+        if self.documents:
+            return obelics.parse(record) if format_of(record) == "obelics" else captions.parse(record)
+        question = next((record[name] for name in QUESTIONS if isinstance(record.get(name), str)), "")
+        held = {name: record[name] for name in messages.COLUMNS if name in record and name != "messages"}
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": ""}]
+        asked = messages.parse({**held, "messages": turns}).turns[0]
+        parts: list[Any] = [part if isinstance(part, ImageValue) else Text(part) for part in asked.content]
+        # A record without question and image is empty, and finish() says so.
+        return Draft(parts, caption=True)
+
+
+def answers_of(record: Mapping[str, Any]) -> list[str]:
+    """Every right answer; [{"answer": "..."}, ...] of VQA as well. Raises Rejected for another shape."""
+    found: Any = next((record[name] for name in ANSWERS if record.get(name) is not None), [])
+    listed = found if isinstance(found, list) else [found]
+    texts = [item.get("answer") if isinstance(item, dict) else item for item in listed]
+    if not all(isinstance(text, str | int | float) for text in texts):
+        raise Rejected("wrong_shape", "answers are no texts")
+    return [str(text) for text in texts]
+
+
+def choices_of(record: Mapping[str, Any]) -> list[str]:
+    """The texts to choose from, in order; {"A": "...", ...} as well. Raises Rejected for another shape."""
+    found: Any = next((record[name] for name in CHOICES if record.get(name)), [])
+    if isinstance(found, dict):
+        found = [found[name] for name in sorted(found)]
+    if not isinstance(found, list) or not all(isinstance(text, str | int | float) for text in found):
+        raise Rejected("wrong_shape", "choices are no list of texts")
+    if len(found) > len(LETTERS):
+        raise Rejected("wrong_shape", f"{len(found)} choices, more than {len(LETTERS)}")
+    return [str(text) for text in found]
+
+
+def right_choice(question: Question) -> int:
+    """Which choice is the answer: its text, its letter or its number from 0. Raises ConfigError."""
+    answer = question.answers[0] if question.answers else ""
+    numbers = [str(number) for number in range(len(question.choices))]
+    for names in (question.choices, list(LETTERS[: len(question.choices)]), numbers):
+        if answer in names:
+            return names.index(answer)
+    raise ConfigError(f"record {question.id}: its answer {answer!r} is none of its {len(numbers)} choices")

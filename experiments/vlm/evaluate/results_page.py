@@ -1,0 +1,59 @@
+"""Records of a task as one HTML page: pictures, question, answers, prediction and score, the worst first."""
+
+import html
+import io
+from base64 import b64encode
+from importlib.resources import files
+from string import Template
+from typing import Any
+
+from PIL import Image
+
+from experiments.vlm.data.image import decode, probe
+from experiments.vlm.evaluate.questions import Question
+from experiments.vlm.evaluate.tasks import Task
+from experiments.vlm.generate.prompt import Picture
+
+LONGER_SIDE = 320  # pixels of a picture on the page
+
+
+def results_page(
+    name: str, task: Task, questions: list[Question], lines: list[dict[str, Any]], limit: int
+) -> str:
+    """At most `limit` records, spread evenly from the worst to the best by the task's first metric."""
+    first = next(iter(lines[0]["scores"]), "") if lines else ""
+    worst_last = task.way == "read"  # a high perplexity is bad
+    order = sorted(range(len(lines)), key=lambda i: (lines[i]["scores"][first], i), reverse=worst_last)
+    shown = order if len(order) <= limit else [order[i * len(order) // limit] for i in range(limit)]
+    facts = f"{len(shown)} of {len(lines)} records, the worst first, by {first}"
+    return Template(files(__package__).joinpath("results_page.html").read_text(encoding="utf-8")).substitute(
+        title=html.escape(name),
+        facts=html.escape(facts),
+        records="\n".join(_record(questions[i], lines[i]) for i in shown),
+    )
+
+
+def _record(question: Question, line: dict[str, Any]) -> str:
+    pictures = "".join(_picture(part) for part in question.content if isinstance(part, Picture))
+    asked = " ".join(part for part in question.content if isinstance(part, str))
+    scores = ", ".join(f"{name} {value:g}" for name, value in line["scores"].items())
+    rows = [("question", asked), ("answers", " | ".join(question.answers))]
+    if question.choices:
+        told = line.get("logprobs", [""] * len(question.choices))
+        pairs = zip(question.choices, told, strict=True)
+        rows.append(("choices", " | ".join(f"{choice} {value}".strip() for choice, value in pairs)))
+    if "prediction" in line:
+        rows.append(("prediction", line["prediction"]))
+    rows.append(("score", scores))
+    table = "".join(f"<tr><th>{name}</th><td>{html.escape(text)}</td></tr>" for name, text in rows)
+    name = f"<small>{html.escape(question.id)}</small>"
+    return f"<section><div>{pictures}</div><table>{table}</table>{name}</section>"
+
+
+def _picture(picture: Picture) -> str:
+    height, width = probe(picture.data)
+    shrink = max(1.0, max(height, width) / LONGER_SIDE)
+    pixels = decode(picture.data, max(1, round(height / shrink)), max(1, round(width / shrink)))
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "jpeg", quality=85)
+    return f'<img alt="" src="data:image/jpeg;base64,{b64encode(file.getvalue()).decode()}">'

@@ -1,0 +1,65 @@
+"""From the lines of a task to figures: metrics with their intervals, and a score of each record."""
+
+import math
+from typing import Any
+
+from experiments.vlm.evaluate.metrics import METRICS, TOKENIZED, Score, bootstrap_interval, tokenize
+from experiments.vlm.evaluate.questions import Question, right_choice
+from experiments.vlm.evaluate.tasks import Task, metric_options, references
+from torchtitan.config.errors import UserError
+
+Line = dict[str, Any]
+
+
+def score(task: Task, questions: list[Question], lines: list[Line]) -> tuple[dict[str, Score], list[str]]:
+    """By metric; and what could not be counted, with the reason. Raises UserError."""
+    if task.way == "choose":
+        return _choices(questions, lines), []
+    if task.way == "read":
+        return _documents(lines), []
+    found, left_out = {}, []
+    for metric in (*task.metrics, *task.optional):
+        try:
+            found[metric] = _metric(metric, questions, [line["prediction"] for line in lines])
+        except UserError as error:
+            if metric not in task.optional:
+                raise
+            left_out.append(str(error))
+    return found, left_out
+
+
+def _metric(metric: str, questions: list[Question], predictions: list[str]) -> Score:
+    said: Any = predictions
+    right: Any = references(metric, questions)
+    if metric in TOKENIZED:
+        said, right = tokenize(said), tokenize(right)
+    return METRICS[metric](said, right, **metric_options(metric, questions))
+
+
+def _choices(questions: list[Question], lines: list[Line]) -> dict[str, Score]:
+    """Percent: the likeliest choice is the right one, as a whole and by token."""
+    whole, by_token = [], []
+    for question, line in zip(questions, lines, strict=True):
+        right, totals = right_choice(question), line["logprobs"]
+        normed = [total / max(1, tokens) for total, tokens in zip(totals, line["tokens"], strict=True)]
+        whole.append(100.0 * (totals.index(max(totals)) == right))
+        by_token.append(100.0 * (normed.index(max(normed)) == right))
+    names = {"accuracy": whole, "accuracy_by_token": by_token}
+    return {name: Score(sum(scores) / len(scores), scores) for name, scores in names.items()}
+
+
+def _documents(lines: list[Line]) -> dict[str, Score]:
+    """e to the mean negative log-probability of all tokens, and of each document's."""
+    total, tokens = sum(line["logprob"] for line in lines), sum(line["tokens"] for line in lines)
+    each = [math.exp(-line["logprob"] / max(1, line["tokens"])) for line in lines]
+    return {"perplexity": Score(math.exp(-total / max(1, tokens)), each)}
+
+
+def summarise(scores: dict[str, Score]) -> dict[str, Any]:
+    """For a summary: each figure, its 95 % interval and the number of records."""
+    told = {}
+    for name, found in scores.items():
+        interval = bootstrap_interval(found.per_sample)
+        told[name] = {"value": found.overall, "low": interval.low, "high": interval.high}
+        told[name]["records"] = len(found.per_sample)
+    return told

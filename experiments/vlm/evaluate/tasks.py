@@ -1,0 +1,80 @@
+"""Tasks: how a question is worded, how it is answered, and what is counted. A task is a row of TASKS.
+
+caption            a text about the picture, against those of people
+vqa, exact_match, anls, relaxed_accuracy    a short answer
+multiple_choice    the likelihood of each choice, as it is and for each of its tokens
+mmmu, mmmu_open    the answer that a response concludes, as MMMU reads it
+perplexity         of held-out documents, pictures and all
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from experiments.vlm.evaluate.questions import LETTERS, Question, right_choice
+from experiments.vlm.generate.prompt import Picture
+
+SHORT = "\nAnswer the question using a single word or phrase."
+LETTER = "\nAnswer with the option's letter from the given choices directly."
+Way = Literal["generate", "choose", "read"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """To add one: a row below."""
+
+    way: Way  # write an answer; weigh each choice; read a document
+    metrics: tuple[str, ...] = ()  # of METRICS, over what was written
+    optional: tuple[str, ...] = ()  # counted where what they need is installed
+    wording: str = ""  # after the question, where the model knows conversations
+    instead: str = ""  # in place of a question that the record does not have
+    lists_choices: bool = False
+    max_tokens: int = 32
+
+    def content(self, question: Question, converses: bool) -> list[str | Picture]:
+        """What the user says. A model that knows no conversations gets the record alone."""
+        asked = any(isinstance(part, str) and part.strip() for part in question.content)
+        text = "" if asked or not converses else self.instead
+        if self.lists_choices:
+            text += "".join(f"\n{letter}. {choice}" for letter, choice in named(question).items())
+        text += self.wording if converses else ""
+        return [*question.content, *filter(None, [text])]
+
+
+def named(question: Question) -> dict[str, str]:
+    """Letter -> choice."""
+    return dict(zip(LETTERS, question.choices, strict=False))
+
+
+CAPTIONS = ("cider", "bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l")
+TASKS = {
+    "caption": Task("generate", CAPTIONS, ("meteor",), instead="Describe the image.", max_tokens=64),
+    "vqa": Task("generate", ("vqa_accuracy",), wording=SHORT),
+    "exact_match": Task("generate", ("exact_match",), max_tokens=128),
+    "anls": Task("generate", ("anls",), wording=SHORT),
+    "relaxed_accuracy": Task("generate", ("relaxed_accuracy",), wording=SHORT),
+    "multiple_choice": Task("choose"),
+    "mmmu": Task("generate", ("mmmu_multiple_choice",), wording=LETTER, lists_choices=True, max_tokens=128),
+    "mmmu_open": Task("generate", ("mmmu_open",), wording=SHORT, max_tokens=128),
+    "perplexity": Task("read"),
+}
+
+
+def metric_options(metric: str, questions: list[Question]) -> dict[str, Any]:
+    """Keyword arguments that a metric takes of the records."""
+    if metric != "mmmu_multiple_choice":
+        return {}
+    return {
+        "all_choices": [list(named(question)) for question in questions],
+        "index2ans": [named(question) for question in questions],
+    }
+
+
+REFERENCES: dict[str, Callable[[Question], Any]] = {
+    "mmmu_multiple_choice": lambda question: [LETTERS[right_choice(question)]]
+}
+
+
+def references(metric: str, questions: list[Question]) -> list[Any]:
+    """Right answers of each record, as the metric takes them."""
+    return [REFERENCES.get(metric, lambda question: question.answers)(question) for question in questions]

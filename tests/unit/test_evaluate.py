@@ -1,0 +1,184 @@
+"""Tasks over files of every kind: the same figures killed and gone on with, and by the metrics alone."""
+
+import json
+import math
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from experiments.commands.evaluate import Options, parse_tasks, table
+from experiments.vlm.config import Data
+from experiments.vlm.evaluate.evaluation import Evaluation, evaluate
+from experiments.vlm.evaluate.questions import Questions, right_choice
+from experiments.vlm.evaluate.tasks import TASKS
+from experiments.vlm.generate.answering import Answering
+from experiments.vlm.generate.prompt import Picture
+from tests.samples import write_tar
+from tests.unit.test_generate import engine, picture, prompter
+from tests.unit.test_likelihood import brute
+from torchtitan.config.errors import ConfigError, UserError
+from torchtitan.config.job import Comm
+from torchtitan.distributed.process_group import close_process_group, open_process_group
+
+ABOUT = {"model": "tiny", "chat_template": "chatml"}
+LETTERS = ["A", "B", "C"]
+
+
+@pytest.fixture(autouse=True)
+def one_process(tmp_path):
+    open_process_group(Comm(), tmp_path)
+    yield
+    close_process_group()
+
+
+class OneRank:
+    """Stands for the mesh of a process that is alone."""
+
+    leads = True
+
+    class data:
+        get_local_rank = staticmethod(lambda: 0)
+        size = staticmethod(lambda: 1)
+
+
+def answering() -> Answering:
+    return Answering(engine(3), prompter(), OneRank())
+
+
+def records() -> list[dict]:
+    return [
+        {
+            "question_id": f"q{number}",
+            "image": f"{number}.png",
+            "question": f"What is {number}?",
+            "answers": [f"answer {number}", "a cat"],
+            "choices": ["a cat", f"answer {number}", "none"],
+        }
+        for number in range(5)
+    ]
+
+
+def write(folder, kind: str) -> str:
+    """The same records as a file of this kind."""
+    images = [picture(9 + 3 * number, 30 - 4 * number, number).data for number in range(5)]
+    for number, image in enumerate(images):
+        (folder / f"{number}.png").write_bytes(image)
+    path = folder / f"asked.{kind}"
+    if kind == "jsonl":
+        path.write_text("".join(json.dumps(record) + "\n" for record in records()))
+    elif kind == "parquet":
+        held = [
+            {**record, "image": {"bytes": image, "path": None}}
+            for record, image in zip(records(), images, strict=True)
+        ]
+        pq.write_table(pa.Table.from_pylist(held), path)
+    else:
+        members = []
+        for record, image in zip(records(), images, strict=True):
+            told = {name: value for name, value in record.items() if name != "image"}
+            members += [(f"{record['question_id']}.png", image)]
+            members += [(f"{record['question_id']}.json", json.dumps(told).encode())]
+        write_tar(path, members)
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "tar"])
+def test_records_of_every_kind_ask_the_same(tmp_path, kind):
+    questions = Questions(write(tmp_path, kind), Data(cache_folder=str(tmp_path / "cache")))
+    assert len(questions) == 5
+    for number, record in enumerate(records()):
+        found = questions.read(number)
+        assert found.id == f"q{number}" and found.answers == record["answers"]
+        assert found.choices == record["choices"] and right_choice(found) == 1
+        (shown,) = [part for part in found.content if isinstance(part, Picture)]
+        assert shown.data == (tmp_path / f"{number}.png").read_bytes()
+        assert [part.strip() for part in found.content if isinstance(part, str)] == [record["question"]]
+
+
+def run(folder, path: str, names: list[str]) -> dict:
+    data = Data(cache_folder=str(folder / "cache"))
+    out = folder / "out"
+    out.mkdir(exist_ok=True)
+    asked = answering()
+    evaluations = [Evaluation(name, TASKS[name], path, out, asked, data) for name in names]
+    return evaluate(evaluations, out, ABOUT, 100)
+
+
+def test_choices_are_weighed_as_by_brute_force(tmp_path):
+    path = write(tmp_path, "jsonl")
+    summary = run(tmp_path, path, ["multiple_choice"])
+    make, right, by_token = prompter(), [], []
+    for number, record in enumerate(records()):
+        image = Picture((tmp_path / f"{number}.png").read_bytes())
+        turns = [("user", [image, "\n" + record["question"]])]
+        totals = []
+        for choice in record["choices"]:
+            whole = make.answered(turns, choice)
+            totals.append(brute(whole, len(make.prompt(turns).ids)))
+        right.append(max(range(3), key=lambda i: sum(totals[i])) == 1)
+        by_token.append(max(range(3), key=lambda i: sum(totals[i]) / len(totals[i])) == 1)
+    told = summary["tasks"]["multiple_choice"]["metrics"]
+    assert told["accuracy"]["value"] == pytest.approx(100 * sum(right) / 5)
+    assert told["accuracy_by_token"]["value"] == pytest.approx(100 * sum(by_token) / 5)
+    assert "95 % interval" in table(summary) and (tmp_path / "out" / "multiple_choice.html").is_file()
+
+
+def test_a_run_that_was_cut_gives_the_same_files(tmp_path):
+    names, path = ["vqa", "multiple_choice", "caption"], write(tmp_path, "jsonl")
+    whole = run(tmp_path, path, names)
+    out = tmp_path / "out"
+    expected = {file.name: file.read_bytes() for file in out.iterdir()}
+    # As a kill leaves it: one task is done, of the next two records and half a third.
+    lines = (out / "multiple_choice.jsonl").read_text().splitlines()
+    part = [json.dumps({k: v for k, v in json.loads(line).items() if k != "scores"}) for line in lines[1:3]]
+    for name in ("multiple_choice.jsonl", "multiple_choice.html", "caption.jsonl", "summary.json"):
+        (out / name).unlink()
+    (out / "multiple_choice.part.jsonl").write_text("\n".join(part) + "\n" + part[0][:20])
+    assert run(tmp_path, path, names) == whole
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == expected
+
+
+def test_perplexity_is_that_of_the_targets_of_training(tmp_path):
+    path = tmp_path / "documents.jsonl"
+    documents = [
+        {"texts": ["one", None, "two words"], "images": [None, "0.png", None]},
+        {"texts": ["three"], "images": [None]},
+    ]
+    (tmp_path / "0.png").write_bytes(picture(20, 12).data)
+    path.write_text("".join(json.dumps(document) + "\n" for document in documents))
+    told = run(tmp_path, str(path), ["perplexity"])["tasks"]["perplexity"]["metrics"]["perplexity"]
+    questions = Questions(str(path), Data(cache_folder=str(tmp_path / "cache")), documents=True)
+    logprobs = []
+    for number in range(2):
+        whole = prompter().document(questions.read(number).content)
+        logprobs += [p for p, target in zip(brute(whole, 1), whole.targets[1:], strict=True) if target]
+    assert told["value"] == pytest.approx(math.exp(-sum(logprobs) / len(logprobs)), rel=1e-4)
+
+
+def test_answers_of_two_models_are_not_mixed(tmp_path):
+    path = write(tmp_path, "jsonl")
+    run(tmp_path, path, ["vqa"])
+    with pytest.raises(UserError, match="holds answers of tiny: give another --out"):
+        evaluate([], tmp_path / "out", ABOUT | {"model": "another"}, 10)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "told"),
+    [
+        ([], "no task"),
+        (["vqa"], "must be NAME=FILE"),
+        (["vqaa=x"], "no such task.*vqa"),
+        (["vqa=nowhere.jsonl"], "no such file"),
+    ],
+)
+def test_a_task_that_cannot_be_run_is_told(tmp_path, tasks, told):
+    with pytest.raises(ConfigError, match=told):
+        parse_tasks(Options(task=tasks, out=str(tmp_path)), TASKS)
+
+
+def test_a_record_that_knows_no_answer_is_named(tmp_path):
+    path = tmp_path / "asked.jsonl"
+    path.write_text(json.dumps({"question": "a?", "answers": ["z"], "choices": ["x", "y"]}) + "\n")
+    with pytest.raises(ConfigError, match="record 0: its answer 'z' is none of its 2 choices"):
+        run(tmp_path, str(path), ["multiple_choice"])
