@@ -80,20 +80,12 @@ def build(job: JobConfig, spec: TrainSpec, device: torch.device) -> Run:
     loader = open_loader("train", None)
     forward_backward = parallelize(model, mesh, job, spec)
     give_weights(forward_backward, model, job, mesh, source)
-    for part in forward_backward.parts:
-        part.train()
+    parts = forward_backward.parts
     rates_on = device if job.compile.cuda_graphs else None
-    optimizers = Optimizers(forward_backward.parts, job.optimizer, setting_of, model.ADAMW_ONLY, rates_on)
+    optimizers = Optimizers(parts, job.optimizer, setting_of, model.ADAMW_ONLY, rates_on)
     schedule = Schedule(optimizers, job.training.steps, job.lr_scheduler)
-    state = TrainState(
-        forward_backward.parts,
-        optimizers,
-        schedule,
-        loader,
-        model.tied_names(),
-        sizes.global_,
-        spec.model_config(job),
-    )
+    tied, config = model.tied_names(), spec.model_config(job)
+    state = TrainState(parts, optimizers, schedule, loader, tied, sizes.global_, config)
     checkpointer = Checkpointer(job.checkpoint, folder / job.checkpoint.folder, state)
     checkpointer.load()
     if dist.get_rank() == 0:

@@ -17,7 +17,8 @@ from torchtitan.config.parse import option_types
 
 REPOSITORY = Path(__file__).parents[2]
 DATA = ["--training.dataset", "cc12m", "--training.dataset_path", "embedded:captions/train"]
-P = "--parallelism."
+P, C = "--parallelism.", "--checkpoint."
+IN_HF = C + "initial_load_in_hf"
 TP2, CP2, PP2 = (
     ["--parallelism." + name, "2"]
     for name in ("tensor_parallel_degree", "context_parallel_degree", "pipeline_parallel_degree")
@@ -65,43 +66,23 @@ WRONG = [
     (["--training.freeze", ""], 1, "training.freeze is empty"),
     (["--training.enable_cpu_offload"], 1, "training.enable_cpu_offload"),
     (["--training.mixed_precision_param", "float16"], 1, "training.mixed_precision_param"),
-    (["--checkpoint.interval", "0"], 1, "checkpoint.interval"),
-    (["--checkpoint.keep_latest_k", "-1"], 1, "checkpoint.keep_latest_k"),
-    (["--checkpoint.load_step", "3"], 1, "checkpoint.load_step"),
-    (["--checkpoint.last_save_model_only"], 1, "checkpoint.last_save_model_only"),
-    (["--checkpoint.folder", "/absolute"], 1, "checkpoint.folder"),
-    (["--checkpoint.folder", "../above"], 1, "checkpoint.folder"),
-    (["--checkpoint.initial_load_path", "nowhere"], 1, "checkpoint.initial_load_path = nowhere"),
-    (
-        ["--checkpoint.initial_load_in_hf"],
-        1,
-        "checkpoint.initial_load_in_hf needs checkpoint.initial_load_path",
-    ),
-    (["--checkpoint.initial_load_allow", "missing"], 1, "checkpoint.initial_load_allow needs"),
-    (["--checkpoint.initial_load_encoder_path", "tests"], 1, "checkpoint.initial_load_encoder_path needs"),
-    (
-        ["--checkpoint.initial_load_in_hf", "--checkpoint.initial_load_path", "tests"],
-        1,
-        "tests/config.json: No such file",
-    ),
-    (
-        ["--checkpoint.initial_load_in_hf", "--checkpoint.initial_load_path", "nowhere"],
-        1,
-        "checkpoint.initial_load_path = nowhere: no such folder",
-    ),
-    (["--checkpoint.last_save_in_hf"], 1, "checkpoint.last_save_in_hf needs checkpoint.enable"),
-    (
-        ["--checkpoint.enable", "--checkpoint.last_save_in_hf", "--data.resize", "square"],
-        1,
-        "data.resize = square",
-    ),
-    (["--checkpoint.exclude_from_loading", "optimiser"], 1, "checkpoint.exclude_from_loading = optimiser"),
+    ([C + "interval", "0"], 1, "checkpoint.interval"),
+    ([C + "keep_latest_k", "-1"], 1, "checkpoint.keep_latest_k"),
+    ([C + "load_step", "3"], 1, "checkpoint.load_step"),
+    ([C + "last_save_model_only"], 1, "checkpoint.last_save_model_only"),
+    ([C + "last_save_in_hf"], 1, "checkpoint.last_save_in_hf needs checkpoint.enable"),
+    ([C + "enable", C + "last_save_in_hf", "--data.resize", "square"], 1, "data.resize = square"),
+    ([C + "folder", "/absolute"], 1, "checkpoint.folder"),
+    ([C + "folder", "../above"], 1, "checkpoint.folder"),
+    ([C + "initial_load_path", "nowhere"], 1, "checkpoint.initial_load_path = nowhere"),
+    ([C + "initial_load_in_hf"], 1, "checkpoint.initial_load_in_hf needs checkpoint.initial_load_path"),
+    ([C + "initial_load_allow", "missing"], 1, "checkpoint.initial_load_allow needs"),
+    ([C + "initial_load_encoder_path", "tests"], 1, "checkpoint.initial_load_encoder_path needs"),
+    ([IN_HF, C + "initial_load_path", "tests"], 1, "tests/config.json: No such file"),
+    ([IN_HF, C + "initial_load_path", "no"], 1, "checkpoint.initial_load_path = no: no such folder"),
+    ([C + "exclude_from_loading", "optimiser"], 1, "checkpoint.exclude_from_loading = optimiser"),
     (["--job.dump_folder", "pyproject.toml"], 1, "job.dump_folder"),
-    (
-        ["--model.flavor", "debugmodle"],
-        1,
-        "model.flavor = debugmodle: no such flavor; did you mean debugmodel?",
-    ),
+    (["--model.flavor", "debugmodle"], 1, "= debugmodle: no such flavor; did you mean debugmodel?"),
     (["--model.tokenizer_path", "nowhere"], 1, "model.tokenizer_path = nowhere"),
     (["--model.tokenizer_path", "tests"], 1, "model.tokenizer_path = tests: holds neither"),
     (["--model.attention_backend", "flex"], 1, "model.attention_backend"),
