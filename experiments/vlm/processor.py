@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.vlm.config import VLMJobConfig
-from experiments.vlm.data.chat_template import ChatTemplate, load_chat_template
-from experiments.vlm.data.document import Special, Turn
+from experiments.vlm.data.chat_template import ChatTemplate, ends_of, load_chat_template
 from experiments.vlm.model_config import model_config
 from torchtitan.components.tokenizer import SpecialTokenizer, load_tokenizer
 from torchtitan.components.tokenizer_files import write_tokenizer
@@ -85,16 +84,9 @@ def image_processor_config(job: VLMJobConfig) -> dict[str, Any]:
 
 
 def generation_config(template: ChatTemplate, tokenizer: SpecialTokenizer) -> dict[str, Any]:
-    """Generation ends with the end of a text, and with what the template ends an answer with."""
-    answer = template.render([Turn("user", ["a"]), Turn("assistant", ["a"])])
-    spoken = [part.spelling for part in answer if isinstance(part, Special) and part.loss]
-    ends = [id for spelling in spoken[-1:] if (id := tokenizer.special_id(spelling)) is not None]
+    """Where generation begins, and what it ends with."""
     bos = {} if tokenizer.bos_id is None else {"bos_token_id": tokenizer.bos_id}
-    return {
-        **bos,
-        "eos_token_id": list(dict.fromkeys([tokenizer.eos_id, *ends])),
-        "pad_token_id": tokenizer.pad_id,
-    }
+    return bos | {"eos_token_id": ends_of(tokenizer, template), "pad_token_id": tokenizer.pad_id}
 
 
 def template_of(job: VLMJobConfig) -> str:

@@ -8,7 +8,8 @@ import transformers; its decoders do not, so images are given as Pillow opens th
 
 REQUESTS.json: a list of [folder, {"messages": [...], **options of apply_chat_template}]. OUT.npz has for
 number n `ids_n` [tokens], and where there are images `sizes_n` [images, 2] in patches and `pixels_n`
-[images, L, D].
+[images, L, D]. With the option "answer", a number of tokens, AutoModelForImageTextToText opens the folder
+too: `logits_n` [tokens, V] of the prompt, and `answer_n`, what it says greedily.
 """
 
 import functools
@@ -62,18 +63,25 @@ def main(torchvision: str, asked: str, answer: str) -> None:
     operators = torch.library.Library("torchvision", "DEF")
     for name in ("nms", "qnms"):
         operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    from transformers import AutoProcessor
+    from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    opened, found = functools.cache(AutoProcessor.from_pretrained), {}
+    processor, found = functools.cache(AutoProcessor.from_pretrained), {}
+    model = functools.cache(AutoModelForImageTextToText.from_pretrained)
     for number, (folder, options) in enumerate(json.loads(Path(asked).read_text())):
-        messages = options.pop("messages")
+        messages, answering = options.pop("messages"), options.pop("answer", 0)
         for item in (item for message in messages for item in message["content"] if "path" in item):
             item["image"] = Image.open(item.pop("path"))
-        inputs = opened(folder).apply_chat_template(messages, tokenize=True, return_dict=True, **options)
+        options |= {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        inputs = processor(folder).apply_chat_template(messages, **options)
         found[f"ids_{number}"] = np.array(inputs["input_ids"]).reshape(-1)
         if "pixel_values" in inputs:
             found[f"pixels_{number}"] = np.stack([np.asarray(pixels) for pixels in inputs["pixel_values"]])
             found[f"sizes_{number}"] = np.array(inputs["spatial_shapes"])
+        if answering:
+            with torch.no_grad():
+                found[f"logits_{number}"] = model(folder)(**inputs).logits[0].numpy()
+                said = model(folder).generate(**inputs, max_new_tokens=answering, do_sample=False)
+            found[f"answer_{number}"] = said[0, inputs["input_ids"].shape[1] :].numpy()
     np.savez(answer, **found)
 
 

@@ -34,6 +34,7 @@ from experiments.vlm.data.jinja_template import (
     read_template,
 )
 from experiments.vlm.data.rejects import Rejected
+from torchtitan.components.tokenizer import Tokenizer
 from torchtitan.config.errors import ConfigError
 
 IMAGE, PROBE = "\U000f0002", "\U000f0003"
@@ -87,6 +88,18 @@ def load_chat_template(name: str) -> "ChatTemplate":
         return ChatTemplate(file)
     except jinja2.TemplateError as error:
         raise ConfigError(f"chat_template = {name}: {error}") from error
+
+
+def ends_of(tokenizer: Tokenizer, template: "ChatTemplate | None") -> list[int]:
+    """Ids after which an answer is over: the end of a document, and what the template writes behind an
+    answer.
+    """
+    ends = [tokenizer.eos_id]
+    if template is not None:
+        parts = template.render([Turn("user", ["A"]), Turn("assistant", ["A"])])
+        marks = [part.spelling for part in parts if isinstance(part, Special) and part.loss]
+        ends += [id for mark in marks[:1] if (id := tokenizer.special_id(mark)) is not None]
+    return list(dict.fromkeys(ends))
 
 
 class ChatTemplate:

@@ -1,14 +1,12 @@
 """From a job to an engine with a model that is filled, and a maker of prompts for it."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from experiments.vlm.batch import BatchShape
 from experiments.vlm.config import VLMJobConfig
-from experiments.vlm.data.chat_template import ChatTemplate, load_chat_template
-from experiments.vlm.data.document import Special, Turn
+from experiments.vlm.data.chat_template import ChatTemplate, ends_of, load_chat_template
 from experiments.vlm.data.image import ImagePlan
 from experiments.vlm.data.packing import Budget
 from experiments.vlm.generate.forward import CachedVLM
@@ -22,8 +20,6 @@ from torchtitan.distributed.mesh import Mesh, build_mesh
 from torchtitan.distributed.process_group import open_process_group, world_size
 from torchtitan.generation.engine import Engine
 from torchtitan.loaded_model import open_model
-
-PROBE = "A"
 
 
 @dataclass(frozen=True)
@@ -77,15 +73,3 @@ def over(
     forward = CachedVLM(model, BatchShape(1, 0, data.patch_rows, data.patches_per_row, patch))
     engine = Engine(forward, cache, tokenizer, ends_of(tokenizer, template), agreement(mesh), reuse)
     return Answering(engine, Prompter(tokenizer, plan, budget, places, template), mesh)
-
-
-def ends_of(tokenizer: Tokenizer, template: ChatTemplate | None) -> Iterable[int]:
-    """Ids after which an answer is over: the end of a document, and what the template writes behind an
-    answer.
-    """
-    ends = {tokenizer.eos_id}
-    if template is not None:
-        parts = template.render([Turn("user", [PROBE]), Turn("assistant", [PROBE])])
-        marks = [part.spelling for part in parts if isinstance(part, Special) and part.loss]
-        ends |= {id for mark in marks[:1] if (id := tokenizer.special_id(mark)) is not None}
-    return ends
