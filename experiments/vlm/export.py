@@ -24,6 +24,7 @@ from torchtitan.config.errors import require
 from torchtitan.models.decoder import hf_config as decoder
 from torchtitan.models.hf.config_file import CONFIG
 from torchtitan.models.hf.export import SHARD_GB, Export
+from torchtitan.tools.logging import warn_once
 
 Part = Literal["all", "encoder", "decoder"]
 TABLE = "decoder.tok_embeddings.weight"
@@ -87,6 +88,9 @@ def _write_settings(job: VLMJobConfig, config: VLMConfig, made: Export, folder: 
         values = {"architectures": [name]} | sizes.encoder_hf_config(config.encoder, fixed)
     else:
         rows, tokenizer = made.stored[TABLE].shape[0], load_tokenizer(job.model.tokenizer_path)
+        if tokenizer.vocab_size > rows:
+            ids = f"model.tokenizer_path = {job.model.tokenizer_path} has {tokenizer.vocab_size:,} ids"
+            warn_once(f"{ids}, the model {rows:,} rows: some stand for nothing; is it the model's own?")
         ends = {"eos_token_id": tokenizer.eos_id, "bos_token_id": tokenizer.bos_id}
         if part == "all":
             write_processor(job, folder)

@@ -1,11 +1,13 @@
 """A dump folder that is used again: nothing is lost, mixed or trained in vain without a word."""
 
+import json
 import shutil
 import tomllib
 from pathlib import Path
 
 import pytest
 
+from tests.distributed.test_hf_loading import save_whole
 from tests.faults import runs
 from torchtitan.components.sinks import read_history
 
@@ -183,3 +185,30 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
     assert train(tmp_path, "--metrics.enable_tensorboard") == 0, runs.log(tmp_path)
     shown = EventAccumulator(str(tmp_path / "tb")).Reload()
     assert [event.step for event in shown.Scalars("loss")] == list(range(1, 9))
+
+
+def test_weights_that_do_not_fit_the_model_leave_the_folder_as_it_is(tmp_path):
+    """Files of others are compared with the model before an earlier run's files make room."""
+    from safetensors.torch import load_file, save_file
+
+    hf, folder = save_whole(tmp_path / "hf", "llama"), tmp_path / "used"
+    assert train(folder, CHECKPOINTS_OFF, "--training.steps", "1") == 0, runs.log(folder)
+    begin = [
+        CHECKPOINTS_OFF,
+        "--model.flavor",
+        "",
+        "--checkpoint.initial_load_in_hf",
+        "--training.steps",
+        "1",
+    ]
+    begin += ["--checkpoint.initial_load_path", str(hf)]
+    file = next(hf.glob("model-00001*"))
+    state = load_file(file)
+    lost = next(iter(state))
+    save_file({name: tensor for name, tensor in state.items() if name != lost}, file)
+    names = json.loads((hf / "model.safetensors.index.json").read_text())
+    del names["weight_map"][lost]
+    (hf / "model.safetensors.index.json").write_text(json.dumps(names))
+    assert f"tensor {lost} (" in refused(folder, *begin) and f"is not in {hf}" in runs.log(folder)
+    assert train(folder, *begin, "--checkpoint.initial_load_allow", "missing") == 0, runs.log(folder)
+    assert (folder / "previous" / "1").is_dir() and f"not in {hf}, so fresh: " in runs.log(folder)
