@@ -40,7 +40,7 @@ class Options(ModelOptions):
 def main(argv: Sequence[str]) -> int:
     """The command. Raises UserError."""
     init_logger()
-    options, job = model_job(argv, Options, __doc__ or "")
+    options, job, checkpoint = model_job(argv, Options, __doc__ or "")
     # Only now, since they import torch.
     from experiments.vlm.evaluate import tasks
 
@@ -49,11 +49,10 @@ def main(argv: Sequence[str]) -> int:
         return 0
     asked = parse_tasks(options, tasks.TASKS)
     from experiments.vlm.evaluate.evaluation import Evaluation, evaluate
-    from experiments.vlm.generate.answering import checkpoint_of, open_answering
+    from experiments.vlm.generate.answering import open_answering
     from torchtitan.distributed.process_group import close_process_group
 
     out, template = Path(options.out), template_of(options, job)
-    checkpoint = checkpoint_of(job, options.checkpoint)
     most = max(tasks.TASKS[name].max_tokens for _, name, _ in asked)
     answering = open_answering(job, checkpoint, template, options.sequences, job.training.seq_len + most)
     about = {"model": str(checkpoint or options.hf), "chat_template": template or None} | versions()
