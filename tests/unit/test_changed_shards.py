@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from experiments.vlm.config import Source
+from experiments.vlm.config import Data, Source
 from experiments.vlm.data.loader import Loader
+from experiments.vlm.data.sources.shards import open_shard
 from tests.samples import jpeg, write_tar
 from tests.tiny_data import Characters, make_job
 from torchtitan.config.errors import ConfigError
@@ -121,6 +122,22 @@ def test_a_part_of_a_shard_that_another_slot_has_read_counts_too(tmp_path):
             run(job, 1, state)
         write_shard(folder, 0, "jsonl")
     assert steps > 5
+
+
+def test_records_of_a_large_file_in_another_order_are_another_content(tmp_path):
+    lines = [json.dumps({"text": "a" * (500 + number % 97)}) + "\n" for number in range(6000)]
+    for name, order in (
+        ("a", lines),
+        ("b", lines),
+        ("c", [*lines[:1000], *lines[1001:2500], lines[1000], *lines[2500:]]),
+    ):
+        (tmp_path / f"{name}.jsonl").write_text("".join(order))
+    shards = [
+        open_shard(str(tmp_path / f"{name}.jsonl"), Source(format="text"), Data(cache_folder=str(tmp_path)))
+        for name in "abc"
+    ]
+    assert len({os.path.getsize(tmp_path / f"{name}.jsonl") for name in "abc"}) == 1
+    assert shards[0].checksum == shards[1].checksum != shards[2].checksum
 
 
 def test_what_was_changed_may_start_anew(tmp_path):

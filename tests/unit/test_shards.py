@@ -197,6 +197,28 @@ def test_a_compressed_tar(tmp_path, data):
     assert shard.load(shard.read(0)[0].parts[0]) == jpeg()
 
 
+@pytest.mark.parametrize("name", ["x.tar", "x.tgz", "x.tar.gz", "x.tar.zst", "x.tar.bz2"])
+@pytest.mark.parametrize("packing", ["plain", "gz", "zst", "bz2"])
+@pytest.mark.parametrize("place", ["local", "remote"])
+def test_what_a_tar_holds_counts_and_not_its_name(tmp_path, data, name, packing, place):
+    whole = write_tar(tmp_path / "made.tar", [("0.jpg", jpeg()), ("0.txt", b"A cat.")]).read_bytes()
+    pack = {
+        "plain": bytes,
+        "gz": gzip.compress,
+        "bz2": bz2.compress,
+        "zst": lambda content: zstd(content, tmp_path),
+    }
+    (tmp_path / name).write_bytes(pack[packing](whole))
+    path = str(tmp_path / name)
+    shard = open_shard(path if place == "local" else f"file://{path}", Source(format="cc12m"), data)
+    assert shard.load(shard.read(0)[0].parts[0]) == jpeg() and shard.rejects == []
+
+
+def test_records_that_are_not_packed_as_their_name_says_are_read(tmp_path, data):
+    (tmp_path / "x.jsonl.gz").write_bytes(lines(3))
+    assert len(open_shard(str(tmp_path / "x.jsonl.gz"), Source(format="text"), data)) == 3
+
+
 def test_a_compressed_shard_that_changed_is_unpacked_anew(tmp_path, data):
     path = tmp_path / "x.jsonl.gz"
     for count in (3, 4):

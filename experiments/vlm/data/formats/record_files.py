@@ -34,6 +34,7 @@ class Records(Protocol):
     """The records of an open file, by number."""
 
     tail: Rejected | None  # why the file ends early
+    checksum: int  # of where its records lie
 
     def __len__(self) -> int: ...
 
@@ -84,6 +85,7 @@ class LineRecords:
         self._spans = open_spans(file, path, kind, find, cache)
         self._parse = parse
         self.tail: Rejected | None = self._spans.tail
+        self.checksum = self._spans.checksum()
 
     def __len__(self) -> int:
         return len(self._spans)

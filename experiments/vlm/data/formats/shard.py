@@ -10,7 +10,7 @@ from experiments.vlm.config import Data, Source
 from experiments.vlm.data.chat_template import load_chat_template
 from experiments.vlm.data.document import Document, Draft, Image
 from experiments.vlm.data.formats import COLUMNS, FORMATS, Record
-from experiments.vlm.data.formats.record_files import open_records
+from experiments.vlm.data.formats.record_files import Records, open_records
 from experiments.vlm.data.formats.record_shard import ImageValues, RecordShard, folder_of
 from experiments.vlm.data.formats.tar_shard import TarShard, is_tar
 from experiments.vlm.data.rejects import Rejected
@@ -60,7 +60,7 @@ def open_shard(file: ShardFile, source: Source, data: Data) -> Shard:
         )
     records = open_records(file.local, format.columns, file_cache(data))
     images = ImageValues(folder_of(file.path), data)
-    return RecordShard(records, images, format.parse, template.speak, checksum_of(file.local))
+    return RecordShard(records, images, format.parse, template.speak, checksum_of(file.local, records))
 
 
 def first_records(file: ShardFile, data: Data) -> list[Record]:
@@ -84,11 +84,13 @@ def first_records(file: ShardFile, data: Data) -> list[Record]:
     return found
 
 
-def checksum_of(path: str) -> int:
-    """CRC-32 of a file's size and bytes; above a megabyte of 16 pieces, from the first byte to the last."""
+def checksum_of(path: str, records: Records) -> int:
+    """CRC-32 of where the records of a file lie, its size and its bytes; above a megabyte of 16 pieces, from
+    the first byte to the last.
+    """
     with open(path, "rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
-        checksum = zlib.crc32(str(size).encode())
+        checksum = zlib.crc32(str(size).encode(), records.checksum)
         for number in range(PIECES):
             start = number * max(0, size - PIECES * PIECE_BYTES) // (PIECES - 1) + number * PIECE_BYTES
             checksum = zlib.crc32(os.pread(file.fileno(), PIECE_BYTES, start), checksum)

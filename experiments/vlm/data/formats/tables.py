@@ -3,6 +3,7 @@
 import functools
 import os
 import weakref
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,6 +36,7 @@ class ParquetRecords:
         self._numbers = Numbers(self._groups.rows)
         self.close = self._groups.close
         self.tail: Rejected | None = None
+        self.checksum = zlib.crc32(str(self._groups.rows).encode())
 
     def __len__(self) -> int:
         return self._numbers.count
@@ -70,7 +72,8 @@ class ArrowRecords:
             if not self._batches:
                 raise
             self.tail = Rejected("shard_truncated", f"after {len(self._batches)} record batches: {error}")
-        self._numbers = Numbers([batch.num_rows for batch in self._batches])
+        rows = [batch.num_rows for batch in self._batches]
+        self._numbers, self.checksum = Numbers(rows), zlib.crc32(str(rows).encode())
 
     def __len__(self) -> int:
         return self._numbers.count

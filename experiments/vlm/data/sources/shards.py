@@ -43,7 +43,7 @@ from experiments.vlm.data.sources.walk import (
 )
 from experiments.vlm.data.storage.file_cache import FileCache, Held, file_cache, origin_of
 from experiments.vlm.data.storage.patience import Away, Patience, is_away, remote
-from experiments.vlm.data.storage.unpack import damage_of, is_packed, note_damage, unpack
+from experiments.vlm.data.storage.unpack import damage_of, is_packed, note_damage, packing_of, unpack
 from experiments.vlm.world import ensure
 from torchtitan.config.errors import ConfigError
 
@@ -104,7 +104,7 @@ def open_shard(path: str, source: Source, data: Data) -> Shard:
             weakref.finalize(shard, copy.close)
         if isinstance(shard, TarShard) and "://" not in path:
             shard.excluded = excluded_keys(path)
-        if is_packed(path) and (damage := damage_of(path, cache)):
+        if copy and (damage := damage_of(path, cache)):
             shard.rejects = [_joined(shard.rejects, damage)]
         return shard
     except ConfigError:
@@ -255,26 +255,32 @@ def suffix_of(file: str) -> str:
 
 
 def needs_copy(path: str) -> bool:
-    """Whether it is remote or packed, and read from a copy in the cache."""
+    """Whether by its name it is remote or packed, and read from a copy in the cache."""
     return "://" in path or is_packed(path)
 
 
 def hold_copy(path: str, cache: FileCache) -> Held | None:
     """The copy of a file in the cache; None where the file itself is read. Raises OSError."""
-    if not needs_copy(path):
+    if not (needs_copy(path) or _is_packed_tar(path, path)):
         return None
     return cache.hold(origin_of(path), lambda copy: _copy(path, copy, cache), suffix_of(path))
 
 
+def _is_packed_tar(name: str, file: str) -> bool:
+    """Whether a file of this name is a packed tar all the same, which other readers take as it is."""
+    return name.lower().endswith(".tar") and packing_of(file) is not None
+
+
 def _copy(path: str, copy: Path, cache: FileCache) -> None:
-    if not is_packed(path):
-        return _download(path, copy, cache)
-    packed = Path(path)
-    if "://" in path:
-        packed = copy.with_name(copy.name + ".packed")
+    packed = copy.with_name(copy.name + ".packed") if "://" in path else Path(path)
     try:
-        if "://" in path:
+        if "://" in path and is_packed(path):
             _download(path, packed, cache)
+        elif "://" in path:
+            _download(path, copy, cache)
+            if not _is_packed_tar(path, str(copy)):
+                return
+            shutil.copyfile(copy, packed)
         cache.make_room(packed.stat().st_size)  # as much again at least
         if damage := unpack(str(packed), copy, Path(path.lower()).suffix):
             note_damage(path, damage, cache)

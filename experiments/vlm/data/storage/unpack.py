@@ -9,6 +9,7 @@ import bz2
 import gzip
 import io
 import math
+import shutil
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -52,9 +53,22 @@ def is_packed(path: str) -> bool:
     return Path(path.lower()).suffix in PACKINGS
 
 
+def packing_of(path: str) -> Packing | None:
+    """How a local file is packed, as its first bytes say, whatever its name is. Raises OSError."""
+    with open(path, "rb") as file:
+        head = file.read(4)
+    return next((packing for packing in PACKINGS.values() if head.startswith(packing.magic)), None)
+
+
 def unpack(path: str, copy: Path, suffix: str) -> str:
-    """What is wrong with it; empty where nothing is. Raises OSError and others where nothing can be had."""
-    packing = PACKINGS[suffix]
+    """What is wrong with it; empty where nothing is. Raises OSError and others where nothing can be had.
+
+    suffix: of its name. What it holds decides, since a client may have unpacked it on the way.
+    """
+    packing = packing_of(path) or (None if _is_plain(path) else PACKINGS[suffix])
+    if packing is None:
+        shutil.copyfile(path, copy)
+        return ""
     with packing.open(path) as source, open(copy, "wb") as target:
         try:
             while block := source.read1(STEP_BYTES):
@@ -67,6 +81,17 @@ def unpack(path: str, copy: Path, suffix: str) -> str:
         if not target.tell():
             raise OSError(why)
     return f"it cannot be unpacked at byte {where}: {why}"
+
+
+def _is_plain(path: str) -> bool:
+    """Whether a file looks like one that is not packed: a tar, a table, or text."""
+    with open(path, "rb") as file:
+        head = file.read(512)
+    return (
+        head[257:262] == b"ustar"
+        or head.startswith((b"PAR1", b"ARROW1"))
+        or head.lstrip()[:1] in (b"{", b"[")
+    )
 
 
 def note_damage(path: str, what: str, cache: FileCache) -> None:
