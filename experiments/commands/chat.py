@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from experiments.commands.generate import AnswerOptions, ModelOptions, model_job, template_of
+from experiments.commands.generate import AnswerOptions, ModelOptions, checkpoint_of, model_job, template_of
 from torchtitan.config.errors import UserError, require
 from torchtitan.tools.logging import init_logger
 
@@ -25,7 +25,7 @@ class Options(ModelOptions, AnswerOptions):
 def main(argv: Sequence[str]) -> int:
     """The command. Raises UserError."""
     init_logger(sys.stderr)
-    options, job, checkpoint = model_job(argv, Options, __doc__ or "")
+    options, job = model_job(argv, Options, __doc__ or "")
     require(options.max_tokens >= 1, f"--max_tokens = {options.max_tokens}: must be >= 1")
     # Only now, since they import torch.
     from experiments.vlm.generate.answering import open_answering
@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     from torchtitan.generation.engine import Request
 
     require(world_size() == 1, "chat runs in one process")
-    template = template_of(options, job)
+    checkpoint, template = checkpoint_of(options, job), template_of(options, job)
     places = job.training.seq_len + options.max_tokens
     answering = open_answering(job, checkpoint, template, sequences=1, places=places, reuse=True)
     stops = tuple(options.stop)

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from experiments.commands.generate import ModelOptions, model_job, template_of
+from experiments.commands.generate import ModelOptions, checkpoint_of, model_job, template_of
 from torchtitan.config.errors import did_you_mean, require
 from torchtitan.tools.disk import require_writable
 from torchtitan.tools.logging import init_logger, logger
@@ -40,7 +40,7 @@ class Options(ModelOptions):
 def main(argv: Sequence[str]) -> int:
     """The command. Raises UserError."""
     init_logger()
-    options, job, checkpoint = model_job(argv, Options, __doc__ or "")
+    options, job = model_job(argv, Options, __doc__ or "")
     # Only now, since they import torch.
     from experiments.vlm.evaluate import tasks
 
@@ -52,7 +52,8 @@ def main(argv: Sequence[str]) -> int:
     from experiments.vlm.generate.answering import open_answering
     from torchtitan.distributed.process_group import close_process_group
 
-    out, template = Path(options.out), template_of(options, job)
+    out, checkpoint = Path(options.out), checkpoint_of(options, job)
+    template = template_of(options, job)
     most = max(tasks.TASKS[name].max_tokens for _, name, _ in asked)
     answering = open_answering(job, checkpoint, template, options.sequences, job.training.seq_len + most)
     about = {"model": str(checkpoint or options.hf), "chat_template": template or None} | versions()

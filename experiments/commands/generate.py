@@ -66,13 +66,8 @@ CONVERSATIONS = ("llava", "messages")  # formats of data with turns
 Chosen = TypeVar("Chosen", bound=ModelOptions)
 
 
-def model_job(
-    argv: Sequence[str], options_class: type[Chosen], about: str
-) -> tuple[Chosen, VLMJobConfig, Path | None]:
-    """A command's options, the job of the model that answers, and its checkpoint, None with --hf.
-
-    Raises ConfigError.
-    """
+def model_job(argv: Sequence[str], options_class: type[Chosen], about: str) -> tuple[Chosen, VLMJobConfig]:
+    """A command's options and the job of the model that answers. Raises ConfigError."""
     options, job = parse_script(with_saved(argv), options_class, CONFIG_CLASSES, about)
     assert isinstance(job, VLMJobConfig)
     if options.hf:
@@ -81,8 +76,12 @@ def model_job(
         job.model.flavor, job.model.tokenizer_path = "", options.hf
         job.checkpoint.initial_load_in_hf, job.checkpoint.initial_load_path = True, options.hf
         job.checkpoint.initial_load_encoder_path = job.checkpoint.initial_load_decoder_path = ""
-        return options, job, None
-    return options, job, use_checkpoint(job, options.checkpoint)
+    return options, job
+
+
+def checkpoint_of(options: ModelOptions, job: VLMJobConfig) -> Path | None:
+    """The checkpoint that answers, which the job's model is from then on; None with --hf. Raises ConfigError."""
+    return None if options.hf else use_checkpoint(job, options.checkpoint)
 
 
 def template_of(options: ModelOptions, job: VLMJobConfig) -> str:
@@ -100,7 +99,7 @@ def template_of(options: ModelOptions, job: VLMJobConfig) -> str:
 def main(argv: Sequence[str]) -> int:
     """The command. Raises UserError."""
     init_logger(sys.stderr)
-    options, job, checkpoint = model_job(argv, Options, __doc__ or "")
+    options, job = model_job(argv, Options, __doc__ or "")
     check(options)
     # Only now, since they import torch.
     from experiments.vlm.data.formats.record_shard import ImageValues, folder_of
@@ -112,7 +111,7 @@ def main(argv: Sequence[str]) -> int:
 
     places = job.training.seq_len + options.max_tokens
     sequences = options.sequences if options.input else 1
-    template = template_of(options, job)
+    checkpoint, template = checkpoint_of(options, job), template_of(options, job)
     answering = open_answering(job, checkpoint, template, sequences, places)
     stops = tuple(options.stop)
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.commands.generate import ModelOptions, model_job, template_of
+from experiments.commands.generate import ModelOptions, checkpoint_of, model_job, template_of
 from torchtitan.config.errors import UserError, require
 from torchtitan.tools.logging import init_logger, logger
 
@@ -31,7 +31,7 @@ class Options(ModelOptions):
 def main(argv: Sequence[str]) -> int:
     """The command. Raises UserError."""
     init_logger()
-    options, job, checkpoint = model_job(argv, Options, __doc__ or "")
+    options, job = model_job(argv, Options, __doc__ or "")
     for key in ("sequences", "max_tokens", "max_body_mb"):
         require(getattr(options, key) >= 1, f"--{key} = {getattr(options, key)}: must be >= 1")
     require(0 <= options.port < 1 << 16, f"--port = {options.port}: must be from 0 to 65535")
@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     from torchtitan.distributed.process_group import close_process_group, world_size
 
     require(world_size() == 1, "serve runs in one process: give it one GPU, or use generate with several")
-    template = template_of(options, job)
+    checkpoint, template = checkpoint_of(options, job), template_of(options, job)
     places = job.training.seq_len + options.max_tokens
     answering = open_answering(job, checkpoint, template, options.sequences, places, reuse=True)
     limits = Limits(options.max_body_mb << 20, options.max_tokens)
