@@ -80,7 +80,7 @@ def model_job(argv: Sequence[str], options_class: type[Chosen], about: str) -> t
 
 
 def checkpoint_of(options: ModelOptions, job: VLMJobConfig) -> Path | None:
-    """The checkpoint that answers, which the job's model is from then on; None with --hf. Raises ConfigError."""
+    """The checkpoint that answers, whose model is from then on the job's; None with --hf."""
     return None if options.hf else use_checkpoint(job, options.checkpoint)
 
 
