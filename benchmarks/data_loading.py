@@ -153,7 +153,7 @@ class Ours:
         )
 
     def workers(self) -> list[int]:
-        return [worker.process.pid for worker in getattr(self.loader.supply.steps, "workers", [])]
+        return [worker.process.pid for worker in getattr(self.loader.supply.forwards, "workers", [])]
 
 
 class Processor:

@@ -105,7 +105,7 @@ class Trainer:
         # Everyone divides by the same number: the tokens that carry loss in the whole global step.
         scale = 1 / max(1.0, total[self.run.counts.loss_weight])
         self.run.schedule.advance()
-        self.loss, self.grad_norm = self.take_step(map(self.run.to_rank, step.batches), scale)
+        self.loss, self.grad_norm = self.take_step(map(self.run.to_rank, step.once()), scale)
 
         self.state.step += 1
         self.state.tokens += int(total[self.run.counts.tokens])

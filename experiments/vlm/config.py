@@ -49,7 +49,8 @@ class Data:
     # processes that plan and decode, of each rank that reads; 0: inside the trainer
     num_workers: int = 0
     decode_threads: int = 1  # threads per worker that decode and resize
-    prefetch: int = 2  # steps that workers have ready before the trainer asks; without workers none is
+    # forwards that each worker has ready besides those of a step; without workers none is
+    prefetch: int = 2
     max_bad_fraction: float = 1.0  # stop when a source has more bad samples than this (after 1,000); 1.0: off
     cache_folder: str = ""  # embedded data and copies of shards and images; empty: ~/.cache/torchtitan-vlm
     # copies of remote and packed shards, row groups and images in cache_folder, those in use too, of all runs

@@ -8,6 +8,7 @@ all; some ranks then see text alone.
 import dataclasses
 import os
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -139,6 +140,9 @@ def image_sizes(document: Document, sizes: Sizes) -> list[tuple[int, int]]:
 class DrawnStep:
     batches: list[Batch]
     state: dict[str, bytes]
+
+    def once(self) -> Iterator[Batch]:
+        return iter(self.batches)
 
 
 class DrawnLoader:

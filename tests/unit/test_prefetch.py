@@ -1,4 +1,6 @@
-"""How long a step's tensors hold, and what the threads that pin steps for a GPU change: nothing but that."""
+"""How long a step's tensors hold, how much memory there is for them, and what the threads that pin them for a
+GPU change: nothing but that.
+"""
 
 import os
 import signal
@@ -67,13 +69,53 @@ def expected(data, tmp_path) -> list[list[bytes]]:
     return steps
 
 
+def joined(batches) -> dict[str, bytes]:
+    """Each field of them, one after the other."""
+    parts: dict[str, list[bytes]] = {}
+    for batch in batches:
+        for name, tensor in batch.tensors.items():
+            parts.setdefault(name, []).append(tensor.numpy().tobytes())
+    return {name: b"".join(pieces) for name, pieces in parts.items()}
+
+
+@pytest.fixture(scope="module")
+def in_one_forward(data, tmp_path_factory) -> list[dict[str, bytes]]:
+    """Steps of four slots."""
+    loader = open_loader(data, tmp_path_factory.mktemp("one"), local_batch_size=4, global_batch_size=4)
+    steps = [joined(next(loader).batches) for _ in range(STEPS)]
+    loader.close()
+    return steps
+
+
 @pytest.mark.parametrize("options", WORKERS)
-def test_a_step_holds_until_the_second_next_after_it(data, tmp_path, expected, options):
-    loader = open_loader(data, tmp_path, **options)
-    kept = [next(loader)]
-    for number in range(1, STEPS):
-        kept.append(next(loader))
-        assert [contents(step) for step in kept[-2:]] == expected[number - 1 : number + 1]
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_a_step_holds_until_the_next_and_its_batches_may_go_before(
+    data, tmp_path, in_one_forward, options, size
+):
+    loader = open_loader(data, tmp_path, local_batch_size=size, global_batch_size=4, **options)
+    before = None
+    for number in range(STEPS):
+        step = next(loader)
+        if before is not None:
+            list(before.once())  # too late: it frees nothing
+        assert joined(step.batches) == in_one_forward[number]
+        if number % 2:
+            assert joined(step.once()) == in_one_forward[number]
+        before = step
+    loader.close()
+
+
+def test_there_is_memory_for_a_step_and_what_workers_are_ahead(data, tmp_path):
+    """Before, there was memory for four steps of as many forwards."""
+    loader = open_loader(data, tmp_path, local_batch_size=1, global_batch_size=8, num_workers=2, prefetch=2)
+    step = next(loader)
+    forwards = loader.supply.forwards
+    memory = sum(array.nbytes for arrays in forwards.buffers.arrays for array in arrays.values())
+    slot = sum(tensor.nbytes for tensor in step.batches[0].tensors.values())
+    assert memory == (8 + 2 * 2) * slot
+    asked = forwards.asked
+    for number, _ in enumerate(step.once()):
+        assert forwards.asked == asked + number  # workers go on while the step is used
     loader.close()
 
 
@@ -108,7 +150,7 @@ def test_an_error_beside_training_is_raised_as_it_was(data, tmp_path, pinned):
 def test_a_worker_killed_beside_training_is_told_as_it_was(data, tmp_path, pinned):
     loader = open_loader(data, tmp_path, num_workers=2)
     next(loader)
-    os.kill(loader.supply.steps.workers[1].process.pid, signal.SIGKILL)
+    os.kill(loader.supply.forwards.workers[1].process.pid, signal.SIGKILL)
     with pytest.raises(RuntimeError, match=r"^data worker 1 \(slots 1\) was killed by SIGKILL"):
         for _ in range(10):
             next(loader)
@@ -138,7 +180,7 @@ def test_stopping_does_not_wait_for_a_worker_that_stands_still(data, tmp_path, m
 
     loader = open_loader(data, tmp_path, num_workers=1)
     next(loader)
-    steps, ends = loader.supply.steps, []
+    steps, ends = loader.supply.forwards, []
     os.kill(steps.workers[0].process.pid, signal.SIGSTOP)
     monkeypatch.setattr(Worker, "answer", seen)
     thread = threading.Thread(target=lambda: ends.append(next(g for g in steps if isinstance(g, Exception))))

@@ -23,7 +23,7 @@ if __name__ == "__main__":
     job = make_job(Path(sys.argv[1]), Path(sys.argv[2]), num_workers=2)
     loader = Loader(job, Characters())
     next(loader)
-    print(*(worker.process.pid for worker in loader.supply.steps.workers), flush=True)
+    print(*(worker.process.pid for worker in loader.supply.forwards.workers), flush=True)
     if sys.argv[3] == "stay":
         while True:
             next(loader)
@@ -63,7 +63,7 @@ def alive(pid: int) -> bool:
 def test_a_killed_worker_is_told_and_the_others_end(data, tmp_path):
     loader = Loader(make_job(data, tmp_path, num_workers=2), Characters())
     next(loader)
-    pids = [worker.process.pid for worker in loader.supply.steps.workers]
+    pids = [worker.process.pid for worker in loader.supply.forwards.workers]
     os.kill(pids[1], signal.SIGKILL)
     with pytest.raises(
         RuntimeError, match=r"data worker 1 \(slots 1\) was killed by SIGKILL: out of memory\?"

@@ -31,7 +31,7 @@ class GraphedStep:
         self.replay: Run | None = None
 
     def __call__(self, microbatches: Iterable[Tensors], scale: float | Tensor) -> Result:
-        self._copy_in(list(microbatches), scale)
+        self._copy_in(microbatches, scale)
         self.calls += 1
         if self.calls <= EAGER_STEPS:
             return self.recorder.run(self._on_inputs)
@@ -42,16 +42,16 @@ class GraphedStep:
     def _on_inputs(self) -> Result:
         return self.step(self.inputs, self.scale)
 
-    def _copy_in(self, microbatches: list[Tensors], scale: float | Tensor) -> None:
-        if not self.inputs:
-            self.inputs = [
-                {name: torch.empty_like(tensor) for name, tensor in tensors.items()}
-                for tensors in microbatches
-            ]
-            self.scale = torch.empty((), device=next(iter(microbatches[0].values())).device)
-        for kept, tensors in zip(self.inputs, microbatches, strict=True):
+    def _copy_in(self, microbatches: Iterable[Tensors], scale: float | Tensor) -> None:
+        """One after the other, since each holds until the next one is asked for."""
+        number = -1
+        for number, tensors in enumerate(microbatches):
+            if self.calls == 0:
+                self.inputs.append({name: torch.empty_like(tensor) for name, tensor in tensors.items()})
+                self.scale = torch.empty((), device=next(iter(tensors.values())).device)
             for name, tensor in tensors.items():
-                kept[name].copy_(tensor)
+                self.inputs[number][name].copy_(tensor)
+        assert number + 1 == len(self.inputs), "each step has as many microbatches as the first"
         self.scale.fill_(scale)
 
 

@@ -34,7 +34,14 @@ class Step(Protocol):
 
     @property
     def batches(self) -> Sequence[Batch]:
-        """The microbatches in the order of their forwards, as many on every rank."""
+        """The microbatches in the order of their forwards, as many on every rank. They hold until the next
+        step is asked for.
+        """
+        ...
+
+    def once(self) -> Iterator[Batch]:
+        """The same, each of which holds until the next one is asked for: its memory is used again."""
+        ...
 
     @property
     def state(self) -> State | Callable[[], State]:

@@ -6,13 +6,13 @@ What a step holds depends on the configuration and the data alone: not on ranks,
 restarts. Workers (data.num_workers processes) run ahead by data.prefetch steps; without them the trainer's
 own process reads and decodes. Of ranks that hold the same slots one reads for all (read_once.py).
 
-A step's tensors lie in memory that is used again: they hold until the second `next()` after the one that gave
-them. Where the process uses a GPU they are pinned copies, made alongside training (prefetch.py), and hold as
-long as somebody holds them.
+A step's tensors lie in memory that is used again: they hold until the next `next()`, and those of `once()`
+until the next batch is asked for. Where the process uses a GPU they are pinned copies, made alongside
+training (prefetch.py), and hold as long as somebody holds them.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,11 +20,11 @@ from typing import Any
 
 from torch import Tensor
 
-from experiments.vlm.batch import FIELDS, Batch
+from experiments.vlm.batch import Batch
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.data.batch_metrics import names_by_source, rejected_name
 from experiments.vlm.data.good_sample import require_good_samples
-from experiments.vlm.data.prefetch import FromWorkers, InProcess, Supply
+from experiments.vlm.data.prefetch import COPIED, FromWorkers, InProcess, Supply, is_pinned
 from experiments.vlm.data.producer import SlotStep
 from experiments.vlm.data.ranks import Ranks, shards_of
 from experiments.vlm.data.reject_log import RejectLog
@@ -66,6 +66,13 @@ class Step:
     batches: list[Batch]  # as many as accumulation steps
     # this rank's slots right after this step; none where another rank reads them
     state: Callable[[], dict[str, bytes]]
+    give_back: Callable[[int], None] = lambda number: None  # the batch of that number is done with
+
+    def once(self) -> Iterator[Batch]:
+        """The batches in order; each is done with when the next is asked for."""
+        for number, batch in enumerate(self.batches):
+            yield batch
+            self.give_back(number)
 
 
 class Loader:
@@ -153,24 +160,26 @@ class Loader:
         if self.over:
             raise StopIteration
         try:
-            batches, has_data = self._take() if self.reads else (None, False)
+            step, has_data = self._take() if self.reads else (None, False)
         except UserError as error:
             self.agree(True, error)
             raise
         if not self.agree(has_data):
             self.over = True
             raise StopIteration
-        state = partial(save_states, self.states, self.facts, self.shards) if self.reads else dict
-        if self.group is not None:
-            batches = self.group.share(batches)
-        assert batches is not None
-        return Step(batches, state)
+        if self.group is None:
+            assert step is not None
+            return step
+        batches = self.group.share(step.batches if step else None)
+        return replace(step, batches=batches) if step else Step(batches, dict)
 
-    def _take(self) -> tuple[list[Batch], bool]:
-        """The batches of the next step, and whether anything is in them."""
+    def _take(self) -> tuple[Step, bool]:
+        """The next step, and whether anything is in it."""
         if self.supply is None:
             self.supply = self._start()
-        tensors, steps = self.supply.next()
+        supply, first = self.supply, self.supply.taken
+        filled = [supply.next() for _ in range(len(self.slots) // self.shape.slots)]
+        steps = [step for _, of_forward in filled for step in of_forward]
         self._log_rejects(steps)
         has_data = any(step.planned for step in steps)
         if not self.may_end and not has_data:
@@ -182,7 +191,9 @@ class Loader:
                 "or lower training.global_batch_size"
             )
         self.states = {step.filled.slot: step.state for step in steps}
-        return self._batches(tensors, steps), has_data
+        state = partial(save_states, self.states, self.facts, self.shards)
+        batches = [self._batch(tensors, of_forward) for tensors, of_forward in filled]
+        return Step(batches, state, lambda number: supply.give_back(first + number)), has_data
 
     def state_dict(self) -> dict[str, bytes]:
         """After the last step that was handed out; empty before the first, and where another rank reads."""
@@ -286,11 +297,11 @@ class Loader:
                 f"data.num_workers = {data.num_workers} for {slots} slots a rank: {workers} workers, "
                 f"{threads} threads each"
             )
-        shape = replace(self.shape, slots=slots)
-        if workers == 0:
-            return Supply(InProcess(setup, self.slots, self.states, shape), self.still_waiting)
-        nodes = FromWorkers(setup, self.slots, self.states, shape, workers, data.prefetch)
-        return Supply(nodes, self.still_waiting)
+        forwards = slots // self.shape.slots
+        kept = COPIED if is_pinned() else forwards  # the trainer takes those of a step at once
+        place = setup, self.slots, self.states, self.shape, kept
+        nodes = FromWorkers(*place, workers, data.prefetch) if workers else InProcess(*place)
+        return Supply(nodes, forwards, self.still_waiting)
 
     def _log_rejects(self, steps: list[SlotStep]) -> None:
         rejects = [reject for step in steps for reject in step.rejects]
@@ -317,16 +328,7 @@ class Loader:
             for deal, reader in zip(deals, step.state["plan"]["readers"], strict=True)
         )
 
-    def _batches(self, whole: dict[str, Tensor], steps: list[SlotStep]) -> list[Batch]:
-        size = self.shape.slots
-        places = range(0, len(steps), size)
-        return [self._batch(whole, steps[first : first + size], first) for first in places]
-
-    def _batch(self, whole: dict[str, Tensor], steps: list[SlotStep], first: int) -> Batch:
-        tensors = {}
-        for name, tensor in whole.items():
-            rows = self.shape.patch_rows if FIELDS[name].dims[0] == "N" else 1
-            tensors[name] = tensor[first * rows : (first + len(steps)) * rows]
+    def _batch(self, tensors: dict[str, Tensor], steps: list[SlotStep]) -> Batch:
         counts = Counter(dict.fromkeys(names_by_source(self.names), 0))
         samples = []
         for row, step in enumerate(steps):

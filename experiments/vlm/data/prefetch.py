@@ -1,16 +1,18 @@
-"""A rank's steps as nodes of torchdata: from its own process or from workers that run ahead, pinned for a
+"""A rank's forwards as nodes of torchdata: from its own process or from workers that run ahead, pinned for a
 GPU.
 
-    InProcess or FromWorkers     the steps, in memory that is used again
+    InProcess or FromWorkers     the forwards of all steps, one after the other, in memory that is used again
     PinMemory, Prefetcher        where there is a GPU: copies in pinned memory, made alongside training
 
-A step carries its own state (SlotStep.state), so that of a node is empty: a snapshot of nodes could only be
-resumed at the same number of workers.
+A forward (a microbatch) is what memory is counted in. The trainer has to know the tokens of a whole step
+before its first forward, so there are always those of a step, and a few more: not steps that are ready.
+
+A forward carries its own state (SlotStep.state), so that of a node is empty: a snapshot of nodes could only
+be resumed at the same number of workers.
 """
 
 import contextlib
 import multiprocessing.util
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 
@@ -26,39 +28,49 @@ from experiments.vlm.data.shared_memory import Arrays, Buffers, slot_views
 from experiments.vlm.data.workers import Assignment, Worker, close_all
 from torchtitan.distributed.collectives import STILL_WAITING_S
 
-KEPT = 2  # steps that hold after they were given: the one in use, and the one before it
-READY = 1  # pinned steps that wait, besides the one that PinMemory's own thread has made
+COPIED = 2  # forwards that hold where they are copied at once: the one that is copied, and the one before it
 
-# A step: its fields with all slots of the rank, and a SlotStep for each slot in order.
+# A forward: its fields [B, ...] and [N, ...], and a SlotStep for each of its slots in order.
 Filled = tuple[dict[str, Tensor], list[SlotStep]]
 
 
-class StepNode(BaseNode[Filled | Exception]):
-    """Steps without end. A step's tensors hold until the second `next()` after the one that gave them.
+class ForwardNode(BaseNode[Filled | Exception]):
+    """Forwards without end. A forward's tensors hold until it is given back, or `kept` more were asked for.
 
-    An error is given in place of a step: torchdata would raise another, with its text inside a traceback.
+    An error is given in place of a forward: torchdata would raise another, with its text inside a traceback.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, shape: BatchShape, kept: int, ahead: int):
+        """shape: of a forward. ahead: forwards that there is memory for, besides those that are kept."""
         super().__init__()
+        self.shape, self.kept = shape, kept
+        self.buffers = Buffers(shape, kept + ahead)
+        self.given = self.returned = 0
         self.stopped = False
 
     def next(self) -> Filled | Exception:
-        """The next step, or the error that it met. Raises StopIteration after `stop`."""
+        """The next forward, or the error that it met. Raises StopIteration after `stop`."""
         if self.stopped:
             raise StopIteration
         try:
-            arrays, steps = self.step()
+            self.give_back(self.given - self.kept)
+            arrays = self.buffers.arrays[self.given % len(self.buffers.arrays)]
+            steps = self.fill(arrays)
         except Exception as error:
             return error
+        self.given += 1
         return {name: torch.from_numpy(array) for name, array in arrays.items()}, steps
 
+    def give_back(self, number: int) -> None:
+        """The memory of the forwards up to that number, from 0, may be written again."""
+        self.returned = max(self.returned, number + 1)
+
     def get_state(self) -> dict:
-        """Empty: a step carries its own state."""
+        """Empty: a forward carries its own state."""
         return {}
 
-    def step(self) -> tuple[Arrays, list[SlotStep]]:
-        """The arrays of the next step, [B * accumulation, ...], and a SlotStep for each slot in order."""
+    def fill(self, arrays: Arrays) -> list[SlotStep]:
+        """Wait for the next forward to be in these arrays; a SlotStep for each of its slots in order."""
         raise NotImplementedError
 
     def stop(self) -> None:
@@ -67,41 +79,45 @@ class StepNode(BaseNode[Filled | Exception]):
 
     def close(self) -> None:
         """Give everything back; no thread may be in `next()` any more."""
-        raise NotImplementedError
+        self.buffers.close()
 
 
-class InProcess(StepNode):
+class InProcess(ForwardNode):
     """Reads and decodes when it is asked."""
 
-    def __init__(self, setup: Setup, slots: Sequence[int], states: dict[int, SlotState], shape: BatchShape):
-        super().__init__()
-        self.slots = slots
-        self.arrays = deque(Buffers(shape, KEPT).arrays)
-        self.rows = shape.patch_rows
+    def __init__(
+        self,
+        setup: Setup,
+        slots: Sequence[int],
+        states: dict[int, SlotState],
+        shape: BatchShape,
+        kept: int,
+    ):
+        super().__init__(shape, kept, ahead=0)
         self.producer = Producer(setup, slots, states)
+        self.forwards = len(slots) // shape.slots
 
     def stop(self) -> None:
-        """No more steps; a wait for storage ends."""
+        """Ends a wait for the storage, too."""
         super().stop()
         self.producer.stop()
 
-    def step(self) -> tuple[Arrays, list[SlotStep]]:
+    def fill(self, arrays: Arrays) -> list[SlotStep]:
         """Raises UserError: of the data, or of the storage that they lie in."""
-        arrays = self.arrays[0]
-        self.arrays.rotate(-1)
-        views = [slot_views(arrays, place, self.rows) for place in range(len(self.slots))]
-        return arrays, self.producer.start(views)()
+        size = self.shape.slots
+        first = self.given % self.forwards * size
+        views = [slot_views(arrays, row, self.shape.patch_rows) for row in range(size)]
+        return self.producer.start(range(first, first + size), views)()
 
     def close(self) -> None:
-        """Ends the decoding threads and closes the shards."""
+        """Ends the decoding threads, too."""
         self.producer.close()
+        super().close()
 
 
-class FromWorkers(StepNode):
-    """Worker w runs slots w, w + workers, ... of the rank; all are `prefetch` steps ahead.
-
-    Step n lies in buffer n modulo their number, prefetch + KEPT: step n + prefetch overwrites that of n -
-    KEPT.
+class FromWorkers(ForwardNode):
+    """Worker w runs slots w, w + workers, ... of the rank. Forward n lies in buffer n modulo their number,
+    and is asked for as soon as that is free.
     """
 
     def __init__(
@@ -110,75 +126,98 @@ class FromWorkers(StepNode):
         slots: Sequence[int],
         states: dict[int, SlotState],
         shape: BatchShape,
+        kept: int,
         workers: int,
         prefetch: int,
     ):
-        super().__init__()
-        self.prefetch = prefetch
-        self.buffers = Buffers(shape, prefetch + KEPT)
-        self.places = [list(range(worker, len(slots), workers)) for worker in range(workers)]
+        """prefetch: how many forwards each worker is ahead, at least."""
+        super().__init__(shape, kept, prefetch * -(-workers // shape.slots))
         self.slots = slots
         self.workers: list[Worker] = []
         # Before multiprocessing's own shutdown, which would wait for workers that nobody asked to end.
         self.shutdown = multiprocessing.util.Finalize(self, close_all, (self.workers,), exitpriority=100)
-        for number, places in enumerate(self.places):
-            self.workers.append(Worker(number, setup, shape, self.buffers, self._assignment(places, states)))
-        self.asked = self.given = 0
+        # of each forward of a step: which worker runs which of its rows
+        self.parts: list[dict[int, list[int]]] = [{} for _ in range(len(slots) // shape.slots)]
+        for number in range(workers):
+            assigned = self._assignment(list(range(number, len(slots), workers)), states)
+            self.workers.append(Worker(number, setup, shape, self.buffers, assigned))
+            for forward, which in assigned.forwards(shape.slots).items():
+                self.parts[forward][number] = [assigned.places[i] % shape.slots for i in which]
+        self.asked = 0
 
-    def step(self) -> tuple[Arrays, list[SlotStep]]:
-        """Raises UserError as `InProcess`, or RuntimeError for a worker that failed or died."""
-        while self.asked <= self.given + self.prefetch:
-            for worker in self.workers:
-                worker.ask(self.asked % len(self.buffers.arrays))
+    def give_back(self, number: int) -> None:
+        """Workers write there soon."""
+        super().give_back(number)
+        self._ask()
+        for worker in self.workers:
+            worker.collect()
+
+    def _ask(self) -> None:
+        while self.asked < self.returned + len(self.buffers.arrays):
+            for worker in self.parts[self.asked % len(self.parts)]:
+                self.workers[worker].ask(self.asked % len(self.buffers.arrays))
             self.asked += 1
-        steps: list[SlotStep | None] = [None] * len(self.slots)
-        for worker, places in zip(self.workers, self.places, strict=True):
-            for place, step in zip(places, worker.answer(), strict=True):
-                steps[place] = step
-        arrays = self.buffers.arrays[self.given % len(self.buffers.arrays)]
-        self.given += 1
-        return arrays, [step for step in steps if step is not None]
+
+    def fill(self, arrays: Arrays) -> list[SlotStep]:
+        """Raises UserError as `InProcess`, or RuntimeError for a worker that failed or died."""
+        steps: dict[int, SlotStep] = {}
+        for worker, rows in self.parts[self.given % len(self.parts)].items():
+            steps |= dict(zip(rows, self.workers[worker].answer(), strict=True))
+        return [steps[row] for row in range(self.shape.slots)]
 
     def stop(self) -> None:
-        """No more steps; a worker that is asked for one meanwhile ends instead of answering."""
+        """Hangs up on the workers, too."""
         super().stop()
         for worker in self.workers:
             worker.hang_up()
 
     def close(self) -> None:
-        """Ends the workers and frees the shared memory."""
+        """Ends the workers, too."""
         self.shutdown()
-        self.buffers.close()
+        super().close()
 
     def _assignment(self, places: list[int], states: dict[int, SlotState]) -> Assignment:
         slots = [self.slots[place] for place in places]
         return Assignment(slots, places, {slot: states[slot] for slot in slots if slot in states})
 
 
-class Supply:
-    """The steps of a StepNode as the trainer takes them: pinned where this process uses a GPU, errors raised.
+def is_pinned() -> bool:
+    """Whether forwards are copied, since this process uses a GPU."""
+    return torch.cuda.is_initialized()
 
-    Pinning copies, so a pinned step holds as long as somebody holds it, and the memory it came from is free
-    at once.
+
+class Supply:
+    """The forwards of a node as the trainer takes them: pinned where this process uses a GPU, errors raised.
+
+    Pinning copies, so a pinned forward holds as long as somebody holds it, and the memory it came from is
+    free at once.
     """
 
-    def __init__(self, steps: StepNode, still_waiting: Callable[[], object] | None = None):
-        """`still_waiting`: called every few seconds while a step takes long, by the thread that waits."""
-        self.steps = steps
+    def __init__(self, forwards: ForwardNode, ready: int, still_waiting: Callable[[], object] | None = None):
+        """ready: pinned forwards that wait, besides the one that PinMemory's own thread has made.
+        `still_waiting`: called every few seconds while one takes long, by the thread that waits.
+        """
+        self.forwards, self.taken = forwards, 0
         self.still_waiting = still_waiting
         threads = torch.get_num_threads()
         self.puller = ThreadPoolExecutor(1, "pull", lambda: torch.set_num_threads(threads))
-        self.node: BaseNode[Filled | Exception] = steps
-        if torch.cuda.is_initialized():
-            pinned = PinMemory(steps, "cuda", snapshot_frequency=0)
-            self.node = Prefetcher(pinned, READY, snapshot_frequency=0)
+        self.node: BaseNode[Filled | Exception] = forwards
+        if is_pinned():
+            pinned = PinMemory(forwards, "cuda", snapshot_frequency=0)
+            self.node = Prefetcher(pinned, ready, snapshot_frequency=0)
 
     def next(self) -> Filled:
         """Raises what reading or decoding raised, RuntimeError for a worker that failed or died."""
         given = self._pull()
         if isinstance(given, Exception):
             raise given
+        self.taken += 1
         return given
+
+    def give_back(self, number: int) -> None:
+        """The trainer is done with the forwards up to that number, from 0; later `next` say so for it."""
+        if self.node is self.forwards and not self.forwards.stopped:
+            self.forwards.give_back(number)
 
     def _pull(self) -> Filled | Exception:
         if self.still_waiting is None:
@@ -190,9 +229,9 @@ class Supply:
 
     def close(self) -> None:
         """Ends the threads of the nodes and what makes the steps; nothing can be taken any more."""
-        self.steps.stop()
+        self.forwards.stop()
         self.puller.shutdown()
         with contextlib.suppress(Exception):  # a thread that could not pin says so in `next`
             for _ in self.node:
                 pass  # a node's thread ends once it has handed on the end
-        self.steps.close()
+        self.forwards.close()

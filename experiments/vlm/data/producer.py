@@ -34,7 +34,7 @@ class SlotStep:
 
 
 class Producer:
-    """Plans and fills the slots of one process, a step at a time."""
+    """Plans and fills the slots of one process, a row of each in turn."""
 
     def __init__(self, setup: Setup, slots: Sequence[int], states: dict[int, SlotState]):
         """`states`: of slots that go on; the others start anew."""
@@ -57,12 +57,14 @@ class Producer:
                 slot.seek(state["plan"])
                 self.tallies[slot.number] = Tally(state["delivered"])
 
-    def start(self, views: Sequence[Views]) -> Callable[[], list[SlotStep]]:
-        """Begin one step: `views[i]` is filled with the next row of slot i. What is returned waits for it."""
+    def start(self, which: Sequence[int], views: Sequence[Views]) -> Callable[[], list[SlotStep]]:
+        """Begin some slots' next rows: `views[i]` is filled with that of slot number `which[i]` of this
+        process. What is returned waits for it.
+        """
         started: list[tuple[SlotPlan, Callable[[], FilledSlot]]] = []
         done: list[SlotStep] = []
-        for slot, view in zip(self.slots, views, strict=True):
-            plan = slot.plan()
+        for number, view in zip(which, views, strict=True):
+            plan = self.slots[number].plan()
             started.append((plan, self.collator.start(plan, view)))
             if len(started) > 1:
                 done.append(self._finish(*started.pop(0)))

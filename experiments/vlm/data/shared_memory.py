@@ -1,4 +1,4 @@
-"""Memory for a few steps of batches, which workers write and the trainer reads without a copy.
+"""Memory for a few batches, which workers write and the trainer reads without a copy.
 
 It is an anonymous file in memory (a temporary file where the system has none), handed to workers as an open
 descriptor: it needs no room in /dev/shm, and goes with the last process that holds it, however that ends.
@@ -16,24 +16,21 @@ ALIGNMENT = 4096
 Arrays = dict[str, np.ndarray]
 
 
-def step_bytes(shape: BatchShape) -> int:
-    """Bytes of one step, each field at its own aligned place."""
+def batch_bytes(shape: BatchShape) -> int:
+    """Bytes of one batch, each field at its own aligned place."""
     return sum(_aligned(_bytes(shape, name)) for name in FIELDS)
 
 
 class Buffers:
-    """`count` steps of `shape`, where shape.slots are all slots of a rank.
-
-    `arrays[i]`: the fields of one of them.
-    """
+    """`count` batches of `shape`. `arrays[i]`: the fields of one of them."""
 
     def __init__(self, shape: BatchShape, count: int, descriptor: int | None = None):
         """`descriptor`: of memory that another process made; without one it is made here."""
-        size = step_bytes(shape)
+        size = batch_bytes(shape)
         self.descriptor = _anonymous(size * count) if descriptor is None else descriptor
         # The arrays keep the mapping alive, and it needs the descriptor no longer.
         memory = mmap.mmap(self.descriptor, size * count)
-        self.arrays = [_fields(memory, shape, step * size) for step in range(count)]
+        self.arrays = [_fields(memory, shape, batch * size) for batch in range(count)]
 
     def close(self) -> None:
         """Give the memory back once nobody holds an array of it."""

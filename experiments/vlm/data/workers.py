@@ -1,9 +1,9 @@
 """Worker processes: each runs some of a rank's slots and writes their rows into shared memory.
 
-The trainer sends the number of a buffer, a worker answers with the SlotSteps that it wrote there. A worker
-that is asked for the next step before it has finished one plans ahead while its threads decode. It ends when
-its pipe closes, whatever happened to the trainer; Ctrl-C and SIGTERM, which reach the whole process group,
-are the trainer's to act on.
+The trainer sends the number of a buffer, a worker answers with the SlotSteps that it wrote there: those of
+its slots that are in the next forward with any of them. A worker that is asked for the next one before it has
+finished plans ahead while its threads decode. It ends when its pipe closes, whatever happened to the trainer;
+Ctrl-C and SIGTERM, which reach the whole process group, are the trainer's to act on.
 
 Workers are forked by a server process that has imported torch (for its resize kernel: 2 s and half a GB, once
 for all of them) and done nothing else. Forks of the trainer would copy a CUDA context, and the locks of its
@@ -11,12 +11,14 @@ threads as they are.
 """
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import signal
 import socket
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -39,12 +41,19 @@ GRACE_S = 5.0  # for a worker to end by itself
 class Assignment:
     """What one worker runs.
 
-    `places[i]`: which of the rank's slots, and so of a buffer's rows, slot `slots[i]` is.
+    `places[i]`: which of the rank's slots slot `slots[i]` is. Forward f of a step has the places f * B ...
     """
 
     slots: list[int]
     places: list[int]
     states: dict[int, SlotState]
+
+    def forwards(self, size: int) -> dict[int, list[int]]:
+        """Forward of a step -> which of `slots` are in it; forwards of `size` slots."""
+        of_forward: dict[int, list[int]] = {}
+        for number, place in enumerate(self.places):
+            of_forward.setdefault(place // size, []).append(number)
+        return of_forward
 
 
 class Worker:
@@ -57,6 +66,7 @@ class Worker:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["experiments.vlm.data.image"])
         self.pipe, theirs = context.Pipe()
+        self.answers: deque[tuple[str, Any]] = deque()  # that have come and were not asked for yet
         arguments = theirs, setup, _Memory(buffers, shape), assignment
         self.process = context.Process(target=run, args=arguments, name=self.name, daemon=True)
         with _signals_blocked():
@@ -64,19 +74,18 @@ class Worker:
         theirs.close()
 
     def ask(self, buffer: int) -> None:
-        """Let it write its next step into that buffer; `answer` waits for it."""
+        """Let it write its part of its next forward into that buffer; `answer` waits for it."""
         # If it is gone, `answer` says why.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self.pipe.send(buffer)
 
     def answer(self) -> list[SlotStep]:
         """Raises the worker's UserError, or RuntimeError where it failed or died."""
-        wait([self.pipe, self.process.sentinel])
-        message: tuple[str, Any] = ("died", None)
-        with contextlib.suppress(EOFError, ConnectionResetError):
-            if self.pipe.poll():
-                message = self.pipe.recv()
-        kind, value = message
+        if not self.answers:
+            wait([self.pipe, self.process.sentinel])
+            self.collect()
+        died: tuple[str, Any] = "died", None
+        kind, value = self.answers.popleft() if self.answers else died
         if kind == "user_error":
             raise value
         if kind == "failed":
@@ -85,6 +94,12 @@ class Worker:
             self.process.join(GRACE_S)
             raise RuntimeError(f"{self.name} {_death(self.process.exitcode)}")
         return value
+
+    def collect(self) -> None:
+        """Take what it has answered so far: a pipe holds little, and a worker waits while it is full."""
+        with contextlib.suppress(EOFError, ConnectionResetError):
+            while self.pipe.poll():
+                self.answers.append(self.pipe.recv())
 
     def hang_up(self) -> None:
         """End the connection for both ends: the worker ends, and a thread in `answer` gets RuntimeError."""
@@ -165,14 +180,17 @@ def run(pipe: Connection, setup: Setup, memory: _Memory, assignment: Assignment)
 def _serve(pipe: Connection, setup: Setup, memory: _Memory, assignment: Assignment) -> None:
     buffers = memory.open()
     producer = Producer(setup, assignment.slots, assignment.states)
-    views = [
-        [slot_views(arrays, place, memory.shape.patch_rows) for place in assignment.places]
-        for arrays in buffers.arrays
-    ]
+    size, patch_rows = memory.shape.slots, memory.shape.patch_rows
+    forwards = itertools.cycle(assignment.forwards(size).values())
     finish: Callable[[], list[SlotStep]] | None = None
     while True:
         asked = pipe.recv() if finish is None or pipe.poll() else None
-        started = None if asked is None else producer.start(views[asked])
+        started = None
+        if asked is not None:
+            which = next(forwards)
+            rows = [assignment.places[number] % size for number in which]
+            views = [slot_views(buffers.arrays[asked], row, patch_rows) for row in rows]
+            started = producer.start(which, views)
         if finish is not None:
             pipe.send(("step", finish()))
         finish = started
