@@ -60,6 +60,25 @@ def test_a_changed_source_is_named(data, saved, tmp_path):
         resume(job, saved)
 
 
+@pytest.mark.parametrize("change", ["one more", "one less"])
+def test_a_source_that_came_or_went_is_named(data, saved, tmp_path, change):
+    job = make_job(data, tmp_path)
+    if change == "one more":
+        job.data.sources.append(Source(name="more", format="text", path=str(data / "texts")))
+    else:
+        del job.data.sources[2]
+    named = "more" if change == "one more" else "texts"
+    with pytest.raises(ConfigError, match=rf"data.sources\[{named}\].weight was .* and is "):
+        resume(job, saved)
+
+
+def test_sources_in_another_order_are_not_taken_for_each_other(data, saved, tmp_path):
+    job = make_job(data, tmp_path)
+    job.data.sources.reverse()
+    with pytest.raises(ConfigError, match="sources were captions, documents, texts and are texts, documents"):
+        resume(job, saved)
+
+
 def test_a_shard_more_is_a_change_and_another_folder_is_not(data, saved, tmp_path):
     moved = write_all(tmp_path / "moved")
     resume(make_job(moved, tmp_path), saved).close()

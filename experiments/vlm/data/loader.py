@@ -239,14 +239,14 @@ class Loader:
         deals = self.setup.settings.deals
         if not self.ranks.together and len(entries) < deals[0].slots:
             return []
-        units = [
-            [
-                entry["slot"]["plan"]["readers"][source][0] * deal.slots + slot
-                for slot, entry in entries.items()
-            ]
-            for source, deal in enumerate(deals)
-        ]
-        return [max(of_source) for of_source in zip(*self.ranks.from_all(list(map(max, units))), strict=True)]
+        units = [0] * len(deals)
+        for slot, entry in entries.items():
+            # as many as both have: where sources came or went, the facts say so
+            for source, (reader, deal) in enumerate(
+                zip(entry["slot"]["plan"]["readers"], deals, strict=False)
+            ):
+                units[source] = max(units[source], reader[0] * deal.slots + slot)
+        return [max(of_source) for of_source in zip(*self.ranks.from_all(units), strict=True)]
 
     def _changes(self, entries: Mapping[int, dict[str, Any]], continued: Continued) -> list[str]:
         """What has changed, for this rank's slots or others'."""

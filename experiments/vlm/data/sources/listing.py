@@ -43,6 +43,11 @@ def go_on(deals: Sequence[Deal], text: str, furthest: Sequence[int], join: bool)
     """
     saved = json.loads(zlib.decompress(base64.b85decode(text)))
     continued = Continued((), (), [], [])
+    names = [deal.name for deal in deals]
+    if names != list(saved) and sorted(names) == sorted(saved):  # a slot knows them by their places
+        continued.changes.append(
+            f"the sources were {', '.join(saved)} and are {', '.join(names)}: their order"
+        )
     for source, deal in enumerate(deals):
         shards, joins = saved.get(deal.name, (deal.shards, deal.joins))
         then, changes = _as_it_was(deal, shards, joins)
