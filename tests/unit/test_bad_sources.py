@@ -39,12 +39,10 @@ def test_a_source_that_vanished_ends_the_run_and_goes_on_once_it_is_back(tmp_pat
     loader.close()
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_shards_that_are_deleted_while_they_are_read_end_the_run(tmp_path, workers):
-    job = make_job(write_all(tmp_path / "data"), tmp_path / "out", num_workers=workers)
-    loader = Loader(job, Characters())
-    states = [next(loader).state() for _ in range(3)]
-    loader.close()
+@pytest.mark.parametrize("workers, epochs", [(0, 0), (0, 1), (1, 0)])
+def test_shards_that_are_deleted_while_they_are_read_end_the_run(tmp_path, workers, epochs):
+    job = make_job(write_all(tmp_path / "data"), tmp_path / "out", num_workers=workers, epochs=epochs)
+    states: list = []
     loader = Loader(job, Characters())
     (tmp_path / "data" / "captions" / "note").write_text("The folder is there, its shards are not.")
     for shard in (tmp_path / "data" / "captions").glob("*.tar"):

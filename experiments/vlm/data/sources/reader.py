@@ -90,8 +90,8 @@ class SourceReader:
         """Good records from here on, until the last epoch is over, or where this slot's share never holds
         one.
 
-        `check_source` is called with the source where there was none for long: it raises DataError if the
-        source has none.
+        `check_source` is called with the source where there was none for long, or none at the end: it raises
+        DataError if the source has none.
         """
         while (unit := self.deal.unit(self.slot, self.unit)) is not None:
             if self.empty_units > self.deal.empty_units:
@@ -113,6 +113,8 @@ class SourceReader:
                 yield reference, record
             self.unit, self.place = self.unit + 1, 0
             self.empty_units += 1  # reset by the slot when it uses a sample
+        if self.empty_units > 1 or 0 < self.empty_units == self.unit:
+            check_source(self.source)
 
     def read(self, reference: Reference) -> ReadDocument:
         """Raises Rejected."""
