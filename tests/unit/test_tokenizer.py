@@ -256,6 +256,32 @@ def test_a_tokenizer_travels_to_worker_processes(tokenizer):
     assert again.image_id == tokenizer.image_id
 
 
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+@pytest.mark.parametrize("strips", [False, True])
+def test_pieces_between_special_tokens_get_the_ids_of_the_whole_string(tmp_path, scheme, strips):
+    """As Llama 2's and Mistral's files spell spaces."""
+    import tokenizers as library
+
+    made = library.Tokenizer(library.models.BPE(byte_fallback=True, unk_token="<unk>"))
+    made.pre_tokenizer = library.pre_tokenizers.Metaspace("▁", prepend_scheme=scheme, split=False)
+    made.decoder = library.decoders.Metaspace("▁", prepend_scheme=scheme)
+    if strips:
+        steps = [library.decoders.Replace("▁", " "), library.decoders.ByteFallback(), library.decoders.Fuse()]
+        made.decoder = library.decoders.Sequence([*steps, library.decoders.Strip(" ", 1, 0)])
+    specials = ["<unk>", "<s>", "</s>", "<image>"]
+    trainer = library.trainers.BpeTrainer(vocab_size=200, special_tokens=specials, show_progress=False)
+    made.train_from_iterator(["a red star left of a blue circle"] * 3, trainer)
+    made.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    tokenizer = load_tokenizer(str(tmp_path))
+    pieces = ["a red", " star", "left "]
+    one, two, three = map(tokenizer.encode, pieces)
+    ours = [tokenizer.bos_id, *one, tokenizer.image_id, *two, tokenizer.image_id, *three, tokenizer.eos_id]
+    assert made.encode("<s>a red<image> star<image>left </s>", add_special_tokens=False).ids == ours
+    if scheme == "first":
+        assert [tokenizer.decode(tokenizer.encode(piece)) for piece in pieces] == pieces
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -288,7 +288,7 @@ class TokenizersBackend:
             for t in definition["added_tokens"]
         ]
         plain = {"added_tokens": added, "post_processor": None, "truncation": None, "padding": None}
-        self.tokenizer = HFTokenizer.from_str(json.dumps(definition | plain))
+        self.tokenizer = HFTokenizer.from_str(json.dumps(inside(definition) | plain))
         self.tokenizer.encode_special_tokens = True  # as the characters they are written with
         self.rows = self.tokenizer.get_vocab_size(with_added_tokens=False)
 
@@ -308,6 +308,22 @@ class TokenizersBackend:
     def decode(self, ids: list[int]) -> str:
         """The text, added tokens included."""
         return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def inside(definition: dict[str, Any]) -> dict[str, Any]:
+    """The tokenizer.json for a text behind a special token, where bos, a chat marker or an image puts it.
+
+    Some (Mistral's) write a space before what a whole string begins with, and only there.
+    """
+    steps = json.dumps({key: definition.get(key) for key in ("pre_tokenizer", "decoder")})
+    always = json.loads(steps.replace('"prepend_scheme": "first"', '"prepend_scheme": "never"'))
+    if always == json.loads(steps):
+        return definition
+    decoder = always["decoder"] or {}
+    kept = [
+        step for step in decoder.get("decoders", ()) if step["type"] != "Strip"
+    ]  # it takes that space away
+    return definition | always | ({"decoder": decoder | {"decoders": kept}} if kept else {})
 
 
 def load_tokenizers(file: Path) -> SpecialTokenizer:
