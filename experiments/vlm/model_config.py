@@ -21,17 +21,18 @@ OPEN = ("vocab_size", "context", "window", "model_type")
 
 
 def model_config(job: VLMJobConfig) -> VLMConfig:
-    """Of model.flavor, of the folders that the job starts from, or of the checkpoint that it goes on from.
+    """Of the checkpoint that the job goes on from, of model.flavor, or of what the job starts from.
 
     Raises ConfigError where there is no such model, where flavor and folders disagree, or where
     data.patch_size or data.spatial_merge_size is given and is not the model's.
     """
     name, row = job.model.flavor, None
+    own = find(job.checkpoint, Path(job.job.dump_folder) / job.checkpoint.folder)
+    if recorded := _recorded(own or (None if name else find_initial(job.checkpoint))):
+        return _with_patches(recorded, job, merges=True)
     if name:
         require(name in FLAVORS, f"model.flavor = {name}: no such flavor{did_you_mean(name, FLAVORS)}")
         row = FLAVORS[name]
-    elif recorded := _recorded(job):
-        return _with_patches(recorded, job, merges=True)
     # With a flavor the sizes are known before weights are there: for estimates and dry runs.
     folders = {} if row and missing_folders(job) else part_folders(job)
     config = _of_folders(folders, row, name) if folders else row or FLAVORS[DEFAULT]
@@ -125,12 +126,10 @@ def _require_equal(row: Any, found: Any, flavor: str, folder: Path) -> None:
             )
 
 
-def _recorded(job: VLMJobConfig) -> VLMConfig | None:
-    """What the checkpoint says that the run goes on from, or starts from."""
-    path = find(job.checkpoint, Path(job.job.dump_folder) / job.checkpoint.folder)
-    path = path or find_initial(job.checkpoint)
-    sizes = read_record(path).get("model") if path else None
-    return None if sizes is None else from_table(VLMConfig, sizes, f"{path}: model")
+def _recorded(checkpoint: Path | None) -> VLMConfig | None:
+    """The model of a checkpoint, where there is one and says it."""
+    sizes = read_record(checkpoint).get("model") if checkpoint else None
+    return None if sizes is None else from_table(VLMConfig, sizes, f"{checkpoint}: model")
 
 
 def _with_patches(config: VLMConfig, job: VLMJobConfig, merges: bool) -> VLMConfig:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.vlm.config import VLMJobConfig
+from experiments.vlm.config import VLMCheckpoint, VLMJobConfig
 from experiments.vlm.model.flavors import FLAVORS
 from experiments.vlm.model_config import model_config
 from experiments.vlm.saved_model import use_checkpoint, with_saved
@@ -51,6 +51,15 @@ def test_a_checkpoint_is_found_by_its_path_and_a_missing_one_is_named(tmp_path):
     elsewhere.job.dump_folder = str(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match="no checkpoint in .*nowhere"):
         use_checkpoint(elsewhere, "")
+
+
+def test_a_run_that_goes_on_keeps_the_model_of_its_checkpoint(tmp_path):
+    """Not that of a flavor, or of folders that may be gone."""
+    job = run_of(tmp_path)
+    job.checkpoint.enable, job.model.flavor = True, "debugmodel"
+    assert model_config(job) == TRAINED
+    job.checkpoint = VLMCheckpoint()
+    assert model_config(job) == FLAVORS["debugmodel"]
 
 
 def test_the_saved_configuration_holds_where_none_is_named(tmp_path):
