@@ -12,6 +12,8 @@ from pathlib import Path
 
 import tyro
 
+from experiments.vlm.model_config import parts_in
+from torchtitan.config.errors import ConfigError
 from torchtitan.tools.hub import TOKENIZERS, What, download, repository
 
 PROG = "torchtitan-vlm download"
@@ -37,6 +39,18 @@ def main(argv: Sequence[str]) -> int:
     found = download(repo, options.what, folder, options.token, options.revision)
     for path in found:
         print(f"{path.stat().st_size / 2**20:10.1f} MiB  {path}")
+    if options.what != "tokenizer" and (option := option_for(folder)):
+        print(f"start from its weights: --checkpoint.initial_load_in_hf {option} {folder}")
     if any((folder / name).is_file() for name in TOKENIZERS):
         print(f"use its tokenizer: --model.tokenizer_path {folder}")
     return 0
+
+
+def option_for(folder: Path) -> str:
+    """The option that takes the weights of a folder; empty where no model of ours has such."""
+    try:
+        parts = parts_in(folder)
+    except ConfigError:
+        return ""
+    part = f"{parts[0]}_" if len(parts) == 1 else ""
+    return f"--checkpoint.initial_load_{part}path"

@@ -24,6 +24,7 @@ WEIGHTS = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors
 WEIGHTS |= {"model.safetensors.index.json", "config.json", "generation_config.json"}
 OTHERS = {"README.md", "pytorch_model.bin", "consolidated.safetensors", "original/consolidated.00.pth"}
 FILES = {name: name.encode() * 1000 for name in TOKENIZER | WEIGHTS | OTHERS}
+FILES["config.json"] = b'{"model_type": "qwen3"}'
 FILES |= {name: (SHIPPED / name).read_bytes() for name in ("tokenizer.model", "special_tokens.json")}
 
 
@@ -55,7 +56,9 @@ def test_the_script_fetches_weights_and_tokenizer_from_the_hub(served, tmp_path)
     folder = tmp_path / "assets/Qwen3-0.6B"
     assert names(folder) == TOKENIZER | WEIGHTS
     assert {name: (folder / name).read_bytes() for name in names(folder)}.items() <= FILES.items()
-    assert done.stdout.endswith("use its tokenizer: --model.tokenizer_path assets/Qwen3-0.6B\n")
+    start = "start from its weights: --checkpoint.initial_load_in_hf --checkpoint.initial_load_decoder_path"
+    use = "use its tokenizer: --model.tokenizer_path"
+    assert done.stdout.endswith(f"{start} assets/Qwen3-0.6B\n{use} assets/Qwen3-0.6B\n")
     expected = load_tokenizer(str(SHIPPED)).encode("a red star")
     assert load_tokenizer(str(folder)).encode("a red star") == expected
 
