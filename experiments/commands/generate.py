@@ -26,6 +26,7 @@ from experiments.vlm.saved_model import use_checkpoint, with_saved
 from torchtitan.config.errors import require
 from torchtitan.config.parse import parse_script
 from torchtitan.generation.options import Sampling
+from torchtitan.tools.hub import get_it
 from torchtitan.tools.logging import init_logger
 
 
@@ -72,7 +73,9 @@ def model_job(argv: Sequence[str], options_class: type[Chosen], about: str) -> t
     assert isinstance(job, VLMJobConfig)
     if options.hf:
         require(not options.checkpoint, "--hf and --checkpoint: give one of them")
-        require(Path(options.hf).is_dir(), f"--hf = {options.hf}: no such folder (looked from {Path.cwd()})")
+        folder = Path(options.hf)
+        missing = f"--hf = {folder}: no such folder (looked from {Path.cwd()}); {get_it(folder)}"
+        require(folder.is_dir(), missing)
         job.model.flavor, job.model.tokenizer_path = "", options.hf
         job.checkpoint.initial_load_in_hf, job.checkpoint.initial_load_path = True, options.hf
         job.checkpoint.initial_load_encoder_path = job.checkpoint.initial_load_decoder_path = ""
