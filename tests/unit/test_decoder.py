@@ -4,12 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.reference.hf_names import DECODER_ROWS, decoder_to_hf, read
 from tests.reference.models import LLAMA, QWEN2, QWEN3, VOCAB, hf_text_config, randomise
 from torchtitan.layers import rope
 from torchtitan.layers.attention import prepare_mask
 from torchtitan.layers.masks import Mask
 from torchtitan.models.decoder.flavors import DecoderConfig
-from torchtitan.models.decoder.hf import from_hf, to_hf
 from torchtitan.models.decoder.model import Decoder
 
 KINDS = {"llama": LLAMA, "qwen2": QWEN2, "qwen3": QWEN3}
@@ -24,7 +24,7 @@ def _pair(request) -> tuple[Decoder, torch.nn.Module]:
     theirs = AutoModelForCausalLM.from_config(hf_text_config(config)).float().eval()
     randomise(theirs)
     ours = Decoder(config, VOCAB, "sdpa", loss_chunk=16)
-    ours.load_state_dict(from_hf(theirs.state_dict(), config).named)
+    ours.load_state_dict(read(theirs.state_dict(), DECODER_ROWS).named)
     return ours, theirs
 
 
@@ -56,7 +56,7 @@ def test_logits_and_gradients_equal_transformers(pair):
     our_loss = run(ours, tokens, documents, positions, labels)
     our_loss.sum().backward()
     assert abs(our_loss.item() / loss.item() - 1) < 1e-5
-    gradients = to_hf(
+    gradients = decoder_to_hf(
         {name: parameter.grad for name, parameter in ours.state_dict(keep_vars=True).items()}, ours.config
     )
     expected = {name: parameter.grad for name, parameter in theirs.named_parameters()}

@@ -14,9 +14,10 @@ import torch
 
 from experiments.vlm.model import hf_config as vlm
 from experiments.vlm.model.flavors import ProjectorConfig, VLMConfig
-from experiments.vlm.model.hf import VLM_ROWS, left_over, part_rows
+from experiments.vlm.model.hf import left_over, part_rows
 from experiments.vlm.model.vit import VisionEncoder
 from experiments.vlm.model.vlm import VLM
+from tests.reference.hf_names import VLM_ROWS
 from torchtitan.components.weights import shapes_of
 from torchtitan.config.errors import ConfigError
 from torchtitan.models.decoder.model import Decoder

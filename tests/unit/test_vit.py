@@ -7,7 +7,6 @@ import dataclasses
 import pytest
 import torch
 
-from experiments.vlm.model.hf import encoder_from_hf, encoder_to_hf
 from experiments.vlm.model.positions import image_ids
 from experiments.vlm.model.vit import VisionEncoder
 from tests.reference.batches import (
@@ -18,6 +17,7 @@ from tests.reference.batches import (
     merge_order,
     pad_for_transformers,
 )
+from tests.reference.hf_names import ENCODER_ROWS, read, write
 from tests.reference.models import ENCODER, hf_vision_config, randomise
 from torchtitan.layers.attention import prepare_mask
 from torchtitan.layers.masks import Mask
@@ -66,7 +66,7 @@ def pair(head: bool = False, **changes) -> tuple[VisionEncoder, torch.nn.Module]
     theirs = Siglip2VisionModel(hf_vision_config(config, head)).float().eval()
     randomise(theirs)
     ours = VisionEncoder(config, "sdpa")
-    ours.load_state_dict(encoder_from_hf(theirs.state_dict()).named)
+    ours.load_state_dict(read(theirs.state_dict(), ENCODER_ROWS).named)
     return ours, theirs
 
 
@@ -85,7 +85,7 @@ def test_features_and_gradients_equal_transformers(merge):
         loss, expected_loss = loss + (feature * weights).sum(), expected_loss + (reference * weights).sum()
     loss.backward()
     expected_loss.backward()
-    gradients = encoder_to_hf({name: parameter.grad for name, parameter in ours.named_parameters()})
+    gradients = write({name: p.grad for name, p in ours.named_parameters()}, ENCODER_ROWS)
     expected_gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
     assert gradients.keys() == expected_gradients.keys()
     largest = max(gradient.abs().max() for gradient in expected_gradients.values())
@@ -124,7 +124,7 @@ def test_square_images_of_the_table_equal_the_fixed_size_model():
     theirs = SiglipVisionModel(config).float().eval()
     randomise(theirs)
     ours = VisionEncoder(ENCODER, "sdpa")
-    ours.load_state_dict(encoder_from_hf(theirs.state_dict()).named)
+    ours.load_state_dict(read(theirs.state_dict(), ENCODER_ROWS).named)
     image = torch.randint(
         0, 256, (1, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )

@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from experiments.vlm.model.hf import vlm_from_hf, vlm_to_hf
 from experiments.vlm.model.vlm import VLM, place_visual_tokens
 from tests.reference.batches import (
     IMAGE_ID,
@@ -16,6 +15,7 @@ from tests.reference.batches import (
     pad_for_transformers,
     words,
 )
+from tests.reference.hf_names import VLM_ROWS, read, vlm_to_hf
 from tests.reference.models import LLAMA, QWEN2, hf_text_config, hf_vision_config, small_vlm
 from torchtitan.layers.masks import Mask
 from torchtitan.models.decoder.flavors import DecoderConfig
@@ -86,7 +86,7 @@ def test_packed_logits_and_gradients_equal_transformers_on_each_document(config,
 def test_weights_come_back_from_transformers_as_they_went(config):
     ours = small_vlm(config)
     theirs = transformers_model(config, 2, ours)
-    back = vlm_from_hf(theirs.state_dict(), ours.config)
+    back = read(theirs.state_dict(), VLM_ROWS)
     assert not back.unused and back.named.keys() == ours.state_dict().keys()
     for name, weight in ours.state_dict().items():
         assert torch.equal(weight, back.named[name]), name

@@ -5,15 +5,14 @@ is the order in which the loader puts them side by side: so the projector's weig
 What a published file has besides, and why a VLM does without it, is said in LEFT_OVER.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import partial
 
 from einops import rearrange
 from torch import Tensor
 
-from experiments.vlm.model.flavors import VLMConfig
 from torchtitan.models.decoder import hf as decoder
-from torchtitan.models.weight_names import Row, Transform, Weights, prefixed, read, write
+from torchtitan.models.weight_names import Row, Transform, prefixed
 
 
 def _kernel_to_columns(rows: Tensor) -> Tensor:
@@ -67,9 +66,6 @@ def as_convolution(rows: Iterable[Row], patch_size: int) -> list[Row]:
     return [row._replace(transform=kernel) if row.ours.endswith("projection.weight") else row for row in rows]
 
 
-ENCODER_ROWS = [row for place in ALONE["encoder"] for row in prefixed(TOWER, place, "")]
-VLM_ROWS = [row for part in WITHIN for row in part_rows(part, whole=True)]
-
 # Tensors that a part leaves in the file, and why nothing is lost by it.
 LEFT_OVER = {
     "encoder": {
@@ -98,26 +94,3 @@ def left_over(parts: Iterable[str]) -> dict[str, str]:
         if part not in taken
     }
     return reasons | others
-
-
-def encoder_from_hf(state: Mapping[str, Tensor]) -> Weights:
-    """A Siglip2Model, Siglip2VisionModel or their fixed-size kin, under the encoder's names."""
-    return read(state, ENCODER_ROWS)
-
-
-def encoder_to_hf(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The encoder under their names, as read by Siglip2VisionModel."""
-    return write(state, ENCODER_ROWS)
-
-
-def vlm_from_hf(state: Mapping[str, Tensor], config: VLMConfig) -> Weights:
-    """A Lfm2VlForConditionalGeneration under our names. ValueError: see decoder.hf.with_output."""
-    return decoder.with_output(read(state, VLM_ROWS), config.decoder, "decoder.")
-
-
-def vlm_to_hf(state: Mapping[str, Tensor], config: VLMConfig) -> dict[str, Tensor]:
-    """As transformers saves it: a tied output layer is left out."""
-    named = write(state, VLM_ROWS)
-    if config.decoder.tied_embeddings:
-        named.pop("lm_head.weight", None)
-    return named

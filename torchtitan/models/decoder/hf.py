@@ -1,16 +1,10 @@
-"""Hugging Face names of the decoder's weights: LlamaForCausalLM, Qwen2ForCausalLM and Qwen3ForCausalLM share
-them.
+"""Hugging Face names of the decoder's weights, which all its families share.
 
-The rotary layout is theirs already (rope.py), so no weight changes on the way.
+The rotary layout is theirs already (rope.py), so no weight changes on the way. Where the output layer is the
+embedding it has no name in a file.
 """
 
-from collections.abc import Mapping
-
-import torch
-from torch import Tensor
-
-from torchtitan.models.decoder.flavors import DecoderConfig
-from torchtitan.models.weight_names import Row, Weights, prefixed, read, write
+from torchtitan.models.weight_names import Row
 
 BODY = [
     Row("embed_tokens.weight", "tok_embeddings.weight"),
@@ -28,38 +22,3 @@ BODY = [
     Row("norm.weight", "norm.weight"),
 ]
 HEAD = [Row("lm_head.weight", "output.weight")]
-ROWS = prefixed(BODY, "model.", "") + HEAD
-
-
-def with_output(weights: Weights, config: DecoderConfig, prefix: str = "") -> Weights:
-    """A file of a tied model holds the embedding alone: it serves as the output layer too.
-
-    ValueError where the file has another output layer and `config` ties the two.
-    """
-    named = dict(weights.named)
-    embedding, output = named.get(prefix + "tok_embeddings.weight"), named.get(prefix + "output.weight")
-    if embedding is not None and output is None:
-        named[prefix + "output.weight"] = embedding
-    elif (
-        embedding is not None
-        and output is not None
-        and config.tied_embeddings
-        and not torch.equal(embedding, output)
-    ):
-        raise ValueError(
-            "lm_head.weight is not the embedding, but this flavor ties the two: use a flavor that does not"
-        )
-    return Weights(named, weights.unused)
-
-
-def from_hf(state: Mapping[str, Tensor], config: DecoderConfig) -> Weights:
-    """Weights under our names. ValueError: see `with_output`."""
-    return with_output(read(state, ROWS), config)
-
-
-def to_hf(state: Mapping[str, Tensor], config: DecoderConfig) -> dict[str, Tensor]:
-    """As transformers saves it: a tied output layer is left out."""
-    named = write(state, ROWS)
-    if config.tied_embeddings:
-        named.pop("lm_head.weight", None)
-    return named
