@@ -4,13 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.reference.hf_names import DECODER_ROWS, decoder_to_hf, read
+from tests.reference.hf_names import DECODER_ROWS, decoder_to_hf
 from tests.reference.models import LLAMA, QWEN2, QWEN3, VOCAB, hf_text_config, randomise
 from torchtitan.layers import rope
 from torchtitan.layers.attention import prepare_mask
 from torchtitan.layers.masks import Mask
 from torchtitan.models.decoder.flavors import DecoderConfig
 from torchtitan.models.decoder.model import Decoder
+from torchtitan.models.weight_names import read
 
 KINDS = {"llama": LLAMA, "qwen2": QWEN2, "qwen3": QWEN3}
 

@@ -17,10 +17,11 @@ from tests.reference.batches import (
     merge_order,
     pad_for_transformers,
 )
-from tests.reference.hf_names import ENCODER_ROWS, read, write
+from tests.reference.hf_names import ENCODER_ROWS
 from tests.reference.models import ENCODER, hf_vision_config, randomise
 from torchtitan.layers.attention import prepare_mask
 from torchtitan.layers.masks import Mask
+from torchtitan.models.weight_names import read, write
 
 # Per merge size, the images of each row, (height, width) in patches. None is one patch wide and higher than
 # one: there PyTorch's CPU interpolation, which transformers uses, is wrong (test_positions.py).

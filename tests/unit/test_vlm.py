@@ -15,10 +15,11 @@ from tests.reference.batches import (
     pad_for_transformers,
     words,
 )
-from tests.reference.hf_names import VLM_ROWS, read, vlm_to_hf
+from tests.reference.hf_names import VLM_ROWS, vlm_to_hf
 from tests.reference.models import LLAMA, QWEN2, hf_text_config, hf_vision_config, small_vlm
 from torchtitan.layers.masks import Mask
 from torchtitan.models.decoder.flavors import DecoderConfig
+from torchtitan.models.weight_names import read
 
 
 def sizes_of(merge: int, patch_rows: int = 1) -> Sizes:

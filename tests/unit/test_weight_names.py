@@ -6,15 +6,7 @@ import pytest
 import torch
 
 from experiments.vlm.model.vit import VisionEncoder
-from tests.reference.hf_names import (
-    DECODER_ROWS,
-    ENCODER_ROWS,
-    VLM_ROWS,
-    decoder_to_hf,
-    read,
-    vlm_to_hf,
-    write,
-)
+from tests.reference.hf_names import DECODER_ROWS, ENCODER_ROWS, VLM_ROWS, decoder_to_hf, vlm_to_hf
 from tests.reference.models import (
     ENCODER,
     LLAMA,
@@ -26,7 +18,7 @@ from tests.reference.models import (
     small_vlm,
 )
 from torchtitan.models.decoder.model import Decoder
-from torchtitan.models.weight_names import Part, Row, Transform, prefixed
+from torchtitan.models.weight_names import Part, Row, Transform, prefixed, read, write
 
 
 @pytest.mark.parametrize("config", [LLAMA, QWEN2, QWEN3], ids=["llama", "qwen2", "qwen3"])

@@ -10,13 +10,14 @@ A weight of theirs may be several of ours or the reverse, cut along dim 0:
     Row("table", "positions", theirs_part=Part(1, 2, first=1))    ours is theirs without its first row
 
 All that is done to a weight is done to its rows alone, so a rank reads the rows that it needs. Files are read
-and written elsewhere (hf/).
+and written elsewhere (hf/); here are pieces of tensors, and state dicts that are in memory.
 """
 
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -71,6 +72,14 @@ class Pieces(NamedTuple):
 
     of: dict[str, list[Piece]]  # in the order of their rows
     unused: list[str]  # sources that no row knows
+
+
+class Weights(NamedTuple):
+    """What `read` found."""
+
+    named: dict[str, Tensor]  # under our names
+    # their names that no row knows, for a report: the pooling head of a published encoder, say
+    unused: list[str]
 
 
 class _Way(NamedTuple):
@@ -147,3 +156,28 @@ def _translate(name: str, source: str, target: str) -> str | None:
         return None
     parts = iter(match.groups())
     return re.sub(r"\*", lambda _: next(parts), target)
+
+
+def read(state: Mapping[str, Tensor], rows: Iterable[Row]) -> Weights:
+    """Their state dict under our names. ValueError: see `to_ours`."""
+    pieces = to_ours(_sizes(state), rows)
+    return Weights(_made(state, pieces), pieces.unused)
+
+
+def write(state: Mapping[str, Tensor], rows: Iterable[Row]) -> dict[str, Tensor]:
+    """Our state dict under their names. ValueError: see `to_theirs`."""
+    return _made(state, to_theirs(_sizes(state), rows))
+
+
+def _sizes(state: Mapping[str, Tensor]) -> dict[str, int]:
+    return {name: weight.shape[0] if weight.ndim else 1 for name, weight in state.items()}
+
+
+def _made(state: Mapping[str, Tensor], pieces: Pieces) -> dict[str, Tensor]:
+    made = {}
+    for name, of in pieces.of.items():
+        if len(of) == 1 and len(of[0].rows) == _sizes({"": state[of[0].source]})[""]:
+            made[name] = of[0].transform(state[of[0].source])
+        else:
+            made[name] = torch.cat([p.transform(state[p.source][p.rows.start : p.rows.stop]) for p in of])
+    return made
