@@ -22,6 +22,7 @@ import tyro
 from experiments.__main__ import CONFIG_CLASSES
 from experiments.vlm.check import check_output
 from experiments.vlm.config import VLMJobConfig
+from experiments.vlm.processor import SPOKEN, read_image_limits
 from experiments.vlm.saved_model import use_checkpoint, with_saved
 from torchtitan.config.errors import require
 from torchtitan.config.parse import parse_script
@@ -63,7 +64,7 @@ class Options(ModelOptions, AnswerOptions):
     sequences: int = 8  # answered beside each other
 
 
-CONVERSATIONS = ("llava", "messages")  # formats of data with turns
+IMAGE_LIMITS = ("--data.max_patches_per_image", "--data.min_patches_per_image")
 Chosen = TypeVar("Chosen", bound=ModelOptions)
 
 
@@ -79,6 +80,8 @@ def model_job(argv: Sequence[str], options_class: type[Chosen], about: str) -> t
         job.model.flavor, job.model.tokenizer_path = "", options.hf
         job.checkpoint.initial_load_in_hf, job.checkpoint.initial_load_path = True, options.hf
         job.checkpoint.initial_load_encoder_path = job.checkpoint.initial_load_decoder_path = ""
+        if not any(option.startswith(IMAGE_LIMITS) for option in argv):
+            read_image_limits(Path(options.hf), job)
     return options, job
 
 
@@ -95,7 +98,7 @@ def template_of(options: ModelOptions, job: VLMJobConfig) -> str:
         names = ("chat_template.jinja", "tokenizer_config.json")
         found = [path for name in names if (path := Path(options.hf) / name).is_file()]
         return str(found[0]) if found else ""
-    spoken = [source.chat_template for source in job.training_sources() if source.format in CONVERSATIONS]
+    spoken = [source.chat_template for source in job.training_sources() if source.format in SPOKEN]
     return spoken[0] if spoken else ""
 
 

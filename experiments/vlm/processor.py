@@ -16,7 +16,7 @@ from experiments.vlm.data.chat_template import ChatTemplate, ends_of, load_chat_
 from experiments.vlm.model_config import model_config
 from torchtitan.components.tokenizer import SpecialTokenizer, load_tokenizer
 from torchtitan.components.tokenizer_files import write_tokenizer
-from torchtitan.config.errors import require
+from torchtitan.config.errors import ConfigError, require
 from torchtitan.tools.logging import warn_once
 
 SPOKEN = ("llava", "messages")  # formats that hold conversations alone
@@ -81,6 +81,25 @@ def image_processor_config(job: VLMJobConfig) -> dict[str, Any]:
         "min_image_tokens": _whole(data.min_patches_per_image / merged),
         "max_image_tokens": _whole(data.max_patches_per_image / merged),
     }
+
+
+def read_image_limits(folder: Path, job: VLMJobConfig) -> None:
+    """Give the job the least and the most patches of an image that a folder's processor makes, if it says
+    so; a row of patches holds the largest. Raises ConfigError for a file that is no processor's.
+    """
+    names = ("processor_config.json", "preprocessor_config.json")
+    file = next((path for name in names if (path := folder / name).is_file()), None)
+    if file is None:
+        return
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        config = config.get("image_processor", config)
+        least, most, merge = map(config.get, ("min_image_tokens", "max_image_tokens", "downsample_factor"))
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(f"{file}: {error}") from None
+    if all(isinstance(value, int) and value > 0 for value in (least, most, merge)):
+        job.data.min_patches_per_image, job.data.max_patches_per_image = least * merge**2, most * merge**2
+        job.data.patches_per_row = max(job.data.patches_per_row, most * merge**2)
 
 
 def generation_config(template: ChatTemplate, tokenizer: SpecialTokenizer) -> dict[str, Any]:
