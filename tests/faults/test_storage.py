@@ -4,6 +4,7 @@ where nothing happened; or a stop with one line, from which the run goes on exac
 
 import errno
 import hashlib
+import json
 import os
 import random
 from collections import Counter
@@ -11,9 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from experiments.vlm.config import Source, VLMJobConfig
+from experiments.vlm.config import Data, Source, VLMJobConfig
 from experiments.vlm.data.loader import Loader
-from tests.faults.flaky_store import KINDS, Store
+from experiments.vlm.data.sources.shard_cache import ShardCache
+from experiments.vlm.data.sources.shards import open_shard
+from experiments.vlm.data.storage.file_cache import FileCache
+from experiments.vlm.data.storage.patience import Patience
+from tests.faults.flaky_store import ERRORS, KINDS, Store
+from tests.samples import jpeg
 from tests.tiny_data import Characters, make_job, write_captions, write_documents
 from torchtitan.config.errors import StorageError
 
@@ -173,6 +179,26 @@ def test_local_files_that_fail_for_a_while_change_nothing(folder, undisturbed, t
     assert run.steps == undisturbed.steps and run.samples == undisturbed.samples and store.failures > 10
 
 
+@pytest.mark.parametrize("kind", [*ERRORS, "short reads", "wrong lengths"])
+def test_images_that_lie_beside_their_records_are_waited_for_too(tmp_path, monkeypatch, kind):
+    images = {f"{number}.jpg": jpeg(seed=number) for number in range(20)}
+    (tmp_path / "d").mkdir()
+    for name, image in images.items():
+        (tmp_path / "d" / name).write_bytes(image)
+    record = {"texts": [None] * 21, "images": [*images, "gone.jpg"]}
+    (tmp_path / "d" / "a.jsonl").write_text(json.dumps(record))
+    data, source = Data(cache_folder=str(tmp_path / "cache")), Source(format="obelics")
+    with Store(tmp_path, (kind,), seed=1).serving(monkeypatch) as store:
+        cache = ShardCache(lambda _, path: open_shard(path, source, data), 1, Patience(600))
+        document, lost = cache.use(0, "flaky://d/a.jsonl", lambda shard: shard.read(0))
+        loaded = [
+            cache.use(0, "flaky://d/a.jsonl", lambda shard, part=part: shard.load(part))
+            for part in document.parts
+        ]
+    assert loaded == list(images.values()) and store.failures
+    assert [reject.reason for reject in lost] == ["image_missing"]
+
+
 def test_a_shard_that_is_deleted_by_name_is_a_reject_and_stops_nothing(folder, tmp_path, monkeypatch):
     with Store(folder, ("EIO",), 0).serving(monkeypatch):
         job = job_of("flaky:/", tmp_path)
@@ -188,8 +214,6 @@ def test_a_shard_that_is_deleted_by_name_is_a_reject_and_stops_nothing(folder, t
 def test_a_full_cache_disk_stops_the_run_with_one_line_and_it_goes_on_elsewhere(
     folder, undisturbed, tmp_path, monkeypatch
 ):
-    from experiments.vlm.data.storage.file_cache import FileCache
-
     with Store(folder, (), 0).serving(monkeypatch) as store:
         run = Run(job_of("flaky:/", tmp_path), 0)
         assert run.go_on(2)

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import gc
+import gzip
 import multiprocessing
 import os
 import shutil
@@ -14,11 +15,13 @@ import fsspec
 import pytest
 
 from experiments.vlm.config import Data, Source
+from experiments.vlm.data.loader import Loader
 from experiments.vlm.data.sources.shard_cache import ShardCache
 from experiments.vlm.data.sources.shards import open_shard
 from experiments.vlm.data.storage import file_cache as file_cache_module
 from experiments.vlm.data.storage.file_cache import FileCache, NoRoom, file_cache, no_hurry
 from experiments.vlm.data.storage.patience import Patience
+from tests.tiny_data import Characters, make_job
 from torchtitan.config.errors import StorageError
 
 BLOCK = 4096  # of the disk: what a file takes is a multiple
@@ -186,6 +189,19 @@ def test_little_room_is_told_at_the_start(tmp_path, monkeypatch):
     ]
     FileCache(tmp_path, 10**6).tell_free()
     assert len(told) == 1
+
+
+@pytest.mark.parametrize("suffix, asked", [("", 0), (".gz", 1)])
+def test_free_space_is_looked_at_where_shards_are_copied(tmp_path, monkeypatch, suffix, asked):
+    text = b'{"text": "A cat sat on the mat."}\n' * 20
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / f"a.jsonl{suffix}").write_bytes(gzip.compress(text) if suffix else text)
+    job = make_job(tmp_path, tmp_path / "out")
+    job.data.sources = [Source(name="texts", format="text", path=str(tmp_path / "data"))]
+    told = []
+    monkeypatch.setattr(FileCache, "tell_free", lambda self: told.append(self.folder))
+    Loader(job, Characters()).close()
+    assert len(told) == asked
 
 
 @pytest.fixture

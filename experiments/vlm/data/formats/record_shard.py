@@ -18,7 +18,7 @@ from experiments.vlm.data.formats.image_values import is_address, name_of, plain
 from experiments.vlm.data.formats.record_files import Records
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.storage.fetch import make_fetcher
-from experiments.vlm.data.storage.patience import Away, is_away, remote
+from experiments.vlm.data.storage.patience import Away, insist, is_away, remote
 
 
 def folder_of(record_file: str) -> str:
@@ -54,7 +54,7 @@ class ImageFolder:
         """Raises Rejected, and OSError where the storage does not answer."""
         path = self.path(value)
         try:
-            return _download(path) if self.remote else Path(path).read_bytes()
+            return insist(path, lambda: _download(path) if self.remote else Path(path).read_bytes())
         except (OSError, ValueError) as error:
             if is_away(error):
                 raise
@@ -91,11 +91,15 @@ class ImageValues:
         if self.folder.remote or is_address(value):
             return probe(self.load(value))
         path = self.folder.path(value)
-        try:
+
+        def look() -> tuple[int, int]:
             with open(path, "rb", buffering=0) as file:
                 return probe_lazily(
                     lambda count: os.pread(file.fileno(), count, 0), os.fstat(file.fileno()).st_size
                 )
+
+        try:
+            return insist(path, look)
         except (OSError, ValueError) as error:
             if is_away(error):
                 raise

@@ -13,6 +13,7 @@ import pyarrow as pa
 from experiments.vlm.data.formats.row_groups import RowGroups
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.storage.file_cache import FileCache
+from experiments.vlm.data.storage.patience import is_away
 
 
 class Numbers:
@@ -69,7 +70,7 @@ class ArrowRecords:
                     batch.select([name for name in batch.schema.names if columns is None or name in columns])
                 )
         except (OSError, pa.ArrowException) as error:
-            if not self._batches:
+            if is_away(error) or not self._batches:
                 raise
             self.tail = Rejected("shard_truncated", f"after {len(self._batches)} record batches: {error}")
         rows = [batch.num_rows for batch in self._batches]

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TypeVar
 
 from experiments.vlm.data.storage.client import Stopped
@@ -89,6 +90,7 @@ class Patience:
         """
         since, pause_s = None, FIRST_PAUSE_S
         while True:
+            outer = _inside.set(self)
             try:
                 return attempt()
             except OSError as error:
@@ -101,6 +103,8 @@ class Patience:
                 if waited_s >= self.timeout_s:
                     raise StorageError(self._given_up(what, error, waited_s)) from error
                 self._warn(what, error, waited_s)
+            finally:
+                _inside.reset(outer)
             until_warning_s = self.warned_at + WARN_EVERY_S - clock()
             self.rest(
                 min(pause_s * random.uniform(0.5, 1.5), self.timeout_s - waited_s, max(until_warning_s, 0.5))
@@ -131,6 +135,17 @@ class Patience:
             f"{what}: the storage has not answered for {waited_s:.0f} s (data.storage_timeout_s = "
             f"{self.timeout_s:g}): {one_line(error)}"
         )
+
+
+_inside: ContextVar[Patience | None] = ContextVar("inside", default=None)
+
+
+def insist(what: str, attempt: Callable[[], T]) -> T:
+    """A piece of what somebody insists on, that need not be got again with all the others: a record of twenty
+    images would never be got whole from storage that fails one time in ten.
+    """
+    patience = _inside.get()
+    return attempt() if patience is None else patience.insist(what, attempt)
 
 
 def one_line(error: BaseException) -> str:
