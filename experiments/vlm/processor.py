@@ -15,7 +15,7 @@ from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.data.chat_template import ChatTemplate, ends_of, load_chat_template
 from experiments.vlm.model_config import model_config
 from torchtitan.components.tokenizer import SpecialTokenizer, load_tokenizer
-from torchtitan.components.tokenizer_files import write_tokenizer
+from torchtitan.components.tokenizer_files import write_json, write_tokenizer
 from torchtitan.config.errors import ConfigError, require
 from torchtitan.tools.logging import warn_once
 
@@ -45,7 +45,7 @@ def write_language(job: VLMJobConfig, folder: Path) -> None:
     write_tokenizer(job.model.tokenizer_path, folder, named)
     source = template_source(template, tokenizer)
     (folder / "chat_template.jinja").write_text(source, encoding="utf-8")
-    _dump(folder / "generation_config.json", generation_config(template, tokenizer))
+    write_json(folder / "generation_config.json", generation_config(template, tokenizer))
 
 
 def write_processor(job: VLMJobConfig, folder: Path) -> None:
@@ -53,7 +53,7 @@ def write_processor(job: VLMJobConfig, folder: Path) -> None:
     image_processor = image_processor_config(job)
     write_language(job, folder)
     config = {"processor_class": "Lfm2VlProcessor", "image_processor": image_processor}
-    _dump(folder / "processor_config.json", config)
+    write_json(folder / "processor_config.json", config)
 
 
 def image_processor_config(job: VLMJobConfig) -> dict[str, Any]:
@@ -143,7 +143,3 @@ def template_source(template: ChatTemplate, tokenizer: SpecialTokenizer) -> str:
 
 def _whole(number: float) -> int | float:
     return int(number) if number.is_integer() else number
-
-
-def _dump(file: Path, content: Any) -> None:
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -60,13 +60,13 @@ def save_json(folder: Path, specials: dict[str, int], plain: tuple[str, ...] = (
 
 
 def qwen(folder: Path) -> Path:
-    """As Qwen publishes: no bos, tokens that are special in name alone, and its own class."""
+    """As Qwen publishes: no bos, a token that looks special and is not flagged so, and its own class."""
     names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
     names += ["<|image_pad|>", "<|fim_prefix|>", "<think>", "</think>"]
     config = {"tokenizer_class": "Qwen2Tokenizer", "bos_token": None, "eos_token": "<|im_end|>"}
     config |= {"pad_token": "<|endoftext|>", "model_max_length": 512}
     specials = {name: 960 + i for i, name in enumerate(names)}
-    return save_json(folder, specials, ("<think>", "</think>"), **config)
+    return save_json(folder, specials, ("<|fim_prefix|>", "<think>", "</think>"), **config)
 
 
 def reserving(folder: Path) -> Path:

@@ -16,7 +16,7 @@ import base64
 import binascii
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
@@ -281,12 +281,7 @@ class TokenizersBackend:
         """`definition` is the content of a tokenizer.json."""
         from tokenizers import Tokenizer as HFTokenizer
 
-        # <|...|> is special, whatever its flag says; others that are not (<think>, runs of spaces) belong to
-        # plain text.
-        added = [
-            t | {"special": t["special"] or bool(re.fullmatch(r"<\|.*\|>", t["content"]))}
-            for t in definition["added_tokens"]
-        ]
+        added = [token | {"special": is_special(token)} for token in definition["added_tokens"]]
         plain = {"added_tokens": added, "post_processor": None, "truncation": None, "padding": None}
         self.tokenizer = HFTokenizer.from_str(json.dumps(inside(definition) | plain))
         self.tokenizer.encode_special_tokens = True  # as the characters they are written with
@@ -308,6 +303,13 @@ class TokenizersBackend:
     def decode(self, ids: list[int]) -> str:
         """The text, added tokens included."""
         return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def is_special(token: Mapping[str, Any]) -> bool:
+    """Of an added token: <|...|> is, whatever its flag says; others that are not (<think>, runs of spaces)
+    belong to plain text.
+    """
+    return token["special"] or bool(re.fullmatch(r"<\|.*\|>", token["content"]))
 
 
 def inside(definition: dict[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from torchtitan.components.tokenizer import (
     ROLES,
     SpecialTokenizer,
     find_file,
+    is_special,
     load_tokenizer,
     read_json,
     read_ranks,
@@ -41,7 +42,7 @@ def write_tokenizer(path: str, folder: Path, named: Mapping[str, int] | None = N
         definition, config = read_json(file, {}), read_json(file.with_name("tokenizer_config.json"), {})
     else:
         definition, config = from_ranks(read_ranks(file), tokenizer), {}
-    _dump(folder / "tokenizer.json", rename(definition, tokenizer))
+    write_json(folder / "tokenizer.json", rename(definition, tokenizer))
     roles = _roles(tokenizer, config)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -50,8 +51,8 @@ def write_tokenizer(path: str, folder: Path, named: Mapping[str, int] | None = N
         **roles,
         "extra_special_tokens": {role: tokenizer.spellings[id] for role, id in (named or {}).items()},
     }
-    _dump(folder / "tokenizer_config.json", settings)
-    _dump(folder / "special_tokens_map.json", {role: text for role, text in roles.items() if text})
+    write_json(folder / "tokenizer_config.json", settings)
+    write_json(folder / "special_tokens_map.json", {role: text for role, text in roles.items() if text})
 
 
 def _roles(tokenizer: SpecialTokenizer, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,7 +75,7 @@ def rename(definition: dict[str, Any], tokenizer: SpecialTokenizer) -> dict[str,
             vocab[spelling] = vocab.pop(token["content"])
         if token["content"] != spelling:
             token = _special(id, spelling)
-        added.append(token | {"special": token["special"] or id in roles})
+        added.append(token | {"special": is_special(token) or id in roles})
     model = definition["model"] | {"vocab": vocab}
     return definition | {"added_tokens": added, "model": model, "truncation": None, "padding": None}
 
@@ -136,5 +137,6 @@ def _special(id: int, spelling: str) -> dict[str, Any]:
     return {"id": id, "content": spelling, **flags, "special": True}
 
 
-def _dump(file: Path, content: Any) -> None:
+def write_json(file: Path, content: Any) -> None:
+    """As people read it."""
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
