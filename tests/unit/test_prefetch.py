@@ -10,10 +10,12 @@ import pytest
 import torch
 from torchdata.nodes import Mapper, Prefetcher
 
+from experiments.vlm.data import prefetch
 from experiments.vlm.data import workers as worker_module
 from experiments.vlm.data.loader import Loader
 from experiments.vlm.data.workers import Worker
 from tests.tiny_data import Characters, make_job, write_all
+from torchtitan.config.errors import StorageError
 
 STEPS = 6
 WORKERS = [{"num_workers": 0}, {"num_workers": 2, "prefetch": 1}, {"num_workers": 2, "prefetch": 3}]
@@ -198,3 +200,45 @@ def test_without_a_gpu_there_is_no_thread(data, tmp_path):
     next(loader)
     assert threading.active_count() == before
     loader.close()
+
+
+class Others:
+    """The other ranks, which always have data; `waited`: how often this one said that it waits."""
+
+    def __init__(self):
+        self.waited, self.errors = 0, []
+
+    def agree(self, has_data, error=None):
+        self.waited += has_data is None
+        if error is not None:
+            self.errors.append(error)
+            raise error
+        return True
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_rank_whose_data_take_long_says_so_and_gives_the_same_steps(data, tmp_path, monkeypatch, workers):
+    loader = open_loader(data, tmp_path, num_workers=workers)
+    expected = [contents(next(loader)) for _ in range(3)]
+    loader.close()
+    monkeypatch.setattr(prefetch, "STILL_WAITING_S", 0.0)
+    others = Others()
+    job = make_job(data, tmp_path, num_workers=workers)
+    loader = Loader(job, Characters(), agree=others.agree)
+    assert [contents(next(loader)) for _ in range(3)] == expected and others.waited
+    loader.close()
+
+
+def test_a_read_that_hangs_is_an_error_where_other_ranks_wait(data, tmp_path, monkeypatch):
+    goes_on = threading.Event()
+    monkeypatch.setattr(prefetch, "STILL_WAITING_S", 0.01)
+    monkeypatch.setattr(prefetch.InProcess, "fill", lambda self, arrays: goes_on.wait() and [])
+    job = make_job(data, tmp_path, storage_timeout_s=0.0)
+    job.comm.train_timeout_seconds = 0
+    others = Others()
+    loader = Loader(job, Characters(), agree=others.agree)
+    with pytest.raises(StorageError, match="no data for 0 s, and no error either"):
+        next(loader)
+    assert len(others.errors) == 1, "all ranks hear of it"
+    loader.close()
+    goes_on.set()

@@ -301,7 +301,8 @@ class Loader:
         kept = COPIED if is_pinned() else forwards  # the trainer takes those of a step at once
         place = setup, self.slots, self.states, self.shape, kept
         nodes = FromWorkers(*place, workers, data.prefetch) if workers else InProcess(*place)
-        return Supply(nodes, forwards, self.still_waiting)
+        longest_s = data.storage_timeout_s + self.job.comm.train_timeout_seconds
+        return Supply(nodes, forwards, self.still_waiting, longest_s)
 
     def _log_rejects(self, steps: list[SlotStep]) -> None:
         rejects = [reject for step in steps for reject in step.rejects]

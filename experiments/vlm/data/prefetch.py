@@ -12,7 +12,9 @@ be resumed at the same number of workers.
 """
 
 import contextlib
+import math
 import multiprocessing.util
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 
@@ -26,6 +28,7 @@ from experiments.vlm.data.resume import SlotState
 from experiments.vlm.data.setup import Setup
 from experiments.vlm.data.shared_memory import Arrays, Buffers, slot_views
 from experiments.vlm.data.workers import Assignment, Worker, close_all
+from torchtitan.config.errors import StorageError
 from torchtitan.distributed.collectives import STILL_WAITING_S
 
 COPIED = 2  # forwards that hold where they are copied at once: the one that is copied, and the one before it
@@ -193,12 +196,19 @@ class Supply:
     free at once.
     """
 
-    def __init__(self, forwards: ForwardNode, ready: int, still_waiting: Callable[[], object] | None = None):
+    def __init__(
+        self,
+        forwards: ForwardNode,
+        ready: int,
+        still_waiting: Callable[[], object] | None = None,
+        longest_s: float = math.inf,
+    ):
         """ready: pinned forwards that wait, besides the one that PinMemory's own thread has made.
-        `still_waiting`: called every few seconds while one takes long, by the thread that waits.
+        `still_waiting`: called every few seconds while one takes long, by the thread that waits; for
+        `longest_s` seconds at most.
         """
         self.forwards, self.taken = forwards, 0
-        self.still_waiting = still_waiting
+        self.still_waiting, self.longest_s, self.hangs = still_waiting, longest_s, False
         threads = torch.get_num_threads()
         self.puller = ThreadPoolExecutor(1, "pull", lambda: torch.set_num_threads(threads))
         self.node: BaseNode[Filled | Exception] = forwards
@@ -207,7 +217,9 @@ class Supply:
             self.node = Prefetcher(pinned, ready, snapshot_frequency=0)
 
     def next(self) -> Filled:
-        """Raises what reading or decoding raised, RuntimeError for a worker that failed or died."""
+        """Raises what reading or decoding raised, RuntimeError for a worker that failed or died, StorageError
+        where a read hangs.
+        """
         given = self._pull()
         if isinstance(given, Exception):
             raise given
@@ -222,14 +234,22 @@ class Supply:
     def _pull(self) -> Filled | Exception:
         if self.still_waiting is None:
             return next(self.node)
-        pulled = self.puller.submit(next, self.node)
+        pulled, began = self.puller.submit(next, self.node), time.monotonic()
         while not wait([pulled], STILL_WAITING_S).done:
+            if time.monotonic() - began > self.longest_s:
+                self.hangs = True
+                raise StorageError(
+                    f"no data for {self.longest_s:.0f} s, and no error either: a read hangs, or takes longer "
+                    "than data.storage_timeout_s and comm.train_timeout_seconds allow together"
+                )
             self.still_waiting()
         return pulled.result()
 
     def close(self) -> None:
         """Ends the threads of the nodes and what makes the steps; nothing can be taken any more."""
         self.forwards.stop()
+        if self.hangs and isinstance(self.forwards, InProcess):
+            return self.puller.shutdown(wait=False)  # its thread is inside a read, and nobody can end that
         self.puller.shutdown()
         with contextlib.suppress(Exception):  # a thread that could not pin says so in `next`
             for _ in self.node:
