@@ -8,7 +8,7 @@ from torch import nn
 from experiments.vlm.adapter import adapter_source
 from experiments.vlm.config import PARTS, VLMJobConfig
 from experiments.vlm.model.hf import left_over, part_rows
-from experiments.vlm.model.hf_config import WHOLE
+from experiments.vlm.model.hf_config import WHOLE, decoder_config
 from experiments.vlm.model.vlm import VLM
 from experiments.vlm.model_config import missing_folders, model_config, part_folders
 from experiments.vlm.vocabulary import rows_of
@@ -72,12 +72,14 @@ def as_checkpoint(job: VLMJobConfig, tokenizer: Tokenizer | None, folder: Path) 
 
 def source_of(folder: Path, parts: list[str], tied: bool) -> Source:
     """What is taken of a folder. `tied`: the output layer is the embedding."""
-    whole = read_config(folder).model_type == WHOLE
+    file = read_config(folder)
+    whole = file.model_type == WHOLE
+    vocab_size = decoder_config(file).vocab_size if "decoder" in parts else 0
     return Source(
         folder,
         tuple(parts),
         [row for part in parts for row in part_rows(part, whole)],
         left_over(parts),
-        tables=(TABLE, OUTPUT),
+        tables=dict.fromkeys((TABLE, OUTPUT), vocab_size),
         tied={OUTPUT: TABLE} if tied else {},
     )

@@ -34,6 +34,7 @@ DAMAGE = {
     "shape": "tensor model.norm.weight in {file}: [65] of F32 are 260 bytes, but it has 256",
     "overlap": "tensor model.norm.weight in {file}: begins at byte ",
     "narrow": "tensor model.norm.weight in {file} is [32], but decoder.norm.weight is [64]",
+    "rows": "tensor model.embed_tokens.weight in {file} is [95, 64], but {folder}/config.json says 96 rows",
     "missing": "tensor model.norm.weight (decoder.norm.weight) is not in {folder}",
     "renamed": "tensor model.norm.weight (decoder.norm.weight) is not in {folder}; left over is tensor "
     "model.nork.weight in {file}",
@@ -71,6 +72,9 @@ def spoil(folder: Path, how: str) -> None:
             edit_header(file, how)
         case "narrow":
             save_file(state | {"model.norm.weight": torch.ones(32)}, file)
+        case "rows":
+            table = state["model.embed_tokens.weight"][:-1].clone()
+            save_file(state | {"model.embed_tokens.weight": table}, file)
         case "missing":
             save_file({k: v for k, v in state.items() if k != "model.norm.weight"}, file)
         case "renamed":

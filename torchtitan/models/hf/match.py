@@ -25,7 +25,8 @@ class Source:
     parts: tuple[str, ...]
     rows: list[Row]
     fine: Mapping[str, str]  # pattern of a tensor that may be left over -> why
-    tables: tuple[str, ...] = ()  # ours that may have more rows than theirs; the new ones start as the mean
+    # ours that may have more rows than theirs (the new ones start as the mean) -> theirs, as config.json says
+    tables: Mapping[str, int] = field(default_factory=dict)
     # ours -> the one that it is; a file may hold it again, if it is equal
     tied: Mapping[str, str] = field(default_factory=dict)
     tensors: Callable[[Path], dict[str, StoredTensor]] = read_tensors  # of the folder, by their names
@@ -103,16 +104,19 @@ def _rows_of(piece: Piece, stored: Mapping[str, StoredTensor]) -> Rows:
 
 def _take(found: Matched, name: str, rows: list[Rows], shape: tuple[int, ...]) -> None:
     made: list[Rows | Mean] = list(rows)
-    more = shape[0] - sum(map(len, rows))
-    if name in found.source.tables and more > 0 and len(rows) == 1:
+    held = sum(map(len, rows))
+    said, more = found.source.tables.get(name, held), shape[0] - held
+    if name in found.source.tables and more > 0:
         made.append(Mean(rows[0], more))
-        found.grown[name] = more
-    if any(len(piece.stored.shape) < 1 for piece in rows) or shape_of(made) != shape:
-        theirs = " and ".join(f"{piece.stored} is {list(piece.stored.shape)}" for piece in rows)
+    theirs = " and ".join(f"{piece.stored} is {list(piece.stored.shape)}" for piece in rows)
+    if held != said:
+        found.misshapen[name] = f"{theirs}, but {found.source.folder}/config.json says {said} rows"
+    elif any(not piece.stored.shape for piece in rows) or shape_of(made) != shape:
         found.misshapen[name] = f"{theirs}, but {name} is {list(shape)}"
-        found.grown.pop(name, None)
     else:
         found.made[name] = made
+        if more > 0:
+            found.grown[name] = more
 
 
 def _sort_out(found: Matched, unused: Iterable[StoredTensor]) -> None:
@@ -164,7 +168,8 @@ def _require_equal(
     of = source.tied[name]
     require(of in pieces, f"{again[0]} is there, but not the {of} that it is tied to")
     tensor, other = again[0], stored[pieces[of][0].source]
-    same = tensor.shape == other.shape and tensor.dtype == other.dtype and _equal(tensor, other)
+    alike = tensor.shape == other.shape and tensor.dtype == other.dtype and tensor.dtype in FLOATS
+    same = alike and bool(tensor.shape) and _equal(tensor, other)
     untie = "set tie_word_embeddings to false there"
     require(
         same, f"{tensor} is not {other.name}, but config.json ties the two (tie_word_embeddings): {untie}"
