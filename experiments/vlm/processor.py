@@ -97,9 +97,10 @@ def read_image_limits(folder: Path, job: VLMJobConfig) -> None:
         least, most, merge = map(config.get, ("min_image_tokens", "max_image_tokens", "downsample_factor"))
     except (ValueError, AttributeError) as error:
         raise ConfigError(f"{file}: {error}") from None
-    if all(isinstance(value, int) and value > 0 for value in (least, most, merge)):
-        job.data.min_patches_per_image, job.data.max_patches_per_image = least * merge**2, most * merge**2
-        job.data.patches_per_row = max(job.data.patches_per_row, most * merge**2)
+    if all(isinstance(value, int | float) and value > 0 for value in (least, most, merge)):
+        smallest, largest = round(least * merge**2), round(most * merge**2)
+        job.data.min_patches_per_image, job.data.max_patches_per_image = smallest, largest
+        job.data.patches_per_row = max(job.data.patches_per_row, largest)
 
 
 def generation_config(template: ChatTemplate, tokenizer: SpecialTokenizer) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from experiments.vlm.config import Data, Source, VLMJobConfig
 from experiments.vlm.data.image import ImagePlan, decode
 from experiments.vlm.data.sample import make_sample
 from experiments.vlm.data.sources.shards import open_shard
-from experiments.vlm.processor import template_of, write_language, write_processor
+from experiments.vlm.processor import read_image_limits, template_of, write_language, write_processor
 from tests.reference import hf_processor
 from tests.samples import noise, photographs, psnr
 from torchtitan.components.tokenizer import load_tokenizer
@@ -122,8 +122,8 @@ def unpatched(patches: np.ndarray, size: np.ndarray) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def kinds(tmp_path_factory):
-    """Name -> (job, folder that its processor was written to, what it makes of the conversations)."""
+def exported(tmp_path_factory):
+    """Name -> (job, folder that its processor was written to); images; a folder for records."""
     folder = tmp_path_factory.mktemp("data")
     (folder / "images").mkdir()
     images, qwen = write_images(folder / "images"), str(write_tokenizer_json(folder / "qwen"))
@@ -141,24 +141,43 @@ def kinds(tmp_path_factory):
         ),
         "without bos, marks": (qwen, save_template(folder / "d", MARKS, image_token="<|image_pad|>")),
     }
-    asked = [{"messages": messages} for messages in conversations(images)]
-    asked += [{"messages": one["messages"][:-1], "add_generation_prompt": True} for one in asked]
-    requests, found = [], {}
+    found = {}
     for number, (name, (tokenizer, template)) in enumerate(templates.items()):
         job, out = job_of(folder, tokenizer, template), folder / f"exported{number}"
         out.mkdir()
         write_processor(job, out)
-        requests += [(str(out), one) for one in asked]
-        found[name] = [job, out]
+        found[name] = (job, out)
+    return found, images, folder
+
+
+@pytest.fixture(scope="module")
+def kinds(exported):
+    """Name -> (job, what the exported processor makes of the conversations, then of their prompts)."""
+    found, images, folder = exported
+    asked = [{"messages": messages} for messages in conversations(images)]
+    asked += [{"messages": one["messages"][:-1], "add_generation_prompt": True} for one in asked]
+    requests = [(str(out), one) for _, out in found.values() for one in asked]
     answers = iter(hf_processor.processed(requests, folder))
-    return {name: (*of, [next(answers) for _ in asked]) for name, of in found.items()}, images, folder
+    return {name: (job, [next(answers) for _ in asked]) for name, (job, _) in found.items()}, images, folder
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_an_exported_folder_gives_the_same_ids_where_it_is_read_here(exported, name):
+    found, images, folder = exported
+    job, out = found[name]
+    again = job_of(folder, str(out), str(out / "chat_template.jinja"))
+    for messages in conversations(images):
+        assert ours(messages, again, folder)[0] == ours(messages, job, folder)[0]
+    read_image_limits(out, again)
+    assert again.data.min_patches_per_image == PLAN.min_patches
+    assert again.data.max_patches_per_image == PLAN.max_patches
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_ids_grids_and_pixels_are_those_of_training(kinds, name):
     found, images, folder = kinds
-    job, _, answers = found[name]
+    job, answers = found[name]
     for messages, answer in zip(conversations(images), answers, strict=False):
         ids, pixels = ours(messages, job, folder)
         assert answer["ids"].tolist() == ids
@@ -176,7 +195,7 @@ def test_ids_grids_and_pixels_are_those_of_training(kinds, name):
 @pytest.mark.parametrize("name", KINDS)
 def test_a_prompt_is_what_the_answer_follows_in_training(kinds, name):
     found, images, folder = kinds
-    job, _, answers = found[name]
+    job, answers = found[name]
     whole = conversations(images)
     for messages, prompt in zip(whole, answers[len(whole) :], strict=True):
         ids, _ = ours(messages, job, folder)
