@@ -12,11 +12,10 @@ above 50 dB PSNR of Pillow's own.
 
 Colours and transparency: rgb.py. The first frame of an animation counts.
 
-Memory: a thread keeps up to 48 MB to decode into, and takes about 30 MB more for an image below a
-megapixel. Larger ones share DECODING_BYTES of the process, counted by what their decoders were measured to
-hold; one that needs more is decoded when no other is. So a process takes no more than that, or what one image
-at Pillow's limit (179 megapixels) takes: 0.8 GB as a PNG, 1.8 as a progressive JPEG, 2.9 as a WebP, 3.5 as a
-JPEG 2000.
+Memory: a thread keeps up to 48 MB to decode into, and takes about 40 MB besides. Images above a megapixel
+share DECODING_BYTES of the process, counted by what their decoders were measured to hold; one that needs more
+is decoded when no other is. So they take no more than that, or what one image at Pillow's limit (179
+megapixels) takes: 0.8 GB as a PNG, 1.8 as a progressive JPEG, 2.9 as a WebP, 3.5 as a JPEG 2000.
 """
 
 import contextlib
@@ -51,6 +50,9 @@ BYTES_A_PIXEL = {"other": 8, "JPEG": 10, "MPO": 10, "AVIF": 10, "WEBP": 17, "JPE
 PROGRESSIVE = b"\xff\xc2"  # the marker of a JPEG whose coefficients the decoder holds, 6 bytes a pixel
 
 PILImage.init()
+# Above 32 MB malloc gives a block back to the system when it is freed; of smaller ones each thread that ever
+# decoded a large image would keep as many as that took.
+PILImage.core.set_block_size(64 << 20)
 # The usual ones first, since some plugins find out by trying. EPS would start an external program
 # (Ghostscript) on a dataset's bytes.
 OPENED_FORMATS = sorted(

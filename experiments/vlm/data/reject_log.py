@@ -54,9 +54,9 @@ class RejectLog:
         """
         own.parent.mkdir(parents=True, exist_ok=True)
         own.touch()
-        for path in own.parent.glob("*.jsonl") if all_ranks else [own]:
-            lines = self.lines.setdefault(path, Lines(path, own=path == own))
-            self.known.add_array(lines.more())
+        paths = list(own.parent.glob("*.jsonl")) if all_ranks else [own]
+        lines = [self.lines.setdefault(path, Lines(path, own=path == own)) for path in paths]
+        self.known.add_array(np.concatenate([of_rank.more() for of_rank in lines]))
 
     def _log(self, reject: Reject) -> None:
         kind = reject.shard, reject.reason
@@ -155,7 +155,8 @@ class Identities:
     def add_array(self, identities: np.ndarray) -> None:
         """Add an array of uint64."""
         if len(identities):
-            self._sorted = np.union1d(self._sorted, identities)
+            # Some may come twice; NumPy's own union takes a hundred times as long.
+            self._sorted = np.sort(np.concatenate([self._sorted, identities]))
 
 
 def identity_of(reject: Reject) -> int:
