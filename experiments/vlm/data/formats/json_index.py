@@ -7,7 +7,7 @@ import json
 import os
 import weakref
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,24 +87,27 @@ def find_lines(file: int, start: int = 0) -> Spans:
     edges, line, offset, before = [], start, start, b""
     while block := os.pread(file, SCAN_BYTES, offset):
         ends = np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + offset
-        edges.append(_lines_with_text(line, ends, before + block, offset - len(before)))
+        edges.append(_lines_with_text(line, ends, (before, block), offset - len(before)))
         line = int(ends[-1]) + 1 if len(ends) else line
         offset += len(block)
-        before = (before + block)[-SHORT:]
-    edges.append(_lines_with_text(line, np.array([offset]), before, offset - len(before)))
+        before = (before + block[-SHORT:])[-SHORT:]
+    edges.append(_lines_with_text(line, np.array([offset]), (before,), offset - len(before)))
     return Spans(file, np.concatenate(edges))
 
 
-def _lines_with_text(start: int, ends: np.ndarray, text: bytes, offset: int) -> np.ndarray:
+def _lines_with_text(start: int, ends: np.ndarray, texts: Sequence[bytes], offset: int) -> np.ndarray:
     """Edges of the lines that end at `ends`, the first of which begins at `start`; without blank ones.
 
-    `text` begins at `offset` of the file, and has every short line of them.
+    `texts`, joined, begin at `offset` of the file, and have every short line of them.
     """
-    edges = np.stack([np.concatenate([[start], ends[:-1] + 1])[: len(ends)], ends], 1)
+    edges = np.empty((len(ends), 2), np.int64)
+    edges[:1, 0], edges[1:, 0], edges[:, 1] = start, ends[:-1] + 1, ends
     short = np.flatnonzero(edges[:, 1] - edges[:, 0] < SHORT)
+    if not len(short):
+        return edges
     places = edges[short, :1] + np.arange(SHORT) - offset
     is_inside = places < edges[short, 1:] - offset
-    signs = np.frombuffer(text or b" ", np.uint8)[np.where(is_inside, places, 0)]
+    signs = np.frombuffer(b"".join(texts) or b" ", np.uint8)[np.where(is_inside, places, 0)]
     return np.delete(edges, short[np.all(IS_SPACE[signs] | ~is_inside, axis=1)], axis=0)
 
 
