@@ -56,8 +56,8 @@ def test_the_wheel_holds_data_types_and_a_description(wheel):
         names = set(archive.namelist())
         about = Parser().parsestr(archive.read(f"torchtitan_vlm-{__version__}.dist-info/METADATA").decode())
     jobs = {
-        f"experiments/shipped/train_configs/{file.name}"
-        for file in (REPOSITORY / "train_configs").glob("*.toml")
+        f"experiments/shipped/{file.relative_to(REPOSITORY)}"
+        for file in (REPOSITORY / "train_configs").rglob("*.toml")
     }
     tokenizer = {
         f"experiments/shipped/assets/tokenizer/{name}" for name in ("tokenizer.model", "special_tokens.json")

@@ -33,7 +33,8 @@ def test_a_folder_named_as_a_job_is_no_job(elsewhere):
 
 def test_a_job_that_is_nowhere_names_those_of_the_package():
     with pytest.raises(
-        ConfigError, match="job.config_file = vlm_debag: No such file.*jobs of the package: vlm, vlm_debug"
+        ConfigError,
+        match="job.config_file = vlm_debag: No such file.*jobs of the package: .*, vlm, vlm_debug",
     ):
         read_toml("vlm_debag")
     assert "vlm_debug" in shipped_jobs()

@@ -180,8 +180,10 @@ def check_cuda_graphs(job: JobConfig) -> None:
 def check_loading(job: JobConfig) -> None:
     """Options of [checkpoint] and [validation] that need each other, and the folder to load from."""
     c, path = job.checkpoint, job.checkpoint.initial_load_path
+    untrained = job.job.dry_run and bool(job.model.flavor)
     require(
-        not path or Path(path).is_dir() or c.initial_load_in_hf,  # an experiment looks after those itself
+        # An experiment looks after folders of Hugging Face itself. The stage before may not be trained yet.
+        not path or Path(path).is_dir() or c.initial_load_in_hf or untrained,
         f"checkpoint.initial_load_path = {path}: no such folder (looked from {Path.cwd()})",
     )
     needs = "needs checkpoint.initial_load_in_hf"

@@ -4,7 +4,8 @@
     scene -> caption, document -> words
     shards: pictures and words -> tar and parquet files        cache: the folder of a split, drawn if absent
 
-`ensure("sees/train")` gives the folder. Worlds: captions, interleaved, sees; splits: train, heldout.
+`ensure("sees/train")` gives the folder. Worlds: captions, interleaved, questions, sees; of each train
+and heldout.
 """
 
 from experiments.vlm.world.cache import ensure

@@ -71,12 +71,12 @@ def _quiz(rng: random.Random, heldout: bool) -> list[Part]:
     parts: list[Part] = ["Look at each picture and answer the question.\n"] if rng.random() < 0.5 else []
     for _ in range(rng.randint(1, 5)):
         scene = varied_scene(rng, heldout, LONGEST)
-        question, answer = rng.choice(_questions(scene))
+        question, answer = rng.choice(questions(scene))
         parts += [scene, f"\nQuestion: {question}\nAnswer: {answer}.\n\n"]
     return parts
 
 
-def _questions(scene: Scene) -> list[tuple[str, str]]:
+def questions(scene: Scene) -> list[tuple[str, str]]:
     """All that can be asked of a scene of its kind, with the answers."""
     number = len(scene.things)
     asked = [("How many things are drawn here?", NUMBERS[number])]

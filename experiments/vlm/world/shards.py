@@ -3,7 +3,8 @@
 `captions` and `sees` are tar files as CC12M has them (KEY.jpg, KEY.txt, KEY.json; `sees` keeps lossless
 KEY.png and KEY.txt: half the size). `interleaved` is parquet as OBELICS has it: `texts` and `images` are
 parallel lists, one of the two null at each index, an image a record of bytes and path; `metadata` and
-`general_metadata` are JSON strings.
+`general_metadata` are JSON strings. `questions` are tar files of conversations as LLaVA has them (KEY.jpg,
+KEY.json).
 
 A sample is a function of seed, name and number alone, whoever draws it.
 """
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from experiments.vlm.tar_file import write_samples
 from experiments.vlm.world.caption import describe, varied_caption
-from experiments.vlm.world.document import draw_document
+from experiments.vlm.world.document import draw_document, questions
 from experiments.vlm.world.render import jpeg, png, render
 from experiments.vlm.world.scene import Scene, sees_scene, varied_scene
 
@@ -71,6 +72,20 @@ def _interleaved_sample(rng: random.Random, heldout: bool, key: str) -> dict:
     }
 
 
+def _questions_sample(rng: random.Random, heldout: bool, key: str) -> dict:
+    scene = varied_scene(rng, heldout, longest=512)
+    asked = questions(scene)
+    turns: list[dict[str, str]] = []
+    for question, answer in rng.sample(asked, rng.randint(1, len(asked))):
+        place = "" if turns else "<image>\n"
+        turns += [{"from": "human", "value": place + question}, {"from": "gpt", "value": f"{answer}."}]
+    record = {"id": key, "conversations": turns}
+    return {
+        f"{key}.jpg": jpeg(render(scene), rng.randint(85, 95)),
+        f"{key}.json": json.dumps(record).encode(),
+    }
+
+
 def _image_record(scene: Scene, stem: str, rng: random.Random) -> dict:
     image = render(scene)
     if rng.random() < 0.2:
@@ -108,6 +123,7 @@ WORLDS = {
     "interleaved": World(
         {"train": 2_000, "heldout": 200}, 250, "parquet", _interleaved_sample, _write_parquet
     ),
+    "questions": World({"train": 1_000, "heldout": 200}, 500, "tar", _questions_sample, _write_tar),
     "sees": World({"train": 120_000, "heldout": 1_000}, 4_000, "tar", _sees_sample, _write_tar),
 }
 
