@@ -109,6 +109,8 @@ class FlakyFileSystem(AbstractFileSystem):
         return entries if detail else [entry["name"] for entry in entries]
 
     def info(self, path: str, **_: Any) -> dict:
+        if "*" in path:
+            raise ValueError(f"{path}: no name of this store")
         wrong = self.store.operate()
         file = self.store.folder / self._strip_protocol(path)
         if not file.exists():

@@ -185,7 +185,7 @@ def test_images_that_lie_beside_their_records_are_waited_for_too(tmp_path, monke
     (tmp_path / "d").mkdir()
     for name, image in images.items():
         (tmp_path / "d" / name).write_bytes(image)
-    record = {"texts": [None] * 21, "images": [*images, "gone.jpg"]}
+    record = {"texts": [None] * 22, "images": [*images, "gone.jpg", "odd*.jpg"]}
     (tmp_path / "d" / "a.jsonl").write_text(json.dumps(record))
     data, source = Data(cache_folder=str(tmp_path / "cache")), Source(format="obelics")
     with Store(tmp_path, (kind,), seed=1).serving(monkeypatch) as store:
@@ -196,7 +196,7 @@ def test_images_that_lie_beside_their_records_are_waited_for_too(tmp_path, monke
             for part in document.parts
         ]
     assert loaded == list(images.values()) and store.failures
-    assert [reject.reason for reject in lost] == ["image_missing"]
+    assert [reject.reason for reject in lost] == ["image_missing"] * 2
 
 
 def test_a_shard_that_is_deleted_by_name_is_a_reject_and_stops_nothing(folder, tmp_path, monkeypatch):

@@ -23,6 +23,6 @@ RUN: who plans and fills; the steps are the same whichever process does (`next(L
 Alongside: image (sizes in patches for PLAN, decoding for FILL; jpeg_header: sizes of the usual ones, faster;
 rgb: what Pillow loads as RGB; memory_budget: for large ones), rejects, reject_log and report (what is not
 used, and why), controls (validation with spoilt images), resume (the state of slots in a checkpoint),
-storage/ (copies of files, addresses). RUN imports FILL, and FILL imports PLAN, never the reverse.
+storage/ (outages, copies, addresses). RUN imports FILL, and FILL imports PLAN, never the reverse.
 What comes out, with an example: experiments/vlm/batch.py.
 """

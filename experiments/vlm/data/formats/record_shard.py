@@ -3,6 +3,7 @@
 Imports torch only to look at an image, since data preparation plans without it.
 """
 
+import json
 import os
 import posixpath
 from collections.abc import Callable
@@ -62,9 +63,14 @@ class ImageFolder:
 
 
 def _download(path: str) -> bytes:
-    with remote(), fsspec.open(path, "rb") as file:
-        data = file.read()
-        size = getattr(file, "size", None)
+    with remote():
+        try:
+            with fsspec.open(path, "rb") as file:
+                data, size = file.read(), getattr(file, "size", None)
+        except json.JSONDecodeError:
+            raise  # of an answer
+        except ValueError as error:  # of a name that no file can have: records hold what they like
+            raise FileNotFoundError(str(error)) from error
         if size is not None and len(data) != size:
             raise Away(f"{len(data)} of {size} bytes came")
         return data

@@ -36,7 +36,7 @@ NOT_AWAY = {
     errno.EOVERFLOW,
 }
 NOT_THERE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
-GONE = (404, 410)  # HTTP
+GONE = (404, 410, 414)  # HTTP: not found, gone, and a name that is too long
 FIRST_PAUSE_S = 0.5  # doubles with each try, half as long or as much again by chance
 LONGEST_PAUSE_S = 30.0
 WARN_EVERY_S = 60.0
