@@ -123,7 +123,7 @@ def test_a_flaky_store_changes_nothing_that_is_delivered(folder, undisturbed, tm
         run = Run(job_of("flaky:/", tmp_path, decode_threads=2), seed=len(kind))
         finish(run)
     assert run.steps == undisturbed.steps and run.samples == undisturbed.samples
-    assert store.failures > 10 and run.launches > 1
+    assert store.failures and run.launches > 1
     assert all("\n" not in stop and "data.storage_timeout_s" in stop for stop in run.stops)
 
 
@@ -176,7 +176,7 @@ def test_local_files_that_fail_for_a_while_change_nothing(folder, undisturbed, t
         monkeypatch.setattr(os, "pread", pread)
         run = Run(job_of(str(folder), tmp_path), seed=1)
         finish(run)
-    assert run.steps == undisturbed.steps and run.samples == undisturbed.samples and store.failures > 10
+    assert run.steps == undisturbed.steps and run.samples == undisturbed.samples and store.failures
 
 
 @pytest.mark.parametrize("kind", [*ERRORS, "short reads", "wrong lengths"])
