@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
         summary = evaluate(evaluations, out, about, options.page_limit)
     finally:
         close_process_group()
-    if answering.mesh.leads and summary:
+    if summary:
         logger.info(table(summary))
         logger.info(f"{out / 'summary.json'}, and a page of each task beside it")
     return 0
