@@ -9,6 +9,7 @@ from experiments.vlm.evaluate.likelihood import CHUNK, Reader
 from experiments.vlm.generate.answering import Answering
 from experiments.vlm.generate.prompt import Prompter
 from tests.unit.test_generate import BUDGET, PLAN, TOKENIZER, engine, picture, prompter, vlm
+from torchtitan.generation.engine import Request
 
 
 @torch.no_grad()
@@ -37,7 +38,7 @@ def test_each_choice_equals_the_choice_appended_and_read_alone(template):
     choices = ["a cat", "a dog that is brown", "", "a cat"]
     found = reading.choices(turns, choices[:2] + choices[3:])
     asked = reading.prompter.prompt(turns)
-    for (total, tokens), choice in zip(found, choices[:2] + choices[3:], strict=True):
+    for (total, tokens, _), choice in zip(found, choices[:2] + choices[3:], strict=True):
         whole = reading.prompter.answered(turns, choice)
         assert whole.ids == asked.ids + TOKENIZER.encode(choice)
         expected = brute(whole, len(asked.ids))
@@ -51,3 +52,17 @@ def test_a_long_document_is_read_in_chunks():
     assert len(prompt.ids) > CHUNK
     assert reading.logprobs(prompt, 1) == pytest.approx(brute(prompt, 1), abs=1e-4)
     assert not math.isnan(sum(reading.logprobs(prompt, 1)))
+
+
+def test_a_choice_is_greedy_where_the_model_would_write_it():
+    reading, seen = reader(), 0
+    for number in range(12):
+        turns = [("user", [picture(12, 28, number), "Which is it?"])]
+        asked = reading.engine.answer([Request(0, reading.prompter.prompt(turns), max_tokens=1)])
+        top = [event.answer.ids for event in asked][-1]
+        if top and top[0] < 128:  # a character by itself
+            character, seen = chr(top[0]), seen + 1
+            other = chr(top[0] ^ 1)
+            told = reading.choices(turns, [character, other, other + character])
+            assert [choice.greedy for choice in told] == [True, False, False]
+    assert seen

@@ -24,12 +24,15 @@ def world_size() -> int:
 def open_process_group(comm: Comm, dump_folder: Path) -> torch.device:
     """Join the other ranks and return this rank's device: nccl on GPU, gloo on CPU and for host integers.
 
-    A single process makes a group of its own, so that there is one code path.
+    A single process makes a group of its own, so that there is one code path. Where a program that we are a
+    part of has joined, its group is taken.
     """
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    if dist.is_initialized():
+        return device
     if comm.trace_buf_size > 0:
         _enable_flight_recorder(comm.trace_buf_size, dump_folder / TRACES)
     # Under a launcher the rendezvous comes from the environment. Alone there is nobody to meet, hence no port

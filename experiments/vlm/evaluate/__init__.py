@@ -6,4 +6,5 @@ questions     records that ask and know the answer
 likelihood    how likely the model finds a choice, or a document
 scoring       answers -> figures; metrics: what they score against those of people
 results_page  pictures, questions, answers and scores
+lmms_requests what lmms-eval asks, answered (experiments/commands/lmms_plugin.py)
 """

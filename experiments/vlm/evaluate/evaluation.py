@@ -88,8 +88,8 @@ class Evaluation:
             yield (
                 number,
                 {
-                    "logprobs": [round(total, DIGITS) for total, _ in found],
-                    "tokens": [tokens for _, tokens in found],
+                    "logprobs": [round(choice.logprob, DIGITS) for choice in found],
+                    "tokens": [choice.tokens for choice in found],
                 },
             )
         reader.finish()

@@ -1,7 +1,7 @@
 """How likely a model finds texts that are given, read through an engine's cache while it answers nothing."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -9,6 +9,14 @@ from experiments.vlm.generate.answering import Answering
 from experiments.vlm.generate.prompt import Prompt, Turns
 
 CHUNK = 256  # tokens a forward: each keeps the logits of so many
+
+
+class Likelihood(NamedTuple):
+    """Of one choice."""
+
+    logprob: float  # natural, of all its tokens together
+    tokens: int
+    greedy: bool  # each of its tokens is the likeliest where it stands
 
 
 class Reader:
@@ -22,28 +30,33 @@ class Reader:
         self.cache = answering.engine.cache
         self.forward: Any = answering.engine.forward
 
-    @torch.no_grad()
     def logprobs(self, prompt: Prompt, begin: int, held: int = 0) -> list[float]:
         """Natural, of the tokens from `begin` >= 1 on, each given all before it.
 
         held: tokens of the prompt that the first sequence of the cache holds already, below `begin`.
         """
+        return [logprob for logprob, _ in self._read(prompt, begin, held)]
+
+    @torch.no_grad()
+    def _read(self, prompt: Prompt, begin: int, held: int) -> list[tuple[float, bool]]:
+        """Of each of those tokens, and whether it is the likeliest."""
         self.cache.crop(0, held)
-        found: list[float] = []
+        found: list[tuple[float, bool]] = []
         for start in range(held, len(prompt.ids), CHUNK):
             found += self._chunk(prompt, start, begin)
         return found
 
-    def _chunk(self, prompt: Prompt, start: int, begin: int) -> list[float]:
+    def _chunk(self, prompt: Prompt, start: int, begin: int) -> list[tuple[float, bool]]:
         """Those of the tokens after each of a chunk's."""
         piece = prompt.rest(start, start + CHUNK)
         count, following = len(piece.ids), prompt.ids[start + 1 : start + CHUNK + 1]
         logits = self._call(piece)[0]
         logprobs = logits[: len(following)].float().log_softmax(-1)
         ids = torch.tensor(following, dtype=torch.int64, device=logits.device)
-        chosen = logprobs.gather(1, ids[:, None])[:, 0].tolist()
-        assert len(chosen) in (count, count - 1)
-        return chosen[max(0, begin - 1 - start) :]
+        chosen, greedy = logprobs.gather(1, ids[:, None])[:, 0], logprobs.argmax(-1) == ids
+        told = torch.stack((chosen, greedy.to(chosen.dtype))).T.tolist()  # one copy from the device
+        assert len(told) in (count, count - 1)
+        return [(logprob, bool(top)) for logprob, top in told[max(0, begin - 1 - start) :]]
 
     def _call(self, piece: Prompt | None) -> torch.Tensor:
         """Logits [1, CHUNK, V] of a chunk; None: this rank has none and only runs along."""
@@ -66,16 +79,17 @@ class Reader:
             tokens = torch.full((1, CHUNK), self.engine.tokenizer.pad_id, device=self.cache.device)
             self.forward.several(tokens, where, torch.zeros_like(tokens), None, bool(rich))
 
-    def choices(self, turns: Turns, choices: Sequence[str]) -> list[tuple[float, int]]:
-        """(log-probability, tokens) of each choice as the answer, without what ends it."""
+    def choices(self, turns: Turns, choices: Sequence[str]) -> list[Likelihood]:
+        """Of each choice as the answer, without what ends it."""
         asked = self.prompter.prompt(turns)
         found, held = [], 0
         for choice in choices:
             whole = self.prompter.answered(turns, choice)
             # A word boundary may fall elsewhere once the answer is there.
             begin = _common(asked.ids, whole.ids)
-            logprobs = self.logprobs(whole, begin, min(held, begin - 1))
-            found.append((sum(logprobs), len(logprobs)))
+            told = self._read(whole, begin, min(held, begin - 1))
+            total, greedy = sum(logprob for logprob, _ in told), all(top for _, top in told)
+            found.append(Likelihood(total, len(told), greedy))
             held = begin
         return found
 
