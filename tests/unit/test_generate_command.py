@@ -104,3 +104,15 @@ def test_an_exported_folder_answers_as_its_checkpoint_does(run, tmp_path, capsys
     expected = capsys.readouterr().out
     assert main(["generate", "--hf", folder, "--training.seq_len", "256", *asked]) == 0
     assert capsys.readouterr().out == expected
+
+
+def test_an_evaluation_tells_its_scores(run, capsys):
+    records = [{"image": name, "question": "What?", "answers": ["none"]} for name in ("a.jpg", "b.jpg")]
+    (run / "asked.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    command = ["evaluate", "--job.dump_folder", str(run), "--task", f"exact_match={run / 'asked.jsonl'}"]
+    assert main([*command, "--out", str(run / "scores")]) == 0
+    told = capsys.readouterr().out
+    assert (
+        re.search(r"exact_match +exact_match +0\.00 +0\.00 \.\.\. 0\.00 +2\n", told)
+        and "summary.json" in told
+    )
