@@ -21,6 +21,7 @@ from experiments.vlm.config import VLMJobConfig
 from tests.reference.small_run import SMALL, job_of, whole
 from torchtitan.build import build
 from torchtitan.components.cuda_graph import GraphedStep
+from torchtitan.config.job import ParameterGroup
 from torchtitan.distributed.process_group import close_process_group, open_process_group
 from torchtitan.train import Trainer
 
@@ -109,6 +110,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "activation_checkpoint.mode": "full",
         "activation_checkpoint.encoder_mode": "selective",
     },
+    "groups, some rows of frozen tables": {
+        "optimizer.groups": [ParameterGroup("encoder", lr=2e-4), ParameterGroup("decoder", layer_decay=0.9)],
+        "training.freeze": ["tok_embeddings", "output"],
+        "training.trainable_tokens": ["new"],
+    },
+    "adapters": {"lora.rank": 4, "lora.patterns": ["decoder", "encoder"]},
 }
 
 
