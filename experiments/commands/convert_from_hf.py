@@ -21,6 +21,7 @@ from torchtitan.config.errors import require
 from torchtitan.config.parse import parse_script
 from torchtitan.models.decoder.hf_config import FAMILIES
 from torchtitan.tools.disk import require_writable
+from torchtitan.tools.hub import command_for
 from torchtitan.tools.logging import init_logger
 
 READ = f"""model_type of config.json:
@@ -60,6 +61,10 @@ def main(argv: Sequence[str]) -> int:
     require(bool(options.out), "--out is missing: which folder is to be written?")
     out = Path(options.out)
     require(not out.exists(), f"--out = {out}: is there already; give another folder, or delete it")
+    for name in ("hf", "encoder", "decoder"):
+        folder = getattr(options, name)
+        missing = f"--{name} = {folder}: no such folder (looked from {Path.cwd()})"
+        require(not folder or Path(folder).is_dir(), f"{missing}; get it with `{command_for(Path(folder))}`")
     require_writable(out.absolute().parent, "--out")
     with tempfile.TemporaryDirectory(prefix=out.name + ".", dir=out.absolute().parent) as folder:
         half = Path(folder) / "half"

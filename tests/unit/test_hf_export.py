@@ -167,7 +167,7 @@ def test_a_checkpoint_made_of_folders_is_trained_from(folders, tmp_path):
         (["to_hf", "--checkpoint", "step-9"], "--out is missing"),
         (["to_hf", "--out", "."], "--out = .: is there already"),
         (["from_hf", "--out", "x"], "--hf is missing"),
-        (["from_hf", "--hf", "nowhere", "--out", "x"], "nowhere/config.json: No such file"),
+        (["from_hf", "--hf", "nowhere", "--out", "x"], "--hf = nowhere: no such folder"),
         (["from_hf", "--hf", "nowhere"], "--out is missing"),
     ],
 )

@@ -189,9 +189,8 @@ class Checkpoint:
     # of optimizer, lr_scheduler, data, train_state
     exclude_from_loading: list[str] = field(default_factory=list)
     last_save_model_only: bool = False  # the last checkpoint holds the weights alone
-    last_save_in_hf: bool = (
-        False  # write the last one as a Hugging Face folder too, to hf/step-N in dump_folder
-    )
+    # write the last one as a Hugging Face folder too, to hf/step-N in dump_folder
+    last_save_in_hf: bool = False
 
 
 @dataclass
