@@ -184,11 +184,8 @@ QUICK = (
     "replicate2.fsdp2",
     "tp2, shared encoder",
     "tp2, lora",
-    "tp2, frozen by pattern",
-    "pp2, nothing trains in the first stage",
     "cp2",
     "pp2, ZBVZeroBubble, tied",
-    "tp2.cp2, encoder heads",
     "fsdp.tp2.cp2.pp2, all at once",
 )
 QUICK = tuple(name for name in QUICK if name in LAYOUTS)

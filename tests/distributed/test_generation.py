@@ -80,7 +80,13 @@ def evaluated_on_rank(changes: dict, path: str, folder: str) -> dict:
     return evaluate(evaluations, out, {"model": "tiny", "chat_template": "chatml"}, 10)
 
 
-@pytest.mark.parametrize(("ranks", "changes"), [(2, {}), (4, {"tensor_parallel_degree": 2})], ids=["2", "4"])
+@pytest.mark.parametrize(
+    ("ranks", "changes"),
+    [
+        pytest.param(2, {}, id="2"),
+        pytest.param(4, {"tensor_parallel_degree": 2}, id="4", marks=pytest.mark.slow),
+    ],
+)
 def test_any_number_of_processes_gives_the_same_summary(pool, tmp_path, ranks, changes):
     path = write(tmp_path, "jsonl")
     for name in ("alone", "shared"):

@@ -36,7 +36,7 @@ def error(folder: Path, *options: str, **environment: str) -> str:
     return lines[0].removeprefix("error: ")
 
 
-@pytest.mark.parametrize("mode", ["disabled", "async"])
+@pytest.mark.parametrize("mode", ["disabled", pytest.param("async", marks=pytest.mark.slow)])
 def test_a_checkpoint_that_finds_no_room_is_one_line_and_the_run_goes_on_later(copied, mode):
     before = {path.name: path.read_bytes() for path in (copied / "checkpoint" / "step-4").iterdir()}
     largest = max(map(len, before.values()))
@@ -74,7 +74,13 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize(("damage", "why"), DAMAGES.values(), ids=list(DAMAGES))
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        pytest.param(*damage, id=name, marks=[pytest.mark.slow] * (number > 1))
+        for number, (name, damage) in enumerate(DAMAGES.items())
+    ],
+)
 def test_a_damaged_checkpoint_is_named_with_the_way_to_go_on(copied, damage, why):
     damage(copied / "checkpoint" / "step-4")
     told = error(copied)

@@ -30,7 +30,7 @@ def copy_of_straight(straight, tmp_path) -> Path:
     return tmp_path / "copy"
 
 
-@pytest.mark.parametrize("optimizer", ["AdamW", "Muon"])
+@pytest.mark.parametrize("optimizer", ["AdamW", pytest.param("Muon", marks=pytest.mark.slow)])
 def test_a_killed_run_repeats_the_uninterrupted_one_bit_for_bit(straight, tmp_path, optimizer):
     options = ("--optimizer.name", optimizer)
     whole = straight

@@ -334,7 +334,8 @@ def test_whole_conversations_are_not_told_as_truncated_though_they_end_without_e
     job.data.long_documents, job.data.epochs, job.training.seq_len = "truncate", 1, 256
     job.data.cache_folder = str(tmp_path / "cache")
     loader = Loader(job, Characters(bos_id=None))
-    tensors = [step.batches[0].tensors for step in loader]
+    # A step's memory is used again by the next.
+    tensors = [{name: tensor.clone() for name, tensor in step.batches[0].tensors.items()} for step in loader]
     counts = loader.report()["sources"]["llava"]["counts"]
     loader.close()
     assert (counts["read"], counts["truncated"]) == (2, 1)
