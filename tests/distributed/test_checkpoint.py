@@ -23,10 +23,10 @@ FSDP_TP = layout("fsdp2.tp2", 4, tp=2)
 PP_CP = layout("cp2.pp2", 4, cp=2, pp=2)
 ONE = layout("one", 1)
 PAIRS = [
-    (FSDP_TP, PP_CP),
     (layout("fsdp2", 2), ONE),
 ]
 FURTHER = [
+    (FSDP_TP, PP_CP),
     (
         layout("pp2, ZBVZeroBubble, tied", 2, pp=2, schedule="ZBVZeroBubble", **TIED),
         layout("tp2, tied", 2, tp=2, **TIED),

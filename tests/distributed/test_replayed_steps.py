@@ -15,6 +15,15 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize("case", LAYOUTS, ids=lambda case: case.name)
+QUICK = ("fsdp2, accumulation of 2", "replicate2, muon", "tp2")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=[] if case.name in QUICK else pytest.mark.slow)
+        for case in LAYOUTS
+    ],
+)
 def test_replayed_steps_equal_driven_ones(pool, case, tmp_path):
     pool.run(case.ranks, replay_on_rank, str(tmp_path), case.changes)
