@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from experiments.commands.generate import AnswerOptions, ModelOptions, checkpoint_of, model_job, template_of
+from experiments.commands.generate import AnswerOptions, ModelOptions, model_job, open_model
 from torchtitan.config.errors import UserError, require
 from torchtitan.tools.logging import init_logger
 
@@ -28,23 +28,14 @@ def main(argv: Sequence[str]) -> int:
     options, job = model_job(argv, Options, __doc__ or "")
     require(options.max_tokens >= 1, f"--max_tokens = {options.max_tokens}: must be >= 1")
     # Only now, since they import torch.
-    from experiments.vlm.generate.answering import open_answering
     from experiments.vlm.generate.chat import HELP, Chat
     from torchtitan.distributed.process_group import close_process_group, world_size
-    from torchtitan.generation.engine import Request
 
     require(world_size() == 1, "chat runs in one process")
-    checkpoint, template = checkpoint_of(options, job), template_of(options, job)
-    places = job.training.seq_len + options.max_tokens
-    answering = open_answering(job, checkpoint, template, sequences=1, places=places, reuse=True)
-    stops = tuple(options.stop)
-
-    def ask(number: int, prompt: Any) -> Request:
-        return Request(number, prompt, options, options.seed, options.max_tokens, stops)
-
+    answering = open_model(options, job, 1, options.max_tokens, reuse=True)
     print(HELP, file=sys.stderr)
     try:
-        converse(Chat(answering, ask))
+        converse(Chat(answering, options.ask))
     finally:
         close_process_group()
     return 0

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from experiments.commands.generate import ModelOptions, checkpoint_of, model_job, template_of
+from experiments.commands.generate import ModelOptions, model_job, open_model, template_of
 from torchtitan.config.errors import did_you_mean, require
 from torchtitan.tools.disk import require_writable
 from torchtitan.tools.logging import init_logger, logger
@@ -49,14 +49,12 @@ def main(argv: Sequence[str]) -> int:
         return 0
     asked = parse_tasks(options, tasks.TASKS)
     from experiments.vlm.evaluate.evaluation import Evaluation, evaluate
-    from experiments.vlm.generate.answering import open_answering
     from torchtitan.distributed.process_group import close_process_group
 
-    out, checkpoint = Path(options.out), checkpoint_of(options, job)
-    template = template_of(options, job)
-    most = max(tasks.TASKS[name].max_tokens for _, name, _ in asked)
-    answering = open_answering(job, checkpoint, template, options.sequences, job.training.seq_len + most)
-    about = {"model": str(checkpoint or options.hf), "chat_template": template or None} | versions()
+    out, most = Path(options.out), max(tasks.TASKS[name].max_tokens for _, name, _ in asked)
+    answering = open_model(options, job, options.sequences, most)
+    template = template_of(options, job) or None
+    about = {"model": job.checkpoint.initial_load_path, "chat_template": template} | versions()
     try:
         evaluations = [
             Evaluation(label, tasks.TASKS[name], path, out, answering, job.data)

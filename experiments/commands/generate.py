@@ -50,6 +50,12 @@ class AnswerOptions(Sampling):
     # ends an answer, and is not part of it; may be given several times
     stop: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
 
+    def ask(self, number: int, prompt: Any) -> Any:
+        """The engine's Request of this prompt. Imports torch."""
+        from torchtitan.generation.engine import Request
+
+        return Request(number, prompt, self, self.seed, self.max_tokens, tuple(self.stop))
+
 
 @dataclass
 class Options(ModelOptions, AnswerOptions):
@@ -85,11 +91,6 @@ def model_job(argv: Sequence[str], options_class: type[Chosen], about: str) -> t
     return options, job
 
 
-def checkpoint_of(options: ModelOptions, job: VLMJobConfig) -> Path | None:
-    """The checkpoint that answers, whose model is from then on the job's; None with --hf."""
-    return None if options.hf else use_checkpoint(job, options.checkpoint)
-
-
 def template_of(options: ModelOptions, job: VLMJobConfig) -> str:
     """What load_chat_template takes; empty: the model knows no conversations."""
     if options.chat_template:
@@ -102,6 +103,21 @@ def template_of(options: ModelOptions, job: VLMJobConfig) -> str:
     return spoken[0] if spoken else ""
 
 
+def open_model(
+    options: ModelOptions, job: VLMJobConfig, sequences: int, most_tokens: int, reuse: bool = False
+) -> Any:
+    """The model that answers, with a cache for so many sequences of a prompt of the job's length and an
+    answer of `most_tokens`: see open_answering. With a checkpoint its model is from then on the job's.
+
+    Raises UserError. Imports torch.
+    """
+    from experiments.vlm.generate.answering import open_answering
+
+    checkpoint = None if options.hf else use_checkpoint(job, options.checkpoint)
+    places = job.training.seq_len + most_tokens
+    return open_answering(job, checkpoint, template_of(options, job), sequences, places, reuse=reuse)
+
+
 def main(argv: Sequence[str]) -> int:
     """The command. Raises UserError."""
     init_logger(sys.stderr)
@@ -110,29 +126,18 @@ def main(argv: Sequence[str]) -> int:
     # Only now, since they import torch.
     from experiments.vlm.data.formats.record_shard import ImageValues, folder_of
     from experiments.vlm.generate.answer import AnswerFile, answer_file, answer_one
-    from experiments.vlm.generate.answering import open_answering
     from experiments.vlm.generate.prompt import Picture
     from torchtitan.distributed.process_group import close_process_group
-    from torchtitan.generation.engine import Request
 
-    places = job.training.seq_len + options.max_tokens
-    sequences = options.sequences if options.input else 1
-    checkpoint, template = checkpoint_of(options, job), template_of(options, job)
-    answering = open_answering(job, checkpoint, template, sequences, places)
-    stops = tuple(options.stop)
-
-    def ask(number: int, prompt: Any) -> Request:
-        return Request(number, prompt, options, options.seed, options.max_tokens, stops)
-
+    answering = open_model(options, job, options.sequences if options.input else 1, options.max_tokens)
     try:
         if options.input:
             out = AnswerFile(Path(options.out), answering.mesh.leads, options.samples)
-            answer_file(
-                answering, Path(options.input), out, ImageValues(folder_of(options.input), job.data), ask
-            )
+            images = ImageValues(folder_of(options.input), job.data)
+            answer_file(answering, Path(options.input), out, images, options.ask)
         else:
             pictures = [Picture(Path(path).read_bytes(), path) for path in options.image]
-            answer_one(answering, [*pictures, *filter(None, [options.prompt])], ask)
+            answer_one(answering, [*pictures, *filter(None, [options.prompt])], options.ask)
     finally:
         close_process_group()
     return 0

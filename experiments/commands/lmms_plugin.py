@@ -18,10 +18,9 @@ from lmms_eval.api.instance import GenerationResult
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 
-from experiments.commands.generate import ModelOptions, checkpoint_of, model_job, template_of
+from experiments.commands.generate import ModelOptions, model_job, open_model
 from experiments.vlm.data.formats.record_shard import ImageValues
 from experiments.vlm.evaluate.lmms_requests import LmmsRequests
-from experiments.vlm.generate.answering import open_answering
 from torchtitan.config.errors import require
 from torchtitan.config.layout import degrees
 from torchtitan.distributed.process_group import world_size
@@ -72,9 +71,7 @@ class SimpleModel(lmms):
             f"parallelism.tensor_parallel_degree = {split}: each process of lmms-eval has questions of its "
             "own; use 1",
         )
-        checkpoint, template = checkpoint_of(options, job), template_of(options, job)
-        places = job.training.seq_len + options.max_tokens
-        answering = open_answering(job, checkpoint, template, int(batch_size), places)
+        answering = open_model(options, job, int(batch_size), options.max_tokens)
         self.device = answering.engine.cache.device  # where lmms-eval's own tensors are to be
         require(
             device is None or torch.device(device).type == self.device.type,

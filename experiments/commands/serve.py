@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.commands.generate import ModelOptions, checkpoint_of, model_job, template_of
+from experiments.commands.generate import ModelOptions, model_job, open_model
 from torchtitan.config.errors import UserError, require
 from torchtitan.tools.logging import init_logger, logger
 
@@ -36,15 +36,12 @@ def main(argv: Sequence[str]) -> int:
         require(getattr(options, key) >= 1, f"--{key} = {getattr(options, key)}: must be >= 1")
     require(0 <= options.port < 1 << 16, f"--port = {options.port}: must be from 0 to 65535")
     # Only now, since they import torch.
-    from experiments.vlm.generate.answering import open_answering
     from experiments.vlm.generate.server import Limits, Server
     from experiments.vlm.generate.service import Service
     from torchtitan.distributed.process_group import close_process_group, world_size
 
     require(world_size() == 1, "serve runs in one process: give it one GPU, or use generate with several")
-    checkpoint, template = checkpoint_of(options, job), template_of(options, job)
-    places = job.training.seq_len + options.max_tokens
-    answering = open_answering(job, checkpoint, template, options.sequences, places, reuse=True)
+    answering = open_model(options, job, options.sequences, options.max_tokens, reuse=True)
     limits = Limits(options.max_body_mb << 20, options.max_tokens)
     name = Path(options.hf or job.job.dump_folder).resolve().name
     try:

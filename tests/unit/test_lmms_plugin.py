@@ -235,8 +235,14 @@ def plugin(monkeypatch):
         monkeypatch.setitem(sys.modules, name, module)
     module = importlib.import_module("experiments.commands.lmms_plugin")
     module.opened_with = []
-    monkeypatch.setattr(module, "checkpoint_of", lambda options, job: None)
-    monkeypatch.setattr(module, "open_answering", lambda *how: module.opened_with.append(how) or answering())
+
+    def opened(*how, reuse):
+        assert not reuse
+        module.opened_with.append(how)
+        return answering()
+
+    monkeypatch.setattr("experiments.commands.generate.use_checkpoint", lambda job, name: None)
+    monkeypatch.setattr("experiments.vlm.generate.answering.open_answering", opened)
     yield module
     del sys.modules["experiments.commands.lmms_plugin"]
 

@@ -157,7 +157,7 @@ class Engine:
         free = [row for row, held in enumerate(self.rows) if held is None]
         if not self.reuse:
             return free[0], 0
-        held = {row: min(_common(self.read[row], prompt.identity), len(prompt.ids) - 1) for row in free}
+        held = {row: min(common_prefix(self.read[row], prompt.identity), len(prompt.ids) - 1) for row in free}
         row = max(free, key=held.__getitem__)
         return row, held[row]
 
@@ -247,7 +247,7 @@ def _needs(prompt: Prompt | None) -> list[int]:
     return [1, next((width for width in WIDTHS if width >= length), length), int(prompt.rich)]
 
 
-def _common(first: Sequence[int], second: Sequence[int]) -> int:
+def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
     """How many numbers both begin with."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((place for place, (a, b) in pairs if a != b), min(len(first), len(second)))

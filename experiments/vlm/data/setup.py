@@ -74,7 +74,7 @@ def make_setup(
 
     Raises ConfigError where a source has no shards, or a chat template that cannot be used.
     """
-    data, sources, model = job.data, sources_of(job, split), model_config(job)
+    data, sources, plan = job.data, sources_of(job, split), image_plan(job)
     held_out = split == "validation"
     settings = SlotSettings(
         deals=tuple(
@@ -84,13 +84,7 @@ def make_setup(
         weights=tuple(source.weight for source in sources),
         weight_by=data.weight_by,
         budget=Budget(job.training.seq_len, data.patch_rows, data.patches_per_row),
-        plan=ImagePlan(
-            model.encoder.patch_size,
-            model.projector.merge_size,
-            data.min_patches_per_image,
-            data.max_patches_per_image,
-            data.resize,
-        ),
+        plan=plan,
         long=data.long_documents,
         buffer=data.packing_buffer_size,
         seed=job.debug.seed,
@@ -110,6 +104,13 @@ def make_setup(
 def dealing(setup: Setup, deals: Sequence[Deal]) -> Setup:
     """With other deals of the same sources."""
     return replace(setup, settings=replace(setup.settings, deals=tuple(deals)))
+
+
+def image_plan(job: VLMJobConfig) -> ImagePlan:
+    """The rule for the sizes of the job's images. Raises ConfigError as model_config does."""
+    data, model = job.data, model_config(job)
+    patch, merge = model.encoder.patch_size, model.projector.merge_size
+    return ImagePlan(patch, merge, data.min_patches_per_image, data.max_patches_per_image, data.resize)
 
 
 def shape_of(settings: SlotSettings, slots: int) -> BatchShape:

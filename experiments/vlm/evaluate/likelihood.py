@@ -7,6 +7,7 @@ import torch
 
 from experiments.vlm.generate.answering import Answering
 from experiments.vlm.generate.prompt import Prompt, Turns
+from torchtitan.generation.engine import common_prefix
 
 CHUNK = 256  # tokens a forward: each keeps the logits of so many
 
@@ -50,7 +51,8 @@ class Reader:
         """Those of the tokens after each of a chunk's."""
         piece = prompt.rest(start, start + CHUNK)
         count, following = len(piece.ids), prompt.ids[start + 1 : start + CHUNK + 1]
-        logits = self._call(piece)[0]
+        rich = bool(self.engine.agree([1, int(piece.rich)])[1])
+        logits = self._call(piece, rich)[0]
         logprobs = logits[: len(following)].float().log_softmax(-1)
         ids = torch.tensor(following, dtype=torch.int64, device=logits.device)
         chosen, greedy = logprobs.gather(1, ids[:, None])[:, 0], logprobs.argmax(-1) == ids
@@ -58,9 +60,8 @@ class Reader:
         assert len(told) in (count, count - 1)
         return [(logprob, bool(top)) for logprob, top in told[max(0, begin - 1 - start) :]]
 
-    def _call(self, piece: Prompt | None) -> torch.Tensor:
+    def _call(self, piece: Prompt | None, rich: bool) -> torch.Tensor:
         """Logits [1, CHUNK, V] of a chunk; None: this rank has none and only runs along."""
-        rich = bool(self.engine.agree([1, int(piece is not None and piece.rich)])[1])
         ids = piece.ids if piece else []
         where = self.cache.append([0], [len(ids)], CHUNK)
         tokens = torch.tensor([[*ids, *[self.engine.tokenizer.pad_id] * (CHUNK - len(ids))]])
@@ -75,9 +76,7 @@ class Reader:
             more, rich = self.engine.agree([0, 0])
             if not more:
                 return
-            where = self.cache.append([0], [0], CHUNK)
-            tokens = torch.full((1, CHUNK), self.engine.tokenizer.pad_id, device=self.cache.device)
-            self.forward.several(tokens, where, torch.zeros_like(tokens), None, bool(rich))
+            self._call(None, bool(rich))
 
     def choices(self, turns: Turns, choices: Sequence[str]) -> list[Likelihood]:
         """Of each choice as the answer, without what ends it."""
@@ -86,14 +85,9 @@ class Reader:
         for choice in choices:
             whole = self.prompter.answered(turns, choice)
             # A word boundary may fall elsewhere once the answer is there.
-            begin = _common(asked.ids, whole.ids)
+            begin = common_prefix(asked.ids, whole.ids)
             told = self._read(whole, begin, min(held, begin - 1))
             total, greedy = sum(logprob for logprob, _ in told), all(top for _, top in told)
             found.append(Likelihood(total, len(told), greedy))
             held = begin
         return found
-
-
-def _common(first: Sequence[int], second: Sequence[int]) -> int:
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((place for place, (a, b) in pairs if a != b), min(len(first), len(second)))

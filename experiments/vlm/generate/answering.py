@@ -6,15 +6,13 @@ from typing import Any
 
 from experiments.vlm.batch import BatchShape
 from experiments.vlm.config import VLMJobConfig
-from experiments.vlm.data.chat_template import ChatTemplate, ends_of, load_chat_template
-from experiments.vlm.data.image import ImagePlan
+from experiments.vlm.data.chat_template import ends_of, load_chat_template
 from experiments.vlm.data.packing import Budget
+from experiments.vlm.data.setup import image_plan
 from experiments.vlm.generate.forward import CachedVLM
 from experiments.vlm.generate.layout import agreement, attach_cache, check_layout, parallelize_for_answers
 from experiments.vlm.generate.prompt import Prompter
-from experiments.vlm.model_config import model_config
 from experiments.vlm.spec import SPEC
-from torchtitan.components.tokenizer import Tokenizer
 from torchtitan.config.layout import degrees
 from torchtitan.distributed.mesh import Mesh, build_mesh
 from torchtitan.distributed.process_group import open_process_group, world_size
@@ -45,31 +43,15 @@ def open_answering(
     empty: the model knows no conversations. sequences, places: of the cache. Raises UserError.
     """
     template = load_chat_template(chat_template) if chat_template else None
-    check_layout(degrees(job.parallelism, world_size()))
-    tokenizer = SPEC.load_tokenizer(job)
-    device = open_process_group(job.comm, Path(job.job.dump_folder))
-    mesh = build_mesh(degrees(job.parallelism, world_size()), device)
+    sizes = degrees(job.parallelism, world_size())
+    check_layout(sizes)
+    tokenizer, plan, data = SPEC.load_tokenizer(job), image_plan(job), job.data
+    mesh = build_mesh(sizes, open_process_group(job.comm, Path(job.job.dump_folder)))
     spec = replace(SPEC, parallelize=parallelize_for_answers)
-    (model,) = open_model(job, spec, mesh, tokenizer, checkpoint).parts
-    return over(model, mesh, job, tokenizer, template, sequences, places, reuse)
-
-
-def over(
-    model: Any,
-    mesh: Mesh,
-    job: VLMJobConfig,
-    tokenizer: Tokenizer,
-    template: ChatTemplate | None,
-    sequences: int,
-    places: int,
-    reuse: bool = False,
-) -> Answering:
-    """The same of a model that is filled and laid out."""
-    data, config = job.data, model_config(job)
-    patch, merge = config.encoder.patch_size, config.projector.merge_size
-    plan = ImagePlan(patch, merge, data.min_patches_per_image, data.max_patches_per_image, data.resize)
+    model: Any = open_model(job, spec, mesh, tokenizer, checkpoint).parts[0]
     cache = attach_cache(model, mesh, job, sequences, places)
+    shape = BatchShape(1, 0, data.patch_rows, data.patches_per_row, plan.patch_size)
+    ends, agree = ends_of(tokenizer, template), agreement(mesh)
+    engine = Engine(CachedVLM(model, shape), cache, tokenizer, ends, agree, reuse)
     budget = Budget(places, data.patch_rows, data.patches_per_row)
-    forward = CachedVLM(model, BatchShape(1, 0, data.patch_rows, data.patches_per_row, patch))
-    engine = Engine(forward, cache, tokenizer, ends_of(tokenizer, template), agreement(mesh), reuse)
     return Answering(engine, Prompter(tokenizer, plan, budget, places, template), mesh)

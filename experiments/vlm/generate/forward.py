@@ -1,5 +1,7 @@
 """The model with its cache, as an engine runs it (torchtitan/generation/engine.py)."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -32,9 +34,9 @@ class CachedVLM:
     def _images(self, prompt: Prompt | None, width: int) -> Tensors:
         if prompt is not None:
             return prompt.tensors(width)
-        names = ("pixel_values", "grid_thw")
-        padding = {name: torch.full(self.shape.of(name), FIELDS[name].padding) for name in names}
-        none = torch.full((1, width), FIELDS["visual_index"].padding, dtype=torch.int64)
-        return {"visual_index": none} | {
-            name: tensor.to(getattr(torch, FIELDS[name].dtype)) for name, tensor in padding.items()
+        shape = replace(self.shape, seq_len=width)
+        fields = {name: FIELDS[name] for name in ("visual_index", "pixel_values", "grid_thw")}
+        return {
+            name: torch.full(shape.of(name), field.padding, dtype=getattr(torch, field.dtype))
+            for name, field in fields.items()
         }
