@@ -26,6 +26,17 @@ QUICK: dict[str, Any] = {
 }
 
 
+SCRIPT = Path(__file__).parents[2] / "scripts" / "prepare_data.py"
+
+
+def command(source: Path, out: Path, records_per_shard: int) -> list[str]:
+    """The script with the options of QUICK, as a person would start it."""
+    options = [f"--{name}={value}" for name, value in QUICK.items() if name != "allow_networks"]
+    networks = ["--allow_networks", *QUICK["allow_networks"]]
+    given = ["--input", str(source), "--out", str(out), "--records_per_shard", str(records_per_shard)]
+    return [sys.executable, str(SCRIPT), *given, *options, *networks]
+
+
 @dataclass
 class Noted:
     """A StageProgress that remembers."""

@@ -106,7 +106,8 @@ class Evaluation:
 
 def finish(evaluation: Evaluation, lines: list[Line], page_limit: int) -> dict[str, Any]:
     """Write the scores and the page of a task whose records all ended; what a summary says of it."""
-    questions = [evaluation.questions.read(number) for number in range(len(evaluation.questions))]
+    asked = evaluation.questions
+    questions = [asked.read(number, pictures=False) for number in range(len(asked))]
     scores, left_out = score(evaluation.task, questions, lines)
     for number, line in enumerate(lines):
         line["scores"] = {name: round(found.per_sample[number], DIGITS) for name, found in scores.items()}
@@ -114,10 +115,10 @@ def finish(evaluation: Evaluation, lines: list[Line], page_limit: int) -> dict[s
     path = evaluation.path
     path.with_suffix(".tmp").write_text(text, encoding="utf-8")
     os.replace(path.with_suffix(".tmp"), path)
-    page = results_page(evaluation.name, evaluation.task, questions, lines, page_limit)
+    page = results_page(evaluation.name, evaluation.task, asked, lines, page_limit)
     path.with_suffix(".html").write_text(page, encoding="utf-8")
     evaluation.part.path.unlink(missing_ok=True)
-    return {"file": evaluation.questions.path, "metrics": summarise(scores), "left_out": left_out}
+    return {"file": asked.path, "metrics": summarise(scores), "left_out": left_out}
 
 
 def evaluate(

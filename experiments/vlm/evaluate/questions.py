@@ -66,14 +66,18 @@ class Questions:
     def __len__(self) -> int:
         return len(self.shard)
 
-    def read(self, number: int) -> Question:
-        """Raises ConfigError that names the record, and what is wrong with it."""
+    def read(self, number: int, pictures: bool = True) -> Question:
+        """Without `pictures` its texts alone, and no image is loaded.
+
+        Raises ConfigError that names the record, and what is wrong with it.
+        """
         try:
             document, lost = self.shard.read(number)
             for rejected in lost:
                 raise rejected
             record = self.record
-            content = [self._part(part, document) for part in document.parts]
+            shown = [part for part in document.parts if pictures or not isinstance(part, Image)]
+            content = [self._part(part, document) for part in shown]
             names = (record[name] for name in IDS if record.get(name) is not None)
             id = str(next(names, self.shard.key(number)))
             return Question(number, id, content, answers_of(record), choices_of(record))

@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from experiments.vlm.data.image import decode, probe
-from experiments.vlm.evaluate.questions import Question
+from experiments.vlm.evaluate.questions import Question, Questions
 from experiments.vlm.evaluate.tasks import Task
 from experiments.vlm.generate.prompt import Picture
 
@@ -18,7 +18,7 @@ LONGER_SIDE = 320  # pixels of a picture on the page
 
 
 def results_page(
-    name: str, task: Task, questions: list[Question], lines: list[dict[str, Any]], limit: int
+    name: str, task: Task, questions: Questions, lines: list[dict[str, Any]], limit: int
 ) -> str:
     """At most `limit` records, spread evenly from the worst to the best by the task's first metric."""
     first = next(iter(lines[0]["scores"]), "") if lines else ""
@@ -29,7 +29,7 @@ def results_page(
     return Template(files(__package__).joinpath("results_page.html").read_text(encoding="utf-8")).substitute(
         title=html.escape(name),
         facts=html.escape(facts),
-        records="\n".join(_record(questions[i], lines[i]) for i in shown),
+        records="\n".join(_record(questions.read(i), lines[i]) for i in shown),
     )
 
 
