@@ -29,12 +29,14 @@ QUICK: dict[str, Any] = {
 SCRIPT = Path(__file__).parents[2] / "scripts" / "prepare_data.py"
 
 
-def command(source: Path, out: Path, records_per_shard: int) -> list[str]:
-    """The script with the options of QUICK, as a person would start it."""
-    options = [f"--{name}={value}" for name, value in QUICK.items() if name != "allow_networks"]
-    networks = ["--allow_networks", *QUICK["allow_networks"]]
-    given = ["--input", str(source), "--out", str(out), "--records_per_shard", str(records_per_shard)]
-    return [sys.executable, str(SCRIPT), *given, *options, *networks]
+# QUICK for the script, but for the networks.
+QUICK_OPTIONS = [f"--{name}={value}" for name, value in QUICK.items() if name != "allow_networks"]
+
+
+def command(source: Path, out: Path, *options: str) -> list[str]:
+    """The script, as a person would start it; images come from this machine."""
+    given = ["--input", str(source), "--out", str(out), *options]
+    return [sys.executable, str(SCRIPT), *given, "--allow_networks", *QUICK["allow_networks"]]
 
 
 @dataclass

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -15,10 +14,9 @@ import psutil
 import pytest
 
 from tests.faults.hostile_server import HostileServer
-from tests.faults.prepared import QUICK, bytes_of, run, samples, write_jsonl, written
+from tests.faults.prepared import QUICK_OPTIONS, bytes_of, command, run, samples, write_jsonl, written
 
 KILLS = 10
-SCRIPT = Path(__file__).parents[2] / "scripts" / "prepare_data.py"
 
 
 def documents(server: HostileServer, images: int) -> list[dict]:
@@ -111,19 +109,8 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path):
     """Ctrl-C, through the script."""
     with HostileServer() as server:
         source = write_jsonl(tmp_path / "a.jsonl", documents(server, 400))
-        command = [
-            sys.executable,
-            str(SCRIPT),
-            "--input",
-            str(source),
-            "--out",
-            str(tmp_path / "out"),
-            "--concurrency",
-            "4",
-        ]
-        process = subprocess.Popen(
-            [*command, "--allow_networks", "127.0.0.1/32"], stderr=subprocess.PIPE, text=True
-        )
+        started = command(source, tmp_path / "out", "--concurrency", "4")
+        process = subprocess.Popen(started, stderr=subprocess.PIPE, text=True)
         wait_until(lambda: deliveries(server).total() >= 20, lambda: process.poll() is None)
         process.send_signal(signal.SIGINT)
         _, said = process.communicate()
@@ -142,27 +129,16 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path):
 def test_the_script_killed_ten_times_at_any_moment(tmp_path):
     with HostileServer() as server:
         source = write_jsonl(tmp_path / "a.jsonl", documents(server, 600))
-        options = [f"--{name}={value}" for name, value in QUICK.items() if name != "allow_networks"]
-        command = [
-            sys.executable,
-            str(SCRIPT),
-            "--input",
-            str(source),
-            "--out",
-            str(tmp_path / "out"),
-            "--records_per_shard",
-            "50",
-        ]
-        command += [*options, "--allow_networks", "127.0.0.1/32"]
+        started = command(source, tmp_path / "out", "--records_per_shard", "50", *QUICK_OPTIONS)
         for kill in range(KILLS):
-            process = subprocess.Popen(command, stderr=subprocess.PIPE)
+            process = subprocess.Popen(started, stderr=subprocess.PIPE)
             wait_until(
                 lambda goal=45 * (kill + 1): deliveries(server).total() >= goal,
                 lambda running=process: running.poll() is None,
             )
             process.kill()
             process.communicate()
-        assert subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0
+        assert subprocess.run(started, stderr=subprocess.DEVNULL).returncode == 0
         counts = deliveries(server)
     assert set(counts.values()) == {1}
     assert sum(len(sample) - 1 for sample in samples(tmp_path / "out").values()) == counts.total() == 514

@@ -2,16 +2,15 @@
 
 import os
 import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
 from tests.faults.hostile_server import HostileServer
-from tests.faults.prepared import QUICK, bytes_of, run
-from tests.faults.test_prepare_kill import SCRIPT, deliveries, documents, wait_until, write_jsonl
+from tests.faults.prepared import QUICK, QUICK_OPTIONS, bytes_of, command, run
+from tests.faults.test_prepare_kill import deliveries, documents, wait_until, write_jsonl
 
+RECORDS = ("--records_per_shard", "15")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
@@ -29,28 +28,12 @@ def cluster(monkeypatch):
     cluster.shutdown()
 
 
-def command(source: Path, out: Path, address: str) -> list[str]:
-    options = [f"--{name}={value}" for name, value in QUICK.items() if name != "allow_networks"]
-    command = [
-        sys.executable,
-        str(SCRIPT),
-        "--input",
-        str(source),
-        "--out",
-        str(out),
-        "--records_per_shard",
-        "15",
-        *options,
-    ]
-    return [*command, "--ray_address", address, "--allow_networks", "127.0.0.1/32"]
-
-
 def test_a_cluster_that_loses_a_node_makes_the_same_shards(cluster, tmp_path):
     nodes = [cluster.add_node(num_cpus=1, node_ip_address="127.0.0.1") for _ in range(2)]
     with HostileServer() as server:
         source = write_jsonl(tmp_path / "a.jsonl", documents(server, 300))
         driver = subprocess.Popen(
-            command(source, tmp_path / "ray", cluster.address),
+            command(source, tmp_path / "ray", *RECORDS, *QUICK_OPTIONS, "--ray_address", cluster.address),
             env=os.environ,
             stderr=subprocess.PIPE,
             text=True,

@@ -6,7 +6,6 @@ import decimal
 import io
 import json
 import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -22,10 +21,19 @@ from experiments.vlm.data.document import Image as DocumentImage
 from experiments.vlm.data.document import Text
 from experiments.vlm.data.sources import shards
 from tests.faults.hostile_server import HostileServer, image
-from tests.faults.prepared import QUICK, left_out, rejects, run, samples, write_jsonl, write_tsv, written
+from tests.faults.prepared import (
+    QUICK_OPTIONS,
+    command,
+    left_out,
+    rejects,
+    run,
+    samples,
+    write_jsonl,
+    write_tsv,
+    written,
+)
 from torchtitan.config.errors import ConfigError
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "prepare_data.py"
 GOOD = {
     **{f"good/{number}": number for number in range(30)},
     "slow/31": 31,
@@ -74,20 +82,8 @@ def test_every_good_image_arrives_once_and_all_else_is_in_the_report(server, tmp
         tmp_path / "cc.tsv",
         [*((server.url(path), f"caption of {path}") for path in paths), ("ftp://x/y.jpg", "no")],
     )
-    options = [f"--{name}={value}" for name, value in QUICK.items() if name != "allow_networks"]
-    command = [
-        sys.executable,
-        str(SCRIPT),
-        "--input",
-        str(source),
-        "--out",
-        str(tmp_path / "out"),
-        "--records_per_shard",
-        "16",
-    ]
-    done = subprocess.run(
-        [*command, *options, "--allow_networks", "127.0.0.1/32"], capture_output=True, text=True
-    )
+    started = command(source, tmp_path / "out", "--records_per_shard", "16", *QUICK_OPTIONS)
+    done = subprocess.run(started, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "images: 55 of 55" in done.stderr and "\r" not in done.stderr  # no terminal: plain lines
 

@@ -19,8 +19,8 @@ from experiments.vlm.spec import build_vlm
 from tests.reference.batches import build_batch, example_slots
 from tests.reference.hf_folders import decoder_model, fixed_model, naflex_model, save, state_of, whole_model
 from tests.reference.models import ENCODER, LLAMA, QWEN2, QWEN3
-from tests.unit.test_hf_import import DECODERS, job_of, load
-from tests.unit.test_vlm import inputs_alone, sizes_of
+from tests.unit.test_hf_import import DECODERS, assert_packed_equals_alone, job_of, load
+from tests.unit.test_vlm import sizes_of
 from torchtitan.components.train_state import as_record
 from torchtitan.components.weights import CheckpointSource, fill, shapes_of, to_empty
 
@@ -108,13 +108,7 @@ def test_what_was_trained_opens_in_transformers_and_computes_the_same(folders, t
     theirs = AutoModelForImageTextToText.from_pretrained(tmp_path / "all").eval()
     assert theirs.dtype == torch.float32 and (tmp_path / "all" / "processor_config.json").is_file()
     theirs.config.image_token_id = theirs.model.config.image_token_id = 3  # the tests' own
-    slots, batch = example_slots(2), build_batch(example_slots(2), sizes_of(2))
-    del batch["labels"]
-    logits = ours(**batch)
-    for row, documents in enumerate(slots):
-        for number, document in enumerate(documents):
-            here = batch["document_ids"][row] == number
-            assert (logits[row, here] - theirs(**inputs_alone(document, 2)).logits[0]).abs().max() < 1e-3
+    assert_packed_equals_alone(ours, theirs)
     # The towers alone hold the same weights as the whole.
     alone = AutoModelForCausalLM.from_pretrained(tmp_path / "decoder").state_dict()
     whole = theirs.model.language_model.state_dict()

@@ -126,6 +126,11 @@ def test_a_whole_model_computes_what_transformers_does(folders):
 
     ours = load(job_of(path=folders["whole"]))
     theirs = Lfm2VlForConditionalGeneration.from_pretrained(folders["whole"], dtype="float32").eval()
+    assert_packed_equals_alone(ours, theirs)
+
+
+def assert_packed_equals_alone(ours, theirs) -> None:
+    """Our logits of packed documents are those of transformers for each of them."""
     slots, batch = example_slots(2), build_batch(example_slots(2), sizes_of(2))
     del batch["labels"]
     logits = ours(**batch)

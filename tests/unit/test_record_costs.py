@@ -17,7 +17,7 @@ from experiments.vlm.data.formats.lru_cache import LRUCache
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.sources.shards import open_shard
 from tests.samples import jpeg
-from tests.unit.test_record_formats import RECORDS, write_parquet
+from tests.unit.test_record_formats import RECORDS, damage_row_group, write_parquet
 
 
 def open_records(path, format="obelics"):
@@ -62,10 +62,7 @@ def test_a_damaged_row_group_is_decoded_once_for_all_its_records(tmp_path, decod
     if not large:
         monkeypatch.setattr(row_groups, "ROW_GROUP_BYTES", 1 << 20)
     write_parquet(tmp_path / "x.parquet", RECORDS)
-    content = bytearray((tmp_path / "x.parquet").read_bytes())
-    column = pq.ParquetFile(tmp_path / "x.parquet").metadata.row_group(1).column(1)
-    content[column.data_page_offset : column.data_page_offset + 30] = b"\xff" * 30
-    (tmp_path / "x.parquet").write_bytes(content)
+    damage_row_group(tmp_path / "x.parquet")
     shard = open_records(tmp_path / "x.parquet")
     for index in (3, 4, 5) * 2:
         with pytest.raises(Rejected) as error:

@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import struct
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -256,12 +257,17 @@ def test_a_truncated_parquet_file_is_unreadable(tmp_path):
     assert error.value.reason == "shard_unreadable"
 
 
+def damage_row_group(path: Path) -> None:
+    """The second row group's page of its second column cannot be decoded."""
+    content = bytearray(path.read_bytes())
+    column = pq.ParquetFile(path).metadata.row_group(1).column(1)
+    content[column.data_page_offset : column.data_page_offset + 30] = b"\xff" * 30
+    path.write_bytes(content)
+
+
 def test_a_row_group_that_is_damaged_costs_its_own_records(tmp_path):
     write_parquet(tmp_path / "x.parquet", RECORDS)
-    content = bytearray((tmp_path / "x.parquet").read_bytes())
-    column = pq.ParquetFile(tmp_path / "x.parquet").metadata.row_group(1).column(1)
-    content[column.data_page_offset : column.data_page_offset + 30] = b"\xff" * 30
-    (tmp_path / "x.parquet").write_bytes(content)
+    damage_row_group(tmp_path / "x.parquet")
     shard = open_records(tmp_path / "x.parquet")
     assert [reason(shard, index) for index in (3, 4, 5)] == ["shard_unreadable"] * 3
     assert all(shard.read(index)[0].parts for index in (0, 1, 2, 6))

@@ -17,9 +17,7 @@ from experiments.vlm.generate.prompt import Picture
 LONGER_SIDE = 320  # pixels of a picture on the page
 
 
-def results_page(
-    name: str, task: Task, questions: Questions, lines: list[dict[str, Any]], limit: int
-) -> str:
+def results_page(name: str, task: Task, questions: Questions, lines: list[dict[str, Any]], limit: int) -> str:
     """At most `limit` records, spread evenly from the worst to the best by the task's first metric."""
     first = next(iter(lines[0]["scores"]), "") if lines else ""
     worst_last = task.way == "read"  # a high perplexity is bad
