@@ -7,6 +7,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from torchtitan.tools.disk import write_whole
+
 REPORT = "data_report.json"
 
 
@@ -34,8 +36,5 @@ def write_data_report(folder: Path, own: Mapping[str, Any] | None) -> dict[str, 
     if dist.get_rank() != 0:
         return None
     whole: dict[str, Any] = merge([report for report in reports if report is not None])
-    path = folder / REPORT
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(whole, indent=1, sort_keys=True))
-    unfinished.replace(path)
+    write_whole(folder / REPORT, json.dumps(whole, indent=1, sort_keys=True))
     return whole

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.job import JobConfig
+from torchtitan.tools.disk import write_whole
 from torchtitan.tools.wandb_login import OFFLINE
 
 HISTORY = "metrics.jsonl"
@@ -32,9 +33,7 @@ class History:
     def __init__(self, folder: Path, first_step: int):
         self.path = folder / HISTORY
         kept = [record for record in read_history(folder) if record["step"] <= first_step]
-        unfinished = self.path.with_suffix(".tmp")
-        unfinished.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        unfinished.replace(self.path)
+        write_whole(self.path, "".join(json.dumps(record) + "\n" for record in kept))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Appends a line, on disk when this returns."""

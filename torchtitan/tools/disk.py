@@ -20,6 +20,13 @@ def require_writable(folder: Path, key: str) -> None:
         raise ConfigError(f"{wrong}; give another folder, or mend this one") from None
 
 
+def write_whole(path: Path, text: str) -> None:
+    """The file has all of `text` or is as it was, whenever the process is killed."""
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)
+
+
 def is_full(error: BaseException) -> bool:
     """Whether the error says that the disk, or the user's share of it, is full."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -7,7 +7,6 @@ OUT/NAME.html         pictures, questions, answers and scores, the worst first
 """
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from experiments.vlm.generate.answering import Answering
 from torchtitan.config.errors import UserError
 from torchtitan.generation.engine import Request
 from torchtitan.generation.options import Sampling
+from torchtitan.tools.disk import write_whole
 from torchtitan.tools.logging import logger
 
 Line = dict[str, Any]
@@ -113,8 +113,7 @@ def finish(evaluation: Evaluation, lines: list[Line], page_limit: int) -> dict[s
         line["scores"] = {name: round(found.per_sample[number], DIGITS) for name, found in scores.items()}
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     path = evaluation.path
-    path.with_suffix(".tmp").write_text(text, encoding="utf-8")
-    os.replace(path.with_suffix(".tmp"), path)
+    write_whole(path, text)
     page = results_page(evaluation.name, evaluation.task, asked, lines, page_limit)
     path.with_suffix(".html").write_text(page, encoding="utf-8")
     evaluation.part.path.unlink(missing_ok=True)
@@ -136,7 +135,7 @@ def evaluate(
     told = {each.name: finish(each, found[each.name], page_limit) for each in evaluations}
     before = json.loads(path.read_text()) if path.exists() else {"tasks": {}}
     summary = {"about": about, "tasks": before["tasks"] | told}
-    path.write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     return summary
 
 
