@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from experiments.commands.generate import AnswerOptions, ModelOptions, model_job, open_model
+from torchtitan.config.check import check_options
 from torchtitan.config.errors import UserError, require
 from torchtitan.tools.logging import init_logger
 
@@ -26,7 +27,7 @@ def main(argv: Sequence[str]) -> int:
     """The command. Raises UserError."""
     init_logger(sys.stderr)
     options, job = model_job(argv, Options, __doc__ or "")
-    require(options.max_tokens >= 1, f"--max_tokens = {options.max_tokens}: must be >= 1")
+    check_options(options, {"max_tokens": ">= 1"})
     # Only now, since they import torch.
     from experiments.vlm.generate.chat import HELP, Chat
     from torchtitan.distributed.process_group import close_process_group, world_size

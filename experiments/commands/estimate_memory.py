@@ -15,8 +15,7 @@ from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.estimate import Estimate, estimate, estimates
 from experiments.vlm.vocabulary import rows_of
 from torchtitan.components.tokenizer import load_tokenizer
-from torchtitan.config.check import is_allowed
-from torchtitan.config.errors import require
+from torchtitan.config.check import check_options
 from torchtitan.config.layout import Degrees, degrees
 from torchtitan.config.parse import parse_script
 from torchtitan.config.shipped import shipped
@@ -100,9 +99,7 @@ def main(argv: Sequence[str]) -> int:
     """The command. Raises UserError."""
     options, job = parse_script(argv, Options, CONFIG_CLASSES, __doc__)
     assert isinstance(job, VLMJobConfig)
-    for name, allowed in LIMITS.items():
-        value = getattr(options, name)
-        require(is_allowed(value, allowed), f"--{name} {value}: must be {allowed}")
+    check_options(options, LIMITS)
     check_estimated(job)
     vocab_size = _vocabulary(job)
     _print_estimate(estimate(job, degrees(job.parallelism, options.world_size), vocab_size))

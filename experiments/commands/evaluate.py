@@ -20,6 +20,7 @@ from typing import Annotated, Any
 import tyro
 
 from experiments.commands.generate import ModelOptions, model_job, open_model, template_of
+from torchtitan.config.check import check_options
 from torchtitan.config.errors import did_you_mean, require
 from torchtitan.tools.disk import require_writable
 from torchtitan.tools.logging import init_logger, logger
@@ -47,6 +48,7 @@ def main(argv: Sequence[str]) -> int:
     if options.list:
         print((tasks.__doc__ or "").strip())
         return 0
+    check_options(options, {"sequences": ">= 1", "page_limit": ">= 0"})
     asked = parse_tasks(options, tasks.TASKS)
     from experiments.vlm.evaluate.evaluation import Evaluation, evaluate
     from torchtitan.distributed.process_group import close_process_group

@@ -24,6 +24,7 @@ from experiments.vlm.check import check_output
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.processor import SPOKEN, read_image_limits
 from experiments.vlm.saved_model import use_checkpoint, with_saved
+from torchtitan.config.check import check_options
 from torchtitan.config.errors import require
 from torchtitan.config.parse import parse_script
 from torchtitan.generation.options import Sampling
@@ -150,8 +151,7 @@ def check(options: Options) -> None:
     require(not (asked and options.input), "--input asks by itself: leave out --prompt and --image")
     require(bool(options.input) == bool(options.out), "--input and --out: give both")
     require(options.samples == 1 or bool(options.input), "--samples needs --input and --out")
-    for key in ("samples", "sequences", "max_tokens"):
-        require(getattr(options, key) >= 1, f"--{key} = {getattr(options, key)}: must be >= 1")
+    check_options(options, dict.fromkeys(("samples", "sequences", "max_tokens"), ">= 1"))
     for path in options.image:
         require(Path(path).is_file(), f"--image {path}: no such file (looked from {Path.cwd()})")
     if options.input:

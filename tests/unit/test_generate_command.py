@@ -116,3 +116,10 @@ def test_an_evaluation_tells_its_scores(run, capsys):
         re.search(r"exact_match +exact_match +0\.00 +0\.00 \.\.\. 0\.00 +2\n", told)
         and "summary.json" in told
     )
+
+
+@pytest.mark.parametrize("command", ["generate", "evaluate", "serve"])
+def test_nobody_is_answered_in_no_sequences(capsys, command):
+    asked = {"generate": ["--prompt", "a"], "evaluate": ["--task", "vqa=x"], "serve": []}[command]
+    assert main([command, *asked, "--sequences", "0"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "error: --sequences = 0: must be >= 1"

@@ -96,6 +96,13 @@ def check_ranges(job: Any, ranges: Mapping[str, str]) -> None:
         require(value is None or is_allowed(value, allowed), f"{key} = {value}: must be {allowed}")
 
 
+def check_options(options: Any, rules: Mapping[str, str]) -> None:
+    """A command's own options: name -> what it may be, as in RANGES. Raises ConfigError."""
+    for name, allowed in rules.items():
+        value = getattr(options, name)
+        require(is_allowed(value, allowed), f"--{name} = {value}: must be {allowed}")
+
+
 def is_allowed(value: float, allowed: str) -> bool:
     """Whether a number satisfies a rule as in RANGES. Infinity and NaN never do."""
     return math.isfinite(value) and any(
