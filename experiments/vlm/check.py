@@ -37,6 +37,7 @@ RANGES = {
     "data.num_workers": ">= 0",
     "data.decode_threads": ">= 1",
     "data.prefetch": ">= 0",
+    "data.new_shards_freq": ">= 0",
     "data.max_bad_fraction": "> 0, <= 1",
     "data.cache_gb": "> 0",
     "data.storage_timeout_s": ">= 0",

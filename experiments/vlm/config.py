@@ -61,8 +61,9 @@ class Data:
     allow_private_urls: bool = False  # fetch images from private, loopback and link-local addresses too
     # for an image given by its address; another value asks again those that failed
     url_timeout_s: float = 5.0
-    # shards that came since the run began join it at the next start, with the next epoch; else they stop it
+    # shards that came since the run began join it with the next epoch; else they stop the next start
     join_new_shards: bool = False
+    new_shards_freq: int = 1000  # steps between looks for shards that may join; 0: at starts alone
     # resume although the data or their configuration changed; their order starts anew
     resume_changed_data: bool = False
 

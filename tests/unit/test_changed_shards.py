@@ -208,6 +208,37 @@ def test_new_shards_join_with_the_next_epoch_and_are_exact_from_there(tmp_path, 
     assert [sorted(names) for names in resumed] == [sorted(names) for names in rows]
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_new_shards_join_a_run_that_goes_on_as_one_that_is_started_again(tmp_path, workers):
+    folder = tmp_path / "data"
+    old = [name for number in range(3) for name in write_shard(folder, number, "jsonl")]
+    job = job_of(folder, tmp_path / "out", "jsonl", epochs=4, join_new_shards=True, new_shards_freq=4)
+    job.data.num_workers = workers
+    loader, steps = Loader(job, Characters(), agree=agree), []
+    for step in loader:
+        steps.append(names_in(step))
+        if len(steps) == 4:
+            state = step.state()
+            added = write_shard(folder, 7, "jsonl")
+    loader.close()
+    came = Counter(name for step in steps for name in step)
+    assert {came[name] for name in old} == {4} and 1 <= came[added[0]] <= 3
+    assert run(job, 1000, state)[2] == steps[4:]
+
+
+def test_a_run_does_not_look_for_new_shards_unless_it_is_asked_to(tmp_path):
+    folder = tmp_path / "data"
+    old = write_shard(folder, 0, "jsonl")
+    job = job_of(folder, tmp_path / "out", "jsonl", epochs=4, join_new_shards=True, new_shards_freq=0)
+    loader = Loader(job, Characters(), agree=agree)
+    came = Counter(names_in(next(loader)))
+    write_shard(folder, 7, "jsonl")
+    for step in loader:
+        came.update(names_in(step))
+    loader.close()
+    assert came == Counter(old * 4)
+
+
 def test_shards_join_again_and_again(tmp_path):
     folder = tmp_path / "data"
     job = job_of(folder, tmp_path / "out", "jsonl", epochs=6, join_new_shards=True)

@@ -26,7 +26,7 @@ from experiments.vlm.data.batch_metrics import names_by_source, rejected_name
 from experiments.vlm.data.good_sample import require_good_samples
 from experiments.vlm.data.prefetch import COPIED, FromWorkers, InProcess, Supply, is_pinned
 from experiments.vlm.data.producer import SlotStep
-from experiments.vlm.data.ranks import Ranks, shards_of
+from experiments.vlm.data.ranks import Ranks, list_anew, shards_of
 from experiments.vlm.data.reject_log import RejectLog
 from experiments.vlm.data.report import Tally, check_bad_fraction, rejected_line, report, tally_of
 from experiments.vlm.data.resume import (
@@ -135,12 +135,11 @@ class Loader:
         # The controls show the samples of a validation again: what is wrong with them has been logged.
         folder = Path(job.job.dump_folder) / "rejects" if job.job.dump_folder else None
         self.log = RejectLog(folder, rank) if control is None else None
-        paths = [shard for deal in self.setup.settings.deals for shard in deal.shards]
-        self.shared_shards = len(set(paths)) < len(paths)
         self.states: dict[int, SlotState] = {}
         self.supply: Supply | None = None
         self.over = False
         self.warned_of_addresses = False
+        self.steps = 0  # asked for since a start
 
     def _require_good_samples(self, setups: list[Setup]) -> None:
         """Raises DataError for a source without."""
@@ -159,6 +158,10 @@ class Loader:
         """
         if self.over:
             raise StopIteration
+        freq = self.job.data.new_shards_freq if self.split == "train" and self.job.data.join_new_shards else 0
+        if freq and self.steps and self.steps % freq == 0:
+            self._let_new_shards_join()
+        self.steps += 1
         try:
             step, has_data = self._take() if self.reads else (None, False)
         except UserError as error:
@@ -226,6 +229,26 @@ class Loader:
         self.setup = setup
         self.facts = order_facts(self.job, setup) if self.split == "train" else {}
         self.shards = to_text(setup.settings.deals) if self.split == "train" and self.slots.start == 0 else ""
+        paths = [shard for deal in setup.settings.deals for shard in deal.shards]
+        self.shared_shards = len(set(paths)) < len(paths)
+
+    def _let_new_shards_join(self) -> None:
+        """As if the run ended here and went on: what is read ahead of the trainer is read anew."""
+        listed = list_anew(self.job, self.ranks)
+        deals = self.setup.settings.deals
+        if all(set(shards) <= set(deal.shards) for shards, deal in zip(listed, deals, strict=True)):
+            return
+        now = [replace(deal, shards=shards, joins=()) for deal, shards in zip(deals, listed, strict=True)]
+        furthest = self._furthest({slot: {"slot": state} for slot, state in self.states.items()})
+        continued = go_on(now, to_text(deals), furthest, join=True)
+        if continued.changes:
+            logger.warning(f"no new shards join: {'; '.join(continued.changes)}")
+            return
+        for line in continued.joined:
+            logger.info(line)
+        if continued.now != deals:
+            self.close()
+            self._use(dealing(self.setup, continued.now))
 
     def _go_on(self, entries: Mapping[int, dict[str, Any]], furthest: list[int]) -> Continued:
         deals = self.setup.settings.deals

@@ -54,6 +54,11 @@ def shards_of(job: VLMJobConfig, split: Split, ranks: Ranks) -> list[Shards]:
     return _listed[id(job)][split]
 
 
+def list_anew(job: VLMJobConfig, ranks: Ranks) -> list[Shards]:
+    """The shards of training as they are now, the same on all ranks; errors as `shards_of`."""
+    return _list_for_all(job, "train", ranks)
+
+
 def _list_for_all(job: VLMJobConfig, split: Split, ranks: Ranks) -> list[Shards]:
     """By rank 0; but what is embedded is drawn, and so listed, on each machine."""
     sources = sources_of(job, split)

@@ -37,6 +37,7 @@ FREE_OF_DATA = {
     "url_timeout_s": "whether an address answers in time is the network's to say, at any time",
     "resume_changed_data": "it says what to do about a change",
     "join_new_shards": "it says what to do about a change",
+    "new_shards_freq": "when shards joined is part of the state",
 }
 FREE_OF_SOURCE = {
     "name": "it is part of every other name",
