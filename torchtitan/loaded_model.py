@@ -6,6 +6,7 @@ Training, conversion and generation share it; nothing here optimizes, loads data
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from torchtitan.components.forward_backward import ForwardBackward, Plain
@@ -24,14 +25,30 @@ def open_model(
 
     Raises ConfigError where they are not of this model, before anything is made.
     """
-    model = spec.build_model(job, tokenizer)
-    shapes = shapes_of(model)
-    source = CheckpointSource(checkpoint, shapes) if checkpoint else spec.initial_weights(job, shapes)
+    model, source = _model_and_source(job, spec, tokenizer, checkpoint)
     forward_backward = parallelize(model, mesh, job, spec)
     give_weights(forward_backward, model, job, mesh, source)
     for part in forward_backward.parts:
         part.eval()
     return forward_backward
+
+
+def open_plain_model(
+    job: JobConfig, spec: TrainSpec, device: torch.device, tokenizer: Any, checkpoint: Path | None
+) -> nn.Module:
+    """As `open_model`, of one process and in no layout: the module as it was written, in float32."""
+    model, source = _model_and_source(job, spec, tokenizer, checkpoint)
+    to_empty([model], device)
+    fill([model], model.tied_names(), job.debug.seed, source)
+    return model.eval()
+
+
+def _model_and_source(
+    job: JobConfig, spec: TrainSpec, tokenizer: Any, checkpoint: Path | None
+) -> tuple[Any, WeightSource | None]:
+    model = spec.build_model(job, tokenizer)
+    shapes = shapes_of(model)
+    return model, CheckpointSource(checkpoint, shapes) if checkpoint else spec.initial_weights(job, shapes)
 
 
 def parallelize(model: nn.Module, mesh: Mesh, job: JobConfig, spec: TrainSpec) -> ForwardBackward:

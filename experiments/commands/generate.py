@@ -22,13 +22,12 @@ import tyro
 from experiments.__main__ import CONFIG_CLASSES
 from experiments.vlm.check import check_output
 from experiments.vlm.config import VLMJobConfig
-from experiments.vlm.processor import SPOKEN, read_image_limits
-from experiments.vlm.saved_model import use_checkpoint, with_saved
+from experiments.vlm.processor import SPOKEN
+from experiments.vlm.saved_model import use_checkpoint, use_hf_folder, with_saved
 from torchtitan.config.check import check_options
 from torchtitan.config.errors import require
 from torchtitan.config.parse import parse_script
 from torchtitan.generation.options import Sampling
-from torchtitan.tools.hub import get_it
 from torchtitan.tools.logging import init_logger
 
 
@@ -71,7 +70,6 @@ class Options(ModelOptions, AnswerOptions):
     sequences: int = 8  # answered beside each other
 
 
-IMAGE_LIMITS = ("--data.max_patches_per_image", "--data.min_patches_per_image")
 Chosen = TypeVar("Chosen", bound=ModelOptions)
 
 
@@ -81,14 +79,7 @@ def model_job(argv: Sequence[str], options_class: type[Chosen], about: str) -> t
     assert isinstance(job, VLMJobConfig)
     if options.hf:
         require(not options.checkpoint, "--hf and --checkpoint: give one of them")
-        folder = Path(options.hf)
-        missing = f"--hf = {folder}: no such folder (looked from {Path.cwd()}); {get_it(folder)}"
-        require(folder.is_dir(), missing)
-        job.model.flavor, job.model.tokenizer_path = "", options.hf
-        job.checkpoint.initial_load_in_hf, job.checkpoint.initial_load_path = True, options.hf
-        job.checkpoint.initial_load_encoder_path = job.checkpoint.initial_load_decoder_path = ""
-        if not any(option.startswith(IMAGE_LIMITS) for option in argv):
-            read_image_limits(Path(options.hf), job)
+        use_hf_folder(job, options.hf, argv)
     return options, job
 
 

@@ -4,9 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.vlm.config import VLMJobConfig
+from experiments.vlm.processor import read_image_limits
 from torchtitan.components.checkpoint_folder import RECORD, complete_steps, read_record
 from torchtitan.components.saved_config import NEWEST
 from torchtitan.config.errors import require
+from torchtitan.tools.hub import get_it
+
+IMAGE_LIMITS = ("--data.max_patches_per_image", "--data.min_patches_per_image")
 
 
 def with_saved(argv: Sequence[str]) -> list[str]:
@@ -16,6 +20,19 @@ def with_saved(argv: Sequence[str]) -> list[str]:
     if "--job.config_file" in argv or "--job.dump_folder" not in argv or not saved.is_file():
         return list(argv)
     return ["--job.config_file", str(saved), *argv]
+
+
+def use_hf_folder(job: VLMJobConfig, folder: str, argv: Sequence[str]) -> None:
+    """The job's model is from now on that of a Hugging Face folder, and so are the limits of its images where
+    `argv` sets none. Raises ConfigError.
+    """
+    missing = f"--hf = {folder}: no such folder (looked from {Path.cwd()}); {get_it(Path(folder))}"
+    require(Path(folder).is_dir(), missing)
+    job.model.flavor, job.model.tokenizer_path = "", folder
+    job.checkpoint.initial_load_in_hf, job.checkpoint.initial_load_path = True, folder
+    job.checkpoint.initial_load_encoder_path = job.checkpoint.initial_load_decoder_path = ""
+    if not any(option.startswith(IMAGE_LIMITS) for option in argv):
+        read_image_limits(Path(folder), job)
 
 
 def use_checkpoint(job: VLMJobConfig, name: str) -> Path:

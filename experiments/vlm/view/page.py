@@ -55,7 +55,7 @@ def _section(number: int, slot: SlotView, shape: BatchShape, merge: int, tokeniz
         f'<img class="strip" alt="" src="{png(patch_strip(slot, row))}">' for row in range(shape.patch_rows)
     )
     figures = "".join(_figure(number, place, image, merge) for place, image in enumerate(slot.images))
-    return f"""<section><h2>step {slot.step}, slot {slot.slot}</h2>
+    return f"""<section><h2>{slot.name}</h2>
 <div class="bars">{bars}</div>
 <h3>The sequence: {shape.seq_len} tokens, {len(slot.samples)} documents (red marks: where one begins)</h3>
 <canvas id="tokens-{number}"></canvas>

@@ -1,16 +1,12 @@
 """Slots as one PNG: the sequence, the row of patches, the images put together again, and the first words."""
 
 import textwrap
+from typing import BinaryIO
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
-from matplotlib.figure import FigureBase
+from matplotlib.figure import Figure, FigureBase
 from matplotlib.gridspec import SubplotSpec
 from matplotlib.patches import Patch
 
@@ -31,9 +27,12 @@ SHOWN_IMAGES = 12
 SHOWN_LETTERS = 900
 
 
-def draw_slots(slots: list[SlotView], shape: BatchShape, tokenizer: Tokenizer, title: str, path: str) -> None:
+def draw_slots(
+    slots: list[SlotView], shape: BatchShape, tokenizer: Tokenizer, title: str, out: str | BinaryIO
+) -> None:
     """Writes a PNG of the slots, one below the other, with a legend of their colours."""
-    figure = plt.figure(figsize=(15, 6.2 * len(slots) + 0.8), layout="constrained")
+    # Without pyplot, whose backend a notebook has chosen for its own figures.
+    figure = Figure(figsize=(15, 6.2 * len(slots) + 0.8), layout="constrained")
     figure.suptitle("\n".join(textwrap.fill(line, TITLE_LETTERS) for line in title.splitlines()), fontsize=13)
     handles = [
         Patch(facecolor=KIND_COLOURS[kind], edgecolor="#888", label=name) for kind, name in NAMES.items()
@@ -45,13 +44,12 @@ def draw_slots(slots: list[SlotView], shape: BatchShape, tokenizer: Tokenizer, t
     for part, slot in zip(parts, slots, strict=False):
         _draw_slot(part, slot, shape, tokenizer)
     parts[-1].legend(handles=handles, loc="center", ncols=len(handles))
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
+    figure.savefig(out, dpi=80, format="png")
 
 
 def _draw_slot(part: FigureBase, slot: SlotView, shape: BatchShape, tokenizer: Tokenizer) -> None:
     part.suptitle(
-        f"step {slot.step}, slot {slot.slot}: {slot.token_occupancy:.1%} of {shape.seq_len} tokens, "
+        f"{slot.name}: {slot.token_occupancy:.1%} of {shape.seq_len} tokens, "
         f"{slot.patch_occupancy:.1%} of "
         f"{shape.patch_rows} x {shape.patches_per_row} patches, {len(slot.samples)} documents, "
         f"{len(slot.images)} images",

@@ -42,7 +42,7 @@ class ImageView:
 class SlotView:
     """One slot of a batch, taken apart for people."""
 
-    step: int
+    step: int  # 0: not known, and `slot` is the row of a batch
     slot: int
     tokens: np.ndarray  # int64 [S]
     kinds: np.ndarray  # Kind [S]
@@ -51,6 +51,11 @@ class SlotView:
     patch_rows: list[np.ndarray]  # float [L, 3] each: the mean colour of each patch, NaN where there is none
     images: list[ImageView]
     samples: list[Delivered]
+
+    @property
+    def name(self) -> str:
+        """For titles."""
+        return f"step {self.step}, slot {self.slot}" if self.step else f"slot {self.slot}"
 
     @property
     def token_occupancy(self) -> float:
