@@ -13,12 +13,21 @@ PARTS = ("encoder", "projector", "decoder")  # of the model
 
 
 @dataclass
+class Columns:
+    """The fields of a record by the data set's own names; empty: the usual ones of the format."""
+
+    image: str = ""  # of a tar: what a member is called behind its key, such as jpg
+    text: str = ""  # of conversations: the turns
+
+
+@dataclass
 class Source:
     """Where data lie, what they are, and how they are read."""
 
     name: str = ""  # how reports and metrics call it; empty: the format's name
     format: str = ""  # a key of experiments.vlm.data.formats.FORMATS
     path: str = ""  # a file, glob, brace range or folder, local or remote (fsspec), or embedded:WORLD/SPLIT
+    columns: Columns = field(default_factory=Columns)  # {image = "...", text = "..."}: where they are
     weight: float = 1.0  # share of the mixture
     shuffle: bool = True  # permute shards each epoch and samples inside windows of shuffle_buffer
     shuffle_buffer: int = 1024  # samples of a shard that are permuted among each other
@@ -143,6 +152,8 @@ def without_place(listed: list[Source], given: Collection[str]) -> Source:
     one = Source(weight=listed[0].weight)
     if FIRST + "name" in given:
         one.name = listed[0].name
+    if any(option.startswith(FIRST + "columns.") for option in given):  # else those of the place that is left
+        one.columns = listed[0].columns
     for field_name in ("shuffle", "shuffle_buffer", "repeat", "chat_template"):
         values = list(dict.fromkeys(getattr(source, field_name) for source in listed))
         if len(values) > 1 and FIRST + field_name not in given:

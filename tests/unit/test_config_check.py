@@ -279,6 +279,14 @@ def test_right_configurations_pass(options, world_size, tmp_path):
             "data.sources[0].shuffle_buffer",
         ),
         (
+            '[[data.sources]]\nformat = "text"\npath = "assets"\ncolumns = {image = "photo"}',
+            "data.sources[0].columns.image = photo: format text has no images",
+        ),
+        (
+            '[[data.sources]]\nformat = "captions"\npath = "assets"\ncolumns = {imag = "photo"}',
+            "columns.imag is not a known option; did you mean data.sources[0].columns.image?",
+        ),
+        (
             '[[data.sources]]\nformat = "messages"\npath = "assets"\nchat_template = "chatm"',
             "data.sources[0].chat_template",
         ),

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import tyro
 
-from experiments.vlm.config import Source, VLMJobConfig
+from experiments.vlm.config import Columns, Source, VLMJobConfig
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.job import JobConfig
 from torchtitan.config.parse import option_types, parse, parse_script, to_toml
@@ -89,7 +89,9 @@ AS_READ = {"weight": 2.0, "shuffle": False, "shuffle_buffer": 8, "repeat": False
 
 
 def test_a_dataset_on_the_command_line_is_read_as_the_source_that_it_replaces(toml):
-    file = toml('[[data.sources]]\nname = "captions"\nformat = "cc12m"\npath = "a"\n' + READ)
+    file = toml(
+        '[[data.sources]]\nname = "captions"\nformat = "cc12m"\npath = "a"\ncolumns = {text = "alt"}\n' + READ
+    )
     job = parse([*file, *SINGLE], CLASSES)
     assert job.training_sources() == [Source(format="llava", path="x.jsonl", **AS_READ)]
     job = parse(toml(to_toml(job)), CLASSES)
@@ -104,8 +106,9 @@ def test_what_the_command_line_says_of_the_first_source_holds_beside_a_dataset(t
     )
     options = {"name": "mine", "chat_template": "x.jinja", "shuffle_buffer": 5}
     argv = [word for name, value in options.items() for word in (f"--data.sources.0.{name}", str(value))]
+    argv += ["--data.sources.0.columns.text", "said"]
     job = parse([*file, *SINGLE, *argv, "--data.sources.0.shuffle", "--data.sources.0.no-repeat"], CLASSES)
-    said = {**options, "shuffle": True, "repeat": False}
+    said = {**options, "shuffle": True, "repeat": False, "columns": Columns(text="said")}
     assert [{name: getattr(source, name) for name in said} for source in job.training_sources()] == [said]
 
 
@@ -177,7 +180,7 @@ def test_every_option_survives_the_round_trip_through_toml(toml):
     job.lr_scheduler.decay_ratio = 0.1
     job.training.freeze, job.parallelism.pipeline_parallel_split_points = ["encoder"], [1, 2]
     job.data.sources = [Source(name="a", path="{0..9}.tar"), Source(name="b", weight=0.25, shuffle=False)]
-    job.validation.sources = [Source(name="c")]
+    job.validation.sources = [Source(name="c", columns=Columns(image="a photo", text='"said"'))]
     again = parse(toml(to_toml(job)), CLASSES)
     again.job.config_file = None
     assert again == job

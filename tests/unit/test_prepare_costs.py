@@ -39,6 +39,15 @@ def messages(*turns: tuple, **fields) -> dict:
     return {"messages": [{"role": who, "content": content} for who, content in turns], **fields}
 
 
+def asked(*turns: tuple, **fields) -> dict:
+    return {"texts": [{"user": user, "assistant": assistant} for user, assistant in turns], **fields}
+
+
+def sentences(*entries: dict | str | None, **fields) -> dict:
+    info = [{"matched_text_index": 1, **entry} if isinstance(entry, dict) else entry for entry in entries]
+    return {"text_list": ["One.", "Two.", "Three."], "image_info": info, **fields}
+
+
 ASKED, ANSWER = ("human", "<image>\nWhat?"), ("gpt", "A cat.")
 PICTURE, WORDS, YES = {"type": "image"}, {"type": "text", "text": "What?"}, ("assistant", "Yes.")
 RECORDS = {
@@ -46,6 +55,10 @@ RECORDS = {
         *({"image": image, "caption": "A cat."} for image in SPELLINGS + BAD_IMAGES + [None]),
         *({"jpg": "1.jpg", name: "A dog.", "score": 0.5} for name in ("caption", "text", "TEXT", "txt")),
         *({"image": "1.jpg", "caption": caption} for caption in ("", " \n", None, 5, ["A cat."])),
+        *(
+            {"image": "1.jpg", "caption": caption}
+            for caption in (["One.", "", "Two."], [], [" "], ["One.", 5])
+        ),
         *({"image": "1.jpg"}, {"caption": "A cat."}, {"image": "1.jpg", "caption": "", "text": "A cat."}),
     ],
     "obelics": [
@@ -123,6 +136,37 @@ RECORDS = {
             {"messages": []},
             {"messages": {"role": "user"}},
         ),
+    ],
+    "finevision": [
+        *(asked(("What?", "A cat."), images=[image]) for image in SPELLINGS + BAD_IMAGES + [None]),
+        *(asked(("What?", "A cat."), images=images) for images in [[], None, "1.jpg", ["1.jpg", None], 5]),
+        asked(("What?", "A cat."), ("Where?", "There."), images=["1.jpg", "2.jpg"], source="a", ratings=[5]),
+        asked(("<image> or <image>?", "The first."), images=["2.jpg", "1.jpg"]),
+        asked(("<image> What?", "A cat."), images=["1.jpg", "2.jpg"]),
+        asked(("<image> or <image>?", "The first."), images=["1.jpg"]),
+        asked(("", "A cat."), images=["1.jpg"]),
+        asked(("", ""), image="1.jpg"),
+        *(asked(turn) for turn in [(None, "A cat."), ("What?", None), (5, "A cat."), ("What?", ["A"])]),
+        *({"texts": texts, "images": ["1.jpg"]} for texts in [[], None, "What?", ["What?"], [None], {}]),
+    ],
+    "mmc4": [
+        *(sentences(entry) for entry in [{"image_name": image} for image in SPELLINGS[:2] + BAD_IMAGES[:4]]),
+        *(sentences(entry) for entry in [{"raw_url": "http://10.0.0.1/1.jpg"}, {"raw_url": "ftp://a/1.jpg"}]),
+        sentences({"image_name": "1.jpg", "raw_url": "http://10.0.0.1/1.jpg"}),
+        sentences({"image_name": "gone.jpg", "raw_url": "http://10.0.0.1/1.jpg"}),
+        sentences({"image_name": "../1.jpg", "raw_url": "http://10.0.0.1/1.jpg"}),
+        sentences({"image_name": "gone.jpg", "image_base64": BYTES["bytes"]}, url="http://a"),
+        *(sentences({"image_base64": data}) for data in ["?!", "", 5]),
+        *(sentences({"image_name": "1.jpg", "matched_text_index": i}) for i in [0, 2, 3, -1, None, "1", 1.0]),
+        sentences(
+            {"image_name": "2.jpg", "matched_text_index": 2}, {"image_name": "1.jpg"}, {}, None, "1.jpg"
+        ),
+        *({"text_list": ["one"], "image_info": info} for info in [None, [], "1.jpg", {}, 5]),
+        *(
+            {"text_list": texts}
+            for texts in [["one", ""], ["", "one", "", "two"], [], [" "], ["one", None], 5]
+        ),
+        {"image_info": [{"image_name": "1.jpg", "matched_text_index": 0}]},
     ],
     "text": [
         {"text": "Hello"},

@@ -8,7 +8,7 @@ from tests.faults.hostile_server import image
 
 
 def test_pictures_cut_anywhere_are_told(tmp_path):
-    for form in ("JPEG", "PNG", "WEBP"):
+    for form in ("JPEG", "PNG", "WEBP", "AVIF", "JPEG2000"):
         data = image(1, form)
         assert looks_whole(data) and finish_image(data, Encoding()).data == data
         for end in (len(data) // 2, len(data) * 9 // 10):

@@ -51,10 +51,12 @@ def test_a_change_is_named(data, saved, tmp_path, options, named):
 def test_a_changed_source_is_named(data, saved, tmp_path):
     job = make_job(data, tmp_path)
     job.data.sources[0].weight = 3.0
+    job.data.sources[1].columns.text = "texts"
     job.data.sources[2].name = "prose"
     with pytest.raises(
         ConfigError,
         match=r"data.sources\[captions\].weight was 2.0 and is 3.0"
+        r".*sources\[documents\].columns.text was not set and is texts"
         r".*sources\[prose\].format was not set and is text",
     ):
         resume(job, saved)

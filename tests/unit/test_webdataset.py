@@ -1,10 +1,11 @@
 """Tar shards: captions and interleaved documents, and what is wrong with them."""
 
+import base64
 import json
 
 import pytest
 
-from experiments.vlm.config import Data, Source
+from experiments.vlm.config import Columns, Data, Source
 from experiments.vlm.data.document import Image, Text
 from experiments.vlm.data.image import decode
 from experiments.vlm.data.rejects import Rejected
@@ -20,6 +21,8 @@ EXTENSIONS = {
     "bmp": "BMP",
     "tif": "TIFF",
     "tiff": "TIFF",
+    "avif": "AVIF",
+    **dict.fromkeys(("jp2", "j2k", "jpx", "jpf", "jpc", "j2c"), "JPEG2000"),
 }
 
 
@@ -59,6 +62,29 @@ def test_the_content_tells_the_format_and_not_the_name(shard):
     opened = shard(("0.jpg", data), ("0.txt", b"A cat."))
     image = opened.read(0)[0].parts[0]
     assert decode(opened.load(image), 40, 60).shape == (40, 60, 3)
+
+
+def test_images_may_stand_in_the_json_as_their_bytes(shard):
+    inside = base64.b64encode(jpeg(20, 30)).decode()
+    images = [{"bytes": inside}, f"data:image/jpeg;base64,{inside}", "0.jpg", {"bytes": "?"}, 5]
+    fields = {"texts": [None] * 5, "images": images}
+    opened = shard(("0.json", json.dumps(fields).encode()), ("0.0.jpg", jpeg(40, 60)))
+    document, lost = opened.read(0)
+    assert [opened.load(image) for image in document.parts] == [jpeg(20, 30), jpeg(20, 30), jpeg(40, 60)]
+    assert [(reject.reason, reject.image) for reject in lost] == [
+        ("image_undecodable", 3),
+        ("image_missing", 4),
+    ]
+
+
+def test_columns_say_which_members_and_fields_are_meant(tmp_path):
+    members = [("0.left.jpg", jpeg(20, 30)), ("0.right.jpg", jpeg(40, 60)), ("0.txt", b"not this")]
+    members.append(("0.json", b'{"caption": "nor this", "title": "A cat."}'))
+    path = str(write_tar(tmp_path / "x.tar", members))
+    source = Source(format="webdataset", columns=Columns(image="right.jpg", text="title"))
+    opened = open_shard(path, source, Data(cache_folder=str(tmp_path)))
+    (image, text), lost = opened.read(0)[0].parts, opened.read(0)[1]
+    assert (opened.load(image), text, lost) == (jpeg(40, 60), Text("A cat."), [])
 
 
 @pytest.mark.parametrize("name", ["caption", "text"])

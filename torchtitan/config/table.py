@@ -88,6 +88,9 @@ def _literal(value: Any) -> str:
     if isinstance(value, str):
         # TOML's basic strings; DEL is no JSON escape
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if dataclasses.is_dataclass(value):
+        fields = (f"{name} = {_literal(inner)}" for name, inner in vars(value).items() if inner is not None)
+        return "{" + ", ".join(fields) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(map(_literal, value)) + "]"
     return repr(value)

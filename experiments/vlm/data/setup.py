@@ -42,6 +42,7 @@ FREE_OF_DATA = {
 FREE_OF_SOURCE = {
     "name": "it is part of every other name",
     "path": "the same shards may lie elsewhere: their names are compared",
+    "columns": "each is compared by itself",
 }
 
 
@@ -174,6 +175,7 @@ def order_facts(job: VLMJobConfig, setup: Setup) -> dict[str, Any]:
         facts |= {
             f"{key}.{name}": value for name, value in vars(source).items() if name not in FREE_OF_SOURCE
         }
+        facts |= {f"{key}.columns.{name}": value for name, value in vars(source.columns).items() if value}
         # The same files may lie elsewhere when the run goes on.
         names = [PurePosixPath(path).name for path in deal.shards]
         facts[f"{key}.path"] = f"{len(names)} shards, {zlib.crc32(json.dumps(names).encode()):08x}"

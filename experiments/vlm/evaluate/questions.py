@@ -11,7 +11,7 @@ from typing import Any
 
 from experiments.vlm.config import Data
 from experiments.vlm.data.document import Document, Draft, Image, ImageValue, Text
-from experiments.vlm.data.formats import Record, captions, format_of, messages, obelics
+from experiments.vlm.data.formats import RECORD_FORMATS, Record, format_of, messages
 from experiments.vlm.data.formats.image_values import IMAGE_EXTENSIONS
 from experiments.vlm.data.formats.record_files import open_records
 from experiments.vlm.data.formats.record_shard import ImageValues, RecordShard, folder_of
@@ -93,9 +93,10 @@ class Questions:
     def _parse(self, record: Record) -> Draft:
         self.record = record
         if self.documents:
-            return obelics.parse(record) if format_of(record) == "obelics" else captions.parse(record)
+            found = format_of(record) or ""
+            return RECORD_FORMATS[found if found in ("obelics", "mmc4") else "captions"].parse(record)
         question = next((record[name] for name in QUESTIONS if isinstance(record.get(name), str)), "")
-        held = {name: record[name] for name in messages.COLUMNS if name in record and name != "messages"}
+        held = {name: record[name] for name in messages.IMAGES if name in record}
         turns = [{"role": "user", "content": question}, {"role": "assistant", "content": ""}]
         asked = messages.parse({**held, "messages": turns}).turns[0]
         parts: list[Any] = [part if isinstance(part, ImageValue) else Text(part) for part in asked.content]

@@ -40,11 +40,14 @@ EXTENSIONS = {
     "GIF": "gif",
     "BMP": "bmp",
     "TIFF": "tif",
+    "AVIF": "avif",
+    "JPEG2000": "jp2",
 }
 ENCODED = {"jpeg": "JPEG", "png": "PNG", "webp": "WEBP"}
 SIDE_LIMITS = {"JPEG": 65500, "WEBP": 16383}  # pixels a side that can be encoded; longer images become PNG
-# of images, which Pillow may not open when cut (WebP)
+# of images, which Pillow may not open when cut (WebP, AVIF)
 BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF")
+AVIF = b"ftypavi"  # from the fifth byte on
 CHECK_SHRINK = 32  # a check decodes every byte, but to as few pixels as the decoder can
 
 
@@ -200,7 +203,7 @@ def looks_whole(data: bytes) -> bool:
     try:
         height, width = probe(data)
     except Rejected:
-        return bool(data) and not data.startswith(BEGINNINGS)
+        return bool(data) and not data.startswith(BEGINNINGS) and data[4:11] != AVIF
     try:
         check(data, height, width)
     except Rejected:

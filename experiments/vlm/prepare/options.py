@@ -36,7 +36,7 @@ class Options:
     input: str
     out: str  # folder of the shards; on a cluster one that all nodes share
     # what a record is; auto: by its columns
-    format: Literal["auto", "captions", "obelics", "llava", "messages", "text"] = "auto"
+    format: Literal["auto", "captions", "obelics", "mmc4", "llava", "messages", "finevision", "text"] = "auto"
     # captions: column of the image (URL, path or bytes); empty: found by its usual names
     image_column: str = ""
     text_column: str = ""  # captions: column of the text; empty: found by its usual names

@@ -5,7 +5,8 @@ obelics     KEY.json names its images, which are members of the same sample:
             {"texts": ["A heron", null, "in the reeds."], "images": [null, "00000-00007.1.jpg", null],
              "metadata": [null, {"url": ..., "height": ..., "width": ..., "sha256": ...}, null],
              "general_metadata": ...}
-llava, messages    KEY.json is the record as it was, with the member's name in place of each image
+mmc4        the same: sentences are texts, and each image stands before its sentence
+llava, messages, finevision    KEY.json is the record as it was, with the member's name in place of each image
 text        KEY.json is the record as it was
 """
 
@@ -51,6 +52,12 @@ def obelics(record: Record, document: Document, key: str) -> Members:
             columns.append((part.text, None, None))
     lists = dict(zip(("texts", "images", "metadata"), map(list, zip(*columns, strict=True)), strict=True))
     return {f"{key}.json": to_json({**lists, "general_metadata": record.get("general_metadata")}), **found}
+
+
+def mmc4(record: Record, document: Document, key: str) -> Members:
+    """As of OBELICS, with what the record says of the page."""
+    page = {name: value for name, value in record.items() if _is_plain(value)}
+    return obelics({"general_metadata": page}, document, key)
 
 
 def image_metadata(record: Record) -> dict[int, dict]:
@@ -106,7 +113,9 @@ def text(record: Record, document: Document, key: str) -> Members:
 MEMBERS: dict[str, Callable[[Record, Document, str], Members]] = {
     "llava": conversation,
     "messages": conversation,
+    "finevision": conversation,
     "obelics": obelics,
+    "mmc4": mmc4,
     "captions": captions,
     "text": text,
 }

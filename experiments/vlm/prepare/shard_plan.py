@@ -31,7 +31,7 @@ patience = Patience(Data.storage_timeout_s)  # of this process, with inputs that
 SUFFIXES = (*RECORD_FILES, ".txt")
 COPIES_BYTES = 50 << 30  # of unpacked inputs and row groups; the longest unused are made again
 # formats whose images may stand in many records, so that none is left out for being repeated
-SHARED = ("llava", "messages")
+SHARED = ("llava", "messages", "finevision")
 
 
 @dataclass(frozen=True)
@@ -103,9 +103,13 @@ class PrepareJob:
     def records(self, number: int) -> Iterator[tuple[str, Parsed | Rejected]]:
         """(key, record) of one shard, in the order of the input."""
         piece, parse = self.plan.pieces[number], parser(self.plan.format, self.options)
+        settle = self.image_folder(number).settle
         records = open_input(piece.file, self.folder.inputs)
         for index in range(piece.count):
-            yield f"{number:05d}-{index:05d}", _parsed(records, piece.first + index, parse)
+            yield (
+                f"{number:05d}-{index:05d}",
+                _parsed(records, piece.first + index, lambda record: settle(parse(record))),
+            )
 
     def tail(self, number: int) -> Rejected | None:
         """Why the file of this piece ends early, where it is the last one of the file."""

@@ -6,13 +6,13 @@ The same function reads records of tars (tar_shard), and of JSON, TSV, parquet, 
 (record_files), in training (shard.open_shard) and in data preparation. Imports no torch.
 """
 
-import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from experiments.vlm.data.document import Draft
-from experiments.vlm.data.formats import captions, llava, messages, obelics, text
+from experiments.vlm.data.formats import captions, finevision, llava, messages, mmc4, obelics, text
+from experiments.vlm.data.formats.image_values import is_image_name
 from experiments.vlm.data.rejects import Rejected
 
 Record = Mapping[str, Any]
@@ -21,12 +21,43 @@ RECORD_FILES = (".parquet", ".jsonl", ".ndjson", ".json", ".tsv", ".arrow", ".fe
 
 @dataclass(frozen=True)
 class Format:
-    """To add one: a file with COLUMNS and `parse`, and a row below."""
+    """To add one: a file with IMAGES, TEXTS and `parse`, and a row below."""
 
-    columns: tuple[str, ...]  # what `parse` reads of a record: nothing else of a table is loaded
+    images: tuple[str, ...]  # the fields in which `parse` looks for images, the usual one first
+    texts: tuple[str, ...]  # and for texts: nothing else of a table is loaded
     parse: Callable[[Record], Draft]
     fits: Callable[[Record], bool]  # whether a record of unknown format may be one of this
     suffixes: tuple[str, ...] = (".tar", *RECORD_FILES)  # which files of a folder are shards
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """All that is read of a record."""
+        return *self.images, *self.texts
+
+    def under(self, image: str, text: str) -> "Format":
+        """The same format of records with their images and texts under these names; empty: as usual."""
+        named = {usual: name for usual, name in ((self.images, image), (self.texts, text)) if name}
+        if not named:
+            return self
+        hidden = {field for usual in named for field in usual}
+
+        def parse(record: Record) -> Draft:
+            for name in named.values():
+                if name not in record:
+                    raise Rejected("wrong_shape", f"no column {name}")
+            others = {
+                field: value
+                for field, value in record.items()
+                if field not in hidden and not (image and is_image_name(field))
+            }
+            return self.parse({**others, **{usual[0]: record[name] for usual, name in named.items()}})
+
+        return replace(
+            self,
+            images=(image,) if image else self.images,
+            texts=(text,) if text else self.texts,
+            parse=parse,
+        )
 
 
 def having(*names: str) -> Callable[[Record], bool]:
@@ -39,30 +70,34 @@ def format_of(record: Record) -> str | None:
     return next((name for name, format in RECORD_FORMATS.items() if format.fits(record)), None)
 
 
-def fitting(record: Record) -> str | None:
-    """The first format that makes a document of it."""
-    for name, format in RECORD_FORMATS.items():
-        with contextlib.suppress(Rejected):
-            if (format.fits(record) or name == "text") and format.parse(record):
-                return name
-    return None
-
-
 def parse_sample(record: Record) -> Draft:
     """A sample of a tar in the WebDataset convention, whatever it is: a caption where nothing else fits."""
-    formats = (RECORD_FORMATS[name] for name in ("llava", "messages", "obelics"))
+    formats = (RECORD_FORMATS[name] for name in ("llava", "messages", "finevision", "mmc4", "obelics"))
     return next((format for format in formats if format.fits(record)), RECORD_FORMATS["captions"]).parse(
         record
     )
 
 
 RECORD_FORMATS = {
-    "llava": Format(llava.COLUMNS, llava.parse, having("conversations")),
-    "messages": Format(messages.COLUMNS, messages.parse, having("messages")),
-    "obelics": Format(obelics.COLUMNS, obelics.parse, having("texts", "images")),
-    "captions": Format(captions.COLUMNS, captions.parse, captions.fits),
-    "text": Format(text.COLUMNS, text.parse, having("text", "content"), (".tar", ".txt", *RECORD_FILES)),
+    "llava": Format(llava.IMAGES, llava.TEXTS, llava.parse, having("conversations")),
+    "messages": Format(messages.IMAGES, messages.TEXTS, messages.parse, having("messages")),
+    "finevision": Format(finevision.IMAGES, finevision.TEXTS, finevision.parse, finevision.fits),
+    "mmc4": Format(mmc4.IMAGES, mmc4.TEXTS, mmc4.parse, having("text_list", "image_info")),
+    "obelics": Format(obelics.IMAGES, obelics.TEXTS, obelics.parse, having("texts", "images")),
+    "captions": Format(captions.IMAGES, captions.TEXTS, captions.parse, captions.fits),
+    "text": Format((), text.TEXTS, text.parse, having("text", "content"), (".tar", ".txt", *RECORD_FILES)),
 }
-COLUMNS = tuple({name for format in RECORD_FORMATS.values() for name in format.columns})
-WEBDATASET = Format(COLUMNS, parse_sample, having(), (".tar",))
-FORMATS = {"webdataset": WEBDATASET, "cc12m": WEBDATASET, **RECORD_FORMATS}
+CAPTIONS_FIRST = (RECORD_FORMATS["captions"], *RECORD_FORMATS.values())  # what `under` names is a caption's
+WEBDATASET = Format(
+    tuple(dict.fromkeys(field for format in CAPTIONS_FIRST for field in format.images)),
+    tuple(dict.fromkeys(field for format in CAPTIONS_FIRST for field in format.texts)),
+    parse_sample,
+    having(),
+    (".tar",),
+)
+FORMATS = {
+    "webdataset": WEBDATASET,
+    "cc12m": WEBDATASET,
+    **RECORD_FORMATS,
+    "the_cauldron": RECORD_FORMATS["finevision"],
+}

@@ -1,6 +1,7 @@
 """An image and its caption under any of the usual names, as a record or as a sample of a tar.
 
 {"url": IMAGE, "caption": "A cat."}        an image is anything that image_values.py knows
+{"image": IMAGE, "caption": ["A cat.", "A tabby."]}    several captions of an image: a line each
 KEY.jpg  KEY.txt  KEY.json                 the .txt, or where that is blank "caption" or "text" of the .json
 KEY.0.jpg  KEY.1.png  KEY.txt              several images, numbered: all of them before their caption
 """
@@ -14,11 +15,10 @@ from experiments.vlm.data.document import Draft, ImageValue, Text
 from experiments.vlm.data.formats.image_values import IMAGE_EXTENSIONS, is_image_name, split_name
 from experiments.vlm.data.rejects import Rejected
 
-# fields called like an image file come first
-IMAGES = ("url", "URL", "image_url", "image", "image_path", "path")
+NAMED = ("url", "URL", "image_url", "image", "image_path", "path")
+IMAGES = (*IMAGE_EXTENSIONS, *NAMED)  # fields called like an image file come first
 TEXTS = ("caption", "text", "TEXT", "txt", "alt_text", "alt")
 NUMBER = re.compile(r"[0-9]{1,9}$", re.ASCII)
-COLUMNS = (*IMAGE_EXTENSIONS, *IMAGES, *TEXTS)
 
 
 def fits(record: Mapping[str, Any]) -> bool:
@@ -35,9 +35,7 @@ def parse(record: Mapping[str, Any], image: str = "", text: str = "", several: b
     if record.get(image) is None:
         raise Rejected("image_missing", f"no image among {', '.join(map(str, record))[:200]}")
     texts = (text,) if text else TEXTS
-    caption = next((record[name] for name in texts if record.get(name) not in (None, "")), "")
-    if not isinstance(caption, str):
-        raise Rejected("wrong_shape", f"the caption is a {type(caption).__name__}")
+    caption = _lines(next((record[name] for name in texts if record.get(name) not in (None, "", [])), ""))
     if not caption or caption.isspace():
         raise Rejected("caption_missing")
     images = numbered if image in numbered else [image]
@@ -46,6 +44,15 @@ def parse(record: Mapping[str, Any], image: str = "", text: str = "", several: b
         caption=True,
         rejects=_left_out(record, images),
     )
+
+
+def _lines(caption: Any) -> str:
+    """A caption, or several of one image. Raises Rejected."""
+    captions = caption if isinstance(caption, list) else [caption]
+    for one in captions:
+        if not isinstance(one, str):
+            raise Rejected("wrong_shape", f"the caption is a {type(one).__name__}")
+    return "\n".join(one for one in captions if one and not one.isspace())
 
 
 def _numbered(record: Mapping[str, Any]) -> list[str]:
@@ -71,7 +78,7 @@ def image_field(record: Mapping[str, Any]) -> str | None:
     named: tuple[Iterable[str], ...] = (
         filter(IMAGE_EXTENSIONS.__contains__, record),
         filter(is_image_name, record),
-        IMAGES,
+        NAMED,
     )
     return next((name for name in itertools.chain(*named) if record.get(name) is not None), None)
 

@@ -5,6 +5,8 @@ b"..."                                  the bytes (in JSON: base64)
 {"url": "...", "path": "..."}           an address; a path next to it says where the image once was
 "images/1.jpg"                          a path below the record file's folder
 "https://..." or "data:image/..."       an address, or the bytes themselves
+{"image_name": "1.jpg", "raw_url": "https://..."}    an entry of MMC4: the file where there is one below that
+                                        folder, else the address; or the bytes, {"image_base64": "..."}
 
 An item of a message holds one of these under a name of HELD_UNDER. A record of a tar holds the members
 themselves, and names them by their extension or their name (tar_shard.py).
@@ -16,9 +18,12 @@ from typing import Any
 
 from experiments.vlm.data.rejects import Rejected
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+JPEG_2000 = ("jp2", "j2k", "jpx", "jpf", "jpc", "j2c")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", *JPEG_2000)
 IMAGE_ITEMS = ("image", "image_url")  # types of items
 HELD_UNDER = ("image", "image_url", "url", "path", "bytes", "base64")
+BASE64 = ("bytes", "base64", "image_base64")  # fields whose text is base64
+FIELDS = ("bytes", "url", "path", "base64", "image_base64", "raw_url", "image_name")  # the first that is set
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -46,12 +51,29 @@ def is_address(value: str) -> bool:
     return "://" in value[:12]
 
 
+def file_or_address(value: Any) -> str:
+    """The file that an entry of MMC4 may lie in; empty where it is another value, or holds the bytes."""
+    is_entry = isinstance(value, dict) and _field_of(value) in ("raw_url", "image_name")
+    name = value.get("image_name") if is_entry else None
+    return name if isinstance(name, str) else ""
+
+
+def _field_of(value: dict[str, Any]) -> str:
+    return next((name for name in FIELDS if value.get(name) is not None), "")
+
+
+def held_bytes(value: Any) -> memoryview | None:
+    """The bytes, where the record holds them itself. Raises Rejected where they cannot be read."""
+    plain = plain_value(value)
+    return plain if isinstance(plain, memoryview) else None
+
+
 def plain_value(value: Any) -> memoryview | str:
     """Bytes, or a path or address, out of whatever the record holds. Raises Rejected."""
     if isinstance(value, dict):
-        name = next((name for name in ("bytes", "url", "path", "base64") if value.get(name) is not None), "")
+        name = _field_of(value)
         value = value.get(name)
-        if name in ("bytes", "base64") and isinstance(value, str):
+        if name in BASE64 and isinstance(value, str):
             return _from_base64(value)
     if isinstance(value, bytes | bytearray | memoryview):
         return memoryview(value)

@@ -12,7 +12,7 @@ from experiments.vlm.data.formats.conversation import images_of, make_draft, pla
 from experiments.vlm.data.formats.image_values import IMAGE_EXTENSIONS
 from experiments.vlm.data.rejects import Rejected
 
-COLUMNS = ("image", "images", "conversations", *IMAGE_EXTENSIONS)
+IMAGES, TEXTS = ("image", "images", *IMAGE_EXTENSIONS), ("conversations",)
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 

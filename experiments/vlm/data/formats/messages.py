@@ -18,7 +18,7 @@ from experiments.vlm.data.formats.conversation import images_of, make_draft, pla
 from experiments.vlm.data.formats.image_values import IMAGE_EXTENSIONS, IMAGE_ITEMS, held_image
 from experiments.vlm.data.rejects import Rejected
 
-COLUMNS = ("messages", "image", "images", *IMAGE_EXTENSIONS)
+IMAGES, TEXTS = ("images", "image", *IMAGE_EXTENSIONS), ("messages",)
 ROLES = ("system", "user", "assistant", "tool", "developer")
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from experiments.vlm.data.document import Draft, ImageValue, Text
 from experiments.vlm.data.rejects import Rejected
 
-COLUMNS = ("texts", "images")
+IMAGES, TEXTS = ("images",), ("texts",)
 
 
 def parse(record: Mapping[str, Any]) -> Draft:

@@ -7,7 +7,9 @@ import json
 import os
 import posixpath
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 import fsspec
@@ -15,7 +17,7 @@ import fsspec
 from experiments.vlm.config import Data
 from experiments.vlm.data.document import Document, Draft, Image, ImageValue, finish
 from experiments.vlm.data.formats import Record
-from experiments.vlm.data.formats.image_values import is_address, name_of, plain_value
+from experiments.vlm.data.formats.image_values import file_or_address, is_address, name_of, plain_value
 from experiments.vlm.data.formats.record_files import Records
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.storage.fetch import make_fetcher
@@ -51,6 +53,26 @@ class ImageFolder:
             raise Rejected("image_outside", value[:200])
         return join(self.folder, relative)
 
+    def has(self, value: str) -> bool:
+        """Whether there is such a file. Raises OSError where the storage does not answer."""
+        try:
+            path = self.path(value)
+            return insist(path, lambda: _is_file(path) if self.remote else S_ISREG(os.stat(path).st_mode))
+        except (Rejected, OSError, ValueError) as error:
+            if is_away(error):
+                raise
+            return False
+
+    def settle(self, draft: Draft) -> Draft:
+        """With a file where an image is one that is here, or else an address (image_values.py)."""
+        draft.parts = [
+            replace(part, value={"path": name})
+            if isinstance(part, ImageValue) and (name := file_or_address(part.value)) and self.has(name)
+            else part
+            for part in draft.parts
+        ]
+        return draft
+
     def read(self, value: str) -> bytes:
         """Raises Rejected, and OSError where the storage does not answer."""
         path = self.path(value)
@@ -60,6 +82,12 @@ class ImageFolder:
             if is_away(error):
                 raise
             raise Rejected("image_missing", str(error)) from error
+
+
+def _is_file(path: str) -> bool:
+    with remote():
+        system, inside = fsspec.core.url_to_fs(path)
+        return bool(system.isfile(inside))
 
 
 def _download(path: str) -> bytes:
@@ -147,18 +175,21 @@ class RecordShard:
 
     def read(self, index: int) -> tuple[Document, list[Rejected]]:
         """See Shard.read."""
-        draft = self.speak(self.parse(self.records.get(index)))
+        draft = self.speak(self._draft(index))
         self.images.fetch_ahead(draft.images())
         return finish(draft, self.key(index), self.images.size, lambda image: (index, image.position))
 
     def load(self, image: Image) -> bytes:
         """See Shard.load. The record is read again, and its image of that place taken."""
         index, position = image.locator
-        draft = self.parse(self.records.get(index))
+        draft = self._draft(index)
         found = next((found for found in draft.images() if found.position == position), None)
         if found is None:
             raise Rejected("image_missing", "the record has changed since it was read")
         return self.images.load(found.value)
+
+    def _draft(self, index: int) -> Draft:
+        return self.images.folder.settle(self.parse(self.records.get(index)))
 
     def close(self) -> None:
         """Closes the file of records."""

@@ -9,7 +9,7 @@ from typing import Protocol
 from experiments.vlm.config import Data, Source
 from experiments.vlm.data.chat_template import load_chat_template
 from experiments.vlm.data.document import Document, Draft, Image
-from experiments.vlm.data.formats import COLUMNS, FORMATS, Record
+from experiments.vlm.data.formats import FORMATS, WEBDATASET, Record
 from experiments.vlm.data.formats.record_files import Records, open_records
 from experiments.vlm.data.formats.record_shard import ImageValues, RecordShard, folder_of
 from experiments.vlm.data.formats.tar_shard import TarShard, is_tar
@@ -52,8 +52,8 @@ class Shard(Protocol):
 
 def open_shard(file: ShardFile, source: Source, data: Data) -> Shard:
     """Raises OSError, pyarrow's errors or Rejected where nothing can be read; ConfigError."""
-    format, template = FORMATS[source.format], load_chat_template(source.chat_template)
-
+    format = FORMATS[source.format].under(source.columns.image, source.columns.text)
+    template = load_chat_template(source.chat_template)
     if is_tar(file.local):
         return TarShard(
             file.local, format.columns, lambda record: template.speak(format.parse(record)), file_cache(data)
@@ -72,7 +72,7 @@ def first_records(file: ShardFile, data: Data) -> list[Record]:
         return Draft([])
 
     if is_tar(file.local):
-        tar = TarShard(file.local, COLUMNS, keep, file_cache(data))
+        tar = TarShard(file.local, WEBDATASET.columns, keep, file_cache(data))
         for number in range(min(len(tar), FIRST)):
             with contextlib.suppress(Rejected):
                 tar.read(number)

@@ -15,10 +15,12 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from experiments.vlm.data.document import Draft, ImageValue
-from experiments.vlm.data.formats.image_values import is_image_name
+from experiments.vlm.data.formats.image_values import held_bytes, is_image_name
 from experiments.vlm.data.formats.tar_header import Member
 from experiments.vlm.data.formats.tiff_pages import Page, is_tiff
 from experiments.vlm.data.rejects import Rejected
+
+NAMES = ("path", "image_name", "url", "raw_url")  # fields that may say what the member of an image is called
 
 
 class PageOf(NamedTuple):
@@ -65,10 +67,13 @@ class SampleImages:
     def find(self, image: ImageValue) -> ImageValue:
         """With the Member or PageOf that it means in place of a name; a Rejected where there is none."""
         value = image.value
-        name = value.get("path") or value.get("url") if isinstance(value, dict) else value
-        if not isinstance(name, str):
+        if isinstance(value, Member):
             return image
         try:
+            if (held := held_bytes(value)) is not None:
+                return ImageValue(held, image.position)
+            names = [value.get(key) for key in NAMES] if isinstance(value, dict) else [value]
+            name = next((name for name in names if name and isinstance(name, str)), "")
             found = self.borne.get(_plain(name)) or self._page(name)
             found = found or self.borne.get(os.path.basename(_plain(name)))
         except Rejected as rejected:

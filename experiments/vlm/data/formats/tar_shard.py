@@ -3,7 +3,7 @@
 KEY.json                    its object's fields are the record's
 KEY.txt                     the field "txt"; KEY.json is not read where it says something and is wanted
 KEY.jpg  KEY.0.jpg  ...     the fields "jpg", "0.jpg", ...: members: images where the record says so. A record
-                            may also name them: see tar_images.py
+                            may also name them: see tar_images.py; or hold their bytes as base64
 """
 
 import os
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from experiments.vlm.data.document import Document, Draft, Image, ImageValue, finish
-from experiments.vlm.data.formats.image_values import IMAGE_EXTENSIONS, is_image_name
+from experiments.vlm.data.formats.image_values import IMAGE_EXTENSIONS, held_bytes, is_image_name
 from experiments.vlm.data.formats.json_index import decode_utf8, parse_object, read_at
 from experiments.vlm.data.formats.tar_header import Member
 from experiments.vlm.data.formats.tar_images import PageOf, SampleImages, resolve
@@ -22,10 +22,12 @@ from experiments.vlm.data.formats.tiff_pages import pages as pages_of
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.storage.file_cache import FileCache
 
+IN_RECORD = -1  # in place of an offset: the number of the record and the position in it follow
+
 
 class TarShard:
     """Implements shard.Shard. A key is the tar key; an image's locator the offset and size of its member,
-    and of a page of a TIFF where its tags begin.
+    and of a page of a TIFF where its tags begin, or the place in the record that holds its bytes.
     """
 
     def __init__(
@@ -65,11 +67,15 @@ class TarShard:
         record = self._record(members)
         draft = self.parse(record)
         resolve(draft, SampleImages(members, record, self._pages), self.wants_images)
-        return finish(draft, members[0].key, self._size, lambda image: _locator(image.value))
+        return finish(draft, members[0].key, self._size, lambda image: _locator(image, index))
 
     def load(self, image: Image) -> bytes:
         """See Shard.load."""
         offset, size, *tags = image.locator
+        if offset == IN_RECORD:
+            draft = self.parse(self._record(self.index.sample(size)))
+            (value,) = (image.value for image in draft.images() if image.position == tags[0])
+            return bytes(held_bytes(value) or b"")
         data = read_at(self.file, offset, size)
         return only(data, *tags) if tags else data
 
@@ -96,6 +102,8 @@ class TarShard:
             raise found
         if isinstance(found, PageOf):
             return found.page.height, found.page.width
+        if isinstance(found, memoryview):
+            return probe_lazily(lambda count: bytes(found[:count]), len(found))
         return probe_lazily(lambda count: read_at(self.file, found.offset, count), found.size)
 
     def _pages(self, tiff: Member) -> list[Page]:
@@ -107,8 +115,11 @@ class TarShard:
         return pages_of(read)
 
 
-def _locator(found: Member | PageOf) -> tuple[int, ...]:
-    """Offset and size of a member; of a page where its tags are, too."""
+def _locator(image: ImageValue, index: int) -> tuple[int, ...]:
+    """Offset and size of a member; of a page where its tags are, too. Of bytes in the record, where in it."""
+    found = image.value
+    if isinstance(found, memoryview):
+        return IN_RECORD, index, image.position
     if isinstance(found, PageOf):
         return found.member.offset, found.member.size, found.page.tags
     return found.offset, found.size

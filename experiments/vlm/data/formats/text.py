@@ -7,12 +7,12 @@ from typing import Any
 from experiments.vlm.data.document import Draft, Text
 from experiments.vlm.data.rejects import Rejected
 
-COLUMNS = ("text", "content", "txt")
+TEXTS = ("text", "content", "txt")
 
 
 def parse(record: Mapping[str, Any]) -> Draft:
     """One text. Raises Rejected where there is no string."""
-    value = next((record[name] for name in COLUMNS if record.get(name) is not None), None)
+    value = next((record[name] for name in TEXTS if record.get(name) is not None), None)
     if not isinstance(value, str):
-        raise Rejected("wrong_shape", f"no string under {' or '.join(COLUMNS[:2])}")
+        raise Rejected("wrong_shape", f"no string under {' or '.join(TEXTS[:2])}")
     return Draft([Text(value)])

@@ -25,7 +25,8 @@ import pyarrow as pa
 from braceexpand import braceexpand
 
 from experiments.vlm.config import Data, Source
-from experiments.vlm.data.formats import FORMATS, RECORD_FORMATS, fitting, format_of
+from experiments.vlm.data.formats import FORMATS, RECORD_FORMATS
+from experiments.vlm.data.formats.hint import hint
 from experiments.vlm.data.formats.shard import Shard, ShardFile, first_records
 from experiments.vlm.data.formats.shard import open_shard as open_file
 from experiments.vlm.data.formats.tar_shard import TarShard
@@ -122,7 +123,7 @@ def open_shard(path: str, source: Source, data: Data) -> Shard:
 
 
 def format_hint(path: str, source: Source, data: Data) -> str:
-    """Which other format would fit a shard's records, for people; empty where that cannot be said."""
+    """What a source should say for a shard's records to fit (hint.py); empty where that cannot be said."""
     copy: Held | None = None
     try:
         copy = hold_copy(path, file_cache(data))
@@ -132,14 +133,7 @@ def format_hint(path: str, source: Source, data: Data) -> str:
     finally:
         if copy:
             copy.close()
-    fits = Counter(format for record in records if (format := fitting(record)))
-    if fits and FORMATS[best := fits.most_common(1)[0][0]] is not FORMATS[source.format]:
-        return f"its records are of format {best}, not {source.format}: set format = '{best}'"
-    if fits or not records or any(map(format_of, records)):
-        return ""
-    fields = [str(name) for name in records[0]]
-    named = ", ".join(fields[:8]) + (", ..." if len(fields) > 8 else "")
-    return f"no format knows its records, whose fields are {named}: rename the fields, or add a format"
+    return hint(records, source)
 
 
 def _joined(rejects: list[Rejected], damage: str) -> Rejected:

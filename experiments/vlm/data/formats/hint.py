@@ -1,0 +1,71 @@
+"""What a source should say of itself, where none of its records is good: for people, in a line."""
+
+import contextlib
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from experiments.vlm.config import Source
+from experiments.vlm.data.formats import FORMATS, RECORD_FORMATS, Record, format_of
+from experiments.vlm.data.formats.image_values import is_image_name, name_of
+from experiments.vlm.data.formats.tar_header import Member
+from experiments.vlm.data.rejects import Rejected
+
+SHOWN = 8  # fields
+TELLING = ("caption", "description", "text", "alt", "title", "prompt")  # of what a caption may be called
+
+
+def hint(records: Sequence[Record], source: Source) -> str:
+    """The format, or the columns, that would fit most of these records; empty where nothing would."""
+    absent = [name for name in vars(source.columns).values() if name and not any(name in r for r in records)]
+    if records and absent:
+        return f"its records have no column {absent[0]}, but {_fields(records[0])}: correct columns"
+    fits = Counter(format for record in records if (format := _fitting(record)))
+    if fits and FORMATS[best := fits.most_common(1)[0][0]] is not FORMATS[source.format]:
+        return f"its records are of format {best}, not {source.format}: set format = '{best}'"
+    if fits or not records or any(map(format_of, records)):
+        return ""
+    unknown = f"no format knows its records, whose fields are {_fields(records[0])}"
+    image, text = _image_column(records), _text_column(records)
+    if image and text:
+        return f'{unknown}: set format = \'captions\' and columns = {{image = "{image}", text = "{text}"}}'
+    return f"{unknown}: say which are meant with columns = {{image = ..., text = ...}}, or add a format"
+
+
+def _fitting(record: Record) -> str | None:
+    """The first format that makes a document of it."""
+    for name, format in RECORD_FORMATS.items():
+        with contextlib.suppress(Rejected):
+            if (format.fits(record) or name == "text") and format.parse(record):
+                return name
+    return None
+
+
+def _fields(record: Record) -> str:
+    named = ", ".join(list(map(str, record))[:SHOWN])
+    return named + (", ..." if len(record) > SHOWN else "")
+
+
+def _image_column(records: Sequence[Record]) -> str | None:
+    return next((name for name in records[0] if all(_is_image(r.get(name)) for r in records)), None)
+
+
+def _is_image(value: Any) -> bool:
+    """By its type, or by how its path, address or beginning is spelled."""
+    if isinstance(value, Member | bytes | memoryview):
+        return True
+    if isinstance(value, dict) and isinstance(value.get("bytes"), bytes | memoryview):
+        return True
+    name = value if isinstance(value, str) else name_of(value)
+    return name.startswith("data:image/") or is_image_name(name.partition("?")[0].lower())
+
+
+def _text_column(records: Sequence[Record]) -> str | None:
+    """Of the columns of texts one that is called like a caption, else the one with most to say."""
+    sizes = {
+        name: sum(len(record[name]) for record in records)
+        for name in records[0]
+        if all(isinstance(r.get(name), str) and not _is_image(r[name]) for r in records)
+    }
+    telling = [name for name in sizes if any(word in name.lower() for word in TELLING)]
+    return max(telling or sizes, key=lambda name: sizes[name], default=None)
