@@ -16,6 +16,8 @@ from typing import Literal
 
 from experiments.__main__ import CONFIG_CLASSES
 from experiments.vlm.config import VLMJobConfig
+from experiments.vlm.model.towers import TOWERS
+from experiments.vlm.model_config import model_config
 from experiments.vlm.saved_model import use_checkpoint, with_saved
 from torchtitan.config.check import is_allowed
 from torchtitan.config.errors import require
@@ -25,7 +27,7 @@ from torchtitan.tools.disk import require_writable
 from torchtitan.tools.logging import init_logger
 
 WRITTEN = f"""all       Lfm2VlForConditionalGeneration, with one of the decoders below, and its processor
-encoder   Siglip2VisionModel (any size of image), SiglipVisionModel (one size), without pooling head
+encoder   {", ".join(tower.architecture for tower in TOWERS.values())}, without pooling head
 decoder   {", ".join(family.architecture for family in FAMILIES.values())}, with its tokenizer"""
 
 
@@ -88,7 +90,7 @@ def write(job: VLMJobConfig, checkpoint: Path, folder: Path, options: Options) -
     dtype = None if options.dtype == "stored" else getattr(torch, options.dtype)
     if options.adapters == "only":
         require(options.part == "all", f"--part {options.part}: adapters are written for the whole model")
-        print(f"{len(write_adapter(checkpoint, folder, job.lora, dtype))} tensors")
+        print(f"{len(write_adapter(checkpoint, folder, job.lora, model_config(job).encoder, dtype))} tensors")
         return
     made = export(
         job,

@@ -13,6 +13,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from experiments.vlm.config import PARTS
+from experiments.vlm.model.config import EncoderConfig
 from experiments.vlm.model.hf import part_rows
 from torchtitan.components.checkpoint_read import PREFIX, Sizes, Stored, reading, stored_tensors
 from torchtitan.config.errors import ConfigError, require
@@ -39,9 +40,9 @@ PLAIN = {
 }
 
 
-def adapter_rows() -> list[Row]:
+def adapter_rows(encoder: EncoderConfig) -> list[Row]:
     """Names of the factors, from those of the maps that they stand beside."""
-    rows = [row for part in PARTS for row in part_rows(part, whole=True)]
+    rows = [row for part in PARTS for row in part_rows(part, encoder, whole=True)]
     maps = dict.fromkeys((row.theirs.rpartition(".")[0], row.ours.rpartition(".")[0]) for row in rows)
     return [
         Row(f"{OF_PEFT}{theirs}.lora_{factor}.weight", f"{ours}{INFIX}{factor}.weight")
@@ -51,7 +52,7 @@ def adapter_rows() -> list[Row]:
 
 
 def write_adapter(
-    checkpoint: Path, folder: Path, options: LoRA, dtype: torch.dtype | None = None
+    checkpoint: Path, folder: Path, options: LoRA, encoder: EncoderConfig, dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
     """The adapters of a checkpoint into `folder`, which is there. Returns them by their names in it.
 
@@ -64,7 +65,7 @@ def write_adapter(
     with reading(checkpoint):
         dcp.load(weights, checkpoint_id=str(checkpoint), no_dist=True)
     ours = {name.removeprefix(PREFIX): weight.to(dtype or weight.dtype) for name, weight in weights.items()}
-    named = write(ours, adapter_rows())
+    named = write(ours, adapter_rows(encoder))
     with (folder / WEIGHTS).open("wb") as file:
         file.write(header_bytes({name: (NAMES[w.dtype], tuple(w.shape)) for name, w in named.items()}))
         for weight in named.values():
@@ -95,7 +96,7 @@ def require_rank(options: LoRA, stored: Mapping[str, Stored], checkpoint: Path) 
             )
 
 
-def adapter_source(options: LoRA, shapes: Sizes) -> Source:
+def adapter_source(options: LoRA, shapes: Sizes, encoder: EncoderConfig) -> Source:
     """The folder lora.initial_load_path, for weights of these `shapes`.
 
     Raises ConfigError where it is no adapter of this kind.
@@ -103,7 +104,7 @@ def adapter_source(options: LoRA, shapes: Sizes) -> Source:
     folder = Path(options.initial_load_path)
     _require_same(folder / CONFIG, options)
     parts = dict.fromkeys(name.partition(".")[0] for name in shapes)
-    return Source(folder, tuple(parts), adapter_rows(), {}, tensors=_read_tensors)
+    return Source(folder, tuple(parts), adapter_rows(encoder), {}, tensors=_read_tensors)
 
 
 def _read_tensors(folder: Path) -> dict[str, StoredTensor]:

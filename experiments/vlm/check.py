@@ -13,7 +13,7 @@ from experiments.vlm.config import Source, VLMJobConfig
 from experiments.vlm.data.chat_template import BUILT_IN as CHAT_TEMPLATES
 from experiments.vlm.data.formats import FORMATS
 from experiments.vlm.data.sources.permission import denied
-from experiments.vlm.model.flavors import EncoderConfig, VLMConfig
+from experiments.vlm.model.config import EncoderConfig, VLMConfig
 from experiments.vlm.model_config import missing_folders, model_config, part_folders
 from experiments.vlm.processor import image_processor_config
 from experiments.vlm.world.shards import SPLITS, WORLDS

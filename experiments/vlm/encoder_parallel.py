@@ -58,9 +58,9 @@ def apply_sharing(projector: nn.Module, job: VLMJobConfig, mesh: Mesh) -> None:
         )
 
 
-# Norms and the embedding are whole on every rank, and see the whole gradient there.
+# Norms, scales and the embedding are whole on every rank, and see the whole gradient there.
 ENCODER_BLOCK_PLAN = {
-    "attention": tp.gathered(arguments=2, split=False),
+    "attention": tp.gathered(arguments=3, split=False),
     "attention.wq": tp.columns(),
     "attention.wk": tp.columns(),
     "attention.wv": tp.columns(),
@@ -69,9 +69,11 @@ ENCODER_BLOCK_PLAN = {
     "mlp.fc1": tp.columns(),
     "mlp.fc2": tp.rows(split=False),
 }
+GATED = {"mlp.gate": tp.columns()}
 
 
 def apply_encoder_tensor_parallel(encoder: VisionEncoder, mesh: DeviceMesh) -> None:
     """Split heads and MLP columns of every block over `mesh`, in place."""
+    plan = ENCODER_BLOCK_PLAN | (GATED if encoder.config.gated_mlp else {})
     for layer in encoder.layers.values():
-        tp.split(layer, mesh, ENCODER_BLOCK_PLAN)
+        tp.split(layer, mesh, plan)

@@ -12,8 +12,9 @@ import torch
 from experiments.vlm.adapter import require_rank
 from experiments.vlm.config import PARTS, VLMJobConfig
 from experiments.vlm.model import hf_config as sizes
-from experiments.vlm.model.flavors import VLMConfig
-from experiments.vlm.model.hf import as_convolution, part_rows
+from experiments.vlm.model.config import VLMConfig
+from experiments.vlm.model.hf import part_rows
+from experiments.vlm.model.towers import tower_of, write_encoder
 from experiments.vlm.model.vlm import VLM
 from experiments.vlm.model_config import model_config
 from experiments.vlm.processor import write_language, write_processor
@@ -50,9 +51,7 @@ def export(
     """
     config = model_config(job)
     parts = PARTS if part == "all" else (part,)
-    rows = [row for name in parts for row in part_rows(name, whole=part == "all")]
-    if part == "encoder" and config.encoder.image_size:
-        rows = as_convolution(rows, config.encoder.patch_size)
+    rows = [row for name in parts for row in part_rows(name, config.encoder, whole=part == "all")]
     scale = job.lora.alpha / max(1, job.lora.rank) if merge_adapters else None
     made = Export(checkpoint, parts, rows, dtype, scale)
     if merge_adapters:
@@ -83,9 +82,7 @@ def _write_settings(job: VLMJobConfig, config: VLMConfig, made: Export, folder: 
     """config.json, and what turns images and conversations into inputs."""
     values: dict[str, Any]
     if part == "encoder":
-        fixed = config.encoder.image_size is not None
-        name = "SiglipVisionModel" if fixed else "Siglip2VisionModel"
-        values = {"architectures": [name]} | sizes.encoder_hf_config(config.encoder, fixed)
+        values = {"architectures": [tower_of(config.encoder).architecture]} | write_encoder(config.encoder)
     else:
         rows, tokenizer = made.stored[TABLE].shape[0], load_tokenizer(job.model.tokenizer_path)
         if tokenizer.vocab_size > rows:

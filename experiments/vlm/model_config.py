@@ -7,7 +7,9 @@ from typing import Any
 
 from experiments.vlm.config import PARTS, VLMJobConfig
 from experiments.vlm.model import hf_config as hf
-from experiments.vlm.model.flavors import FLAVORS, ProjectorConfig, VLMConfig
+from experiments.vlm.model.config import ProjectorConfig, VLMConfig
+from experiments.vlm.model.flavors import FLAVORS
+from experiments.vlm.model.towers import INSIDE, TOWERS
 from torchtitan.components.checkpoint_folder import find, find_initial, read_record
 from torchtitan.config.errors import ConfigError, did_you_mean, require
 from torchtitan.config.table import from_table
@@ -89,9 +91,10 @@ def parts_in(folder: Path) -> tuple[str, ...]:
     kind = file.model_type
     if kind == hf.WHOLE:
         return PARTS
-    known = ", ".join([hf.WHOLE, *(kind for kind in hf.TOWERS if kind != hf.WHOLE), *FAMILIES])
-    require(kind in hf.TOWERS or kind in FAMILIES, f"{file.where}: model_type = {kind!r}; known: {known}")
-    return ("encoder",) if kind in hf.TOWERS else ("decoder",)
+    towers = (*TOWERS, *INSIDE)
+    known = ", ".join([hf.WHOLE, *towers, *FAMILIES])
+    require(kind in towers or kind in FAMILIES, f"{file.where}: model_type = {kind!r}; known: {known}")
+    return ("encoder",) if kind in towers else ("decoder",)
 
 
 def _of_folders(folders: dict[str, Path], row: VLMConfig | None, flavor: str) -> VLMConfig:

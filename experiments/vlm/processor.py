@@ -13,6 +13,7 @@ from typing import Any
 
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.data.chat_template import ChatTemplate, ends_of, load_chat_template
+from experiments.vlm.model.hf_config import require_lfm2_vl
 from experiments.vlm.model_config import model_config
 from torchtitan.components.tokenizer import SpecialTokenizer, load_tokenizer
 from torchtitan.components.tokenizer_files import write_json, write_tokenizer
@@ -59,9 +60,10 @@ def write_processor(job: VLMJobConfig, folder: Path) -> None:
 def image_processor_config(job: VLMJobConfig) -> dict[str, Any]:
     """Of an Lfm2VlImageProcessor that makes an image's patches by our rule (ImagePlan.grid).
 
-    Raises ConfigError where images are made square, which it cannot do.
+    Raises ConfigError where images are made square, which it cannot do, and where its model is not ours.
     """
     data, model = job.data, model_config(job)
+    require_lfm2_vl(model)
     square = "data.resize = square: no processor of transformers that fits the whole model squeezes images"
     require(data.resize == "native", f"{square}: export its parts alone")
     merged = model.projector.merge_size**2

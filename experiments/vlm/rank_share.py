@@ -6,7 +6,7 @@ in being checkpointed. The first of a tower is like no other, since others hold 
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from experiments.vlm.batch import FIELDS, BatchShape
 from experiments.vlm.config import VLMJobConfig
-from experiments.vlm.model.flavors import VLMConfig
+from experiments.vlm.model.config import VLMConfig
 from experiments.vlm.model.vit import VisionEncoder
 from experiments.vlm.model.vlm import VLM
 from experiments.vlm.parallelize import split_decoder, split_encoder
@@ -74,17 +74,17 @@ class RankShare:
         """Drop the others. Returns which layer is run in the place of each, by full names."""
         ac, like = self._job.activation_checkpoint, {}
         assert model.encoder is not None
-        towers: list[tuple[str, VisionEncoder | Decoder, str]] = [
-            ("encoder", model.encoder, ac.encoder_mode),
-            ("decoder", model.decoder, ac.mode),
+        towers: list[tuple[str, VisionEncoder | Decoder, str, Callable[[str], str]]] = [
+            ("encoder", model.encoder, ac.encoder_mode, model.encoder.role),
+            ("decoder", model.decoder, ac.mode, lambda number: ""),
         ]
-        for tower_name, tower, mode in towers:
+        for tower_name, tower, mode, role in towers:
             first_of: dict[Any, str] = {}
             for number, layer in tower.layers.items():
                 name = f"{tower_name}.layers.{number}"
                 trained = tuple(parameter.requires_grad for parameter in layer.parameters())
                 checkpointed = is_checkpointed(number, mode, ac.selective_ac_option)
-                kind = number == "0", trained, self._backward[name].inputs, checkpointed
+                kind = number == "0", role(number), trained, self._backward[name].inputs, checkpointed
                 like[name] = first_of.setdefault(kind, name)
             kept = [name.rpartition(".")[2] for name in first_of.values()]
             tower.layers = nn.ModuleDict({number: tower.layers[number] for number in kept})
@@ -133,7 +133,8 @@ class RankShare:
         for number in range(self._config.encoder.layers):
             layer = self._like[f"encoder.layers.{number}"]
             yield unit(f"encoder layer {number}", layer, (layer,), tp=heads)
-        yield unit("encoder norm", "encoder.norm", ())
+        if self._config.encoder.feature_norm:
+            yield unit("encoder norm", "encoder.norm", ())
         yield unit("projector", "projector", ("projector",))
 
     def _unit(
@@ -147,16 +148,17 @@ class RankShare:
         tp: int,
         stays: bool = False,
     ) -> Unit:
-        """The parameters of `modules`, and what was seen of `span`."""
+        """The parameters of `modules`, and what was seen of `span`; they are idle where that does not run."""
         begin = tuple(f"{module}." for module in modules)
         own = {name: parameter for name, parameter in self._parameters.items() if name.startswith(begin)}
         backward = [wants for name, wants in self._backward.items() if f"{name}.".startswith(begin)]
         trained = [(name, parameter) for name, parameter in own.items() if parameter.requires_grad]
         optimizer = self._job.optimizer, VLM.ADAMW_ONLY
         by_rows = VLM.TOKEN_TABLES if self._job.training.trainable_tokens else ()
+        numbers, runs = sum(parameter.numel() for parameter in own.values()), span in self._spans
         return Unit(
             name,
-            sum(parameter.numel() for parameter in own.values()),
+            numbers if runs else 0,
             shards,
             copies,
             trained=sum(parameter.numel() for _, parameter in trained),
@@ -164,17 +166,17 @@ class RankShare:
             moments=moments(trained, *optimizer, by_rows),
             exchanged=sent_for_updates(trained, *optimizer, shards, tp, self._update),
             stays=stays,
-            use=self._spans[span],
+            idle=0 if runs else numbers,
+            use=self._spans.get(span, Footprint()),
         )
 
 
 def _span_names(model: VLM) -> list[str]:
     """Modules in the order of forward; each span of memory and traffic begins with the call of one."""
     assert model.encoder is not None
-    encoder = [f"encoder.layers.{number}" for number in model.encoder.layers]
+    encoder = [f"encoder.{name}" for name in model.encoder.running()]
     decoder = [f"decoder.layers.{number}" for number in model.decoder.layers]
-    ends = ["encoder.norm", "projector", "decoder.tok_embeddings"]
-    return ["encoder.embedding", *encoder, *ends, *decoder, "decoder.norm"]
+    return [*encoder, "projector", "decoder.tok_embeddings", *decoder, "decoder.norm"]
 
 
 def _batch_of(job: VLMJobConfig, mesh: Mesh, slots: int, patch_size: int) -> dict[str, Tensor]:

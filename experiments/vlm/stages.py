@@ -52,7 +52,8 @@ def stage_costs(model: VLM, job: VLMJobConfig, sizes: Degrees) -> tuple[list[flo
             for name, repeats in zip(names, again, strict=True)
         ]
 
-    encoder = cost("encoder.embedding") + sum(costs("encoder", model.encoder.layers, ac.encoder_mode))
+    running = [number for number in model.encoder.layers if int(number) < model.encoder.depth]
+    encoder = cost("encoder.embedding") + sum(costs("encoder", running, ac.encoder_mode))
     visual = cost("projector") / model.projector.merged
     decoder = costs("decoder", model.decoder.layers, ac.mode)
     return [tokens * each for each in decoder], patches * (encoder + visual), tokens * cost("decoder.output")

@@ -9,7 +9,8 @@ import pytest
 import torch.distributed as dist
 
 from experiments.vlm.estimate import estimate
-from experiments.vlm.model.flavors import FLAVORS, EncoderConfig, ProjectorConfig, VLMConfig
+from experiments.vlm.model.config import EncoderConfig, ProjectorConfig, VLMConfig
+from experiments.vlm.model.flavors import FLAVORS
 from tests.distributed.pool import Pool
 from tests.distributed.table import layout
 from tests.reference.live_memory import LiveMemory

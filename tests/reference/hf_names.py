@@ -4,15 +4,19 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from experiments.vlm.model.flavors import VLMConfig
-from experiments.vlm.model.hf import ALONE, TOWER, WITHIN, part_rows
+from experiments.vlm.model.config import VLMConfig
+from experiments.vlm.model.hf import ALONE, WITHIN, part_rows
+from experiments.vlm.model.towers import tower_of
+from tests.reference.models import ENCODER
 from torchtitan.models.decoder import hf as decoder
 from torchtitan.models.decoder.flavors import DecoderConfig
 from torchtitan.models.weight_names import prefixed, write
 
 DECODER_ROWS = prefixed(decoder.BODY, "model.", "") + decoder.HEAD
-ENCODER_ROWS = [row for place in ALONE["encoder"] for row in prefixed(TOWER, place, "")]
-VLM_ROWS = [row for part in WITHIN for row in part_rows(part, whole=True)]
+ENCODER_ROWS = [
+    row for place in ALONE["encoder"] for row in prefixed(tower_of(ENCODER).rows(ENCODER), place, "")
+]
+VLM_ROWS = [row for part in WITHIN for row in part_rows(part, ENCODER, whole=True)]
 
 
 def decoder_to_hf(state: Mapping[str, Tensor], config: DecoderConfig) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ import dataclasses
 import torch
 from torch import nn
 
-from experiments.vlm.model.flavors import EncoderConfig, ProjectorConfig, VLMConfig
+from experiments.vlm.model.config import EncoderConfig, ProjectorConfig, VLMConfig
 from experiments.vlm.model.vlm import VLM
 from torchtitan.layers.rope_scaling import RopeScaling
 from torchtitan.models.decoder.flavors import DecoderConfig

@@ -18,7 +18,8 @@ from torch.distributed.tensor import DTensor
 from experiments.vlm.batch import Batch, Delivered
 from experiments.vlm.check import check_encoder, check_patches
 from experiments.vlm.config import VLMJobConfig
-from experiments.vlm.model.flavors import FLAVORS, EncoderConfig, ProjectorConfig, VLMConfig
+from experiments.vlm.model.config import EncoderConfig, ProjectorConfig, VLMConfig
+from experiments.vlm.model.flavors import FLAVORS
 from experiments.vlm.model_config import model_config
 from experiments.vlm.spec import SPEC
 from tests.reference.batches import Document, Picture, Sizes, build_batch, draw_picture

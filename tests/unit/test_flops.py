@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from experiments.vlm.batch import Batch
 from experiments.vlm.config import PARTS
 from experiments.vlm.flops import Work, count_flops, flops_of_work, image_pairs
-from experiments.vlm.model.flavors import ProjectorConfig, VLMConfig
+from experiments.vlm.model.config import ProjectorConfig, VLMConfig
 from experiments.vlm.model.vlm import VLM
 from experiments.vlm.stages import stage_costs
 from tests.reference.batches import Sizes, build_batch, draw_picture, words

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from experiments.vlm.model.flavors import EncoderConfig
+from experiments.vlm.model.config import EncoderConfig
 from experiments.vlm.model.vit import EncoderBlock
 from tests.reference.live_memory import LiveMemory
 from torchtitan.distributed.activation_checkpoint import apply_activation_checkpoint

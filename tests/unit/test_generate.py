@@ -16,7 +16,7 @@ from experiments.vlm.data.sample import make_sample
 from experiments.vlm.generate.forward import CachedVLM
 from experiments.vlm.generate.layout import check_layout
 from experiments.vlm.generate.prompt import Picture, Prompt, Prompter
-from experiments.vlm.model.flavors import ProjectorConfig, VLMConfig
+from experiments.vlm.model.config import ProjectorConfig, VLMConfig
 from experiments.vlm.model.vlm import VLM
 from tests.reference.small_run import DECODERS, ENCODER
 from tests.tiny_data import Characters

@@ -7,7 +7,9 @@ import pytest
 
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.model import hf_config as vlm
-from experiments.vlm.model.flavors import ENCODERS, FLAVORS, ProjectorConfig, VLMConfig
+from experiments.vlm.model.config import ProjectorConfig, VLMConfig
+from experiments.vlm.model.flavors import ENCODERS, FLAVORS
+from experiments.vlm.model.towers import write_encoder
 from experiments.vlm.model_config import model_config
 from tests.reference.models import ENCODER, LLAMA, QWEN2, QWEN3
 from torchtitan.config.errors import ConfigError
@@ -96,7 +98,7 @@ def test_towers_of_any_size_and_of_one_size_are_told_apart():
     for file in (alone, inside):
         fixed = vlm.encoder_config(file)
         assert (fixed.image_size, fixed.position_grid, fixed.patch_size) == (384, 27, 14)
-        assert vlm.encoder_config(ConfigFile(vlm.encoder_hf_config(fixed, fixed=True), "x")) == fixed
+        assert vlm.encoder_config(ConfigFile(write_encoder(fixed), "x")) == fixed
 
 
 def test_the_whole_model_is_read_as_transformers_writes_it():
@@ -137,7 +139,7 @@ def test_a_decoder_that_is_not_ours_is_refused_with_its_key(values, told):
 @pytest.mark.parametrize(
     ("values", "told"),
     [
-        ({"model_type": "clip"}, "model_type = 'clip': no encoder of that kind here"),
+        ({"model_type": "vjepa2"}, "model_type = 'vjepa2': no encoder of that kind here"),
         ({"model_type": "siglip2_vision_model", "num_patches": 250}, "num_patches = 250: must be a square"),
         ({"model_type": "siglip2_vision_model", "num_attention_heads": 7}, "7 heads do not divide"),
         (

@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 
 from experiments.commands import main
 from experiments.vlm.config import VLMJobConfig
-from experiments.vlm.model.flavors import ProjectorConfig, VLMConfig
+from experiments.vlm.model.config import ProjectorConfig, VLMConfig
 from experiments.vlm.model.vlm import VLM
 from experiments.vlm.spec import build_vlm
 from tests.reference.batches import build_batch, example_slots

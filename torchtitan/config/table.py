@@ -14,7 +14,7 @@ def expected(hint: Any) -> str:
     """The values that a type allows, in words."""
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, get_args(hint)))
-    if get_origin(hint) is list:
+    if get_origin(hint) in (list, tuple):
         return f"a list, each item {expected(get_args(hint)[0])}"
     if get_origin(hint) in (Union, types.UnionType):
         return " or ".join("nothing" if arm is type(None) else expected(arm) for arm in get_args(hint))
@@ -51,8 +51,8 @@ def convert(value: Any, hint: Any, key: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return from_table(hint, value, key)  # type: ignore[arg-type]
     origin, args = get_origin(hint), get_args(hint)
-    if origin is list and isinstance(value, list):
-        return [convert(item, args[0], f"{key}[{number}]") for number, item in enumerate(value)]
+    if origin in (list, tuple) and isinstance(value, list):
+        return origin(convert(item, args[0], f"{key}[{number}]") for number, item in enumerate(value))
     if origin is Literal and value in args and type(value) in map(type, args):
         return value
     # Optional: TOML has no null, so a value is meant for the other arm

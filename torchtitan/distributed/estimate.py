@@ -33,6 +33,7 @@ class Unit:
     moments: int = 0  # numbers of the optimizer's state, before FSDP divides them
     exchanged: float = 0  # bytes that this rank sends in a step to update them
     stays: bool = False  # gathered from the first forward to the last backward
+    idle: int = 0  # parameters that are only kept, divided as the others
     use: Footprint = Footprint()
 
 
@@ -114,7 +115,7 @@ def _moments(
     stages: Sequence[Sequence[Unit]], s: Storage, most_kept: float, earlier: float, batch: float
 ) -> Iterator[Memory]:
     units, on_device = [unit for stage in stages for unit in stage], not s.sharding.offload
-    state = sum((u.parameters + u.moments) / u.shards * FLOAT32 for u in units) * on_device + batch
+    state = sum((u.parameters + u.moments + u.idle) / u.shards * FLOAT32 for u in units) * on_device + batch
     full = [u.parameters * s.parameter for u in units]
     for i, (unit, later) in enumerate(_with_later(stages)):
         # What the rest of this microbatch's stage keeps is not there yet in forward, and no more in backward.

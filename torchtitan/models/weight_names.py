@@ -9,27 +9,29 @@ A weight of theirs may be several of ours or the reverse, cut along dim 0:
     Row("gate.weight", "w13.weight", ours_part=Part(0, 2))        theirs is the first half of ours
     Row("table", "positions", theirs_part=Part(1, 2, first=1))    ours is theirs without its first row
 
-All that is done to a weight is done to its rows alone, so a rank reads the rows that it needs. Files are read
-and written elsewhere (hf/); here are pieces of tensors, and state dicts that are in memory.
+All that is done to a weight is done to its rows alone, so a rank reads the rows that it needs; small ones may
+be changed as a whole (`Transform.whole`). Files are read and written elsewhere (hf/); here are pieces of
+tensors, and state dicts that are in memory. Imports no torch until there are tensors.
 """
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def _same(rows: Tensor) -> Tensor:
+def _same(rows: "Tensor") -> "Tensor":
     return rows
 
 
 class Transform(NamedTuple):
-    """What changes of the rows of a weight on their way in and out; it keeps dim 0."""
+    """What changes of the rows of a weight on their way in and out; it keeps dim 0, unless it is `whole`."""
 
-    read: Callable[[Tensor], Tensor] = _same  # theirs -> ours
-    write: Callable[[Tensor], Tensor] = _same  # ours -> theirs
+    read: Callable[["Tensor"], "Tensor"] = _same  # theirs -> ours
+    write: Callable[["Tensor"], "Tensor"] = _same  # ours -> theirs
+    whole: bool = False  # it gets all rows at once, and each rank reads all: for small weights
 
 
 class Part(NamedTuple):
@@ -64,7 +66,8 @@ class Piece(NamedTuple):
 
     source: str
     rows: range
-    transform: Callable[[Tensor], Tensor]
+    transform: Callable[["Tensor"], "Tensor"]
+    whole: bool = False  # see Transform
 
 
 class Pieces(NamedTuple):
@@ -77,7 +80,7 @@ class Pieces(NamedTuple):
 class Weights(NamedTuple):
     """What `read` found."""
 
-    named: dict[str, Tensor]  # under our names
+    named: dict[str, "Tensor"]  # under our names
     # their names that no row knows, for a report: the pooling head of a published encoder, say
     unused: list[str]
 
@@ -87,9 +90,10 @@ class _Way(NamedTuple):
 
     source: str
     target: str
-    transform: Callable[[Tensor], Tensor]
+    transform: Callable[["Tensor"], "Tensor"]
     source_part: Part
     target_part: Part
+    whole: bool
 
 
 def prefixed(rows: Iterable[Row], theirs: str, ours: str) -> list[Row]:
@@ -102,7 +106,9 @@ def to_ours(sizes: Mapping[str, int], rows: Iterable[Row]) -> Pieces:
 
     ValueError where two of their names mean the same weight, or a part of one is missing.
     """
-    ways = [_Way(r.theirs, r.ours, r.transform.read, r.theirs_part, r.ours_part) for r in rows]
+    ways = [
+        _Way(r.theirs, r.ours, r.transform.read, r.theirs_part, r.ours_part, r.transform.whole) for r in rows
+    ]
     return _assemble(sizes, ways)
 
 
@@ -111,7 +117,9 @@ def to_theirs(sizes: Mapping[str, int], rows: Iterable[Row]) -> Pieces:
 
     ValueError for a weight that has no name there, since leaving it out would go unseen.
     """
-    ways = [_Way(r.ours, r.theirs, r.transform.write, r.ours_part, r.theirs_part) for r in rows]
+    ways = [
+        _Way(r.ours, r.theirs, r.transform.write, r.ours_part, r.theirs_part, r.transform.whole) for r in rows
+    ]
     pieces = _assemble(sizes, ways)
     if pieces.unused:
         raise ValueError(f"weight {pieces.unused[0]} has no name in this format")
@@ -128,7 +136,7 @@ def _assemble(sizes: Mapping[str, int], ways: list[_Way]) -> Pieces:
             pieces, number = found.setdefault(target, {}), way.target_part.number
             if number in pieces:
                 raise ValueError(f"weight {target} is there twice; the second time it is called {name}")
-            pieces[number] = Piece(name, way.source_part.rows(size), way.transform)
+            pieces[number] = Piece(name, way.source_part.rows(size), way.transform, way.whole)
             parts[target], known = way.target_part.of, True
         if not known:
             unused.append(name)
@@ -158,22 +166,24 @@ def _translate(name: str, source: str, target: str) -> str | None:
     return re.sub(r"\*", lambda _: next(parts), target)
 
 
-def read(state: Mapping[str, Tensor], rows: Iterable[Row]) -> Weights:
+def read(state: Mapping[str, "Tensor"], rows: Iterable[Row]) -> Weights:
     """Their state dict under our names. ValueError: see `to_ours`."""
     pieces = to_ours(_sizes(state), rows)
     return Weights(_made(state, pieces), pieces.unused)
 
 
-def write(state: Mapping[str, Tensor], rows: Iterable[Row]) -> dict[str, Tensor]:
+def write(state: Mapping[str, "Tensor"], rows: Iterable[Row]) -> dict[str, "Tensor"]:
     """Our state dict under their names. ValueError: see `to_theirs`."""
     return _made(state, to_theirs(_sizes(state), rows))
 
 
-def _sizes(state: Mapping[str, Tensor]) -> dict[str, int]:
+def _sizes(state: Mapping[str, "Tensor"]) -> dict[str, int]:
     return {name: weight.shape[0] if weight.ndim else 1 for name, weight in state.items()}
 
 
-def _made(state: Mapping[str, Tensor], pieces: Pieces) -> dict[str, Tensor]:
+def _made(state: Mapping[str, "Tensor"], pieces: Pieces) -> dict[str, "Tensor"]:
+    import torch
+
     made = {}
     for name, of in pieces.of.items():
         if len(of) == 1 and len(of[0].rows) == _sizes({"": state[of[0].source]})[""]:

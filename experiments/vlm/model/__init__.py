@@ -1,9 +1,12 @@
-"""The model: SigLIP2 encoder -> projector -> places among the token embeddings -> decoder. Mathematics alone.
+"""The model: vision encoder -> projector -> places among the token embeddings -> decoder. Mathematics alone.
 
 vlm         the whole: projector, placing, composition
-vit         the encoder, on packed rows of patches; positions: learned positions, resized to every image
-flavors     sizes of encoders and of whole models, as rows; cards: as the page docs/models.md
-hf_config   sizes in the words of Hugging Face, both ways
+vit         the encoder, on packed rows of patches; embedding: what its first layer reads
+positions   where patches are: learned tables, resized to every image, waves, angles
+config      sizes and kinds of the parts, as data
+towers/     families of encoders: their words for sizes, their names of weights
+flavors     sizes of whole models, as rows; cards: as the page docs/models.md
+hf_config   sizes of whole models in the words of Hugging Face, both ways
 hf          names and shapes of published weights
 
 The decoder is torchtitan/models/decoder. Which module gets which layout: experiments/vlm/parallelize.py.

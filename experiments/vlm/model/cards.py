@@ -6,7 +6,8 @@ from functools import cache
 import torch
 from torch import nn
 
-from experiments.vlm.model.flavors import ENCODERS, FLAVORS, EncoderConfig, ProjectorConfig, VLMConfig
+from experiments.vlm.model.config import EncoderConfig, ProjectorConfig, VLMConfig
+from experiments.vlm.model.flavors import ENCODERS, FLAVORS
 from experiments.vlm.model.vit import VisionEncoder
 from experiments.vlm.model.vlm import Projector
 from torchtitan.models.decoder.flavors import DECODERS, DecoderConfig

@@ -1,60 +1,29 @@
-"""Sizes in the words of Hugging Face: a SigLIP tower, and the whole model as Lfm2VlConfig. Imports no torch.
+"""Sizes in the words of Hugging Face: the whole model as Lfm2VlConfig. Imports no torch.
 
-    siglip2, siglip2_vision_model    NaFlex: any size of image, a table of num_patches positions
-    siglip, siglip_vision_model      one size of image; SigLIP2 checkpoints of fixed size are of this class
-    lfm2_vl                          our composition, with one of the decoders of models/decoder/hf_config.py
+    lfm2_vl    our composition: a SigLIP2 tower, and one of the decoders of models/decoder/hf_config.py
 
-Defaults are those of the classes of transformers 5.24.
+Towers alone are read and written in towers/. Defaults are those of the classes of transformers 5.24.
 """
 
-import math
+from dataclasses import replace
 from typing import Any
 
-from experiments.vlm.model.flavors import EncoderConfig, ProjectorConfig, VLMConfig
+from experiments.vlm.model.config import EncoderConfig, ProjectorConfig, VLMConfig
+from experiments.vlm.model.towers import FIXED, NAFLEX, model_type_of, read_encoder, write_encoder
 from torchtitan.config.errors import require
 from torchtitan.models.decoder import hf_config as decoder
 from torchtitan.models.hf.config_file import ConfigFile
 
 WHOLE = "lfm2_vl"
-NAFLEX, FIXED = "siglip2_vision_model", "siglip_vision_model"
-# model_type -> that of its tower, where the tower is a section
-TOWERS = {"siglip2": NAFLEX, "siglip": FIXED, WHOLE: NAFLEX, NAFLEX: None, FIXED: None}
 
 
 def encoder_config(file: ConfigFile) -> EncoderConfig:
     """A tower's sizes, or those of a larger model's tower. Raises ConfigError for what the encoder is not."""
-    kind = file.model_type
-    require(
-        kind in TOWERS,
-        f"{file.where}: model_type = {kind!r}: no encoder of that kind here; known: {', '.join(TOWERS)}",
-    )
-    if inside := TOWERS[kind]:
-        file = file.section("vision_config")
-        kind = file.model_type or inside
-        require(
-            kind in (NAFLEX, FIXED),
-            f"{file.where}: model_type = {kind!r}: no encoder of that kind here; known: {NAFLEX}, {FIXED}",
-        )
-    file.refuse_all_but("hidden_act", "gelu_pytorch_tanh")
-    file.refuse_all_but("num_channels", 3)
-    patch_size = file.size("patch_size", 16)
-    image_size = file.size("image_size", 224) if kind == FIXED else None
-    places = file.size("num_patches", 256)
-    grid = math.isqrt(places) if image_size is None else image_size // patch_size
-    square = f"{file.where}: num_patches = {places}: must be a square, since positions form a square table"
-    require(image_size is not None or grid**2 == places, square)
-    dim, heads = file.size("hidden_size", 768), file.size("num_attention_heads", 12)
-    require(dim % heads == 0, f"{file.where}: {heads} heads do not divide hidden_size = {dim}")
-    return EncoderConfig(
-        dim,
-        file.size("num_hidden_layers", 12),
-        heads,
-        file.size("intermediate_size", 3072),
-        patch_size,
-        grid,
-        file.get("layer_norm_eps", 1e-6),
-        image_size,
-    )
+    if file.model_type != WHOLE:
+        return read_encoder(file)
+    section = file.section("vision_config")
+    named = {"model_type": NAFLEX} | {k: v for k, v in section.values.items() if v is not None}
+    return read_encoder(ConfigFile(named, section.where), among=(NAFLEX, FIXED))
 
 
 def decoder_config(file: ConfigFile) -> decoder.DecoderConfig:
@@ -84,22 +53,14 @@ def vlm_config(file: ConfigFile) -> VLMConfig:
     return VLMConfig(encoder_config(file), projector_config(file), decoder_config(file))
 
 
-def encoder_hf_config(config: EncoderConfig, fixed: bool) -> dict[str, Any]:
-    """config.json of the tower without its pooling head. `fixed`: as the class of one image size."""
-    size = {"image_size": config.image_size} if fixed else {"num_patches": config.position_grid**2}
-    return {
-        "model_type": FIXED if fixed else NAFLEX,
-        "hidden_size": config.dim,
-        "intermediate_size": config.mlp_dim,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "num_channels": 3,
-        "patch_size": config.patch_size,
-        **size,
-        "hidden_act": "gelu_pytorch_tanh",
-        "layer_norm_eps": config.norm_eps,
-        "vision_use_head": False,
-    }
+def require_lfm2_vl(config: VLMConfig) -> None:
+    """Raises ConfigError where Lfm2VlForConditionalGeneration does not compute what the model does."""
+    kind, plain = model_type_of(config.encoder), ProjectorConfig(config.projector.hidden_dim)
+    parts = "export its parts alone (--part)"
+    siglip = f"no class of transformers has a {kind} as the encoder of a model like this: {parts}"
+    require(kind in (NAFLEX, FIXED), siglip)
+    other = replace(config.projector, layer_norm=plain.layer_norm, merge_size=plain.merge_size) != plain
+    require(not other, f"no class of transformers has a projector like this one: {parts}")
 
 
 def vlm_hf_config(config: VLMConfig, vocab_size: int, image_token_id: int) -> dict[str, Any]:
@@ -107,7 +68,7 @@ def vlm_hf_config(config: VLMConfig, vocab_size: int, image_token_id: int) -> di
     return {
         "model_type": WHOLE,
         "architectures": ["Lfm2VlForConditionalGeneration"],
-        "vision_config": encoder_hf_config(config.encoder, fixed=False),
+        "vision_config": write_encoder(config.encoder, NAFLEX),
         "text_config": decoder.hf_config(config.decoder, vocab_size),
         "image_token_id": image_token_id,
         "downsample_factor": config.projector.merge_size,

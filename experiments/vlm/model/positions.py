@@ -1,4 +1,6 @@
-"""Learned positions, resized to every image of a batch at once.
+"""Positions of patches, for every image of a batch at once: learned ones in a table that is resized to each
+image, and two kinds that are computed, sines and cosines that are added (`waves`) and angles by which queries
+and keys are turned (`axial_angles`).
 
 SigLIP2 resizes its square table of positions to each image's (h, w) bilinearly, antialiased,
 align_corners=False. That is separable and has closed-form weights, so all images are done in one matrix
@@ -8,11 +10,18 @@ and each column of the table.
 A table for training from nothing starts as sines and cosines of row and column. Random entries would average
 out on small images, whose places the model would then learn late.
 
-Letters: N rows, L patches, P side of the table, D width.
+Letters: N rows, L patches, P side of the table, D width, E width of a head.
 """
 
 import torch
 from torch import Tensor
+
+EXTRA = -2  # h and w of the cells of class token and registers
+
+
+def is_extra(grid_thw_NL3: Tensor) -> Tensor:
+    """bool [N, L]: the cells that are no patch but class token or register of their image."""
+    return grid_thw_NL3[..., 1] == EXTRA
 
 
 def image_ids(grid_thw_NL3: Tensor) -> Tensor:
@@ -61,6 +70,32 @@ def interpolate_positions(table_QD: Tensor, grid_thw_NL3: Tensor, ids_NL: Tensor
     columns_NLP = resize_weights(grid_thw_NL3[..., 2].clamp_min(0), width_NL, side)
     weights_NLQ = (rows_NLP[..., :, None] * columns_NLP[..., None, :]).flatten(-2)
     return weights_NLQ @ table_QD.float()
+
+
+def waves(grid_thw_NL3: Tensor, width: int) -> Tensor:
+    """float32 [N, L, D]: sine and cosine of the column, then of the row, of frequencies from 1 down to
+    1 / 10,000 (AIMv2, Fini et al., 2024). Cells that are no patch get values that nothing reads.
+    """
+    frequency = 10_000.0 ** -(torch.arange(width // 4, device=grid_thw_NL3.device).double() / (width // 4))
+    h_NLF, w_NLF = (grid_thw_NL3[..., axis, None] * frequency.float() for axis in (1, 2))
+    return torch.cat([w_NLF.sin(), w_NLF.cos(), h_NLF.sin(), h_NLF.cos()], -1)
+
+
+def axial_angles(grid_thw_NL3: Tensor, ids_NL: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine, float32 [N, L, 1, E], for `rope.rotate`: a quarter of the angles is for the row of a
+    patch and a quarter for its column, both twice (DINOv3, Simeoni et al., 2025).
+
+    An image reaches from -1 to 1 along each side, whatever its size. Its extra cells are not turned.
+    """
+    quarter = head_dim // 4
+    frequency = theta ** -(torch.arange(quarter, dtype=torch.float32, device=ids_NL.device) / quarter)
+    angles = []
+    for axis, size_NL in zip((1, 2), image_sizes(grid_thw_NL3, ids_NL), strict=True):
+        place_NL = 2 * (grid_thw_NL3[..., axis] + 0.5) / size_NL - 1
+        angles.append(2 * torch.pi * place_NL[..., None] * frequency)
+    angle_NLE = torch.cat(angles * 2, -1)
+    angle_NL1E = torch.where(is_extra(grid_thw_NL3)[..., None], 0.0, angle_NLE).unsqueeze(-2)
+    return angle_NL1E.cos(), angle_NL1E.sin()
 
 
 def fill_with_waves(table_QD: Tensor) -> None:

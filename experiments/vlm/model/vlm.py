@@ -1,4 +1,4 @@
-"""A native-resolution vision-language model: SigLIP2 -> projector -> placed among the token embeddings ->
+"""A native-resolution vision-language model: encoder -> projector -> placed among the token embeddings ->
 decoder.
 
 In: the tensors of a batch (experiments/vlm/batch.py). Out: their summed loss, float32 [1].
@@ -13,12 +13,11 @@ the decoder, V visual tokens of a slot.
 from collections.abc import Collection
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from experiments.vlm.model import vit
-from experiments.vlm.model.flavors import ProjectorConfig, VLMConfig
+from experiments.vlm.model.config import ProjectorConfig, VLMConfig
 from torchtitan.layers.init import Fill, constant, fan_in, initialise
 from torchtitan.layers.lora import is_adapters
 from torchtitan.layers.masks import Mask
@@ -26,24 +25,33 @@ from torchtitan.models.decoder import model as decoder
 
 
 class Projector(nn.Module):
-    """m * m neighbouring patches become one visual token (pixel unshuffle), then two linear maps with a GELU
-    between.
+    """m * m neighbouring patches become one visual token (pixel unshuffle), then linear maps with an
+    activation between.
 
     The loader puts the patches of a visual token next to each other, so merging is a view.
     """
 
     def __init__(self, config: ProjectorConfig, encoder_dim: int, dim: int):
         super().__init__()
+        self.config = config
         self.merged = config.merge_size**2
         width = encoder_dim * self.merged
-        self.norm = nn.LayerNorm(width) if config.layer_norm else nn.Identity()
-        self.linear_1 = nn.Linear(width, config.hidden_dim)
-        self.linear_2 = nn.Linear(config.hidden_dim, dim)
+        normed = encoder_dim if config.norm_first else width
+        self.norm = nn.LayerNorm(normed, config.norm_eps) if config.layer_norm else nn.Identity()
+        widths = [width, *[config.hidden_dim] * (config.linears - 1), dim]
+        for number in range(config.linears):
+            linear = nn.Linear(widths[number], widths[number + 1], bias=config.bias)
+            setattr(self, f"linear_{number + 1}", linear)
 
     def forward(self, x_NLD: Tensor) -> Tensor:
         """[N, L, encoder dim] -> [N, L / m^2, D]."""
-        merged = rearrange(x_NLD, "N (V m) D -> N V (m D)", m=self.merged)
-        return self.linear_2(F.gelu(self.linear_1(self.norm(merged))))
+        config, activation = self.config, vit.ACTIVATIONS[self.config.activation]
+        x = self.norm(x_NLD) if config.norm_first else x_NLD
+        x = rearrange(x, "N (V m) D -> N V (m D)", m=self.merged)
+        x = x if config.norm_first else self.norm(x)
+        for number in range(1, config.linears + 1):
+            x = self.get_submodule(f"linear_{number}")(activation(x) if number > 1 else x)
+        return x
 
 
 def place_visual_tokens(h_BSD: Tensor, visual_BVD: Tensor, visual_index_BS: Tensor) -> Tensor:
@@ -65,14 +73,19 @@ class VLM(nn.Module):
 
     # Tables: their rows are looked up or scored one by one: an optimizer of whole matrices has no business
     # with them.
-    ADAMW_ONLY = ("decoder.tok_embeddings", "decoder.output", "encoder.embedding.positions")
+    ADAMW_ONLY = (
+        *("decoder.tok_embeddings", "decoder.output"),
+        *("encoder.embedding.positions", "encoder.embedding.cells"),
+    )
     TOKEN_TABLES = ("decoder.tok_embeddings.weight", "decoder.output.weight")
 
     def __init__(self, config: VLMConfig, vocab_size: int, backend: str, loss_chunk: int):
         super().__init__()
         self.config = config
         self.encoder: vit.VisionEncoder | None = vit.VisionEncoder(config.encoder, backend)
-        self.projector: Projector | None = Projector(config.projector, config.encoder.dim, config.decoder.dim)
+        self.projector: Projector | None = Projector(
+            config.projector, config.encoder.feature_dim, config.decoder.dim
+        )
         self.decoder = decoder.Decoder(config.decoder, vocab_size, backend, loss_chunk)
 
     def encode(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:

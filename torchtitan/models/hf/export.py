@@ -131,6 +131,9 @@ class Export:
 
 def _made(pieces: list[Piece], stored: Mapping[str, Stored], dtype: torch.dtype | None) -> Made:
     first = stored[pieces[0].source]
-    row = pieces[0].transform(torch.empty(1, *first.shape[1:], device="meta"))
-    count = sum(len(piece.rows) for piece in pieces)
-    return Made(pieces, (count, *row.shape[1:]), dtype or first.dtype)
+    if pieces[0].whole:
+        shape = tuple(pieces[0].transform(torch.empty(first.shape, device="meta")).shape)
+    else:
+        row = pieces[0].transform(torch.empty(1, *first.shape[1:], device="meta"))
+        shape = (sum(len(piece.rows) for piece in pieces), *row.shape[1:])
+    return Made(pieces, shape, dtype or first.dtype)

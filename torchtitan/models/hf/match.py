@@ -64,7 +64,7 @@ class Matched:
             for piece in made
             if name.startswith(part + ".") and isinstance(piece, Rows)
         ]
-        size = sum(len(piece) * piece.stored.row_bytes for piece in rows)
+        size = sum(len(piece.rows) * piece.stored.row_bytes for piece in rows)
         dtypes = ", ".join(sorted({str(FLOATS[p.stored.dtype]).removeprefix("torch.") for p in rows}))
         return (
             f"{part} from {self.source.folder}: {len(rows)} tensors, {size:,} bytes of {dtypes or 'nothing'}"
@@ -99,7 +99,7 @@ def _rows_of(piece: Piece, stored: Mapping[str, StoredTensor]) -> Rows:
     tensor = stored[piece.source]
     known = f"{tensor}: dtype {tensor.dtype} is no kind of weight here; known: {', '.join(FLOATS)}"
     require(tensor.dtype in FLOATS, known)
-    return Rows(tensor, piece.rows, piece.transform)
+    return Rows(tensor, piece.rows, piece.transform, piece.whole)
 
 
 def _take(found: Matched, name: str, rows: list[Rows], shape: tuple[int, ...]) -> None:

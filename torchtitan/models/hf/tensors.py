@@ -34,13 +34,24 @@ class Rows:
     stored: StoredTensor
     rows: range
     transform: Callable[[Tensor], Tensor]
+    whole: bool = False  # see Transform
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of what it gives."""
+        read = torch.empty(len(self.rows) if self.whole else 1, *self.stored.shape[1:], device="meta")
+        made = self.transform(read).shape
+        return tuple(made) if self.whole else (len(self.rows), *made[1:])
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return self.shape[0] if self.whole else len(self.rows)
 
     def read(self, first: int, last: int) -> Iterator[Tensor]:
-        """Rows `first` to `last` of these, in order, a few at a time."""
+        """Rows `first` to `last` of what it gives, in order, a few at a time."""
         with self.stored.file.open("rb") as file:
+            if self.whole:
+                yield self.transform(read_rows(self.stored, file, self.rows))[first:last]
+                return
             for rows in chunks(self.stored, self.rows.start + first, self.rows.start + last):
                 yield self.transform(read_rows(self.stored, file, rows))
 
@@ -72,8 +83,7 @@ def shape_of(made: Made) -> tuple[int, ...]:
     """Of one of our tensors."""
     first = made[0]
     assert isinstance(first, Rows)
-    a_row = torch.empty(first.stored.shape, device="meta")[:1]
-    return (sum(map(len, made)), *first.transform(a_row).shape[1:])
+    return (sum(map(len, made)), *first.shape[1:])
 
 
 def chunks(stored: StoredTensor, first: int, last: int) -> Iterator[range]:
