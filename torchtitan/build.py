@@ -92,7 +92,7 @@ def build(job: JobConfig, spec: TrainSpec, device: torch.device) -> Run:
         save_config(job, folder, state.step)
     to_rank = to_rank_of(job, spec, mesh)
     counts = spec.counts(job)
-    percentages = (*counts.capacity, "exact", *spec.scoring.groups)
+    percentages = (*counts.capacity, "right", "exact", *spec.scoring.groups)
     return Run(
         job=job,
         spec=spec,
@@ -113,6 +113,7 @@ def build(job: JobConfig, spec: TrainSpec, device: torch.device) -> Run:
             open_loader=lambda control: open_loader("validation", control),
             to_rank=to_rank,
             scoring=spec.scoring,
+            sources=counts.held_out,
             steps=job.validation.steps,
         ),
         meter=MetricsMeter(device, world_size, counts),

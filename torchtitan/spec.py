@@ -63,7 +63,8 @@ class TrainSpec:
     missing_data: Callable[[Any], list[str]]  # (job): a line for all data that are not on this machine
     # (host tensors, mesh, job): the share of this rank of a CP group
     shard_batch: Callable[[Tensors, Mesh, Any], Tensors]
-    # weighted sum over what this rank has of a batch, float32 [1]
+    # weighted sum over what this rank has of a batch, then what each source (Counts.sources) has of it;
+    # float32 [1 + sources]
     loss: Callable[[nn.Module, Tensors], Tensor]
     # (nll, correct) of each label, float32 [B, S, 2], 0 where none; whole slots on every rank of a CP group
     score: Callable[[nn.Module, Tensors, Mesh], Tensor]

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -24,7 +23,7 @@ from torchtitan.components.epochs import Epochs
 from torchtitan.components.hf_save import FOLDER as HF_FOLDER
 from torchtitan.components.hf_save import save_in_hf
 from torchtitan.components.loader import Step, Tensors
-from torchtitan.components.metrics import Values
+from torchtitan.components.metrics import SourceLosses, Values
 from torchtitan.components.parameter_groups import peak_rates
 from torchtitan.config.errors import CheckpointError, ConfigError, UserError
 from torchtitan.config.job import JobConfig
@@ -39,6 +38,7 @@ from torchtitan.distributed.process_group import (
     write_flight_record,
 )
 from torchtitan.dry_run import dry_run
+from torchtitan.layers.cross_entropy import add_up
 from torchtitan.spec import TrainSpec
 from torchtitan.tools.disk import is_full
 from torchtitan.tools.garbage import GarbageCollection
@@ -55,6 +55,7 @@ class Trainer:
         self.folder = Path(run.job.job.dump_folder)
         self.epochs = Epochs(run.counts.sources, resumed=run.state.step > 0)
         copies = {id(parameter) for parameter in run.forward_backward.copies()}
+        self.source_losses = SourceLosses(run.mesh.device, run.counts)
         self.norm_parameters = [
             parameter for parameter in run.optimizers.parameters if id(parameter) not in copies
         ]
@@ -68,6 +69,7 @@ class Trainer:
         self.progress = Progress(run.job.training.steps, run.state.step, run.reporter.writes)
         self.batches = iter(run.loader)
         self.first_step = run.state.step + 1
+        self.began = time.perf_counter() - run.state.wall_s
         self.logged_step = run.state.step
         self.data_report: dict[str, Any] | None = None  # rank 0: of all ranks, at the last checkpoint or end
         if not run.state.data:
@@ -105,7 +107,9 @@ class Trainer:
         # Everyone divides by the same number: the tokens that carry loss in the whole global step.
         scale = 1 / max(1.0, total[self.run.counts.loss_weight])
         self.run.schedule.advance()
-        self.loss, self.grad_norm = self.take_step(map(self.run.to_rank, step.once()), scale)
+        losses, self.grad_norm = self.take_step(map(self.run.to_rank, step.once()), scale)
+        self.loss = losses[0] * scale
+        self.source_losses.add(losses[1:])
 
         self.state.step += 1
         self.state.tokens += int(total[self.run.counts.tokens])
@@ -117,14 +121,15 @@ class Trainer:
     def optimizer_step(self, microbatches: Iterable[Tensors], scale: float | Tensor) -> tuple[Tensor, Tensor]:
         """Forward, backward and update.
 
-        Returns this rank's share of the loss, and the gradient norm; on the device.
+        Returns this rank's part of the summed loss, that of each source after it, and the gradient norm; on
+        the device.
         """
         last = self.run.sizes.accumulation - 1
         losses = [
             self.run.forward_backward(tensors, scale, number == last)
             for number, tensors in enumerate(microbatches)
         ]
-        return torch.stack(losses).sum() * scale, self.update()
+        return add_up(losses), self.update()
 
     def update(self) -> Tensor:
         """Clip and step. Returns the global gradient norm before clipping."""
@@ -184,7 +189,8 @@ class Trainer:
         printed, tallies = self.run.meter.read()
         factor = self.run.schedule.factor
         tallies |= {name: peak * factor for name, peak in peak_rates(self.job.optimizer).items()}
-        tallies |= self.epochs.metrics()
+        tallies |= self.epochs.metrics() | self.source_losses.read(tallies, self.run.mesh.degrees.tp)
+        tallies |= {"tokens_seen": self.state.tokens, "wall_s": self.wall_s}
         self.run.reporter.train(self.state.step, values | printed, tallies)
         self.epochs.log()
 
@@ -194,8 +200,14 @@ class Trainer:
         self.run.reporter.validate(self.state.step, values)
         return values
 
+    @property
+    def wall_s(self) -> float:
+        """Seconds of all launches, up to the checkpoint that the next went on from."""
+        return time.perf_counter() - self.began
+
     def save(self, final: bool = False) -> None:
         """A checkpoint, and the report of the data with it."""
+        self.state.wall_s = self.wall_s
         self.run.checkpointer.save(final)
         self.report_data()
 
@@ -268,10 +280,13 @@ class Trainer:
         """The held-out split as it is, just evaluated, and spoilt in each of the ways that the experiment
         knows.
         """
-        controls = self.run.spec.scoring.controls
-        exact = {"held-out exact": values["exact"]}
-        exact |= {name: self.run.validator.evaluate(name)["exact"] for name in controls}
-        logger.info(" ".join(f"{name} {share:.1f} %" for name, share in exact.items()))
+        found = {"": values}
+        for name, words in self.run.spec.scoring.controls.items():
+            found[f", {words}"] = spoilt = self.run.validator.evaluate(name)
+            self.run.reporter.keep(f"{name}/", self.state.step, spoilt)
+        for what, name in (("documents", "exact"), ("tokens", "right")):
+            shares = (f"{words}: {of[name] or 0.0:.1f} %" for words, of in found.items())
+            logger.info(f"held-out {what} {name}" + "".join(shares))
 
     def draw_curves(self) -> None:
         """Draws curves.png from all of the run so far, on the rank that writes metrics."""

@@ -18,9 +18,10 @@ here; t is 0, on padding -1).
     positions      0   1   2   3   4   5   6   7   8   9  10  11  12  13   0   0
     document_ids   0   0   0   0   0   0   0   0   0   0   0   0   0   0  -1  -1
     visual_index  -1  -1   0  -1  -1   1   2  -1  -1  -1  -1  -1  -1  -1  -1  -1
+    source_ids     0   0   0   0   0   0   0   0   0   0   0   0   0   0  -1  -1
     grid_thw     0,0 0,1 1,0 1,1 0,0 0,1 1,0 1,1 0,2 0,3 1,2 1,3   -   -   -   -
 
-    tokens ... visual_index [1, 16]    pixel_values [1, 16, 768]    grid_thw [1, 16, 3]
+    tokens ... source_ids [1, 16]    pixel_values [1, 16, 768]    grid_thw [1, 16, 3]
 
 A second document would begin at place 14 with document id 1 and position 0, its images at patch 12.
 """
@@ -47,6 +48,7 @@ FIELDS = {
     "pixel_values": Field("uint8", "NLD", 0),
     "grid_thw": Field("int32", "NLT", -1),
     "visual_index": Field("int64", "BS", -1),
+    "source_ids": Field("int32", "BS", -1),  # which of the split's sources, in the order of the job
 }
 
 

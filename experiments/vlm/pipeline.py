@@ -58,6 +58,8 @@ def pipeline_vlm(model: VLM, mesh: Mesh, job: VLMJobConfig) -> Pipeline:
         dtype=getattr(torch, job.training.mixed_precision_param),
         device="meta",
     )
+    head = model.decoder.output
+    assert head is not None
     return Pipeline(
         parts,
         split,
@@ -65,6 +67,7 @@ def pipeline_vlm(model: VLM, mesh: Mesh, job: VLMJobConfig) -> Pipeline:
         p.pipeline_parallel_schedule,
         job.training.local_batch_size // p.pipeline_parallel_microbatch_size,
         received,
+        head.sources,
         sends_back(model, split, p.pipeline_parallel_schedule),
         partial(whole_slots, mesh=mesh),
         TIED if model.config.decoder.tied_embeddings else None,

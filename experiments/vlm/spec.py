@@ -38,7 +38,8 @@ def build_vlm(job: VLMJobConfig, tokenizer: Tokenizer | None) -> VLM:
     """On the meta device."""
     backend = resolve_backend(job.model.attention_backend, "cuda" if torch.cuda.is_available() else "cpu")
     with torch.device("meta"):
-        model = VLM(model_config(job), rows_of(job, tokenizer), backend, job.training.loss_chunk_tokens)
+        chunk, sources = job.training.loss_chunk_tokens, len(sources_of(job, "train"))
+        model = VLM(model_config(job), rows_of(job, tokenizer), backend, chunk, sources)
         adapt(model, job.lora)
     return model
 
@@ -49,7 +50,7 @@ def memory(job: VLMJobConfig, layout: Degrees, tokenizer: Tokenizer | None, on_g
 
 
 def loss(model: torch.nn.Module, tensors: Tensors) -> Tensor:
-    """Summed loss over this rank's labels, float32 [1]."""
+    """Summed loss over this rank's labels, then that of each training source, float32 [1 + sources]."""
     return model(**tensors)
 
 
@@ -68,6 +69,7 @@ def counts(job: VLMJobConfig) -> Counts:
         rates=tuple(name for name, count in BATCH_METRICS.items() if count.per_second),
         tallies=written_names(sources),
         sources=sources,
+        held_out=tuple(source.name for source in sources_of(job, "validation")),
     )
 
 
@@ -92,7 +94,13 @@ SPEC = TrainSpec(
     shard_batch=shard_batch,
     loss=loss,
     score=score,
-    scoring=Scoring("document_ids", "labels", groups={"thin": is_thin}, controls=tuple(CONTROLS)),
+    scoring=Scoring(
+        "document_ids",
+        "labels",
+        "source_ids",
+        groups={"thin": is_thin},
+        controls={name: f"images {name}" for name in CONTROLS},
+    ),
     counts=counts,
     flops=lambda job, model: count_flops(model),
 )

@@ -33,6 +33,7 @@ class Layout:
 @dataclasses.dataclass
 class Measured:
     losses: list[float]  # of each step, global
+    by_source: list[float]  # summed over the steps, global
     norms: list[float]
     gradients: dict[str, Tensor]  # of the first step, whole, before clipping
     weights: dict[str, Tensor]  # after the last step, whole
@@ -87,6 +88,7 @@ def train(
             assert trainer.train_step()
             loss = float(sum_over_ranks(trainer.loss)) / trainer.run.mesh.degrees.tp
             figures.append((loss, float(trainer.grad_norm)))
+        by_source = sum_over_ranks(trainer.source_losses.sums_G) / trainer.run.mesh.degrees.tp
         gradients = of_all_stages(trainer, trainer.gradients or {})
         weights = of_all_stages(
             trainer, {name: whole(tensor) for name, tensor in trainer.state.model().items()}
@@ -95,9 +97,11 @@ def train(
         if job.checkpoint.enable:
             trainer.save()
         trainer.close()
-    require_one_opinion((figures, validation))
+    require_one_opinion((figures, by_source.tolist(), validation))
     losses, norms = [list(column) for column in zip(*figures, strict=True)] if figures else ([], [])
-    return Measured(losses, norms, gradients, weights, validation) if dist.get_rank() == 0 else None
+    if dist.get_rank() != 0:
+        return None
+    return Measured(losses, by_source.tolist(), norms, gradients, weights, validation)
 
 
 def of_all_stages(trainer: Trainer, own: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -132,7 +136,7 @@ def compare(measured: Measured, reference: Measured) -> Difference:
     }
     worst = max(each, key=each.__getitem__)
     return Difference(
-        _relative(measured.losses, reference.losses),
+        _relative(measured.losses + measured.by_source, reference.losses + reference.by_source),
         _relative(measured.norms, reference.norms),
         each[worst],
         worst,

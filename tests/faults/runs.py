@@ -64,10 +64,11 @@ def log(folder: Path) -> str:
     return (folder / "log.txt").read_text()
 
 
-def losses(folder: Path) -> dict[int, tuple[float, float]]:
-    """step -> (loss, gradient norm), every digit."""
+def losses(folder: Path) -> dict[int, tuple[float, ...]]:
+    """step -> (loss, gradient norm, loss of each source, tokens so far), every digit."""
+    names = ("loss", "grad_norm", "loss/drawn", "loss/other", "tokens_seen")
     return {
-        record["step"]: (record["loss"], record["grad_norm"])
+        record["step"]: tuple(record[name] for name in names)
         for record in read_history(folder)
         if "loss" in record
     }

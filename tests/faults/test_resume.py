@@ -40,8 +40,11 @@ def test_a_killed_run_repeats_the_uninterrupted_one_bit_for_bit(straight, tmp_pa
     killed = tmp_path / "killed"
     assert runs.train(killed, *options, KILL_AFTER="5") == -signal.SIGKILL
     assert sorted(runs.losses(killed)) == [1, 2, 3, 4, 5] and runs.checkpoints(killed) == ["step-2", "step-4"]
+    taken = killed / "checkpoint" / "step-4" / "train_state.json"
+    taken.write_text(json.dumps(json.loads(taken.read_text()) | {"wall_s": 1000.0}))
     assert runs.train(killed, *options) == 0, runs.log(killed)
     assert runs.losses(killed) == runs.losses(whole)
+    assert [record["step"] for record in read_history(killed) if record["wall_s"] > 1000] == [5, 6, 7, 8]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -180,9 +183,14 @@ def test_the_last_line_with_controls_says_what_images_are_worth(tmp_path):
         )
         == 0
     )
-    *_, validation, curves, last = runs.log(tmp_path).splitlines()
-    assert re.fullmatch(r"held-out exact \d+\.\d % blanked \d+\.\d % shuffled \d+\.\d %", last)
+    *_, validation, drawn, other, curves, exact, right = runs.log(tmp_path).splitlines()
+    shares = r": (\d+\.\d) %, images blanked: \d+\.\d %, images shuffled: \d+\.\d %"
+    assert re.fullmatch("held-out documents exact" + shares, exact)
+    assert re.fullmatch("held-out tokens right" + shares, right)[1] != "0.0"
     assert validation.startswith("validate step: 1 loss: ") and curves.startswith("curves: ")
+    assert drawn.startswith("validate drawn step: 1 loss: ") and other.startswith("validate other step: 1 ")
+    written = {name: value for record in read_history(tmp_path) for name, value in record.items()}
+    assert written["blanked/right"] == written["validate/right"] > 0  # what is drawn here knows no controls
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -2,7 +2,7 @@
 
 What slot s holds in step n depends on s and n alone, so every layout and every restart trains alike. Slots
 hold documents with images of many shapes, one-token documents, padding, and, every fourth slot, no image at
-all; some ranks then see text alone.
+all; some ranks then see text alone. Of two sources, the other has every third document of a slot.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from experiments.vlm.batch import Batch, Delivered
 from experiments.vlm.check import check_encoder, check_patches
-from experiments.vlm.config import VLMJobConfig
+from experiments.vlm.config import Source, VLMJobConfig
 from experiments.vlm.model.config import EncoderConfig, ProjectorConfig, VLMConfig
 from experiments.vlm.model.flavors import FLAVORS
 from experiments.vlm.model_config import model_config
@@ -31,6 +31,7 @@ from torchtitan.models.decoder.flavors import DecoderConfig
 VOCAB = 128
 SLOTS, SEQ_LEN, PATCHES = 8, 64, 96
 STEPS_AN_EPOCH = 3
+SOURCES = ("drawn", "other")
 HELD_OUT = 1000  # the step whose slots are those of validation
 
 ENCODER = EncoderConfig(32, 2, 4, 64, patch_size=4, position_grid=4)
@@ -58,6 +59,8 @@ class Tokenizer:
 def job_of(changes: dict[str, Any], folder: str) -> VLMJobConfig:
     """`changes`: "section.field" -> value, on top of a float32 run whose layouts can be compared."""
     job = VLMJobConfig()
+    job.data.sources = [Source(name=name) for name in SOURCES]
+    job.validation.sources = job.data.sources
     base = {
         "job.dump_folder": folder,
         "model.flavor": "small-qwen3",
@@ -115,9 +118,16 @@ def batch_of(slots: list[int], step: int, sizes: Sizes) -> Batch:
     """Those slots of a step's global batch."""
     drawn = [draw_slot(1000 * step + slot, sizes, text_only=slot % 4 == 3) for slot in slots]
     tensors = build_batch(drawn, sizes)
+    ids = tensors["document_ids"]
+    tensors["source_ids"] = torch.where(ids >= 0, (ids % 3 == 2).int(), -1)
     samples = [
         Delivered(
-            row, number, "drawn", "shard", f"{step}/{slots[row]}/{number}", image_sizes(document, sizes)
+            row,
+            number,
+            SOURCES[number % 3 == 2],
+            "shard",
+            f"{step}/{slots[row]}/{number}",
+            image_sizes(document, sizes),
         )
         for row, documents in enumerate(drawn)
         for number, document in enumerate(documents)
@@ -128,6 +138,9 @@ def batch_of(slots: list[int], step: int, sizes: Sizes) -> Batch:
         "patches": int((tensors["grid_thw"][..., 0] >= 0).sum()),
         "images": sum(len(sample.image_sizes) for sample in samples),
     }
+    for number, source in enumerate(SOURCES):
+        labels = tensors["labels"][tensors["source_ids"] == number]
+        counts |= {f"tokens/{source}": len(labels), f"loss_tokens/{source}": int((labels >= 0).sum())}
     return Batch(tensors, counts, samples)
 
 
@@ -218,6 +231,5 @@ SMALL = dataclasses.replace(
     SPEC,
     load_tokenizer=lambda job: Tokenizer(),
     build_loader=DrawnLoader,
-    counts=lambda job: dataclasses.replace(SPEC.counts(job), sources=("drawn",)),
 )
 CPU = torch.device("cpu")

@@ -130,6 +130,7 @@ VALIDATIONS = {
 
 class Seen(NamedTuple):
     losses: list[float]
+    by_source: list[float]  # summed over the steps
     norms: list[float]
     held_out: list[float]  # losses
     weights: dict[str, torch.Tensor]
@@ -159,12 +160,13 @@ def train(
     trainer = Trainer(run)
     if recorder is not None:
         trainer.take_step = GraphedStep(trainer.optimizer_step, recorder)
-    seen = Seen([], [], [], {})
+    seen = Seen([], [], [], [], {})
     while trainer.state.step < STEPS and trainer.train_step():
         seen.losses.append(trainer.loss.item())
         seen.norms.append(trainer.grad_norm.item())
         if trainer.state.step in validate_after:
             seen.held_out.append(run.validator.evaluate()["loss"] or 0.0)
+    seen.by_source.extend(trainer.source_losses.sums_G.tolist())
     for name, tensor in trainer.state.model().items():
         seen.weights[name] = whole(tensor)
     trainer.close()
@@ -187,6 +189,7 @@ def replay_on_rank(folder: str, changes: dict[str, Any]) -> None:
 def assert_same(replayed: Seen, driven: Seen, tolerance: float) -> None:
     assert len(set(driven.losses)) == STEPS  # other batches and other weights in every step
     assert replayed.losses == pytest.approx(driven.losses, rel=tolerance)
+    assert replayed.by_source == pytest.approx(driven.by_source, rel=tolerance) and min(driven.by_source) > 0
     assert replayed.norms == pytest.approx(driven.norms, rel=10 * tolerance)
     assert replayed.held_out == pytest.approx(driven.held_out, rel=tolerance)
     for name, tensor in driven.weights.items():

@@ -60,7 +60,7 @@ def test_a_further_control_is_a_row_that_paints_as_it_likes(job, monkeypatch):
     monkeypatch.setitem(CONTROLS, "darkened", darkened)
     pixels = first_batch(job, split="validation", control="darkened").tensors["pixel_values"].unique()
     assert set(pixels.tolist()) <= {0, 7} and 7 in pixels
-    assert SPEC.scoring.controls == ("blanked", "shuffled")
+    assert tuple(SPEC.scoring.controls) == ("blanked", "shuffled")
 
 
 def test_the_trainer_names_no_control_and_no_count_of_the_experiment():

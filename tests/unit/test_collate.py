@@ -68,6 +68,22 @@ def test_labels_positions_and_padding_are_the_reference(data, tmp_path, rows):
         assert (tensors["labels"] >= 0).sum() == counts["loss_tokens"]
 
 
+def test_every_token_knows_its_source(data, tmp_path):
+    names = ["captions", "documents", "texts"]
+    for tensors, counts, samples in batches(make_job(data, tmp_path)):
+        expected = np.full_like(tensors["document_ids"], -1)
+        for sample in samples:
+            here = tensors["document_ids"][sample.row] == sample.document
+            expected[sample.row][here] = names.index(sample.source)
+        assert (tensors["source_ids"] == expected).all()
+        for number, name in enumerate(names):
+            labels = tensors["labels"][expected == number]
+            assert (counts[f"tokens/{name}"], counts[f"loss_tokens/{name}"]) == (
+                len(labels),
+                (labels >= 0).sum(),
+            )
+
+
 @pytest.mark.parametrize("rows", [1, 4])
 def test_every_document_comes_with_its_own_text_and_images(data, tmp_path, rows):
     """From the tensors back: the text is the file's, and the patches that the placeholders point at are the

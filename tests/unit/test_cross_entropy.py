@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.reference.live_memory import LiveMemory
 from tests.reference.ranks import on_two_ranks
-from torchtitan.layers.cross_entropy import cross_entropy_sum, token_scores
+from torchtitan.layers.cross_entropy import add_up, cross_entropy_sum, token_scores
 
 T, D, V = 45, 24, 70
 
@@ -65,6 +65,37 @@ def test_bfloat16_sums_in_float32():
     gradients = torch.autograd.grad(loss.sum(), (h, weight))
     for a, b in zip(gradients, torch.autograd.grad(expected, (h, weight)), strict=True):
         assert a.dtype == torch.bfloat16 and (a - b).abs().max() < 0.01 * b.abs().max()
+
+
+@pytest.mark.parametrize("chunk", [7, 1000])
+def test_the_loss_of_each_source_is_that_of_its_tokens_alone(chunk):
+    h, weight, labels = problem()
+    source_ids = torch.randint(-1, 3, (T,), generator=torch.Generator().manual_seed(2), dtype=torch.int32)
+    labels[source_ids < 0] = -100
+    losses = cross_entropy_sum(h, weight, labels, chunk, None, source_ids, 4)  # nothing is of the fourth
+    alone = [all_at_once(h, weight, labels.where(source_ids == source, -100)) for source in range(4)]
+    assert losses[1:].tolist() == pytest.approx([float(loss) for loss in alone], rel=1e-6)
+    assert losses[1:].sum().item() == pytest.approx(losses[0].item(), rel=1e-6) and losses[4] == 0
+
+
+def test_telling_sources_apart_changes_no_bit_of_the_loss_and_its_gradients():
+    h, weight, labels = problem()
+    source_ids = torch.arange(T, dtype=torch.int32) % 3
+    plain = cross_entropy_sum(h, weight, labels, 8)
+    told = cross_entropy_sum(h, weight, labels, 8, None, source_ids, 3)
+    assert torch.equal(told[:1], plain)
+    # Whatever gradient the parts of the sources get, the loss alone is trained on.
+    gradients = torch.autograd.grad((told / torch.tensor([13, 5, 3, 1])).sum(), (h, weight))
+    for a, b in zip(gradients, torch.autograd.grad((plain / 13).sum(), (h, weight)), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("microbatches", [1, 2, 9, 40])
+def test_the_sum_over_microbatches_does_not_depend_on_the_sources(microbatches):
+    losses = torch.randn(microbatches, 4, generator=torch.Generator().manual_seed(3))
+    together = add_up(list(losses))
+    assert torch.equal(together[:1], torch.stack(list(losses[:, :1])).sum(0))
+    assert torch.allclose(together, losses.double().sum(0).float(), atol=1e-6)
 
 
 def test_large_logits_do_not_overflow():

@@ -4,8 +4,9 @@ import torch
 
 from torchtitan.components import metrics
 from torchtitan.components.curves import draw_curves
-from torchtitan.components.metrics import Counts, MetricsMeter, format_line
+from torchtitan.components.metrics import Counts, MetricsMeter, Reporter, SourceLosses, format_line
 from torchtitan.components.sinks import HISTORY, History, read_history
+from torchtitan.config.job import JobConfig
 from torchtitan.tools.logging import log_ranks
 
 
@@ -30,7 +31,13 @@ def test_occupancy_and_rates_count_what_all_ranks_did(monkeypatch):
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
     capacity = {"tokens": 100, "patches": 50}
     counts = Counts(
-        "loss_tokens", "tokens", capacity, rates=("images",), tallies=("samples/a",), sources=("a",)
+        "loss_tokens",
+        "tokens",
+        capacity,
+        rates=("images",),
+        tallies=("samples/a",),
+        sources=("a",),
+        held_out=(),
     )
     meter = MetricsMeter(torch.device("cpu"), 2, counts)
     meter.restart()
@@ -42,10 +49,55 @@ def test_occupancy_and_rates_count_what_all_ranks_did(monkeypatch):
     )
     meter.leave_out(5.0)  # of the ten seconds five were validation
     read, tallies = meter.read()
-    assert tallies == {"samples/a": 6}
+    assert tallies == {"samples/a": 6, "step_s": 2.5}
     assert read["tokens"] == 62.5 and read["patches"] == 50.0
     assert read["images/s"] == 2.0 and read["tps"] == 50.0 and read["tflops"] == 1.0
     assert read["data_wait"] == 20.0 and read["mfu"] is None
+
+
+def test_the_loss_of_a_source_is_that_of_a_token_of_all_steps_since_the_last_line(monkeypatch):
+    monkeypatch.setattr(metrics, "sum_over_ranks", lambda sums: sums * 6)  # three ranks, twice each
+    losses = SourceLosses(torch.device("cpu"), Counts("weight", "tokens", {}, (), (), ("a", "b", "c"), ()))
+    for step in ([4.0, 1.0, 0.0], [8.0, 1.0, 0.0]):
+        losses.add(torch.tensor(step))
+    assert losses.read({"weight/a": 9, "weight/b": 2, "weight/c": 0}, copies=2) == {
+        "loss/a": 4.0,
+        "loss/b": 3.0,
+    }
+    assert losses.read({"weight/a": 1, "weight/b": 1, "weight/c": 1}, copies=2) == dict.fromkeys(
+        ("loss/a", "loss/b", "loss/c"), 0.0
+    )
+
+
+def open_reporter(folder, first_step: int = 0) -> Reporter:
+    job = JobConfig()
+    job.job.dump_folder = str(folder)
+    return Reporter(job, ("right",), first_step, rank=0, world_size=1)
+
+
+def test_no_chart_is_of_zeros_alone_and_one_that_began_goes_on(tmp_path):
+    reporter = open_reporter(tmp_path)
+    reporter.train(1, {"loss": 2.0, "rejected/a": 0.0, "mfu": None}, {"rejected/b": 0.0})
+    reporter.train(2, {"loss": 0.0, "rejected/a": 3.0}, {"rejected/b": 0.0})
+    open_reporter(tmp_path, 2).train(3, {"loss": 1.0, "rejected/a": 0.0}, {"rejected/b": 0.0})
+    assert read_history(tmp_path) == [
+        {"step": 1, "loss": 2.0},
+        {"step": 2, "loss": 0.0, "rejected/a": 3.0},
+        {"step": 3, "loss": 1.0, "rejected/a": 0.0},
+    ]
+
+
+def test_validation_names_each_of_several_sources(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(metrics.logger, "propagate", True)
+    with caplog.at_level("INFO"):
+        open_reporter(tmp_path).validate(7, {"loss": 1.5, "right": 50.0, "loss/a": 1.0, "right/a": 60.0})
+        open_reporter(tmp_path).validate(8, {"loss": 1.5, "loss/a": 1.0, "loss/b/c": 2.0})
+    assert caplog.messages == [
+        "validate step: 7 loss: 1.50000 right: 50.0%",
+        "validate step: 8 loss: 1.50000",
+        "validate a step: 8 loss: 1.00000",
+        "validate b/c step: 8 loss: 2.00000",
+    ]
 
 
 def test_a_resumed_run_forgets_what_came_after_its_checkpoint(tmp_path):

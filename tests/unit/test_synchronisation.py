@@ -64,8 +64,11 @@ def test_forward_and_backward_never_wait(device, config, monkeypatch):
     if device == "meta":
         monkeypatch.setitem(BACKENDS, "sdpa", BACKENDS["sdpa"]._replace(prepare=Mask.dense))
     model, batch = small_vlm(config).to(device), batch_on(device)
+    model.decoder.output.sources, batch["source_ids"] = 2, batch["document_ids"] % 2
     with Trap() as trap:
-        model(**batch).sum().backward()
+        losses = model(**batch)
+        losses.sum().backward()
+    assert losses.shape == (3,)
     assert any("segment_attention" in name for name in trap.seen) == (device == "cpu")
     assert all(parameter.grad is not None for parameter in model.parameters())
 

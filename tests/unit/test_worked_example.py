@@ -41,7 +41,10 @@ def table(tensors: dict) -> list[str]:
     cells = {
         "tokens": spelled(fields["tokens"]),
         "labels": spelled(fields["labels"]),
-        **{name: map(str, fields[name]) for name in ("positions", "document_ids", "visual_index")},
+        **{
+            name: map(str, fields[name])
+            for name in ("positions", "document_ids", "visual_index", "source_ids")
+        },
         "grid_thw": places,
     }
     return [f"{name:12}" + "".join(f"{cell:>4}" for cell in row) for name, row in cells.items()]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from torchtitan.components.loader import Tensors
 
-Result = tuple[Tensor, Tensor]  # loss and gradient norm
+Result = tuple[Tensor, Tensor]  # losses (of all and by source) and gradient norm
 OptimizerStep = Callable[[Iterable[Tensors], float | Tensor], Result]
 Run = Callable[[], Result]
 EAGER_STEPS = 3

@@ -19,8 +19,8 @@ class ForwardBackward(Protocol):
     parts: list[nn.Module]  # the model, or this rank's stages of it
 
     def __call__(self, tensors: Tensors, scale: float | Tensor, last: bool) -> Tensor:
-        """Add the gradients of `scale` times the summed loss, and return that sum, detached, float32 [1], on
-        the device.
+        """Add the gradients of `scale` times the summed loss, and return that sum and what each source has of
+        it, detached, float32 [1 + sources], on the device.
 
         A rank keeps its shard of the gradients between microbatches. A rank that computes no loss returns
         zero.
@@ -54,7 +54,7 @@ class Plain:
         self.model.set_requires_all_reduce(last)
         self.model.set_is_last_backward(last)
         loss = self._loss(self.model, tensors)
-        (loss * scale).sum().backward()
+        (loss[:1] * scale).sum().backward()
         return loss.detach()
 
     @torch.no_grad()

@@ -10,11 +10,14 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from torchtitan.components.sinks import open_sinks
+from torchtitan.components.sinks import open_sinks, read_history
 from torchtitan.config.job import JobConfig
+from torchtitan.distributed.collectives import sum_over_ranks
 from torchtitan.tools.hardware import peak_flops, peak_memory_gib
 from torchtitan.tools.logging import log_ranks, logger
 
@@ -42,7 +45,9 @@ class Counts:
     capacity: Mapping[str, int]  # the most that a slot can hold of some; printed as occupancy
     rates: tuple[str, ...]  # printed per second
     tallies: tuple[str, ...]  # written to the sinks, and not printed
-    sources: tuple[str, ...]  # of which a batch gives its epochs (Batch.epochs)
+    # of which a batch gives its epochs (Batch.epochs) and `loss_weight/SOURCE`, and the loss its parts
+    sources: tuple[str, ...]
+    held_out: tuple[str, ...]  # sources of validation
 
     @property
     def names(self) -> list[str]:
@@ -61,7 +66,7 @@ class MetricsMeter:
     def restart(self) -> None:
         """Begin a new interval: totals and clock at zero."""
         self.totals: dict[str, float] = defaultdict(float)
-        self.data_s = 0.0
+        self.steps, self.data_s = 0, 0.0
         self.started = time.perf_counter()
 
     def leave_out(self, seconds: float) -> None:
@@ -72,6 +77,7 @@ class MetricsMeter:
         """`totals`: of one step, over all ranks: counts, "slots" and "flops"."""
         for name, value in totals.items():
             self.totals[name] += value
+        self.steps += 1
         self.data_s += data_s
 
     def read(self) -> tuple[Values, Values]:
@@ -92,8 +98,31 @@ class MetricsMeter:
         values |= {f"{name}/s": self.totals[name] / elapsed for name in self.counts.rates}
         values["data_wait"] = 100 * self.data_s / elapsed
         tallies: Values = {name: self.totals[name] for name in self.counts.tallies}
+        tallies["step_s"] = elapsed / max(1, self.steps)
         self.restart()
         return values, tallies
+
+
+class SourceLosses:
+    """What the tokens of each source lost since the last line; on the device until it is read."""
+
+    def __init__(self, device: torch.device, counts: Counts):
+        self.sources, self.weight = counts.sources, counts.loss_weight
+        self.sums_G = torch.zeros(len(self.sources), device=device)
+
+    def add(self, losses_G: Tensor) -> None:
+        """Of this rank in one step."""
+        self.sums_G += losses_G
+
+    def read(self, tallies: Values, copies: int) -> Values:
+        """Nats a token of each source that had any, over all ranks, of which `copies` each have the same; and
+        begin anew. `tallies`: of the same steps.
+        """
+        sums = (sum_over_ranks(self.sums_G) / copies).tolist()
+        self.sums_G.zero_()
+        tokens = [tallies[f"{self.weight}/{source}"] for source in self.sources]
+        of_each = zip(self.sources, sums, tokens, strict=True)
+        return {f"loss/{source}": total / count for source, total, count in of_each if count}
 
 
 def format_line(step: int, values: Values, percentages: tuple[str, ...] = (), colours: bool = False) -> str:
@@ -116,7 +145,8 @@ def format_line(step: int, values: Values, percentages: tuple[str, ...] = (), co
 class Reporter:
     """Console and sinks of one rank.
 
-    All ranks hold the global numbers; those of LOG_RANK print, the first of them writes.
+    All ranks hold the global numbers; those of LOG_RANK print, the first of them writes. A number is written
+    from the first time on that it is not zero, so that no chart is of zeros alone.
     """
 
     def __init__(
@@ -126,20 +156,34 @@ class Reporter:
         self.percentages = percentages
         self.colours = sys.stdout.isatty() and not job.metrics.disable_color_printing
         self.sinks = open_sinks(job, first_step) if self.writes else []
+        history = read_history(Path(job.job.dump_folder)) if self.writes else []
+        self.charts = {name for record in history for name in record}
 
     def train(self, step: int, values: Values, unprinted: Values) -> None:
         """A line and a record. `unprinted`: for the sinks alone."""
-        self._report("", "", step, values, unprinted)
+        self._print("", step, values)
+        self.keep("", step, values | unprinted)
 
     def validate(self, step: int, values: Values) -> None:
-        """A line and a record, under validate/NAME."""
-        self._report("validate ", "validate/", step, values, {})
+        """A record, under validate/NAME; a line, and one for each of several sources (NAME/SOURCE)."""
+        of_source: dict[str, Values] = defaultdict(dict)  # "": of all
+        for key, value in values.items():
+            name, _, source = key.partition("/")
+            of_source[source][name] = value
+        for source, own in of_source.items():
+            if not source or len(of_source) > 2:
+                self._print(f"validate {source} " if source else "validate ", step, own)
+        self.keep("validate/", step, values)
 
-    def _report(self, word: str, prefix: str, step: int, values: Values, unprinted: Values) -> None:
+    def _print(self, word: str, step: int, values: Values) -> None:
         logger.info(word + format_line(step, values, self.percentages, self.colours))
-        known = {prefix + name: value for name, value in (values | unprinted).items() if value is not None}
+
+    def keep(self, prefix: str, step: int, values: Values) -> None:
+        """A record in every sink, each name after `prefix`, and no line."""
+        known = {prefix + name: value for name, value in values.items() if value is not None}
+        self.charts |= {name for name, value in known.items() if value != 0}
         for sink in self.sinks:
-            sink.write(step, known)
+            sink.write(step, {name: value for name, value in known.items() if name in self.charts})
 
     def close(self) -> None:
         """Closes the sinks, so that nothing written is lost."""

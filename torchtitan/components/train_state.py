@@ -1,7 +1,7 @@
 """What a checkpoint holds, and how it is put back.
 
     tensors (torch.distributed.checkpoint)           record (train_state.json)
-      model.NAME         weights                       step, tokens
+      model.NAME         weights                       step, tokens, wall_s
       optimizer.NAME     optimizer state               lr_scheduler
       data.SLOT          the loader's position         global_batch_size
       rng.RANK.DEVICE    generator states              model_only, model (its sizes)
@@ -48,6 +48,7 @@ class TrainState:
     )
     step: int = 0
     tokens: int = 0  # seen so far
+    wall_s: float = 0.0  # seconds that this took, validation and checkpoints included
     # the position after the last step that was used
     data: State | Callable[[], State] = field(default_factory=dict)
 
@@ -56,6 +57,7 @@ class TrainState:
         return {
             "step": self.step,
             "tokens": self.tokens,
+            "wall_s": self.wall_s,
             "lr_scheduler": self.schedule.state_dict(),
             "global_batch_size": self.global_batch_size,
             "model_only": model_only,
@@ -122,6 +124,7 @@ class TrainState:
         """After `filled` has been read. Weights and optimizer state are in place already."""
         if "train_state" not in without:
             self.step, self.tokens = record["step"], record["tokens"]
+            self.wall_s = record.get("wall_s", 0.0)  # checkpoints of old do not say
         if "lr_scheduler" not in without:
             self.schedule.load_state_dict(record["lr_scheduler"])
         position = {

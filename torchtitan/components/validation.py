@@ -1,4 +1,4 @@
-"""Held-out loss, and the share of documents whose every token is the most likely one.
+"""Held-out loss, the share of tokens that are the most likely ones, and of documents whose every token is.
 
 Given a document's true beginning, the most likely next token is right at every place exactly where greedy
 decoding would write the whole document, so no generation is needed.
@@ -17,6 +17,8 @@ from torchtitan.components.metrics import Values
 from torchtitan.distributed.collectives import sum_over_hosts
 from torchtitan.distributed.mesh import Mesh
 
+SUMS = ("nll", "right", "labels", "tokens", "exact", "documents")  # what is added up for each source
+
 
 @dataclass(frozen=True)
 class Scoring:
@@ -24,8 +26,9 @@ class Scoring:
 
     documents: str  # field of a batch that says which document a token is of
     labels: str  # field that holds the labels; negative where there is none
+    sources: str  # field that says which source of the split a token is of; negative on padding
     groups: Mapping[str, Callable[[Any], bool]]  # name -> is this sample in it: breakdowns of `exact`
-    controls: tuple[str, ...]  # ways to spoil the held-out split, for validation.controls
+    controls: Mapping[str, str]  # ways to spoil the held-out split, for validation.controls, in words
 
 
 @dataclass(frozen=True)
@@ -37,11 +40,18 @@ class Validator:
     open_loader: Callable[[str | None], Loader]
     to_rank: Callable[[Batch], Tensors]  # host batch -> what this rank's forward takes, on the device
     scoring: Scoring
+    sources: tuple[str, ...]  # of the held-out split
     steps: int  # the most batches to look at; -1: all
 
     def evaluate(self, control: str | None = None) -> Values:
-        """loss (nats a token), exact (% of documents) and exact for each group, over all ranks."""
-        sums = dict.fromkeys(self._names(), 0.0)
+        """Over all ranks: loss (nats a token), right (% of tokens), exact (% of documents), that of each
+        group, documents; and the same as NAME/SOURCE, with tokens/SOURCE. None where nothing was there.
+        """
+        by_group = [
+            _of_group(what, group) for group in self.scoring.groups for what in ("exact", "documents")
+        ]
+        by_source = [f"{what}/{source}" for source in self.sources for what in SUMS]
+        sums = dict.fromkeys([*by_group, *by_source], 0.0)
         loader = self.open_loader(control)
         try:
             batches = (batch for step in loader for batch in step.batches)
@@ -52,41 +62,55 @@ class Validator:
                     self._count(batch, scores_BS2, sums)
         finally:
             loader.close()
-        total = sum_over_hosts(sums)
-        values: Values = {"loss": total["nll"] / max(1.0, total["tokens"]), "exact": _share(total, "")}
-        return (
-            values
-            | {group: _share(total, group) for group in self.scoring.groups}
-            | {"documents": total["documents"]}
-        )
+        return self._values(sum_over_hosts(sums))
 
-    def _names(self) -> list[str]:
-        return [
-            "nll",
-            "tokens",
-            *(kind + group for kind in ("documents", "exact") for group in ("", *self.scoring.groups)),
-        ]
+    def _values(self, total: Mapping[str, float]) -> Values:
+        of_source = {source: {what: total[f"{what}/{source}"] for what in SUMS} for source in self.sources}
+        figures = _figures({what: sum(own[what] for own in of_source.values()) for what in SUMS})
+        documents = figures.pop("documents")
+        for group in self.scoring.groups:
+            exact, of = (total[_of_group(what, group)] for what in ("exact", "documents"))
+            figures[group] = _ratio(100 * exact, of)
+        figures["documents"] = documents
+        for source, own in of_source.items():
+            told = _figures(own) | {"tokens": own["tokens"]}
+            figures |= {f"{name}/{source}": value for name, value in told.items()}
+        return figures
 
     def _count(self, batch: Batch, scores_BS2: np.ndarray, sums: dict[str, float]) -> None:
-        labelled_BS = batch.tensors[self.scoring.labels].numpy() >= 0
-        sums["nll"] += float(scores_BS2[..., 0].sum(dtype=np.float64))
-        sums["tokens"] += int(labelled_BS.sum())
-        exact = exact_documents(
-            scores_BS2[..., 1], labelled_BS, batch.tensors[self.scoring.documents].numpy()
-        )
+        named = self.scoring.labels, self.scoring.sources, self.scoring.documents
+        labels_BS, source_ids_BS, document_ids_BS = (batch.tensors[name].numpy() for name in named)
         samples = {(sample.row, sample.document): sample for sample in batch.samples}
-        for place, right in exact.items():
-            sample = samples.get(place)
-            within = [
-                group for group, holds in self.scoring.groups.items() if sample is not None and holds(sample)
-            ]
-            for group in ("", *within):
-                sums["documents" + group] += 1
-                sums["exact" + group] += right
+        for number, source in enumerate(self.sources):
+            is_of_BS = source_ids_BS == number
+            labelled_BS = is_of_BS & (labels_BS >= 0)
+            nll, right = scores_BS2[labelled_BS].sum(0, dtype=np.float64)
+            exact = exact_documents(scores_BS2[..., 1], labelled_BS, document_ids_BS)
+            counted = nll, right, labelled_BS.sum(), is_of_BS.sum(), sum(exact.values()), len(exact)
+            for what, count in zip(SUMS, counted, strict=True):
+                sums[f"{what}/{source}"] += float(count)
+            for place, all_right in exact.items():
+                for group, holds in self.scoring.groups.items():
+                    if place in samples and holds(samples[place]):
+                        sums[_of_group("exact", group)] += all_right
+                        sums[_of_group("documents", group)] += 1
 
 
-def _share(total: Mapping[str, float], group: str) -> float:
-    return 100 * total["exact" + group] / max(1.0, total["documents" + group])
+def _of_group(what: str, group: str) -> str:
+    return f"{what} of {group}"
+
+
+def _figures(sums: Mapping[str, float]) -> Values:
+    return {
+        "loss": _ratio(sums["nll"], sums["labels"]),
+        "right": _ratio(100 * sums["right"], sums["labels"]),
+        "exact": _ratio(100 * sums["exact"], sums["documents"]),
+        "documents": sums["documents"],
+    }
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return part / whole if whole else None
 
 
 def exact_documents(

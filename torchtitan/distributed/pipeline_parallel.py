@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from torchtitan.distributed.fsdp import free_gathered
 from torchtitan.distributed.mesh import Mesh
 from torchtitan.distributed.stages import Split, rank_of_stage, stages_of_rank
+from torchtitan.layers.cross_entropy import add_up
 
 Tensors = dict[str, Tensor]
 
@@ -37,18 +38,20 @@ class Pipeline:
         schedule: str,
         microbatches: int,
         received: Tensor,
+        sources: int,
         sends_back: Sequence[bool],
         whole_slots: Callable[[Tensor, Tensors], Tensor],
         tied: str | None = None,
     ):
         """`parts`: the stages of this rank, each with FSDP at its root. `received`: on the meta device, what
-        a stage hands to the next for one microbatch. `sends_back`: of each stage, whether it sends a gradient
+        a stage hands to the next for one microbatch. `sources`: of which the last one tells the loss.
+        `sends_back`: of each stage, whether it sends a gradient
         of that back. `whole_slots`: (scores, batch) -> scores of whole slots, where ranks hold parts of them.
         `tied`: name of a parameter that the first and the last stage both hold.
         """
         ranks = mesh.degrees.pp
         self.parts, self.mesh, self._microbatches, self._received = parts, mesh, microbatches, received
-        self._whole_slots, self._tied = whole_slots, tied
+        self._whole_slots, self._tied, self._losses = whole_slots, tied, 1 + sources
         self._numbers = stages_of_rank(schedule, mesh.rank("pp"), ranks, split.stages)
         self._owners = [rank_of_stage(schedule, stage, ranks, split.stages) for stage in range(split.stages)]
         self._has_first, self._has_last = 0 in self._numbers, split.stages - 1 in self._numbers
@@ -58,7 +61,7 @@ class Pipeline:
         # With the shapes given, no extra forward and backward is run to infer them. The last stage gives its
         # summed loss. Where nothing before a stage trains, its backward ends with it.
         taken = [received.detach().requires_grad_(back) for back in sends_back]
-        given = [*taken[1:], torch.empty(1, device="meta")]
+        given = [*taken[1:], torch.empty(self._losses, device="meta")]
         stages = [
             PipelineStage(
                 part,
@@ -77,7 +80,7 @@ class Pipeline:
 
     def _scaled(self, loss: Tensor, labels: Tensor) -> Tensor:
         self._sums.append(loss.detach())
-        return (loss * self._scale).sum()
+        return (loss[:1] * self._scale).sum()
 
     def __call__(self, tensors: Tensors, scale: float | Tensor, last: bool) -> Tensor:
         """Gradients are reduced over ranks at the end of every batch, not of the last alone: the schedules do
@@ -91,7 +94,7 @@ class Pipeline:
         self._schedule.step(*((tokens,) if self._has_first else ()), return_outputs=False, **named, **target)
         if last:
             self._sum_tied()
-        return torch.stack(self._sums).sum(0) if self._sums else torch.zeros(1, device=self.mesh.device)
+        return add_up(self._sums) if self._sums else torch.zeros(self._losses, device=self.mesh.device)
 
     def _check(self, tensors: Tensors) -> None:
         for name, tensor in tensors.items():

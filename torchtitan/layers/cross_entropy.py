@@ -6,8 +6,13 @@ them twice. Here a chunk's logits give its loss and its gradients at once and ar
 split over ranks (tensor parallel) each rank holds its V / n columns and three small sums per chunk cross the
 group.
 
-Letters: T tokens, D width, V vocabulary (this rank's share).
+Each token may be of a source of data, 0 <= source < sources: what each source adds to the loss comes out of
+the same pass.
+
+Letters: T tokens, D width, V vocabulary (this rank's share), G sources.
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -77,8 +82,9 @@ class _Chunk:
 
 class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h_TD, weight_VD, labels_T, chunk, group, keep_grads):
+    def forward(ctx, h_TD, weight_VD, labels_T, chunk, group, keep_grads, source_ids_T, sources):
         loss = h_TD.new_zeros(1, dtype=torch.float32)
+        each_G = h_TD.new_zeros(sources, dtype=torch.float32)
         dh_TD = torch.empty_like(h_TD) if keep_grads and ctx.needs_input_grad[0] else None
         dw_VD = (
             torch.zeros_like(weight_VD, dtype=torch.float32)
@@ -88,7 +94,10 @@ class _CrossEntropySum(torch.autograd.Function):
         for start in range(0, h_TD.shape[0], chunk):
             part = slice(start, start + chunk)
             piece = _Chunk(h_TD[part], weight_VD, labels_T[part], group)
-            loss += piece.nll_T().sum()
+            nll_T = piece.nll_T()
+            loss += nll_T.sum()
+            if sources:
+                each_G += sums_by_source(nll_T, source_ids_T[part], sources)
             d_TV = piece.dlogits_TV().to(h_TD.dtype) if dh_TD is not None or dw_VD is not None else None
             del piece  # or the next chunk's logits would exist along with these
             if d_TV is None:
@@ -100,26 +109,48 @@ class _CrossEntropySum(torch.autograd.Function):
             del d_TV
         ctx.save_for_backward(dh_TD, dw_VD)
         ctx.weight_dtype = weight_VD.dtype
-        return loss
+        return torch.cat((loss, each_G))
 
     @staticmethod
     def backward(ctx, grad):
         dh_TD, dw_VD = ctx.saved_tensors
+        grad = grad[:1]  # the sources' parts are told, not trained on
         dh_TD = None if dh_TD is None else dh_TD * grad.to(dh_TD.dtype)
         dw_VD = None if dw_VD is None else (dw_VD * grad).to(ctx.weight_dtype)
-        return dh_TD, dw_VD, None, None, None, None
+        return dh_TD, dw_VD, *(None,) * 6
 
 
 def cross_entropy_sum(
-    h_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, chunk: int, group: dist.ProcessGroup | None = None
+    h_TD: Tensor,
+    weight_VD: Tensor,
+    labels_T: Tensor,
+    chunk: int,
+    group: dist.ProcessGroup | None = None,
+    source_ids_T: Tensor | None = None,
+    sources: int = 0,
 ) -> Tensor:
-    """Sum over labels >= 0 of -log softmax(h @ weight.T)[label], float32 [1]; `chunk` tokens' logits exist at
-    a time.
+    """Sum over labels >= 0 of -log softmax(h @ weight.T)[label], then what each source has of it, float32
+    [1 + sources]; `chunk` tokens' logits exist at a time. The first alone has a gradient.
 
     With `group`, `weight_VD` is this rank's share of the rows and the gradient of `h_TD` is this rank's part
     of a sum.
     """
-    return _CrossEntropySum.apply(h_TD, weight_VD, labels_T, chunk, group, torch.is_grad_enabled())
+    keep_grads = torch.is_grad_enabled()
+    return _CrossEntropySum.apply(h_TD, weight_VD, labels_T, chunk, group, keep_grads, source_ids_T, sources)
+
+
+def sums_by_source(nll_T: Tensor, source_ids_T: Tensor, sources: int) -> Tensor:
+    """float32 [sources]. No atomic additions, which would give other bits each time on a GPU."""
+    is_of_TG = source_ids_T[:, None] == torch.arange(sources, device=source_ids_T.device)
+    return torch.where(is_of_TG, nll_T[:, None], 0.0).sum(0)
+
+
+def add_up(losses: Sequence[Tensor]) -> Tensor:
+    """Those of several microbatches, [1 + sources] each. The loss is added by itself, so that its last bit
+    does not depend on the number of sources.
+    """
+    parts = zip(*(loss.tensor_split([1]) for loss in losses), strict=True)
+    return torch.cat([torch.stack(of_all).sum(0) for of_all in parts])
 
 
 @torch.no_grad()

@@ -49,16 +49,20 @@ def count_slot(views: Views, samples: list[Delivered]) -> dict[str, int]:
     return {name: count.of(views, samples) for name, count in BATCH_METRICS.items()}
 
 
-def count_by_source(sample: Delivered, tokens: int) -> dict[str, int]:
-    """What one sample, or piece of one, adds to the counts of its source."""
-    first = sample.offset == 0  # a document in pieces is one sample
-    return {f"samples/{sample.source}": int(first), f"tokens/{sample.source}": tokens}
+def count_by_source(sample: Delivered, labels: np.ndarray) -> dict[str, int]:
+    """What one sample, or piece of one, adds to the counts of its source. `labels`: one for each token."""
+    counted = {
+        "samples": int(sample.offset == 0),  # a document in pieces is one sample
+        "tokens": len(labels),
+        "loss_tokens": int((labels >= 0).sum()),
+    }
+    return {f"{what}/{sample.source}": count for what, count in counted.items()}
 
 
 def names_by_source(sources: Iterable[str]) -> list[str]:
     """Counts that each source has of its own, as `count_by_source` names them."""
     sources = list(sources)
-    return [f"{what}/{source}" for what in ("samples", "tokens") for source in sources]
+    return [f"{what}/{source}" for what in ("samples", "tokens", "loss_tokens") for source in sources]
 
 
 def rejected_name(reason: str) -> str:

@@ -112,7 +112,7 @@ class _Row:
         self.views = views
         self.merge = merge  # patches of a visual token
         self.filled = FilledSlot(plan.slot)
-        for name in ("tokens", "labels", "positions", "document_ids", "visual_index"):
+        for name in (name for name in FIELDS if FIELDS[name].dims == "BS"):
             views[name][:] = pad_id if name == "tokens" else FIELDS[name].padding
         self.rows, self.length = views["grid_thw"].shape[:2]
         self.kept: list[tuple[int, int, int]] = []  # (row, first, end) of patches that hold an image
@@ -135,6 +135,8 @@ class _Row:
         document = len(self.filled.delivered)
         tokens, index = self._without_lost(packed, good)
         self._write(start, document, tokens, sample.targets[index], self._visual_index(packed, good)[index])
+        written = slice(start, start + len(tokens))
+        self.views["source_ids"][written] = packed.reference.source
         self.kept += [
             (row, first, first + sample.images[number].patches)
             for number, (row, first) in enumerate(packed.places)
@@ -145,7 +147,7 @@ class _Row:
             0, document, origin.source, origin.shard, origin.key, sizes, packed.reference.offset
         )
         self.filled.delivered.append(delivered)
-        self.filled.counts.update(count_by_source(delivered, len(tokens)))
+        self.filled.counts.update(count_by_source(delivered, self.views["labels"][written]))
 
     def close(self) -> FilledSlot:
         """Write padding into every patch that holds no image, and count."""

@@ -83,7 +83,8 @@ class Loader:
     >>> batch = next(loader).batches[0]
     >>> {name: tuple(tensor.shape) for name, tensor in batch.tensors.items()}
     {'tokens': (1, 16), 'labels': (1, 16), 'positions': (1, 16), 'document_ids': (1, 16),
-     'pixel_values': (1, 16, 768), 'grid_thw': (1, 16, 3), 'visual_index': (1, 16)}
+     'pixel_values': (1, 16, 768), 'grid_thw': (1, 16, 3), 'visual_index': (1, 16),
+     'source_ids': (1, 16)}
     >>> [batch.counts[name] for name in ("tokens", "loss_tokens", "patches", "images")]
     [14, 6, 12, 2]
     >>> batch.samples[0].source, batch.samples[0].image_sizes

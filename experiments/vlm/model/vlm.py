@@ -1,7 +1,7 @@
 """A native-resolution vision-language model: encoder -> projector -> placed among the token embeddings ->
 decoder.
 
-In: the tensors of a batch (experiments/vlm/batch.py). Out: their summed loss, float32 [1].
+In: the tensors of a batch (experiments/vlm/batch.py). Out: their summed loss.
 
 Unusual here: every shape is fixed, images or not. Visual tokens reach their places by a gather inside the
 slot, so the device never waits for the host, and a batch without images runs the same code on padding.
@@ -79,14 +79,15 @@ class VLM(nn.Module):
     )
     TOKEN_TABLES = ("decoder.tok_embeddings.weight", "decoder.output.weight")
 
-    def __init__(self, config: VLMConfig, vocab_size: int, backend: str, loss_chunk: int):
+    def __init__(self, config: VLMConfig, vocab_size: int, backend: str, loss_chunk: int, sources: int = 0):
+        """`sources`: how many sources of data the loss is told apart by."""
         super().__init__()
         self.config = config
         self.encoder: vit.VisionEncoder | None = vit.VisionEncoder(config.encoder, backend)
         self.projector: Projector | None = Projector(
             config.projector, config.encoder.feature_dim, config.decoder.dim
         )
-        self.decoder = decoder.Decoder(config.decoder, vocab_size, backend, loss_chunk)
+        self.decoder = decoder.Decoder(config.decoder, vocab_size, backend, loss_chunk, sources)
 
     def encode(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
         """uint8 [N, L, C] and int32 [N, L, 3] -> visual tokens [N, L / m^2, D]."""
@@ -122,9 +123,10 @@ class VLM(nn.Module):
         kv_document_ids: Tensor | None = None,
         kv_rows: Tensor | None = None,
         keep: Tensor | None = None,
+        source_ids: Tensor | None = None,
     ) -> Tensor:
-        """A batch (experiments/vlm/batch.py) to its summed loss, float32 [1]; without labels to logits [B, S,
-        V].
+        """A batch (experiments/vlm/batch.py) to its summed loss and, with `source_ids`, that of each source,
+        float32 [1 + sources]; without labels to logits [B, S, V].
 
         `per_token`: negative log-likelihood and correctness of each label instead, float32 [B, S, 2]. A later
         pipeline stage gets the residual stream in place of `tokens`, and all but the last return it. `rows`,
@@ -136,7 +138,7 @@ class VLM(nn.Module):
         mask = Mask(
             segments=document_ids, causal=True, kv_segments=kv_document_ids, rows=rows, kv_rows=kv_rows
         )
-        return self.decoder(h_BSD, positions, mask, labels, per_token, keep)
+        return self.decoder(h_BSD, positions, mask, labels, per_token, keep, source_ids)
 
     def tied_names(self) -> dict[str, str]:
         """Parameter -> the one that it is."""

@@ -1,6 +1,6 @@
 """One pre-norm decoder; Llama 3, Qwen 2 and Qwen 3 are rows of data (flavors.py).
 
-In: embeddings [B, S, D], positions, a mask, labels. Out: the summed loss, float32 [1], or logits [B, S, V].
+In: embeddings [B, S, D], positions, a mask, labels. Out: the summed loss, or logits [B, S, V].
 
 Unusual here: it takes embeddings, positions and a mask description rather than tokens alone, since documents
 are packed and image tokens are placed into the embeddings first; and its output layer computes the loss, so
@@ -85,23 +85,34 @@ class Block(nn.Module):
 class LMHead(nn.Linear):
     """The output layer.
 
-    Given labels it returns the loss, in chunks; `vocab_group` is set where tensor parallel splits its rows.
+    Given labels it returns the loss, in chunks, and what each of `sources` has of it; `vocab_group` is set
+    where tensor parallel splits its rows.
     """
 
-    def __init__(self, dim: int, vocab_size: int, chunk: int):
+    def __init__(self, dim: int, vocab_size: int, chunk: int, sources: int = 0):
         super().__init__(dim, vocab_size, bias=False)
-        self.chunk = chunk
+        self.chunk, self.sources = chunk, sources
         self.vocab_group = None
 
-    def forward(self, h_BSD: Tensor, labels_BS: Tensor | None = None, per_token: bool = False) -> Tensor:
-        """Logits [B, S, V]; with labels their summed loss, float32 [1]; with `per_token` (nll, correct),
-        float32 [B, S, 2].
+    def forward(
+        self,
+        h_BSD: Tensor,
+        labels_BS: Tensor | None = None,
+        per_token: bool = False,
+        source_ids_BS: Tensor | None = None,
+    ) -> Tensor:
+        """Logits [B, S, V]; with labels their summed loss, then that of each source, float32 [1 + sources];
+        with `per_token` (nll, correct), float32 [B, S, 2].
         """
         weight = self.weight.to_local() if hasattr(self.weight, "to_local") else self.weight
         if labels_BS is None:
             return whole_vocabulary(F.linear(h_BSD, weight), self.vocab_group)
         args = h_BSD.flatten(0, 1), weight, labels_BS.flatten(), self.chunk, self.vocab_group
-        return token_scores(*args).unflatten(0, labels_BS.shape) if per_token else cross_entropy_sum(*args)
+        if per_token:
+            return token_scores(*args).unflatten(0, labels_BS.shape)
+        if source_ids_BS is None:
+            return cross_entropy_sum(*args)
+        return cross_entropy_sum(*args, source_ids_BS.flatten(), self.sources)
 
 
 class Decoder(nn.Module):
@@ -111,14 +122,16 @@ class Decoder(nn.Module):
     Layers are numbered in a dictionary so that a stage's weights keep the names they have in the whole model.
     """
 
-    def __init__(self, config: DecoderConfig, vocab_size: int, backend: str, loss_chunk: int):
+    def __init__(
+        self, config: DecoderConfig, vocab_size: int, backend: str, loss_chunk: int, sources: int = 0
+    ):
         super().__init__()
         self.config = config
         self.backend = backend
         self.tok_embeddings: nn.Embedding | None = nn.Embedding(vocab_size, config.dim)
         self.layers = nn.ModuleDict({str(i): Block(config, backend) for i in range(config.layers)})
         self.norm: nn.RMSNorm | None = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.output: LMHead | None = LMHead(config.dim, vocab_size, loss_chunk)
+        self.output: LMHead | None = LMHead(config.dim, vocab_size, loss_chunk, sources)
         self.tie_weights()
 
     def tie_weights(self) -> None:
@@ -134,6 +147,7 @@ class Decoder(nn.Module):
         labels_BS: Tensor | None = None,
         per_token: bool = False,
         keep_BK: Tensor | None = None,
+        source_ids_BS: Tensor | None = None,
     ) -> Tensor:
         """Embeddings to logits or loss (see LMHead); to the residual stream where this stage has no output
         layer. `keep_BK`: the tokens whose logits are wanted, int64; None: all.
@@ -148,7 +162,7 @@ class Decoder(nn.Module):
             return h_BSD
         if keep_BK is not None:
             h_BSD = h_BSD.gather(1, keep_BK[..., None].expand(-1, -1, h_BSD.shape[-1]))
-        return self.output(self.norm(h_BSD), labels_BS, per_token)
+        return self.output(self.norm(h_BSD), labels_BS, per_token, source_ids_BS)
 
 
 def initial_weight(name: str, config: DecoderConfig) -> Fill:
