@@ -5,9 +5,11 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from tests.reference.small_run import VOCAB
 from tests.unit.test_kv_cache import CPU, cached, decoder, whole
+from tests.unit.test_synchronisation import Trap
 from torchtitan.generation.answer_text import AnswerText
 from torchtitan.generation.engine import Answer, Engine, Request
 from torchtitan.generation.options import Sampling
@@ -117,10 +119,31 @@ def test_alone_or_beside_others_in_any_order_an_answer_is_the_same():
         assert alone.ids == together[number].ids == backwards[number].ids
 
 
-def test_only_two_shapes_ever_reach_the_model():
+@pytest.mark.parametrize("places, longer, widths", [(64, [], {64}), (300, [70, 290], {64, 256, 300})])
+def test_few_shapes_ever_reach_the_model(places, longer, widths):
+    running = engine(3, places)
+    answers(running, requests() + [Request(n, Words([1] * n), max_tokens=2) for n in longer])
+    assert set(running.forward.shapes) == {(1, width) for width in widths} | {(3, 1)}
+
+
+@pytest.mark.parametrize("sequences", [1, 3])
+def test_nothing_is_compiled_again_after_the_second_token(sequences):
+    """Guards are the same whatever makes the kernels, so no time is spent on making them fast."""
+    running = engine(sequences, 64)
+    for block in running.forward.model.layers.values():
+        block.compile(fullgraph=True, dynamic=False, backend="aot_eager")
+    graphs = []
+    for _ in running.answer(requests()):
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert len(graphs) > 30 and graphs[0] < graphs[-1] == graphs[1 + sequences]
+
+
+def test_a_token_asks_the_device_for_nothing_but_what_was_chosen():
+    """What was chosen goes through `tolist`, which is no operation and is there once."""
     running = engine(3, 64)
-    answers(running, requests())
-    assert set(running.forward.shapes) == {(1, 64), (3, 1)}
+    with Trap() as trap:
+        answers(running, requests())
+    assert any("segment_attention" in name for name in trap.seen)
 
 
 def test_requests_that_come_later_are_taken_in():

@@ -3,8 +3,8 @@
     admit    a prompt takes a free sequence of the cache: it is read in one call, which gives its first token
     step     every sequence that is not done sends its newest token, and gets the next
 
-Two kinds of shapes in all: prompts padded to one of WIDTHS, and one token of each sequence. The host plans
-where everything goes and asks the device for nothing but the tokens that were chosen. What a request says
+Few shapes in all: prompts padded to one of a few widths, and one token of each sequence. The host plans where
+everything goes and asks the device for nothing but the tokens that were chosen. What a request says
 depends on its own seed and number alone. Where ranks share the model, `agree` keeps them at the same calls.
 
 Letters: B sequences, V words.
@@ -24,7 +24,8 @@ from torchtitan.generation.options import Sampling
 from torchtitan.generation.sampling import SamplingRows, next_tokens, uniforms
 
 DONE: Any = object()
-WIDTHS = (64, 256, 1024)  # tokens that a prompt is padded to; a longer one to what a sequence may hold
+NARROWEST = 64  # tokens that a short prompt is padded to
+WIDER = 4  # times as many for the next; each width is compiled once
 
 
 class Prompt(Protocol):
@@ -140,7 +141,7 @@ class Engine:
                     more, request = False, None
                 row, start = self._place(request.prompt) if request else (0, 0)
                 rest = request.prompt.rest(start) if request else None
-                admitted, width, rich = self.agree(_needs(rest))
+                admitted, width, rich = self.agree(self._needs(rest))
                 if not admitted:
                     break
                 logits = self._read(row, start, rest, width, bool(rich))
@@ -160,6 +161,15 @@ class Engine:
         held = {row: min(common_prefix(self.read[row], prompt.identity), len(prompt.ids) - 1) for row in free}
         row = max(free, key=held.__getitem__)
         return row, held[row]
+
+    def _needs(self, prompt: Prompt | None) -> list[int]:
+        """Of one call: is there a prompt, how wide is it, does it hold more than tokens?"""
+        if prompt is None:
+            return [0, 0, 0]
+        width = NARROWEST
+        while width < len(prompt.ids):
+            width *= WIDER
+        return [1, min(width, max(self.cache.places, len(prompt.ids))), int(prompt.rich)]
 
     def _read(self, row: int, start: int, prompt: Prompt | None, width: int, rich: bool) -> Tensor:
         """Logits [1, V] after a prompt that goes on at token `start` of a sequence; None: this rank has none
@@ -191,16 +201,17 @@ class Engine:
     def _logits(
         self, tokens: Tensor, where: dict[str, Tensor], keep: list[int], prompt: Any, rich: bool
     ) -> Tensor:
-        device = self.cache.device
-        return self.forward(tokens.to(device), where, torch.tensor(keep).to(device), prompt, rich)
+        return self.forward(self._put(tokens), where, self._put(torch.tensor(keep)), prompt, rich)
+
+    def _put(self, values: Tensor) -> Tensor:
+        return values.to(self.cache.device, non_blocking=True)
 
     def _choose(self, logits_RV: Tensor, held: Sequence["_Row | None"]) -> list[tuple[int, float]]:
         """The next token of each row with its log-probability: what the device is asked for."""
-        device = logits_RV.device
-        options = SamplingRows([row.sampling if row else Sampling() for row in held], device)
+        options = SamplingRows([row.sampling if row else Sampling() for row in held], logits_RV.device)
         numbers = torch.tensor([row.uniform() if row else 0.0 for row in held], dtype=torch.float64)
-        seen = _seen(held, logits_RV.shape[1]).to(device) if options.penalises else None
-        ids = next_tokens(logits_RV, options, numbers.to(device), seen)
+        seen = self._put(_seen(held, logits_RV.shape[1])) if options.penalises else None
+        ids = next_tokens(logits_RV, options, self._put(numbers), seen)
         logprobs = logits_RV.float().log_softmax(-1).gather(1, ids[:, None])[:, 0]
         both = torch.stack((ids.double(), logprobs.double())).tolist()  # one copy; float64 holds ids exactly
         return [(int(id), logprob) for id, logprob in zip(*both, strict=True)]
@@ -237,14 +248,6 @@ class _Row:
     def uniform(self) -> float:
         """The number in [0, 1) of the next draw."""
         return float(self.numbers[len(self.answer.ids)])
-
-
-def _needs(prompt: Prompt | None) -> list[int]:
-    """Of one call: is there a prompt, how wide is it, does it hold more than tokens?"""
-    if prompt is None:
-        return [0, 0, 0]
-    length = len(prompt.ids)
-    return [1, next((width for width in WIDTHS if width >= length), length), int(prompt.rich)]
 
 
 def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:

@@ -26,7 +26,10 @@ class SamplingRows:
         columns = {field.name: [getattr(row, field.name) for row in rows] for field in fields(Sampling)}
         self.draws = any(row.draws for row in rows)
         self.penalises = any(row.repetition_penalty != 1 for row in rows)
-        tensors = {name: torch.tensor(values, device=device)[:, None] for name, values in columns.items()}
+        tensors = {
+            name: torch.tensor(values)[:, None].to(device, non_blocking=True)
+            for name, values in columns.items()
+        }
         self.temperature = tensors["temperature"].float()
         self.top_k, self.top_p, self.min_p = tensors["top_k"], tensors["top_p"], tensors["min_p"]
         self.penalty = tensors["repetition_penalty"].float()
