@@ -7,6 +7,7 @@ import types
 import pytest
 
 from experiments.__main__ import main
+from torchtitan.components.dump_folder import FILES
 from torchtitan.components.sinks import WandB
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.job import JobConfig
@@ -72,6 +73,58 @@ def test_a_service_that_cannot_be_reached_is_one_line(stand_in, tmp_path):
         ConfigError, match="metrics.enable_wandb: Timed out: no such host; WANDB_MODE=offline"
     ):
         WandB(tmp_path, JobConfig())
+
+
+class Opened:
+    """What wandb.init gives; `begun`: all of them, with their options and what was logged."""
+
+    def __init__(self, begun: list["Opened"], **options):
+        self.options, self.logged = options, []
+        self.id = options["id"] or f"id{len(begun)}"
+        logged = [step for run in begun if run.id == self.id for step, _ in run.logged]
+        self.starting_step = max(logged, default=-1) + 1
+        begun.append(self)
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self.logged.append((step, values))
+
+
+@pytest.fixture
+def begun(stand_in, monkeypatch) -> list[Opened]:
+    for name in ("WANDB_NAME", "WANDB_PROJECT"):
+        monkeypatch.delenv(name, raising=False)
+    runs: list[Opened] = []
+    stand_in.init = lambda **options: Opened(runs, **options)
+    return runs
+
+
+def test_a_run_has_the_name_of_its_folder_its_group_and_its_description(begun, tmp_path, monkeypatch):
+    job = JobConfig()
+    job.job.description, job.metrics.wandb_group = "what for", "lr"
+    for name, environment, expected in (
+        ("", "", "lr=1"),
+        ("", "theirs", "theirs"),
+        ("mine", "theirs", "mine"),
+    ):
+        monkeypatch.setenv("WANDB_NAME", environment)
+        job.metrics.wandb_name = name
+        (tmp_path / "lr=1").mkdir(exist_ok=True)
+        WandB(tmp_path / "lr=1", job)
+        assert begun[-1].options["name"] == expected
+    assert (begun[0].options["group"], begun[0].options["notes"]) == ("lr", "what for")
+    assert begun[0].options["config"]["metrics"]["wandb_group"] == "lr"
+
+
+def test_a_run_that_goes_on_keeps_its_id_and_sends_no_step_twice(begun, tmp_path):
+    first = WandB(tmp_path, JobConfig())
+    for step in (1, 2, 3):
+        first.write(step, {"loss": 1.0})
+    second = WandB(tmp_path, JobConfig())  # from the checkpoint of step 1
+    for step in (2, 3, 4):
+        second.write(step, {"loss": 1.0})
+    assert [run.id for run in begun] == ["id0", "id0"] and begun[1].options["resume"] == "allow"
+    assert begun[1].logged == [(4, {"loss": 1.0})]
+    assert "wandb_id" in FILES  # a fresh run in this folder is another one
 
 
 def test_the_real_package_knows_no_login_here(monkeypatch, tmp_path):

@@ -16,7 +16,7 @@ from torchtitan.components.data_report import REPORT
 from torchtitan.components.hf_save import FOLDER as HF_FOLDER
 from torchtitan.components.numbered import next_number
 from torchtitan.components.saved_config import LAUNCHES, NEWEST, Change, changes, read_config
-from torchtitan.components.sinks import HISTORY
+from torchtitan.components.sinks import HISTORY, WANDB_ID
 from torchtitan.components.tokenizer import find_file
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.job import JobConfig
@@ -24,7 +24,7 @@ from torchtitan.distributed.process_group import TRACES
 from torchtitan.tools.logging import logger
 
 PREVIOUS = "previous"
-FILES = (HISTORY, REPORT, CURVES, NEWEST, LAUNCHES, "rejects", TRACES, HF_FOLDER)
+FILES = (HISTORY, WANDB_ID, REPORT, CURVES, NEWEST, LAUNCHES, "rejects", TRACES, HF_FOLDER)
 FOLDERS = ("metrics.save_tb_folder", "profiling.save_traces_folder", "profiling.save_memory_snapshot_folder")
 # Sections that say how a run is watched, saved or spread over ranks, not what it learns.
 NOT_LEARNT = (
@@ -135,7 +135,7 @@ def refuse_checkpoints_of_others(job: JobConfig, saved: dict[str, Any] | None, f
 
 def go_back(folder: Path, later: list[Path]) -> None:
     """checkpoint.load_step: what came after it, with its metrics, is from now on another run's."""
-    target = set_aside(folder, later)
+    target = set_aside(folder, [*later, folder / WANDB_ID] if later else [])
     if target is not None and (folder / HISTORY).is_file():
         shutil.copy2(folder / HISTORY, target)
 

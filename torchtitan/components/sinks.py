@@ -15,6 +15,7 @@ from torchtitan.tools.disk import write_whole
 from torchtitan.tools.wandb_login import OFFLINE
 
 HISTORY = "metrics.jsonl"
+WANDB_ID = "wandb_id"
 
 
 class Sink(Protocol):
@@ -78,21 +79,36 @@ class TensorBoard:
 
 
 class WandB:
-    """A Weights & Biases run. Raises ConfigError where it cannot be opened."""
+    """A Weights & Biases run, the same one whenever the dump folder's run goes on: its id is kept there.
+
+    Raises ConfigError where it cannot be opened.
+    """
 
     def __init__(self, folder: Path, job: JobConfig):
         import wandb
 
-        project = os.environ.get("WANDB_PROJECT", "torchtitan")
+        kept, options = folder / WANDB_ID, job.metrics
         try:
-            self.run = wandb.init(project=project, dir=str(folder), config=asdict(job))
+            self.run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "torchtitan"),
+                name=options.wandb_name or os.environ.get("WANDB_NAME") or folder.resolve().name,
+                group=options.wandb_group or None,
+                notes=job.job.description or None,
+                id=kept.read_text().strip() if kept.exists() else None,
+                resume="allow",
+                dir=str(folder),
+                config=asdict(job),
+            )
         except wandb.errors.Error as error:  # no network, no such project
             detail = " ".join(str(error).split())
             raise ConfigError(f"metrics.enable_wandb: {detail}; {OFFLINE}") from None
+        write_whole(kept, self.run.id + "\n")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Sends the numbers, or keeps them where WANDB_MODE is offline."""
-        self.run.log(dict(values), step=step)
+        # Steps that are trained again after a kill are there already, and would be refused one by one.
+        if step >= self.run.starting_step:
+            self.run.log(dict(values), step=step)
 
     def close(self) -> None:
         """Ends the run and waits until all is sent."""

@@ -16,7 +16,7 @@ class Job:
 
     config_file: str | None = None  # TOML file to read; the last one given wins
     dump_folder: str = "./outputs"  # everything a run writes goes below this folder
-    description: str = ""  # a note for people, printed at the start
+    description: str = ""  # a note for people, printed at the start, and the notes of a run in wandb
     print_config: bool = False  # print the resolved configuration before the run starts
     # validate, build on the meta device, read one batch, print sizes and memory, train nothing
     dry_run: bool = False
@@ -41,6 +41,8 @@ class Metrics:
     enable_tensorboard: bool = False  # write TensorBoard event files
     save_tb_folder: str = "tb"  # below dump_folder
     enable_wandb: bool = False  # log to Weights & Biases (WANDB_MODE=offline works)
+    wandb_name: str = ""  # of the run there; empty: WANDB_NAME, or the last part of job.dump_folder
+    wandb_group: str = ""  # runs that are shown together there, as those of a sweep; empty: WANDB_RUN_GROUP
     disable_color_printing: bool = False  # plain console lines; always plain when no terminal is attached
     save_plot: bool = True  # draw curves.png into dump_folder when the run ends
 
