@@ -14,6 +14,8 @@ from torchtitan.tools.error_line import INTERRUPTED, USER_ERROR, report_error, r
 
 COMMANDS = {  # name: (module of this package, what it does)
     "train": ("train", "train a model on one process or many, one machine or many"),
+    "sweep": ("sweep", "train a job many times, each with other options"),
+    "compare": ("compare_runs", "runs beside each other: options that differ, and all curves"),
     "inspect": ("inspect_batch", "show packed batches as the model gets them"),
     "advise": ("advise_packing", "which S, L, rows and buffer waste least on a job's data"),
     "estimate": ("estimate_memory", "what a job needs on each rank, and which layouts fit"),

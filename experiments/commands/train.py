@@ -8,9 +8,12 @@
     DRY_RUN=true  check everything, build on the meta device, read one batch, print sizes, train nothing
     NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT         several machines: start this on each
 
+A job file with a table [sweep] is many runs: what `torchtitan-vlm sweep` does, with all of its options.
+
 One process is `python -m experiments`; several are what torchtitan/launch.py starts.
 """
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -18,8 +21,9 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from experiments.__main__ import ready_job
-from torchtitan.config.devices import visible_gpus
-from torchtitan.config.errors import require
+from torchtitan.config.devices import available_cores, visible_gpus
+from torchtitan.config.errors import ConfigError, require
+from torchtitan.config.parse import SWEEP, split_options, table_of
 from torchtitan.tools.logging import init_logger
 
 DEFAULT_JOB = "train_configs/vlm_debug.toml"
@@ -40,10 +44,8 @@ class Machines:
     @classmethod
     def of(cls, variables: Mapping[str, str], gpus: Callable[[], int]) -> "Machines":
         """Raises ConfigError for a variable that cannot be."""
-        processes, machines = (
-            _number(variables, name, least) for name, least in (("NGPU", 0), ("NNODES", 1))
-        )
-        machine, address = _number(variables, "NODE_RANK", 0), variables.get("MASTER_ADDR", "")
+        processes, machines = (number(variables, name, least) for name, least in (("NGPU", 0), ("NNODES", 1)))
+        machine, address = number(variables, "NODE_RANK", 0), variables.get("MASTER_ADDR", "")
         too_large = f"NODE_RANK = {machine}: must be below NNODES ({machines}), since it counts from 0"
         require(machine < machines, too_large)
         nowhere = f"NNODES = {machines} needs MASTER_ADDR, the address of the first machine"
@@ -74,16 +76,28 @@ def job_options(argv: Sequence[str], variables: Mapping[str, str]) -> list[str]:
     return [*options, "--job.dry_run"] if dry_run.lower() in ON else options
 
 
-def main(argv: Sequence[str]) -> NoReturn:
-    """Become the trainer, or the launcher of several. Raises ConfigError where it starts neither."""
-    machines, options = Machines.of(os.environ, visible_gpus), job_options(argv, os.environ)
+def asks_for_many(options: Sequence[str]) -> bool:
+    """Whether these are the options of a sweep: of the command, or a file with a table [sweep]."""
+    with contextlib.suppress(ConfigError):  # the trainer says what is wrong with the file
+        return any(group[0] == f"--{SWEEP}" for group in split_options(options)) or SWEEP in table_of(options)
+    return False
+
+
+def main(argv: Sequence[str]) -> int:
+    """Become the trainer, the launcher of several, or a sweep. Raises ConfigError where it starts none."""
+    options = job_options(argv, os.environ)
+    if asks_for_many(options):
+        from experiments.commands import sweep
+
+        return sweep.main(argv)
+    machines = Machines.of(os.environ, visible_gpus)
     for left_over in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         os.environ.pop(left_over, None)
     os.environ["LOG_RANK"] = os.environ.get("LOG_RANK") or "0"
     # One core is left to the loader: threads of a trainer that share it wait for each other, spinning (2 to 8
     # times slower).
     os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(
-        max(1, _cores() // machines.processes - 1)
+        max(1, available_cores() // machines.processes - 1)
     )
     if machines.world_size == 1 or "--help" in argv or "-h" in argv:
         _become(["experiments", *options])  # signals reach the trainer itself
@@ -98,11 +112,8 @@ def _become(module: Sequence[str]) -> NoReturn:
     os.execv(sys.executable, [sys.executable, "-m", *module])
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _number(variables: Mapping[str, str], name: str, least: int) -> int:
+def number(variables: Mapping[str, str], name: str, least: int) -> int:
+    """The whole number that a variable holds; `least` where it is not set. Raises ConfigError."""
     value = variables.get(name) or str(least)
     plain = value.isascii() and value.isdigit() and (value == "0" or value[0] != "0")
     require(plain and int(value) >= least, f"{name} = {value}: expected a whole number >= {least}")

@@ -32,7 +32,7 @@ def launch(monkeypatch):
     def start(*options: str, gpus: int = 0, **variables: str) -> list[str] | None:
         monkeypatch.setattr(os, "environ", {k: v for k, v in os.environ.items() if k not in OURS} | variables)
         monkeypatch.setattr(os, "execv", become)
-        monkeypatch.setattr(train, "_cores", lambda: 8)
+        monkeypatch.setattr(train, "available_cores", lambda: 8)
         monkeypatch.setattr(train, "visible_gpus", lambda: gpus)
         try:
             assert main(["train", *options]) == 2

@@ -3,7 +3,8 @@
 step         forward_backward, freezing, lora, optimizer (parameter_groups, muon, row_adamw),
              lr_scheduler, cuda_graph
 data         loader (what the trainer asks of one), tokenizer, tokenizer_files, epochs, data_report
-figures      metrics (what a step measures), sinks (metrics.jsonl, TensorBoard, wandb), curves, flops
+figures      metrics (what a step measures), sinks (metrics.jsonl, TensorBoard, wandb), curves, flops,
+             run_record (all figures of a run, read again)
 validation   held-out loss, and the share of documents whose every token is right
 checkpoints  checkpoint, train_state (what it holds), checkpoint_folder (how it lies on the disk),
              checkpoint_read (what one says of itself), weights (of a model on ranks, and their sources),

@@ -15,7 +15,7 @@ from torchtitan.components.curves import CURVES
 from torchtitan.components.data_report import REPORT
 from torchtitan.components.hf_save import FOLDER as HF_FOLDER
 from torchtitan.components.numbered import next_number
-from torchtitan.components.saved_config import LAUNCHES, NEWEST, Change, changes, read_config
+from torchtitan.components.saved_config import LAUNCHES, NEWEST, Change, changes, learnt, read_config
 from torchtitan.components.sinks import HISTORY, WANDB_ID
 from torchtitan.components.tokenizer import find_file
 from torchtitan.config.errors import ConfigError
@@ -26,17 +26,6 @@ from torchtitan.tools.logging import logger
 PREVIOUS = "previous"
 FILES = (HISTORY, WANDB_ID, REPORT, CURVES, NEWEST, LAUNCHES, "rejects", TRACES, HF_FOLDER)
 FOLDERS = ("metrics.save_tb_folder", "profiling.save_traces_folder", "profiling.save_memory_snapshot_folder")
-# Sections that say how a run is watched, saved or spread over ranks, not what it learns.
-NOT_LEARNT = (
-    "profiling.",
-    "metrics.",
-    "parallelism.",
-    "checkpoint.",
-    "activation_checkpoint.",
-    "compile.",
-    "comm.",
-    "validation.",
-)
 
 
 def begin(job: JobConfig) -> bool:
@@ -81,9 +70,8 @@ def is_finished(job: JobConfig, step: int, changed: list[Change]) -> bool:
         )
     if step < steps:
         return False
-    learnt = [change for change in changed if not change.option.startswith(NOT_LEARNT)]
-    if learnt:
-        others = "; ".join(map(str, learnt))
+    if others_learnt := learnt(changed):
+        others = "; ".join(map(str, others_learnt))
         raise ConfigError(
             f"{folder} is finished (step {step} of {steps}), with other options: {others}; "
             "give another job.dump_folder to train with them, or raise training.steps to go on with them"

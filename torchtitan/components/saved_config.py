@@ -18,6 +18,18 @@ NEWEST, LAUNCHES = "config.toml", "launches"
 # What belongs to one launch, not to what is trained: where it writes, and where it went on from.
 OF_A_LAUNCH = ("job.", "checkpoint.load_step")
 
+# Sections that say how a run is watched, saved or spread over ranks, not what it learns.
+NOT_LEARNT = (
+    "profiling.",
+    "metrics.",
+    "parallelism.",
+    "checkpoint.",
+    "activation_checkpoint.",
+    "compile.",
+    "comm.",
+    "validation.",
+)
+
 
 class Change(NamedTuple):
     """An option that differs between two launches."""
@@ -52,20 +64,25 @@ def read_config(folder: Path) -> dict[str, Any] | None:
 
 def changes(saved: dict[str, Any], job: JobConfig) -> list[Change]:
     """Options that differ between a saved configuration and `job`, both resolved."""
-    before, now = (dict(_leaves(table)) for table in (saved, tomllib.loads(to_toml(job))))
+    before, now = (dict(leaves(table)) for table in (saved, tomllib.loads(to_toml(job))))
     names = [name for name in {**now, **before} if not name.startswith(OF_A_LAUNCH)]
     found = [Change(name, before.get(name), now.get(name)) for name in names]
     return [change for change in found if change.before != change.now]
 
 
-def _leaves(table: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """("data.sources[0].weight", 2.0) and so on."""
+def learnt(changed: list[Change]) -> list[Change]:
+    """Those that change what a run learns."""
+    return [change for change in changed if not change.option.startswith(NOT_LEARNT)]
+
+
+def leaves(table: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Of tables: ("data.sources[0].weight", 2.0) and so on."""
     if isinstance(table, dict):
         for name, value in table.items():
-            yield from _leaves(value, f"{key}.{name}" if key else name)
+            yield from leaves(value, f"{key}.{name}" if key else name)
     elif isinstance(table, list) and table and isinstance(table[0], dict):
         for number, item in enumerate(table):
-            yield from _leaves(item, f"{key}[{number}]")
+            yield from leaves(item, f"{key}[{number}]")
     else:
         yield key, table
 

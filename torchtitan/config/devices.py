@@ -1,4 +1,4 @@
-"""How many GPUs a run may use, found without importing torch.
+"""How many GPUs and cores a run may use, found without importing torch.
 
 The launcher asks too: python torchtitan/config/devices.py.
 """
@@ -21,6 +21,11 @@ def visible_gpus() -> int:
     # CUDA reads no further
     read = next((i for i, device in enumerate(chosen) if device in ("", "-1")), len(chosen))
     return min(read, present)
+
+
+def available_cores() -> int:
+    """Cores of this machine that the process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _present_gpus() -> int:

@@ -26,6 +26,7 @@ Options = TypeVar("Options")
 PROG = "python -m experiments"
 # Where the options of this run come from is no option of a file: a file that names another would be a chain.
 COMMAND_LINE_ONLY = "job.config_file"
+SWEEP = "sweep"  # the table of a file that asks for many runs: torchtitan/sweep
 SINGLE_SOURCE = ("training.dataset", "training.dataset_path")
 
 
@@ -34,9 +35,29 @@ def parse(argv: Sequence[str], config_classes: Mapping[str, type[JobConfig]]) ->
 
     Raises ConfigError for an unknown option, a value of the wrong type, or a TOML file that cannot be read.
     """
-    groups = split_options(argv)
-    file = _last(groups, COMMAND_LINE_ONLY)
-    table = read_toml(file) if file else {}
+    table = table_of(argv)
+    if SWEEP in table:
+        many = "makes many jobs of this file: `torchtitan-vlm sweep` and run_train.sh start them"
+        raise ConfigError(f"{config_file(argv)}: [{SWEEP}] {many}")
+    return parse_over(table, argv, config_classes)
+
+
+def table_of(argv: Sequence[str]) -> dict[str, Any]:
+    """The tables of the file that the options name, if any. Raises ConfigError where it cannot be read."""
+    file = config_file(argv)
+    return read_toml(file) if file else {}
+
+
+def config_file(argv: Sequence[str]) -> str | None:
+    """The job file that the options name, the last one of several."""
+    return _last(split_options(argv), COMMAND_LINE_ONLY)
+
+
+def parse_over(
+    table: Mapping[str, Any], argv: Sequence[str], config_classes: Mapping[str, type[JobConfig]]
+) -> JobConfig:
+    """As `parse`, with the tables of the file in hand."""
+    groups, file = split_options(argv), config_file(argv)
     name = _last(groups, "model.name") or _named_in(table) or Model.name
     if name not in config_classes:
         raise ConfigError(f"model.name = {name!r} is not an experiment{did_you_mean(name, config_classes)}")
@@ -69,14 +90,27 @@ def parse_script(
     Values before the first option are the script's (tyro.conf.Positional). `--help` prints the script's
     options and exits.
     """
+    own, rest = split_script(argv, options_class)
+    return run_script(options_class, own, description), parse(rest, config_classes)
+
+
+def split_script(argv: Sequence[str], options_class: type) -> tuple[list[str], list[str]]:
+    """A script's own part of a command line, and the trainer's."""
     own_names = _spellings(option_types(options_class))
     own: list[str] = []
     rest: list[str] = []
     for group in split_options(argv):
         is_own = not group[0].startswith("--") or group[0] == "--help" or _name(group) in own_names
         (own if is_own else rest).extend(group)
+    return own, rest
+
+
+def run_script(
+    cls: type[Options], own: Sequence[str], description: str, default: Options | None = None
+) -> Options:
+    """A script's own options, of its own part of the command line, over those of `default`."""
     description = f"{description}\n\nTakes the trainer's options too: see {PROG} --help.".strip()
-    return run_tyro(options_class, own, None, None, description), parse(rest, config_classes)
+    return run_tyro(cls, own, default, None, description)
 
 
 def read_toml(file: str) -> dict[str, Any]:
@@ -178,7 +212,7 @@ def check_spelling(group: Sequence[str], known: Mapping[str, Any]) -> None:
     name, values = _name(group), group[1:]
     option = _spellings(known).get(name)
     if option is None:
-        raise ConfigError(f"{' '.join(group)}: no such option{_closest(name, known)}")
+        raise ConfigError(f"{' '.join(group)}: no such option{closest(name, known)}")
     if known[option] is bool and values:
         on, off = (f"--{spelling}" for spelling, meant in _spellings(known).items() if meant == option)
         raise ConfigError(
@@ -190,8 +224,10 @@ def check_spelling(group: Sequence[str], known: Mapping[str, Any]) -> None:
         )
 
 
-def _closest(name: str, known: Iterable[str]) -> str:
-    """The same field in another section first (training.lr: optimizer.lr), then the closest spelling."""
+def closest(name: str, known: Iterable[str]) -> str:
+    """The end of an error message: the same field in another section first (training.lr: optimizer.lr), then
+    the closest spelling.
+    """
     options = list(known)
     same_field = [option for option in options if option.rpartition(".")[2] == name.rpartition(".")[2]]
     close = get_close_matches(name, same_field, n=1, cutoff=0.0) or get_close_matches(name, options, n=1)
