@@ -29,10 +29,12 @@ import torch
 from PIL import Image
 
 from experiments.vlm.config import VLMJobConfig
+from experiments.vlm.data.document import Picture
 from experiments.vlm.generate.answering import Answering, open_answering
-from experiments.vlm.generate.prompt import Picture, Prompt
+from experiments.vlm.generate.prompt import Prompt
 from experiments.vlm.model.flavors import FLAVORS, EncoderConfig, ProjectorConfig, VLMConfig
 from experiments.vlm.model.hf_config import vlm_hf_config
+from experiments.vlm.spec import SPEC
 from torchtitan.components.tokenizer import load_tokenizer
 from torchtitan.generation.engine import Request
 from torchtitan.models.decoder.flavors import DECODERS
@@ -71,7 +73,7 @@ def open_ours(folder: Path, device: str, sequences: int, tokens: int) -> Answeri
     job.checkpoint.initial_load_in_hf, job.checkpoint.initial_load_path = True, str(folder)
     job.job.dump_folder, job.compile.enable = str(folder), device == "cuda"
     job.training.mixed_precision_param = "bfloat16" if device == "cuda" else "float32"
-    return open_answering(job, None, "", sequences, 1024 + tokens)
+    return open_answering(job, SPEC, None, "", sequences, 1024 + tokens)
 
 
 def prompt_of(answering: Answering) -> Prompt:

@@ -33,14 +33,17 @@ MAY_BE_SKIPPED = {
 SKIPS = pytest.StashKey[list[str]]()
 
 
-@pytest.fixture(autouse=True)
-def logger_as_it_was() -> Iterator[None]:
+def as_it_was() -> Iterator[None]:
     """A test that starts a command in this process sets up the logger, which then tells caplog nothing any
-    more.
+    more; as do fixtures of a module.
     """
     before = logger.handlers[:], logger.level, logger.propagate
     yield
     logger.handlers[:], logger.level, logger.propagate = before
+
+
+logger_of_a_module = pytest.fixture(as_it_was, autouse=True, scope="module")
+logger_of_a_test = pytest.fixture(as_it_was, autouse=True)
 
 
 @pytest.fixture

@@ -23,12 +23,12 @@ from torchtitan.components.parameter_groups import settings
 from torchtitan.components.room import held_gib, require_room
 from torchtitan.components.saved_config import save_config
 from torchtitan.components.train_state import TrainState
-from torchtitan.components.validation import Validator
+from torchtitan.components.validation import Tasks, Validator
 from torchtitan.components.weights import shapes_of
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.job import JobConfig
 from torchtitan.config.layout import BatchSizes, degrees, resolve_batch
-from torchtitan.distributed.collectives import agree_on_data
+from torchtitan.distributed.collectives import agree_on_data, wait_together
 from torchtitan.distributed.mesh import Mesh, build_mesh
 from torchtitan.distributed.slot_group import slot_group
 from torchtitan.loaded_model import give_weights, parallelize
@@ -55,6 +55,7 @@ class Run:
     state: TrainState
     checkpointer: Checkpointer
     validator: Validator
+    tasks: Tasks | None
     meter: MetricsMeter
     reporter: Reporter
     profiler: Profiler
@@ -68,6 +69,8 @@ def build(job: JobConfig, spec: TrainSpec, device: torch.device) -> Run:
     sizes = resolve_batch(job, world_size)
     mesh = build_mesh(degrees(job.parallelism, world_size), device)
     tokenizer = spec.load_tokenizer(job)
+    share = mesh.data.get_local_rank(), mesh.data.size()
+    tasks = wait_together(lambda: spec.open_tasks(job, tokenizer, *share))
     model = spec.build_model(job, tokenizer)
     choose_trained(model, job.training)
     token_rows = rows_of(job.training.trainable_tokens, tokenizer)
@@ -116,6 +119,7 @@ def build(job: JobConfig, spec: TrainSpec, device: torch.device) -> Run:
             sources=counts.held_out,
             steps=job.validation.steps,
         ),
+        tasks=tasks,
         meter=MetricsMeter(device, world_size, counts),
         reporter=Reporter(job, percentages, state.step, dist.get_rank(), world_size),
         profiler=Profiler(job.profiling, job.job.dump_folder, dist.get_rank(), state.step),

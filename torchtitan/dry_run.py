@@ -48,6 +48,7 @@ def dry_run(job: JobConfig, spec: TrainSpec) -> None:
     for line in missing:
         warn_once(f"{line}; no batch was read")
     if tokenizer and not missing:
+        spec.open_tasks(job, tokenizer, 0, 1)  # every record can be asked
         log_batch(job, spec, layout, tokenizer, model)
     logger.info("dry run: nothing was trained")
 

@@ -11,7 +11,7 @@ from torchtitan.components.checkpoint_read import Sizes
 from torchtitan.components.forward_backward import ForwardBackward
 from torchtitan.components.loader import Loader, Tensors
 from torchtitan.components.metrics import Counts
-from torchtitan.components.validation import Scoring
+from torchtitan.components.validation import Scoring, Tasks
 from torchtitan.components.weights import WeightSource
 from torchtitan.config.layout import Degrees
 from torchtitan.distributed.estimate import Memory
@@ -60,6 +60,8 @@ class TrainSpec:
     pipeline: Callable[[Any, Mesh, Any], ForwardBackward] | None
     # (job, tokenizer, *, rank, ranks, split, control, agree, group): see components/loader.py
     build_loader: Callable[..., Loader]
+    # (job, tokenizer, rank, ranks): validation.tasks, whose records these ranks share; None: there are none
+    open_tasks: Callable[[Any, Any, int, int], Tasks | None]
     missing_data: Callable[[Any], list[str]]  # (job): a line for all data that are not on this machine
     # (host tensors, mesh, job): the share of this rank of a CP group
     shard_batch: Callable[[Tensors, Mesh, Any], Tensors]

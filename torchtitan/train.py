@@ -176,6 +176,8 @@ class Trainer:
         started = time.perf_counter()
         if self.job.validation.enable and step % self.job.validation.freq == 0:
             self.validate()
+        if step % self.job.validation.task_freq == 0:
+            self.run_tasks()
         if step % self.job.checkpoint.interval == 0:
             self.save()
         self.run.meter.leave_out(time.perf_counter() - started)
@@ -199,6 +201,16 @@ class Trainer:
         values = self.run.validator.evaluate()
         self.run.reporter.validate(self.state.step, values)
         return values
+
+    def run_tasks(self) -> None:
+        """Figures and answers of this step, logged; nothing where there are no tasks."""
+        if self.run.tasks is None:
+            return
+        comm = self.job.comm
+        set_timeout(comm.init_timeout_seconds)  # one rank scores what all answered
+        values, exhibits = self.run.tasks.run(self.run.forward_backward.parts, self.run.mesh, self.state.step)
+        set_timeout(comm.train_timeout_seconds)
+        self.run.reporter.tasks(self.state.step, values, exhibits)
 
     @property
     def wall_s(self) -> float:
@@ -241,6 +253,8 @@ class Trainer:
         if self.job.checkpoint.last_save_in_hf and self.stopped_by is None and self.state.step:
             self.save_in_hf()
         values = self.validate() if self.job.validation.enable and self.stopped_by is None else None
+        if self.stopped_by is None:
+            self.run_tasks()
         self.draw_curves()
         if values is not None and self.job.validation.controls:
             self.control(values)

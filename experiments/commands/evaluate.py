@@ -20,8 +20,9 @@ from typing import Annotated, Any
 import tyro
 
 from experiments.commands.generate import ModelOptions, model_job, open_model, template_of
+from experiments.vlm.evaluate import tasks
 from torchtitan.config.check import check_options
-from torchtitan.config.errors import did_you_mean, require
+from torchtitan.config.errors import require
 from torchtitan.tools.disk import require_writable
 from torchtitan.tools.logging import init_logger, logger
 
@@ -42,14 +43,12 @@ def main(argv: Sequence[str]) -> int:
     """The command. Raises UserError."""
     init_logger()
     options, job = model_job(argv, Options, __doc__ or "")
-    # Only now, since they import torch.
-    from experiments.vlm.evaluate import tasks
-
     if options.list:
         print((tasks.__doc__ or "").strip())
         return 0
     check_options(options, {"sequences": ">= 1", "page_limit": ">= 0"})
-    asked = parse_tasks(options, tasks.TASKS)
+    asked = asked_tasks(options)
+    # Only now, since they import torch.
     from experiments.vlm.evaluate.evaluation import Evaluation, evaluate
     from torchtitan.distributed.process_group import close_process_group
 
@@ -71,22 +70,14 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def parse_tasks(options: Options, known: Any) -> list[tuple[str, str, str]]:
-    """(label, task, file) of each; a task of several files is labelled by those too. Raises ConfigError."""
+def asked_tasks(options: Options) -> list[tasks.Asked]:
+    """Those of --task, whose files are there. Raises ConfigError."""
     require(bool(options.task), "no task: give --task NAME=FILE (--list says which there are)")
     require(bool(options.out), "nowhere to write: give --out FOLDER")
     require_writable(Path(options.out), "--out")
-    asked = []
-    for given in options.task:
-        name, mark, path = given.partition("=")
-        require(bool(mark), f"--task {given}: must be NAME=FILE")
-        require(name in known, f"--task {given}: no such task{did_you_mean(name, known)}")
-        require(os.path.isfile(path), f"--task {given}: no such file (looked from {os.getcwd()})")
-        twice = sum(other.startswith(name + "=") for other in options.task) > 1
-        asked.append((f"{name}-{Path(path).stem}" if twice else name, name, path))
-    require(
-        len({label for label, _, _ in asked}) == len(asked), "--task: two files of one task have one name"
-    )
+    asked = tasks.parse_tasks(options.task, "--task ")
+    for _, name, path in asked:
+        require(os.path.isfile(path), f"--task {name}={path}: no such file (looked from {os.getcwd()})")
     return asked
 
 

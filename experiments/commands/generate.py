@@ -19,10 +19,10 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from experiments.__main__ import CONFIG_CLASSES
+from experiments.__main__ import CONFIG_CLASSES, load_spec
 from experiments.vlm.check import check_output
 from experiments.vlm.config import VLMJobConfig
-from experiments.vlm.processor import SPOKEN
+from experiments.vlm.processor import spoken_template
 from experiments.vlm.saved_model import use_checkpoint, use_hf_folder, with_saved
 from torchtitan.config.check import check_options
 from torchtitan.config.errors import require
@@ -91,8 +91,7 @@ def template_of(options: ModelOptions, job: VLMJobConfig) -> str:
         names = ("chat_template.jinja", "tokenizer_config.json")
         found = [path for name in names if (path := Path(options.hf) / name).is_file()]
         return str(found[0]) if found else ""
-    spoken = [source.chat_template for source in job.training_sources() if source.format in SPOKEN]
-    return spoken[0] if spoken else ""
+    return spoken_template(job)
 
 
 def open_model(
@@ -107,7 +106,8 @@ def open_model(
 
     checkpoint = None if options.hf else use_checkpoint(job, options.checkpoint)
     places = job.training.seq_len + most_tokens
-    return open_answering(job, checkpoint, template_of(options, job), sequences, places, reuse=reuse)
+    spec, template = load_spec(job.model.name), template_of(options, job)
+    return open_answering(job, spec, checkpoint, template, sequences, places, reuse=reuse)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -116,9 +116,9 @@ def main(argv: Sequence[str]) -> int:
     options, job = model_job(argv, Options, __doc__ or "")
     check(options)
     # Only now, since they import torch.
+    from experiments.vlm.data.document import Picture
     from experiments.vlm.data.formats.record_shard import ImageValues, folder_of
     from experiments.vlm.generate.answer import AnswerFile, answer_file, answer_one
-    from experiments.vlm.generate.prompt import Picture
     from torchtitan.distributed.process_group import close_process_group
 
     answering = open_model(options, job, options.sequences if options.input else 1, options.max_tokens)

@@ -13,6 +13,7 @@ from experiments.vlm.config import Source, VLMJobConfig
 from experiments.vlm.data.chat_template import BUILT_IN as CHAT_TEMPLATES
 from experiments.vlm.data.formats import FORMATS
 from experiments.vlm.data.sources.permission import denied
+from experiments.vlm.evaluate.tasks import parse_tasks
 from experiments.vlm.model.config import EncoderConfig, VLMConfig
 from experiments.vlm.model_config import missing_folders, model_config, part_folders
 from experiments.vlm.processor import image_processor_config
@@ -42,6 +43,8 @@ RANGES = {
     "data.cache_gb": "> 0",
     "data.storage_timeout_s": ">= 0",
     "data.url_timeout_s": "> 0",
+    "validation.task_records": "-1 or >= 1",
+    "validation.task_pictures": ">= 0",
 }
 
 
@@ -58,6 +61,7 @@ def check_vlm(job: VLMJobConfig, world_size: int) -> None:
     if job.checkpoint.last_save_in_hf:
         image_processor_config(job)  # raises here what it would raise after the last step
     check_sources(job)
+    check_tasks(job, sizes)
 
 
 def check_estimated(job: VLMJobConfig) -> None:
@@ -171,14 +175,31 @@ def check_sources(job: VLMJobConfig) -> None:
         check_path(path, key, needed=not job.job.dry_run)
 
 
+def check_tasks(job: VLMJobConfig, sizes: Degrees) -> None:
+    """Tasks are known, and can be answered under this layout. What records lack is told when they are read.
+
+    Raises ConfigError.
+    """
+    if job.validation.enable and parse_tasks(job.validation.tasks, "validation.tasks = "):
+        require(
+            sizes.pp == 1,
+            f"validation.tasks: with parallelism.pipeline_parallel_degree = {sizes.pp} no rank can answer, "
+            "since each holds a part of the model: leave them out, and evaluate a checkpoint",
+        )
+
+
 def paths_of(job: VLMJobConfig) -> dict[str, str]:
     """Option -> the path of data that it names, of all that will be read."""
     if job.training.dataset_path:
         paths = {"training.dataset_path": job.training.dataset_path}
     else:
         paths = {f"data.sources[{i}].path": source.path for i, source in enumerate(job.data.sources)}
-    held_out = job.validation.sources if job.validation.enable else []
-    return paths | {f"validation.sources[{i}].path": source.path for i, source in enumerate(held_out)}
+    if job.validation.enable:
+        listed = enumerate(job.validation.sources)
+        paths |= {f"validation.sources[{i}].path": source.path for i, source in listed}
+        asked = parse_tasks(job.validation.tasks, "validation.tasks = ")
+        paths |= {f"validation.tasks[{i}]": each.path for i, each in enumerate(asked)}
+    return paths
 
 
 def missing_data(job: VLMJobConfig) -> list[str]:

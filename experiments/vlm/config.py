@@ -109,6 +109,11 @@ class VLMValidation(Validation):
     """Evaluation on held-out data while training."""
 
     sources: list[Source] = field(default_factory=list)  # held-out data, [[validation.sources]]
+    # NAME=FILE each, answered and scored as by evaluate, every task_freq steps; not with a pipeline
+    tasks: list[str] = field(default_factory=list)
+    # of each task's file, from its first on; they stay in host memory. -1: all
+    task_records: int = 200
+    task_pictures: int = 4  # records of each task that TensorBoard and wandb show with what the model said
 
 
 @dataclass

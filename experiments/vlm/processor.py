@@ -121,6 +121,14 @@ def template_of(job: VLMJobConfig) -> str:
     return names[0]
 
 
+def spoken_template(job: VLMJobConfig) -> str:
+    """That of the first source of conversations; empty: the job trains none, and its model answers a document
+    by going on with it.
+    """
+    spoken = (source.chat_template for source in job.training_sources() if source.format in SPOKEN)
+    return next(spoken, "")
+
+
 def template_source(template: ChatTemplate, tokenizer: SpecialTokenizer) -> str:
     """The template, so that transformers renders what we train on.
 

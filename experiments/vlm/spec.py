@@ -11,6 +11,7 @@ from experiments.vlm.data.controls import CONTROLS
 from experiments.vlm.data.loader import Loader
 from experiments.vlm.data.setup import sources_of
 from experiments.vlm.estimate import estimate
+from experiments.vlm.evaluate.training_tasks import open_tasks
 from experiments.vlm.export import export
 from experiments.vlm.flops import count_flops
 from experiments.vlm.initial_weights import initial_weights
@@ -90,6 +91,7 @@ SPEC = TrainSpec(
     parallelize=parallelize_vlm,
     pipeline=pipeline_vlm,
     build_loader=Loader,
+    open_tasks=open_tasks,
     missing_data=missing_data,
     shard_batch=shard_batch,
     loss=loss,

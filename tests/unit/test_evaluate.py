@@ -7,13 +7,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from experiments.commands.evaluate import Options, parse_tasks, table
+from experiments.commands.evaluate import Options, asked_tasks, table
 from experiments.vlm.config import Data
+from experiments.vlm.data.document import Picture
 from experiments.vlm.evaluate.evaluation import Evaluation, evaluate
 from experiments.vlm.evaluate.questions import Questions, right_choice
 from experiments.vlm.evaluate.tasks import TASKS
 from experiments.vlm.generate.answering import Answering
-from experiments.vlm.generate.prompt import Picture
 from tests.samples import write_tar
 from tests.unit.test_generate import engine, picture, prompter
 from tests.unit.test_likelihood import brute
@@ -174,7 +174,7 @@ def test_answers_of_two_models_are_not_mixed(tmp_path):
 )
 def test_a_task_that_cannot_be_run_is_told(tmp_path, tasks, told):
     with pytest.raises(ConfigError, match=told):
-        parse_tasks(Options(task=tasks, out=str(tmp_path)), TASKS)
+        asked_tasks(Options(task=tasks, out=str(tmp_path)))
 
 
 def test_a_record_that_knows_no_answer_is_named(tmp_path):

@@ -11,9 +11,10 @@ from PIL import Image
 
 from experiments.commands import main
 from experiments.vlm.data.chat_template import ends_of, load_chat_template
+from experiments.vlm.data.document import Picture
 from experiments.vlm.data.image import ImagePlan
 from experiments.vlm.data.packing import Budget
-from experiments.vlm.generate.prompt import Picture, Prompt, Prompter
+from experiments.vlm.generate.prompt import Prompt, Prompter
 from experiments.vlm.model.vlm import VLM
 from tests.reference import hf_processor
 from tests.reference.hf_folders import save, whole_model

@@ -9,13 +9,13 @@ from PIL import Image
 
 from experiments.vlm.batch import BatchShape
 from experiments.vlm.data.chat_template import load_chat_template
-from experiments.vlm.data.document import Document, Text, Turn
+from experiments.vlm.data.document import Document, Picture, Text, Turn
 from experiments.vlm.data.image import ImagePlan
 from experiments.vlm.data.packing import Budget
 from experiments.vlm.data.sample import make_sample
 from experiments.vlm.generate.forward import CachedVLM
 from experiments.vlm.generate.layout import check_layout
-from experiments.vlm.generate.prompt import Picture, Prompt, Prompter
+from experiments.vlm.generate.prompt import Prompt, Prompter
 from experiments.vlm.model.config import ProjectorConfig, VLMConfig
 from experiments.vlm.model.vlm import VLM
 from tests.reference.small_run import DECODERS, ENCODER

@@ -258,7 +258,7 @@ def test_the_entry_point_names_both_classes(plugin):
 def test_the_classes_answer_every_kind_of_request(plugin):
     arguments = {"job.config_file": "vlm_debug", "training.seq_len": 128, "max_tokens": 12, "by_token": False}
     model = plugin.SimpleModel(batch_size="4", device="cpu", chat_template="chatml", **arguments)
-    ((job, checkpoint, template, sequences, places),) = plugin.opened_with
+    ((job, _, checkpoint, template, sequences, places),) = plugin.opened_with
     assert (checkpoint, template, sequences, places, job.training.seq_len) == (None, "chatml", 4, 140, 128)
     model.task_dict["shapes"] = {"test": DOCUMENTS}
     assert model.generate_until([simple(1)]) == [alone([("user", [SHOWN[0], "\nWhat is it?"])])]

@@ -18,13 +18,14 @@ from torchtitan.components.numbered import next_number
 from torchtitan.components.saved_config import LAUNCHES, NEWEST, Change, changes, learnt, read_config
 from torchtitan.components.sinks import HISTORY, WANDB_ID
 from torchtitan.components.tokenizer import find_file
+from torchtitan.components.validation import TASKS_FOLDER
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.job import JobConfig
 from torchtitan.distributed.process_group import TRACES
 from torchtitan.tools.logging import logger
 
 PREVIOUS = "previous"
-FILES = (HISTORY, WANDB_ID, REPORT, CURVES, NEWEST, LAUNCHES, "rejects", TRACES, HF_FOLDER)
+FILES = (HISTORY, WANDB_ID, REPORT, CURVES, NEWEST, LAUNCHES, "rejects", TRACES, HF_FOLDER, TASKS_FOLDER)
 FOLDERS = ("metrics.save_tb_folder", "profiling.save_traces_folder", "profiling.save_memory_snapshot_folder")
 
 
@@ -46,7 +47,8 @@ def begin(job: JobConfig) -> bool:
     refuse_another_run(job, own, changed)
     if changed:
         logger.info(f"{folder} goes on from step {step} with other options: {'; '.join(map(str, changed))}")
-    go_back(folder, [own.parent / f"step-{number}" for number in complete_steps(own.parent) if number > step])
+    if complete_steps(own.parent)[-1] > step:
+        go_back(folder, (own.parent, folder / TASKS_FOLDER), step)
     return True
 
 
@@ -121,8 +123,14 @@ def refuse_checkpoints_of_others(job: JobConfig, saved: dict[str, Any] | None, f
             )
 
 
-def go_back(folder: Path, later: list[Path]) -> None:
+def go_back(folder: Path, kept_by_step: Iterable[Path], step: int) -> None:
     """checkpoint.load_step: what came after it, with its metrics, is from now on another run's."""
+    later = [
+        parent / f"step-{number}"
+        for parent in kept_by_step
+        for number in complete_steps(parent)
+        if number > step
+    ]
     target = set_aside(folder, [*later, folder / WANDB_ID] if later else [])
     if target is not None and (folder / HISTORY).is_file():
         shutil.copy2(folder / HISTORY, target)

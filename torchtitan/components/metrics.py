@@ -8,14 +8,14 @@ data/batch_metrics.py), and is only added up and shown here.
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from torchtitan.components.sinks import open_sinks, read_history
+from torchtitan.components.sinks import Exhibit, open_sinks, read_history
 from torchtitan.config.job import JobConfig
 from torchtitan.distributed.collectives import sum_over_ranks
 from torchtitan.tools.hardware import peak_flops, peak_memory_gib
@@ -125,13 +125,19 @@ class SourceLosses:
         return {f"loss/{source}": total / count for source, total, count in of_each if count}
 
 
-def format_line(step: int, values: Values, percentages: tuple[str, ...] = (), colours: bool = False) -> str:
+def format_line(
+    step: int,
+    values: Values,
+    percentages: tuple[str, ...] = (),
+    colours: bool = False,
+    other: str = "{:.1f}",
+) -> str:
     """`step: 12 loss: 3.14159 ...`; names in `percentages` and not in FORMATS are percentages,
-    others rates.
+    those that are neither are written as `other` says.
     """
     shown = {"step": str(step)}
     for name, value in values.items():
-        default = "{:.1f}%".format if name in percentages else "{:.1f}".format
+        default = "{:.1f}%".format if name in percentages else other.format
         shown[name] = "n/a" if value is None else FORMATS.get(name, default)(value)
     parts = [f"{name}: {text}" for name, text in shown.items()]
     if colours:
@@ -174,6 +180,14 @@ class Reporter:
             if not source or len(of_source) > 2:
                 self._print(f"validate {source} " if source else "validate ", step, own)
         self.keep("validate/", step, values)
+
+    def tasks(self, step: int, values: Values, exhibits: Sequence[Exhibit]) -> None:
+        """A line and a record, under validate/TASK/METRIC, and what people look at, under validate/ too."""
+        logger.info("tasks " + format_line(step, values, (), self.colours, "{:.4g}"))
+        self.charts |= {f"validate/{name}" for name in values}  # here zero says something
+        self.keep("validate/", step, values)
+        for sink in self.sinks:
+            sink.show(step, [replace(exhibit, name=f"validate/{exhibit.name}") for exhibit in exhibits])
 
     def _print(self, word: str, step: int, values: Values) -> None:
         logger.info(word + format_line(step, values, self.percentages, self.colours))

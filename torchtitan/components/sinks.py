@@ -4,10 +4,12 @@ same keys in all.
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
+
+import numpy as np
 
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.job import JobConfig
@@ -18,11 +20,23 @@ HISTORY = "metrics.jsonl"
 WANDB_ID = "wandb_id"
 
 
+@dataclass(frozen=True)
+class Exhibit:
+    """What people look at: something that the model was shown, and what it made of it."""
+
+    name: str  # the same in every step
+    pixels: np.ndarray  # uint8 [H, W, 3]
+    text: str
+
+
 class Sink(Protocol):
     """Takes the numbers of a step. `values`: name -> number, the same names in every sink."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Keeps the numbers of one step."""
+
+    def show(self, step: int, exhibits: Sequence[Exhibit]) -> None:
+        """Keeps what people look at."""
 
     def close(self) -> None:
         """Writes out what is held back, and ends files and connections."""
@@ -40,6 +54,9 @@ class History:
         """Appends a line, on disk when this returns."""
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def show(self, step: int, exhibits: Sequence[Exhibit]) -> None:
+        """Nothing: who makes them keeps them in the dump folder too."""
 
     def close(self) -> None:
         """Nothing is open between two lines."""
@@ -73,6 +90,12 @@ class TensorBoard:
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 
+    def show(self, step: int, exhibits: Sequence[Exhibit]) -> None:
+        """An image of each name, and its text, whose lines stay lines."""
+        for exhibit in exhibits:
+            self.writer.add_image(exhibit.name, exhibit.pixels, step, dataformats="HWC")
+            self.writer.add_text(exhibit.name, exhibit.text.replace("\n", "  \n"), step)
+
     def close(self) -> None:
         """Writes out the events that are held back."""
         self.writer.close()
@@ -104,11 +127,17 @@ class WandB:
             raise ConfigError(f"metrics.enable_wandb: {detail}; {OFFLINE}") from None
         write_whole(kept, self.run.id + "\n")
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Sends the numbers, or keeps them where WANDB_MODE is offline."""
         # Steps that are trained again after a kill are there already, and would be refused one by one.
         if step >= self.run.starting_step:
             self.run.log(dict(values), step=step)
+
+    def show(self, step: int, exhibits: Sequence[Exhibit]) -> None:
+        """An image of each name, with its text as caption."""
+        import wandb
+
+        self.write(step, {each.name: wandb.Image(each.pixels, caption=each.text) for each in exhibits})
 
     def close(self) -> None:
         """Ends the run and waits until all is sent."""

@@ -4,20 +4,34 @@ Given a document's true beginning, the most likely next token is right at every 
 decoding would write the whole document, so no generation is needed.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+from torch import nn
 
 from torchtitan.components.forward_backward import ForwardBackward
 from torchtitan.components.loader import Batch, Loader, Tensors
 from torchtitan.components.metrics import Values
+from torchtitan.components.sinks import Exhibit
 from torchtitan.distributed.collectives import sum_over_hosts
 from torchtitan.distributed.mesh import Mesh
 
 SUMS = ("nll", "right", "labels", "tokens", "exact", "documents")  # what is added up for each source
+TASKS_FOLDER = "tasks"  # below the dump folder: step-N of each time that tasks ran
+
+
+class Tasks(Protocol):
+    """What the experiment asks of the model while it trains, by more than a forward of held-out batches."""
+
+    def run(self, parts: Sequence[nn.Module], mesh: Mesh, step: int) -> tuple[Values, Sequence[Exhibit]]:
+        """TASK/METRIC -> figure, and what people look at, on all ranks, which call it together.
+
+        `parts`: of the model, afterwards as before. Files go to TASKS_FOLDER.
+        """
+        ...
 
 
 @dataclass(frozen=True)

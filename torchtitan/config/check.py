@@ -60,6 +60,7 @@ RANGES = {
     "comm.trace_buf_size": ">= 0",
     "validation.freq": ">= 1",
     "validation.steps": "-1 or >= 1",
+    "validation.task_freq": ">= 1",
     "debug.seed": ">= 0",
 }
 GROUP_RANGES = {

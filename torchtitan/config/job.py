@@ -230,6 +230,8 @@ class Validation:
     steps: int = -1  # batches per evaluation; -1: the held-out split once
     # after the last step evaluate the experiment's controls too: held-out data spoilt on purpose
     controls: bool = False
+    # steps between two runs of the experiment's tasks, which take longer; the last step always has one
+    task_freq: int = 500
 
 
 @dataclass

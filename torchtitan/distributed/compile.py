@@ -1,5 +1,9 @@
 """torch.compile, block by block: blocks of a tower share their code, so each kind is compiled once."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 from torch import nn
 
 
@@ -10,3 +14,17 @@ def apply_compile(blocks: nn.ModuleDict) -> None:
     """
     for block in blocks.values():
         block.compile(fullgraph=True, dynamic=False)
+
+
+@contextmanager
+def not_compiled(blocks: nn.ModuleDict) -> Iterator[None]:
+    """For shapes that training does not have; what was compiled is kept."""
+    modules: list[Any] = list(blocks.values())
+    compiled = [block._compiled_call_impl for block in modules]
+    for block in modules:
+        block._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for block, call in zip(modules, compiled, strict=True):
+            block._compiled_call_impl = call

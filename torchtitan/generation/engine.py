@@ -106,10 +106,12 @@ class Engine:
         ends: Iterable[int],
         agree: Callable[[list[int]], list[int]] = lambda mine: mine,
         reuse: bool = False,
+        columns: int = 1,
     ):
         """`ends`: ids after which nothing follows; `agree`: the largest of each number over the ranks that
         share the model; `reuse`: a prompt that begins as what a free sequence holds (the next turn of a
-        conversation) is read from there on, which may change the last bits of its logits.
+        conversation) is read from there on, which may change the last bits of its logits; `columns`: of a
+        call are a multiple of it, where ranks divide them among each other.
         """
         self.forward = forward
         self.cache = cache
@@ -117,6 +119,7 @@ class Engine:
         self.ends = frozenset(ends)
         self.agree = agree
         self.reuse = reuse
+        self.columns = columns
         self.rows: list[_Row | None] = [None] * len(cache.lengths)
         self.read: list[list[int]] = [[] for _ in cache.lengths]  # identities of what each sequence holds
 
@@ -153,6 +156,18 @@ class Engine:
             elif not goes_on:
                 return
 
+    def width(self, length: int) -> int:
+        """Columns of a call that reads so many tokens."""
+        width = NARROWEST
+        while width < length:
+            width *= WIDER
+        width = min(width, max(self.cache.places, length))
+        return -(-width // self.columns) * self.columns
+
+    def _needs(self, prompt: Prompt | None) -> list[int]:
+        """Of one call: is there a prompt, how wide is it, does it hold more than tokens?"""
+        return [1, self.width(len(prompt.ids)), int(prompt.rich)] if prompt else [0, 0, 0]
+
     def _place(self, prompt: Prompt) -> tuple[int, int]:
         """A free sequence, and how many tokens of the prompt it holds already."""
         free = [row for row, held in enumerate(self.rows) if held is None]
@@ -161,15 +176,6 @@ class Engine:
         held = {row: min(common_prefix(self.read[row], prompt.identity), len(prompt.ids) - 1) for row in free}
         row = max(free, key=held.__getitem__)
         return row, held[row]
-
-    def _needs(self, prompt: Prompt | None) -> list[int]:
-        """Of one call: is there a prompt, how wide is it, does it hold more than tokens?"""
-        if prompt is None:
-            return [0, 0, 0]
-        width = NARROWEST
-        while width < len(prompt.ids):
-            width *= WIDER
-        return [1, min(width, max(self.cache.places, len(prompt.ids))), int(prompt.rich)]
 
     def _read(self, row: int, start: int, prompt: Prompt | None, width: int, rich: bool) -> Tensor:
         """Logits [1, V] after a prompt that goes on at token `start` of a sequence; None: this rank has none
@@ -190,10 +196,10 @@ class Engine:
     def _step(self) -> Iterator[Event]:
         """One more token for every sequence that is being answered."""
         counts = [int(held is not None) for held in self.rows]
-        where = self.cache.append(range(len(counts)), counts, 1)
-        tokens = torch.tensor(
-            [[held.answer.ids[-1] if held else self.tokenizer.pad_id] for held in self.rows]
-        )
+        where = self.cache.append(range(len(counts)), counts, self.columns)
+        pad = self.tokenizer.pad_id
+        newest = [held.answer.ids[-1] if held else pad for held in self.rows]
+        tokens = torch.tensor([[id, *[pad] * (self.columns - 1)] for id in newest])
         logits = self._logits(tokens, where, [0] * len(counts), None, False)
         chosen = self._choose(logits, self.rows)
         yield from [self._take(row, *chosen[row]) for row in range(len(counts)) if counts[row]]

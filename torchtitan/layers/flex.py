@@ -59,8 +59,16 @@ def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
     return count, torch.argsort(blocks.int(), dim=-1, descending=True, stable=True).int()
 
 
+def _allow_shapes() -> None:
+    """Those of both towers in training, in validation, and in every width that answers are read in; the
+    default of 8 would leave the last of them to eager kernels.
+    """
+    torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
+
+
 @functools.cache
 def _compiled_blocks():
+    _allow_shapes()
     return torch.compile(_block_tensors, dynamic=False)
 
 
@@ -99,6 +107,7 @@ def _mask_mod(mask: Mask):
 
 @functools.cache
 def _compiled_flex():
+    _allow_shapes()
     return torch.compile(flex_attention, dynamic=False)
 
 

@@ -68,6 +68,14 @@ class ImageValue:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """An image in memory. `name`: what errors call it."""
+
+    data: bytes
+    name: str = "image"
+
+
+@dataclass(frozen=True)
 class Turn:
     """One message of a conversation; `content` is text and images in order."""
 

@@ -1,6 +1,8 @@
 """How good a trained model's answers are, by what `generate` says.
 
 evaluation    a task over a file: answers, shared by ranks, gone on with; then its scores, summary and page
+training_tasks    the same while a model trains, from memory; exhibits: what TensorBoard and wandb show of it
+asking        records -> prompts, and what the model said to each
 tasks         how a question is worded, how it is answered and what is counted, as rows
 questions     records that ask and know the answer
 likelihood    how likely the model finds a choice, or a document

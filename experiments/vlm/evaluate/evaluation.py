@@ -7,7 +7,6 @@ OUT/NAME.html         pictures, questions, answers and scores, the worst first
 """
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +14,16 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from experiments.vlm.config import Data
-from experiments.vlm.evaluate.likelihood import Reader
-from experiments.vlm.evaluate.questions import Question, Questions, right_choice
+from experiments.vlm.evaluate.asking import DIGITS, Asking, Line
+from experiments.vlm.evaluate.questions import Questions
 from experiments.vlm.evaluate.results_page import results_page
 from experiments.vlm.evaluate.scoring import score, summarise
 from experiments.vlm.evaluate.tasks import Task
 from experiments.vlm.generate.answer import AnswerFile
 from experiments.vlm.generate.answering import Answering
 from torchtitan.config.errors import UserError
-from torchtitan.generation.engine import Request
-from torchtitan.generation.options import Sampling
 from torchtitan.tools.disk import write_whole
 from torchtitan.tools.logging import logger
-
-Line = dict[str, Any]
-DIGITS = 4  # of log-probabilities: what layouts agree on
 
 
 class Evaluation:
@@ -40,6 +34,7 @@ class Evaluation:
         self.task = task
         self.answering = answering
         self.questions = Questions(path, data, documents=task.way == "read")
+        self.asking = Asking(task, self.questions, answering.prompter)
         self.path = out / f"{name}.jsonl"
         self.part = AnswerFile(out / f"{name}.part.jsonl", answering.mesh.leads, samples=1)
 
@@ -51,7 +46,7 @@ class Evaluation:
             logger.info(f"{self.name}: {count} records, {count - len(left)} of them answered before")
             dist.barrier()  # nobody writes before all have read what was there
             mine = left[data.get_local_rank() :: data.size()]
-            lines = {"generate": self._write, "choose": self._choose, "read": self._read}[self.task.way](mine)
+            lines = self.asking.lines(self.answering, mine)
             for number, line in tqdm(lines, total=len(mine), unit="record", disable=None):
                 self.part.add(number, 0, line)
             dist.barrier()
@@ -63,61 +58,30 @@ class Evaluation:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         return sorted(lines, key=lambda line: line["id"])
 
-    def _write(self, numbers: list[int]) -> Iterator[tuple[int, Line]]:
-        for event in self.answering.engine.answer(map(self._request, numbers)):
-            answer = event.answer
-            if answer.ended:
-                yield answer.request.key, {"prediction": answer.text.given.strip(), "ended": answer.ended}
-
-    def _request(self, number: int) -> Request:
-        prompt = self.answering.prompter.prompt(self._turns(self.questions.read(number)))
-        return Request(number, prompt, Sampling(), max_tokens=self.task.max_tokens, key=number)
-
-    def _turns(self, question: Question):
-        converses = self.answering.prompter.template is not None
-        return [("user", self.task.content(question, converses))]
-
-    def _choose(self, numbers: list[int]) -> Iterator[tuple[int, Line]]:
-        reader = Reader(self.answering)
-        for number in numbers:
-            question = self.questions.read(number)
-            if len(question.choices) < 2:
-                raise UserError(f"{self.questions.path}, record {number}: a choice needs two choices or more")
-            right_choice(question)
-            found = reader.choices(self._turns(question), question.choices)
-            yield (
-                number,
-                {
-                    "logprobs": [round(choice.logprob, DIGITS) for choice in found],
-                    "tokens": [choice.tokens for choice in found],
-                },
-            )
-        reader.finish()
-
-    def _read(self, numbers: list[int]) -> Iterator[tuple[int, Line]]:
-        reader = Reader(self.answering)
-        for number in numbers:
-            prompt = self.answering.prompter.document(self.questions.read(number).content)
-            logprobs = zip(reader.logprobs(prompt, 1), prompt.targets[1:], strict=True)
-            told = [logprob for logprob, is_target in logprobs if is_target]
-            yield number, {"logprob": round(sum(told), DIGITS), "tokens": len(told)}
-        reader.finish()
-
 
 def finish(evaluation: Evaluation, lines: list[Line], page_limit: int) -> dict[str, Any]:
     """Write the scores and the page of a task whose records all ended; what a summary says of it."""
-    asked = evaluation.questions
-    questions = [asked.read(number, pictures=False) for number in range(len(asked))]
-    scores, left_out = score(evaluation.task, questions, lines)
+    told = write_results(evaluation.path, evaluation.name, evaluation.asking, lines, page_limit)
+    evaluation.part.path.unlink(missing_ok=True)
+    return told
+
+
+def write_results(
+    path: Path, name: str, asking: Asking, lines: list[Line], page_limit: int
+) -> dict[str, Any]:
+    """Lines of all records with their scores to `path`, and the page beside it; what a summary says of them.
+
+    Raises UserError where they cannot be scored.
+    """
+    records, task = asking.records, asking.task
+    questions = [records.read(number, pictures=False) for number in range(len(lines))]
+    scores, left_out = score(task, questions, lines)
     for number, line in enumerate(lines):
         line["scores"] = {name: round(found.per_sample[number], DIGITS) for name, found in scores.items()}
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    path = evaluation.path
-    write_whole(path, text)
-    page = results_page(evaluation.name, evaluation.task, asked, lines, page_limit)
+    write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    page = results_page(name, task, records, lines, page_limit)
     path.with_suffix(".html").write_text(page, encoding="utf-8")
-    evaluation.part.path.unlink(missing_ok=True)
-    return {"file": asked.path, "metrics": summarise(scores), "left_out": left_out}
+    return {"file": records.path, "metrics": summarise(scores), "left_out": left_out}
 
 
 def evaluate(

@@ -61,13 +61,12 @@ class Reader:
         return [(logprob, bool(top)) for logprob, top in told[max(0, begin - 1 - start) :]]
 
     def _call(self, piece: Prompt | None, rich: bool) -> torch.Tensor:
-        """Logits [1, CHUNK, V] of a chunk; None: this rank has none and only runs along."""
+        """Logits [1, CHUNK or more, V] of a chunk; None: this rank has none and only runs along."""
         ids = piece.ids if piece else []
-        where = self.cache.append([0], [len(ids)], CHUNK)
-        tokens = torch.tensor([[*ids, *[self.engine.tokenizer.pad_id] * (CHUNK - len(ids))]])
-        keep = torch.arange(CHUNK)[None]
-        device = self.cache.device
-        return self.forward.several(tokens.to(device), where, keep.to(device), piece, rich)
+        width = self.engine.width(CHUNK)
+        where = self.cache.append([0], [len(ids)], width)
+        tokens = torch.tensor([[*ids, *[self.engine.tokenizer.pad_id] * (width - len(ids))]])
+        return self.forward.of_all(tokens.to(self.cache.device), where, piece, rich)
 
     @torch.no_grad()
     def finish(self) -> None:

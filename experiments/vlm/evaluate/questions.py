@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from experiments.vlm.config import Data
-from experiments.vlm.data.document import Document, Draft, Image, ImageValue, Text
+from experiments.vlm.data.document import Draft, Image, ImageValue, Picture, Text
 from experiments.vlm.data.formats import RECORD_FORMATS, Record, format_of, messages
 from experiments.vlm.data.formats.image_values import IMAGE_EXTENSIONS
 from experiments.vlm.data.formats.record_files import open_records
@@ -19,7 +19,6 @@ from experiments.vlm.data.formats.shard import Shard
 from experiments.vlm.data.formats.tar_shard import TarShard, is_tar
 from experiments.vlm.data.rejects import Rejected, meaning
 from experiments.vlm.data.storage.file_cache import file_cache
-from experiments.vlm.generate.prompt import Picture
 from torchtitan.config.errors import ConfigError
 
 IDS = ("question_id", "questionId", "id", "uid", "index")
@@ -77,7 +76,7 @@ class Questions:
                 raise rejected
             record = self.record
             shown = [part for part in document.parts if pictures or not isinstance(part, Image)]
-            content = [self._part(part, document) for part in shown]
+            content = [self._part(part) for part in shown]
             names = (record[name] for name in IDS if record.get(name) is not None)
             id = str(next(names, self.shard.key(number)))
             return Question(number, id, content, answers_of(record), choices_of(record))
@@ -85,9 +84,9 @@ class Questions:
             detail = f" ({rejected.detail})" if rejected.detail else ""
             raise ConfigError(f"{self.path}, record {number}: {meaning(rejected.reason)}{detail}") from None
 
-    def _part(self, part: Any, document: Document) -> str | Picture:
+    def _part(self, part: Any) -> str | Picture:
         if isinstance(part, Image):
-            return Picture(self.shard.load(part), f"{self.path}, record {document.key}")
+            return Picture(self.shard.load(part))
         return part.text
 
     def _parse(self, record: Record) -> Draft:
@@ -133,4 +132,4 @@ def right_choice(question: Question) -> int:
     for names in (question.choices, list(LETTERS[: len(question.choices)]), numbers):
         if answer in names:
             return names.index(answer)
-    raise ConfigError(f"record {question.id}: its answer {answer!r} is none of its {len(numbers)} choices")
+    raise ConfigError(f"its answer {answer!r} is none of its {len(numbers)} choices")

@@ -7,17 +7,14 @@ from importlib.resources import files
 from string import Template
 from typing import Any
 
-from PIL import Image
-
-from experiments.vlm.data.image import decode, probe
-from experiments.vlm.evaluate.questions import Question, Questions
+from experiments.vlm.data.document import Picture
+from experiments.vlm.evaluate.asking import Records
+from experiments.vlm.evaluate.exhibits import thumbnail
+from experiments.vlm.evaluate.questions import Question
 from experiments.vlm.evaluate.tasks import Task
-from experiments.vlm.generate.prompt import Picture
-
-LONGER_SIDE = 320  # pixels of a picture on the page
 
 
-def results_page(name: str, task: Task, questions: Questions, lines: list[dict[str, Any]], limit: int) -> str:
+def results_page(name: str, task: Task, questions: Records, lines: list[dict[str, Any]], limit: int) -> str:
     """At most `limit` records, spread evenly from the worst to the best by the task's first metric."""
     first = next(iter(lines[0]["scores"]), "") if lines else ""
     worst_last = task.way == "read"  # a high perplexity is bad
@@ -49,9 +46,6 @@ def _record(question: Question, line: dict[str, Any]) -> str:
 
 
 def _picture(picture: Picture) -> str:
-    height, width = probe(picture.data)
-    shrink = max(1.0, max(height, width) / LONGER_SIDE)
-    pixels = decode(picture.data, max(1, round(height / shrink)), max(1, round(width / shrink)))
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "jpeg", quality=85)
+    thumbnail(picture).save(file, "jpeg", quality=85)
     return f'<img alt="" src="data:image/jpeg;base64,{b64encode(file.getvalue()).decode()}">'

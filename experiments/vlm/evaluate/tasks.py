@@ -7,12 +7,14 @@ mmmu, mmmu_open    the answer that a response concludes, as MMMU reads it
 perplexity         of held-out documents, pictures and all
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
+from experiments.vlm.data.document import Picture
 from experiments.vlm.evaluate.questions import LETTERS, Question, right_choice
-from experiments.vlm.generate.prompt import Picture
+from torchtitan.config.errors import did_you_mean, require
 
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
@@ -58,6 +60,28 @@ TASKS = {
     "mmmu_open": Task("generate", ("mmmu_open",), wording=SHORT, max_tokens=128),
     "perplexity": Task("read"),
 }
+
+
+class Asked(NamedTuple):
+    """A task over a file."""
+
+    label: str  # the task's name, and the file's where a task has several
+    name: str  # of TASKS
+    path: str
+
+
+def parse_tasks(given: Sequence[str], key: str) -> list[Asked]:
+    """NAME=FILE of each. `key`: begins an error, before what was given. Raises ConfigError."""
+    asked = []
+    for each in given:
+        name, mark, path = each.partition("=")
+        require(bool(mark and path), f"{key}{each}: must be NAME=FILE")
+        require(name in TASKS, f"{key}{each}: no such task{did_you_mean(name, TASKS)}")
+        twice = sum(other.startswith(name + "=") for other in given) > 1
+        asked.append(Asked(f"{name}-{Path(path).stem}" if twice else name, name, path))
+    labels = [each.label for each in asked]
+    require(len(set(labels)) == len(labels), f"{key.rstrip()} two files of one task have one name")
+    return asked
 
 
 def metric_options(metric: str, questions: list[Question]) -> dict[str, Any]:

@@ -10,9 +10,10 @@ from typing import Any
 import torch.distributed as dist
 from tqdm import tqdm
 
+from experiments.vlm.data.document import Picture
 from experiments.vlm.data.formats.record_shard import ImageValues
 from experiments.vlm.generate.answering import Answering
-from experiments.vlm.generate.prompt import Picture, Prompt
+from experiments.vlm.generate.prompt import Prompt
 from experiments.vlm.generate.record import prompt_of
 from torchtitan.config.errors import ConfigError, UserError
 from torchtitan.generation.engine import Answer, Request

@@ -6,18 +6,20 @@ from typing import Any
 
 from experiments.vlm.batch import BatchShape
 from experiments.vlm.config import VLMJobConfig
-from experiments.vlm.data.chat_template import ends_of, load_chat_template
+from experiments.vlm.data.chat_template import ChatTemplate, ends_of, load_chat_template
 from experiments.vlm.data.packing import Budget
 from experiments.vlm.data.setup import image_plan
-from experiments.vlm.generate.forward import CachedVLM
+from experiments.vlm.generate.forward import WHOLE, CachedVLM, Share
 from experiments.vlm.generate.layout import agreement, attach_cache, check_layout, parallelize_for_answers
 from experiments.vlm.generate.prompt import Prompter
-from experiments.vlm.spec import SPEC
+from torchtitan.components.tokenizer import Tokenizer
 from torchtitan.config.layout import degrees
 from torchtitan.distributed.mesh import Mesh, build_mesh
 from torchtitan.distributed.process_group import open_process_group, world_size
 from torchtitan.generation.engine import Engine
+from torchtitan.generation.kv_cache import KVCache
 from torchtitan.loaded_model import open_model
+from torchtitan.spec import TrainSpec
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Answering:
 
 def open_answering(
     job: VLMJobConfig,
+    spec: TrainSpec,
     checkpoint: Path | None,
     chat_template: str,
     sequences: int,
@@ -42,16 +45,31 @@ def open_answering(
     checkpoint: None where the job starts from a Hugging Face folder. chat_template: see load_chat_template;
     empty: the model knows no conversations. sequences, places: of the cache. Raises UserError.
     """
-    template = load_chat_template(chat_template) if chat_template else None
     sizes = degrees(job.parallelism, world_size())
     check_layout(sizes)
-    tokenizer, plan, data = SPEC.load_tokenizer(job), image_plan(job), job.data
+    tokenizer = spec.load_tokenizer(job)
+    prompter = prompter_of(job, tokenizer, chat_template, places)
     mesh = build_mesh(sizes, open_process_group(job.comm, Path(job.job.dump_folder)))
-    spec = replace(SPEC, parallelize=parallelize_for_answers)
+    spec = replace(spec, parallelize=parallelize_for_answers)
     model: Any = open_model(job, spec, mesh, tokenizer, checkpoint).parts[0]
     cache = attach_cache(model, mesh, job, sequences, places)
-    shape = BatchShape(1, 0, data.patch_rows, data.patches_per_row, plan.patch_size)
-    ends, agree = ends_of(tokenizer, template), agreement(mesh)
-    engine = Engine(CachedVLM(model, shape), cache, tokenizer, ends, agree, reuse)
-    budget = Budget(places, data.patch_rows, data.patches_per_row)
-    return Answering(engine, Prompter(tokenizer, plan, budget, places, template), mesh)
+    return answering_of(model, cache, prompter, mesh, reuse=reuse)
+
+
+def prompter_of(job: VLMJobConfig, tokenizer: Tokenizer, chat_template: str, places: int) -> Prompter:
+    """Arguments as those of `open_answering`. Raises UserError."""
+    template: ChatTemplate | None = load_chat_template(chat_template) if chat_template else None
+    budget = Budget(places, job.data.patch_rows, job.data.patches_per_row)
+    return Prompter(tokenizer, image_plan(job), budget, places, template)
+
+
+def answering_of(
+    model: Any, cache: KVCache, prompter: Prompter, mesh: Mesh, reuse: bool = False, share: Share = WHOLE
+) -> Answering:
+    """`model` holds `cache`; share: see CachedVLM."""
+    tokenizer, budget = prompter.tokenizer, prompter.budget
+    shape = BatchShape(1, 0, budget.patch_rows, budget.patches_per_row, prompter.plan.patch_size)
+    forward = CachedVLM(model, shape, share)
+    ends = ends_of(tokenizer, prompter.template)
+    engine = Engine(forward, cache, tokenizer, ends, agreement(mesh), reuse, share.tokens.ranks)
+    return Answering(engine, prompter, mesh)

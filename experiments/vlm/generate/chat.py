@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
+from experiments.vlm.data.document import Picture
 from experiments.vlm.generate.answering import Answering
-from experiments.vlm.generate.prompt import Picture, Prompt
+from experiments.vlm.generate.prompt import Prompt
 from torchtitan.config.errors import UserError
 from torchtitan.generation.engine import Request
 

@@ -1,8 +1,14 @@
-"""The model with its cache, as an engine runs it (torchtitan/generation/engine.py)."""
+"""The model with its cache, as an engine runs it (torchtitan/generation/engine.py).
+
+Laid out for answers each rank has all tokens and images of a call. Laid out for training the ranks of a group
+divide them: tokens between blocks (tensor parallel), patch rows inside the encoder.
+"""
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experiments.vlm.batch import FIELDS, BatchShape
@@ -10,33 +16,71 @@ from experiments.vlm.generate.prompt import Prompt
 from torchtitan.components.loader import Tensors
 
 
-class CachedVLM:
-    """Logits of a VLM whose layers hold a KVCache. `shape`: of a prompt's images, one slot."""
+class Part(NamedTuple):
+    """What this rank has of something that is divided evenly, in order."""
 
-    def __init__(self, model: nn.Module, shape: BatchShape):
+    rank: int
+    ranks: int
+
+
+class Share(NamedTuple):
+    """What this rank has of a call."""
+
+    tokens: Part  # of each sequence, between blocks
+    rows: Part  # of patches, in the encoder
+
+
+WHOLE = Share(Part(0, 1), Part(0, 1))
+
+
+class CachedVLM:
+    """Logits of a VLM whose layers hold a KVCache. `shape`: of a prompt's images, one slot.
+
+    Letters: R sequences, Q tokens of each, K of them wanted, V words.
+    """
+
+    def __init__(self, model: nn.Module, shape: BatchShape, share: Share = WHOLE):
         self.model = model
         self.shape = shape
+        self.share = share
 
     def __call__(
         self, tokens: Tensor, where: Tensors, keep: Tensor, prompt: Prompt | None, rich: bool
     ) -> Tensor:
         """See engine.Forward. Where no rank's prompt has images, the encoder does not run."""
-        return self.several(tokens, where, keep[:, None], prompt, rich)[:, 0]
+        rank, ranks = self.share.tokens
+        own = tokens.shape[1] // ranks
+        # The output layer gathers one token from each rank; that of the rank which has the wanted one counts.
+        near_R1 = (keep[:, None] - rank * own).clamp(0, own - 1)
+        logits_RKV = self.model(tokens, **where, **self._images(tokens, prompt, rich), keep=near_R1)
+        owner_R11 = (keep // own)[:, None, None]
+        return logits_RKV.gather(1, owner_R11.expand(-1, 1, logits_RKV.shape[-1]))[:, 0]
 
-    def several(
-        self, tokens: Tensor, where: Tensors, keep: Tensor, prompt: Prompt | None, rich: bool
-    ) -> Tensor:
-        """Logits [R, K, V] of the tokens `keep`, int64 [R, K]."""
-        images = self._images(prompt, tokens.shape[1]) if rich else {}
-        placed = {name: tensor.to(tokens.device) for name, tensor in images.items()}
-        return self.model(tokens, **where, **placed, keep=keep)
+    def of_all(self, tokens: Tensor, where: Tensors, prompt: Prompt | None, rich: bool) -> Tensor:
+        """Logits [R, Q, V] of all tokens."""
+        return self.model(tokens, **where, **self._images(tokens, prompt, rich))
 
-    def _images(self, prompt: Prompt | None, width: int) -> Tensors:
-        if prompt is not None:
-            return prompt.tensors(width)
+    def _images(self, tokens: Tensor, prompt: Prompt | None, rich: bool) -> Tensors:
+        """What the model reads beside the tokens, on their device."""
+        if not rich:
+            return {}
+        width = tokens.shape[1]
+        whole = prompt.tensors(width) if prompt else self._none(width)
+        index = whole["visual_index"].chunk(self.share.tokens.ranks, 1)[self.share.tokens.rank]
+        own = {"visual_index": index.contiguous()}
+        own |= {name: self._own_rows(name, whole[name]) for name in ("pixel_values", "grid_thw")}
+        return {name: tensor.to(tokens.device) for name, tensor in own.items()}
+
+    def _own_rows(self, name: str, rows_NLX: Tensor) -> Tensor:
+        """Further rows, of padding, stand behind those of the prompt where these do not divide."""
+        rank, ranks = self.share.rows
+        short = -len(rows_NLX) % ranks
+        return F.pad(rows_NLX, (0, 0, 0, 0, 0, short), value=FIELDS[name].padding).chunk(ranks)[rank]
+
+    def _none(self, width: int) -> Tensors:
+        """Those of a prompt without images."""
         shape = replace(self.shape, seq_len=width)
-        fields = {name: FIELDS[name] for name in ("visual_index", "pixel_values", "grid_thw")}
         return {
-            name: torch.full(shape.of(name), field.padding, dtype=getattr(torch, field.dtype))
-            for name, field in fields.items()
+            name: torch.full(shape.of(name), FIELDS[name].padding, dtype=getattr(torch, FIELDS[name].dtype))
+            for name in ("visual_index", "pixel_values", "grid_thw")
         }

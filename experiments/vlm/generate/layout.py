@@ -1,17 +1,22 @@
-"""A VLM over ranks, and its cache, for answers rather than training."""
+"""A VLM over ranks, and its cache, for answers rather than training, or lent by a training run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from experiments.vlm.config import VLMJobConfig
+from experiments.vlm.encoder_parallel import sharing_mesh
+from experiments.vlm.generate.forward import Part, Share
 from experiments.vlm.model.vlm import VLM
 from experiments.vlm.parallelize import apply_fsdp
+from experiments.vlm.sharing import sharers
 from torchtitan.config.errors import require
 from torchtitan.config.layout import Degrees
-from torchtitan.distributed.compile import apply_compile
-from torchtitan.distributed.fsdp import Sharding
+from torchtitan.distributed.compile import apply_compile, not_compiled
+from torchtitan.distributed.fsdp import Sharding, free_gathered
 from torchtitan.distributed.mesh import Mesh
 from torchtitan.generation.kv_cache import KVCache
 from torchtitan.models.decoder.parallelize import apply_tensor_parallel
@@ -45,6 +50,35 @@ def attach_cache(model: VLM, mesh: Mesh, job: VLMJobConfig, sequences: int, plac
     kv_heads = decoder.kv_heads // mesh.degrees.tp
     cache.attach(model.decoder.layers.values(), kv_heads, decoder.head_dim, dtype)
     return cache
+
+
+@contextmanager
+def lent(model: VLM, mesh: Mesh, job: VLMJobConfig, sequences: int, places: int) -> Iterator[KVCache]:
+    """A model that trains, for answers: with a cache in the place of its attention, that of context parallel
+    too. Afterwards it is as it was.
+
+    Answers come in more shapes than training has: nothing of it is compiled for them.
+    """
+    assert model.encoder is not None
+    attentions: list[Any] = [block.attention for block in model.decoder.layers.values()]
+    own = [attention.inner for attention in attentions]
+    cache = attach_cache(model, mesh, job, sequences, places)
+    model.eval()
+    try:
+        with not_compiled(model.encoder.layers), not_compiled(model.decoder.layers):
+            yield cache
+    finally:
+        for attention, inner in zip(attentions, own, strict=True):
+            attention.inner = inner
+        model.train()
+        free_gathered(model)
+
+
+def share_in_training(mesh: Mesh, job: VLMJobConfig) -> Share:
+    """What a rank has of a call where the model is laid out for training."""
+    ranks = sharers(job, mesh.degrees)
+    row = sharing_mesh(job, mesh).get_local_rank() if ranks > 1 else 0
+    return Share(Part(mesh.rank("tp"), mesh.degrees.tp), Part(row, ranks))
 
 
 def agreement(mesh: Mesh) -> Callable[[list[int]], list[int]]:

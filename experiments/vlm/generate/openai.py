@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from experiments.vlm.generate.prompt import Picture, Turns
+from experiments.vlm.data.document import Picture
+from experiments.vlm.generate.prompt import Turns
 from torchtitan.config.errors import UserError
 from torchtitan.generation.engine import Answer
 from torchtitan.generation.options import Sampling

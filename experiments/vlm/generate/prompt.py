@@ -18,7 +18,7 @@ from torch import Tensor
 from experiments.vlm.batch import FIELDS, BatchShape
 from experiments.vlm.data.chat_template import ChatTemplate
 from experiments.vlm.data.collate import Collator
-from experiments.vlm.data.document import Document, Image, ImageValue, Special, Text, Turn
+from experiments.vlm.data.document import Document, Image, ImageValue, Picture, Special, Text, Turn
 from experiments.vlm.data.image import ImagePlan, probe
 from experiments.vlm.data.packing import Budget, place
 from experiments.vlm.data.rejects import Rejected, meaning
@@ -27,14 +27,6 @@ from experiments.vlm.data.slot import Origin, Packed, SlotPlan
 from experiments.vlm.data.sources.reader import Reference
 from torchtitan.components.tokenizer import Tokenizer
 from torchtitan.config.errors import UserError
-
-
-@dataclass(frozen=True)
-class Picture:
-    """An image in memory. `name`: what errors call it."""
-
-    data: bytes
-    name: str = "image"
 
 
 @dataclass(frozen=True)

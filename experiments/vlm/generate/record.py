@@ -7,11 +7,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.vlm.data.document import ImageValue
+from experiments.vlm.data.document import ImageValue, Picture
 from experiments.vlm.data.formats import messages
 from experiments.vlm.data.formats.record_shard import ImageValues
 from experiments.vlm.data.rejects import Rejected, meaning
-from experiments.vlm.generate.prompt import Picture, Prompt, Prompter, Turns
+from experiments.vlm.generate.prompt import Prompt, Prompter, Turns
 from torchtitan.config.errors import UserError
 
 

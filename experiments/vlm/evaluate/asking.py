@@ -1,0 +1,112 @@
+"""Records of a task, asked: prompts, and what the model said to each as a line.
+
+{"prediction": "...", "ended": "stop"}                 a task that writes an answer
+{"logprobs": [-1.2, -3.4], "tokens": [2, 3]}           that weighs each choice
+{"logprob": -56.7, "tokens": 20}                       that reads a document
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from experiments.vlm.evaluate.likelihood import Reader
+from experiments.vlm.evaluate.questions import Question, right_choice
+from experiments.vlm.evaluate.tasks import Task
+from experiments.vlm.generate.answering import Answering
+from experiments.vlm.generate.prompt import Prompt, Prompter, Turns
+from torchtitan.config.errors import UserError, require
+from torchtitan.generation.engine import Request
+
+Line = dict[str, Any]
+DIGITS = 4  # of log-probabilities: what layouts agree on
+
+
+class Records(Protocol):
+    """Where records come from: a file (questions.py), or memory."""
+
+    path: str
+
+    def __len__(self) -> int: ...
+
+    def read(self, number: int, pictures: bool = True) -> Question:
+        """One record; without `pictures` its texts may do."""
+
+
+class Asking:
+    """One task over records. Raises UserError that names the record."""
+
+    def __init__(self, task: Task, records: Records, prompter: Prompter):
+        self.task = task
+        self.records = records
+        self.prompter = prompter
+
+    def prompts(self, number: int) -> list[Prompt]:
+        """All that a record makes the model read: the question, and then that with each choice behind it; or
+        the document.
+        """
+        question = self.question(number)
+        with self._naming(number):
+            if self.task.way == "read":
+                return [self.prompter.document(question.content)]
+            turns = self._turns(question)
+            choices = question.choices if self.task.way == "choose" else []
+            answered = [self.prompter.answered(turns, choice) for choice in choices]
+            return [self.prompter.prompt(turns), *answered]
+
+    def question(self, number: int) -> Question:
+        """One record, with the choices that the task needs."""
+        question = self.records.read(number)
+        with self._naming(number):
+            if self.task.way == "choose":
+                require(len(question.choices) > 1, "a choice needs two choices or more")
+            if self.task.way == "choose" or self.task.lists_choices:
+                right_choice(question)
+        return question
+
+    def lines(self, answering: Answering, numbers: Iterable[int]) -> Iterator[tuple[int, Line]]:
+        """(number, line) as each record ends. Ranks that share the model ask together, whatever each has."""
+        ways = {"generate": self._write, "choose": self._choose, "read": self._read}
+        return ways[self.task.way](answering, numbers)
+
+    def _turns(self, question: Question) -> Turns:
+        return [("user", self.task.content(question, self.prompter.template is not None))]
+
+    @contextmanager
+    def _naming(self, number: int) -> Iterator[None]:
+        try:
+            yield
+        except UserError as error:
+            raise type(error)(f"{self.records.path}, record {number}: {error}") from None
+
+    def _write(self, answering: Answering, numbers: Iterable[int]) -> Iterator[tuple[int, Line]]:
+        for event in answering.engine.answer(map(self._request, numbers)):
+            answer = event.answer
+            if answer.ended:
+                yield answer.request.key, {"prediction": answer.text.given.strip(), "ended": answer.ended}
+
+    def _request(self, number: int) -> Request:
+        return Request(number, self.prompts(number)[0], max_tokens=self.task.max_tokens, key=number)
+
+    def _choose(self, answering: Answering, numbers: Iterable[int]) -> Iterator[tuple[int, Line]]:
+        reader = Reader(answering)
+        for number in numbers:
+            question = self.question(number)
+            with self._naming(number):
+                found = reader.choices(self._turns(question), question.choices)
+            yield (
+                number,
+                {
+                    "logprobs": [round(choice.logprob, DIGITS) for choice in found],
+                    "tokens": [choice.tokens for choice in found],
+                },
+            )
+        reader.finish()
+
+    def _read(self, answering: Answering, numbers: Iterable[int]) -> Iterator[tuple[int, Line]]:
+        reader = Reader(answering)
+        for number in numbers:
+            (prompt,) = self.prompts(number)
+            logprobs = zip(reader.logprobs(prompt, 1), prompt.targets[1:], strict=True)
+            told = [logprob for logprob, is_target in logprobs if is_target]
+            yield number, {"logprob": round(sum(told), DIGITS), "tokens": len(told)}
+        reader.finish()
