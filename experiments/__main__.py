@@ -13,9 +13,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.vlm.check import check_vlm
+from experiments.vlm.check import check_vlm, choices
 from experiments.vlm.config import VLMJobConfig
 from torchtitan.config.errors import UserError
+from torchtitan.config.help import Guide
 from torchtitan.config.job import JobConfig
 from torchtitan.config.parse import parse, to_toml
 from torchtitan.tools.disk import describe, is_full, require_writable
@@ -33,14 +34,21 @@ class Experiment(NamedTuple):
 
 
 EXPERIMENTS = {"vlm": Experiment(VLMJobConfig, check_vlm, "experiments.vlm.spec:SPEC")}
+USAGE = "[CONFIG_FILE=JOB] [NGPU=N] [LOG_RANK=0,1] [DRY_RUN=true] ./run_train.sh"
 CONFIG_CLASSES = {name: experiment.config_class for name, experiment in EXPERIMENTS.items()}
 
 
 def checked_job(argv: Sequence[str], world_size: int) -> JobConfig:
     """The job of a command line, every cross-check passed. Raises ConfigError; imports no torch."""
-    job = parse(argv, CONFIG_CLASSES)
+    job = parse(argv, CONFIG_CLASSES, Guide(USAGE, _about_training, choices))
     EXPERIMENTS[job.model.name].check(job, world_size)
     return job
+
+
+def _about_training() -> str:
+    from experiments.commands import train  # which imports this module
+
+    return train.__doc__ or ""
 
 
 def ready_job(argv: Sequence[str], world_size: int) -> JobConfig:

@@ -1,6 +1,7 @@
-"""Train the debug model on embedded data, or any job. run_train.sh is this in a checkout.
+"""Train the debug model on embedded data, or any job.
 
-    torchtitan-vlm train [--section.field value ...]          --help lists every option
+    [VARIABLE=value ...] ./run_train.sh [--section.field value ...]                 in a checkout
+    [VARIABLE=value ...] torchtitan-vlm train [--section.field value ...]           where it is installed
 
     CONFIG_FILE   TOML job (train_configs/vlm_debug.toml); a --job.config_file among the options wins over it
     NGPU          processes on this machine (the visible GPUs; 1 on CPU)

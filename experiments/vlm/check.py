@@ -15,6 +15,7 @@ from experiments.vlm.data.formats import FORMATS
 from experiments.vlm.data.sources.permission import denied
 from experiments.vlm.evaluate.tasks import parse_tasks
 from experiments.vlm.model.config import EncoderConfig, VLMConfig
+from experiments.vlm.model.flavors import ENCODERS
 from experiments.vlm.model_config import missing_folders, model_config, part_folders
 from experiments.vlm.processor import image_processor_config
 from experiments.vlm.world.shards import SPLITS, WORLDS
@@ -24,6 +25,7 @@ from torchtitan.config.check import check, check_patterns, check_ranges, check_s
 from torchtitan.config.errors import did_you_mean, require
 from torchtitan.config.layout import Degrees, degrees
 from torchtitan.models.decoder.check import check_decoder
+from torchtitan.models.decoder.flavors import DECODERS
 from torchtitan.models.hf.folder import read_tensors
 
 RANGES = {
@@ -46,6 +48,14 @@ RANGES = {
     "validation.task_records": "-1 or >= 1",
     "validation.task_pictures": ">= 0",
 }
+
+
+def choices() -> dict[str, str]:
+    """For help: section -> what its options choose from, where that is not in their types."""
+    formats = f"Formats of sources: {', '.join(FORMATS)}."
+    decoders = [name for name in DECODERS if name != "debug"]
+    pairs = f"ENCODER-DECODER, of the encoders {', '.join(ENCODERS)} and the decoders {', '.join(decoders)}"
+    return {"model": f"Flavors: debugmodel, or {pairs}.", "data": formats, "validation": formats}
 
 
 def check_vlm(job: VLMJobConfig, world_size: int) -> None:

@@ -16,8 +16,8 @@ PARTS = ("encoder", "projector", "decoder")  # of the model
 class Columns:
     """The fields of a record by the data set's own names; empty: the usual ones of the format."""
 
-    image: str = ""  # of a tar: what a member is called behind its key, such as jpg
-    text: str = ""  # of conversations: the turns
+    image: str = ""  # field of the image or images; in a tar the ending of its files, such as jpg
+    text: str = ""  # field of the text, or of the turns of a conversation
 
 
 @dataclass
@@ -25,13 +25,14 @@ class Source:
     """Where data lie, what they are, and how they are read."""
 
     name: str = ""  # how reports and metrics call it; empty: the format's name
-    format: str = ""  # a key of experiments.vlm.data.formats.FORMATS
+    format: str = ""  # how samples lie in the files (--help data lists all)
     path: str = ""  # a file, glob, brace range or folder, local or remote (fsspec), or embedded:WORLD/SPLIT
-    columns: Columns = field(default_factory=Columns)  # {image = "...", text = "..."}: where they are
-    weight: float = 1.0  # share of the mixture
-    shuffle: bool = True  # permute shards each epoch and samples inside windows of shuffle_buffer
+    # {image = "...", text = "..."}: what the fields are called, where not as the format has it
+    columns: Columns = field(default_factory=Columns)
+    weight: float = 1.0  # share of the mixture, over the sum of all weights
+    shuffle: bool = True  # shards in another order each epoch, and samples in windows of shuffle_buffer
     shuffle_buffer: int = 1024  # samples of a shard that are permuted among each other
-    repeat: bool = True  # start a new epoch when it is exhausted; False: the others go on without it
+    repeat: bool = True  # begin anew where it ends; off: the other sources go on without it
     # conversations: chatml, llama3, or a Jinja file (a tokenizer_config.json too)
     chat_template: str = "chatml"
 
@@ -41,34 +42,37 @@ class Data:
     """How batches are made of the sources."""
 
     sources: list[Source] = field(default_factory=list)  # the mixture, [[data.sources]]
-    weight_by: Literal["samples", "tokens"] = "samples"  # what a source's weight counts
+    weight_by: Literal["samples", "tokens"] = "samples"  # of what a source's weight is a share
     epochs: int = 0  # end after every sample was delivered this many times; 0: training.steps alone decides
-    patches_per_row: int = 1024  # L, patches a row; about seq_len times the mixture's patches per token
-    patch_rows: int = 1  # rows of L patches for each slot
+    # L, patches of a row; best at seq_len times the patches that the mixture has for each token, as
+    # scripts/advise_packing.py finds out
+    patches_per_row: int = 1024
+    patch_rows: int = 1  # rows of L patches that hold the images of a slot
     max_patches_per_image: int = 1024  # no image gets more patches than this
     min_patches_per_image: int = 4  # smaller images are enlarged to about this many
-    patch_size: int | None = None  # pixels a side; unset: as the model takes them
+    patch_size: int | None = None  # side of a patch in pixels; unset: as the model takes them
     # m: m * m patches become one visual token; unset: as the model merges them (2 where its projector is new)
     spatial_merge_size: int | None = None
     # native: keep the aspect ratio; square: squeeze, as fixed-size encoders do
     resize: Literal["native", "square"] = "native"
-    packing_buffer_size: int = 256  # samples that wait for a slot where they fit, per slot
-    # what becomes of a document longer than a slot
+    packing_buffer_size: int = 256  # samples read ahead for each slot, of which those that fit are taken
+    # a document longer than a slot is cut into pieces, cut short, or left out
     long_documents: Literal["split", "truncate", "drop"] = "split"
-    # processes that plan and decode, of each rank that reads; 0: inside the trainer
+    # processes beside each rank that reads, which read and decode for it; 0: the trainer does it itself
     num_workers: int = 0
-    decode_threads: int = 1  # threads per worker that decode and resize
-    # forwards that each worker has ready besides those of a step; without workers none is
+    decode_threads: int = 1  # threads of each of them that decode and resize images
+    # batches that they have ready beyond the present step; none with num_workers = 0
     prefetch: int = 2
-    max_bad_fraction: float = 1.0  # stop when a source has more bad samples than this (after 1,000); 1.0: off
+    # stop when more than this share of a source's samples is bad, of 1,000 at least; 1.0: never
+    max_bad_fraction: float = 1.0
     cache_folder: str = ""  # embedded data and copies of shards and images; empty: ~/.cache/torchtitan-vlm
-    # copies of remote and packed shards, row groups and images in cache_folder, those in use too, of all runs
-    # that share it; the longest unused go first
+    # most GB of copies of shards, row groups and images in cache_folder, of all runs that share it; the
+    # longest unused go first
     cache_gb: float = 50.0
     # how long shards are tried again while their storage is away; then the run stops, saved where it was
     storage_timeout_s: float = 600.0
     allow_private_urls: bool = False  # fetch images from private, loopback and link-local addresses too
-    # for an image given by its address; another value asks again those that failed
+    # how long an image given by its address may take; a new value asks again for those that failed
     url_timeout_s: float = 5.0
     # shards that came since the run began join it with the next epoch; else they stop the next start
     join_new_shards: bool = False
@@ -81,9 +85,10 @@ class Data:
 class VLMParallelism(Parallelism):
     """How the work is split over ranks, the encoder's too."""
 
-    # ranks of a CP x TP group encode each its share of the rows
+    # ranks that hold the same slots encode a share of the images each; off: all of them each; auto: a share
+    # where it comes out even
     encoder_sharing: Literal["auto", "on", "off"] = "auto"
-    encoder_tensor_parallel: bool = False  # shard the encoder's heads over TP instead of sharing its rows
+    encoder_tensor_parallel: bool = False  # tensor parallel ranks share the encoder's heads, not its images
     pipeline_parallel_encoder_stage: bool = False  # the encoder is a stage of its own
 
 
@@ -91,17 +96,16 @@ class VLMParallelism(Parallelism):
 class VLMActivationCheckpoint(ActivationCheckpoint):
     """Which activations of each tower are recomputed in backward instead of kept."""
 
-    encoder_mode: Literal["none", "selective", "full"] = "none"  # of the encoder
+    encoder_mode: Literal["none", "selective", "full"] = "none"  # as mode, in the encoder
 
 
 @dataclass
 class VLMCheckpoint(Checkpoint):
     """Checkpoints, and folders of others for parts of the model."""
 
-    # Hugging Face folders of these parts alone, in place of initial_load_path; the projector is fresh where
-    # initial_load_path is no whole model
+    # the encoder starts from this Hugging Face folder; the projector is new where initial_load_path has none
     initial_load_encoder_path: str = ""
-    initial_load_decoder_path: str = ""  # the same for the decoder
+    initial_load_decoder_path: str = ""  # the decoder starts from this Hugging Face folder
 
 
 @dataclass
@@ -109,10 +113,12 @@ class VLMValidation(Validation):
     """Evaluation on held-out data while training."""
 
     sources: list[Source] = field(default_factory=list)  # held-out data, [[validation.sources]]
-    # NAME=FILE each, answered and scored as by evaluate, every task_freq steps; not with a pipeline
+    # after the last step evaluate with images blanked, and with those of other samples, too
+    controls: bool = False
+    # tasks as NAME=FILE (evaluate --list has the names), answered and scored every task_freq steps; not with
+    # a pipeline
     tasks: list[str] = field(default_factory=list)
-    # of each task's file, from its first on; they stay in host memory. -1: all
-    task_records: int = 200
+    task_records: int = 200  # records of a task's file that are asked, the first ones; -1: all
     task_pictures: int = 4  # records of each task that TensorBoard and wandb show with what the model said
 
 

@@ -209,7 +209,10 @@ def check_loading(job: JobConfig) -> None:
     for key in ("last_save_model_only", "last_save_in_hf"):
         require(c.enable or not getattr(c, key), f"checkpoint.{key} needs checkpoint.enable")
     v = job.validation
-    require(v.enable or not v.controls, "validation.controls needs validation.enable")
+    require(
+        v.enable or not v.controls,
+        "validation.controls needs validation.enable; --validation.no_controls turns it off",
+    )
 
 
 def check_selective(job: JobConfig) -> None:

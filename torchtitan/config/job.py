@@ -18,7 +18,8 @@ class Job:
     dump_folder: str = "./outputs"  # everything a run writes goes below this folder
     description: str = ""  # a note for people, printed at the start, and the notes of a run in wandb
     print_config: bool = False  # print the resolved configuration before the run starts
-    # validate, build on the meta device, read one batch, print sizes and memory, train nothing
+    # check everything, build the model without its weights, read one batch, print sizes and memory, train
+    # nothing
     dry_run: bool = False
 
 
@@ -27,10 +28,10 @@ class Profiling:
     """Traces and memory snapshots for performance work; both cost time in the steps they record."""
 
     enable_profiling: bool = False  # write torch profiler traces
-    save_traces_folder: str = "profile_traces"  # below dump_folder
+    save_traces_folder: str = "profile_traces"  # folder of the traces, below dump_folder
     profile_freq: int = 10  # steps between two traces
     enable_memory_snapshot: bool = False  # write CUDA memory snapshots every profile_freq steps
-    save_memory_snapshot_folder: str = "memory_snapshot"  # below dump_folder
+    save_memory_snapshot_folder: str = "memory_snapshot"  # folder of the snapshots, below dump_folder
 
 
 @dataclass
@@ -39,10 +40,11 @@ class Metrics:
 
     log_freq: int = 10  # steps between two printed lines
     enable_tensorboard: bool = False  # write TensorBoard event files
-    save_tb_folder: str = "tb"  # below dump_folder
+    save_tb_folder: str = "tb"  # folder of the event files, below dump_folder
     enable_wandb: bool = False  # log to Weights & Biases (WANDB_MODE=offline works)
-    wandb_name: str = ""  # of the run there; empty: WANDB_NAME, or the last part of job.dump_folder
-    wandb_group: str = ""  # runs that are shown together there, as those of a sweep; empty: WANDB_RUN_GROUP
+    wandb_name: str = ""  # name of the run in wandb; empty: WANDB_NAME, or the last part of job.dump_folder
+    # runs that wandb shows together, as those of a sweep; empty: WANDB_RUN_GROUP
+    wandb_group: str = ""
     disable_color_printing: bool = False  # plain console lines; always plain when no terminal is attached
     save_plot: bool = True  # draw curves.png into dump_folder when the run ends
 
@@ -51,13 +53,14 @@ class Metrics:
 class Model:
     """Which model is trained, and with which tokenizer."""
 
-    name: str = "vlm"  # which experiment: a key of the table in experiments/__main__.py
-    # which size: a row of the experiment's flavors; empty: as the weights that the run starts from say, else
+    name: str = "vlm"  # which kind of model, a folder of experiments/
+    # which sizes (--help model lists all); empty: as the weights that the run starts from say, else
     # debugmodel
     flavor: str = ""
     # a tokenizer.model (tiktoken) or tokenizer.json, or the folder that holds one
     tokenizer_path: str = "assets/tokenizer"
-    attention_backend: Literal["auto", "flex", "sdpa"] = "auto"  # auto: flex on GPU, sdpa on CPU
+    # what computes attention; auto: flex on GPU, sdpa on CPU
+    attention_backend: Literal["auto", "flex", "sdpa"] = "auto"
 
     @property
     def label(self) -> str:
@@ -75,8 +78,8 @@ class ParameterGroup:
     name: str = ""  # how metrics call it; empty: the pattern
     lr: float | None = None  # peak learning rate of AdamW
     muon_lr: float | None = None  # peak learning rate of Muon
-    weight_decay: float | None = None  # decoupled; not applied to vectors
-    schedule_factor: float = 1.0  # the schedule of this group's learning rates is multiplied by it
+    weight_decay: float | None = None  # as optimizer.weight_decay
+    schedule_factor: float = 1.0  # learning rates of this group are this many times as high, all along
     # the learning rate of a layer is this share of that of the next; 1: all layers have the same
     layer_decay: float = 1.0
 
@@ -89,10 +92,10 @@ class Optimizer:
     lr: float = 8e-4  # peak learning rate of AdamW
     muon_lr: float = 0.02  # peak learning rate of Muon, scaled by sqrt(max(1, out / in)) per matrix
     muon_momentum: float = 0.95  # Nesterov momentum of Muon
-    beta1: float = 0.9  # AdamW
-    beta2: float = 0.95  # AdamW
-    eps: float = 1e-8  # AdamW
-    weight_decay: float = 0.1  # decoupled; not applied to vectors (norms, biases)
+    beta1: float = 0.9  # AdamW: how much of its mean of gradients is kept each step
+    beta2: float = 0.95  # AdamW: how much of its mean of squared gradients is kept each step
+    eps: float = 1e-8  # AdamW: added to the root of that mean before it divides
+    weight_decay: float = 0.1  # a step shrinks weights by this times the learning rate; not norms and biases
     # AdamW kernels; auto: fused where available
     implementation: Literal["auto", "fused", "foreach", "for-loop"] = "auto"
     groups: list[ParameterGroup] = field(default_factory=list)  # parameters with options of their own
@@ -117,17 +120,17 @@ class Training:
     # format of a single source (cc12m, text, ...); on the command line it replaces those of data.sources
     dataset: str = ""
     dataset_path: str = ""  # its files: a file, glob, brace range or folder
-    local_batch_size: int = 8  # B, slots a rank takes per forward
-    global_batch_size: int = -1  # G, slots per optimizer step; -1: B * data-parallel degree
-    seq_len: int = 2048  # S, tokens a slot
+    local_batch_size: int = 8  # B, slots (rows of packed documents) that each rank takes per forward
+    global_batch_size: int = -1  # G, slots per optimizer step, in several forwards; -1: one forward
+    seq_len: int = 2048  # S, tokens of a slot, those of images included
     max_norm: float = 1.0  # gradients are clipped to this global norm; 0: not clipped
     steps: int = 10000  # optimizer steps
     # dtype of parameters in forward and backward
     mixed_precision_param: Literal["float32", "bfloat16"] = "bfloat16"
     mixed_precision_reduce: Literal["float32", "bfloat16"] = "float32"  # dtype of gradient reductions
     enable_cpu_offload: bool = False  # keep parameters, gradients and optimizer state in host memory
-    loss_chunk_tokens: int = 4096  # tokens whose logits exist at one time
-    gc_freq: int = 50  # steps between two garbage collections; none in between
+    loss_chunk_tokens: int = 4096  # tokens whose logits exist at one time: fewer take less memory
+    gc_freq: int = 50  # steps between two collections of Python's garbage; none in between
     # what does not train: parts (encoder, projector, decoder), or regular expressions that are looked for in
     # the names of parameters (decoder\.layers\.[01]\., norm)
     freeze: list[str] = field(default_factory=list)
@@ -140,9 +143,9 @@ class Training:
 class LoRA:
     """Low-rank adapters beside frozen linear maps."""
 
-    rank: int = 0  # of an adapter; 0: there are none
+    rank: int = 0  # rank of each adapter; 0: no adapters
     alpha: float = 16.0  # an update is multiplied by alpha / rank
-    dropout: float = 0.0  # of what an adapter reads, in training
+    dropout: float = 0.0  # share of an adapter's input that is dropped in training
     # the linear maps that get one: parts, or regular expressions that are looked for in the names of modules
     # (decoder, attention\.w[qv]$); all else of these parts is frozen
     patterns: list[str] = field(default_factory=lambda: ["decoder"])
@@ -153,18 +156,18 @@ class LoRA:
 class Parallelism:
     """How the model and its data are split over the ranks."""
 
-    data_parallel_replicate_degree: int = 1  # HSDP: copies of the sharded model
-    data_parallel_shard_degree: int = -1  # FSDP2; -1: what is left of the world size
-    # default: always, but never under pipeline
+    data_parallel_replicate_degree: int = 1  # copies of the sharded model (HSDP)
+    data_parallel_shard_degree: int = -1  # ranks that a copy's weights are sharded over (FSDP2); -1: all
+    # whether gathered weights are given up until backward; default: always, but never under pipeline
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
-    tensor_parallel_degree: int = 1  # with sequence parallel and vocabulary-parallel loss
+    tensor_parallel_degree: int = 1  # ranks that share each matrix, and the tokens and the vocabulary with it
     enable_async_tensor_parallel: bool = False  # overlap TP collectives with matmuls; needs compile and GPUs
     context_parallel_degree: int = 1  # ranks that share each sequence
-    # gathered keys and values, or all-to-all of heads
+    # how they see each other's tokens: gathered keys and values, or all-to-all of heads
     context_parallel_method: Literal["allgather", "ulysses"] = "allgather"
     context_parallel_load_balance: bool = True  # deal blocks of a slot by attention cost, not in order
     pipeline_parallel_degree: int = 1  # ranks that share the layers
-    # GPipe, 1F1B, Interleaved1F1B, InterleavedZeroBubble, ZBVZeroBubble
+    # the order of microbatches: GPipe, 1F1B, Interleaved1F1B, InterleavedZeroBubble, ZBVZeroBubble
     pipeline_parallel_schedule: str = "1F1B"
     pipeline_parallel_microbatch_size: int = 1  # slots per microbatch
     # first decoder layer of each later stage; empty: by cost
@@ -177,7 +180,7 @@ class Checkpoint:
 
     # save every `interval`, on the last step and on SIGTERM or SIGINT; resume from the latest
     enable: bool = False
-    folder: str = "checkpoint"  # below dump_folder
+    folder: str = "checkpoint"  # where they are, below dump_folder
     interval: int = 500  # steps between two checkpoints
     initial_load_path: str = ""  # start from this checkpoint when the run has none of its own
     initial_load_model_only: bool = True  # of initial_load_path take the weights alone
@@ -187,8 +190,8 @@ class Checkpoint:
     load_step: int = -1  # resume from this step; -1: the latest complete one
     # async: training goes on while the checkpoint is written
     async_mode: Literal["disabled", "async"] = "disabled"
-    keep_latest_k: int = 10  # older ones are deleted; 0: keep all
-    # of optimizer, lr_scheduler, data, train_state
+    keep_latest_k: int = 10  # so many are kept, older ones are deleted; 0: all are kept
+    # what starts anew where a run resumes: any of optimizer, lr_scheduler, data, train_state
     exclude_from_loading: list[str] = field(default_factory=list)
     last_save_model_only: bool = False  # the last checkpoint holds the weights alone
     # write the last one as a Hugging Face folder too, to hf/step-N in dump_folder
@@ -199,7 +202,8 @@ class Checkpoint:
 class ActivationCheckpoint:
     """Which activations are recomputed in backward instead of kept."""
 
-    mode: Literal["none", "selective", "full"] = "none"  # of the decoder
+    # in the decoder: none, those that selective_ac_option says, or all
+    mode: Literal["none", "selective", "full"] = "none"
     # "op": keep matmuls and attention; an integer n: recompute every n-th layer
     selective_ac_option: str = "op"
 
@@ -216,9 +220,9 @@ class Compile:
 class Comm:
     """How long ranks wait for each other before the run fails."""
 
-    init_timeout_seconds: int = 300  # for the first collectives
-    train_timeout_seconds: int = 100  # after the first step; a hang then names the stuck rank
-    trace_buf_size: int = 20000  # entries of the flight recorder; 0: off
+    init_timeout_seconds: int = 300  # until the first step is done
+    train_timeout_seconds: int = 100  # after that; the error names the rank that the others waited for
+    trace_buf_size: int = 20000  # calls between ranks that are kept, and written when a run hangs; 0: off
 
 
 @dataclass
@@ -228,7 +232,7 @@ class Validation:
     enable: bool = False  # evaluate on validation.sources
     freq: int = 100  # steps between two evaluations; the last step is always evaluated
     steps: int = -1  # batches per evaluation; -1: the held-out split once
-    # after the last step evaluate the experiment's controls too: held-out data spoilt on purpose
+    # after the last step evaluate on spoilt held-out data too, in each way that the experiment knows
     controls: bool = False
     # steps between two runs of the experiment's tasks, which take longer; the last step always has one
     task_freq: int = 500
@@ -238,7 +242,7 @@ class Validation:
 class Debug:
     """Seeds and determinism."""
 
-    seed: int = 0  # of weights and data
+    seed: int = 0  # of the first weights and of the order of the data
     deterministic: bool = False  # deterministic kernels; slower on GPU
 
 

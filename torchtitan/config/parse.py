@@ -18,20 +18,24 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 import tyro
 
 from torchtitan.config.errors import ConfigError, did_you_mean
+from torchtitan.config.help import FLAGS, PLAIN, Guide, help_page
 from torchtitan.config.job import JobConfig, Model
 from torchtitan.config.shipped import shipped_job, shipped_jobs
 from torchtitan.config.table import expected, from_table, to_table
 
 Options = TypeVar("Options")
-PROG = "python -m experiments"
 # Where the options of this run come from is no option of a file: a file that names another would be a chain.
 COMMAND_LINE_ONLY = "job.config_file"
+TRAINER = "torchtitan-vlm train"
 SWEEP = "sweep"  # the table of a file that asks for many runs: torchtitan/sweep
 SINGLE_SOURCE = ("training.dataset", "training.dataset_path")
 
 
-def parse(argv: Sequence[str], config_classes: Mapping[str, type[JobConfig]]) -> JobConfig:
-    """The job that `argv` describes, as the config class of its `model.name`. `--help` prints and exits.
+def parse(
+    argv: Sequence[str], config_classes: Mapping[str, type[JobConfig]], guide: Guide = PLAIN
+) -> JobConfig:
+    """The job that `argv` describes, as the config class of its `model.name`. `--help` and `--help SECTION`
+    print and exit.
 
     Raises ConfigError for an unknown option, a value of the wrong type, or a TOML file that cannot be read.
     """
@@ -39,7 +43,7 @@ def parse(argv: Sequence[str], config_classes: Mapping[str, type[JobConfig]]) ->
     if SWEEP in table:
         many = "makes many jobs of this file: `torchtitan-vlm sweep` and run_train.sh start them"
         raise ConfigError(f"{config_file(argv)}: [{SWEEP}] {many}")
-    return parse_over(table, argv, config_classes)
+    return parse_over(table, argv, config_classes, guide)
 
 
 def table_of(argv: Sequence[str]) -> dict[str, Any]:
@@ -54,7 +58,10 @@ def config_file(argv: Sequence[str]) -> str | None:
 
 
 def parse_over(
-    table: Mapping[str, Any], argv: Sequence[str], config_classes: Mapping[str, type[JobConfig]]
+    table: Mapping[str, Any],
+    argv: Sequence[str],
+    config_classes: Mapping[str, type[JobConfig]],
+    guide: Guide = PLAIN,
 ) -> JobConfig:
     """As `parse`, with the tables of the file in hand."""
     groups, file = split_options(argv), config_file(argv)
@@ -68,9 +75,9 @@ def parse_over(
     known = option_types(type(job), job)
     for group in groups:
         check_spelling(group, known)
-    if "--help" in argv or "-h" in argv:
-        job = _with_examples(job)
-    job = run_tyro(type(job), argv, job, PROG)
+    if page := help_page(groups, job, file or "", guide):
+        run_tyro(page.sections, FLAGS[:1], page.default, guide.usage, page.text)
+    job = run_tyro(type(job), argv, job, guide.usage)
     spellings = _spellings(known)
     given = {spellings[name] for group in groups if (name := _name(group)) in spellings}
     if not given.isdisjoint(SINGLE_SOURCE):
@@ -100,7 +107,8 @@ def split_script(argv: Sequence[str], options_class: type) -> tuple[list[str], l
     own: list[str] = []
     rest: list[str] = []
     for group in split_options(argv):
-        is_own = not group[0].startswith("--") or group[0] == "--help" or _name(group) in own_names
+        asks = group == ["--help"]  # with a section behind it, it is about the job
+        is_own = not group[0].startswith("--") or asks or _name(group) in own_names
         (own if is_own else rest).extend(group)
     return own, rest
 
@@ -109,7 +117,7 @@ def run_script(
     cls: type[Options], own: Sequence[str], description: str, default: Options | None = None
 ) -> Options:
     """A script's own options, of its own part of the command line, over those of `default`."""
-    description = f"{description}\n\nTakes the trainer's options too: see {PROG} --help.".strip()
+    description = f"{description}\n\nTakes the trainer's options too: see {TRAINER} --help.".strip()
     return run_tyro(cls, own, default, None, description)
 
 
@@ -207,7 +215,7 @@ def split_options(argv: Sequence[str]) -> list[list[str]]:
 
 def check_spelling(group: Sequence[str], known: Mapping[str, Any]) -> None:
     """An option that exists, with as many values as it takes. (What the values are is tyro's to judge.)"""
-    if group[0] in ("-h", "--help"):
+    if group[0] in FLAGS:
         return
     name, values = _name(group), group[1:]
     option = _spellings(known).get(name)
@@ -253,19 +261,6 @@ def _spellings(known: Mapping[str, Any]) -> dict[str, str]:
         if hint is bool:
             off[f"{section}{dot}no_{field}"] = option
     return {option: option for option in known} | off
-
-
-def _with_examples(job: JobConfig) -> JobConfig:
-    """The job with one item in each empty list of tables, so that `--help` shows the options of an item."""
-    for section in vars(job).values():
-        for name, hint in get_type_hints(type(section)).items():
-            if (
-                get_origin(hint) is list
-                and dataclasses.is_dataclass(item := get_args(hint)[0])
-                and not getattr(section, name)
-            ):
-                setattr(section, name, [item()])  # type: ignore[operator]
-    return job
 
 
 def _name(group: Sequence[str]) -> str:
