@@ -36,11 +36,12 @@ import numpy as np
 from benchmarks.photos import make_jpegs
 from experiments.vlm.data.image import ImagePlan, decode, probe
 from experiments.vlm.data.sources.mixture import Mixture
-from experiments.vlm.view.packing_advice import SizedDocument, Stream, advise
+from experiments.vlm.view.packing_advice import Data, advise
+from experiments.vlm.view.packing_simulation import Prices, SizedDocument, Stream
 
 EXPECTED = 0.98
 BEYOND = 64  # documents more than the look-ahead holds
-PATCH_COST = 0.34  # of so400m with Llama 3.2 1B, in tokens
+PRICES = Prices(token=1.0, patch=0.34)  # of so400m with Llama 3.2 1B, in tokens
 PLAN = ImagePlan()
 Draw = Callable[[np.random.Generator], SizedDocument]
 
@@ -151,7 +152,7 @@ def measure(rows: int, seq_lens: list[int], buffers: list[int]) -> Iterator[dict
     for kind, seq_len, buffer in product(KINDS, seq_lens, buffers):
         largest = min(PLAN.max_patches, seq_len // 2)
         stream = draw(kind, rows * seq_len, buffer + BEYOND, largest)
-        seen = advise(stream, seq_len, 1, buffer, PLAN.merge_size, largest, PATCH_COST)
+        seen = advise(Data.of(stream, PRICES, PLAN.merge_size, largest), seq_len, 1, buffer)
         yield {
             "data": kind,
             "seq_len": seq_len,
@@ -180,7 +181,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rows", type=int, default=200, help="slots to fill, about")
+    parser.add_argument("--rows", type=int, default=200, help="slots that documents are drawn for, about")
     parser.add_argument("--seq_lens", type=int, nargs="+", default=[512, 2048, 8192])
     parser.add_argument("--buffers", type=int, nargs="+", default=[256])
     args = parser.parse_args()

@@ -2,27 +2,36 @@
 
     torchtitan-vlm advise --job.config_file vlm_debug --seq_lens 512 1024 2048 --out advice.png
 
-Prints a table and the lines for the TOML: those at which a useful token costs least (1: full slots of tokens
-alone). The picture shows the sizes of documents and images, and the padding of each row of the table.
+Prints a table and the lines for the TOML: those at which a useful token costs the fewest FLOPs of the job's
+model, encoder and decoder, forward and backward, padding of both sides included. L is sought for each S. The
+answer comes within half a minute on two cores: --seconds bounds what is read and tried. The picture shows the
+sizes of documents and images, and the padding of each row of the table.
 """
 
-import itertools
+import math
+import sys
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 
 from experiments.__main__ import CONFIG_CLASSES
 from experiments.vlm.check import check_output, check_sources
 from experiments.vlm.config import VLMJobConfig
+from experiments.vlm.data.packing import Budget
 from experiments.vlm.data.setup import make_setup
 from experiments.vlm.flops import Work, flops_of_work
 from experiments.vlm.model_config import model_config
 from experiments.vlm.spec import build_vlm
-from experiments.vlm.view.packing_advice import Occupancy, advise, patches_per_token, read_documents
+from experiments.vlm.view.packing_advice import Data, Deadline, Trials, best_of, cores, read_documents, search
+from experiments.vlm.view.packing_simulation import Case, Occupancy, Prices
 from torchtitan.components.freezing import choose_trained
 from torchtitan.components.tokenizer import Tokenizer, load_tokenizer
 from torchtitan.config.errors import require
 from torchtitan.config.parse import parse_script
 from torchtitan.tools.logging import init_logger
+
+READING = 0.45  # of the time, at most
+PROCESSES = 8
 
 
 @dataclass
@@ -30,6 +39,7 @@ class Options:
     """Which documents are read, and which sizes of a slot are tried on them."""
 
     samples: int = 5000  # documents to read
+    seconds: float = 20.0  # for reading and trying together; 0: as long as it takes
     # S to try; none: training.seq_len, half and twice of it
     seq_lens: list[int] = field(default_factory=list)
     rows: list[int] = field(default_factory=lambda: [1])  # data.patch_rows to try
@@ -38,21 +48,58 @@ class Options:
     out: str = ""  # a PNG
 
 
-def cost_of_a_patch(job: VLMJobConfig, tokenizer: Tokenizer) -> float:
-    """In tokens of the decoder, with what is frozen; attention aside."""
+class Progress:
+    """Lines on standard error, one a second."""
+
+    def __init__(self, deadline: Deadline):
+        self.clock = deadline.clock
+        self.next = self.clock()
+
+    def __call__(self, line: str) -> None:
+        if self.clock() >= self.next:
+            print(line, file=sys.stderr, flush=True)
+            self.next = self.clock() + 1
+
+
+def prices_of(job: VLMJobConfig, tokenizer: Tokenizer) -> Prices:
+    """FLOPs of a row in the job's decoder and encoder, with what is frozen."""
     model = build_vlm(job, tokenizer)
     choose_trained(model, job.training)
     flops, merged = flops_of_work(model), model_config(job).projector.merge_size ** 2
-    return flops(Work(merged, 0, 0, 0)) / merged / flops(Work(0, 1, 0, 0))
+    return Prices(token=flops(Work(0, 1, 0, 0)), patch=flops(Work(merged, 0, 0, 0)) / merged)
 
 
-def _print_row(o: Occupancy, patch_cost: float, best: bool) -> None:
+def the_job_itself(job: VLMJobConfig, merge: int) -> Case | None:
+    """How the job packs now; None where its largest image would fit no slot."""
+    budget = Budget(job.training.seq_len, job.data.patch_rows, job.data.patches_per_row)
+    largest = job.data.max_patches_per_image
+    fits = largest <= budget.patches_per_row and largest // merge**2 + 2 <= budget.seq_len
+    return Case(budget, job.data.packing_buffer_size) if fits else None
+
+
+def _print_row(o: Occupancy, data: Data, mark: str) -> None:
     b = o.budget
-    figures = f"{o.tokens:7.2%} {o.patches:8.2%} {o.cost(patch_cost):6.3f} {o.plan_s * 1e3:8.2f}"
-    figures += f" {o.images:7.1f} {o.rows:6}"
+    figures = f"{o.tokens:7.2%} {o.patches:8.2%} {o.wasted(data.prices):7.2%} {data.cost(o) / 1e9:9.4g}"
+    figures += f" {o.plan_s * 1e3:8.2f} {o.images:7.1f}"
+    print(f"{b.seq_len:6} {b.patch_rows:5} {b.patches_per_row:7} {o.buffer:7} {figures}{mark}")
+
+
+def _print_advice(seen: Sequence[Occupancy], best: Occupancy, now: Case | None, data: Data) -> None:
+    prices = data.prices
+    print(f"{len(data.stream.documents)} documents, {data.ratio:.3f} patches per token")
     print(
-        f"{b.seq_len:6} {b.patch_rows:5} {b.patches_per_row:7} {o.buffer:7} {figures}{'  <-' if best else ''}"
+        f"a token costs {prices.token / 1e9:.3g} GFLOPs, a patch {prices.patch / 1e9:.3g}, filled or not; "
+        "fewest GFLOPs per useful token are best"
     )
+    print("     S  rows       L  buffer  tokens  patches  wasted    GFLOPs  plan ms  images")
+    for occupancy in seen:
+        is_now = Case(occupancy.budget, occupancy.buffer) == now
+        _print_row(occupancy, data, "  the job" * is_now + "  <- best" * (occupancy is best))
+    print(
+        f"\n[training]\nseq_len = {best.budget.seq_len}\n\n[data]\npatches_per_row = "
+        f"{best.budget.patches_per_row}"
+    )
+    print(f"patch_rows = {best.budget.patch_rows}\npacking_buffer_size = {best.buffer}")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -64,36 +111,30 @@ def main(argv: Sequence[str]) -> int:
     check_output(options.out, "--out")
     for key, values in (("samples", [options.samples]), ("rows", options.rows), ("buffers", options.buffers)):
         require(min(values, default=1) >= 1, f"--{key} {' '.join(map(str, values))}: must be 1 or more")
+    require(options.seconds >= 0, f"--seconds {options.seconds}: must be 0 or more")
     merge, largest = model_config(job).projector.merge_size, job.data.max_patches_per_image
     seq_lens = options.seq_lens or [job.training.seq_len // 2, job.training.seq_len, job.training.seq_len * 2]
     seq_lens = [length for length in seq_lens if length >= largest // merge**2 + 2]
     require(
         bool(seq_lens), f"--seq_lens: none holds the largest image, data.max_patches_per_image = {largest}"
     )
+    deadline = Deadline(options.seconds or math.inf)
+    say = Progress(deadline)
     tokenizer = load_tokenizer(job.model.tokenizer_path)
-    patch_cost = cost_of_a_patch(job, tokenizer)
-    stream = read_documents(make_setup(job, tokenizer, "train", 1), options.samples)
-    require(bool(stream.documents), "no good sample was found")
-    print(f"{len(stream.documents)} documents, {patches_per_token(stream.documents):.3f} patches per token")
-    print(f"a patch costs {patch_cost:.2f} tokens")
-    print("     S  rows       L  buffer  tokens  patches   cost  plan ms  images  slots")
-    buffers = options.buffers or [job.data.packing_buffer_size, 4 * job.data.packing_buffer_size]
-    tried = itertools.product(seq_lens, options.rows, buffers)
-    seen = [
-        advise(stream, seq_len, rows, buffer, merge, largest, patch_cost) for seq_len, rows, buffer in tried
-    ]
-    seen = [occupancy for occupancy in seen if occupancy.rows]
-    best = min(seen, key=lambda occupancy: occupancy.cost(patch_cost), default=None)
-    for occupancy in seen:
-        _print_row(occupancy, patch_cost, occupancy is best)
-    if best is None:
-        print("too few samples to fill slots: raise --samples, or lower --seq_lens and --buffers")
-        return 1
-    print(
-        f"\n[training]\nseq_len = {best.budget.seq_len}\n\n[data]\npatches_per_row = "
-        f"{best.budget.patches_per_row}"
+    prices = prices_of(job, tokenizer)
+    stream = read_documents(
+        make_setup(job, tokenizer, "train", 1), options.samples, deadline.share(READING), say
     )
-    print(f"patch_rows = {best.budget.patch_rows}\npacking_buffer_size = {best.buffer}")
+    require(bool(stream.documents), "no good sample was found")
+    data, now = Data.of(stream, prices, merge, largest), the_job_itself(job, merge)
+    buffers = options.buffers or [job.data.packing_buffer_size, 4 * job.data.packing_buffer_size]
+    with closing(Trials(data, deadline, min(cores(), PROCESSES), say)) as trials:
+        seen = search(trials, seq_lens, options.rows, buffers, now)
+    best = best_of(seen, data, job.training.seq_len, job.data.packing_buffer_size)
+    _print_advice(seen, best, now, data)
+    if not deadline.left_s():
+        more = f"--seconds {2 * options.seconds:g} tries more"
+        print(f"the time was over after {len(trials.seen)} sizes: {more}", file=sys.stderr)
     if options.out:
         from experiments.vlm.view.advice_picture import draw_advice
 

@@ -1,25 +1,39 @@
 """The advisor simulates what the loader then does."""
 
+import itertools
+import math
 import os
 import subprocess
 import sys
+import tomllib
+from contextlib import closing
+from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
+import torch
 
 from experiments.commands import main
+from experiments.commands.advise_packing import prices_of
+from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.data.loader import Loader
 from experiments.vlm.data.packing import Budget
 from experiments.vlm.data.setup import make_setup
+from experiments.vlm.spec import build_vlm
+from experiments.vlm.view import packing_advice
 from experiments.vlm.view.advice_picture import draw_advice
 from experiments.vlm.view.packing_advice import (
-    Stream,
+    Data,
+    Deadline,
+    Trials,
     advise,
-    fitting_budget,
-    patches_per_token,
+    best_of,
+    next_lengths,
     read_documents,
-    simulate,
+    search,
 )
+from experiments.vlm.view.packing_simulation import Case, Occupancy, Prices, Stream, simulate
 from tests.tiny_data import Characters, make_job, write_all
 
 
@@ -50,7 +64,7 @@ def test_the_simulation_is_what_the_loader_packs(data, tmp_path):
     """One slot, the same documents in the same order: the same rows."""
     job = make_job(data, tmp_path, local_batch_size=1)
     stream = read_documents(make_setup(job, Characters(), "train", 1), limit=400)
-    seen = simulate(stream, Budget(256, 1, 256), buffer=16, merge=2)
+    seen = simulate(stream, Case(Budget(256, 1, 256), 16), merge=2, rows=120)
     loader = Loader(job, Characters())
     first = seen.rows // 3  # rows before those that are counted
     counts = [step.batches[0].counts for _, step in zip(range(first + seen.rows), loader, strict=False)][
@@ -61,29 +75,115 @@ def test_the_simulation_is_what_the_loader_packs(data, tmp_path):
     assert np.mean([count["patches"] for count in counts]) / 256 == pytest.approx(seen.patches, abs=0.004)
 
 
-def test_a_row_is_as_long_as_the_patches_per_token_ask_for():
-    documents = [[(10, 0), (27, 100)], [(63, 0)]]
-    assert patches_per_token(documents) == 1.0
-    assert fitting_budget(1000, 1, 1.5, merge=2, largest_image=64) == Budget(1000, 1, 1500)
-    assert fitting_budget(1000, 3, 1.5, merge=2, largest_image=64) == Budget(1000, 3, 500)
-    assert fitting_budget(100, 1, 0.1, merge=2, largest_image=64) == Budget(100, 1, 64)
-
-
-def test_the_advised_row_fills_both_sides():
-    random = np.random.default_rng(0)
-    documents = [
-        [(int(text), 0), (int(visual) + 2, 4 * int(visual))]
-        for text, visual in random.integers([5, 10], [60, 200], (1200, 2))
-    ]
-    seen = advise(
-        Stream(documents, [0] * len(documents)), 2048, 1, 256, merge=2, largest_image=800, patch_cost=1.0
+def test_what_is_wasted_is_the_share_of_the_flops_that_padding_takes():
+    seen = Occupancy(
+        Budget(100, 2, 200), 16, rows=9, tokens=0.9, patches=0.5, plan_s=0, images=1, longest_wait=1
     )
-    assert seen.tokens > 0.98 and seen.patches > 0.96 and seen.longest_wait <= 256
+    prices = Prices(token=10.0, patch=3.0)
+    assert seen.wasted(prices) == pytest.approx((10 * 10 + 200 * 3) / (100 * 10 + 400 * 3))
+    assert seen.cost(prices, ratio=200 / 90) == pytest.approx((100 * 10 + 400 * 3) / 90), (
+        "of 90 useful tokens"
+    )
+
+
+def test_prices_are_the_flops_of_the_matrices_of_either_tower():
+    job = VLMJobConfig()
+    prices = prices_of(job, Characters())
+    with torch.device("meta"):
+        decoder = build_vlm(job, Characters()).decoder
+    matrices = [module.weight.numel() for module in decoder.modules() if isinstance(module, torch.nn.Linear)]
+    assert prices.token == 6 * sum(matrices), "forward, and backward for weights and inputs, 2 a parameter"
+    job.training.freeze = ["encoder"]
+    assert 0 < prices_of(job, Characters()).patch < prices.patch
+
+
+def small_mixture() -> Stream:
+    """Captions and chats; images of 36 to 144 patches, merge 6."""
+    random, documents, sources = np.random.default_rng(0), [], []
+    for number in range(600):
+        images = 1 + number % 2
+        sizes = 36 * random.integers(1, 5, images)
+        parts = [
+            part
+            for size in sizes
+            for part in ((int(random.integers(2, 40)), 0), (int(size) // 36 + 2, int(size)))
+        ]
+        documents.append(parts)
+        sources.append(number % 2)
+    return Stream(documents, sources, (1.0, 1.0))
+
+
+@pytest.fixture(scope="module")
+def tried():
+    """Every S and every L, of which search may ask for any."""
+    stream, found = small_mixture(), {}
+    for seq_len, length in product((64, 128), range(144, 901, 36)):
+        case = Case(Budget(seq_len, 1, length), 16)
+        found[case] = simulate(stream, case, 6, rows=48)
+    return stream, found
+
+
+@pytest.mark.parametrize("patch_price", [0.02, 0.3, 5.0])
+def test_what_is_advised_costs_as_little_as_the_best_of_all_sizes(tried, monkeypatch, patch_price):
+    stream, found = tried
+    asked = []
+    monkeypatch.setattr(packing_advice, "simulate", lambda s, case, m: asked.append(case) or found[case])
+    data = Data.of(stream, Prices(1.0, patch_price), merge=6, largest=144)
+    seen = search(Trials(data, Deadline(math.inf)), [64, 128], [1], [16])
+    least = min(map(data.cost, found.values()))
+    assert data.cost(best_of(seen, data, 128, 16)) <= 1.004 * least
+    assert len(asked) == len(set(asked)) < len(found) / 2
+
+
+def test_a_dear_encoder_asks_for_a_shorter_row_than_a_cheap_one(tried, monkeypatch):
+    stream, found = tried
+    monkeypatch.setattr(packing_advice, "simulate", lambda s, case, m: found[case])
+    lengths = [
+        advise(Data.of(stream, Prices(1.0, price), 6, 144), 128, 1, 16).budget.patches_per_row
+        for price in (5.0, 0.02)
+    ]
+    assert lengths[0] < lengths[1]
+
+
+@pytest.mark.parametrize("best", [64, 1000, 3000, 50_000])
+def test_the_length_is_found_however_far_it_lies_from_where_the_search_begins(best):
+    """The cost is a * L + b / L, which is least at sqrt(b / a)."""
+    costs = {}
+    wanted = [1000]
+    while wanted:
+        costs |= {length: length / best + best / length for length in wanted}
+        wanted = next_lengths(costs, lambda patches: max(64, round(patches / 4) * 4))
+    found = min(costs, key=costs.__getitem__)
+    assert abs(math.log(found / best)) < math.log(1.03) and len(costs) < 40
+
+
+def test_where_the_time_is_over_the_answer_is_from_what_was_tried(data, tmp_path):
+    job = make_job(data, tmp_path)
+    deadline = Deadline(5.0, clock=itertools.count().__next__)
+    setup = make_setup(job, Characters(), "train", 1)
+    stream = read_documents(setup, limit=1000, deadline=deadline.share(0.5))
+    assert 1 <= len(stream.documents) < 10
+    trials = Trials(Data.of(stream, Prices(1.0, 0.3), 2, 64), Deadline(3.0, clock=itertools.count().__next__))
+    seen = search(trials, [128, 256], [1], [16])
+    assert seen and len(trials.seen) < 8
+
+
+def test_processes_find_what_one_finds():
+    data = Data.of(Stream([[(20, 0), (27, 100)], [(63, 0)]], [0, 0]), Prices(1.0, 0.3), 2, 100)
+    cases = [Case(Budget(256, 1, length), 16) for length in (100, 200)]
+    with (
+        closing(Trials(data, Deadline(math.inf))) as one,
+        closing(Trials(data, Deadline(math.inf), 2)) as two,
+    ):
+        assert one.run(cases) and two.run(cases)
+    for case in cases:
+        assert replace(one.seen[case], plan_s=0.0) == replace(two.seen[case], plan_s=0.0)
 
 
 def test_the_picture_shows_what_was_counted(tmp_path, figures):
     documents = [[(20, 0), (27, 100)], [(63, 0)]] * 400
-    seen = [simulate(Stream(documents, [0] * 800), Budget(256, 1, 512), buffer, 2) for buffer in (32, 64)]
+    stream = Stream(documents, [0] * 800)
+    seen = [simulate(stream, Case(Budget(256, 1, 512), buffer), 2, rows=40) for buffer in (32, 64)]
     draw_advice(documents, seen, str(tmp_path / "advice.png"))
     assert (tmp_path / "advice.png").is_file()
     [figure] = figures
@@ -116,10 +216,17 @@ def test_the_script_prints_lines_for_the_toml(data, tmp_path):
         "--buffers",
         "16",
         "64",
+        "--seq_lens",
+        "256",
+        "--seconds",
+        "0",
     ]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
     assert done.returncode == 0, done.stderr
-    assert "patches_per_row = " in done.stdout and done.stdout.count("\n   ") >= 6
+    advice = tomllib.loads(done.stdout[done.stdout.index("[training]") :])
+    assert advice["training"] == {"seq_len": 256} and advice["data"]["patches_per_row"] % 4 == 0
+    assert done.stdout.count("\n   ") == 4 and "the job" in done.stdout and "<- best" in done.stdout
+    assert "reading: 1 of up to 300 documents" in done.stderr and "trying: " in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -127,6 +234,7 @@ def test_the_script_prints_lines_for_the_toml(data, tmp_path):
     [
         ("advise", ["--buffers", "16", "0"], "--buffers 16 0"),
         ("advise", ["--samples", "0"], "--samples 0"),
+        ("advise", ["--seconds", "-1"], "--seconds -1.0"),
         ("advise", ["--out", "nowhere/advice.png"], "--out = nowhere/advice.png"),
         ("inspect", ["--out", "nowhere/report.html"], "--out = nowhere/report.html"),
         ("inspect", ["--keys", "nowhere/keys.jsonl"], "--keys = nowhere/keys.jsonl"),

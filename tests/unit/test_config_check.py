@@ -16,6 +16,7 @@ from torchtitan.config.errors import ConfigError
 from torchtitan.config.parse import option_types
 
 REPOSITORY = Path(__file__).parents[2]
+SOURCE = '[[data.sources]]\nformat = "{}"\npath = "assets"\n'
 DATA = ["--training.dataset", "cc12m", "--training.dataset_path", "embedded:captions/train"]
 P, C = "--parallelism.", "--checkpoint."
 IN_HF = C + "initial_load_in_hf"
@@ -267,33 +268,18 @@ def test_right_configurations_pass(options, world_size, tmp_path):
         ("", "data.sources is empty"),
         ('[[data.sources]]\npath = "assets"', "data.sources[0].format is missing"),
         ('[[data.sources]]\nformat = "cc12m"', "data.sources[0].path is missing"),
-        (
-            '[[data.sources]]\nformat = "cc12"\npath = "assets"',
-            "data.sources[0].format = cc12: no such format; did you mean cc12m?",
-        ),
+        (SOURCE.format("cc12"), "data.sources[0].format = cc12: no such format; did you mean cc12m?"),
         ('[[data.sources]]\nformat = "cc12m"\npath = "nowhere"', "data.sources[0].path = nowhere"),
-        ('[[data.sources]]\nformat = "cc12m"\npath = "assets"\nweight = 0', "data.sources[0].weight = 0.0"),
-        ('[[data.sources]]\nformat = "cc12m"\npath = "assets"\nweight = inf', "data.sources[0].weight = inf"),
+        (SOURCE.format("cc12m") + "weight = 0", "data.sources[0].weight = 0.0"),
+        (SOURCE.format("cc12m") + "weight = inf", "data.sources[0].weight = inf"),
+        (SOURCE.format("cc12m") + "shuffle_buffer = 0", "data.sources[0].shuffle_buffer"),
+        (SOURCE.format("messages") + 'chat_template = "chatm"', "data.sources[0].chat_template"),
         (
-            '[[data.sources]]\nformat = "cc12m"\npath = "assets"\nshuffle_buffer = 0',
-            "data.sources[0].shuffle_buffer",
+            SOURCE.format("text") + 'columns.image = "photo"',
+            "data.sources[0].columns.image = photo: format text",
         ),
-        (
-            '[[data.sources]]\nformat = "text"\npath = "assets"\ncolumns = {image = "photo"}',
-            "data.sources[0].columns.image = photo: format text has no images",
-        ),
-        (
-            '[[data.sources]]\nformat = "captions"\npath = "assets"\ncolumns = {imag = "photo"}',
-            "columns.imag is not a known option; did you mean data.sources[0].columns.image?",
-        ),
-        (
-            '[[data.sources]]\nformat = "messages"\npath = "assets"\nchat_template = "chatm"',
-            "data.sources[0].chat_template",
-        ),
-        (
-            '[[data.sources]]\nformat = "cc12m"\npath = "assets"\n' * 2,
-            "data.sources: two sources have the name cc12m",
-        ),
+        (SOURCE.format("cc12m") + 'columns.imag = ""', "did you mean data.sources[0].columns.image?"),
+        (SOURCE.format("cc12m") * 2, "data.sources: two sources have the name cc12m"),
         (
             '[training]\ndataset = "cc12m"\ndataset_path = "assets"\n[[data.sources]]\nformat = "text"\npath '
             '= "assets"',

@@ -1,82 +1,90 @@
-"""Which S and L waste least on a data set: measured on its documents' sizes, simulated with the packer
-itself.
+"""Which S and L waste least on a data set: the sizes of its documents, and a search with the packer itself.
 
-L follows from S: S times the patches per token of the mixture, for a slot's two sides run full together only
-then. Where images are large for such a row (one fills most of it), a longer row costs less: padding of
-patches is cheaper than padding of tokens. No pixel is decoded; sizes come from headers and from the
-tokenizer.
+    read      documents of the mixture, as many as the time allows: headers and texts, no pixel is decoded
+    try       slots of some size are filled with them (packing_simulation.py), by several processes
+    search    L for each S: around S times the patches per token of the data, for a slot's two sides run full
+              together only there, then beyond the best on either side and closer around it
+
+What is best is what takes the fewest FLOPs for a useful token, padding of both sides included: where the
+encoder is cheap or images are large for a row, a longer row wastes less; where it is dear, a shorter one.
 """
 
-import itertools
+import math
+import multiprocessing
+import os
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
-
-import numpy as np
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import closing
+from dataclasses import replace
+from itertools import product, zip_longest
+from typing import NamedTuple
 
 from experiments.vlm.data.good_sample import Search
-from experiments.vlm.data.lookahead import LookAhead, Queued, Taken
 from experiments.vlm.data.packing import Budget
 from experiments.vlm.data.sample import Sample
 from experiments.vlm.data.setup import Setup
 from experiments.vlm.data.slot import Slot
-from experiments.vlm.data.sources.mixture import Mixture
 from experiments.vlm.data.sources.shard_cache import ShardCache
-from experiments.vlm.data.split import Splitter, outline_of
 from experiments.vlm.data.storage.patience import Patience
+from experiments.vlm.view.packing_simulation import (
+    Case,
+    Occupancy,
+    Prices,
+    SizedDocument,
+    Stream,
+    keep,
+    patches_per_token,
+    simulate,
+    simulate_kept,
+)
 
 UNLIMITED = 1 << 40
-WARM_UP = 0.25  # share of the rows that are not counted: the look-ahead is not yet what it will be
-SLACKS = (1.0, 1.02, 1.1, 1.25, 1.5, 2.0)  # how much longer than the patches per token ask for L is tried
+FACTORS = (1.0, 1.12, 0.9, 1.3, 0.8, 1.6)  # of the L that the patches per token ask for: tried first
+BEYOND = 1.25  # the next L where the best is the longest or shortest tried
+NEAR = 1.02  # lengths that differ by less are not told apart
+ALIKE = 1.002  # nor are costs: some of that is chance
 
-SizedDocument = list[tuple[int, int]]  # (tokens, patches) of each part in order; patches 0: text
-
-
-@dataclass(frozen=True)
-class Stream:
-    """Documents in the order in which the mixture gives them."""
-
-    documents: list[SizedDocument]
-    sources: list[int]  # of each document
-    weights: tuple[float, ...] = (1.0,)
-    by_tokens: bool = False  # the weights count tokens, else documents
+Say = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class Occupancy:
-    """How full slots of one budget were."""
-
-    budget: Budget
-    buffer: int
-    rows: int  # that were counted
-    tokens: float  # share of the tokens of a row that are not padding
-    patches: float
-    plan_s: float  # a row
-    images: float  # a row
-    longest_wait: int  # rows
-
-    def cost(self, patch_cost: float) -> float:
-        """What a useful token costs, padding and patches included; 1: a slot of tokens alone, full to the
-        last.
-        """
-        return (
-            (1 + patch_cost * self.budget.patches / self.budget.seq_len) / self.tokens
-            if self.tokens
-            else float("inf")
-        )
+def silent(line: str) -> None:
+    """Says nothing of how far it is."""
 
 
-def read_documents(setup: Setup, limit: int) -> Stream:
-    """The sizes of the first `limit` documents of the mixture, as one slot would read them."""
+class Deadline:
+    """When to be done. `share`: of the time that is left."""
+
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic):
+        self.clock = clock
+        self.end = clock() + seconds
+
+    def left_s(self) -> float:
+        """Seconds; 0 where it is over."""
+        return max(0.0, self.end - self.clock())
+
+    def share(self, part: float) -> "Deadline":
+        """An earlier one."""
+        return Deadline(self.left_s() * part, self.clock)
+
+
+def read_documents(setup: Setup, limit: int, deadline: Deadline | None = None, say: Say = silent) -> Stream:
+    """The sizes of the first `limit` documents of the mixture, as one slot would read them; fewer where the
+    time is over, but one.
+    """
     deals = tuple(replace(deal, slots=1) for deal in setup.settings.deals)
     settings = replace(setup.settings, deals=deals, budget=Budget(UNLIMITED, 1, UNLIMITED))
     cache = ShardCache(setup.open_shard, 64, Patience(setup.storage_timeout_s))
     slot = Slot(0, settings, setup.tokenizer, cache, Search(settings, setup.tokenizer, cache).require)
-    read = list(itertools.islice(iter(slot.draw, None), limit))
-    documents = [sizes_of(entry.payload.sample) for entry in read]
-    return Stream(
-        documents, [entry.source for entry in read], settings.weights, settings.weight_by == "tokens"
-    )
+    documents: list[SizedDocument] = []
+    sources: list[int] = []
+    for entry in iter(slot.draw, None):
+        documents.append(sizes_of(entry.payload.sample))
+        sources.append(entry.source)
+        say(f"reading: {len(documents):,} of up to {limit:,} documents")
+        if len(documents) == limit or (deadline and not deadline.left_s()):
+            break
+    return Stream(documents, sources, settings.weights, settings.weight_by == "tokens")
 
 
 def sizes_of(sample: Sample) -> SizedDocument:
@@ -88,68 +96,158 @@ def sizes_of(sample: Sample) -> SizedDocument:
     return [part for part in (*parts, (sample.length - cursor, 0)) if part[0]]
 
 
-def patches_per_token(documents: Iterable[SizedDocument]) -> float:
-    """The ratio over all documents together."""
-    tokens, patches = np.sum([part for document in documents for part in document], axis=0)
-    return float(patches / tokens)
+class Data(NamedTuple):
+    """What is to be packed, and by which rules."""
+
+    stream: Stream
+    prices: Prices
+    merge: int
+    largest: int  # patches of the largest image that may come
+    ratio: float  # patches per token
+
+    @classmethod
+    def of(cls, stream: Stream, prices: Prices, merge: int, largest: int) -> "Data":
+        """With the ratio of the documents."""
+        return cls(stream, prices, merge, largest, patches_per_token(stream.documents))
+
+    def cost(self, occupancy: Occupancy) -> float:
+        """FLOPs for a useful token."""
+        return occupancy.cost(self.prices, self.ratio)
+
+    def length(self, patches: float) -> int:
+        """About so many, as L: a multiple of merge squared, no shorter than the largest image."""
+        square = self.merge**2
+        return max(round(patches / square), math.ceil(self.largest / square), 1) * square
 
 
-def fitting_budget(seq_len: int, rows: int, ratio: float, merge: int, largest_image: int) -> Budget:
-    """S with the L that `ratio` asks for: a multiple of merge squared, no shorter than the largest image."""
-    per_row = round(seq_len * ratio / rows / merge**2) * merge**2
-    return Budget(seq_len, rows, max(per_row, largest_image, merge**2))
+class Trials:
+    """What was tried, each case once, by `processes` at a time, until the time is over."""
+
+    def __init__(self, data: Data, deadline: Deadline, processes: int = 1, say: Say = silent):
+        self.data = data
+        self.deadline = deadline
+        self.say = say
+        self.seen: dict[Case, Occupancy] = {}
+        self.pool = start_pool(processes, data) if processes > 1 else None
+
+    def run(self, cases: Iterable[Case]) -> bool:
+        """Try those that were not; False where the time did not suffice. Of the first ones, one is tried."""
+        new = [case for case in dict.fromkeys(cases) if case not in self.seen]
+        for occupancy in self._occupancies(new):
+            case = Case(occupancy.budget, occupancy.buffer)
+            self.seen[case] = occupancy
+            budget, flops = case.budget, self.data.cost(occupancy)
+            what = f"S {budget.seq_len}, L {budget.patches_per_row}: {flops / 1e9:.4g} GFLOPs a useful token"
+            self.say(f"trying: {len(self.seen)} sizes, {what}")
+            if not self.deadline.left_s():
+                break
+        return all(case in self.seen for case in new)
+
+    def _occupancies(self, cases: Sequence[Case]) -> Iterator[Occupancy]:
+        if self.pool is None:
+            yield from (simulate(self.data.stream, case, self.data.merge) for case in cases)
+            return
+        futures = [self.pool.submit(simulate_kept, case) for case in cases]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        finally:
+            for future in futures:
+                future.cancel()
+
+    def of(self, case: Case) -> dict[int, float]:
+        """L -> cost, of what differs from `case` in L alone."""
+        return {
+            tried.budget.patches_per_row: self.data.cost(occupancy)
+            for tried, occupancy in self.seen.items()
+            if with_length(tried, 0) == with_length(case, 0)
+        }
+
+    def close(self) -> None:
+        """Ends the processes."""
+        if self.pool:
+            self.pool.shutdown(cancel_futures=True)
 
 
-def simulate(stream: Stream, budget: Budget, buffer: int, merge: int) -> Occupancy:
-    """Pack the documents in this order.
+def start_pool(processes: int, data: Data) -> ProcessPoolExecutor:
+    """Processes that have the documents."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([simulate.__module__])
+    return ProcessPoolExecutor(processes, context, keep, (data.stream, data.merge))
 
-    Neither the first rows count nor those that only empty the look-ahead.
+
+def with_length(case: Case, length: int) -> Case:
+    """Another L."""
+    return case._replace(budget=replace(case.budget, patches_per_row=length))
+
+
+def search(
+    trials: Trials,
+    seq_lens: Sequence[int],
+    rows: Sequence[int],
+    buffers: Sequence[int],
+    job: Case | None = None,
+) -> list[Occupancy]:
+    """The best L of each S, number of rows and look-ahead, and the job as it is first, if it is given.
+
+    L is sought with the first of `buffers`; the others are tried with what was found.
     """
-    splitter, mixture = Splitter(budget, merge), Mixture(stream.weights, seed=0, slot=0)
-    look_ahead: LookAhead[int] = LookAhead(splitter, buffer, mixture, stream.by_tokens)
-    left = list(reversed(list(zip(stream.documents, stream.sources, strict=True))))
-
-    def draw() -> Queued[int] | None:
-        if not left:
-            return None
-        document, source = left.pop()
-        outline = outline_of(document)
-        mixture.give(source, outline.length if stream.by_tokens else 1)
-        return Queued(len(rows), outline, source, splitter)
-
-    rows: list[list[Taken[int]]] = []
-    spent_s, waits = 0.0, [0]
-    while True:
-        look_ahead.refill(draw)
-        if not left:
-            break
-        started = time.process_time()
-        rows.append(look_ahead.take())
-        spent_s += time.process_time() - started
-        waits += [len(rows) - 1 - taken.queued.payload for taken in rows[-1] if taken.queued.start == 0]
-    counted = rows[int(len(rows) * WARM_UP) :]
-    count = max(1, len(counted))
-    pieces = [taken.queued.way(taken.end) for row in counted for taken in row]
-    return Occupancy(
-        budget=budget,
-        buffer=buffer,
-        rows=len(counted),
-        tokens=sum(piece.tokens for piece in pieces) / (count * budget.seq_len),
-        patches=sum(piece.patches for piece in pieces) / (count * budget.patches),
-        plan_s=spent_s / max(1, len(rows)),
-        images=sum(len(taken.places) for row in counted for taken in row) / count,
-        longest_wait=max(waits),
-    )
+    data = trials.data
+    kinds = [
+        Case(Budget(seq_len, count, data.length(data.ratio * seq_len / count)), buffers[0])
+        for seq_len, count in product(seq_lens, rows)
+    ]
+    first = [job] if job else []
+    wanted = {
+        kind: [data.length(kind.budget.patches_per_row * factor) for factor in FACTORS] for kind in kinds
+    }
+    while wanted and trials.run([*first, *in_turn(wanted)]):
+        wanted = {kind: lengths for kind in wanted if (lengths := next_lengths(trials.of(kind), data.length))}
+    best = [
+        with_length(kind, min(sorted(costs), key=costs.__getitem__))
+        for kind in kinds
+        if (costs := trials.of(kind))
+    ]
+    best = [case._replace(buffer=buffer) for case in best for buffer in buffers]
+    trials.run(best)
+    return [trials.seen[case] for case in dict.fromkeys([*first, *best]) if case in trials.seen]
 
 
-def advise(
-    stream: Stream, seq_len: int, rows: int, buffer: int, merge: int, largest_image: int, patch_cost: float
-) -> Occupancy:
-    """The L at which a token costs least for this S, number of rows and look-ahead.
+def in_turn(wanted: Mapping[Case, Sequence[int]]) -> list[Case]:
+    """The first length of each, then the second of each: where time is short, something is known of all."""
+    rounds = zip_longest(*([with_length(kind, each) for each in lengths] for kind, lengths in wanted.items()))
+    return [case for cases in rounds for case in cases if case]
 
-    patch_cost: what a patch costs to encode, in tokens of the decoder.
+
+def best_of(seen: Sequence[Occupancy], data: Data, seq_len: int, buffer: int) -> Occupancy:
+    """That costs least; of those that cost as much, one with the job's own S and look-ahead."""
+    least = min(map(data.cost, seen))
+    alike = [occupancy for occupancy in seen if data.cost(occupancy) <= least * ALIKE]
+    return min(alike, key=lambda o: (o.budget.seq_len != seq_len, o.buffer != buffer, data.cost(o)))
+
+
+def next_lengths(costs: dict[int, float], length: Callable[[float], int]) -> list[int]:
+    """Where to look next: beyond the best of what was tried while it is the last on a side, then halfway to
+    its neighbours, until those are near. `length`: the L that may stand for so many patches.
     """
-    ratio = patches_per_token(stream.documents)
-    budgets = {fitting_budget(seq_len, rows, ratio * slack, merge, largest_image) for slack in SLACKS}
-    seen = [simulate(stream, budget, buffer, merge) for budget in sorted(budgets)]
-    return min(seen, key=lambda occupancy: occupancy.cost(patch_cost))
+    tried = sorted(costs)
+    place = min(range(len(tried)), key=lambda i: costs[tried[i]])
+    best, neighbours = tried[place], tried[max(0, place - 1) : place + 2]
+    beyond = [length(best * BEYOND**step) for step in (-1, 1) if best == tried[0 if step < 0 else -1]]
+    between = [
+        length(math.sqrt(best * each)) for each in neighbours if max(best, each) / min(best, each) > NEAR
+    ]
+    new = ([each for each in found if each not in costs] for found in (beyond, between))
+    return next(filter(None, new), [])
+
+
+def advise(data: Data, seq_len: int, rows: int, buffer: int) -> Occupancy:
+    """The L at which a useful token costs least for this S, number of rows and look-ahead."""
+    with closing(Trials(data, Deadline(math.inf))) as trials:
+        (found,) = search(trials, [seq_len], [rows], [buffer])
+    return found
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
