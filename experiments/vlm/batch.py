@@ -23,6 +23,11 @@ here; t is 0, on padding -1).
 
     tokens ... source_ids [1, 16]    pixel_values [1, 16, 768]    grid_thw [1, 16, 3]
 
+Where an encoder has a class token and registers, each image has a cell for each of them behind its patches,
+with t = 0 and h = w = -2, and padding up to a multiple of spatial_merge_size squared, since so many cells
+merge. With five of them the second image would begin at patch 12: behind 0,0 0,1 1,0 1,1, five cells -2,-2
+and three of padding.
+
 A second document would begin at place 14 with document id 1 and position 0, its images at patch 12.
 """
 
@@ -30,6 +35,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 IGNORE = -100  # a label where no loss is due
+EXTRA = -2  # h and w of the cells of class token and registers
 
 
 class Field(NamedTuple):

@@ -88,7 +88,7 @@ def check_model(job: VLMJobConfig) -> VLMConfig:
     """The model, and what it asks of the job but for data and devices. Raises ConfigError."""
     check_ranges(job, RANGES)
     config = model_config(job)
-    check_patches(job, config.projector.merge_size)
+    check_patches(job, config)
     return config
 
 
@@ -103,10 +103,10 @@ def check_weights(job: VLMJobConfig) -> None:
         read_tensors(folder)
 
 
-def check_patches(job: VLMJobConfig, merge_size: int) -> None:
+def check_patches(job: VLMJobConfig, config: VLMConfig) -> None:
     """The budget of a row, the largest image in it, and the visual tokens of that image in a slot."""
-    d, length = job.data, job.training.seq_len
-    square = merge_size**2
+    d, length, encoder = job.data, job.training.seq_len, config.encoder
+    square = config.projector.merge_size**2
     for key in ("patches_per_row", "max_patches_per_image"):
         value = getattr(d, key)
         fitting = max(1, value // square) * square
@@ -117,9 +117,20 @@ def check_patches(job: VLMJobConfig, merge_size: int) -> None:
         d.max_patches_per_image <= d.patches_per_row,
         f"{largest} is more than a row holds (data.patches_per_row = {d.patches_per_row})",
     )
+    extra = -(-encoder.extra_cells // square) * square
+    require(
+        d.max_patches_per_image + extra <= d.patches_per_row,
+        f"{largest} and {extra} cells of the encoder's class token and registers are more than a row holds "
+        f"(data.patches_per_row = {d.patches_per_row})",
+    )
+    require(
+        not encoder.feature_extra or square == 1,
+        "class token and registers are visual tokens here, which patches must not merge with: "
+        "data.spatial_merge_size must be 1",
+    )
     smallest = f"data.min_patches_per_image = {d.min_patches_per_image}"
     require(d.min_patches_per_image <= d.max_patches_per_image, f"{smallest} is more than {largest}")
-    needed = d.max_patches_per_image // square + 2
+    needed = d.max_patches_per_image // square + encoder.extra_cells * encoder.feature_extra + 2
     require(
         needed <= length,
         f"{largest} makes {needed} tokens with begin and end of image, more than training.seq_len = "

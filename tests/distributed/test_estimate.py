@@ -11,6 +11,7 @@ import torch.distributed as dist
 from experiments.vlm.estimate import estimate
 from experiments.vlm.model.config import EncoderConfig, ProjectorConfig, VLMConfig
 from experiments.vlm.model.flavors import FLAVORS
+from experiments.vlm.model.towers import dinov3
 from tests.distributed.pool import Pool
 from tests.distributed.table import layout
 from tests.reference.live_memory import LiveMemory
@@ -26,6 +27,11 @@ DECODER = DecoderConfig(128, 6, 8, 4, 16, 384, VOCAB, 10000.0, norm_eps=1e-5)
 FLAVORS["estimated"] = VLMConfig(ENCODER, ProjectorConfig(96), DECODER)
 FLAVORS["estimated-tied"] = VLMConfig(
     ENCODER, ProjectorConfig(96), dataclasses.replace(DECODER, tied_embeddings=True)
+)
+FLAVORS["estimated-dinov3"] = VLMConfig(
+    EncoderConfig(128, 6, 4, 512, 4, **dinov3.KIND, **dinov3.PLAIN, gated_mlp=True, feature_layers=(1, -3)),
+    ProjectorConfig(96),
+    DECODER,
 )
 SIZES = {
     "model.flavor": "estimated",
@@ -112,6 +118,8 @@ FURTHER = [
     layout("pp2, frozen by pattern", 2, slots=4, pp=2, freeze=FREEZE),
     layout("fsdp2, muon", 2, slots=2, optimizer="Muon"),
     layout("fsdp2, tied", 2, slots=2, model="estimated-tied"),
+    layout("fsdp2, dinov3, layers behind the feature", 2, slots=2, model="estimated-dinov3"),
+    layout("tp2, dinov3, frozen encoder", 2, slots=2, tp=2, model="estimated-dinov3", freeze=["encoder"]),
 ]
 
 

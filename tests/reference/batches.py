@@ -46,6 +46,12 @@ class Sizes:
     patch_rows: int = 1
     patch_size: int = 4
     merge: int = 2
+    extra: int = 0  # class token and registers of each image
+
+    def cells(self, height: int, width: int) -> int:
+        """Of a patch row, that a picture takes: its extra cells in whole groups of those that merge."""
+        group = self.merge**2
+        return height * width + (self.extra + group - 1) // group * group
 
 
 def build_batch(slots: list[list[Document]], sizes: Sizes) -> dict[str, Tensor]:
@@ -90,12 +96,14 @@ def build_batch(slots: list[list[Document]], sizes: Sizes) -> dict[str, Tensor]:
 def _place(picture: Picture, b: int, used: list[int], batch: dict[str, Tensor], sizes: Sizes) -> list[int]:
     """Write the patches; return the indices of their visual tokens in the slot."""
     height, width = picture.size
-    row = next(r for r, n in enumerate(used) if n + height * width <= sizes.patches_per_row)
+    row = next(r for r, n in enumerate(used) if n + sizes.cells(height, width) <= sizes.patches_per_row)
     start, n = used[row], b * sizes.patch_rows + row
     for offset, (h, w) in enumerate(merge_order(height, width, sizes.merge)):
         batch["pixel_values"][n, start + offset] = picture.patches[h, w]
         batch["grid_thw"][n, start + offset] = torch.tensor([0, h, w])
-    used[row] += height * width
+    for number in range(sizes.extra):
+        batch["grid_thw"][n, start + height * width + number] = torch.tensor([0, -2, -2])
+    used[row] += sizes.cells(height, width)
     per_token = sizes.merge**2
     first = (row * sizes.patches_per_row + start) // per_token
     return list(range(first, first + height * width // per_token))

@@ -1,6 +1,7 @@
 """Hugging Face folders of small models with random weights, and what transformers computes with them."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,34 @@ def fixed_model(head: bool = False) -> nn.Module:
     values = hf_vision_config(ENCODER, head).to_dict()
     kept = {k: v for k, v in values.items() if k not in ("model_type", "num_patches", "architectures")}
     return SiglipVisionModel(SiglipVisionConfig(**kept, image_size=34))
+
+
+WIDTHS: dict[str, Any] = {
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "patch_size": 4,
+}
+
+
+def clip_model() -> nn.Module:
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    return CLIPVisionModel(CLIPVisionConfig(**WIDTHS, image_size=34))
+
+
+def aimv2_model(native: bool = True, **options) -> nn.Module:
+    from transformers import Aimv2VisionConfig, Aimv2VisionModel
+
+    sizes = WIDTHS | {"use_head": False, "image_size": 34} | options
+    return Aimv2VisionModel(Aimv2VisionConfig(**sizes, is_native=native))
+
+
+def dinov3_model(**options) -> nn.Module:
+    from transformers import DINOv3ViTConfig, DINOv3ViTModel
+
+    return DINOv3ViTModel(DINOv3ViTConfig(**WIDTHS | {"num_register_tokens": 4} | options))
 
 
 def whole_model(config: DecoderConfig = QWEN2, merge: int = 2, norm: bool = True) -> nn.Module:

@@ -20,6 +20,7 @@ from experiments.vlm.check import check_encoder, check_patches
 from experiments.vlm.config import Source, VLMJobConfig
 from experiments.vlm.model.config import EncoderConfig, ProjectorConfig, VLMConfig
 from experiments.vlm.model.flavors import FLAVORS
+from experiments.vlm.model.towers import aimv2, clip, dinov3
 from experiments.vlm.model_config import model_config
 from experiments.vlm.spec import SPEC
 from tests.reference.batches import Document, Picture, Sizes, build_batch, draw_picture
@@ -42,6 +43,21 @@ DECODERS = {
     "qwen3": dataclasses.replace(DECODER, qk_norm=True),
     "qwen3-tied": dataclasses.replace(DECODER, qk_norm=True, tied_embeddings=True),
 }
+# One of each kind: a class token with a place of its own, of the second last layer; waves and a gated MLP;
+# rotary positions, registers and scales, with two features side by side.
+TOWERS = {
+    "clip": EncoderConfig(32, 3, 4, 64, 4, 4, 1e-5, **clip.KIND, activation="quick_gelu"),
+    "aimv2": EncoderConfig(32, 2, 4, 64, 4, 4, 1e-5, **aimv2.KIND, **aimv2.PLAIN, positions="waves"),
+    "dinov3": EncoderConfig(
+        32, 3, 4, 64, 4, **dinov3.KIND, **dinov3.PLAIN, gated_mlp=True, feature_layers=(1, -2)
+    ),
+}
+FLAVORS.update(
+    {
+        f"small-{name}": VLMConfig(tower, ProjectorConfig(48), DECODERS["qwen3"])
+        for name, tower in TOWERS.items()
+    }
+)
 FLAVORS.update(
     {f"small-{name}": VLMConfig(ENCODER, ProjectorConfig(48), decoder) for name, decoder in DECODERS.items()}
 )
@@ -97,12 +113,11 @@ def draw_slot(seed: int, sizes: Sizes, text_only: bool) -> list[Document]:
         needed = len(document[0])  # type: ignore[arg-type]
         for _ in range(0 if text_only else draw.randrange(3)):
             height, width = draw.choice([(2, 2), (2, 6), (8, 2), (4, 4), (2, 12)])
-            row = next(
-                (r for r, used in enumerate(rows) if used + height * width <= sizes.patches_per_row), None
-            )
+            cells = sizes.cells(height, width)
+            row = next((r for r, used in enumerate(rows) if used + cells <= sizes.patches_per_row), None)
             if row is None:
                 continue
-            rows[row] += height * width
+            rows[row] += cells
             document += [
                 draw_picture(height, width, sizes.patch_size, draw.randrange(10**6)),
                 [draw.randrange(4, VOCAB)],
@@ -168,7 +183,8 @@ class DrawnLoader:
     def __init__(self, job: VLMJobConfig, tokenizer: Any, *, rank: int, ranks: int, split: str, **_: Any):
         data, model = job.data, model_config(job)
         rows = job.training.seq_len, data.patches_per_row, data.patch_rows
-        self.sizes = Sizes(*rows, model.encoder.patch_size, model.projector.merge_size)
+        encoder = model.encoder
+        self.sizes = Sizes(*rows, encoder.patch_size, model.projector.merge_size, encoder.extra_cells)
         self.total = resolve_batch(job, int(os.environ.get("WORLD_SIZE", "1"))).global_
         each = self.total // ranks
         self.mine = list(range(rank * each, (rank + 1) * each))
@@ -222,7 +238,7 @@ def check_sizes(job: VLMJobConfig, ranks: int) -> None:
     resolve_batch(job, ranks)
     check_sequence(job, sizes)
     check_pipeline(job, sizes)
-    check_patches(job, config.projector.merge_size)
+    check_patches(job, config)
     check_encoder(job, config.encoder, sizes)
     check_decoder(config.decoder, job, sizes, job.parallelism.pipeline_parallel_encoder_stage)
 

@@ -84,12 +84,13 @@ def test_every_token_knows_its_source(data, tmp_path):
             )
 
 
-@pytest.mark.parametrize("rows", [1, 4])
-def test_every_document_comes_with_its_own_text_and_images(data, tmp_path, rows):
+@pytest.mark.parametrize(("rows", "flavor", "extra"), [(1, "", 0), (4, "", 0), (2, "dinov3-S-qwen3-0.6B", 5)])
+def test_every_document_comes_with_its_own_text_and_images(data, tmp_path, rows, flavor, extra):
     """From the tensors back: the text is the file's, and the patches that the placeholders point at are the
-    decoded images.
+    decoded images. Behind those are cells for class token and registers, in whole groups of those that merge.
     """
     job = make_job(data, tmp_path, patch_rows=rows, patches_per_row=256 // rows, epochs=1)
+    job.model.flavor = flavor
     setup = make_setup(job, TOKENIZER, "train", 2)
     found = defaultdict(lambda: ([], []))  # (source, shard, key) -> tokens, images
     for tensors, _, samples in batches(job, count=200):
@@ -105,6 +106,10 @@ def test_every_document_comes_with_its_own_text_and_images(data, tmp_path, rows)
             patches = (visual[visual >= 0, None] * 4 + np.arange(4)).flatten()
             starts = np.flatnonzero((grid[patches][:, 1:] == 0).all(-1))
             images += [(pixels[p], grid[p]) for p in np.split(patches, starts[1:]) if len(p)]
+            for last in (p[-1] for p in np.split(patches, starts[1:]) if len(p)):
+                cells = slice(last + 1, last + 1 + -(-extra // 4) * 4)
+                behind = [[0, -2, -2]] * extra + [[-1, -1, -1]] * (-extra % 4)
+                assert grid[cells].tolist() == behind and not pixels[cells].any()
     assert len(found) == 102
     for (source, shard, key), (tokens, images) in found.items():
         number = [deal.name for deal in setup.settings.deals].index(source)

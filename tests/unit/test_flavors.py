@@ -32,6 +32,13 @@ ENCODER_PARAMETERS = {
     "large": 303_361_024,  # google/siglip2-large-patch16: sizes of the paper
     "so400m": 412_649_712,  # google/siglip2-so400m-patch16-naflex
     "giant": 1_134_838_272,  # google/siglip2-giant-opt-patch16: sizes of the paper
+    # transformers 5.24 on the meta device, without pooling heads.
+    "siglip-so400m": 412_987_248,  # google/siglip-so400m-patch14-384
+    "clip-L": 303_507_456,  # openai/clip-vit-large-patch14-336
+    "aimv2-L": 308_935_680,  # apple/aimv2-large-patch14-native
+    "dinov3-S": 21_596_544,  # facebook/dinov3-vits16-pretrain-lvd1689m, with its mask token
+    "dinov3-B": 85_660_416,  # facebook/dinov3-vitb16-pretrain-lvd1689m
+    "dinov3-L": 303_129_600,  # facebook/dinov3-vitl16-pretrain-lvd1689m
 }
 
 

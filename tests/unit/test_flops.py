@@ -9,14 +9,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from experiments.vlm.batch import Batch
 from experiments.vlm.config import PARTS
 from experiments.vlm.flops import Work, count_flops, flops_of_work, image_pairs
-from experiments.vlm.model.config import ProjectorConfig, VLMConfig
+from experiments.vlm.model.config import EncoderConfig, ProjectorConfig, VLMConfig
+from experiments.vlm.model.towers import dinov3
 from experiments.vlm.model.vlm import VLM
 from experiments.vlm.stages import stage_costs
 from tests.reference.batches import Sizes, build_batch, draw_picture, words
 from tests.reference.models import ENCODER, LLAMA, QWEN2, small_vlm
 from tests.reference.small_run import PATCHES, SEQ_LEN, job_of
 from torchtitan.components import freezing
-from torchtitan.components.flops import causal_pairs, segment_pairs
+from torchtitan.components.flops import causal_pairs, product_flops, segment_pairs, total_of
 from torchtitan.components.lora import adapt
 from torchtitan.config.job import LoRA
 from torchtitan.config.layout import Degrees
@@ -86,6 +87,34 @@ def test_flops_equal_those_that_pytorch_counts(freeze, norm, decoder):
     again = layers * causal * whole // 2 + images // 2
     extra = table + causal * (whole - allowed) * (config.decoder.layers + 2 * layers) + again
     assert counter.get_total_flops() - extra == count_flops(model)(batch)
+
+
+@pytest.mark.parametrize("freeze", [(), ("encoder",), ("projector", "decoder")], ids=" ".join)
+def test_flops_of_a_tower_with_registers_and_layers_behind_its_feature_are_those_that_pytorch_counts(freeze):
+    """Extra cells pass the layers, but are neither pixels nor visual tokens."""
+    tower = EncoderConfig(
+        48, 3, 4, 80, 4, **dinov3.KIND, **dinov3.PLAIN, gated_mlp=True, feature_layers=(1, -2)
+    )
+    model = VLM(VLMConfig(tower, ProjectorConfig(56, merge_size=1), LLAMA), LLAMA.vocab_size, "sdpa", 16)
+    freezing.freeze(model, freeze)
+    sizes = Sizes(seq_len=32, patches_per_row=22, merge=1, extra=5)
+    pictures = [draw_picture(2, 4, 4, 0), draw_picture(2, 2, 4, 1)]
+    documents = [[words(4, 0), pictures[0], words(4, 1)], [words(6, 2), pictures[1], words(6, 3)]]
+    batch = Batch(build_batch([documents], sizes), {"tokens": 32, "patches": 22}, [])
+    assert (batch.tensors["grid_thw"][..., 0] >= 0).all()
+    with FlopCounterMode(display=False) as counter:
+        model(**batch.tensors).sum().backward()
+    trains, products = "encoder" not in freeze, product_flops(model)
+    not_useful = 10 * (products["encoder.embedding.projection"] + total_of("projector", products))
+    not_useful += 2 * 22 * 5 * 48 * (1 + trains)  # vectors of the extra cells, by a product
+    # Scores again in backward, in the two layers of each tower; and the upper triangle of what is causal.
+    whole, triangles, images = 2 * 16**2, 2 * 16 * 17 // 2, 13**2 + 9**2
+    not_useful += (2 * 2 * 48 * images) * trains + 2 * 2 * 64 * whole
+    not_useful += 4 * 64 * (whole - triangles) * 2 * 3
+    assert counter.get_total_flops() - not_useful == count_flops(model)(batch)
+    job = job_of({"activation_checkpoint.mode": "none", "activation_checkpoint.encoder_mode": "none"}, "")
+    layers, first, last = stage_costs(model, job, Degrees(1, 1, 1, 1, 2))
+    assert first + sum(layers) + last == flops_of_work(model)(Work(PATCHES, SEQ_LEN, 0, 0))
 
 
 @pytest.mark.parametrize("freeze", [*FREEZES, *BY_TENSOR], ids=" ".join)

@@ -3,6 +3,7 @@ counted in two other ways.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -33,6 +34,15 @@ def encoder_block() -> nn.Module:
     return EncoderBlock(ENCODER, "sdpa")
 
 
+def other_encoder_block() -> nn.Module:
+    """Every switch of a block thrown."""
+    other = {"norm": "rms", "attention_biases": "qo", "mlp_bias": False, "layer_scale": True}
+    return EncoderBlock(replace(ENCODER, **other, gated_mlp=True, activation="silu"), "sdpa")
+
+
+ENCODER_BLOCKS = [encoder_block, other_encoder_block]
+
+
 def blocks_of(
     make: Callable[[], nn.Module], count: int, dtype: torch.dtype, trains: bool, device: str
 ) -> nn.ModuleDict:
@@ -44,8 +54,8 @@ def blocks_of(
 def rest_of_arguments(make: Callable, device: str) -> tuple:
     """Of a block, after the residual stream: what a step prepares once for all layers."""
     segments = torch.zeros(SLOTS, LENGTH, dtype=torch.int32, device=device)
-    mask = prepare_mask(Mask(segments, causal=make is not encoder_block), "sdpa")
-    if make is encoder_block:
+    mask = prepare_mask(Mask(segments, causal=make not in ENCODER_BLOCKS), "sdpa")
+    if make in ENCODER_BLOCKS:
         return (mask,)
     if make not in BLOCKS:
         return ()
@@ -105,7 +115,7 @@ def decoder_block_with_norms() -> nn.Module:
     return decoder_block(qk_norm=True)
 
 
-BLOCKS = [decoder_block, decoder_block_with_norms, encoder_block]
+BLOCKS = [decoder_block, decoder_block_with_norms, *ENCODER_BLOCKS]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

@@ -17,7 +17,17 @@ from experiments.vlm.model.config import ProjectorConfig, VLMConfig
 from experiments.vlm.model.vlm import VLM
 from experiments.vlm.spec import build_vlm
 from tests.reference.batches import build_batch, example_slots
-from tests.reference.hf_folders import decoder_model, fixed_model, naflex_model, save, state_of, whole_model
+from tests.reference.hf_folders import (
+    aimv2_model,
+    clip_model,
+    decoder_model,
+    dinov3_model,
+    fixed_model,
+    naflex_model,
+    save,
+    state_of,
+    whole_model,
+)
 from tests.reference.models import ENCODER, LLAMA, QWEN2, QWEN3
 from tests.unit.test_hf_import import DECODERS, assert_packed_equals_alone, job_of, load
 from tests.unit.test_vlm import sizes_of
@@ -36,6 +46,7 @@ def folders(tmp_path_factory):
         f"whole-{name}": save(whole_model(config), at / f"whole-{name}") for name, config in WHOLE.items()
     }
     made["naflex"] = save(naflex_model(), at / "naflex", torch.float16)
+    made |= {name: save(make(), at / name) for name, make in TOWERS.items()}
     return made | {"fixed": save(fixed_model(), at / "fixed")}
 
 
@@ -67,7 +78,13 @@ def test_a_whole_model_goes_in_and_out_bit_for_bit(folders, tmp_path, name):
     assert_same(folders[f"whole-{name}"], tmp_path / "back")
 
 
-@pytest.mark.parametrize("encoder, decoder", [("fixed", "qwen3"), *(("naflex", name) for name in DECODERS)])
+TOWERS = {"clip": clip_model, "aimv2": aimv2_model, "dinov3": dinov3_model}
+
+
+@pytest.mark.parametrize(
+    "encoder, decoder",
+    [*((name, "qwen3") for name in ("fixed", *TOWERS)), *(("naflex", name) for name in DECODERS)],
+)
 def test_parts_go_in_and_out_bit_for_bit(folders, tmp_path, encoder, decoder):
     parts = {"encoder": folders[encoder], "decoder": folders[decoder]}
     named = [word for part, folder in parts.items() for word in (f"--{part}", folder)]

@@ -19,7 +19,9 @@ ROWS = {
     if line.startswith("| ") and (cells := [cell.strip() for cell in line.strip("| ").split(" | ")])
 }
 OF_ENCODER = {
-    name: next((REPOSITORY / "tests/published").glob(f"siglip2-{name}-*.json")) for name in ENCODERS
+    name: next((REPOSITORY / "tests/published").glob(f"siglip2-{name}-*.json"))
+    for name in ENCODERS
+    if "-" not in name  # of other families test_towers.py asks transformers
 }
 OF_DECODER = {
     name: next(
@@ -79,7 +81,8 @@ def test_a_flavor_is_the_sum_of_its_parts():
         assert total == sum(parts), name
         assert float(trained.split()[0]) == pytest.approx(8 * float(bf16.split()[0]), rel=0.01)
         if name != "debugmodel":
-            tower, _, language = name.partition("-")
+            tower = next(tower for tower in ENCODERS if name.startswith(f"{tower}-"))
+            language = name.removeprefix(f"{tower}-")
             assert (parts[0], parts[2]) == (ROWS[tower][6], ROWS[language][8])
 
 

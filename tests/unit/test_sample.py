@@ -20,6 +20,10 @@ class Sizes:
     """An image of (height, width) pixels has as many patches."""
 
     merge_size: int = 2
+    extra_cells: int = 0
+
+    def visual_tokens(self, h: int, w: int) -> int:
+        return h * w // self.merge_size**2
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         return height, width

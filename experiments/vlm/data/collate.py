@@ -173,9 +173,11 @@ class _Row:
         index = np.full(len(packed.sample.tokens), FIELDS["visual_index"].padding, np.int64)
         for number in good:
             image, (row, first) = packed.sample.images[number], packed.places[number]
-            visual = image.patches // self.merge
+            visual, patches = image.visual_tokens, image.h * image.w // self.merge
             begin = (row * self.length + first) // self.merge
-            index[image.start + 1 : image.start + 1 + visual] = np.arange(begin, begin + visual)
+            # What extra cells become lies behind the patches, and comes before them among the tokens.
+            cells = np.roll(np.arange(begin, begin + visual), visual - patches)
+            index[image.start + 1 : image.start + 1 + visual] = cells
         return index
 
     def _write(

@@ -34,6 +34,7 @@ import torch
 from PIL import ExifTags
 from PIL import Image as PILImage
 
+from experiments.vlm.batch import EXTRA, FIELDS
 from experiments.vlm.data.jpeg_header import plain_jpeg_size
 from experiments.vlm.data.memory_budget import MemoryBudget
 from experiments.vlm.data.rejects import Rejected
@@ -76,6 +77,17 @@ class ImagePlan:
     min_patches: int = 4
     max_patches: int = 1024  # a multiple of merge_size squared
     resize: Literal["native", "square"] = "native"
+    extra: int = 0  # class token and registers, which an image has in the encoder besides its patches
+    extra_tokens: bool = False  # they become visual tokens too, the first of the image
+
+    @property
+    def extra_cells(self) -> int:
+        """Cells of a patch row behind the patches of an image: whole groups of those that merge."""
+        return -(-self.extra // self.merge_size**2) * self.merge_size**2
+
+    def visual_tokens(self, h: int, w: int) -> int:
+        """Of an image of h x w patches."""
+        return h * w // self.merge_size**2 + self.extra * self.extra_tokens
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Patches (h, w) of an image of that many pixels: multiples of merge_size, h * w <= max_patches.
@@ -165,11 +177,15 @@ def write_patches(image: np.ndarray, plan: ImagePlan, out_patches: np.ndarray, o
     """Write an image uint8 [H, W, 3] as patches, '(h m1 ph) (w m2 pw) c -> (h w m1 m2) (ph pw c)', with
     coordinates.
 
-    out_patches: uint8 [n, D], contiguous, n = H * W / patch_size^2. out_thw: int32 [n, 3], (0, h, w) of each
-    patch.
+    out_patches: uint8 [n, D], contiguous, n = H * W / patch_size^2, and the plan's extra cells behind them.
+    out_thw: int32 [n, 3], (0, h, w) of each patch.
     """
     patch, m = plan.patch_size, plan.merge_size
     h, w = (side // (patch * m) for side in image.shape[:2])
+    if plan.extra:
+        count = h * w * m * m
+        _write_extra(plan, out_patches[count:], out_thw[count:])
+        out_patches, out_thw = out_patches[:count], out_thw[:count]
     # One row of pixels of one patch moves as a single value of patch * 3 bytes.
     strip = np.dtype(f"V{patch * 3}")
     rows = np.ascontiguousarray(image).reshape(image.shape[0], -1).view(strip)
@@ -181,6 +197,13 @@ def write_patches(image: np.ndarray, plan: ImagePlan, out_patches: np.ndarray, o
     coordinates[..., 0] = 0
     coordinates[..., 1] = np.arange(h * m).reshape(h, 1, m, 1)
     coordinates[..., 2] = np.arange(w * m).reshape(1, w, 1, m)
+
+
+def _write_extra(plan: ImagePlan, patches: np.ndarray, thw: np.ndarray) -> None:
+    """Cells of class token and registers, and padding up to a whole group."""
+    patches[:] = FIELDS["pixel_values"].padding
+    thw[:] = FIELDS["grid_thw"].padding
+    thw[: plan.extra] = 0, EXTRA, EXTRA
 
 
 def _open(data: bytes) -> PILImage.Image:

@@ -5,7 +5,7 @@ decoded.
 
     document      [bos] parts [eos]      without bos where the tokenizer has none
     conversation  parts                  its chat template writes where it begins and ends
-    image         begin_image, image * (h * w / merge^2), end_image
+    image         begin_image, image * plan.visual_tokens(h, w), end_image
     target        a token that is to be predicted from the one before it. Text is, and eos; bos, image tokens
                   and texts without loss (a user's turn) are not. So the first text token after an image is
 
@@ -30,8 +30,12 @@ class Grid(Protocol):
     """The part of ImagePlan that planning needs: sizes in patches from sizes in pixels."""
 
     @property
-    def merge_size(self) -> int:
-        """Patches a side that become one visual token."""
+    def extra_cells(self) -> int:
+        """Cells of a patch row behind the patches of an image."""
+
+    def visual_tokens(self, h: int, w: int) -> int:
+        """Of an image of h x w patches."""
+        ...
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Patches (h, w) of an image of that many pixels."""
@@ -48,11 +52,12 @@ class PlannedImage:
     w: int
     visual_tokens: int
     image: Image
+    extra_cells: int = 0  # behind its patches
 
     @property
     def patches(self) -> int:
-        """How many patches the image takes of a patch row."""
-        return self.h * self.w
+        """How many places the image takes of a patch row."""
+        return self.h * self.w + self.extra_cells
 
 
 @dataclass(frozen=True)
@@ -149,9 +154,9 @@ def encode_text(texts: list[Text], tokenizer: Tokenizer) -> Atom:
 def encode_image(image: Image, tokenizer: Tokenizer, plan: Grid, number: int) -> Atom:
     """begin_image, visual tokens, end_image; none of them a target. `number`: among its document's images."""
     h, w = plan.grid(image.height, image.width)
-    visual = h * w // plan.merge_size**2
+    visual = plan.visual_tokens(h, w)
     ids = [tokenizer.begin_image_id, *[tokenizer.image_id] * visual, tokenizer.end_image_id]
-    return Atom(ids, [False] * len(ids), PlannedImage(0, number, h, w, visual, image))
+    return Atom(ids, [False] * len(ids), PlannedImage(0, number, h, w, visual, image, plan.extra_cells))
 
 
 def encode_special(part: Special, tokenizer: Tokenizer) -> Atom:

@@ -111,8 +111,9 @@ def dealing(setup: Setup, deals: Sequence[Deal]) -> Setup:
 def image_plan(job: VLMJobConfig) -> ImagePlan:
     """The rule for the sizes of the job's images. Raises ConfigError as model_config does."""
     data, model = job.data, model_config(job)
-    patch, merge = model.encoder.patch_size, model.projector.merge_size
-    return ImagePlan(patch, merge, data.min_patches_per_image, data.max_patches_per_image, data.resize)
+    encoder, merge = model.encoder, model.projector.merge_size
+    sizes = encoder.patch_size, merge, data.min_patches_per_image, data.max_patches_per_image
+    return ImagePlan(*sizes, data.resize, encoder.extra_cells, encoder.feature_extra)
 
 
 def shape_of(settings: SlotSettings, slots: int) -> BatchShape:

@@ -195,7 +195,7 @@ class Handler(BaseHTTPRequestHandler):
             raise UserError(meaning(rejected.reason)) from None
         plan = self.server.service.prompter.plan
         (h, w), merge = plan.grid(height, width), plan.merge_size
-        self._json(HTTPStatus.OK, {"h": h, "w": w, "tokens": h * w // merge**2, "merge": merge})
+        self._json(HTTPStatus.OK, {"h": h, "w": w, "tokens": plan.visual_tokens(h, w), "merge": merge})
 
     def _json(self, status: HTTPStatus, value: dict[str, Any]) -> None:
         self._send(status, json.dumps(value).encode(), "application/json")

@@ -16,6 +16,12 @@ from torchtitan.models.decoder.model import Decoder
 PUBLISHED = {  # where the weights of a part are
     "base": "google/siglip2-base-patch16-naflex",
     "so400m": "google/siglip2-so400m-patch16-naflex",
+    "siglip-so400m": "google/siglip-so400m-patch14-384",
+    "clip-L": "openai/clip-vit-large-patch14-336",
+    "aimv2-L": "apple/aimv2-large-patch14-native",
+    "dinov3-S": "facebook/dinov3-vits16-pretrain-lvd1689m",
+    "dinov3-B": "facebook/dinov3-vitb16-pretrain-lvd1689m",
+    "dinov3-L": "facebook/dinov3-vitl16-pretrain-lvd1689m",
     "llama3.2-1B": "meta-llama/Llama-3.2-1B",
     "llama3.2-3B": "meta-llama/Llama-3.2-3B",
     "llama3.1-8B": "meta-llama/Llama-3.1-8B",
@@ -58,7 +64,8 @@ ENCODER_HEAD = (
 def encoder_row(name: str) -> Sequence[str]:
     """Sizes, parameters without a pooling head, and bytes of an encoder."""
     c = ENCODERS[name]
-    sizes = (c.dim, c.layers, c.heads, c.mlp_dim, c.patch_size, f"{c.position_grid} x {c.position_grid}")
+    positions = f"{c.position_grid} x {c.position_grid}" if c.positions == "table" else c.positions
+    sizes = (c.dim, c.layers, c.heads, c.mlp_dim, c.patch_size, positions)
     return name, *map(str, sizes), *counted(encoder_parameters(c)), PUBLISHED.get(name, "")
 
 
@@ -98,7 +105,7 @@ def flavor_row(name: str) -> Sequence[str]:
 
 def parameters(config: VLMConfig) -> tuple[int, int, int]:
     """Of encoder, projector and decoder; the vocabulary as published."""
-    projector = projector_parameters(config.projector, config.encoder.dim, config.decoder.dim)
+    projector = projector_parameters(config.projector, config.encoder.feature_dim, config.decoder.dim)
     return encoder_parameters(config.encoder), projector, decoder_parameters(config.decoder)
 
 

@@ -39,7 +39,7 @@ class PatchEmbedding(nn.Module):
         if config.embedding_norm == "all":
             self.norm = make_norm(config)
         if config.mask_token:
-            self.mask_token = nn.Parameter(torch.empty(config.dim), requires_grad=False)
+            self.mask_token = nn.Parameter(torch.zeros(config.dim), requires_grad=False)
 
     def forward(self, pixels_NLC: Tensor, grid_thw_NL3: Tensor, ids_NL: Tensor) -> Tensor:
         """uint8 [N, L, C] -> [N, L, D] in the dtype of the weights."""
@@ -62,10 +62,10 @@ class ExtraCells(nn.Module):
     def __init__(self, config: EncoderConfig):
         super().__init__()
         self.count = config.extra_cells
-        self.class_token = nn.Parameter(torch.empty(config.dim)) if config.class_token else None
+        self.class_token = nn.Parameter(torch.zeros(config.dim)) if config.class_token else None
         placed = config.class_token and config.positions == "table"
-        self.class_position = nn.Parameter(torch.empty(1, config.dim)) if placed else None
-        self.registers = nn.Parameter(torch.empty(config.registers, config.dim)) if config.registers else None
+        self.class_position = nn.Parameter(torch.zeros(1, config.dim)) if placed else None
+        self.registers = nn.Parameter(torch.zeros(config.registers, config.dim)) if config.registers else None
 
     def forward(self, x_NLD: Tensor, grid_thw_NL3: Tensor) -> Tensor:
         """[N, L, D] with the learned vectors in its extra cells, of which every image has all, in order."""

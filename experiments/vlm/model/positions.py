@@ -16,7 +16,7 @@ Letters: N rows, L patches, P side of the table, D width, E width of a head.
 import torch
 from torch import Tensor
 
-EXTRA = -2  # h and w of the cells of class token and registers
+from experiments.vlm.batch import EXTRA
 
 
 def is_extra(grid_thw_NL3: Tensor) -> Tensor:

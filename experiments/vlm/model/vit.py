@@ -85,7 +85,7 @@ class LayerScale(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(dim))
+        self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x_NLD: Tensor) -> Tensor:
         """[N, L, D] -> [N, L, D]."""

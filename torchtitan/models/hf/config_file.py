@@ -40,6 +40,12 @@ class ConfigFile:
         require(value > 0, f"{self.where}: {key} = {value}: must be > 0")
         return value
 
+    def count(self, key: str, default: int) -> int:
+        """A whole number, 0 or more."""
+        value = self.get(key, default)
+        require(value >= 0, f"{self.where}: {key} = {value}: must be >= 0")
+        return value
+
     def section(self, key: str) -> "ConfigFile":
         """A table inside; empty where there is none."""
         values = self.values.get(key)

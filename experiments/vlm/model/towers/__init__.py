@@ -2,6 +2,9 @@
 
     tower.py     what a family says of itself
     siglip.py    SigLIP2 of any size of image (NaFlex), SigLIP of one size
+    clip.py      CLIP
+    aimv2.py     AIMv2, native or of one size
+    dinov3.py    DINOv3
 
 Imports no torch.
 """
@@ -9,7 +12,7 @@ Imports no torch.
 from typing import Any
 
 from experiments.vlm.model.config import EncoderConfig
-from experiments.vlm.model.towers import siglip
+from experiments.vlm.model.towers import aimv2, clip, dinov3, siglip
 from experiments.vlm.model.towers.tower import Tower
 from torchtitan.config.errors import require
 from torchtitan.models.hf.config_file import ConfigFile
@@ -18,6 +21,9 @@ NAFLEX, FIXED = "siglip2_vision_model", "siglip_vision_model"
 TOWERS = {
     NAFLEX: siglip.NAFLEX,
     FIXED: siglip.FIXED,
+    "clip_vision_model": clip.TOWER,
+    "aimv2_vision_model": aimv2.TOWER,
+    "dinov3_vit": dinov3.TOWER,
 }
 # model_type of a larger model -> that of the tower in its vision_config
 INSIDE = {larger: kind for kind, tower in TOWERS.items() for larger in tower.inside}
@@ -39,7 +45,7 @@ def read_encoder(file: ConfigFile, among: tuple[str, ...] = ()) -> EncoderConfig
     Raises ConfigError for what the encoder is not.
     """
     kind = file.model_type
-    if kind in INSIDE:
+    if kind in INSIDE and not among:
         file = file.section("vision_config")
         kind = file.model_type or INSIDE[kind]
     known = among or (*TOWERS, *INSIDE)

@@ -90,4 +90,8 @@ FIXED = Tower(
     lambda config: kernel("embeddings.patch_embedding", config.patch_size) + BLOCKS,
     LEFT_OVER,
     inside=("siglip",),
+    sizes={
+        # google/siglip-so400m-patch14-384
+        "siglip-so400m": EncoderConfig(1152, 27, 16, 4304, 14, 27, image_size=384),
+    },
 )

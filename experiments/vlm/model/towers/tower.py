@@ -6,11 +6,11 @@ Imports no torch: sizes are asked for before it loads.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from einops import rearrange
 
-from experiments.vlm.model.config import EncoderConfig
+from experiments.vlm.model.config import Activation, EncoderConfig
 from torchtitan.config.errors import require
 from torchtitan.models.hf.config_file import ConfigFile
 from torchtitan.models.weight_names import Row, Transform
@@ -65,6 +65,14 @@ def widths(file: ConfigFile, dim: int, layers: int, heads: int, mlp_dim: int) ->
     dim, heads = file.size("hidden_size", dim), file.size("num_attention_heads", heads)
     require(dim % heads == 0, f"{file.where}: {heads} heads do not divide hidden_size = {dim}")
     return dim, file.size("num_hidden_layers", layers), heads, file.size("intermediate_size", mlp_dim)
+
+
+def activation(file: ConfigFile, default: Activation) -> Any:
+    """One that the encoder has."""
+    name, known = file.get("hidden_act", str(default)), get_args(Activation)
+    listed = f"{file.where}: hidden_act = {name!r}: not supported here, only {', '.join(known)}"
+    require(name in known, listed)
+    return name
 
 
 def write_widths(config: EncoderConfig) -> dict[str, Any]:

@@ -1,0 +1,293 @@
+"""Towers of other families against transformers at the same random weights: every layer, mixed sizes packed
+into rows with their class tokens and registers.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from experiments.vlm.model.config import EncoderConfig, ProjectorConfig, VLMConfig
+from experiments.vlm.model.embedding import normalised
+from experiments.vlm.model.flavors import ENCODERS
+from experiments.vlm.model.towers import TOWERS, read_encoder, tower_of, write_encoder
+from experiments.vlm.model.vit import VisionEncoder
+from experiments.vlm.model.vlm import VLM
+from tests.reference.batches import Picture, Sizes, build_batch, draw_picture, merge_order, words
+from tests.reference.hf_folders import aimv2_model, clip_model, dinov3_model, fixed_model
+from tests.reference.models import QWEN3, randomise
+from tests.unit.test_flavors import ENCODER_PARAMETERS
+from torchtitan.models.hf.config_file import ConfigFile
+from torchtitan.models.weight_names import read, write
+
+MIXED, SQUARE = [[(6, 4), (2, 12), (8, 8)], [(10, 2), (4, 4)]], [[(8, 8), (8, 8)], [(8, 8)]]
+
+
+class Pair(NamedTuple):
+    """A tower of theirs, and the sizes of images that its class takes."""
+
+    make: Callable[[], nn.Module]
+    rows: list[list[tuple[int, int]]] = MIXED
+
+
+PAIRS = {
+    "siglip": Pair(fixed_model, SQUARE),
+    "clip": Pair(clip_model, SQUARE),
+    "aimv2": Pair(aimv2_model),
+    "aimv2, one size": Pair(lambda: aimv2_model(native=False), SQUARE),
+    "aimv2, biases": Pair(lambda: aimv2_model(qkv_bias=True, mlp_bias=True, hidden_act="gelu")),
+    "dinov3": Pair(dinov3_model),
+    "dinov3, gated": Pair(lambda: dinov3_model(use_gated_mlp=True, hidden_act="silu", key_bias=True)),
+    "dinov3, no registers": Pair(lambda: dinov3_model(num_register_tokens=0, mlp_bias=False)),
+}
+
+
+def theirs_and_config(name: str) -> tuple[Any, EncoderConfig]:
+    theirs = PAIRS[name].make().float().eval()
+    randomise(theirs)
+    return theirs, read_encoder(ConfigFile(theirs.config.to_dict(), "theirs"))
+
+
+def ours_of(theirs: nn.Module, config: EncoderConfig, **feature) -> VisionEncoder:
+    ours = VisionEncoder(dataclasses.replace(config, **feature), "sdpa")
+    found = read(theirs.state_dict(), tower_of(config).rows(config))
+    assert [name for name in found.unused if name not in tower_of(config).left_over] == []
+    ours.load_state_dict(found.named)
+    return ours
+
+
+def pictures_of(rows: list[list[tuple[int, int]]]) -> list[list[Picture]]:
+    return [
+        [draw_picture(*size, 4, seed=10 * r + i) for i, size in enumerate(row)] for r, row in enumerate(rows)
+    ]
+
+
+def pack(rows: list[list[Picture]], config: EncoderConfig, merge: int = 2) -> tuple[Tensor, Tensor]:
+    """Pixels [N, L, C] and grid [N, L, 3], with some padding at the end of every row."""
+    sizes = Sizes(seq_len=256, patches_per_row=180, merge=merge, extra=config.extra_cells)
+    batch = build_batch([[[picture] for picture in row] for row in rows], sizes)
+    return batch["pixel_values"], batch["grid_thw"]
+
+
+def taken_apart(features: Tensor, rows: list[list[Picture]], extra: int) -> list[Tensor]:
+    """Packed [N, L, D] -> per image [extra + h * w, D] in the order of transformers, at merge 2."""
+    result = []
+    for row, pictures in enumerate(rows):
+        start = 0
+        for picture in pictures:
+            (h, w), end = picture.size, start + picture.size[0] * picture.size[1]
+            order = torch.tensor([i * w + j for i, j in merge_order(h, w, 2)])
+            patches = features[row, start:end][order.argsort()]
+            result.append(torch.cat([features[row, end : end + extra], patches]))
+            start = end + -(-extra // 4) * 4
+    return result
+
+
+def image_of(picture: Picture, config: EncoderConfig) -> Tensor:
+    """As their class takes it, [1, 3, H, W]; where it leaves a rest, with that."""
+    image = rearrange(picture.patches, "h w (p q c) -> 1 c (h p) (w q)", p=4, q=4).float() / 255
+    mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (config.mean, config.deviation))
+    edge = 2 if config.image_size and picture.size == (8, 8) else 0  # 34 pixels: two are not read
+    return F.pad((image - mean) / deviation, (0, edge, 0, edge), value=9.0)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+@torch.no_grad()
+def test_every_layer_equals_transformers_class_token_and_registers_too(name):
+    theirs, config = theirs_and_config(name)
+    rows, depths = pictures_of(PAIRS[name].rows), tuple(range(config.layers + 1))
+    ours = ours_of(theirs, config, feature_layers=depths, feature_norm=False, feature_extra=True)
+    normed = ours_of(theirs, config, feature_layers=(-1,), feature_norm=True, feature_extra=True)
+    batch = pack(rows, config)
+    found = taken_apart(ours(*batch), rows, config.extra_cells)
+    last = taken_apart(normed(*batch), rows, config.extra_cells)
+    for number, picture in enumerate(picture for row in rows for picture in row):
+        expected = theirs(image_of(picture, config), output_hidden_states=True)
+        for state, feature in zip(expected.hidden_states, found[number].chunk(len(depths), -1), strict=True):
+            assert (feature - state[0]).abs().max() < 1e-4
+        if config.model_type != "clip_vision_model":
+            assert (last[number] - expected.last_hidden_state[0]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip", "aimv2", "dinov3, gated"])
+def test_gradients_equal_transformers(name):
+    theirs, config = theirs_and_config(name)
+    ours = ours_of(theirs, config)
+    rows = pictures_of(PAIRS[name].rows)
+    found = taken_apart(ours(*pack(rows, config)), rows, config.extra_cells)
+    total, expected_total = torch.zeros(()), torch.zeros(())
+    for number, picture in enumerate(picture for row in rows for picture in row):
+        out = theirs(image_of(picture, config), output_hidden_states=True)
+        state = out.last_hidden_state if config.feature_norm else out.hidden_states[config.feature_layers[0]]
+        patches = state[0, config.extra_cells :]
+        assert torch.equal(found[number][: config.extra_cells], torch.zeros(config.extra_cells, config.dim))
+        weights = torch.randn(patches.shape, generator=torch.Generator().manual_seed(number))
+        total = total + (found[number][config.extra_cells :] * weights).sum()
+        expected_total = expected_total + (patches * weights).sum()
+    total.backward()
+    expected_total.backward()
+    gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in ours.named_parameters()}
+    named = write(gradients, tower_of(config).rows(config))
+    largest = max(float(p.grad.abs().max()) for p in theirs.parameters() if p.grad is not None)
+    for key, parameter in theirs.named_parameters():
+        expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        # The true gradient of a key's bias is 0: compare it with the others, not with its own noise.
+        scale = max(float(expected.abs().max()), 1e-3 * largest)
+        key = key.removeprefix("model.")  # of dinov3, in memory
+        assert (named[key] - expected).abs().max() < 1e-4 * scale, key
+
+
+@torch.no_grad()
+def test_learned_positions_of_clip_are_resized_to_each_image_and_the_class_keeps_its_own():
+    """Their layers on what a convolution and PyTorch's own interpolation make of an image of any size."""
+    theirs, config = theirs_and_config("clip")
+    ours = ours_of(theirs, config, feature_extra=True)
+    rows = pictures_of(MIXED)
+    found = taken_apart(ours(*pack(rows, config)), rows, 1)
+    table = theirs.embeddings.position_embedding.weight
+    for number, picture in enumerate(picture for row in rows for picture in row):
+        square = rearrange(table[1:], "(h w) d -> 1 d h w", h=8)
+        places = F.interpolate(square, picture.size, mode="bilinear", antialias=True)
+        places = torch.cat([table[:1], rearrange(places, "1 d h w -> (h w) d")])
+        image = rearrange(picture.patches, "h w (p q c) -> 1 c (h p) (w q)", p=4, q=4).float() / 255
+        mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (config.mean, config.deviation))
+        patches = theirs.embeddings.patch_embedding((image - mean) / deviation).flatten(2).transpose(1, 2)
+        x = torch.cat([theirs.embeddings.class_embedding[None, None], patches], 1) + places
+        x = theirs.pre_layrnorm(x)
+        for layer in theirs.encoder.layers[:-1]:
+            x = layer(x, None)
+        assert (found[number] - x[0]).abs().max() < 1e-4, picture.size
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_sizes_are_read_as_they_are_written(name):
+    from transformers import AutoConfig
+
+    theirs, config = theirs_and_config(name)
+    written = write_encoder(config)
+    assert read_encoder(ConfigFile(written, "written")) == config
+    again = AutoConfig.for_model(**written).to_dict()
+    left = ("architectures", "image_size") if config.image_size is None else ("architectures",)
+    expected = {key: value for key, value in theirs.config.to_dict().items() if key not in left}
+    assert {key: value for key, value in again.items() if key not in left} == expected
+
+
+@pytest.mark.parametrize("kind", TOWERS)
+def test_a_sparse_file_means_the_defaults_of_its_class(kind):
+    from transformers import AutoConfig
+
+    sparse = read_encoder(ConfigFile({"model_type": kind, "layer_norm_eps": None}, "sparse"))
+    assert sparse == read_encoder(ConfigFile(AutoConfig.for_model(kind).to_dict(), "theirs"))
+
+
+@pytest.mark.parametrize("name", [name for name in ENCODERS if "-" in name])
+def test_a_tower_of_published_size_has_a_place_for_every_tensor(name):
+    from transformers import AutoModel
+
+    config = ENCODERS[name]
+    with torch.device("meta"):
+        ours = VisionEncoder(config, "sdpa")
+        theirs = AutoModel.from_config(hf_config(config))
+    found = read(theirs.state_dict(), tower_of(config).rows(config))
+    assert not found.unused
+    shapes = {key: tensor.shape for key, tensor in found.named.items()}
+    assert shapes == {key: parameter.shape for key, parameter in ours.named_parameters()}
+    assert sum(parameter.numel() for parameter in theirs.parameters()) == ENCODER_PARAMETERS[name]
+
+
+def hf_config(config: EncoderConfig) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(**write_encoder(config))
+
+
+def small(name: str, merge: int) -> tuple[VLM, Sizes]:
+    """A whole model with a tower of that kind."""
+    _, config = theirs_and_config(name)
+    model = VLM(VLMConfig(config, ProjectorConfig(56, merge_size=merge), QWEN3), QWEN3.vocab_size, "sdpa", 16)
+    randomise(model)
+    return model, Sizes(seq_len=64, patches_per_row=144, merge=merge, extra=config.extra_cells)
+
+
+def documents(merge: int) -> list[list[Any]]:
+    pictures = [draw_picture(2 * merge, 3 * merge, 4, 0), draw_picture(merge, 2 * merge, 4, 1)]
+    return [
+        [words(3, 0), pictures[0], words(4, 1), pictures[1], words(2, 2)],
+        [words(5, 3), draw_picture(3 * merge, merge, 4, 2), words(3, 4)],
+        [words(6, 5)],
+    ]
+
+
+@pytest.mark.parametrize("name", ["clip", "dinov3"])
+@pytest.mark.parametrize("merge", [1, 2])
+@torch.no_grad()
+def test_documents_beside_each_other_compute_what_each_does_alone(name, merge):
+    model, sizes = small(name, merge)
+    together = build_batch([documents(merge)], sizes)
+    del together["labels"]
+    logits, start = model(**together)[0], 0
+    for document in documents(merge):
+        alone = build_batch([[document]], sizes)
+        del alone["labels"]
+        length = int((alone["document_ids"][0] >= 0).sum())
+        assert (model(**alone)[0, :length] - logits[start : start + length]).abs().max() < 1e-4
+        start += length
+
+
+@pytest.mark.parametrize("name", ["clip", "dinov3"])
+def test_cells_beside_class_token_and_registers_carry_nothing_and_merge_with_nothing(name):
+    """Not the pixels of such a cell, nor those of the extra cells, reach anything; one image no other."""
+    model, sizes = small(name, 2)
+    batch = build_batch([documents(2)], sizes)
+    grid = batch["grid_thw"][0]
+    assert ((grid[:, 1] == -2).sum(), (grid[:, 1] >= 0).sum()) == (3 * sizes.extra, 24 + 8 + 12)
+    loss = model(**batch)
+    loss.sum().backward()
+    before = {key: parameter.grad for key, parameter in model.named_parameters()}
+    model.zero_grad()
+    spoilt = batch | {"pixel_values": batch["pixel_values"].clone()}
+    spoilt["pixel_values"][0, grid[:, 1] < 0] = 177
+    again = model(**spoilt)
+    again.sum().backward()
+    assert torch.equal(loss, again)
+    for key, parameter in model.named_parameters():
+        assert (before[key] is None) == (parameter.grad is None), key
+        assert before[key] is None or torch.equal(before[key], parameter.grad), key
+    features = model.encoder(batch["pixel_values"], batch["grid_thw"])[0]
+    assert torch.equal(features[grid[:, 1] < 0], torch.zeros_like(features[grid[:, 1] < 0]))
+    other = batch["pixel_values"].clone()
+    other[0, :24] = 255 - other[0, :24]
+    changed = model.encoder(other, batch["grid_thw"])[0]
+    assert not torch.equal(changed[:24], features[:24]) and torch.equal(changed[24:], features[24:])
+
+
+@torch.no_grad()
+def test_features_of_several_layers_lie_side_by_side_and_what_lies_behind_does_not_run():
+    theirs, config = theirs_and_config("dinov3")
+    rows = pictures_of(MIXED)
+    ours = ours_of(theirs, config, feature_layers=(2, -4), feature_norm=True)
+    each = [ours_of(theirs, config, feature_layers=(depth,)) for depth in (2, 0)]
+    batch = pack(rows, config)
+    assert ours.config.feature_dim == 96 and ours.running() == ["embedding", "layers.0", "layers.1", "norm"]
+    assert torch.equal(ours(*batch), torch.cat([one(*batch) for one in each], -1))
+    behind = [parameter for key, parameter in ours.named_parameters() if key.startswith("layers.2.")]
+    assert behind and not any(parameter.requires_grad for parameter in behind)
+    for parameter in behind:
+        parameter.fill_(float("nan"))
+    assert ours(*batch).isfinite().all()
+
+
+def test_pixels_are_normalised_by_colour():
+    config = ENCODERS["clip-L"]
+    pixels = torch.randint(0, 256, (2, 5, 12), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    found = normalised(pixels, config)
+    for place in range(12):
+        mean, deviation = config.mean[place % 3], config.deviation[place % 3]
+        expected = (pixels[..., place].double() / 255 - mean) / deviation
+        assert (found[..., place] - expected).abs().max() < 1e-5
+    assert torch.equal(normalised(pixels, ENCODERS["base"]), pixels.float() / 127.5 - 1.0)
