@@ -44,7 +44,7 @@ from torchtitan.tools.disk import is_full
 from torchtitan.tools.garbage import GarbageCollection
 from torchtitan.tools.logging import logger
 from torchtitan.tools.progress import Progress
-from torchtitan.tools.signals import WATCHED, StopSignals, exit_code
+from torchtitan.tools.signals import WATCHED, StopAsked, StopSignals, exit_code
 
 
 class Trainer:
@@ -85,6 +85,8 @@ class Trainer:
         try:
             while self.state.step < steps and self.train_step():
                 self.after_step()
+        except StopAsked:
+            pass  # `finish` says for which signal
         except CheckpointError:
             raise
         except UserError as error:
@@ -252,6 +254,15 @@ class Trainer:
             logger.info(f"the data ended at step {self.state.step} of {self.job.training.steps}")
         if self.job.checkpoint.last_save_in_hf and self.stopped_by is None and self.state.step:
             self.save_in_hf()
+        try:
+            self.judge()
+        except StopAsked:
+            self.stopped_by = self.received_anywhere()
+
+    def judge(self) -> None:
+        """Figures of what was trained: held-out data, tasks, curves and controls; of a run that is to stop the
+        curves alone.
+        """
         values = self.validate() if self.job.validation.enable and self.stopped_by is None else None
         if self.stopped_by is None:
             self.run_tasks()

@@ -1,6 +1,7 @@
 """Ranks wait for one whose storage is away, and stop with it where it stays away."""
 
 import dataclasses
+import signal
 import time
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torchtitan.build import build
 from torchtitan.config.errors import StorageError
 from torchtitan.distributed import collectives
 from torchtitan.distributed.collectives import agree_on_data
+from torchtitan.tools.signals import StopAsked, StopSignals
 from torchtitan.train import Trainer
 
 
@@ -41,6 +43,24 @@ def test_those_who_have_data_wait_with_those_who_do_not_know_yet(pool):
 
 def test_an_error_of_one_rank_is_raised_on_all(pool):
     assert pool.run(2, error_of_two) == ["a.tar: away"] * 2
+
+
+def stops_of_two() -> list[str]:
+    """Rank 1 waits for data, rank 0 was asked to stop; then the same where nobody waits."""
+    signals, said = StopSignals(), []
+    if dist.get_rank() == 0:
+        signals.received = signal.SIGTERM
+    for answer in (True if dist.get_rank() == 0 else None, True):
+        try:
+            said.append(str(agree_on_data(answer)))
+        except StopAsked:
+            said.append("stop")
+    signals.close()
+    return said
+
+
+def test_a_signal_to_one_rank_ends_the_wait_of_all(pool):
+    assert pool.run(2, stops_of_two) == [["stop", "True"]] * 2
 
 
 def results_of_two(slow_rank: int, fails: bool) -> tuple[str, int]:

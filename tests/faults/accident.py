@@ -3,8 +3,8 @@
     python -m tests.faults.accident --job.config_file X ...
 
 KILL_AFTER=n in the environment: SIGKILL before step n + 1; the other ACCIDENTS likewise; FAIL_AFTER=n: an
-error then; AWAY_AFTER=n: the data are away then. ACCIDENT_RANK: the one rank that gets the signals; without
-it all do.
+error then; AWAY_AFTER=n: the data are away then; WAIT_AFTER=n: they let a signal wait. ACCIDENT_RANK: the
+one rank that gets the signals; without it all do.
 """
 
 import os
@@ -20,6 +20,7 @@ from torchtitan import train
 from torchtitan.config.errors import StorageError
 from torchtitan.config.parse import parse
 from torchtitan.tools.logging import init_logger
+from torchtitan.tools.signals import StopAsked
 
 ACCIDENTS = {
     "KILL": [signal.SIGKILL],
@@ -38,6 +39,8 @@ class Trainer(train.Trainer):
                 os.kill(os.getpid(), number)
         if os.environ.get("AWAY_AFTER") == str(self.state.step):
             raise StorageError("a.tar: away")
+        if os.environ.get("WAIT_AFTER") == str(self.state.step):
+            raise StopAsked
         assert os.environ.get("FAIL_AFTER") != str(self.state.step), "an accident"
         return super().train_step()
 

@@ -66,6 +66,14 @@ def test_a_run_whose_data_are_away_saves_and_ends_with_one_line_and_the_run_goes
     assert runs.losses(tmp_path) == runs.losses(straight)
 
 
+def test_a_signal_while_the_data_are_away_saves_and_the_run_goes_on(straight, tmp_path):
+    assert runs.train(tmp_path, TERM_AFTER="3", WAIT_AFTER="3") == 143, runs.log(tmp_path)
+    assert runs.checkpoints(tmp_path) == ["step-2", "step-3"]
+    assert "stopped by SIGTERM after step 3; the same command goes on" in runs.log(tmp_path)
+    assert runs.train(tmp_path) == 0, runs.log(tmp_path)
+    assert runs.losses(tmp_path) == runs.losses(straight)
+
+
 def test_a_stopped_run_without_checkpoints_says_so(tmp_path):
     assert runs.train(tmp_path, "--checkpoint.no_enable", TERM_AFTER="3") == 128 + signal.SIGTERM, runs.log(
         tmp_path

@@ -7,21 +7,24 @@ import hashlib
 import json
 import os
 import random
+import signal
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from experiments.vlm.config import Data, Source, VLMJobConfig
+from experiments.vlm.data import prefetch
 from experiments.vlm.data.loader import Loader
 from experiments.vlm.data.sources.shard_cache import ShardCache
 from experiments.vlm.data.sources.shards import open_shard
 from experiments.vlm.data.storage.file_cache import FileCache
 from experiments.vlm.data.storage.patience import Patience
-from tests.faults.flaky_store import ERRORS, KINDS, Store
+from tests.faults.flaky_store import ERRORS, KINDS, FlakyFileSystem, Store
 from tests.samples import jpeg
 from tests.tiny_data import Characters, make_job, write_captions, write_documents
 from torchtitan.config.errors import StorageError
+from torchtitan.tools.signals import StopAsked, StopSignals
 
 SLOTS = 4
 Steps = list[dict[int, str]]  # of each step the hash of every slot's tensors
@@ -229,3 +232,26 @@ def test_a_full_cache_disk_stops_the_run_with_one_line_and_it_goes_on_elsewhere(
         assert "No space left on device" in stop and "data.cache_folder" in stop and "\n" not in stop
         finish(run)
     assert run.steps == undisturbed.steps and run.samples == undisturbed.samples
+
+
+def test_a_signal_ends_the_wait_for_a_store_that_is_away(folder, tmp_path, monkeypatch):
+    store, sent = Store(folder, (), 0), []
+    monkeypatch.setattr(FlakyFileSystem, "store", store, raising=False)
+    monkeypatch.setattr(prefetch, "STILL_WAITING_S", 0.05)
+    loader = Loader(job_of("flaky:/", tmp_path, packing_buffer_size=2), Characters())
+    signals, waiting = StopSignals(), loader.still_waiting
+
+    def wait_on() -> None:
+        if store.away and not sent:
+            sent.append(os.kill(os.getpid(), signal.SIGTERM))
+        waiting()
+
+    loader.still_waiting = wait_on
+    try:
+        with pytest.raises(StopAsked):
+            while step := next(loader):
+                state, store.away = step.state(), True
+        assert loader.state_dict() == state
+    finally:
+        loader.close()
+        signals.close()

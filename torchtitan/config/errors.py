@@ -10,6 +10,7 @@
       Rejected         a sample, image or shard is not used: counted by reason, logged, skipped
                        (experiments/vlm/data/rejects.py)
         Failed         an address was not fetched, and whether to try again (vlm/data/storage/client.py)
+      StopAsked        a signal came while the storage was away: the trainer saves and ends (tools/signals.py)
       Stopped          somebody asked for a stop: unwinds to where work is saved (vlm/data/storage/client.py)
       RuntimeError
         Crashed        the working process of `prepare` died: one line, exit code 1; the same command goes on

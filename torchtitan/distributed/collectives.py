@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torchtitan.config.errors import UserError
+from torchtitan.tools.signals import StopAsked, stop_asked
 
 T = TypeVar("T")
 STILL_WAITING_S = 5.0  # between two words of a rank that waits
@@ -35,14 +36,18 @@ def agree_on_data(has_data: bool | None, error: UserError | None = None) -> bool
     """Whether any rank has data; all of them ask. Raises on all the error that one of them brings.
 
     None: not known yet, since this rank waits for its storage, and will ask again before the time of a
-    collective is out. Those who know wait with it, however long it takes.
+    collective is out. Those who know wait with it, however long it takes, but for a signal to stop on one of
+    them: then StopAsked is raised on all.
     """
     while True:
-        own = {"data": bool(has_data), "waits": has_data is None, "failed": error is not None}
+        waits = has_data is None
+        own = {"data": bool(has_data), "waits": waits, "failed": error is not None, "stop": stop_asked()}
         total = sum_over_hosts({name: float(holds) for name, holds in own.items()})
         if total["failed"]:
             raise first_error(error)
-        if has_data is None or not total["waits"]:
+        if total["waits"] and total["stop"]:
+            raise StopAsked
+        if waits or not total["waits"]:
             return total["data"] > 0
 
 

@@ -6,6 +6,10 @@ from types import FrameType
 WATCHED = (signal.SIGTERM, signal.SIGINT)
 
 
+class StopAsked(Exception):
+    """A signal came while ranks waited for their storage: the run ends before the step they waited for."""
+
+
 def exit_code(stopped_by: signal.Signals | None) -> int:
     """As a shell reports a process that a signal ended.
 
@@ -19,6 +23,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        _open.append(self)
         self._before = {number: signal.signal(number, self._remember) for number in WATCHED}
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
@@ -29,3 +34,13 @@ class StopSignals:
         """Gives the signals back to who had them before."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self in _open:
+            _open.remove(self)
+
+
+def stop_asked() -> bool:
+    """Whether a signal was received, for those who wait for something and could end it."""
+    return any(signals.received is not None for signals in _open)
+
+
+_open: list[StopSignals] = []

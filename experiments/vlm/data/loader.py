@@ -50,13 +50,16 @@ from torchtitan.components.tokenizer import Tokenizer
 from torchtitan.config.errors import DataError, UserError
 from torchtitan.distributed.slot_group import SlotGroup
 from torchtitan.tools.logging import logger
+from torchtitan.tools.signals import StopAsked, stop_asked
 
 
-def agree_alone(ranks: int, has_data: bool, error: UserError | None = None) -> bool:
+def agree_alone(ranks: int, has_data: bool | None, error: UserError | None = None) -> bool:
     """As `agree` where nobody else is there to ask."""
     if error is not None:
         raise error
-    return has_data or ranks > 1
+    if has_data is None and stop_asked():
+        raise StopAsked
+    return bool(has_data) or ranks > 1
 
 
 @dataclass
@@ -122,7 +125,7 @@ class Loader:
         self.shape = shape_of(self.setup.settings, local)
         self.may_end = all(deal.epochs is not None for deal in self.setup.settings.deals)
         self.agree = agree or partial(agree_alone, ranks)
-        self.still_waiting = partial(agree, None) if agree else None
+        self.still_waiting = partial(self.agree, None)
         self.group = ReadOnce(group, job, self.shape) if group else None
         self.reads = self.group is None or self.group.leads
         if split == "train":
@@ -154,8 +157,9 @@ class Loader:
         return self
 
     def __next__(self) -> Step:
-        """Raises on all ranks alike DataError where the data cannot carry the run, and StorageError where
-        their storage stays away; on one RuntimeError where a worker failed.
+        """Raises on all ranks alike DataError where the data cannot carry the run, StorageError where their
+        storage stays away, and StopAsked where a signal comes meanwhile; on one RuntimeError where a worker
+        failed.
         """
         if self.over:
             raise StopIteration

@@ -200,7 +200,7 @@ class Supply:
         self,
         forwards: ForwardNode,
         ready: int,
-        still_waiting: Callable[[], object] | None = None,
+        still_waiting: Callable[[], object] = lambda: None,
         longest_s: float = math.inf,
     ):
         """ready: pinned forwards that wait, besides the one that PinMemory's own thread has made.
@@ -232,8 +232,6 @@ class Supply:
             self.forwards.give_back(number)
 
     def _pull(self) -> Filled | Exception:
-        if self.still_waiting is None:
-            return next(self.node)
         pulled, began = self.puller.submit(next, self.node), time.monotonic()
         while not wait([pulled], STILL_WAITING_S).done:
             if time.monotonic() - began > self.longest_s:
