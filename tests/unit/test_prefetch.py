@@ -194,12 +194,13 @@ def test_stopping_does_not_wait_for_a_worker_that_stands_still(data, tmp_path, m
     assert isinstance(ends[0], RuntimeError) and next(steps, None) is None
 
 
-def test_without_a_gpu_there_is_no_thread(data, tmp_path):
+def test_without_a_gpu_the_only_thread_is_the_one_that_waits_for_a_step(data, tmp_path):
     before = threading.active_count()
     loader = open_loader(data, tmp_path, num_workers=2)
     next(loader)
-    assert threading.active_count() == before
+    assert threading.active_count() == before + 1
     loader.close()
+    assert threading.active_count() == before
 
 
 class Others:
