@@ -260,9 +260,7 @@ class Trainer:
             self.stopped_by = self.received_anywhere()
 
     def judge(self) -> None:
-        """Figures of what was trained: held-out data, tasks, curves and controls; of a run that is to stop the
-        curves alone.
-        """
+        """Held-out figures, tasks, curves and controls; of a run that is to stop the curves alone."""
         values = self.validate() if self.job.validation.enable and self.stopped_by is None else None
         if self.stopped_by is None:
             self.run_tasks()
