@@ -81,7 +81,8 @@ class Trainer:
         Raises on all ranks, once it has saved, the UserError that the loader ended with.
         """
         steps = self.job.training.steps
-        logger.info(f"training from step {self.first_step} to {steps}")
+        if self.first_step <= steps:
+            logger.info(f"training from step {self.first_step} to {steps}")
         try:
             while self.state.step < steps and self.train_step():
                 self.after_step()

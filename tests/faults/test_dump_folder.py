@@ -60,6 +60,20 @@ def test_a_finished_run_says_so_and_changes_nothing(used):
     assert files(used) == before
 
 
+def test_a_finished_run_that_was_killed_before_its_last_evaluation_is_evaluated_again(tmp_path):
+    """So killed, it looks as one that was not asked to be evaluated."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    asked = ["--training.steps", "2", "--validation.enable"]
+    assert train(whole, *asked) == 0, runs.log(whole)
+    assert train(cut, *asked, "--validation.no_enable") == 0, runs.log(cut)
+    assert train(cut, *asked) == 0, runs.log(cut)
+    held_out = [record for record in read_history(whole) if "validate/loss" in record]
+    assert held_out and held_out == [record for record in read_history(cut) if "validate/loss" in record]
+    assert runs.losses(whole) == runs.losses(cut)
+    before = files(cut)
+    assert train(cut, *asked) == 0 and files(cut) == before
+
+
 def test_a_finished_run_is_not_taken_for_one_with_another_learning_rate(used):
     told = refused(used, "--training.steps", "4", "--optimizer.lr", "0.5")
     assert told == (

@@ -326,3 +326,45 @@ def test_runs_share_the_cores_of_a_machine_without_gpus():
     assert places(0, 0, [], cores=16) == [{"NGPU": "1", "OMP_NUM_THREADS": "15"}]
     assert places(8, 2, [], cores=4)[0]["OMP_NUM_THREADS"] == "1"
     assert places(2, 1, [], cores=16, threads="5")[0]["OMP_NUM_THREADS"] == "5"
+
+
+def test_every_combination_of_the_shipped_sweep_can_run(tmp_path):
+    """Writing an array checks all and starts none."""
+    assert sweep.main(["--job.config_file", "sweeps/debug", "--out", str(tmp_path / "a"), "--slurm"]) == 0
+    assert "#SBATCH --array=0-5%2\n" in (tmp_path / "a" / "sweep.sbatch").read_text()
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_cut_ends_as_an_array_of_slurm_that_is_not(tmp_path):
+    """With the trainer itself, from a folder where no checkout is."""
+    small = [
+        *("--job.config_file", "vlm_debug", "--training.steps", "5", "--training.seq_len", "256"),
+        *("--data.patches_per_row", "512", "--metrics.log_freq", "1", "--checkpoint.interval", "2"),
+        *("--training.dataset", "cc12m", "--training.dataset_path", "embedded:sees/heldout"),
+        *("--validation.freq", "5", "--validation.steps", "1", "--sweep", "optimizer.lr=1e-3,2e-3"),
+    ]
+    command = [sys.executable, str(REPOSITORY / "scripts" / "sweep.py"), *small, "--out"]
+    process = subprocess.Popen([*command, "cut"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: len(losses(tmp_path / "cut" / "lr=0.001")) > 1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(120) == 130
+    assert len(losses(tmp_path / "cut" / "lr=0.001")) < 5, "it was not cut"
+    subprocess.run([*command, "cut"], cwd=tmp_path, check=True)
+
+    subprocess.run([*command, "whole", "--slurm"], cwd=tmp_path, check=True)
+    for index in ("0", "1"):
+        variables = os.environ | {"SLURM_ARRAY_TASK_ID": index}
+        subprocess.run(["bash", str(tmp_path / "whole" / "sweep.sbatch")], env=variables, check=True)
+    subprocess.run([*command, "whole", "--report"], cwd=tmp_path, check=True)
+    for run_name in ("lr=0.001", "lr=0.002"):
+        assert losses(tmp_path / "cut" / run_name) == losses(tmp_path / "whole" / run_name)
+        assert len(losses(tmp_path / "cut" / run_name)) == 5
+    figures = [[row["last validate/loss"] for row in rows(tmp_path / out)] for out in ("cut", "whole")]
+    assert figures[0] == figures[1] and all(figures[0])
+    assert (tmp_path / "cut" / "sweep.png").stat().st_size > 0
+
+
+def losses(folder: Path) -> dict[int, float]:
+    file = folder / "metrics.jsonl"
+    records = map(json.loads, file.read_text().splitlines()) if file.exists() else ()
+    return {record["step"]: record["loss"] for record in records if "loss" in record}

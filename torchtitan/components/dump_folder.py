@@ -1,6 +1,7 @@
 """A used dump folder: its run is finished, goes on, or makes room for a fresh one. Nothing is lost or mixed.
 
-finished     a checkpoint of the last step: one line, and nothing is changed
+finished     a checkpoint of the last step: one line, and nothing is changed; but where its last held-out
+             figures are missing, they are taken
 goes on      from its checkpoint; options that differ are named, or refused where they make no sense
 fresh        no checkpoint to go on from: the files of the run before move to previous/1/, previous/2/ ...
 """
@@ -15,8 +16,9 @@ from torchtitan.components.curves import CURVES
 from torchtitan.components.data_report import REPORT
 from torchtitan.components.hf_save import FOLDER as HF_FOLDER
 from torchtitan.components.numbered import next_number
+from torchtitan.components.run_record import HELD_OUT
 from torchtitan.components.saved_config import LAUNCHES, NEWEST, Change, changes, learnt, read_config
-from torchtitan.components.sinks import HISTORY, WANDB_ID
+from torchtitan.components.sinks import HISTORY, WANDB_ID, read_history
 from torchtitan.components.tokenizer import find_file
 from torchtitan.components.validation import TASKS_FOLDER
 from torchtitan.config.errors import ConfigError
@@ -30,7 +32,7 @@ FOLDERS = ("metrics.save_tb_folder", "profiling.save_traces_folder", "profiling.
 
 
 def begin(job: JobConfig) -> bool:
-    """Make the dump folder ready for this launch. False: the run is finished, and nothing was changed.
+    """Make the dump folder ready for this launch. False: nothing is left to do, and nothing was changed.
 
     For rank 0 alone. `job` is resolved. Raises ConfigError where it does not fit what the folder holds.
     """
@@ -43,7 +45,7 @@ def begin(job: JobConfig) -> bool:
         return True
     step, changed = read_record(own)["step"], [] if saved is None else changes(saved, job)
     if is_finished(job, step, changed):
-        return False
+        return lacks_its_last_figures(job, own, step)
     refuse_another_run(job, own, changed)
     if changed:
         logger.info(f"{folder} goes on from step {step} with other options: {'; '.join(map(str, changed))}")
@@ -81,6 +83,20 @@ def is_finished(job: JobConfig, step: int, changed: list[Change]) -> bool:
     done = f"{folder} is finished: step {step} of {steps}"
     logger.info(f"{done}; raise training.steps to go on, or give another job.dump_folder")
     return True
+
+
+def lacks_its_last_figures(job: JobConfig, own: Path, step: int) -> bool:
+    """Whether a finished run was never evaluated at its end: killed before, or not asked to be."""
+    folder = Path(job.job.dump_folder)
+    there = any(
+        record["step"] == step and any(key.startswith(HELD_OUT) for key in record)
+        for record in read_history(folder)
+    )
+    # Weights alone cannot be gone on with (Checkpointer.load): `evaluate` looks at those.
+    missing = job.validation.enable and not there and not read_record(own)["model_only"]
+    if missing:
+        logger.info(f"{folder} has no held-out figures of step {step}: they are taken now")
+    return missing
 
 
 def refuse_another_run(job: JobConfig, own: Path, changed: list[Change]) -> None:

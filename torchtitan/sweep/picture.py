@@ -14,7 +14,8 @@ from torchtitan.sweep.space import SEED
 
 PICTURE = "sweep.png"
 NAMED = 10  # runs that a legend names; where there are more, a colour says how good each is
-WIDE = 8.0  # an axis is logarithmic where the greatest value is this many times the least
+# An axis of swept numbers, or of figures, is logarithmic where the greatest is so many times the least.
+WIDE, TALL = 8.0, 20.0
 TICKS = 8  # values of an option that are written below the axis, each at its place
 ACROSS = 3  # panels of swept options beside each other
 BEST = {"marker": "*", "s": 260, "facecolor": "gold", "edgecolor": "black", "zorder": 5}
@@ -159,5 +160,6 @@ def _y_axis(panel: Any) -> None:
     panel.grid(alpha=0.3)
     drawn = np.concatenate([np.asarray(line.get_ydata(), float) for line in panel.lines] or [np.empty(0)])
     drawn = drawn[np.isfinite(drawn)]
-    if len(drawn) and drawn.min() > 0 and drawn.max() >= WIDE * drawn.min():
+    if len(drawn) and drawn.min() > 0 and drawn.max() >= TALL * drawn.min():
         panel.set_yscale("log")
+        panel.yaxis.set_major_formatter("{x:g}")

@@ -104,6 +104,8 @@ def take_lock(folder: Path) -> int | None:
     except BlockingIOError:
         os.close(held)
         return None
+    except OSError:  # a file system without locks (some of clusters): then nobody can tell
+        pass
     return held
 
 
