@@ -113,12 +113,13 @@ def find_places(options: Options) -> list[Place]:
     require(machines == 1, f"NNODES = {machines}: a sweep starts its runs on one machine; see --slurm")
     at_once = 1 if options.index >= 0 or options.slurm else options.at_once
     threads = os.environ.get("OMP_NUM_THREADS", "")
-    return places(at_once, number(os.environ, "NGPU", 0), gpus_of(os.environ), available_cores(), threads)
+    gpus = [] if options.slurm else gpus_of(os.environ)  # the array runs elsewhere
+    return places(at_once, number(os.environ, "NGPU", 0), gpus, available_cores(), threads)
 
 
 def list_runs(found: Sequence[Member], ranks: int) -> int:
     """What each run is, what has become of it, and what it costs."""
-    from experiments.commands.sweep_cost import cost_of  # imports torch
+    from experiments.vlm.run_cost import cost_of  # imports torch
 
     rows = [["", "run", "state", "tokens", "GiB a rank", "FLOPs"]]
     costs = [cost_of(member.job, ranks) for member in found]

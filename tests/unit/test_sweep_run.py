@@ -194,6 +194,26 @@ def test_a_run_that_another_process_has_in_hand_is_left_to_it(tmp_path, capsys):
     )
 
 
+def test_runs_beside_each_other_have_devices_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "gpus_of", lambda variables: ["4", "7"])
+    out = tmp_path / "a"
+    out.mkdir()
+    (out / "wait").touch()
+    both = [out / f"lr={rate}" / "metrics.jsonl" for rate in ("1.0", "2.0")]
+
+    def go_on() -> None:
+        wait_for(lambda: all(path.exists() for path in both))
+        (out / "wait").unlink()
+
+    second = threading.Thread(target=go_on)
+    second.start()
+    assert run(out, "--sweep", RATES + ",3") == 0
+    second.join()
+    devices = [starts(out / f"lr={rate}")[0]["CUDA_VISIBLE_DEVICES"] for rate in ("1.0", "2.0", "3.0")]
+    assert devices[:2] == ["4", "7"] and devices[2] in devices[:2]
+    assert starts(out / "lr=1.0")[0]["NGPU"] == "1"
+
+
 def alone(asked: list[str]) -> subprocess.Popen:
     """The sweep in a process of its own."""
     pipe = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
@@ -254,7 +274,7 @@ def test_indices_of_an_array():
 
 
 def test_a_dry_run_lists_the_runs_with_what_they_cost_and_starts_none(tmp_path, capsys, monkeypatch):
-    from experiments.commands.sweep_cost import cost_of
+    from experiments.vlm.run_cost import cost_of
 
     out = tmp_path / "a"
     assert run(out, "--sweep", "training.seq_len=512,1024", "--index", "0") == 0

@@ -14,9 +14,8 @@ from torchtitan.sweep.space import SEED
 
 PICTURE = "sweep.png"
 NAMED = 10  # runs that a legend names; where there are more, a colour says how good each is
-# An axis of swept numbers, or of figures, is logarithmic where the greatest is so many times the least.
-WIDE, TALL = 8.0, 20.0
-TICKS = 8  # values of an option that are written below the axis, each at its place
+TALL = 20.0  # an axis of figures is logarithmic where the greatest is so many times the least
+APART = 0.1  # of an axis: room for the number below each place
 ACROSS = 3  # panels of swept options beside each other
 BEST = {"marker": "*", "s": 260, "facecolor": "gold", "edgecolor": "black", "zorder": 5}
 
@@ -31,7 +30,7 @@ def draw(results: Results, folder: Path) -> Path | None:
     drawn = [run for run in results.runs if run.record.history]
     if not drawn:
         return None
-    swept = [key for key in results.keys if key != SEED] or list(results.keys)
+    swept = [key for key in results.keys if key != SEED and _differs(key, drawn)] or list(results.keys)
     figures = list(dict.fromkeys([LOSS, results.metric]))
     rows = 1 + math.ceil(len(swept) / ACROSS)
     figure = pyplot.figure(figsize=(15, 0.5 + 4.6 * rows), layout="constrained")
@@ -50,6 +49,10 @@ def draw(results: Results, folder: Path) -> Path | None:
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
     return path
+
+
+def _differs(key: str, drawn: Sequence[Result]) -> bool:
+    return len({shown(run.member.settings[key]) for run in drawn}) > 1
 
 
 def _colours(results: Results, drawn: Sequence[Result], matplotlib: Any) -> dict[str, Any]:
@@ -140,19 +143,29 @@ def _by_place(
 
 
 def _x_axis(panel: Any, values: Sequence[Any]) -> dict[str, float]:
-    """Value, as it is shown -> its place: itself if it is a number, and logarithmic where they span much."""
-    numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
-    if len(numbers) == len(values):
-        places = {shown(value): float(value) for value in values}
-        if min(numbers) > 0 and max(numbers) >= WIDE * min(numbers):
+    """Value, as it is shown -> its place: itself if it is a number, else one after the other."""
+    numbers = sorted(
+        {value for value in values if isinstance(value, int | float) and not isinstance(value, bool)}
+    )
+    if len(numbers) == len(set(map(shown, values))):
+        places = {shown(value): float(value) for value in numbers}
+        gaps = _gaps(numbers)
+        if numbers[0] > 0 and max(_gaps(np.log(numbers))) < max(gaps):  # more even so
             panel.set_xscale("log")
+            gaps = _gaps(np.log(numbers))
+        panel.minorticks_off()
+        if min(gaps) < APART:
+            return places
     else:
         places = {text: float(place) for place, text in enumerate(dict.fromkeys(map(shown, values)))}
         panel.margins(x=0.3)
-    if len(places) <= TICKS:
-        panel.set_xticks(list(places.values()), list(places))
-        panel.minorticks_off()
+    panel.set_xticks(list(places.values()), list(places))
     return places
+
+
+def _gaps(numbers: Any) -> list[float]:
+    """Between neighbours, as shares of the whole; one number has all room."""
+    return [1.0] if len(numbers) < 2 else list(np.diff(numbers) / (numbers[-1] - numbers[0]))
 
 
 def _y_axis(panel: Any) -> None:
