@@ -52,7 +52,13 @@ def of_one_process(pool):
 
 
 @pytest.mark.parametrize(
-    ("cp", "tp", "method"), [(2, 1, "allgather"), (4, 1, "allgather"), (4, 1, "ulysses"), (2, 2, "allgather")]
+    ("cp", "tp", "method"),
+    [
+        pytest.param(2, 1, "allgather", marks=pytest.mark.slow),
+        pytest.param(4, 1, "allgather", marks=pytest.mark.slow),
+        (4, 1, "ulysses"),
+        (2, 2, "allgather"),
+    ],
 )
 def test_ranks_that_share_slots_give_the_logits_of_one(pool, of_one_process, cp, tp, method):
     for found in pool.run(cp * tp, logits, cp, tp, method):

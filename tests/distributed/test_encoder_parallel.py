@@ -43,6 +43,7 @@ def test_the_flops_of_the_encoder_fall_by_the_size_of_the_group(pool):
     assert pool.run(4, on_rank, group | {"encoder_sharing": "off"}) == [alone] * 4
 
 
+@pytest.mark.slow
 def test_with_sharded_heads_ranks_of_cp_still_share_rows(pool):
     group = {"context_parallel_degree": 2, "tensor_parallel_degree": 2, "encoder_tensor_parallel": True}
     heads_only, both = (

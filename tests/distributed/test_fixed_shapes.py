@@ -81,7 +81,11 @@ def test_a_large_layout_compiles_only_in_its_first_step(pool):
 
 @pytest.mark.parametrize(
     "case",
-    [layout("tp2", 2, tp=2, heads=True), layout("cp2", 2, cp=2), layout("pp2", 2, pp=2)],
+    [
+        layout("tp2", 2, tp=2, heads=True),
+        pytest.param(layout("cp2", 2, cp=2), marks=pytest.mark.slow),
+        pytest.param(layout("pp2", 2, pp=2), marks=pytest.mark.slow),
+    ],
     ids=lambda c: c.name,
 )
 def test_forward_and_backward_never_wait_for_a_device(pool, case):

@@ -43,7 +43,9 @@ def strip(names: set[str]) -> set[str]:
 
 
 @pytest.mark.parametrize("optimizer", ["AdamW", pytest.param("Muon", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", ["fsdp2", "tp2", "pp2"])
+@pytest.mark.parametrize(
+    "kind", ["fsdp2", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("tp2", "pp2"))]
+)
 def test_frozen_tensors_do_not_move_and_have_neither_gradient_nor_state(pool, kind, optimizer):
     changes = LAYOUTS[f"{kind}, frozen by pattern"].changes | {"optimizer.name": optimizer}
     model = SMALL.build_model(job_of(changes, "unused"), Tokenizer())
@@ -71,7 +73,9 @@ def rows_moved(changes: dict) -> dict[str, tuple[list[int], list[int]]]:
     return found
 
 
-@pytest.mark.parametrize("kind", ["tp2", "pp2, tied", pytest.param("fsdp2.tp2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind", ["tp2", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("pp2, tied", "fsdp2.tp2"))]
+)
 def test_a_few_rows_of_a_frozen_table_move_and_no_others(pool, kind):
     layout = LAYOUTS[f"{kind}, some rows"]
     rows = sorted(rows_of(layout.changes["training.trainable_tokens"], Tokenizer()))

@@ -54,8 +54,8 @@ def answers_on_rank(changes: dict, decoder: str) -> dict[int, tuple[list[int], l
 @pytest.mark.parametrize(
     ("ranks", "changes", "decoder"),
     [
-        (2, {}, "qwen3"),
-        (2, {"tensor_parallel_degree": 2}, "qwen3-tied"),
+        pytest.param(2, {}, "qwen3", marks=pytest.mark.slow),
+        pytest.param(2, {"tensor_parallel_degree": 2}, "qwen3-tied", marks=pytest.mark.slow),
         (4, {"tensor_parallel_degree": 2}, "llama"),
     ],
     ids=["fsdp2", "tp2", "fsdp2.tp2"],

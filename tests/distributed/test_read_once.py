@@ -39,6 +39,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
         },
     ),
 }
+QUICK = ("tp2, heads", "tp2.cp2.pp2")
 
 
 def job_of(folder: Path, dump: Path, layout: dict[str, Any], **data: Any):
@@ -103,7 +104,10 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in LAYOUTS],
+)
 def test_each_image_is_decoded_once_in_its_group(pool, tmp_path, folder, name):
     ranks, layout = LAYOUTS[name]
     results = pool.run(ranks, read_both_ways, folder, tmp_path, layout)

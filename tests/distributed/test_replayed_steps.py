@@ -15,7 +15,7 @@ LAYOUTS = [
 ]
 
 
-QUICK = ("fsdp2, accumulation of 2", "replicate2, muon", "tp2")
+QUICK = ("fsdp2, accumulation of 2",)
 
 
 @pytest.mark.parametrize(

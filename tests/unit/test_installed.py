@@ -104,6 +104,7 @@ def test_the_installed_package_trains_on_what_it_brings(installed, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "outputs"]
 
 
+@pytest.mark.slow
 def test_a_shipped_job_is_found_by_its_name_alone(installed, tmp_path):
     done = run(installed, tmp_path, "estimate", "--job.config_file", "vlm_sees", "--rows", "0")
     assert done.returncode == 0, done.stderr

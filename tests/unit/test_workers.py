@@ -86,7 +86,10 @@ def test_an_error_inside_a_worker_comes_with_its_traceback(data, tmp_path):
     loader.close()
 
 
-@pytest.mark.parametrize("end", ["SIGKILL", "SIGINT", "SIGTERM", "exit"])
+@pytest.mark.parametrize(
+    "end",
+    ["SIGKILL", *(pytest.param(end, marks=pytest.mark.slow) for end in ("SIGINT", "SIGTERM", "exit"))],
+)
 def test_workers_end_with_the_trainer(data, tmp_path, end):
     script = tmp_path / "trainer.py"
     script.write_text(TRAINER)
