@@ -2,6 +2,7 @@
 
 import tempfile
 
+import pytest
 import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
