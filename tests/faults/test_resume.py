@@ -179,6 +179,20 @@ def test_epochs_are_told_and_kept_with_the_metrics(straight):
     assert values == pytest.approx([step / 3 for step in range(1, 9)])
 
 
+def rows_of_the_page() -> dict[str, str]:
+    """Every name in the table of docs/figures.md, and what matches the names that a small run makes of it."""
+    figures = "(loss|right|exact|thin|documents|tokens)"
+    stands_for = {"SOURCE": "(drawn|other)", "blanked/NAME": f"blanked/{figures}(/(drawn|other))?"}
+    stands_for |= {"shuffled/NAME": f"shuffled/{figures}(/(drawn|other))?", "/NAME": f"/{figures}"}
+    rows = {}
+    for line in Path("docs/figures.md").read_text().splitlines():
+        for name in re.findall(r"`([^`]+)`", line.split("|")[1]) if line.startswith("| `") else ():
+            rows[name] = name
+            for words, pattern in stands_for.items():
+                rows[name] = rows[name].replace(words, pattern)
+    return rows
+
+
 def test_the_last_line_with_controls_says_what_images_are_worth(tmp_path):
     assert (
         runs.train(
@@ -198,6 +212,11 @@ def test_the_last_line_with_controls_says_what_images_are_worth(tmp_path):
     assert validation.startswith("validate step: 1 loss: ") and curves.startswith("curves: ")
     assert drawn.startswith("validate drawn step: 1 loss: ") and other.startswith("validate other step: 1 ")
     written = {name: value for record in read_history(tmp_path) for name, value in record.items()}
+    rows = rows_of_the_page()
+    assert [name for name in written if not any(re.fullmatch(row, name) for row in rows.values())] == []
+    not_here = r"muon_lr.*|lr/GROUP|mfu|samples/SOURCE|rejected/REASON|validate/(exact|thin|TASK/METRIC)"
+    missing = [name for name, row in rows.items() if not any(re.fullmatch(row, key) for key in written)]
+    assert [name for name in missing if not re.fullmatch(not_here, name)] == []
     assert written["blanked/right"] == written["validate/right"] > 0  # what is drawn here knows no controls
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 

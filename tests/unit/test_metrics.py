@@ -1,5 +1,6 @@
 """The printed line, occupancy, and the history that curves are drawn from."""
 
+import pytest
 import torch
 
 from torchtitan.components import metrics
@@ -114,26 +115,56 @@ def test_a_resumed_run_forgets_what_came_after_its_checkpoint(tmp_path):
     ]
 
 
+def drawn(figure) -> dict[str, dict[str, list[list[float]]]]:
+    """Title of each panel -> label -> points."""
+    return {
+        panel.get_title(): {line.get_label(): line.get_xydata().tolist() for line in panel.lines}
+        for panel in figure.axes
+    }
+
+
 def test_curves_are_those_of_the_history(tmp_path, figures):
     history = History(tmp_path, first_step=0)
-    history.write(1, {"loss": 3.0, "tokens": 99.0})
-    history.write(2, {"loss": 2.0, "tokens": 98.0})
-    history.write(2, {"validate/loss": 2.5, "validate/exact": 40.0, "validate/thin": 30.0})
+    rates = {"lr": 1e-3, "lr/encoder": 1e-4}
+    history.write(
+        1, {"loss": 3.0, "tokens": 99.0, "grad_norm": 2.0, "tps": 50.0, "loss/a": 4.0, "loss/b": 2.0}
+    )
+    history.write(2, {"loss": 2.0, "tokens": 98.0, "loss/a": 3.0} | rates)
+    held_out = {"loss": 2.5, "right": 60.0, "exact": 40.0, "thin": 30.0, "loss/a": 2.0, "loss/c": 3.0}
+    history.write(2, {f"validate/{name}": value for name, value in held_out.items()})
     assert draw_curves(tmp_path, ("tokens",), ("thin",)).is_file()
-    curves = [
-        {line.get_label(): line.get_xydata().tolist() for line in panel.lines} for panel in figures[0].axes
+    assert drawn(figures[0]) == {
+        "loss, nats a token": {"training": [[1, 3.0], [2, 2.0]], "held out": [[2, 2.5]]},
+        "loss by source": {
+            "a": [[1, 4.0], [2, 3.0]],
+            "b": [[1, 2.0]],
+            "a, held out": [[2, 2.0]],
+            "c, held out": [[2, 3.0]],
+        },
+        "held-out tokens right, %": {"all": [[2, 60.0]]},
+        "held-out documents exact, %": {"all": [[2, 40.0]], "thin": [[2, 30.0]]},
+        "learning rate": {"lr": [[2, 1e-3]], "lr/encoder": [[2, 1e-4]]},
+        "gradient norm, before clipping": {"gradient norm": [[1, 2.0]]},
+        "tokens a second, of one device": {"tokens": [[1, 50.0]]},
+        "occupancy of slots, %": {"tokens": [[1, 99.0], [2, 98.0]]},
+    }
+    scales = {panel.get_title(): panel.get_yscale() for panel in figures[0].axes}
+    assert [title for title, scale in scales.items() if scale == "log"] == [
+        "loss, nats a token",
+        "loss by source",
+        "learning rate",
+        "gradient norm, before clipping",
     ]
-    assert curves == [
-        {"training": [[1, 3.0], [2, 2.0]], "held out": [[2, 2.5]]},
-        {"exact": [[2, 40.0]], "thin": [[2, 30.0]]},
-        {"tokens": [[1, 99.0], [2, 98.0]]},
-    ]
+    first = next(panel for panel in figures[0].axes if panel.get_title() == "loss by source")
+    colours = {line.get_label(): line.get_color() for line in first.lines}
+    assert colours["a"] == colours["a, held out"] and len(set(colours.values())) == 3
 
 
-def test_curves_without_validation_leave_its_panel_empty(tmp_path, figures):
-    History(tmp_path, first_step=0).write(1, {"loss": 1.0, "tokens": 99.0})
-    assert draw_curves(tmp_path, ("tokens",), ("thin",)).is_file()
-    assert [len(panel.lines) for panel in figures[0].axes] == [1, 0, 1]
+@pytest.mark.parametrize("names", [(), ("loss",), ("loss", "grad_norm", "tps", "tokens", "epochs/a")])
+def test_no_panel_is_empty(tmp_path, figures, names):
+    History(tmp_path, first_step=0).write(1, dict.fromkeys(names, 2.0))
+    assert draw_curves(tmp_path, ("tokens", "patches"), ("thin",)).is_file()
+    assert [len(panel.lines) for panel in figures[0].axes] == [1] * len(names)
 
 
 def test_log_rank_names_ranks_that_there_are(monkeypatch):

@@ -1,42 +1,116 @@
-"""curves.png: loss, held-out figures and occupancy over the steps, from metrics.jsonl."""
+"""curves.png: what a run's metrics.jsonl says, over its steps. What was not measured has no panel."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from torchtitan.components.sinks import read_history
 
 CURVES = "curves.png"
-Series = tuple[str, str]  # key in the history, label
+COLUMNS = (3, 4)
+DECADES = 4  # of a logarithmic axis: what is lower is cut off, as the last steps of a decay are
+WIDTH, HEIGHT = 4.6, 3.4  # inches of a panel
+HELD_OUT = ", held out"
+History = list[dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One chart. `series`: name in the history -> label; those under validate/ are dashed."""
+
+    title: str
+    series: Mapping[str, str]
+    log: bool = False
+    percent: bool = False
 
 
 def draw_curves(folder: Path, occupancy: Sequence[str], groups: Sequence[str]) -> Path:
-    """Three panels under one step axis. Returns the picture's path."""
+    """All panels of `panels_of` that have something to show. Returns the picture's path."""
     import matplotlib  # 0.5 s, and only a run's end needs it
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     history = read_history(folder)
-    shares = [("validate/exact", "exact"), *((f"validate/{name}", name) for name in groups)]
-    figure, panels = pyplot.subplots(1, 3, figsize=(15, 4), layout="constrained")
-    _plot(panels[0], history, [("loss", "training"), ("validate/loss", "held out")], "loss, nats a token")
-    _plot(panels[1], history, shares, "held-out documents exact, %")
-    _plot(panels[2], history, [(name, name) for name in occupancy], "occupancy, %")
-    panels[1].set_ylim(0, 100)
+    panels = [panel for panel in panels_of(history, occupancy, groups) if panel.series]
+    rows, columns = _grid(max(1, len(panels)))
+    size = WIDTH * columns, HEIGHT * rows
+    figure, axes = pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for axis, panel in zip(axes.flat, panels, strict=False):
+        _draw(axis, panel, history)
     path = folder / CURVES
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return path
 
 
-def _plot(panel, history: list[dict[str, float]], series: Sequence[Series], title: str) -> None:
-    panel.set_title(title)
-    panel.set_xlabel("step")
-    panel.grid(alpha=0.3)
-    for key, label in series:
-        points = [(record["step"], record[key]) for record in history if key in record]
-        if points:
-            sparse = len(points) < 50
-            panel.plot(*zip(*points, strict=True), label=label, marker="o" if sparse else None, markersize=3)
-    if panel.lines:
-        panel.legend()
+def panels_of(history: History, occupancy: Sequence[str], groups: Sequence[str]) -> list[Panel]:
+    """Each with the series that the history has; one without any is empty."""
+    known = dict.fromkeys(name for record in history for name in record)
+
+    def there(series: Mapping[str, str]) -> dict[str, str]:
+        return {name: label for name, label in series.items() if name in known}
+
+    def sources(prefix: str, end: str = "") -> dict[str, str]:
+        """Of each source, where there are several."""
+        found = {name: name.removeprefix(prefix) + end for name in known if name.startswith(prefix)}
+        return found if len(found) > 1 else {}
+
+    rates = {name: name for name in known if name.split("/")[0] in ("lr", "muon_lr")}
+    exact = {"validate/exact": "all", **{f"validate/{group}": group for group in groups}}
+    held_out = sources("validate/loss/", HELD_OUT)
+    return [
+        Panel("loss, nats a token", there({"loss": "training", "validate/loss": "held out"}), log=True),
+        Panel("loss by source", sources("loss/") | held_out, log=True),
+        Panel("held-out tokens right, %", there({"validate/right": "all"}) | sources("validate/right/")),
+        Panel("held-out documents exact, %", there(exact) | sources("validate/exact/"), percent=True),
+        Panel("learning rate", rates, log=len(rates) > 1),
+        Panel("gradient norm, before clipping", there({"grad_norm": "gradient norm"}), log=True),
+        Panel("tokens a second, of one device", there({"tps": "tokens"})),
+        Panel("occupancy of slots, %", there({name: name for name in occupancy})),
+        Panel("epochs of each source", {n: n.removeprefix("epochs/") for n in known if "epochs/" in n}),
+    ]
+
+
+def _grid(panels: int) -> tuple[int, int]:
+    """Rows and columns that leave the fewest places free."""
+    columns = min(COLUMNS, key=lambda columns: (-panels % columns, -columns))
+    return math.ceil(panels / columns), columns
+
+
+def _draw(axis, panel: Panel, history: History) -> None:
+    axis.set_title(panel.title)
+    axis.set_xlabel("step")
+    axis.grid(alpha=0.3)
+    colours: dict[str, str] = {}  # a source has one, held out too
+    for name, label in panel.series.items():
+        points = [(record["step"], record[name]) for record in history if name in record]
+        axis.plot(
+            *zip(*points, strict=True),
+            label=label,
+            color=colours.setdefault(label.removesuffix(HELD_OUT), f"C{len(colours)}"),
+            linestyle="--" if name.startswith("validate/") else "-",
+            marker="o" if len(points) < 50 else None,
+            markersize=3,
+        )
+    if panel.log:
+        _make_logarithmic(axis)
+    if panel.percent:
+        axis.set_ylim(0, 100)
+    if len(panel.series) > 1:
+        axis.legend(fontsize="small")
+
+
+def _make_logarithmic(axis) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_yscale("log")
+    low, high = axis.get_ylim()
+    low = max(low, high / 10**DECADES)
+    axis.set_ylim(low, high)
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 100 else (1,)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter(NullFormatter())
