@@ -35,20 +35,27 @@ class Experiment(NamedTuple):
 
 EXPERIMENTS = {"vlm": Experiment(VLMJobConfig, check_vlm, "experiments.vlm.spec:SPEC")}
 USAGE = "[CONFIG_FILE=JOB] [NGPU=N] [LOG_RANK=0,1] [DRY_RUN=true] ./run_train.sh"
+ABOUT = """Train the debug model on embedded data, or any job.
+
+    [VARIABLE=value ...] ./run_train.sh [--section.field value ...]                 in a checkout
+    [VARIABLE=value ...] torchtitan-vlm train [--section.field value ...]           where it is installed
+
+    CONFIG_FILE   TOML job (train_configs/vlm_debug.toml); a --job.config_file among the options wins over it
+    NGPU          processes on this machine (the visible GPUs; 1 on CPU)
+    LOG_RANK      ranks whose lines are printed, for example 0,1 (0)
+    DRY_RUN=true  check everything, build on the meta device, read one batch, print sizes, train nothing
+    NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT         several machines: start this on each
+
+A job file with a table [sweep] is many runs: what `torchtitan-vlm sweep` does, with all of its options.
+"""
 CONFIG_CLASSES = {name: experiment.config_class for name, experiment in EXPERIMENTS.items()}
 
 
 def checked_job(argv: Sequence[str], world_size: int) -> JobConfig:
     """The job of a command line, every cross-check passed. Raises ConfigError; imports no torch."""
-    job = parse(argv, CONFIG_CLASSES, Guide(USAGE, _about_training, choices))
+    job = parse(argv, CONFIG_CLASSES, Guide(USAGE, ABOUT, choices))
     EXPERIMENTS[job.model.name].check(job, world_size)
     return job
-
-
-def _about_training() -> str:
-    from experiments.commands import train  # which imports this module
-
-    return train.__doc__ or ""
 
 
 def ready_job(argv: Sequence[str], world_size: int) -> JobConfig:

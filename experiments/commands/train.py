@@ -1,17 +1,7 @@
-"""Train the debug model on embedded data, or any job.
+"""Train the debug model on embedded data, or any job: what run_train.sh and `torchtitan-vlm train` are.
 
-    [VARIABLE=value ...] ./run_train.sh [--section.field value ...]                 in a checkout
-    [VARIABLE=value ...] torchtitan-vlm train [--section.field value ...]           where it is installed
-
-    CONFIG_FILE   TOML job (train_configs/vlm_debug.toml); a --job.config_file among the options wins over it
-    NGPU          processes on this machine (the visible GPUs; 1 on CPU)
-    LOG_RANK      ranks whose lines are printed, for example 0,1 (0)
-    DRY_RUN=true  check everything, build on the meta device, read one batch, print sizes, train nothing
-    NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT         several machines: start this on each
-
-A job file with a table [sweep] is many runs: what `torchtitan-vlm sweep` does, with all of its options.
-
-One process is `python -m experiments`; several are what torchtitan/launch.py starts.
+The variables that it reads, beside the options, are those that --help names (experiments/__main__.py). One
+process is `python -m experiments`; several are what torchtitan/launch.py starts.
 """
 
 import contextlib

@@ -17,7 +17,7 @@ class Guide:
     """What help says besides the options and their comments."""
 
     usage: str = "python -m experiments"  # how the command is called
-    about: Callable[[], str] = str  # what it does, and what it reads besides options
+    about: str = ""  # what it does, and what it reads besides options
     # section -> a line on what its options choose from, where that is not in their types
     choices: Callable[[], Mapping[str, str]] = dict
 
@@ -49,7 +49,7 @@ def help_page(groups: Sequence[Sequence[str]], job: JobConfig, file: str, guide:
             raise ConfigError(f"--help {name}: no such section{did_you_mean(name, known)}")
     shown = {name: getattr(_with_examples(job), name) for name in names or known}
     choices = dict.fromkeys(line for section, line in guide.choices().items() if section in shown)
-    head = [] if names else [guide.about().strip()]
+    head = [] if names else [guide.about.strip()]
     more = [] if names else [f"One section alone: --help SECTION, of {', '.join(known)}."]
     more += [f"Defaults are those of {file}."] if file else []
     sections = dataclasses.make_dataclass("Sections", [(name, type(value)) for name, value in shown.items()])
