@@ -8,6 +8,7 @@ second.
 
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 from experiments.vlm.check import check_vlm, choices
 from experiments.vlm.config import VLMJobConfig
 from torchtitan.config.errors import UserError
-from torchtitan.config.help import Guide
+from torchtitan.config.help import FLAGS, Guide
 from torchtitan.config.job import JobConfig
 from torchtitan.config.parse import parse, to_toml
 from torchtitan.tools.disk import describe, is_full, require_writable
@@ -110,4 +111,6 @@ def in_one_line(run: Callable[[], int]) -> int:
 
 
 if __name__ == "__main__":
+    if not set(FLAGS).isdisjoint(sys.argv):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # --help | head ends without a word
     sys.exit(main(sys.argv[1:]))

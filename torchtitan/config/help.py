@@ -9,7 +9,6 @@ from torchtitan.config.errors import ConfigError, did_you_mean
 from torchtitan.config.job import JobConfig
 
 FLAGS = ("-h", "--help")
-WIDTH = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +52,13 @@ def help_page(groups: Sequence[Sequence[str]], job: JobConfig, file: str, guide:
     more = [] if names else [f"One section alone: --help SECTION, of {', '.join(known)}."]
     more += [f"Defaults are those of {file}."] if file else []
     sections = dataclasses.make_dataclass("Sections", [(name, type(value)) for name, value in shown.items()])
-    text = "\n\n".join([*head, *(textwrap.fill(line, WIDTH) for line in (*choices, *more))])
+    text = "\n\n".join([*head, *map(_paragraph, (*choices, *more))])
     return Page(sections, sections(**shown), text)
+
+
+def _paragraph(line: str) -> str:
+    # tyro keeps the ends of lines that are indented, and joins the others
+    return textwrap.fill(line, 100, initial_indent="    ", subsequent_indent="    ")
 
 
 def _with_examples(job: JobConfig) -> JobConfig:
