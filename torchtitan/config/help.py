@@ -58,7 +58,8 @@ def help_page(groups: Sequence[Sequence[str]], job: JobConfig, file: str, guide:
 
 def _paragraph(line: str) -> str:
     # tyro keeps the ends of lines that are indented, and joins the others
-    return textwrap.fill(line, 100, initial_indent="    ", subsequent_indent="    ")
+    indent = "    "
+    return textwrap.fill(line, 100, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
 
 
 def _with_examples(job: JobConfig) -> JobConfig:
