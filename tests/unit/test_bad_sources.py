@@ -224,6 +224,31 @@ MESSAGES = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant",
         ),
         ("captions", "a.jsonl", jsonl({"bild": "a.jpg", "titel": "Katze"}), "fields are bild, titel"),
         ("captions", "a.jsonl", jsonl({"image": "a.jpg", "caption": ""}), "correct it, or take it out"),
+        ("captions", "a.jsonl", jsonl({"bild": "a.jpg", "titel": 5}), "columns = {image = ..., text = ...}"),
+        (
+            "captions",
+            "a.jsonl",
+            jsonl({"bild": "a.jpg", "id": "7", "description": "Katze"}),
+            'set format = \'captions\' and columns = {image = "bild", text = "description"}',
+        ),
+        (
+            "llava",
+            "a.jsonl",
+            jsonl({"image": "a.jpg", "conversations": MESSAGES["messages"]}),
+            "set format = 'messages' and columns = {text = \"conversations\"}",
+        ),
+        (
+            "messages",
+            "a.jsonl",
+            jsonl({"photos": ["a.jpg"], "dialog": LLAVA["conversations"]}),
+            'set format = \'llava\' and columns = {image = "photos", text = "dialog"}',
+        ),
+        (
+            "obelics",
+            "a.jsonl",
+            jsonl({"text_list": ["a"], "image_info": []}),
+            "its records are of format mmc4, not obelics: set format = 'mmc4'",
+        ),
     ],
 )
 def test_a_source_of_another_format_is_told_which_would_fit(tmp_path, format, name, content, hint):

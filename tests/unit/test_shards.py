@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import os
+import zipfile
 
 import fsspec
 import pyarrow as pa
@@ -147,8 +148,12 @@ def test_nothing_there_is_told_with_the_path(tmp_path, data, pattern):
 def test_of_a_folder_of_another_format_the_one_that_would_fit_is_told(tmp_path, data):
     touch(tmp_path, "data/a.parquet", "data/b.parquet")
     with pytest.raises(
-        ConfigError, match=r"but 2 files .parquet, which the formats llava, messages, obelics"
+        ConfigError, match=r"but 2 files .parquet, which the formats llava, messages, finevision"
     ):
+        list_shards(str(tmp_path / "data"), "cc12m", data)
+    (tmp_path / "data" / "0.jsonl").write_text('{"text_list": ["A heron."], "image_info": []}')
+    touch(tmp_path, "data/1.jsonl", "data/2.jsonl")
+    with pytest.raises(ConfigError, match=r"but 3 files .jsonl: its records are of format mmc4, not cc12m"):
         list_shards(str(tmp_path / "data"), "cc12m", data)
 
 
@@ -188,6 +193,38 @@ def test_a_cut_compressed_shard_gives_what_came_before(tmp_path, data, suffix):
     shard = open_shard(str(tmp_path / f"cut.jsonl.{suffix}"), Source(format="text"), data)
     assert 14_000 < len(shard) < 20_000  # bz2 works in blocks of 900 kB
     assert shard.read(13_999)[0].parts[0].text.startswith("line 13999")
+
+
+def zipped(path, **files):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+        for name, content in files.items():
+            packed.writestr(f"{name}.jsonl", content)
+    return path
+
+
+def test_a_zip_of_one_file_is_that_file(tmp_path, data):
+    (tmp_path / "in").mkdir()
+    path = zipped(tmp_path / "in" / "docs_no_face_shard_0_v3.jsonl.zip", a=lines(3))
+    (found,) = list_shards(str(path.parent), "text", data)
+    assert len(open_shard(found, Source(format="text"), data)) == 3
+
+
+def test_a_zip_of_several_files_or_cut_short_is_told(tmp_path, data):
+    paths = [zipped(tmp_path / "several.jsonl.zip", a=lines(1), b=lines(2)), tmp_path / "cut.jsonl.zip"]
+    paths[1].write_bytes(paths[0].read_bytes()[:-30])
+    for path, why in zip(paths, ("it holds 2 files, not one", "not a zip file"), strict=True):
+        with pytest.raises(Rejected, match=why):
+            open_shard(str(path), Source(format="text"), data)
+
+
+def test_a_zip_with_a_damaged_byte_gives_what_came_before(tmp_path, data):
+    path = zipped(tmp_path / "x.jsonl.zip", a=lines(50_000))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 255
+    path.write_bytes(content)
+    shard = open_shard(str(path), Source(format="text"), data)
+    assert len(shard) > 10_000 and shard.read(9_999)[0].parts[0].text.startswith("line 9999")
+    assert "cannot be unpacked to its end" in shard.rejects[0].detail
 
 
 def test_a_compressed_tar(tmp_path, data):

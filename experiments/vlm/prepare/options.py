@@ -32,7 +32,7 @@ class Options:
     """Where records come from, what is made of them, and how politely images are fetched."""
 
     # records: a file, glob or folder of .parquet, .arrow, .tsv, .jsonl, .json or .txt, also packed as .gz,
-    # .bz2 or .zst
+    # .bz2, .zst or .zip
     input: str
     out: str  # folder of the shards; on a cluster one that all nodes share
     # what a record is; auto: by its columns

@@ -3,6 +3,7 @@
 import contextlib
 from collections import Counter
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 from experiments.vlm.config import Source
@@ -12,6 +13,7 @@ from experiments.vlm.data.formats.tar_header import Member
 from experiments.vlm.data.rejects import Rejected
 
 SHOWN = 8  # fields
+CONVERSATIONS = ("messages", "llava", "finevision")
 TELLING = ("caption", "description", "text", "alt", "title", "prompt")  # of what a caption may be called
 
 
@@ -23,13 +25,32 @@ def hint(records: Sequence[Record], source: Source) -> str:
     fits = Counter(format for record in records if (format := _fitting(record)))
     if fits and FORMATS[best := fits.most_common(1)[0][0]] is not FORMATS[source.format]:
         return f"its records are of format {best}, not {source.format}: set format = '{best}'"
-    if fits or not records or any(map(format_of, records)):
+    if fits or not records:
         return ""
     unknown = f"no format knows its records, whose fields are {_fields(records[0])}"
-    image, text = _image_column(records), _text_column(records)
-    if image and text:
-        return f'{unknown}: set format = \'captions\' and columns = {{image = "{image}", text = "{text}"}}'
+    image = _image_column(records)
+    if turns := next(filter(None, map(_turns_column, records)), None):
+        return f"{unknown}: {_setting(turns[0], image, turns[1])}"
+    if any(map(format_of, records)):
+        return ""
+    if image and (text := _text_column(records)):
+        return f"{unknown}: {_setting('captions', image, text)}"
     return f"{unknown}: say which are meant with columns = {{image = ..., text = ...}}, or add a format"
+
+
+def _setting(format: str, image: str | None, text: str) -> str:
+    usual = image is None or image in RECORD_FORMATS[format].images
+    columns = ", ".join(([] if usual else [f'image = "{image}"']) + [f'text = "{text}"'])
+    return f"set format = '{format}' and columns = {{{columns}}}"
+
+
+def _turns_column(record: Record) -> tuple[str, str] | None:
+    """The format of conversations that reads one of its fields, and which."""
+    for name, field in product(CONVERSATIONS, record):
+        with contextlib.suppress(Rejected):
+            if RECORD_FORMATS[name].under("", str(field)).parse({field: record[field]}):
+                return name, str(field)
+    return None
 
 
 def _fitting(record: Record) -> str | None:
@@ -51,7 +72,9 @@ def _image_column(records: Sequence[Record]) -> str | None:
 
 
 def _is_image(value: Any) -> bool:
-    """By its type, or by how its path, address or beginning is spelled."""
+    """By its type, or by how its path, address or beginning is spelled; or several of them."""
+    if isinstance(value, list) and value:
+        return all(map(_is_image, value))
     if isinstance(value, Member | bytes | memoryview):
         return True
     if isinstance(value, dict) and isinstance(value.get("bytes"), bytes | memoryview):

@@ -9,8 +9,8 @@
     hf://datasets/ORG/NAME              a data set of the Hugging Face hub: of its splits the train split
     embedded:captions/train             drawn on first use, see experiments/vlm/world
 
-Remote and compressed shards (.gz, .tgz, .zst, .bz2) are copied into the cache folder, so that every shard can
-seek.
+Remote and compressed shards (.gz, .tgz, .zst, .bz2, .zip) are copied into the cache folder, so that every
+shard can seek.
 """
 
 import glob
@@ -26,7 +26,7 @@ from braceexpand import braceexpand
 
 from experiments.vlm.config import Data, Source
 from experiments.vlm.data.formats import FORMATS, RECORD_FORMATS
-from experiments.vlm.data.formats.hint import hint
+from experiments.vlm.data.formats.hint import hint as hint_of
 from experiments.vlm.data.formats.shard import Shard, ShardFile, first_records
 from experiments.vlm.data.formats.shard import open_shard as open_file
 from experiments.vlm.data.formats.tar_shard import TarShard
@@ -66,22 +66,25 @@ def list_shards(path: str, format: str, data: Data, split: Split = "train") -> l
     found = Patience(data.storage_timeout_s).insist(path, lambda: match_files(place, suffixes, split))
     if not found:
         raise ConfigError(
-            f"{path}: no shard of format {format} ({', '.join(suffixes)}) there{_others(path, data)}; looked "
-            f"from {os.getcwd()}"
+            f"{path}: no shard of format {format} ({', '.join(suffixes)}) there"
+            f"{_others(path, format, data)}; looked from {os.getcwd()}"
         )
     if not any("://" in file or os.path.exists(file) for file in found):
         raise ConfigError(f"{path}: none of these {len(found):,} shards is there; looked from {os.getcwd()}")
     return sorted(set(found))
 
 
-def _others(path: str, data: Data) -> str:
-    """Which files of other formats are there, for people."""
+def _others(path: str, format: str, data: Data) -> str:
+    """Which files of other formats are there, and of which: for people."""
     suffixes = {suffix for format in FORMATS.values() for suffix in format.suffixes}
-    found = Counter(map(suffix_of, match_files(_resolve(path, data), tuple(suffixes))))
+    found = match_files(_resolve(path, data), tuple(suffixes))
     if not found:
         return ""
-    suffix, count = found.most_common(1)[0]
-    formats = [name for name, format in RECORD_FORMATS.items() if suffix in format.suffixes]
+    suffix, count = Counter(map(suffix_of, found)).most_common(1)[0]
+    first = min(file for file in found if suffix_of(file) == suffix)
+    if "://" not in first and (hint := format_hint(first, Source(format=format), data)):
+        return f", but {count:,} files {suffix}: {hint}"
+    formats = [name for name, row in RECORD_FORMATS.items() if suffix in row.suffixes]
     return f", but {count:,} files {suffix}, which the formats {', '.join(formats)} read"
 
 
@@ -133,7 +136,7 @@ def format_hint(path: str, source: Source, data: Data) -> str:
     finally:
         if copy:
             copy.close()
-    return hint(records, source)
+    return hint_of(records, source)
 
 
 def _joined(rejects: list[Rejected], damage: str) -> Rejected:

@@ -1,8 +1,8 @@
-"""A packed file (.gz, .tgz, .bz2, .zst) to one that can seek; of a damaged one all that can be had.
+"""A packed file (.gz, .tgz, .bz2, .zst, .zip) to one that can seek; of a damaged one all that can be had.
 
 Where a stream cannot be unpacked any further, all bytes before that are kept, and it goes on where the next
-stream begins, if the file is several that were joined (`cat a.gz b.gz`). What is wrong is noted beside the
-copy, since the copy itself may look whole: `damage_of`.
+stream begins, if the file is several that were joined (`cat a.gz b.gz`). A .zip must hold one file. What is
+wrong is noted beside the copy, since the copy itself may look whole: `damage_of`.
 """
 
 import bz2
@@ -10,10 +10,11 @@ import gzip
 import io
 import math
 import shutil
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import pyarrow as pa
 
@@ -24,19 +25,30 @@ NEAR_BYTES = 1 << 18  # to a damage; pyarrow reads 64 KB at a time
 TRICKLE_BYTES = 64  # at a time, so near
 SEARCH_BYTES = 1 << 20
 NOTES_BYTES = 16 << 20
-ERRORS = (OSError, EOFError, zlib.error, pa.ArrowException)
+ERRORS = (OSError, EOFError, zlib.error, zipfile.BadZipFile, pa.ArrowException)
 
 
 class Packing(NamedTuple):
     """A way of packing."""
 
     open: Callable[[str], Any]
-    codec: str  # pyarrow's name of it
+    codec: str  # pyarrow's name of it; empty: it has none, so nothing is had behind a damage
     magic: bytes  # with which a stream begins
 
 
 def _open_zstd(path: str) -> io.BufferedReader:
     return io.BufferedReader(pa.CompressedInputStream(path, "zstd"), STEP_BYTES)
+
+
+def _open_zip(path: str) -> IO[bytes]:
+    try:
+        packed = zipfile.ZipFile(path)
+    except zipfile.BadZipFile as error:
+        raise OSError(str(error)) from error
+    files = [name for name in packed.namelist() if not name.endswith("/")]
+    if len(files) != 1:
+        raise OSError(f"it holds {len(files):,} files, not one: unpack it")
+    return packed.open(files[0])
 
 
 _GZIP = Packing(gzip.open, "gzip", b"\x1f\x8b\x08")
@@ -45,6 +57,7 @@ PACKINGS = {
     ".tgz": _GZIP,
     ".bz2": Packing(bz2.open, "bz2", b"BZh"),
     ".zst": Packing(_open_zstd, "zstd", b"\x28\xb5\x2f\xfd"),
+    ".zip": Packing(_open_zip, "", b"PK\x03\x04"),
 }
 
 
@@ -76,6 +89,10 @@ def unpack(path: str, copy: Path, suffix: str) -> str:
             return ""
         except ERRORS as error:
             why = _damage(error)
+        if not packing.codec:
+            if not target.tell():
+                raise OSError(why)
+            return f"it cannot be unpacked to its end: {why}"
     with open(path, "rb") as file, open(copy, "r+b") as target:
         where = _rescue(file, packing, target)
         if not target.tell():
