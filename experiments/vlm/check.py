@@ -46,6 +46,7 @@ RANGES = {
     "data.storage_timeout_s": ">= 0",
     "data.url_timeout_s": "> 0",
     "validation.task_records": "-1 or >= 1",
+    "validation.task_sequences": ">= 1",
     "validation.task_pictures": ">= 0",
 }
 

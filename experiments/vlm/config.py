@@ -118,7 +118,9 @@ class VLMValidation(Validation):
     # tasks as NAME=FILE (evaluate --list has the names), answered and scored every task_freq steps; not with
     # a pipeline
     tasks: list[str] = field(default_factory=list)
-    task_records: int = 200  # records of a task's file that are asked, the first ones; -1: all
+    # records of a task's file that are asked, the first ones, kept in host memory; -1: all
+    task_records: int = 200
+    task_sequences: int = 8  # answers that a rank writes at a time, each with a cache of a slot and an answer
     task_pictures: int = 4  # records of each task that TensorBoard and wandb show with what the model said
 
 

@@ -3,6 +3,7 @@
 import gc
 import json
 import re
+import shutil
 import weakref
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from experiments.__main__ import checked_job
 from experiments.__main__ import main as train
 from experiments.commands import main
-from experiments.vlm.config import VLMJobConfig
+from experiments.vlm.config import Source, VLMJobConfig
 from experiments.vlm.data.document import Picture
 from experiments.vlm.evaluate.exhibits import exhibit
 from experiments.vlm.evaluate.questions import Question
@@ -25,6 +26,7 @@ from tests.unit.test_generate import TOKENIZER, picture, vlm
 from tests.unit.test_generate_command import SMALL
 from torchtitan import train as training
 from torchtitan.components import sinks
+from torchtitan.components.dump_folder import begin, go_back
 from torchtitan.components.sinks import read_history
 from torchtitan.config.errors import ConfigError, UserError
 from torchtitan.config.job import JobConfig
@@ -224,6 +226,32 @@ def test_a_model_is_given_back_as_it_was_and_the_cache_is_freed(monkeypatch):
         gc.enable()
     after = {name: (module, module._compiled_call_impl) for name, module in model.named_modules()}
     assert after == before and all(module.training for module in model.modules())
+
+
+def test_questions_are_turns_where_the_run_trains_conversations(tmp_path):
+    job = job_with(tmp_path, f"vqa={write(tmp_path, 'jsonl')}")
+    asked = {}
+    for format in ("cc12m", "llava"):
+        job.data.sources = [Source(format="text"), Source(format=format, chat_template="chatml")]
+        asking = TrainingTasks(job, TOKENIZER, 0, 1).tasks["vqa"]
+        asked[format] = TOKENIZER.decode(asking.prompts(0)[0].ids)
+    assert asked["cc12m"].endswith("What is 0?")
+    assert "What is 0?\nAnswer the question using a single word or phrase." in asked["llava"]
+
+
+def test_answers_of_a_run_that_begins_anew_or_goes_back_are_set_aside(tmp_path):
+    for name in ("checkpoint/step-2", "checkpoint/step-4", "tasks/step-2", "tasks/step-3", "tasks/step-5"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "file").touch()
+    go_back(tmp_path, (tmp_path / "checkpoint", tmp_path / "tasks"), 2)
+    assert [path.name for path in (tmp_path / "tasks").iterdir()] == ["step-2"]
+    kept = sorted(path.name for path in (tmp_path / "previous" / "1" / "tasks").iterdir())
+    assert kept == ["step-3", "step-5"] and (tmp_path / "previous/1/checkpoint/step-4/file").exists()
+    job = VLMJobConfig()
+    job.job.dump_folder = str(tmp_path)
+    shutil.rmtree(tmp_path / "checkpoint")
+    assert begin(job) and not (tmp_path / "tasks").exists()
+    assert (tmp_path / "previous" / "2" / "tasks" / "step-2" / "file").exists()
 
 
 def test_the_time_of_tasks_is_no_training(monkeypatch):

@@ -32,7 +32,6 @@ from torchtitan.distributed.mesh import Mesh
 from torchtitan.tools.disk import write_whole
 from torchtitan.tools.logging import warn_once
 
-SEQUENCES = 8  # answered beside each other, as the command evaluate does
 PAGE_LIMIT = 50  # records on a page
 
 
@@ -61,6 +60,7 @@ class TrainingTasks:
         self.job = job
         self.rank = rank
         self.ranks = ranks
+        self.warned: set[str] = set()
         asked = parse_tasks(job.validation.tasks, "validation.tasks = ")
         self.places = job.training.seq_len + max(TASKS[each.name].max_tokens for each in asked)
         self.prompter = prompter_of(job, tokenizer, spoken_template(job), self.places)
@@ -70,7 +70,7 @@ class TrainingTasks:
         """TASK/METRIC -> figure, and a few records to look at, on all ranks."""
         model: Any
         (model,) = parts
-        with lent(model, mesh, self.job, SEQUENCES, self.places) as cache:
+        with lent(model, mesh, self.job, self.job.validation.task_sequences, self.places) as cache:
             share = share_in_training(mesh, self.job)
             answering = answering_of(model, cache, self.prompter, mesh, share=share)
             mine = {
@@ -111,10 +111,18 @@ class TrainingTasks:
             told[label] = write_results(folder / f"{label}.jsonl", label, asking, lines, PAGE_LIMIT)
             values |= {f"{label}/{name}": figure["value"] for name, figure in told[label]["metrics"].items()}
             exhibits += self._exhibits(label, asking, lines)
-            for reason in told[label]["left_out"]:
-                warn_once(f"validation.tasks: {label}: left out: {reason}")
+            self._warn(
+                f"validation.tasks: {label} leaves out: {reason}" for reason in told[label]["left_out"]
+            )
         write_whole(folder / "summary.json", json.dumps({"step": step, "tasks": told}, indent=1) + "\n")
         return values, exhibits
+
+    def _warn(self, lines: Iterable[str]) -> None:
+        """Once in a run."""
+        for line in lines:
+            if line not in self.warned:
+                warn_once(line)
+            self.warned.add(line)
 
     def _exhibits(self, label: str, asking: Asking, lines: list[Line]) -> list[Exhibit]:
         """Always the same records, so that one sees what becomes of each."""
