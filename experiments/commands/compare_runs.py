@@ -38,6 +38,6 @@ def main(argv: Sequence[str]) -> int:
     require_writable(out.parent, "--out")
     write_whole(out, compare_page(runs, OCCUPANCY))
     found = differing([run.record for run in runs])
-    print(f"{len(runs)} runs, {len(found)} options differ: {', '.join(found) or 'none'}")
+    print(f"{len(runs)} runs, options that differ: {', '.join(found) or 'none'}")
     print(f"written: {out}")
     return 0

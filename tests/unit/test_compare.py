@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from experiments.commands import main
+from experiments.commands.compare_runs import OCCUPANCY
+from experiments.vlm.data.batch_metrics import BATCH_METRICS
 from torchtitan.compare.charts import MOST_POINTS, charts, group_of
 from torchtitan.compare.runs import Named, differing, read_runs, short_names
 from torchtitan.components.run_record import RunRecord, is_better, lower_is_better, read_run
@@ -90,7 +92,7 @@ def data_of(text: str) -> dict:
 def test_the_page_tells_options_that_differ_figures_and_curves_and_loads_nothing(two, tmp_path, capsys):
     out = tmp_path / "page.html"
     assert main(["compare", *map(str, two), "--out", str(out)]) == 0
-    assert capsys.readouterr().out.startswith("2 runs, 1 options differ: optimizer.lr\n")
+    assert capsys.readouterr().out.startswith("2 runs, options that differ: optimizer.lr\n")
     page = Page(out.read_text())
     assert page.loads == []
     assert ["option", "a", "b <i>"] in page.rows and ["optimizer.lr", "0.1", "0.2"] in page.rows
@@ -200,3 +202,7 @@ def test_a_step_between_two_records_has_its_share_of_the_tokens(tmp_path):
 
     with pytest.raises(ConfigError):
         read_runs([str(tmp_path / "not there")])
+
+
+def test_every_figure_of_a_batch_that_has_a_limit_is_one_of_occupancy():
+    assert set(OCCUPANCY) == {name for name, count in BATCH_METRICS.items() if count.capacity}

@@ -31,7 +31,7 @@ def charts(runs: Sequence[Named], occupancy: Collection[str]) -> list[dict[str, 
         series = [_series(number, run, key) for number, run in enumerate(runs) if key in run.record.keys]
         if key not in axes and any(any(one["values"]) for one in series):
             found.append({"group": group_of(key, sources, occupancy), "key": key, "series": series})
-    return sorted(found, key=lambda chart: GROUPS.index(chart["group"]))
+    return sorted(found, key=lambda chart: (GROUPS.index(chart["group"]), _rank(chart["key"])))
 
 
 def group_of(key: str, sources: Collection[str], occupancy: Collection[str]) -> str:
@@ -46,6 +46,11 @@ def group_of(key: str, sources: Collection[str], occupancy: Collection[str]) -> 
     if rest == "s" or first in OF_THROUGHPUT:
         return THROUGHPUT
     return TRAINING if first in OF_TRAINING else OTHER
+
+
+def _rank(key: str) -> int:
+    """Inside a group: losses, then what is held out, then the rest as it comes."""
+    return 0 if key.partition("/")[0] == "loss" else 1 if key.startswith(HELD_OUT) else 2
 
 
 def _series(number: int, run: Named, key: str) -> dict[str, Any]:
