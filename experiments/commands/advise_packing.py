@@ -18,7 +18,7 @@ from experiments.__main__ import CONFIG_CLASSES
 from experiments.vlm.check import check_output, check_sources
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.data.packing import Budget
-from experiments.vlm.data.setup import make_setup
+from experiments.vlm.data.setup import image_plan, make_setup
 from experiments.vlm.flops import Work, flops_of_work
 from experiments.vlm.model_config import model_config
 from experiments.vlm.spec import build_vlm
@@ -69,10 +69,9 @@ def prices_of(job: VLMJobConfig, tokenizer: Tokenizer) -> Prices:
     return Prices(token=flops(Work(0, 1, 0, 0)), patch=flops(Work(merged, 0, 0, 0)) / merged)
 
 
-def the_job_itself(job: VLMJobConfig, merge: int) -> Case | None:
-    """How the job packs now; None where its largest image would fit no slot."""
+def the_job_itself(job: VLMJobConfig, merge: int, largest: int) -> Case | None:
+    """How the job packs now; None where its largest image, of so many cells, would fit no slot."""
     budget = Budget(job.training.seq_len, job.data.patch_rows, job.data.patches_per_row)
-    largest = job.data.max_patches_per_image
     fits = largest <= budget.patches_per_row and largest // merge**2 + 2 <= budget.seq_len
     return Case(budget, job.data.packing_buffer_size) if fits else None
 
@@ -112,12 +111,12 @@ def main(argv: Sequence[str]) -> int:
     for key, values in (("samples", [options.samples]), ("rows", options.rows), ("buffers", options.buffers)):
         require(min(values, default=1) >= 1, f"--{key} {' '.join(map(str, values))}: must be 1 or more")
     require(options.seconds >= 0, f"--seconds {options.seconds}: must be 0 or more")
-    merge, largest = model_config(job).projector.merge_size, job.data.max_patches_per_image
+    plan = image_plan(job)
+    merge, largest = plan.merge_size, plan.max_patches + plan.extra_cells
     seq_lens = options.seq_lens or [job.training.seq_len // 2, job.training.seq_len, job.training.seq_len * 2]
     seq_lens = [length for length in seq_lens if length >= largest // merge**2 + 2]
-    require(
-        bool(seq_lens), f"--seq_lens: none holds the largest image, data.max_patches_per_image = {largest}"
-    )
+    holds = f"--seq_lens: none holds the largest image, data.max_patches_per_image = {plan.max_patches}"
+    require(bool(seq_lens), holds)
     deadline = Deadline(options.seconds or math.inf)
     say = Progress(deadline)
     tokenizer = load_tokenizer(job.model.tokenizer_path)
@@ -126,7 +125,7 @@ def main(argv: Sequence[str]) -> int:
         make_setup(job, tokenizer, "train", 1), options.samples, deadline.share(READING), say
     )
     require(bool(stream.documents), "no good sample was found")
-    data, now = Data.of(stream, prices, merge, largest), the_job_itself(job, merge)
+    data, now = Data.of(stream, prices, merge, largest), the_job_itself(job, merge, largest)
     buffers = options.buffers or [job.data.packing_buffer_size, 4 * job.data.packing_buffer_size]
     with closing(Trials(data, deadline, min(cores(), PROCESSES), say)) as trials:
         seen = search(trials, seq_lens, options.rows, buffers, now)

@@ -3,26 +3,41 @@ into rows with their class tokens and registers.
 """
 
 import dataclasses
+import io
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import PIL.Image
 import pytest
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from experiments.vlm.check import check_patches
+from experiments.vlm.config import VLMJobConfig
+from experiments.vlm.data.image import ImagePlan
+from experiments.vlm.data.packing import Budget
+from experiments.vlm.generate.prompt import Picture as PromptPicture
+from experiments.vlm.generate.prompt import Prompter
 from experiments.vlm.model.config import EncoderConfig, ProjectorConfig, VLMConfig
 from experiments.vlm.model.embedding import normalised
 from experiments.vlm.model.flavors import ENCODERS
-from experiments.vlm.model.towers import TOWERS, read_encoder, tower_of, write_encoder
+from experiments.vlm.model.hf_config import require_lfm2_vl
+from experiments.vlm.model.towers import TOWERS, dinov3, read_encoder, tower_of, write_encoder
 from experiments.vlm.model.vit import VisionEncoder
 from experiments.vlm.model.vlm import VLM
+from experiments.vlm.processor import image_processor_config
 from tests.reference.batches import Picture, Sizes, build_batch, draw_picture, merge_order, words
-from tests.reference.hf_folders import aimv2_model, clip_model, dinov3_model, fixed_model
+from tests.reference.hf_folders import aimv2_model, clip_model, dinov3_model, fixed_model, save, state_of
 from tests.reference.models import QWEN3, randomise
+from tests.tiny_data import Characters
 from tests.unit.test_flavors import ENCODER_PARAMETERS
+from torchtitan.config.errors import ConfigError
+from torchtitan.models.decoder.flavors import DECODERS
 from torchtitan.models.hf.config_file import ConfigFile
+from torchtitan.models.hf.folder import read_tensors
+from torchtitan.models.hf.tensors import Rows
 from torchtitan.models.weight_names import read, write
 
 MIXED, SQUARE = [[(6, 4), (2, 12), (8, 8)], [(10, 2), (4, 4)]], [[(8, 8), (8, 8)], [(8, 8)]]
@@ -291,3 +306,64 @@ def test_pixels_are_normalised_by_colour():
         expected = (pixels[..., place].double() / 255 - mean) / deviation
         assert (found[..., place] - expected).abs().max() < 1e-5
     assert torch.equal(normalised(pixels, ENCODERS["base"]), pixels.float() / 127.5 - 1.0)
+
+
+def test_a_rank_takes_its_rows_of_a_weight_that_is_changed_as_a_whole(tmp_path):
+    """[1, R, D] there, [R, D] here, whose rows two to four lie on this rank."""
+    folder = save(dinov3_model(), tmp_path / "dinov3")
+    stored = read_tensors(folder)["embeddings.register_tokens"]
+    (row,) = [row for row in dinov3.rows(ENCODERS["dinov3-S"]) if row.theirs == stored.name]
+    rows = Rows(stored, range(1), row.transform.read, row.transform.whole)
+    (part,) = rows.read(2, 4)
+    assert (len(rows), rows.shape) == (4, (4, 48))
+    assert torch.equal(part, state_of(folder)[stored.name][0, 2:4])
+
+
+def test_a_model_that_no_class_holds_is_exported_by_its_parts_alone():
+    job = VLMJobConfig()
+    for flavor in ("clip-L-qwen3-0.6B", "dinov3-S-llama3.2-1B"):
+        job.model.flavor = flavor
+        with pytest.raises(ConfigError, match="no class of transformers has a .* export its parts alone"):
+            image_processor_config(job)
+    sizes = ProjectorConfig(2048, layer_norm=False, merge_size=3)
+    plain = VLMConfig(ENCODERS["base"], sizes, DECODERS["qwen3-0.6B"])
+    require_lfm2_vl(plain)
+    for change in ({"norm_first": True}, {"linears": 3}, {"bias": False}, {"activation": "silu"}):
+        with pytest.raises(ConfigError, match="has a projector like this one"):
+            require_lfm2_vl(dataclasses.replace(plain, projector=dataclasses.replace(sizes, **change)))
+
+
+def test_an_image_and_its_extra_cells_fit_a_row():
+    job = VLMJobConfig()
+    job.training.seq_len, job.data.patches_per_row, job.data.max_patches_per_image = 512, 1024, 1024
+    config = VLMConfig(ENCODERS["dinov3-S"], ProjectorConfig(64), QWEN3)
+    with pytest.raises(ConfigError, match="1024 and 8 cells .* more than a row holds .* = 1024"):
+        check_patches(job, config)
+    job.data.patches_per_row = 1032
+    check_patches(job, config)
+    kept = dataclasses.replace(config, encoder=dataclasses.replace(config.encoder, feature_extra=True))
+    with pytest.raises(ConfigError, match="data.spatial_merge_size must be 1"):
+        check_patches(job, kept)
+
+
+@torch.no_grad()
+def test_a_class_token_that_is_kept_is_the_first_visual_token_of_its_image():
+    """As transformers orders it: the loader's indices, and what the encoder gives for them."""
+    theirs, config = theirs_and_config("dinov3")
+    ours = ours_of(theirs, config, feature_extra=True)
+    plan = ImagePlan(4, 1, 1, 64, "native", config.extra_cells, extra_tokens=True)
+    pictures = [draw_picture(3, 5, 4, 0), draw_picture(4, 2, 4, 1)]
+    prompter = Prompter(Characters(), plan, Budget(64, 1, 64), 64)
+    prompt = prompter.beginning([PromptPicture(png(picture)) for picture in pictures])
+    features = ours(torch.from_numpy(prompt.pixel_values), torch.from_numpy(prompt.grid_thw))[0]
+    placed = features[prompt.visual_index[prompt.visual_index >= 0]]
+    expected = [theirs(image_of(picture, config)).last_hidden_state[0] for picture in pictures]
+    assert [len(state) for state in expected] == [5 + 15, 5 + 8]
+    assert (placed - torch.cat(expected)).abs().max() < 1e-4
+
+
+def png(picture: Picture) -> bytes:
+    pixels = rearrange(picture.patches, "h w (p q c) -> (h p) (w q) c", p=4, q=4).numpy()
+    file = io.BytesIO()
+    PIL.Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from experiments.vlm.model.vlm import VLM, place_visual_tokens
+from experiments.vlm.model.config import ProjectorConfig
+from experiments.vlm.model.vlm import VLM, Projector, place_visual_tokens
 from tests.reference.batches import (
     IMAGE_ID,
     Document,
@@ -16,7 +17,7 @@ from tests.reference.batches import (
     words,
 )
 from tests.reference.hf_names import VLM_ROWS, vlm_to_hf
-from tests.reference.models import LLAMA, QWEN2, hf_text_config, hf_vision_config, small_vlm
+from tests.reference.models import LLAMA, QWEN2, hf_text_config, hf_vision_config, randomise, small_vlm
 from torchtitan.layers.masks import Mask
 from torchtitan.models.decoder.flavors import DecoderConfig
 from torchtitan.models.weight_names import read
@@ -185,3 +186,27 @@ def test_what_is_in_visual_rows_that_nobody_reads_does_not_spread():
     assert placed.isfinite().all()
     assert torch.equal(visual.grad, torch.tensor([0.0, 0, 1, 1, 0, 0])[None, :, None].expand(1, 6, 4))
     assert torch.equal(h.grad[..., 0], (index < 0).float())
+
+
+@pytest.mark.parametrize("merge", [1, 2])
+@pytest.mark.parametrize("norm", ["none", "before merging", "after merging"])
+@pytest.mark.parametrize(("linears", "bias"), [(1, True), (2, False), (3, True)])
+def test_a_projector_is_what_its_switches_say(merge, norm, linears, bias):
+    """Written out for one visual token."""
+    config = ProjectorConfig(
+        7, norm != "none", merge, norm == "before merging", 0.1, linears, "gelu_pytorch_tanh", bias
+    )
+    projector, patches = Projector(config, 6, 5), torch.randn(1, 3 * merge**2, 6)
+    randomise(projector)
+    weights = dict(projector.named_parameters())
+    x = patches[0, merge**2 : 2 * merge**2]
+    if norm == "before merging":
+        x = F.layer_norm(x, (6,), weights["norm.weight"], weights["norm.bias"], 0.1)
+    x = x.flatten()
+    if norm == "after merging":
+        x = F.layer_norm(x, x.shape, weights["norm.weight"], weights["norm.bias"], 0.1)
+    for number in range(1, linears + 1):
+        x = F.gelu(x, approximate="tanh") if number > 1 else x
+        x = weights[f"linear_{number}.weight"] @ x + weights.get(f"linear_{number}.bias", 0.0)
+    assert x.shape == (5,) and (projector(patches)[0, 1] - x).abs().max() < 1e-5
+    assert len(weights) == 2 * (norm != "none") + linears * (1 + bias)

@@ -8,7 +8,13 @@ from experiments.vlm.model.config import EncoderConfig, ProjectorConfig, VLMConf
 from experiments.vlm.model.towers import TOWERS
 from torchtitan.models.decoder.flavors import DECODERS
 
-ENCODERS = {name: sizes for tower in TOWERS.values() for name, sizes in tower.sizes.items()}
+
+def encoders() -> dict[str, EncoderConfig]:
+    """Of all families."""
+    return {name: sizes for tower in TOWERS.values() for name, sizes in tower.sizes.items()}
+
+
+ENCODERS = encoders()
 
 FLAVORS = {
     "debugmodel": VLMConfig(EncoderConfig(128, 4, 4, 512), ProjectorConfig(256), DECODERS["debug"])

@@ -6,7 +6,7 @@
     aimv2.py     AIMv2, native or of one size
     dinov3.py    DINOv3
 
-Imports no torch.
+docs/adding_a_tower.md adds one. Imports no torch.
 """
 
 from typing import Any
