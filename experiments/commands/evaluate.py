@@ -6,6 +6,7 @@
 A record is {"question", "image" or "images", "answers", "choices"} in JSONL, parquet, Arrow, TSV or a tar.
 --out gets a line for each record, summary.json with 95 % intervals and the versions of everything, and a page
 of pictures with questions, answers and scores. A run that was cut goes on; one that is done is told again.
+A file may be embedded:WORLD/SPLIT.
 Several processes share the records:
 
     python -m torchtitan.launch --processes 2 experiments.commands evaluate ...
@@ -20,6 +21,7 @@ from typing import Annotated, Any
 import tyro
 
 from experiments.commands.generate import ModelOptions, model_job, open_model, template_of
+from experiments.vlm.check import check_path
 from experiments.vlm.evaluate import tasks
 from torchtitan.config.check import check_options
 from torchtitan.config.errors import require
@@ -33,6 +35,8 @@ class Options(ModelOptions):
 
     # NAME=FILE, with a name of --list; may be given several times
     task: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
+    # also with blanked and with shuffled images, as NAME-blanked and NAME-shuffled
+    controls: bool = False
     out: str = ""  # a folder for answers, summary.json and pages
     list: bool = False  # say what tasks there are
     sequences: int = 8  # answered beside each other
@@ -49,6 +53,7 @@ def main(argv: Sequence[str]) -> int:
     check_options(options, {"sequences": ">= 1", "page_limit": ">= 0"})
     asked = asked_tasks(options)
     # Only now, since they import torch.
+    from experiments.vlm.data.controls import CONTROLS
     from experiments.vlm.evaluate.evaluation import Evaluation, evaluate
     from torchtitan.distributed.process_group import close_process_group
 
@@ -58,8 +63,17 @@ def main(argv: Sequence[str]) -> int:
     about = {"model": job.checkpoint.initial_load_path, "chat_template": template} | versions()
     try:
         evaluations = [
-            Evaluation(label, tasks.TASKS[name], path, out, answering, job.data)
+            Evaluation(
+                f"{label}-{control}" if control else label,
+                tasks.TASKS[name],
+                path,
+                out,
+                answering,
+                job.data,
+                control,
+            )
             for label, name, path in asked
+            for control in ("", *(CONTROLS if options.controls else ()))
         ]
         summary = evaluate(evaluations, out, about, options.page_limit)
     finally:
@@ -77,7 +91,10 @@ def asked_tasks(options: Options) -> list[tasks.Asked]:
     require_writable(Path(options.out), "--out")
     asked = tasks.parse_tasks(options.task, "--task ")
     for _, name, path in asked:
-        require(os.path.isfile(path), f"--task {name}={path}: no such file (looked from {os.getcwd()})")
+        if path.startswith("embedded:"):
+            check_path(path, f"--task {name}")
+        else:
+            require(os.path.isfile(path), f"--task {name}={path}: no such file (looked from {os.getcwd()})")
     return asked
 
 

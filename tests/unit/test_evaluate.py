@@ -1,11 +1,14 @@
 """Tasks over files of every kind: the same figures killed and gone on with, and by the metrics alone."""
 
+import io
 import json
 import math
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from experiments.commands.evaluate import Options, asked_tasks, table
 from experiments.vlm.config import Data
@@ -96,6 +99,50 @@ def test_records_of_every_kind_ask_the_same(tmp_path, kind):
         assert [part.strip() for part in found.content if isinstance(part, str)] == [record["question"]]
 
 
+def test_controls_spoil_images_and_nothing_else(tmp_path):
+    path, data = write(tmp_path, "tar"), Data(cache_folder=str(tmp_path / "cache"))
+    plain = [Questions(path, data).read(number) for number in range(5)]
+    images = [next(part for part in found.content if isinstance(part, Picture)).data for found in plain]
+    for control in ("blanked", "shuffled"):
+        spoilt = Questions(path, data, control=control)
+        for number in range(5):
+            found = spoilt.read(number)
+            (shown,) = [part for part in found.content if isinstance(part, Picture)]
+            texts = [part for part in found.content if isinstance(part, str)]
+            assert texts == [part for part in plain[number].content if isinstance(part, str)]
+            assert (found.id, found.answers) == (plain[number].id, plain[number].answers)
+            if control == "shuffled":
+                assert shown.data == images[(number + 2) % 5]  # half a shard away
+            else:
+                pixels, own = (Image.open(io.BytesIO(data)) for data in (shown.data, images[number]))
+                assert pixels.size == own.size and pixels.getcolors() == [
+                    (own.width * own.height, (128, 128, 128))
+                ]
+
+
+def test_a_caption_is_asked_of_the_image_alone_where_the_model_knows_no_conversations(tmp_path):
+    """As it was trained: a line break behind the image, as before a question, would be one it never saw."""
+    path = tmp_path / "captions.tar"
+    image = picture(20, 12).data
+    write_tar(path, [("a.png", image), ("a.txt", b"a cat")])
+    question = Questions(str(path), Data(cache_folder=str(tmp_path / "cache"))).read(0)
+    assert TASKS["exact_match"].content(question, converses=False) == [Picture(image)]
+    assert TASKS["caption"].content(question, converses=True)[-1] == "Describe the image."
+
+
+def test_an_embedded_split_is_a_file_of_records(tmp_path, monkeypatch):
+    shard = Path(write(tmp_path, "tar"))
+    folder = tmp_path / "heldout"
+    folder.mkdir()
+    shard.rename(folder / "heldout-00000.tar")
+    monkeypatch.setattr("experiments.vlm.evaluate.questions.ensure", lambda name, cache: folder)
+    data = Data(cache_folder=str(tmp_path / "cache"))
+    assert Questions("embedded:reads/heldout", data).read(1).answers == ["answer 1", "a cat"]
+    (folder / "heldout-00001.tar").touch()
+    with pytest.raises(ConfigError, match="2 files: name one of them, for example .*heldout-00000.tar"):
+        Questions("embedded:reads/heldout", data)
+
+
 def run(folder, path: str, names: list[str]) -> dict:
     data = Data(cache_folder=str(folder / "cache"))
     out = folder / "out"
@@ -170,6 +217,7 @@ def test_answers_of_two_models_are_not_mixed(tmp_path):
         (["vqa"], "must be NAME=FILE"),
         (["vqaa=x"], "no such task.*vqa"),
         (["vqa=nowhere.jsonl"], "no such file"),
+        (["vqa=embedded:sees/held"], "no such embedded data.*sees/heldout"),
     ],
 )
 def test_a_task_that_cannot_be_run_is_told(tmp_path, tasks, told):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import random
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,32 @@ def test_odd_texts_have_a_score(metric, prediction, references):
     options = options if metric == "mmmu_multiple_choice" else {}
     score = METRICS[metric]([prediction] * 2, [references] * 2, **options)
     assert len(score.per_sample) == 2 and all(map(math.isfinite, [score.overall, *score.per_sample]))
+
+
+def distance(left: list[str], right: list[str]) -> int:
+    """Levenshtein's, by its definition."""
+    if not left or not right:
+        return len(left) + len(right)
+    return min(
+        distance(left[1:], right) + 1,
+        distance(left, right[1:]) + 1,
+        distance(left[1:], right[1:]) + (left[0] != right[0]),
+    )
+
+
+def test_word_accuracy_counts_the_fewest_edits_over_all_words():
+    rng = random.Random(0)
+    texts = [[rng.choice("407") for _ in range(rng.randint(1, 5))] for _ in range(60)]
+    told, right = texts[:30], texts[30:]
+    score = METRICS["word_accuracy"](
+        [" ".join(words) for words in told], [" ".join(words) for words in right]
+    )
+    edits = [distance(*pair) for pair in zip(told, right, strict=True)]
+    assert score.overall == pytest.approx(100 * (1 - sum(edits) / sum(map(len, right))))
+    assert score.per_sample == pytest.approx(
+        [100 * max(0, 1 - wrong / len(words)) for wrong, words in zip(edits, right, strict=True)]
+    )
+    assert METRICS["word_accuracy"](["4 0 7 7"], ["4 0 7"]).overall == pytest.approx(200 / 3)
 
 
 @pytest.mark.parametrize(

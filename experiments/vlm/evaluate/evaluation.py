@@ -29,11 +29,21 @@ from torchtitan.tools.logging import logger
 class Evaluation:
     """One task over one file. Raises UserError that names the record."""
 
-    def __init__(self, name: str, task: Task, path: str, out: Path, answering: Answering, data: Data):
+    def __init__(
+        self,
+        name: str,
+        task: Task,
+        path: str,
+        out: Path,
+        answering: Answering,
+        data: Data,
+        control: str = "",
+    ):
+        """`control`: how images are spoilt (data/controls.py)."""
         self.name = name
         self.task = task
         self.answering = answering
-        self.questions = Questions(path, data, documents=task.way == "read")
+        self.questions = Questions(path, data, task.way == "read", control)
         self.asking = Asking(task, self.questions, answering.prompter)
         self.path = out / f"{name}.jsonl"
         self.part = AnswerFile(out / f"{name}.part.jsonl", answering.mesh.leads, samples=1)

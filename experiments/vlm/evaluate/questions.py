@@ -3,13 +3,19 @@
 {"question": "...", "image": IMAGE or "images": [...], "answers": ["..."], "choices": ["...", ...]}
 
 Images are spelled as in training data; `<image>` in the question says where one stands, else they come first.
+A control (data/controls.py) spoils them, to see whether answers come from the images.
 """
 
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import PIL.Image
+
 from experiments.vlm.config import Data
+from experiments.vlm.data.controls import CONTROLS, Painted
 from experiments.vlm.data.document import Draft, Image, ImageValue, Picture, Text
 from experiments.vlm.data.formats import RECORD_FORMATS, Record, format_of, messages
 from experiments.vlm.data.formats.image_values import IMAGE_EXTENSIONS
@@ -18,7 +24,9 @@ from experiments.vlm.data.formats.record_shard import ImageValues, RecordShard, 
 from experiments.vlm.data.formats.shard import Shard
 from experiments.vlm.data.formats.tar_shard import TarShard, is_tar
 from experiments.vlm.data.rejects import Rejected, meaning
+from experiments.vlm.data.sources.shards import EMBEDDED
 from experiments.vlm.data.storage.file_cache import file_cache
+from experiments.vlm.world import ensure
 from torchtitan.config.errors import ConfigError
 
 IDS = ("question_id", "questionId", "id", "uid", "index")
@@ -45,15 +53,18 @@ class Question:
 class Questions:
     """The records of one file, read one by one. Raises ConfigError where it cannot be opened."""
 
-    def __init__(self, path: str, data: Data, documents: bool = False):
-        """`documents`: whole documents without a question, to be read and not to be answered."""
-        self.path = path
+    def __init__(self, path: str, data: Data, documents: bool = False, control: str = ""):
+        """`documents`: whole documents without a question, to be read and not to be answered. `control`: one
+        of CONTROLS, or none.
+        """
+        self.path = _only_file(path, data)
         self.documents = documents
+        self.control = control
         self.record: Record = {}
         try:
             self.shard: Shard = self._open(data)
         except (OSError, Rejected, ValueError) as error:
-            raise ConfigError(f"{path}: cannot be read ({error})") from None
+            raise ConfigError(f"{self.path}: cannot be read ({error})") from None
 
     def _open(self, data: Data) -> Shard:
         cache = file_cache(data)
@@ -75,6 +86,8 @@ class Questions:
             for rejected in lost:
                 raise rejected
             record = self.record
+            if self.control and pictures:
+                document = CONTROLS[self.control](document, self.shard, number)
             shown = [part for part in document.parts if pictures or not isinstance(part, Image)]
             content = [self._part(part) for part in shown]
             names = (record[name] for name in IDS if record.get(name) is not None)
@@ -85,9 +98,11 @@ class Questions:
             raise ConfigError(f"{self.path}, record {number}: {meaning(rejected.reason)}{detail}") from None
 
     def _part(self, part: Any) -> str | Picture:
-        if isinstance(part, Image):
-            return Picture(self.shard.load(part))
-        return part.text
+        if not isinstance(part, Image):
+            return part.text
+        if isinstance(part.locator, Painted):
+            return Picture(_png(part.locator.paint(part.height, part.width)))
+        return Picture(self.shard.load(part))
 
     def _parse(self, record: Record) -> Draft:
         self.record = record
@@ -101,6 +116,22 @@ class Questions:
         parts: list[Any] = [part if isinstance(part, ImageValue) else Text(part) for part in asked.content]
         # A record without question and image is empty, and finish() says so.
         return Draft(parts, caption=True)
+
+
+def _only_file(path: str, data: Data) -> str:
+    """Of embedded:WORLD/SPLIT its file, drawn if it is not there yet."""
+    if not path.startswith(EMBEDDED):
+        return path
+    files = sorted(ensure(path.removeprefix(EMBEDDED), data.cache_folder).iterdir())
+    if len(files) > 1:
+        raise ConfigError(f"{path}: {len(files)} files: name one of them, for example {files[0]}")
+    return str(files[0])
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    PIL.Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
 
 
 def answers_of(record: Mapping[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 caption            a text about the picture, against those of people
 vqa, exact_match, anls, relaxed_accuracy    a short answer
+transcription      what is written: the share of its words, and of records without an error
 multiple_choice    the likelihood of each choice, as it is and for each of its tokens
 mmmu, mmmu_open    the answer that a response concludes, as MMMU reads it
 perplexity         of held-out documents, pictures and all
@@ -34,13 +35,18 @@ class Task:
     max_tokens: int = 32
 
     def content(self, question: Question, converses: bool) -> list[str | Picture]:
-        """What the user says. A model that knows no conversations gets the record alone."""
+        """What the user says. A model that knows no conversations gets the record alone, and where it asks
+        nothing, its images as a caption follows them: without the line break that parts them from a question.
+        """
         asked = any(isinstance(part, str) and part.strip() for part in question.content)
+        shown = question.content
+        if not (asked or converses):
+            shown = [part for part in shown if isinstance(part, Picture)]
         text = "" if asked or not converses else self.instead
         if self.lists_choices:
             text += "".join(f"\n{letter}. {choice}" for letter, choice in named(question).items())
         text += self.wording if converses else ""
-        return [*question.content, *filter(None, [text])]
+        return [*shown, *filter(None, [text])]
 
 
 def named(question: Question) -> dict[str, str]:
@@ -55,6 +61,7 @@ TASKS = {
     "exact_match": Task("generate", ("exact_match",), max_tokens=128),
     "anls": Task("generate", ("anls",), wording=SHORT),
     "relaxed_accuracy": Task("generate", ("relaxed_accuracy",), wording=SHORT),
+    "transcription": Task("generate", ("word_accuracy", "exact_match"), max_tokens=128),
     "multiple_choice": Task("choose"),
     "mmmu": Task("generate", ("mmmu_multiple_choice",), wording=LETTER, lists_choices=True, max_tokens=128),
     "mmmu_open": Task("generate", ("mmmu_open",), wording=SHORT, max_tokens=128),

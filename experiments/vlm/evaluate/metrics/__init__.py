@@ -3,14 +3,20 @@
 score        what they return, and bootstrap_interval of the samples' scores
 captions     BLEU, ROUGE-L, CIDEr-D; meteor: METEOR, by Java
 ptb_tokens   the tokens that these compare, by the rules of ptb_rules
-answers      exact match, ANLS, relaxed accuracy, VQA accuracy
+answers      exact match, ANLS, relaxed accuracy, VQA accuracy, words read right
 mmmu         MMMU's multiple choice and open questions
 """
 
 from collections.abc import Callable
 from functools import partial
 
-from experiments.vlm.evaluate.metrics.answers import anls, exact_match, relaxed_accuracy, vqa_accuracy
+from experiments.vlm.evaluate.metrics.answers import (
+    anls,
+    exact_match,
+    relaxed_accuracy,
+    vqa_accuracy,
+    word_accuracy,
+)
 from experiments.vlm.evaluate.metrics.captions import bleu, cider, rouge_l
 from experiments.vlm.evaluate.metrics.meteor import meteor
 from experiments.vlm.evaluate.metrics.mmmu import mmmu_multiple_choice, mmmu_open
@@ -29,6 +35,7 @@ METRICS: dict[str, Callable[..., Score]] = {
     "exact_match": exact_match,
     "anls": anls,
     "relaxed_accuracy": relaxed_accuracy,
+    "word_accuracy": word_accuracy,
     "mmmu_multiple_choice": mmmu_multiple_choice,
     "mmmu_open": mmmu_open,
 }

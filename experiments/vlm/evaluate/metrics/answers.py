@@ -1,4 +1,5 @@
-"""Short answers against those of people: exact, by edit distance, within 5 %, or as VQA counts votes.
+"""Short answers against those of people: exact, by edit distance of characters or words, within 5 %, or as
+VQA counts votes.
 
 All give percent, the best over the references of a sample, and take text as it was generated.
 """
@@ -51,7 +52,22 @@ def _similarity(left: str, right: str, case_sensitive: bool, threshold: float) -
     return similarity if similarity >= threshold else 0.0
 
 
-def _edit_distance(left: str, right: str) -> int:
+def word_accuracy(predictions: Sequence[str], references: References) -> Score:
+    """Percent of the words that were to be read: 100 less the word error rate, aligned by edit distance.
+
+    A word that is wrong, missing or too many is one error. `overall` counts the words of all samples
+    together; a sample below 0 has 0. Of several references the one with the best score counts.
+    """
+    errors, words, per_sample = 0, 0, []
+    for answer, texts in pairs("word_accuracy", predictions, references):
+        counted = [(_edit_distance(answer.split(), text.split()), len(text.split())) for text in texts]
+        wrong, length = min(counted, key=lambda found: found[0] / max(1, found[1]))
+        errors, words = errors + wrong, words + length
+        per_sample.append(100.0 * max(0.0, 1 - wrong / max(1, length)))
+    return Score(100.0 * max(0.0, 1 - errors / max(1, words)), per_sample)
+
+
+def _edit_distance(left: Sequence[str], right: Sequence[str]) -> int:
     """Levenshtein distance, a column of its table at a time: the bits where it goes up, and where down.
 
     Myers (1999), in the form of Hyyrö (2003).

@@ -14,7 +14,7 @@ References = Sequence[str] | Sequence[Sequence[str]]  # of each sample one text,
 class Score:
     """A metric over a set of samples, in the unit that its function names (percent or a fraction)."""
 
-    overall: float  # the mean of per_sample, but for BLEU and METEOR, which count over the whole set
+    overall: float  # the mean of per_sample, but for BLEU, METEOR and word_accuracy: over the whole set
     per_sample: list[float]
     parsed: list[object] | None = None  # what was read out of each prediction, where a metric reads
 
@@ -58,8 +58,8 @@ def bootstrap_interval(
 ) -> Interval:
     """The mean of scores [n] with its percentile bootstrap interval (Efron, 1979).
 
-    Which scores there are decides it with the seed, not their order. BLEU and METEOR are not the mean of
-    their samples: this is the interval of the mean all the same.
+    Which scores there are decides it with the seed, not their order. BLEU, METEOR and word accuracy are not
+    the mean of their samples: this is the interval of the mean all the same.
     """
     scores = np.sort(np.asarray(per_sample, dtype=np.float64))
     if not scores.size or not 0 < confidence < 1:
