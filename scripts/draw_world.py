@@ -1,12 +1,14 @@
 """Draw a sheet of pictures from the embedded world with their captions.
 
 python scripts/draw_world.py --out docs/images/world.png
-python scripts/draw_world.py --out varied.png --varied --seed 3
+python scripts/draw_world.py --out varied.png --world captions --seed 3
+python scripts/draw_world.py --out docs/images/reads.png --world reads
 """
 
 import argparse
 import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -16,12 +18,38 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from experiments.vlm.world.caption import describe, varied_caption  # noqa: E402
 from experiments.vlm.world.render import render  # noqa: E402
 from experiments.vlm.world.scene import sees_scene, varied_scene  # noqa: E402
+from experiments.vlm.world.strips import draw_strip, random_strip  # noqa: E402
 
 WIDTH, HEIGHT = 1200, 720
 CELL_WIDTH, GAP, LINE = 236, 4, 15  # pixels
 
 
-def sheet(varied: bool, seed: int) -> Image.Image:
+def _sees(rng: random.Random) -> tuple[Image.Image, str]:
+    scene = sees_scene(rng, False)
+    return render(scene), describe(scene)
+
+
+def _captions(rng: random.Random) -> tuple[Image.Image, str]:
+    scene = varied_scene(rng, False, longest=220)
+    return render(scene), varied_caption(scene, rng)
+
+
+def _reads(rng: random.Random) -> tuple[Image.Image, str]:
+    while True:
+        strip = random_strip(rng, True)
+        image = draw_strip(strip, rng, written_anew=False)
+        if image.width < CELL_WIDTH:
+            return image, strip.text
+
+
+DRAW: dict[str, Callable[[random.Random], tuple[Image.Image, str]]] = {
+    "sees": _sees,
+    "captions": _captions,
+    "reads": _reads,
+}
+
+
+def sheet(world: str, seed: int) -> Image.Image:
     """Pictures at their true size, each above its caption, in columns that are filled from the top."""
     page = Image.new("RGB", (WIDTH, HEIGHT), "white")
     draw = ImageDraw.Draw(page)
@@ -30,18 +58,18 @@ def sheet(varied: bool, seed: int) -> Image.Image:
     bottoms = [GAP] * (WIDTH // CELL_WIDTH)
     misses = 0
     while misses < 20:
-        scene = varied_scene(rng, False, longest=220) if varied else sees_scene(rng, False)
-        lines = wrap(varied_caption(scene, rng) if varied else describe(scene), draw, font)
+        picture, caption = DRAW[world](rng)
+        lines = wrap(caption, draw, font)
         y = min(bottoms)
-        height = scene.height + LINE * len(lines) + 3 * GAP
+        height = picture.height + LINE * len(lines) + 3 * GAP
         if y + height > HEIGHT:
             misses += 1
             continue
         column = bottoms.index(y)
         x = GAP + column * CELL_WIDTH
-        page.paste(render(scene), (x, y))
+        page.paste(picture, (x, y))
         for i, line in enumerate(lines):
-            draw.text((x, y + scene.height + GAP + i * LINE), line, fill="black", font=font)
+            draw.text((x, y + picture.height + GAP + i * LINE), line, fill="black", font=font)
         bottoms[column] += height
     return page
 
@@ -64,16 +92,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="PNG file to write")
-    parser.add_argument(
-        "--varied", action="store_true", help="the world of captions and documents in place of `sees`"
-    )
+    parser.add_argument("--world", choices=DRAW, default="sees")
     parser.add_argument("--seed", type=int, default=203)
     arguments = parser.parse_args()
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    sheet(arguments.varied, arguments.seed).save(arguments.out, optimize=True)
+    sheet(arguments.world, arguments.seed).save(arguments.out, optimize=True)
     print(
         f"{arguments.out}: {arguments.out.stat().st_size / 1024:.0f} KiB; the same pictures in shards: "
-        "embedded:sees/train"
+        f"embedded:{arguments.world}"
     )
 
 

@@ -21,6 +21,7 @@ from experiments.vlm.world.document import draw_document
 from experiments.vlm.world.render import render
 from experiments.vlm.world.scene import GRIDS, Scene, sees_scene, varied_scene
 from experiments.vlm.world.shards import WORLDS, write_shard
+from experiments.vlm.world.strips import draw_strip, random_document
 from torchtitan.config.errors import ConfigError
 
 REPOSITORY = Path(__file__).parents[2]
@@ -185,9 +186,12 @@ def test_another_drawing_has_another_version():
         drawn += [*scenes, describe(scenes[0]), varied_caption(scenes[1], rng), *draw_document(rng, False)]
     digest = hashlib.sha256("".join(map(repr, drawn)).encode()).hexdigest()[:12]
     pixels = [np.asarray(render(scene)).mean() for scene in drawn if isinstance(scene, Scene)]
-    version = cache.VERSION, digest, round(float(np.mean(pixels)), 1)
-    assert version == ("efb1b9ae11", "c097340e2d6d", 32.7), (
-        "data is drawn differently: give it another VERSION, and state all three here"
+    strips = [random_document(rng, bool(i % 2)) for i in range(50)]
+    digest += hashlib.sha256(repr(strips).encode()).hexdigest()[:4]
+    grey = [np.asarray(draw_strip(pictures[asked], rng, True)).mean() for pictures, asked in strips]
+    version = cache.VERSION, digest, round(float(np.mean(pixels)), 1), round(float(np.mean(grey)), 1)
+    assert version == ("efb1b9ae11", "c097340e2d6d0949", 32.7, 187.3), (
+        "data is drawn differently: give it another VERSION, and state all four here"
     )
 
 

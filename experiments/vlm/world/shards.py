@@ -4,7 +4,8 @@
 KEY.png and KEY.txt: half the size). `interleaved` is parquet as OBELICS has it: `texts` and `images` are
 parallel lists, one of the two null at each index, an image a record of bytes and path; `metadata` and
 `general_metadata` are JSON strings. `questions` are tar files of conversations as LLaVA has them (KEY.jpg,
-KEY.json).
+KEY.json), `reads` too, with several images (KEY.0.png) and, for evaluation, the question and its answer by
+themselves.
 
 A sample is a function of seed, name and number alone, whoever draws it.
 """
@@ -20,6 +21,7 @@ from experiments.vlm.world.caption import describe, varied_caption
 from experiments.vlm.world.document import draw_document, questions
 from experiments.vlm.world.render import jpeg, png, render
 from experiments.vlm.world.scene import Scene, sees_scene, varied_scene
+from experiments.vlm.world.strips import ask_for, draw_strip, random_document
 
 SPLITS = ("train", "heldout")
 Draw = Callable[[random.Random, bool, str], dict]  # generator, held out, key -> the record of one sample
@@ -86,6 +88,17 @@ def _questions_sample(rng: random.Random, heldout: bool, key: str) -> dict:
     }
 
 
+def _reads_sample(rng: random.Random, heldout: bool, key: str) -> dict:
+    strips, asked = random_document(rng, heldout)
+    wanted, answer = ask_for(strips, asked), strips[asked].text
+    turns = [{"from": "human", "value": wanted}, {"from": "gpt", "value": answer}]
+    record = {"id": key, "question": wanted, "answers": [answer], "conversations": turns}
+    # Held-out digits are shown as they were written.
+    images = [png(draw_strip(strip, rng, written_anew=not heldout)) for strip in strips]
+    members = {f"{key}.{number}.png": image for number, image in enumerate(images)}
+    return members | {f"{key}.json": json.dumps(record).encode()}
+
+
 def _image_record(scene: Scene, stem: str, rng: random.Random) -> dict:
     image = render(scene)
     if rng.random() < 0.2:
@@ -124,6 +137,7 @@ WORLDS = {
         {"train": 2_000, "heldout": 200}, 250, "parquet", _interleaved_sample, _write_parquet
     ),
     "questions": World({"train": 1_000, "heldout": 200}, 500, "tar", _questions_sample, _write_tar),
+    "reads": World({"train": 30_000, "heldout": 500}, 3_000, "tar", _reads_sample, _write_tar),
     "sees": World({"train": 120_000, "heldout": 1_000}, 4_000, "tar", _sees_sample, _write_tar),
 }
 
