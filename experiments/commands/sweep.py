@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.__main__ import CONFIG_CLASSES, EXPERIMENTS
-from experiments.commands.train import job_options, number
+from experiments.commands.train import HELP, job_options, number
 from torchtitan.components.saved_config import NEWEST
 from torchtitan.config.devices import available_cores
 from torchtitan.config.errors import require
@@ -26,6 +26,7 @@ from torchtitan.config.parse import (
     option_types,
     parse_over,
     run_script,
+    split_options,
     split_script,
     table_of,
 )
@@ -51,10 +52,12 @@ JOB_FILE = "sweep.toml"  # in --out: what an array reads
 def main(argv: Sequence[str]) -> int:
     """The command. Raises UserError."""
     init_logger()
+    argv = ["--help"] if HELP in split_options(argv) else argv
     own, rest = split_script(job_options(argv, os.environ), Options)
     tables = table_of(rest)
     swept = tables.pop(SWEEP, {})
-    options = run_script(Options, own, __doc__ or "", with_settings(settings_of(swept)))
+    defaults = with_settings(settings_of(swept))
+    options = run_script(Options, own, __doc__ or "", defaults, "torchtitan-vlm sweep")
     if options.dry_run and DRY_RUN not in rest:
         rest.append(DRY_RUN)
     options.dry_run = DRY_RUN in rest

@@ -19,6 +19,7 @@ from torchtitan.tools.logging import init_logger
 
 DEFAULT_JOB = "train_configs/vlm_debug.toml"
 DEFAULT_PORT = "29500"
+MANY, HELP = ("--sweep", "--zip", "--random", "--seeds"), ["--help", SWEEP]  # what only a sweep is asked for
 ON, OFF = ("1", "true", "yes"), ("", "0", "false", "no")
 
 
@@ -69,8 +70,9 @@ def job_options(argv: Sequence[str], variables: Mapping[str, str]) -> list[str]:
 
 def asks_for_many(options: Sequence[str]) -> bool:
     """Whether these are the options of a sweep: of the command, or a file with a table [sweep]."""
+    groups = split_options(options)
     with contextlib.suppress(ConfigError):  # the trainer says what is wrong with the file
-        return any(group[0] == f"--{SWEEP}" for group in split_options(options)) or SWEEP in table_of(options)
+        return any(group[0] in MANY for group in groups) or HELP in groups or SWEEP in table_of(options)
     return False
 
 

@@ -319,6 +319,20 @@ def test_a_file_with_a_sweep_is_one_for_run_train_and_for_no_single_run(tmp_path
         parse(["--job.config_file", str(job)], sweep.CONFIG_CLASSES)
 
 
+@pytest.mark.parametrize("options", [["--seeds", "2"], ["--sweep", RATES], ["--help", "sweep"]])
+def test_run_train_hands_a_sweep_of_the_command_line_on(options, monkeypatch):
+    asked: list[list[str]] = []
+    monkeypatch.setattr(sweep, "main", lambda argv: asked.append(argv) or 7)
+    assert train_command.main([*JOB, *options]) == 7
+    assert asked == [[*JOB, *options]]
+
+
+def test_help_of_a_sweep_lists_its_options(capsys):
+    with pytest.raises(SystemExit):
+        sweep.main(["--help", "sweep"])
+    assert {"--slurm_options", "--draw_seed"} <= set(capsys.readouterr().out.split())
+
+
 def test_runs_share_the_gpus_of_a_machine():
     four = ["0", "1", "2", "3"]
     given = [place["CUDA_VISIBLE_DEVICES"] for place in places(0, 0, four, cores=16)]

@@ -139,9 +139,18 @@ def test_what_cannot_be_swept_is_one_line(table, given, told):
     assert told in line and "\n" not in line
 
 
-def test_an_unknown_option_of_the_table_is_told():
-    with pytest.raises(ConfigError, match="sweep.sede is not a known option; did you mean sweep.seeds"):
-        settings_of({"sede": 3, "grid": {}})
+@pytest.mark.parametrize(
+    ("table", "told"),
+    [
+        ({"sede": 3, "grid": {}}, "sweep.sede is not a known option; did you mean seeds?"),
+        ({"optimizer": {"lr": [1]}}, r"values of options stand in \[sweep.grid\]"),
+        ({"seeds": [0, 1]}, r"sweep.seeds = \[0, 1\]: expected a whole number"),
+        (3, "sweep = 3: expected a table"),
+    ],
+)
+def test_what_does_not_belong_into_the_table_is_told(table, told):
+    with pytest.raises(ConfigError, match=told):
+        settings_of(table)
 
 
 def test_names_say_what_differs_as_shortly_as_they_can():

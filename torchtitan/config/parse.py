@@ -114,11 +114,15 @@ def split_script(argv: Sequence[str], options_class: type) -> tuple[list[str], l
 
 
 def run_script(
-    cls: type[Options], own: Sequence[str], description: str, default: Options | None = None
+    cls: type[Options],
+    own: Sequence[str],
+    description: str,
+    default: Options | None = None,
+    prog: str | None = None,
 ) -> Options:
     """A script's own options, of its own part of the command line, over those of `default`."""
     description = f"{description}\n\nTakes the trainer's options too: see {TRAINER} --help.".strip()
-    return run_tyro(cls, own, default, None, description)
+    return run_tyro(cls, own, default, prog, description)
 
 
 def read_toml(file: str) -> dict[str, Any]:

@@ -24,11 +24,12 @@ from typing import Annotated, Any
 import tyro
 
 from torchtitan.config.check import check_options
-from torchtitan.config.errors import ConfigError, require
+from torchtitan.config.errors import ConfigError, did_you_mean, require
 from torchtitan.config.parse import SWEEP
 from torchtitan.config.table import from_table
 from torchtitan.sweep.space import Space, Text, flat, range_of_text
 
+TABLES = ("grid", "zip", "random")
 LIMITS = {"seeds": ">= 0", "draws": ">= 0", "at_once": ">= 0", "index": "-1 or >= 0"}
 
 
@@ -68,8 +69,12 @@ class Options(Settings):
 
 def settings_of(table: Mapping[str, Any]) -> Settings:
     """The options of a table [sweep], but for the values themselves. Raises ConfigError."""
-    tables = ("grid", "zip", "random")
-    return from_table(Settings, {k: v for k, v in table.items() if k not in tables}, SWEEP)
+    require(isinstance(table, dict), f"{SWEEP} = {table!r}: expected a table")
+    known = [*TABLES, *(field.name for field in fields(Settings))]
+    for name in table:
+        values = "values of options stand in [sweep.grid], [[sweep.zip]] and [sweep.random]"
+        require(name in known, f"{SWEEP}.{name} is not a known option{did_you_mean(name, known)}; {values}")
+    return from_table(Settings, {k: v for k, v in table.items() if k not in TABLES}, SWEEP)
 
 
 def with_settings(settings: Settings) -> Options:
