@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from experiments.vlm.model.towers import aimv2, clip, dinov3
 from tests.reference.batches import Sizes, build_batch, example_slots
 from tests.reference.models import LLAMA, QWEN2, QWEN3, small_vlm
 from torchtitan.layers.attention import BACKENDS
@@ -52,25 +53,37 @@ class Trap(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def batch_on(device: str) -> dict[str, torch.Tensor]:
-    batch = build_batch(example_slots(2), Sizes(seq_len=56, patches_per_row=80))
+def batch_on(device: str, extra: int = 0) -> dict[str, torch.Tensor]:
+    batch = build_batch(example_slots(2), Sizes(seq_len=56, patches_per_row=120, extra=extra))
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-@pytest.mark.parametrize("config", [LLAMA, QWEN2, QWEN3], ids=["llama", "qwen2", "qwen3"])
+KINDS = {
+    "llama": (LLAMA, {}),
+    "qwen2": (QWEN2, {}),
+    "qwen3": (QWEN3, {}),
+    "clip": (QWEN3, clip.KIND),
+    "aimv2": (QWEN3, aimv2.KIND | aimv2.PLAIN | {"positions": "waves"}),
+    "dinov3": (QWEN3, dinov3.KIND | dinov3.PLAIN),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_forward_and_backward_never_wait(device, config, monkeypatch):
+def test_forward_and_backward_never_wait(device, kind, monkeypatch):
     """On the meta device with dense masks, as a GPU has them; there a value does not even exist."""
     if device == "meta":
         monkeypatch.setitem(BACKENDS, "sdpa", BACKENDS["sdpa"]._replace(prepare=Mask.dense))
-    model, batch = small_vlm(config).to(device), batch_on(device)
+    config, tower = KINDS[kind]
+    model = small_vlm(config, **tower).to(device)
+    batch = batch_on(device, model.config.encoder.extra_cells)
     model.decoder.output.sources, batch["source_ids"] = 2, batch["document_ids"] % 2
     with Trap() as trap:
         losses = model(**batch)
         losses.sum().backward()
     assert losses.shape == (3,)
     assert any("segment_attention" in name for name in trap.seen) == (device == "cpu")
-    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
 
 
 def test_scores_and_logits_never_wait():

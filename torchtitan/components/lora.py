@@ -20,8 +20,9 @@ def adapt(model: nn.Module, options: LoRA) -> None:
     maps = {
         name: module
         for name, module in model.named_modules()
-        # Not what computes more than a map, such as an output layer with its loss.
-        if type(module) is nn.Linear
+        # Not what computes more than a map, such as an output layer with its loss; nor what never runs, which
+        # is frozen before anything else is.
+        if type(module) is nn.Linear and module.weight.requires_grad
     }
     chosen: dict[str, nn.Linear] = {}
     for pattern in options.patterns:

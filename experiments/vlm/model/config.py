@@ -23,7 +23,7 @@ class EncoderConfig:
     patch_size: int = 16
     position_grid: int = 16  # learned positions form a square table of this side, resized to each image
     norm_eps: float = 1e-6
-    image_size: int | None = None  # pixels a side that its class takes, where that is one size; None: NaFlex
+    image_size: int | None = None  # pixels a side that its class takes, where that is one size; None: any
     # its class in transformers (towers/); empty: SigLIP2's, or SigLIP's where image_size is given
     model_type: str = ""
     # pixels between 0 and 1, minus the mean, over the deviation: of red, green and blue

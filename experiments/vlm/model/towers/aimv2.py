@@ -6,7 +6,8 @@ The native models add sines and cosines of row and column; those of one size of 
 from typing import Any
 
 from experiments.vlm.model.config import EncoderConfig
-from experiments.vlm.model.towers import clip
+from experiments.vlm.model.towers.clip import KIND as CLIP
+from experiments.vlm.model.towers.clip import LEFT_OVER as LEFT_BY_CLIP
 from experiments.vlm.model.towers.tower import Tower, activation, kernel, widths, write_widths
 from torchtitan.config.errors import require
 from torchtitan.models.hf.config_file import ConfigFile
@@ -14,8 +15,8 @@ from torchtitan.models.weight_names import Row
 
 KIND: dict[str, Any] = {
     "model_type": "aimv2_vision_model",
-    "mean": clip.KIND["mean"],
-    "deviation": clip.KIND["deviation"],
+    "mean": CLIP["mean"],
+    "deviation": CLIP["deviation"],
     "embedding_norm": "patches",
     "norm": "rms",
     "gated_mlp": True,
@@ -36,7 +37,7 @@ OWN = [
     Row("encoder.layers.*.ffn.down_proj.*", "layers.*.mlp.fc2.*"),
     Row("rms_norm.weight", "norm.weight"),
 ]
-LEFT_OVER = clip.LEFT_OVER | {r"head\..*": "of the pooling head: a VLM reads the patches"}
+LEFT_OVER = LEFT_BY_CLIP | {r"head\..*": "of the pooling head: a VLM reads the patches"}
 
 
 def read(file: ConfigFile) -> EncoderConfig:

@@ -7,7 +7,7 @@ serves the class token. Positions were learned for one size of image, and are re
 from typing import Any
 
 from experiments.vlm.model.config import EncoderConfig
-from experiments.vlm.model.towers import siglip
+from experiments.vlm.model.towers.siglip import BLOCKS
 from experiments.vlm.model.towers.tower import Tower, activation, kernel, widths, write_widths
 from torchtitan.models.hf.config_file import ConfigFile
 from torchtitan.models.weight_names import Part, Row
@@ -53,7 +53,7 @@ def write(config: EncoderConfig) -> dict[str, Any]:
 
 def rows(config: EncoderConfig) -> list[Row]:
     """The blocks are those of SigLIP."""
-    return kernel("embeddings.patch_embedding", config.patch_size) + OWN + siglip.BLOCKS
+    return kernel("embeddings.patch_embedding", config.patch_size) + OWN + BLOCKS
 
 
 TOWER = Tower(
