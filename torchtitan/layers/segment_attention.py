@@ -87,10 +87,32 @@ def _call(members: list[tuple[np.ndarray, np.ndarray]], causal: bool, first: int
     return _Call(queries, keys, False, mask)
 
 
+def _pick(x_BSHE: Tensor, places: Tensor) -> Tensor:
+    """[C, H, s, E] of the given places; a view where they are one run."""
+    flat = x_BSHE.reshape(-1, *x_BSHE.shape[2:])
+    first, count = int(places[0, 0]), places.shape[1]
+    is_run = len(places) == 1 and np.array_equal(places[0].numpy(), np.arange(first, first + count))
+    return (flat[None, first : first + count] if is_run else flat[places]).transpose(1, 2)
+
+
 def _gather(x_BSHE: Tensor, places: Tensor, heads: int) -> Tensor:
-    """[C, H, s, E] of the given places; key-value heads are repeated up to `heads`."""
-    picked = x_BSHE.reshape(-1, *x_BSHE.shape[2:])[places].transpose(1, 2)
+    """The same with key-value heads repeated up to `heads`."""
+    picked = _pick(x_BSHE, places)
     return picked.repeat_interleave(heads // picked.shape[1], dim=1) if picked.shape[1] != heads else picked
+
+
+def _attend(call: _Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """One call: (out [C, H, q, E], logsumexp [C, H, q])."""
+    heads, kv_heads = q.shape[2], k.shape[2]
+    if heads != kv_heads and not call.causal and call.mask is None:
+        # Every query sees all keys, so heads that share keys are further queries, and no key is copied.
+        groups_CGqE = _pick(q, call.queries).unflatten(1, (kv_heads, -1)).flatten(2, 3)
+        args = groups_CGqE, _pick(k, call.keys), _pick(v, call.keys)
+        o, log = aten._scaled_dot_product_flash_attention_for_cpu(*args, 0.0, False)
+        return tuple(x.unflatten(2, (heads // kv_heads, -1)).flatten(1, 2) for x in (o, log))
+    mask = None if call.mask is None else call.mask.to(q.dtype)
+    args = _gather(q, call.queries, heads), _gather(k, call.keys, heads), _gather(v, call.keys, heads)
+    return aten._scaled_dot_product_flash_attention_for_cpu(*args, 0.0, call.causal, attn_mask=mask)
 
 
 @torch.library.custom_op("torchtitan::segment_attention", mutates_args=())
@@ -105,9 +127,7 @@ def segment_attention(
     heads = q.shape[2]
     out, lse = q.new_zeros(q.shape), q.new_zeros(q.shape[:3], dtype=torch.float32)
     for call in _plan(q_seg, k_seg, q_row, k_row, causal):
-        mask = None if call.mask is None else call.mask.to(q.dtype)
-        args = _gather(q, call.queries, heads), _gather(k, call.keys, heads), _gather(v, call.keys, heads)
-        o, log = aten._scaled_dot_product_flash_attention_for_cpu(*args, 0.0, call.causal, attn_mask=mask)
+        o, log = _attend(call, q, k, v)
         out.view(-1, *out.shape[2:])[call.queries] = o.transpose(1, 2)
         lse.view(-1, heads)[call.queries] = log.transpose(1, 2).to(torch.float32)
     return out, lse

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,7 +33,11 @@ def check_layout(sizes: Degrees) -> None:
 
 
 def parallelize_for_answers(model: VLM, mesh: Mesh, job: VLMJobConfig) -> None:
-    """Tensor parallel without splitting the sequence, compile, FSDP. Each rank encodes its images alone."""
+    """Tensor parallel without splitting the sequence, compile, FSDP. Each rank encodes its images alone.
+
+    Parameters stay gathered after their first forward unless parallelism.fsdp_reshard_after_forward is
+    "always": else every token would gather them anew.
+    """
     check_layout(mesh.degrees)
     assert model.encoder is not None
     if mesh.degrees.tp > 1:
@@ -40,7 +45,10 @@ def parallelize_for_answers(model: VLM, mesh: Mesh, job: VLMJobConfig) -> None:
     if job.compile.enable:
         for tower in (model.encoder, model.decoder):
             apply_compile(tower.layers)
-    apply_fsdp(model, mesh, mesh.enc, Sharding.of(job))
+    sharding = Sharding.of(job)
+    if job.parallelism.fsdp_reshard_after_forward != "always":
+        sharding = replace(sharding, reshard_after_forward=False)
+    apply_fsdp(model, mesh, mesh.enc, sharding)
 
 
 def attach_cache(model: VLM, mesh: Mesh, job: VLMJobConfig, sequences: int, places: int) -> KVCache:
