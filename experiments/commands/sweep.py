@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
     ranks = int(where[0]["NGPU"])
     check_members(found, lambda job: EXPERIMENTS[job.model.name].check(job, ranks))
     for member in found:
-        require_same_job(member)
+        require_same_job(member, changes_nothing)
     if options.dry_run:
         return list_runs(found, ranks)
     require_writable(out, "--out")
@@ -108,6 +108,14 @@ def find_members(
     last = len(assignments) - 1
     require(options.index <= last, f"--index = {options.index}: the runs are 0 to {last}")
     return members(assignments, out, parse, options.index), out
+
+
+def changes_nothing(option: str) -> bool:
+    """Whether a run may go on with another value: of options that say how, not what, data are read."""
+    from experiments.vlm.data.setup import FREE_OF_DATA  # imports torch
+
+    section, _, name = option.partition(".")
+    return section == "data" and name in FREE_OF_DATA
 
 
 def find_places(options: Options) -> list[Place]:
@@ -184,8 +192,9 @@ def show(found: Sequence[Member], out: Path, options: Options) -> int:
     if all(not run.record.history for run in results.runs):
         print(f"{out}: no run has a figure yet")
         return 0
+    files = write_csv(results, out), draw(results, out)
     print(table(results))
-    print(f"\nwritten: {write_csv(results, out)}, {draw(results, out)}")
+    print(f"\nwritten: {', '.join(map(str, files))}")
     if results.best is not None:
         best = results.best
         told = f"{results.metric} {figure(best.record.last(results.metric))}"

@@ -124,6 +124,9 @@ def test_another_job_is_refused_before_anything_starts(tmp_path):
     with pytest.raises(ConfigError, match="training.steps was 3 and is 2; give another --out"):
         run(out, "--sweep", RATES, "--training.steps", "2")
     assert not (out / "lr=3.0").exists() and len(starts(out / "lr=1.0")) == 1
+    # How a run is watched, and how its data are read, is no other job.
+    assert run(out, "--sweep", RATES, "--metrics.log_freq", "7", "--data.num_workers", "2") == 0
+    assert len(starts(out / "lr=1.0")) == 1
 
 
 def test_a_combination_that_cannot_run_is_told_before_the_first_starts(tmp_path):

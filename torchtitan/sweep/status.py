@@ -13,6 +13,7 @@ import fcntl
 import json
 import os
 import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -65,12 +66,17 @@ def ended(member: Member) -> Status:
     return Status("failed", step, f"exit code {code}{_last_line(folder)}", seconds)
 
 
-def require_same_job(member: Member) -> None:
-    """A run that was begun goes on, or counts, as what it is. Raises ConfigError where it was another one."""
+def require_same_job(member: Member, changes_nothing: Callable[[str], bool]) -> None:
+    """A run that was begun goes on, or counts, as what it is. Raises ConfigError where it was another one.
+
+    `changes_nothing`: whether a run may go on with another value of that option.
+    """
     if not (member.folder / HISTORY).is_file():
         return
     others = [
-        change for change in learnt(_changes(member)) if change.option != STEPS or change.now < change.before
+        change
+        for change in learnt(_changes(member))
+        if not (changes_nothing(change.option) or change.option == STEPS and change.now > change.before)
     ]
     told = "; ".join(map(str, others))
     require(not others, f"{member.folder} was begun with other options: {told}; give another --out")
