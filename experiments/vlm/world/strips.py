@@ -15,7 +15,7 @@ from experiments.vlm.world.digits import ink, load_digits, pick_digits
 
 GRIDS = [(rows, columns) for rows in range(2, 7) for columns in range(2, 7) if rows * columns <= 12]
 LONGEST = 12  # digits in a row or column
-CELL = (24.0, 44.0)  # pixels
+CELL = (26.0, 38.0)  # pixels
 ORDINALS = ("first", "second", "third", "fourth")
 
 
