@@ -3,6 +3,7 @@ and of a scale that training can start from.
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from experiments.vlm.model.flavors import FLAVORS
+from experiments.vlm.model.towers import clip, dinov3
 from experiments.vlm.model.vlm import VLM
 from tests.reference.batches import IMAGE_ID, Sizes, build_batch, draw_picture, words
 from tests.reference.models import LLAMA, QWEN2, QWEN3, small_vlm
@@ -89,8 +91,12 @@ def test_tied_weights_are_one_after_the_meta_device():
     assert model.decoder.output.weight is model.decoder.tok_embeddings.weight
 
 
-def test_every_parameter_is_set():
-    model = small_vlm()
+TOWERS = [{}, clip.KIND, dinov3.KIND | dinov3.PLAIN]
+
+
+@pytest.mark.parametrize("tower", TOWERS, ids=["siglip2", "clip", "dinov3"])
+def test_every_parameter_is_set(tower):
+    model = small_vlm(**tower)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(float("nan"))
@@ -98,17 +104,19 @@ def test_every_parameter_is_set():
         assert weight.isfinite().all(), name
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_the_first_loss_is_that_of_guessing(tied):
+@pytest.mark.parametrize(
+    ("tied", "tower"), [(False, {}), (True, {}), *((False, tower) for tower in TOWERS[1:])]
+)
+def test_the_first_loss_is_that_of_guessing(tied, tower):
     """ln V and about a half, since logits of deviation 1 add half their variance; features and logits are of
     order 1.
     """
     config = FLAVORS["debugmodel"]
-    decoder = QWEN2 if tied else config.decoder
-    model = VLM(type(config)(config.encoder, config.projector, decoder), 1024, "sdpa", 64)
+    decoder, encoder = QWEN2 if tied else config.decoder, replace(config.encoder, **tower)
+    model = VLM(type(config)(encoder, config.projector, decoder), 1024, "sdpa", 64)
     model.init_weights(0)
-    picture = draw_picture(8, 8, config.encoder.patch_size, 0)
-    sizes = Sizes(seq_len=96, patches_per_row=64, patch_size=config.encoder.patch_size)
+    picture = draw_picture(8, 8, encoder.patch_size, 0)
+    sizes = Sizes(96, patches_per_row=72, patch_size=encoder.patch_size, extra=encoder.extra_cells)
     batch = build_batch([[[words(70, 0), picture, words(5, 1)]]], sizes)
     labels = batch.pop("labels")
     # Words are drawn below 96; the model must be judged on any of its tokens.

@@ -200,6 +200,41 @@ def test_a_sparse_file_means_the_defaults_of_its_class(kind):
     assert sparse == read_encoder(ConfigFile(AutoConfig.for_model(kind).to_dict(), "theirs"))
 
 
+# What their files say, and leave to the defaults of the class.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "clip-L": {
+        "model_type": "clip",
+        "vision_config": {
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "image_size": 336,
+            "patch_size": 14,
+        },
+    },
+    "siglip-so400m": {
+        "model_type": "siglip",
+        "vision_config": {
+            "model_type": "siglip_vision_model",
+            "hidden_size": 1152,
+            "intermediate_size": 4304,
+            "num_hidden_layers": 27,
+            "num_attention_heads": 16,
+            "image_size": 384,
+            "patch_size": 14,
+        },
+    },
+    "aimv2-L": {"model_type": "aimv2_vision_model", "is_native": True},
+    "dinov3-S": {"model_type": "dinov3_vit", "num_register_tokens": 4, "rope_scaling": None},
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_sparse_published_file_gives_the_sizes_of_the_flavor(name):
+    assert read_encoder(ConfigFile(PUBLISHED[name], "published")) == ENCODERS[name]
+
+
 @pytest.mark.parametrize("name", [name for name in ENCODERS if "-" in name])
 def test_a_tower_of_published_size_has_a_place_for_every_tensor(name):
     from transformers import AutoModel

@@ -17,7 +17,15 @@ FILES = {
 }
 TWICE = ["consolidated*.safetensors"]  # the same weights again, under other names
 # what a model's name begins with -> who keeps it
-OWNERS = {"Llama-": "meta-llama", "Mistral-": "mistralai", "Qwen": "Qwen", "siglip": "google"}
+OWNERS = {
+    "Llama-": "meta-llama",
+    "Mistral-": "mistralai",
+    "Qwen": "Qwen",
+    "siglip": "google",
+    "clip-vit-": "openai",
+    "aimv2-": "apple",
+    "dinov3-": "facebook",
+}
 SCRIPT = Path(__file__).parents[2] / "scripts" / "download_hf_assets.py"  # in a checkout, not in a wheel
 
 
