@@ -7,6 +7,7 @@ Each run has a folder in --out, named by what differs. The same command goes on 
 finished is left alone. It ends with a table, sweep.csv and sweep.png. docs/sweeps.md tells all.
 """
 
+import contextlib
 import os
 import shlex
 import sys
@@ -15,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from experiments.__main__ import CONFIG_CLASSES, EXPERIMENTS
-from experiments.commands.train import HELP, job_options, number
+from experiments.commands.variables import job_options, number
 from torchtitan.components.saved_config import NEWEST
 from torchtitan.config.devices import available_cores
-from torchtitan.config.errors import require
+from torchtitan.config.errors import ConfigError, require
 from torchtitan.config.job import JobConfig
 from torchtitan.config.parse import (
     SWEEP,
@@ -45,6 +46,7 @@ from torchtitan.tools.logging import init_logger, logger
 from torchtitan.tools.signals import exit_code
 from torchtitan.tools.wandb_login import require_wandb
 
+MANY, HELP = ("--sweep", "--zip", "--random", "--seeds"), ["--help", SWEEP]  # what only a sweep is asked for
 DRY_RUN = "--job.dry_run"
 JOB_FILE = "sweep.toml"  # in --out: what an array reads
 
@@ -80,6 +82,14 @@ def main(argv: Sequence[str]) -> int:
     if options.slurm:
         return write_script([*rest, *own], found, out, options)
     return train(found, out, options, where)
+
+
+def asks_for_many(options: Sequence[str]) -> bool:
+    """Whether these are the options of a sweep: of the command, or a file with a table [sweep]."""
+    groups = split_options(options)
+    with contextlib.suppress(ConfigError):  # the trainer says what is wrong with the file
+        return any(group[0] in MANY for group in groups) or HELP in groups or SWEEP in table_of(options)
+    return False
 
 
 def save_runs(tables: dict[str, Any], argv: Sequence[str]) -> bool:

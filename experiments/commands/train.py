@@ -4,7 +4,6 @@ The variables that it reads, beside the options, are those that --help names (ex
 process is `python -m experiments`; several are what torchtitan/launch.py starts.
 """
 
-import contextlib
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -12,15 +11,13 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from experiments.__main__ import ready_job
+from experiments.commands import sweep
+from experiments.commands.variables import job_options, number
 from torchtitan.config.devices import available_cores, visible_gpus
-from torchtitan.config.errors import ConfigError, require
-from torchtitan.config.parse import SWEEP, split_options, table_of
+from torchtitan.config.errors import require
 from torchtitan.tools.logging import init_logger
 
-DEFAULT_JOB = "train_configs/vlm_debug.toml"
 DEFAULT_PORT = "29500"
-MANY, HELP = ("--sweep", "--zip", "--random", "--seeds"), ["--help", SWEEP]  # what only a sweep is asked for
-ON, OFF = ("1", "true", "yes"), ("", "0", "false", "no")
 
 
 @dataclass(frozen=True)
@@ -59,29 +56,10 @@ class Machines:
         return command
 
 
-def job_options(argv: Sequence[str], variables: Mapping[str, str]) -> list[str]:
-    """What the variables ask of the job, and `argv`, which wins. Raises ConfigError."""
-    dry_run = variables.get("DRY_RUN", "")
-    known = dry_run.lower() in ON + OFF
-    require(known, f"DRY_RUN = {dry_run}: expected true, yes or 1, or else false, no or 0")
-    options = ["--job.config_file", variables.get("CONFIG_FILE") or DEFAULT_JOB, *argv]
-    return [*options, "--job.dry_run"] if dry_run.lower() in ON else options
-
-
-def asks_for_many(options: Sequence[str]) -> bool:
-    """Whether these are the options of a sweep: of the command, or a file with a table [sweep]."""
-    groups = split_options(options)
-    with contextlib.suppress(ConfigError):  # the trainer says what is wrong with the file
-        return any(group[0] in MANY for group in groups) or HELP in groups or SWEEP in table_of(options)
-    return False
-
-
 def main(argv: Sequence[str]) -> int:
     """Become the trainer, the launcher of several, or a sweep. Raises ConfigError where it starts none."""
     options = job_options(argv, os.environ)
-    if asks_for_many(options):
-        from experiments.commands import sweep
-
+    if sweep.asks_for_many(options):
         return sweep.main(argv)
     machines = Machines.of(os.environ, visible_gpus)
     for left_over in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
@@ -103,11 +81,3 @@ def main(argv: Sequence[str]) -> int:
 def _become(module: Sequence[str]) -> NoReturn:
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, "-m", *module])
-
-
-def number(variables: Mapping[str, str], name: str, least: int) -> int:
-    """The whole number that a variable holds; `least` where it is not set. Raises ConfigError."""
-    value = variables.get(name) or str(least)
-    plain = value.isascii() and value.isdigit() and (value == "0" or value[0] != "0")
-    require(plain and int(value) >= least, f"{name} = {value}: expected a whole number >= {least}")
-    return int(value)
