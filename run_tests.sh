@@ -15,9 +15,9 @@ case ${1:-} in
         shift
         install_into ".venv-$versions" "$versions"
         PYTHON=.venv-$versions/bin/python
-        "$PYTHON" scripts/packages.py installed dev
+        "$PYTHON" scripts/packages.py installed dev docs
         ;;
-    *) find_python dev ;;
+    *) find_python dev docs ;;
 esac
 marker="not slow"
 if [ "${1:-}" = --slow ]; then

@@ -101,7 +101,7 @@ def show_batch(loader: "Loader", batch: "Batch", slots: int = 1) -> "Image":
 
 def open_model(job: VLMJobConfig, checkpoint: str = "") -> "VLM":
     """The model as a plain module in float32, for evaluation, on the GPU if there is one:
-    `model(**batch.tensors)` is the summed loss of a batch whose tensors are there.
+    `model(**batch.tensors)` is the summed loss of a batch whose tensors are there, then that of each source.
 
     `checkpoint`: step-N of the job's run, or the path of one; empty: the latest, or where the run has none
     and the job starts from a Hugging Face folder, what it starts from. Raises UserError.

@@ -39,12 +39,12 @@ install_into() {
         tested) bounds=(--constraint constraints.txt) ;;
         newest) bounds=(--upgrade --upgrade-strategy eager) ;;
         oldest)
-            "$1/bin/python" scripts/packages.py oldest dev > "$1/oldest.txt" || return 1
+            "$1/bin/python" scripts/packages.py oldest dev docs > "$1/oldest.txt" || return 1
             bounds=(--constraint "$1/oldest.txt")
             ;;
     esac
     echo "Installing packages into $1 ($2 versions; the first time takes some minutes)" >&2
-    "$1/bin/python" -m pip install --quiet --disable-pip-version-check "${bounds[@]}" -e '.[dev]'
+    "$1/bin/python" -m pip install --quiet --disable-pip-version-check "${bounds[@]}" -e '.[dev,docs]'
 }
 
 find_python() { # find_python [EXTRA ...]: sets PYTHON

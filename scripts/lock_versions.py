@@ -16,7 +16,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONSTRAINTS = REPOSITORY / "constraints.txt"
-EXTRAS = "dev,s3,gcs,hf"
+EXTRAS = "dev,docs,s3,gcs,hf"
 # torch names the versions of its own CUDA packages, and which of its builds is taken depends on the machine.
 LEFT_TO_TORCH = re.compile(r"(nvidia|cuda|triton|pytorch-triton)\b")
 

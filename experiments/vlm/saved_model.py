@@ -15,7 +15,7 @@ IMAGE_LIMITS = ("--data.max_patches_per_image", "--data.min_patches_per_image")
 
 def with_saved(argv: Sequence[str]) -> list[str]:
     """The command line, with the configuration that the run saved where none is named."""
-    given = dict(zip(argv, [*argv[1:], ""], strict=True))
+    given = dict(zip(argv, [*argv[1:], ""], strict=False))
     saved = Path(given.get("--job.dump_folder", "")) / NEWEST
     if "--job.config_file" in argv or "--job.dump_folder" not in argv or not saved.is_file():
         return list(argv)

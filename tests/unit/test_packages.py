@@ -23,9 +23,11 @@ NOT_IMPORTED = {
     "mypy",
     "ruff",
     "types-tqdm",
+    "mkdocs-material",
 }
 # Never declared: pip would bring torchvision with them, and another torch (docs/lmms_eval.md).
 UNDECLARED = {"lmms_eval", "torchvision"}
+COMPARED = {"sklearn"}  # with which a benchmark compares where it is installed
 IMPORT_NAMES = {
     "pillow": "PIL",
     "pyyaml": "yaml",
@@ -69,7 +71,7 @@ def test_versions_that_were_not_tested_are_told_and_not_refused(installed, capsy
 
 def test_the_tested_versions_are_within_the_bounds_and_complete(installed):
     installed |= PACKAGES["tested"]()
-    extras = ("dev", "s3", "gcs", "hf")
+    extras = ("dev", "docs", "s3", "gcs", "hf")
     assert [
         PACKAGES["fault"](PACKAGES["plain"](name), bounds)
         for name, bounds in PACKAGES["requirements"](extras)
@@ -109,9 +111,9 @@ def test_the_package_declares_what_it_imports_and_nothing_else():
 
 def test_the_extras_hold_what_tests_and_benchmarks_import_and_nothing_else():
     used = imported("tests", "benchmarks", "scripts", "torchtitan", "experiments")
-    used -= UNDECLARED | {"packages"}
-    assert used - declared("dev", "ray") == set()
-    assert declared("dev", "ray", "s3", "gcs", "hf") - used <= NOT_IMPORTED
+    used -= UNDECLARED | COMPARED | {"packages"}
+    assert used - declared("dev", "docs", "ray") == set()
+    assert declared("dev", "docs", "ray", "s3", "gcs", "hf") - used <= NOT_IMPORTED
 
 
 def test_the_version_is_told_by_package_and_metadata():

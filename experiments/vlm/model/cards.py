@@ -38,7 +38,7 @@ BF16, TRAINED = 2, 16  # bytes a parameter: its weight; weight, gradient and two
 INTRODUCTION = """# Models
 
 What `model.flavor` names; any other size of these families trains too, from a folder's `config.json`.
-`python scripts/download_hf_assets.py NAME` fetches what is published; `python scripts/model_cards.py` wrote
+`python scripts/download_hf_assets.py OWNER/NAME` fetches what is published; `scripts/model_cards.py` wrote
 this page.
 
 Parameters count once where embedding and output layer are one table (tied). A GB is 10^9 bytes. A parameter
