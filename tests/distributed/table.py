@@ -119,7 +119,7 @@ ON_TWO = [
     layout("pp2, split by hand", 2, pp=2, split=[3]),
     layout("pp2, resharding after forward", 2, pp=2, reshard="always"),
     layout("fsdp2, clip, full checkpointing", 2, model="small-clip", ac="full", encoder_ac="full"),
-    layout("fsdp2, dinov3, muon", 2, model="small-dinov3", optimizer="Muon"),
+    layout("fsdp2, dinov3, muon, groups", 2, model="small-dinov3", optimizer="Muon", groups=GROUPS),
     layout("tp2, clip, shared encoder", 2, model="small-clip", tp=2, slots=2, sharing="on"),
     layout("tp2, aimv2, encoder heads", 2, model="small-aimv2", tp=2, heads=True),
     layout("tp2, dinov3, encoder heads", 2, model="small-dinov3", tp=2, heads=True),
@@ -197,7 +197,7 @@ LAYOUTS = {each.name: each for each in [*ON_TWO, *ON_FOUR, *ON_EIGHT] if each.ru
 QUICK = (
     "fsdp2, selective by operator",
     "fsdp2, tied, frozen encoder",
-    "fsdp2, muon, groups",
+    "fsdp2, dinov3, muon, groups",
     "replicate2.fsdp2",
     "tp2, shared encoder",
     "tp2, lora",
