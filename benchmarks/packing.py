@@ -152,7 +152,7 @@ def measure(rows: int, seq_lens: list[int], buffers: list[int]) -> Iterator[dict
     for kind, seq_len, buffer in product(KINDS, seq_lens, buffers):
         largest = min(PLAN.max_patches, seq_len // 2)
         stream = draw(kind, rows * seq_len, buffer + BEYOND, largest)
-        seen = advise(Data.of(stream, PRICES, PLAN.merge_size, largest), seq_len, 1, buffer)
+        seen = advise(Data(stream, PRICES, PLAN.merge_size, largest), seq_len, 1, buffer)
         yield {
             "data": kind,
             "seq_len": seq_len,

@@ -85,7 +85,7 @@ def _print_row(o: Occupancy, data: Data, mark: str) -> None:
 
 def _print_advice(seen: Sequence[Occupancy], best: Occupancy, now: Case | None, data: Data) -> None:
     prices = data.prices
-    print(f"{len(data.stream.documents)} documents, {data.ratio:.3f} patches per token")
+    print(f"{len(data.stream.documents)} documents, {data.stream.ratio:.3f} patches per token")
     print(
         f"a token costs {prices.token / 1e9:.3g} GFLOPs, a patch {prices.patch / 1e9:.3g}, filled or not; "
         "fewest GFLOPs per useful token are best"
@@ -125,7 +125,7 @@ def main(argv: Sequence[str]) -> int:
         make_setup(job, tokenizer, "train", 1), options.samples, deadline.share(READING), say
     )
     require(bool(stream.documents), "no good sample was found")
-    data, now = Data.of(stream, prices, merge, largest), the_job_itself(job, merge, largest)
+    data, now = Data(stream, prices, merge, largest), the_job_itself(job, merge, largest)
     buffers = options.buffers or [job.data.packing_buffer_size, 4 * job.data.packing_buffer_size]
     with closing(Trials(data, deadline, min(cores(), PROCESSES), say)) as trials:
         seen = search(trials, seq_lens, options.rows, buffers, now)

@@ -1,10 +1,8 @@
 """The advisor simulates what the loader then does."""
 
+import functools
 import itertools
 import math
-import os
-import subprocess
-import sys
 import tomllib
 from contextlib import closing
 from dataclasses import replace
@@ -14,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.commands import main
+from experiments.commands import advise_packing, main
 from experiments.commands.advise_packing import prices_of
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.data.loader import Loader
@@ -71,8 +69,8 @@ def test_the_simulation_is_what_the_loader_packs(data, tmp_path):
         first:
     ]
     loader.close()
-    assert np.mean([count["tokens"] for count in counts]) / 256 == pytest.approx(seen.tokens, abs=0.004)
-    assert np.mean([count["patches"] for count in counts]) / 256 == pytest.approx(seen.patches, abs=0.004)
+    assert np.mean([count["images"] for count in counts]) == pytest.approx(seen.images, abs=1e-9)
+    assert np.mean([count["tokens"] for count in counts]) / 256 == pytest.approx(seen.tokens, abs=0.01)
 
 
 def test_what_is_wasted_is_the_share_of_the_flops_that_padding_takes():
@@ -81,9 +79,7 @@ def test_what_is_wasted_is_the_share_of_the_flops_that_padding_takes():
     )
     prices = Prices(token=10.0, patch=3.0)
     assert seen.wasted(prices) == pytest.approx((10 * 10 + 200 * 3) / (100 * 10 + 400 * 3))
-    assert seen.cost(prices, ratio=200 / 90) == pytest.approx((100 * 10 + 400 * 3) / 90), (
-        "of 90 useful tokens"
-    )
+    assert seen.cost(prices) == pytest.approx((100 * 10 + 400 * 3) / 90), "of 90 useful tokens"
 
 
 def test_prices_are_the_flops_of_the_matrices_of_either_tower():
@@ -97,49 +93,71 @@ def test_prices_are_the_flops_of_the_matrices_of_either_tower():
     assert 0 < prices_of(job, Characters()).patch < prices.patch
 
 
-def small_mixture() -> Stream:
-    """Captions and chats; images of 36 to 144 patches, merge 6."""
+def captions_and_chats() -> Stream:
+    """Images of 36 to 144 patches, merge 6."""
     random, documents, sources = np.random.default_rng(0), [], []
     for number in range(600):
-        images = 1 + number % 2
-        sizes = 36 * random.integers(1, 5, images)
-        parts = [
-            part
-            for size in sizes
-            for part in ((int(random.integers(2, 40)), 0), (int(size) // 36 + 2, int(size)))
-        ]
-        documents.append(parts)
+        sizes = 36 * random.integers(1, 5, 1 + number % 2)
+        texts = random.integers(2, 40, len(sizes))
+        documents.append(
+            [
+                part
+                for text, size in zip(texts.tolist(), sizes.tolist(), strict=True)
+                for part in picture(text, size)
+            ]
+        )
         sources.append(number % 2)
     return Stream(documents, sources, (1.0, 1.0))
 
 
-@pytest.fixture(scope="module")
-def tried():
+def picture(text: int, patches: int) -> list[tuple[int, int]]:
+    return [(text, 0), (patches // 36 + 2, patches)]
+
+
+def large_pictures() -> Stream:
+    """Half of them fill the shortest row that may be asked for: two share a long one alone."""
+    random = np.random.default_rng(1)
+    return Stream(
+        [picture(int(random.integers(20, 100)), 36 if n % 2 else 144) for n in range(600)], [0] * 600
+    )
+
+
+@functools.cache
+def everything_tried(make):
     """Every S and every L, of which search may ask for any."""
-    stream, found = small_mixture(), {}
-    for seq_len, length in product((64, 128), range(144, 901, 36)):
+    stream, found = make(), {}
+    for seq_len, length in product((64, 128), range(144, 1297, 36)):
         case = Case(Budget(seq_len, 1, length), 16)
-        found[case] = simulate(stream, case, 6, rows=48)
+        found[case] = simulate(stream, case, 6, rows=32)
     return stream, found
 
 
 @pytest.mark.parametrize("patch_price", [0.02, 0.3, 5.0])
-def test_what_is_advised_costs_as_little_as_the_best_of_all_sizes(tried, monkeypatch, patch_price):
-    stream, found = tried
+@pytest.mark.parametrize("make", [captions_and_chats, large_pictures])
+def test_what_is_advised_costs_as_little_as_the_best_of_all_sizes(make, monkeypatch, patch_price):
+    stream, found = everything_tried(make)
     asked = []
     monkeypatch.setattr(packing_advice, "simulate", lambda s, case, m: asked.append(case) or found[case])
-    data = Data.of(stream, Prices(1.0, patch_price), merge=6, largest=144)
+    data = Data(stream, Prices(1.0, patch_price), merge=6, largest=144)
     seen = search(Trials(data, Deadline(math.inf)), [64, 128], [1], [16])
     least = min(map(data.cost, found.values()))
     assert data.cost(best_of(seen, data, 128, 16)) <= 1.004 * least
     assert len(asked) == len(set(asked)) < len(found) / 2
 
 
-def test_a_dear_encoder_asks_for_a_shorter_row_than_a_cheap_one(tried, monkeypatch):
-    stream, found = tried
+@pytest.mark.parametrize("length", [360, 720])
+def test_few_rows_tell_what_many_do_though_what_waits_still_changes(length):
+    """Patches bind in a row of 360, tokens in one of 720."""
+    stream, case = captions_and_chats(), Case(Budget(128, 1, length), 64)
+    few, many = (simulate(stream, case, 6, rows) for rows in (48, 300))
+    assert (few.tokens, few.patches) == pytest.approx((many.tokens, many.patches), rel=0.02)
+
+
+def test_a_dear_encoder_asks_for_a_shorter_row_than_a_cheap_one(monkeypatch):
+    stream, found = everything_tried(captions_and_chats)
     monkeypatch.setattr(packing_advice, "simulate", lambda s, case, m: found[case])
     lengths = [
-        advise(Data.of(stream, Prices(1.0, price), 6, 144), 128, 1, 16).budget.patches_per_row
+        advise(Data(stream, Prices(1.0, price), 6, 144), 128, 1, 16).budget.patches_per_row
         for price in (5.0, 0.02)
     ]
     assert lengths[0] < lengths[1]
@@ -163,13 +181,13 @@ def test_where_the_time_is_over_the_answer_is_from_what_was_tried(data, tmp_path
     setup = make_setup(job, Characters(), "train", 1)
     stream = read_documents(setup, limit=1000, deadline=deadline.share(0.5))
     assert 1 <= len(stream.documents) < 10
-    trials = Trials(Data.of(stream, Prices(1.0, 0.3), 2, 64), Deadline(3.0, clock=itertools.count().__next__))
+    trials = Trials(Data(stream, Prices(1.0, 0.3), 2, 64), Deadline(3.0, clock=itertools.count().__next__))
     seen = search(trials, [128, 256], [1], [16])
     assert seen and len(trials.seen) < 8
 
 
 def test_processes_find_what_one_finds():
-    data = Data.of(Stream([[(20, 0), (27, 100)], [(63, 0)]], [0, 0]), Prices(1.0, 0.3), 2, 100)
+    data = Data(Stream([[(20, 0), (27, 100)], [(63, 0)]], [0, 0]), Prices(1.0, 0.3), 2, 100)
     cases = [Case(Budget(256, 1, length), 16) for length in (100, 200)]
     with (
         closing(Trials(data, Deadline(math.inf))) as one,
@@ -196,37 +214,24 @@ def test_the_picture_shows_what_was_counted(tmp_path, figures):
     assert bars == [[100 * (1 - o.tokens) for o in seen], [100 * (1 - o.patches) for o in seen]]
 
 
-def test_the_script_prints_lines_for_the_toml(data, tmp_path):
-    job = make_job(data, tmp_path)
+def test_the_command_prints_lines_for_the_toml_and_tells_how_far_it_is(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(advise_packing, "cores", lambda: 1)
+    monkeypatch.setattr(packing_advice, "simulate", functools.partial(simulate, rows=32))
     toml = tmp_path / "job.toml"
     sources = "".join(
         f'[[data.sources]]\nname = "{s.name}"\nformat = "{s.format}"\npath = "{s.path}"\n'
-        for s in job.data.sources
+        for s in make_job(data, tmp_path).data.sources
     )
     toml.write_text(
         f"[training]\nseq_len = 256\n[data]\nmax_patches_per_image = 64\npacking_buffer_size = 16\n{sources}"
     )
-    command = [
-        sys.executable,
-        "scripts/advise_packing.py",
-        "--job.config_file",
-        str(toml),
-        "--samples",
-        "300",
-        "--buffers",
-        "16",
-        "64",
-        "--seq_lens",
-        "256",
-        "--seconds",
-        "0",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
-    assert done.returncode == 0, done.stderr
-    advice = tomllib.loads(done.stdout[done.stdout.index("[training]") :])
+    options = ["--samples", "100", "--seq_lens", "256", "--buffers", "16", "64", "--seconds", "0"]
+    assert main(["advise", "--job.config_file", str(toml), *options]) == 0
+    told = capsys.readouterr()
+    advice = tomllib.loads(told.out[told.out.index("[training]") :])
     assert advice["training"] == {"seq_len": 256} and advice["data"]["patches_per_row"] % 4 == 0
-    assert done.stdout.count("\n   ") == 4 and "the job" in done.stdout and "<- best" in done.stdout
-    assert "reading: 1 of up to 300 documents" in done.stderr and "trying: " in done.stderr
+    assert told.out.count("\n   ") == 4 and "the job" in told.out and "<- best" in told.out
+    assert "reading: 1 of up to 100 documents" in told.err
 
 
 @pytest.mark.parametrize(

@@ -34,13 +34,13 @@ from experiments.vlm.view.packing_simulation import (
     SizedDocument,
     Stream,
     keep,
-    patches_per_token,
     simulate,
     simulate_kept,
 )
 
 UNLIMITED = 1 << 40
-FACTORS = (1.0, 1.12, 0.9, 1.3, 0.8, 1.6)  # of the L that the patches per token ask for: tried first
+FACTORS = (1.0, 1.25, 0.85, 1.6, 2.0, 2.6)  # of the L that the patches per token ask for: tried first
+IMAGES = (2, 3)  # and so many of the largest image, since a row that holds one more is another case
 BEYOND = 1.25  # the next L where the best is the longest or shortest tried
 NEAR = 1.02  # lengths that differ by less are not told apart
 ALIKE = 1.002  # nor are costs: some of that is chance
@@ -103,16 +103,10 @@ class Data(NamedTuple):
     prices: Prices
     merge: int
     largest: int  # patches of the largest image that may come
-    ratio: float  # patches per token
-
-    @classmethod
-    def of(cls, stream: Stream, prices: Prices, merge: int, largest: int) -> "Data":
-        """With the ratio of the documents."""
-        return cls(stream, prices, merge, largest, patches_per_token(stream.documents))
 
     def cost(self, occupancy: Occupancy) -> float:
         """FLOPs for a useful token."""
-        return occupancy.cost(self.prices, self.ratio)
+        return occupancy.cost(self.prices)
 
     def length(self, patches: float) -> int:
         """About so many, as L: a multiple of merge squared, no shorter than the largest image."""
@@ -194,13 +188,11 @@ def search(
     """
     data = trials.data
     kinds = [
-        Case(Budget(seq_len, count, data.length(data.ratio * seq_len / count)), buffers[0])
+        Case(Budget(seq_len, count, data.length(data.stream.ratio * seq_len / count)), buffers[0])
         for seq_len, count in product(seq_lens, rows)
     ]
     first = [job] if job else []
-    wanted = {
-        kind: [data.length(kind.budget.patches_per_row * factor) for factor in FACTORS] for kind in kinds
-    }
+    wanted = {kind: first_lengths(kind.budget.patches_per_row, data) for kind in kinds}
     while wanted and trials.run([*first, *in_turn(wanted)]):
         wanted = {kind: lengths for kind in wanted if (lengths := next_lengths(trials.of(kind), data.length))}
     best = [
@@ -211,6 +203,12 @@ def search(
     best = [case._replace(buffer=buffer) for case in best for buffer in buffers]
     trials.run(best)
     return [trials.seen[case] for case in dict.fromkeys([*first, *best]) if case in trials.seen]
+
+
+def first_lengths(asked: int, data: Data) -> list[int]:
+    """Around what the patches per token ask for, and beyond what large images bind."""
+    images = [count * data.largest for count in IMAGES if count * data.largest > asked * min(FACTORS)]
+    return list(dict.fromkeys(map(data.length, [*(asked * factor for factor in FACTORS), *images])))
 
 
 def in_turn(wanted: Mapping[Case, Sequence[int]]) -> list[Case]:

@@ -1,6 +1,7 @@
 """How full slots of some size get on a data set: the packer itself, on the sizes of documents. No torch."""
 
 import itertools
+import signal
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from experiments.vlm.data.packing import Budget
 from experiments.vlm.data.sources.mixture import Mixture
 from experiments.vlm.data.split import Outline, Splitter, outline_of
 
-ROWS = 256  # that are planned, unless they take very many documents
+ROWS = 192  # that are planned, unless they take very many documents
 DOCUMENTS = 20_000  # after which fewer rows do
 LEAST_ROWS = 32
 WARM_UP = 0.25  # share of the rows that are not counted: the look-ahead is not yet what it will be
@@ -35,6 +36,11 @@ class Stream:
     def outlines(self) -> list[Outline]:
         """Of each document."""
         return [outline_of(document) for document in self.documents]
+
+    @cached_property
+    def ratio(self) -> float:
+        """Patches per token."""
+        return patches_per_token(self.documents)
 
 
 class Case(NamedTuple):
@@ -62,7 +68,7 @@ class Occupancy:
     budget: Budget
     buffer: int
     rows: int  # that were counted
-    tokens: float  # share of the tokens of a row that are not padding
+    tokens: float  # share of the tokens of a row that are not padding, in the long run
     patches: float
     plan_s: float  # a row
     images: float  # a row
@@ -74,11 +80,10 @@ class Occupancy:
         useful = token_side * self.tokens + patch_side * self.patches
         return 1 - useful / (token_side + patch_side)
 
-    def cost(self, prices: Prices, ratio: float) -> float:
-        """FLOPs for a useful token, all padding and its share of the patches included. `ratio`: patches per
-        token of the data, so that rows that met a few images more by chance do not seem dearer.
-        """
-        return (prices.token + prices.patch * ratio) / max(1 - self.wasted(prices), 1e-9)
+    def cost(self, prices: Prices) -> float:
+        """FLOPs for a useful token, with its share of the patches and of all padding."""
+        slot = prices.token * self.budget.seq_len + prices.patch * self.budget.patches
+        return slot / (self.tokens * self.budget.seq_len)
 
 
 def patches_per_token(documents: Iterable[SizedDocument]) -> float:
@@ -90,7 +95,8 @@ def patches_per_token(documents: Iterable[SizedDocument]) -> float:
 def simulate(stream: Stream, case: Case, merge: int, rows: int = ROWS) -> Occupancy:
     """Pack the documents in this order, from the first again where they do not last.
 
-    The first rows do not count.
+    The first rows do not count. What waits changes for long: rows get images while texts gather, say. In the
+    long run they get what the data give: the fuller side stays as full, and the other follows from that.
     """
     budget, splitter, mixture = case.budget, Splitter(case.budget, merge), Mixture(stream.weights, 0, slot=0)
     look_ahead: LookAhead[int] = LookAhead(splitter, case.buffer, mixture, stream.by_tokens)
@@ -114,12 +120,18 @@ def simulate(stream: Stream, case: Case, merge: int, rows: int = ROWS) -> Occupa
         waits += [len(taken) - 1 - piece.queued.payload for piece in taken[-1] if piece.queued.start == 0]
     counted = taken[int(len(taken) * WARM_UP) :]
     pieces = [piece.queued.way(piece.end) for row in counted for piece in row]
+    tokens, patches = (
+        sum(sizes) / len(counted) for sizes in zip(*((p.tokens, p.patches) for p in pieces), strict=True)
+    )
+    if tokens * budget.patches < patches * budget.seq_len:
+        tokens = min(patches / stream.ratio, budget.seq_len)
+    tokens = min(tokens, budget.patches / stream.ratio if stream.ratio else tokens)
     return Occupancy(
         budget=budget,
         buffer=case.buffer,
         rows=len(counted),
-        tokens=sum(piece.tokens for piece in pieces) / (len(counted) * budget.seq_len),
-        patches=sum(piece.patches for piece in pieces) / (len(counted) * budget.patches),
+        tokens=tokens / budget.seq_len,
+        patches=tokens * stream.ratio / budget.patches,
         plan_s=spent_s / len(taken),
         images=sum(len(piece.places) for row in counted for piece in row) / len(counted),
         longest_wait=max(waits),
@@ -130,7 +142,8 @@ _kept: dict[str, tuple[Stream, int]] = {}  # of a process that simulates for ano
 
 
 def keep(stream: Stream, merge: int) -> None:
-    """The documents for each `simulate_kept` in this process."""
+    """The documents for each `simulate_kept` in this process. Ctrl-C is for the one that asks for them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     _kept["documents"] = stream, merge
 
 
