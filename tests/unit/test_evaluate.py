@@ -120,6 +120,15 @@ def test_controls_spoil_images_and_nothing_else(tmp_path):
                 ]
 
 
+def test_a_sample_of_a_tar_may_ask_about_several_images(tmp_path):
+    path, images = tmp_path / "asked.tar", [picture(20, 12, seed).data for seed in range(2)]
+    told = {"question": "<image><image>second picture:", "answers": ["4 0 7"]}
+    members = [(f"a.{number}.png", image) for number, image in enumerate(images)]
+    write_tar(path, [*members, ("a.json", json.dumps(told).encode())])
+    question = Questions(str(path), Data(cache_folder=str(tmp_path / "cache"))).read(0)
+    assert question.content == [*map(Picture, images), "second picture:"]
+
+
 def test_a_caption_is_asked_of_the_image_alone_where_the_model_knows_no_conversations(tmp_path):
     """As it was trained: a line break behind the image, as before a question, would be one it never saw."""
     path = tmp_path / "captions.tar"

@@ -18,7 +18,7 @@ from experiments.vlm.config import Data
 from experiments.vlm.data.controls import CONTROLS, Painted
 from experiments.vlm.data.document import Draft, Image, ImageValue, Picture, Text
 from experiments.vlm.data.formats import RECORD_FORMATS, Record, format_of, messages
-from experiments.vlm.data.formats.image_values import IMAGE_EXTENSIONS
+from experiments.vlm.data.formats.image_values import IMAGE_EXTENSIONS, is_image_name
 from experiments.vlm.data.formats.record_files import open_records
 from experiments.vlm.data.formats.record_shard import ImageValues, RecordShard, folder_of
 from experiments.vlm.data.formats.shard import Shard
@@ -110,7 +110,8 @@ class Questions:
             found = format_of(record) or ""
             return RECORD_FORMATS[found if found in ("obelics", "mmc4") else "captions"].parse(record)
         question = next((record[name] for name in QUESTIONS if isinstance(record.get(name), str)), "")
-        held = {name: record[name] for name in messages.IMAGES if name in record}
+        # Of a tar the images are fields of their own: "png", or "0.png", "1.png" ...
+        held = {name: record[name] for name in record if name in messages.IMAGES or is_image_name(name)}
         turns = [{"role": "user", "content": question}, {"role": "assistant", "content": ""}]
         asked = messages.parse({**held, "messages": turns}).turns[0]
         parts: list[Any] = [part if isinstance(part, ImageValue) else Text(part) for part in asked.content]
