@@ -65,6 +65,31 @@ def test_no_command_of_a_page_is_left_out(page):
     assert {block.reason for block in blocks(page)} <= {"", *REASONS}
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "torchtitan-vlm generate --no_such_option 3",
+        "torchtitan-vlm prepare --input a.tsv --no_such_option 3",
+        "./run_train.sh --no_such.option 3",
+        "NGPU=2 ./run_train.sh --training.steps three",
+        "python scripts/draw_world.py --no_such_option 3",
+        "python -m no_such_module",
+        "pip install '.[no_such_extra]'",
+        "no_such_program",
+    ],
+)
+def test_what_is_only_looked_at_fails_where_it_is_wrong(command, prepared, python):
+    assert run(Block(Path(), 0, command, "a GPU"), python, prepared).returncode != 0
+
+
+def test_commands_that_nobody_would_run_are_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "Do\n\n    torchtitan-vlm inspect\n\n```text\n./run_train.sh\n```\n```bash\n./run_tests.sh\n```\n"
+    )
+    assert hidden(page) == ["    torchtitan-vlm inspect", "./run_train.sh"]
+
+
 def test_the_notebook_runs_and_shows_a_packed_batch(prepared, python, tmp_path):
     """Now, and as it is kept with the repository."""
     folder = tmp_path / "torchtitan-vlm"

@@ -64,7 +64,7 @@ def test_a_run_that_goes_on_keeps_the_model_of_its_checkpoint(tmp_path):
 
 def test_the_saved_configuration_holds_where_none_is_named(tmp_path):
     argv = ["--job.dump_folder", str(tmp_path), "--prompt", "x"]
-    assert with_saved(argv) == argv
+    assert with_saved(argv) == argv and with_saved([]) == []
     (tmp_path / "config.toml").write_text("")
     assert with_saved(argv) == ["--job.config_file", str(tmp_path / "config.toml"), *argv]
     named = ["--job.config_file", "vlm_debug", *argv]
