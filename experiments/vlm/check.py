@@ -202,7 +202,8 @@ def check_tasks(job: VLMJobConfig, sizes: Degrees) -> None:
 
     Raises ConfigError.
     """
-    if job.validation.enable and parse_tasks(job.validation.tasks, "validation.tasks = "):
+    if parse_tasks(job.validation.tasks, "validation.tasks = "):
+        require(job.validation.enable, "validation.tasks needs validation.enable")
         require(
             sizes.pp == 1,
             f"validation.tasks: with parallelism.pipeline_parallel_degree = {sizes.pp} no rank can answer, "

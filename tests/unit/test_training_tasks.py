@@ -155,7 +155,7 @@ def test_a_record_that_could_not_be_asked_later_is_told_at_the_start(tmp_path, r
         TrainingTasks(job, TOKENIZER, 0, 1)
     job.validation.task_records = 5  # it is not among them
     TrainingTasks(job, TOKENIZER, 0, 1)
-    job.validation.enable = False
+    job.validation.tasks = []
     assert open_tasks(job, TOKENIZER, 0, 1) is None
 
 
@@ -174,6 +174,10 @@ def test_a_rank_holds_its_own_records_and_the_first_rank_all(tmp_path):
         (["--validation.tasks", "vqa"], "validation.tasks = vqa: must be NAME=FILE"),
         (["--validation.tasks", "vqaa=x"], "validation.tasks = vqaa=x: no such task; .*vqa"),
         (["--validation.tasks", "vqa=nowhere.jsonl"], r"validation.tasks\[0\] = nowhere.jsonl: no such file"),
+        (
+            ["--validation.tasks", "vqa=README.md", "--validation.no_enable", "--validation.no_controls"],
+            "validation.tasks needs validation.enable",
+        ),
         (["--validation.task_freq", "0"], "validation.task_freq = 0: must be >= 1"),
         (["--validation.task_records", "0"], "validation.task_records = 0: must be -1 or >= 1"),
     ],

@@ -143,5 +143,4 @@ def _require_scorable(asking: Asking) -> None:
 
 def open_tasks(job: VLMJobConfig, tokenizer: Tokenizer, rank: int, ranks: int) -> TrainingTasks | None:
     """None where the job asks for none."""
-    wanted = job.validation.enable and bool(job.validation.tasks)
-    return TrainingTasks(job, tokenizer, rank, ranks) if wanted else None
+    return TrainingTasks(job, tokenizer, rank, ranks) if job.validation.tasks else None
