@@ -4,6 +4,7 @@ import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def build(job: JobConfig, spec: TrainSpec, device: torch.device) -> Run:
     log_sizes(model, spec, sizes)
     require_room(held_gib(model, job, mesh.degrees), job, device)
     open_loader = loader_of(job, spec, tokenizer, mesh)
-    loader = open_loader("train", None)
+    loader, held_out = open_loader("train", None), partial(open_loader, "validation")
     forward_backward = parallelize(model, mesh, job, spec)
     give_weights(forward_backward, model, job, mesh, source)
     parts = forward_backward.parts
@@ -111,13 +112,7 @@ def build(job: JobConfig, spec: TrainSpec, device: torch.device) -> Run:
         state=state,
         checkpointer=checkpointer,
         validator=Validator(
-            forward_backward=forward_backward,
-            mesh=mesh,
-            open_loader=lambda control: open_loader("validation", control),
-            to_rank=to_rank,
-            scoring=spec.scoring,
-            sources=counts.held_out,
-            steps=job.validation.steps,
+            forward_backward, mesh, held_out, to_rank, spec.scoring, counts.held_out, job.validation.steps
         ),
         tasks=tasks,
         meter=MetricsMeter(device, world_size, counts),
