@@ -247,5 +247,6 @@ SMALL = dataclasses.replace(
     SPEC,
     load_tokenizer=lambda job: Tokenizer(),
     build_loader=DrawnLoader,
+    missing_data=lambda job: [],
 )
 CPU = torch.device("cpu")
