@@ -195,12 +195,10 @@ LAYOUTS = {each.name: each for each in [*ON_TWO, *ON_FOUR, *ON_EIGHT] if each.ru
 
 # One of each kind and the largest combination, for every run of the tests.
 QUICK = (
-    "fsdp2, selective by operator",
     "fsdp2, tied, frozen encoder",
     "fsdp2, dinov3, muon, groups",
     "replicate2.fsdp2",
     "tp2, shared encoder",
-    "tp2, lora",
     "cp2",
     "pp2, ZBVZeroBubble, tied",
     "fsdp.tp2.cp2.pp2, all at once",

@@ -36,6 +36,7 @@ def on_rank(options: dict) -> int:
     return encoder_flops(**options)
 
 
+@pytest.mark.slow
 def test_the_flops_of_the_encoder_fall_by_the_size_of_the_group(pool):
     group = {"context_parallel_degree": 2, "tensor_parallel_degree": 2}
     alone = pool.run(1, on_rank, {})[0]

@@ -83,7 +83,7 @@ def evaluated_on_rank(changes: dict, path: str, folder: str) -> dict:
 @pytest.mark.parametrize(
     ("ranks", "changes"),
     [
-        pytest.param(2, {}, id="2"),
+        pytest.param(2, {}, id="2", marks=pytest.mark.slow),
         pytest.param(4, {"tensor_parallel_degree": 2}, id="4", marks=pytest.mark.slow),
     ],
 )

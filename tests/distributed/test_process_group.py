@@ -51,6 +51,7 @@ def who_is_blamed() -> str:
     return process_group.who_is_to_blame(errors[rank]) if rank < len(errors) else ""
 
 
+@pytest.mark.slow
 def test_ranks_that_only_waited_are_not_blamed(pool):
     told = pool.run(4, who_is_blamed)
     assert (

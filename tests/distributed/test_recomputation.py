@@ -42,7 +42,8 @@ def count(mode: str, method: str) -> Counter:
         return counted.calls
 
 
-@pytest.mark.parametrize("method", ["allgather", pytest.param("ulysses", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["allgather", "ulysses"])
 def test_selective_checkpointing_neither_attends_nor_sends_twice(pool, method):
     sent = {"allgather": GATHER, "ulysses": ALL_TO_ALL}[method]
     none, selective, full = (pool.run(2, count, mode, method)[0] for mode in ("none", "selective", "full"))

@@ -77,7 +77,7 @@ DAMAGES = {
 @pytest.mark.parametrize(
     ("damage", "why"),
     [
-        pytest.param(*damage, id=name, marks=[pytest.mark.slow] * (number > 1))
+        pytest.param(*damage, id=name, marks=[pytest.mark.slow] * (number > 0))
         for number, (name, damage) in enumerate(DAMAGES.items())
     ],
 )

@@ -102,6 +102,7 @@ def test_what_differs_on_resume_is_named_and_each_launch_keeps_its_configuration
     assert tomllib.loads((used / "config.toml").read_text()) == launches["2-from-step-4.toml"]
 
 
+@pytest.mark.slow
 def test_the_same_options_are_no_difference(tmp_path):
     assert train(tmp_path, TERM_AFTER="3") == 143, runs.log(tmp_path)
     for _ in range(2):  # the batch that the first launch settled on is none either
@@ -192,6 +193,7 @@ def test_going_back_puts_the_later_checkpoints_and_metrics_aside(used):
     assert [record["step"] for record in read_history(aside)] == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

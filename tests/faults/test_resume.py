@@ -47,7 +47,7 @@ def test_a_killed_run_repeats_the_uninterrupted_one_bit_for_bit(straight, tmp_pa
     assert [record["step"] for record in read_history(killed) if record["wall_s"] > 1000] == [5, 6, 7, 8]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_saves_sets_the_exit_code_and_the_run_goes_on(straight, tmp_path, number):
     stop = f"{number.name.removeprefix('SIG')}_AFTER"
     assert runs.train(tmp_path, **{stop: "3"}) == 128 + number, runs.log(tmp_path)

@@ -126,6 +126,7 @@ def test_a_layout_that_cannot_run_is_refused():
         estimate(job_of(), Degrees(1, 1, 1, 16, 1), VOCAB)
 
 
+@pytest.mark.slow
 def test_thousands_of_ranks_cost_nothing():
     found = list(estimates(job_of(), 4096, VOCAB, Degrees(1, 4096, 16, 8, 16)))
     assert len(found) > 50

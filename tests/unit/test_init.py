@@ -62,6 +62,7 @@ def _shards(rank: int) -> dict[str, dict[str, torch.Tensor]]:
     }
 
 
+@pytest.mark.slow
 def test_two_ranks_start_from_the_weights_of_one_process(tmp_path):
     ranks = on_two_ranks(_shards, tmp_path)
     for name, config in CONFIGS.items():
