@@ -17,10 +17,11 @@ from dataclasses import dataclass, field
 from experiments.__main__ import CONFIG_CLASSES
 from experiments.vlm.check import check_output, check_sources
 from experiments.vlm.config import VLMJobConfig
+from experiments.vlm.data.image_plan import ImagePlan
 from experiments.vlm.data.packing import Budget
-from experiments.vlm.data.setup import image_plan, make_setup
+from experiments.vlm.data.setup import make_setup
 from experiments.vlm.flops import Work, flops_of_work
-from experiments.vlm.model_config import model_config
+from experiments.vlm.model_config import image_plan, model_config
 from experiments.vlm.spec import build_vlm
 from experiments.vlm.view.packing_advice import Data, Deadline, Trials, best_of, cores, read_documents, search
 from experiments.vlm.view.packing_simulation import Case, Occupancy, Prices
@@ -69,10 +70,10 @@ def prices_of(job: VLMJobConfig, tokenizer: Tokenizer) -> Prices:
     return Prices(token=flops(Work(0, 1, 0, 0)), patch=flops(Work(merged, 0, 0, 0)) / merged)
 
 
-def the_job_itself(job: VLMJobConfig, merge: int, largest: int) -> Case | None:
-    """How the job packs now; None where its largest image, of so many cells, would fit no slot."""
+def the_job_itself(job: VLMJobConfig, plan: ImagePlan) -> Case | None:
+    """How the job packs now; None where its largest image would fit no slot."""
     budget = Budget(job.training.seq_len, job.data.patch_rows, job.data.patches_per_row)
-    fits = largest <= budget.patches_per_row and largest // merge**2 + 2 <= budget.seq_len
+    fits = plan.most_cells <= budget.patches_per_row and plan.most_tokens <= budget.seq_len
     return Case(budget, job.data.packing_buffer_size) if fits else None
 
 
@@ -112,11 +113,12 @@ def main(argv: Sequence[str]) -> int:
         require(min(values, default=1) >= 1, f"--{key} {' '.join(map(str, values))}: must be 1 or more")
     require(options.seconds >= 0, f"--seconds {options.seconds}: must be 0 or more")
     plan = image_plan(job)
-    merge, largest = plan.merge_size, plan.max_patches + plan.extra_cells
     seq_lens = options.seq_lens or [job.training.seq_len // 2, job.training.seq_len, job.training.seq_len * 2]
-    seq_lens = [length for length in seq_lens if length >= largest // merge**2 + 2]
-    holds = f"--seq_lens: none holds the largest image, data.max_patches_per_image = {plan.max_patches}"
-    require(bool(seq_lens), holds)
+    seq_lens = [length for length in seq_lens if length >= plan.most_tokens]
+    require(
+        bool(seq_lens),
+        f"--seq_lens: none holds the largest image, data.max_patches_per_image = {plan.max_patches}",
+    )
     deadline = Deadline(options.seconds or math.inf)
     say = Progress(deadline)
     tokenizer = load_tokenizer(job.model.tokenizer_path)
@@ -125,7 +127,8 @@ def main(argv: Sequence[str]) -> int:
         make_setup(job, tokenizer, "train", 1), options.samples, deadline.share(READING), say
     )
     require(bool(stream.documents), "no good sample was found")
-    data, now = Data(stream, prices, merge, largest), the_job_itself(job, merge, largest)
+    data = Data(stream, prices, plan.merge_size, plan.most_cells)
+    now = the_job_itself(job, plan)
     buffers = options.buffers or [job.data.packing_buffer_size, 4 * job.data.packing_buffer_size]
     with closing(Trials(data, deadline, min(cores(), PROCESSES), say)) as trials:
         seen = search(trials, seq_lens, options.rows, buffers, now)

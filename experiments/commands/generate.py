@@ -37,7 +37,8 @@ class ModelOptions:
 
     checkpoint: str = ""  # step-N of the job's checkpoints, or the path of one; empty: the latest
     hf: str = ""  # a Hugging Face folder in place of a checkpoint
-    # chatml, llama3 or a Jinja file; none: no conversations; empty: that of --hf, or of the job's data
+    # chatml, llama3, vicuna_v1, plain or a Jinja file; none: no conversations; empty: that of --hf, or of the
+    # job's data
     chat_template: str = ""
 
 

@@ -16,7 +16,7 @@ from experiments.vlm.data.sources.permission import denied
 from experiments.vlm.evaluate.tasks import parse_tasks
 from experiments.vlm.model.config import EncoderConfig, VLMConfig
 from experiments.vlm.model.flavors import ENCODERS
-from experiments.vlm.model_config import missing_folders, model_config, part_folders
+from experiments.vlm.model_config import missing_folders, model_config, part_folders, plan_of
 from experiments.vlm.processor import image_processor_config
 from experiments.vlm.world.shards import SPLITS, WORLDS
 from torchtitan.components.checkpoint_folder import find
@@ -106,7 +106,7 @@ def check_weights(job: VLMJobConfig) -> None:
 
 def check_patches(job: VLMJobConfig, config: VLMConfig) -> None:
     """The budget of a row, the largest image in it, and the visual tokens of that image in a slot."""
-    d, length, encoder = job.data, job.training.seq_len, config.encoder
+    d, length, plan = job.data, job.training.seq_len, plan_of(config, job)
     square = config.projector.merge_size**2
     for key in ("patches_per_row", "max_patches_per_image"):
         value = getattr(d, key)
@@ -118,25 +118,24 @@ def check_patches(job: VLMJobConfig, config: VLMConfig) -> None:
         d.max_patches_per_image <= d.patches_per_row,
         f"{largest} is more than a row holds (data.patches_per_row = {d.patches_per_row})",
     )
-    extra = -(-encoder.extra_cells // square) * square
     require(
-        d.max_patches_per_image + extra <= d.patches_per_row,
-        f"{largest} and {extra} cells of the encoder's class token and registers are more than a row holds "
-        f"(data.patches_per_row = {d.patches_per_row})",
+        plan.most_cells <= d.patches_per_row,
+        f"{largest} and {plan.extra_cells} cells of the encoder's class token and registers are more than a "
+        f"row holds (data.patches_per_row = {d.patches_per_row})",
     )
     require(
-        not encoder.feature_extra or square == 1,
+        not plan.extra_tokens or square == 1,
         "class token and registers are visual tokens here, which patches must not merge with: "
         "data.spatial_merge_size must be 1",
     )
     smallest = f"data.min_patches_per_image = {d.min_patches_per_image}"
     require(d.min_patches_per_image <= d.max_patches_per_image, f"{smallest} is more than {largest}")
-    needed = d.max_patches_per_image // square + encoder.extra_cells * encoder.feature_extra + 2
+    needed = plan.most_tokens
+    more = needed - d.max_patches_per_image // square  # begin, end and the like
     require(
         needed <= length,
-        f"{largest} makes {needed} tokens with begin and end of image, more than training.seq_len = "
-        f"{length}: "
-        f"use at most {max(0, length - 2) * square}",
+        f"{largest} makes {needed} tokens{' with begin and end of image' * plan.marked}, more than "
+        f"training.seq_len = {length}: use at most {max(0, length - more) * square}",
     )
 
 

@@ -33,7 +33,7 @@ class Source:
     shuffle: bool = True  # shards in another order each epoch, and samples in windows of shuffle_buffer
     shuffle_buffer: int = 1024  # samples of a shard that are permuted among each other
     repeat: bool = True  # begin anew where it ends; off: the other sources go on without it
-    # conversations: chatml, llama3, or a Jinja file (a tokenizer_config.json too)
+    # conversations: chatml, llama3, vicuna_v1, plain (answers alone), or a file: Jinja, tokenizer_config.json
     chat_template: str = "chatml"
 
 
@@ -53,8 +53,10 @@ class Data:
     patch_size: int | None = None  # side of a patch in pixels; unset: as the model takes them
     # m: m * m patches become one visual token; unset: as the model merges them (2 where its projector is new)
     spatial_merge_size: int | None = None
-    # native: keep the aspect ratio; square: squeeze, as fixed-size encoders do
-    resize: Literal["native", "square"] = "native"
+    # native: keep the aspect ratio; square: squeeze, as fixed-size encoders do; padded: a square with borders
+    # of the encoder's mean colour; cropped: the middle square; unset: as the model takes them. A square is
+    # of the encoder's own size, or of max_patches_per_image where that is less
+    resize: Literal["native", "square", "padded", "cropped"] | None = None
     packing_buffer_size: int = 256  # samples read ahead for each slot, of which those that fit are taken
     # a document longer than a slot is cut into pieces, cut short, or left out
     long_documents: Literal["split", "truncate", "drop"] = "split"

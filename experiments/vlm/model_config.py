@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.vlm.config import PARTS, VLMJobConfig
+from experiments.vlm.data.image_plan import ImagePlan
 from experiments.vlm.model import hf_config as hf
 from experiments.vlm.model.config import ProjectorConfig, VLMConfig
 from experiments.vlm.model.flavors import FLAVORS
@@ -39,6 +40,28 @@ def model_config(job: VLMJobConfig) -> VLMConfig:
     folders = {} if row and missing_folders(job) else part_folders(job)
     config = _of_folders(folders, row, name) if folders else row or FLAVORS[DEFAULT]
     return _with_patches(config, job, merges="projector" in folders)
+
+
+def image_plan(job: VLMJobConfig) -> ImagePlan:
+    """The rule for the job's images. Raises ConfigError as model_config does."""
+    return plan_of(model_config(job), job)
+
+
+def plan_of(config: VLMConfig, job: VLMJobConfig) -> ImagePlan:
+    """The same, of a model that is known."""
+    data, encoder = job.data, config.encoder
+    return ImagePlan(
+        encoder.patch_size,
+        config.projector.merge_size,
+        data.min_patches_per_image,
+        data.max_patches_per_image,
+        data.resize or "native",
+        encoder.extra_cells,
+        encoder.feature_extra,
+        encoder.image_size,
+        encoder.resample,
+        tuple(int(255 * mean) for mean in encoder.mean),
+    )
 
 
 def named_folders(job: VLMJobConfig) -> dict[str, Path]:

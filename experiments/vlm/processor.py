@@ -14,7 +14,7 @@ from typing import Any
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.data.chat_template import ChatTemplate, ends_of, load_chat_template
 from experiments.vlm.model.hf_config import require_lfm2_vl
-from experiments.vlm.model_config import model_config
+from experiments.vlm.model_config import model_config, plan_of
 from torchtitan.components.tokenizer import SpecialTokenizer, load_tokenizer
 from torchtitan.components.tokenizer_files import write_json, write_tokenizer
 from torchtitan.config.errors import ConfigError, require
@@ -64,14 +64,17 @@ def image_processor_config(job: VLMJobConfig) -> dict[str, Any]:
     """
     data, model = job.data, model_config(job)
     require_lfm2_vl(model)
-    square = "data.resize = square: no processor of transformers that fits the whole model squeezes images"
-    require(data.resize == "native", f"{square}: export its parts alone")
+    plan = plan_of(model, job)
+    square = (
+        f"data.resize = {plan.resize}: no processor of transformers that fits the whole model squeezes images"
+    )
+    require(plan.resize == "native", f"{square}: export its parts alone")
     merged = model.projector.merge_size**2
     return {
         "image_processor_type": "Lfm2VlImageProcessor",
         "do_image_splitting": False,
         "do_resize": True,
-        "resample": 2,  # bilinear
+        "resample": {"bilinear": 2, "bicubic": 3}[plan.resample],
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,

@@ -110,7 +110,7 @@ def ours(messages: list[dict], job: VLMJobConfig, folder: Path) -> tuple[list[in
     document, lost = shard.read(0)
     assert not lost
     sample = make_sample(document, load_tokenizer(job.model.tokenizer_path), PLAN)
-    pixels = [decode(shard.load(image.image), image.h * 16, image.w * 16) for image in sample.images]
+    pixels = [decode(shard.load(image.image), *image.layout.views[0].size) for image in sample.images]
     return sample.tokens.tolist(), pixels
 
 

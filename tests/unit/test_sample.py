@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments.vlm.data import document
+from experiments.vlm.data import document, image_plan
 from experiments.vlm.data.document import Document, Image, Special, Text
 from experiments.vlm.data.sample import Sample, make_sample
 from tests.tiny_data import Characters
@@ -20,13 +20,11 @@ class Sizes:
     """An image of (height, width) pixels has as many patches."""
 
     merge_size: int = 2
-    extra_cells: int = 0
 
-    def visual_tokens(self, h: int, w: int) -> int:
-        return h * w // self.merge_size**2
-
-    def grid(self, height: int, width: int) -> tuple[int, int]:
-        return height, width
+    def layout(self, height: int, width: int) -> image_plan.Layout:
+        visual = range(height * width // self.merge_size**2)
+        view = image_plan.View(height, width, height * width, (height, width))
+        return image_plan.Layout((view,), np.array([image_plan.BEGIN, *visual, image_plan.END]))
 
 
 def sample_of(parts) -> Sample:
@@ -49,7 +47,7 @@ def test_text_and_the_end_are_targets_and_images_are_not():
     sample = sample_of([Text("ab"), Image(0, 2, 4), Text("c")])
     assert spelled(sample) == "<ab[**]c>"
     assert targets(sample) == ".ab....c>"
-    assert [(image.start, image.h, image.w) for image in sample.images] == [(3, 2, 4)]
+    assert [(image.start, image.end) for image in sample.images] == [(3, 7)]
 
 
 def test_context_is_no_target():
@@ -96,11 +94,7 @@ parts = st.one_of(
 @given(st.lists(parts, min_size=1, max_size=20), st.data())
 def test_pieces_joined_are_the_document(document, data):
     whole = sample_of(document)
-    inside = {
-        token
-        for image in whole.images
-        for token in range(image.start + 1, image.start + image.visual_tokens + 2)
-    }
+    inside = {token for image in whole.images for token in range(image.start + 1, image.end)}
     allowed = [token for token in range(1, whole.length) if token not in inside]
     cuts = sorted(data.draw(st.sets(st.sampled_from(allowed), max_size=5)) if allowed else [])
     bounds = list(zip([0, *cuts], [*cuts, whole.length], strict=True))
@@ -108,10 +102,10 @@ def test_pieces_joined_are_the_document(document, data):
     np.testing.assert_array_equal(np.concatenate([piece.tokens for piece in pieces]), whole.tokens)
     np.testing.assert_array_equal(np.concatenate([piece.targets for piece in pieces]), whole.targets)
     assert [
-        (start + image.start, image.number, image.h, image.w)
+        (start + image.start, image.number, image.layout)
         for (start, _), piece in zip(bounds, pieces, strict=True)
         for image in piece.images
-    ] == [(image.start, image.number, image.h, image.w) for image in whole.images]
+    ] == [(image.start, image.number, image.layout) for image in whole.images]
 
 
 @settings(max_examples=50, deadline=None)
@@ -125,4 +119,4 @@ def test_the_outline_says_where_images_lie(document):
         begins.tolist(),
         ends.tolist(),
     )
-    assert outline.patches.tolist() == [image.h * image.w for image in sample.images]
+    assert outline.patches.tolist() == [image.layout.cells for image in sample.images]

@@ -3,7 +3,8 @@
 PLAN: what the next row of a slot holds, a SlotPlan (`Slot.plan`)
     sources/     which records of which shard a slot reads when (order, mixture), one after the other (reader)
     formats/     record -> document: texts and references to images (document)
-    chat_template  turns -> texts, with markers and loss; jinja_template: from a model's own file
+    chat_template  turns -> texts, with markers and loss (built_in_templates, or a file: jinja_template)
+    image_plan   size of an image -> its views in patches, and its tokens
     sample       document -> token ids, targets, sizes of images in patches
     split        where a document that is longer than a slot may be cut
     lookahead    what waits; which documents or pieces share the next row
@@ -20,7 +21,7 @@ RUN: who plans and fills; the steps are the same whichever process does (`next(L
     ranks        what the ranks of a job know together: the list of shards
     loader       the steps of a rank as the trainer takes them
 
-Alongside: image (sizes in patches for PLAN, decoding for FILL; jpeg_header: sizes of the usual ones, faster;
+Alongside: image (sizes for PLAN, decoding for FILL; jpeg_header: sizes of the usual ones, faster;
 rgb: what Pillow loads as RGB; memory_budget: for large ones), rejects, reject_log and report (what is not
 used, and why), controls (validation with spoilt images), resume (the state of slots in a checkpoint),
 storage/ (outages, copies, addresses). RUN imports FILL, and FILL imports PLAN, never the reverse.

@@ -25,6 +25,7 @@ from typing import Any
 
 import jinja2
 
+from experiments.vlm.data.built_in_templates import BUILT_IN
 from experiments.vlm.data.document import BOS, EOS, Draft, ImageValue, Special, Text, Turn
 from experiments.vlm.data.jinja_template import (
     GENERATION_END,
@@ -43,41 +44,6 @@ OWN = {"bos_token": "\U000f0004", "eos_token": "\U000f0005"}
 OWN_SPELLINGS = {OWN["bos_token"]: BOS, OWN["eos_token"]: EOS}
 ESCAPED = 0xF1000  # the first of the characters that stand for what must not be taken for a token
 PRIVATE = "[\U000f0000-\U000ffffd]"
-
-# What a message says; its content is a string, or a list of texts and images.
-SAID = """{% macro said(message) -%}
-{%- if message.content is string -%}{{ message.content }}
-{%- else -%}
-{%- for item in message.content -%}
-{%- if item.type == 'image' -%}{{ image_token }}{%- else -%}{{ item.text }}{%- endif -%}
-{%- endfor -%}
-{%- endif -%}
-{%- endmacro -%}
-"""
-CHATML = TemplateFile(
-    SAID
-    + """{{ bos_token }}{% for message in messages %}
-{{ '<|im_start|>' + message.role + '\\n' }}
-{%- if message.role == 'assistant' %}{% generation %}{{ said(message) + '<|im_end|>' }}{% endgeneration %}
-{%- else %}{{ said(message) + '<|im_end|>' }}
-{%- endif %}{{ '\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}""",
-    control=("<|im_start|>", "<|im_end|>"),
-)
-LLAMA3 = TemplateFile(
-    SAID
-    + """{{ bos_token }}{% for message in messages %}
-{{ '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' }}
-{%- if message.role == 'assistant' -%}
-{% generation %}{{ said(message) | trim + '<|eot_id|>' }}{% endgeneration %}
-{%- else %}{{ said(message) | trim + '<|eot_id|>' }}
-{%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}""",
-    control=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-)
-BUILT_IN = {"chatml": CHATML, "llama3": LLAMA3}
 
 
 @functools.cache
@@ -112,7 +78,7 @@ class ChatTemplate:
         self._template = compile_template(file.source)
         self._variables = file.variables or {**OWN, "image_token": IMAGE}
         self._marks_answers = bool(re.search(r"\{%-?\s*generation\s*-?%\}", file.source))
-        self.takes_text = self._shows(PROBE)
+        self.takes_text = file.answers_alone or self._shows(PROBE)
         self._takes_items = self._shows([{"type": "text", "text": PROBE}])
         if not (self.takes_text or self._takes_items):
             raise jinja2.TemplateError("it does not show the content of a user's message")

@@ -9,7 +9,7 @@ of its document that follow close up, and the padding comes after the document, 
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -19,7 +19,9 @@ import numpy as np
 from experiments.vlm.batch import FIELDS, IGNORE, Delivered
 from experiments.vlm.data.batch_metrics import Views, count_by_source, count_slot
 from experiments.vlm.data.controls import Painted
-from experiments.vlm.data.image import ImagePlan, decode, write_patches
+from experiments.vlm.data.image import decode_view, write_patches
+from experiments.vlm.data.image_plan import ImagePlan
+from experiments.vlm.data.lookahead import Place
 from experiments.vlm.data.rejects import Reject, Rejected
 from experiments.vlm.data.sample import PlannedImage
 from experiments.vlm.data.slot import Packed, SlotPlan
@@ -59,37 +61,42 @@ class Collator:
         What is returned waits for the pixels, writes the rest and reports what became of the samples.
         """
         decoding = [
-            [self._submit(packed, number, views) for number in range(len(packed.places))]
+            [self._submit(packed, image, places, views) for image, places in packed.placed()]
             for packed in plan.packed
         ]
         return lambda: self._finish(plan, views, decoding)
 
-    def _submit(self, packed: Packed, number: int, views: Views) -> Future:
-        image, (row, first) = packed.sample.images[number], packed.places[number]
-        span = slice(first, first + image.patches)
-        targets = views["pixel_values"][row, span], views["grid_thw"][row, span]
+    def _submit(self, packed: Packed, image: PlannedImage, places: list[Place], views: Views) -> Future:
+        targets = [
+            (
+                views["pixel_values"][row, first : first + view.cells],
+                views["grid_thw"][row, first : first + view.cells],
+            )
+            for view, (row, first) in zip(image.layout.views, places, strict=True)
+        ]
         shard = packed.reference.source, packed.origin.shard
         if self.pool is None:
-            return finished(self._decode(shard, image, *targets))
-        return self.pool.submit(self._decode, shard, image, *targets)
+            return finished(self._decode(shard, image, targets))
+        return self.pool.submit(self._decode, shard, image, targets)
 
     def _decode(
-        self, shard: Key, image: PlannedImage, patches: np.ndarray, thw: np.ndarray
+        self, shard: Key, image: PlannedImage, targets: Sequence[tuple[np.ndarray, np.ndarray]]
     ) -> Rejected | None:
         """Runs in a thread. None: it went well."""
-        height, width = image.h * self.plan.patch_size, image.w * self.plan.patch_size
-        locator = image.image.locator
+        locator, patch = image.image.locator, self.plan.patch_size
         if isinstance(locator, Painted):
-            pixels = locator.paint(height, width)
+            pictures = [locator.paint(view.h * patch, view.w * patch) for view in image.layout.views]
         else:
             try:
-                pixels = self.cache.use(
-                    *shard, lambda opened: decode(opened.load(image.image), height, width)
-                )
+                pictures = self.cache.use(*shard, lambda opened: self._views(opened.load(image.image), image))
             except Rejected as rejected:
                 return rejected
-        write_patches(pixels, self.plan, patches, thw)
+        for pixels, (patches, thw) in zip(pictures, targets, strict=True):
+            write_patches(pixels, self.plan, patches, thw)
         return None
+
+    def _views(self, data: bytes, image: PlannedImage) -> list[np.ndarray]:
+        return [decode_view(data, view, self.plan) for view in image.layout.views]
 
     def _finish(self, plan: SlotPlan, views: Views, decoding: list[list[Future]]) -> FilledSlot:
         row = _Row(plan, views, self.plan.merge_size**2, self.pad_id)
@@ -138,8 +145,9 @@ class _Row:
         written = slice(start, start + len(tokens))
         self.views["source_ids"][written] = packed.reference.source
         self.kept += [
-            (row, first, first + sample.images[number].patches)
-            for number, (row, first) in enumerate(packed.places)
+            (row, first, first + view.cells)
+            for number, (image, places) in enumerate(packed.placed())
+            for view, (row, first) in zip(image.layout.views, places, strict=True)
             if number in good
         ]
         sizes = [(sample.images[number].image.height, sample.images[number].image.width) for number in good]
@@ -165,19 +173,23 @@ class _Row:
         used = np.ones(len(packed.sample.tokens), bool)
         for number, image in enumerate(packed.sample.images):
             if number not in good:
-                used[image.start : image.start + image.visual_tokens + 2] = False
+                used[image.start : image.end] = False
         index = np.flatnonzero(used)
         return packed.sample.tokens[index], index
 
     def _visual_index(self, packed: Packed, good: list[int]) -> np.ndarray:
         index = np.full(len(packed.sample.tokens), FIELDS["visual_index"].padding, np.int64)
+        placed = packed.placed()
         for number in good:
-            image, (row, first) = packed.sample.images[number], packed.places[number]
-            visual, patches = image.visual_tokens, image.h * image.w // self.merge
-            begin = (row * self.length + first) // self.merge
-            # What extra cells become lies behind the patches, and comes before them among the tokens.
-            cells = np.roll(np.arange(begin, begin + visual), visual - patches)
-            index[image.start + 1 : image.start + 1 + visual] = cells
+            image, places = placed[number]
+            # where in the slot each of the image's own visual tokens lies
+            own = [
+                np.arange(view.cells // self.merge) + (row * self.length + first) // self.merge
+                for view, (row, first) in zip(image.layout.views, places, strict=True)
+            ]
+            numbers = image.layout.tokens
+            found = np.concatenate(own)[np.maximum(numbers, 0)]
+            index[image.start : image.end] = np.where(numbers >= 0, found, FIELDS["visual_index"].padding)
         return index
 
     def _write(

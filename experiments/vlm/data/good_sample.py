@@ -13,7 +13,7 @@ import numpy as np
 
 from experiments.vlm.data.document import Document, Image
 from experiments.vlm.data.formats.shard import Shard
-from experiments.vlm.data.image import decode
+from experiments.vlm.data.image import decode_view
 from experiments.vlm.data.rejects import Reject, Rejected
 from experiments.vlm.data.sample import make_sample
 from experiments.vlm.data.slot import SlotSettings
@@ -101,8 +101,13 @@ class Search:
     def _decode(self, image: Image, shard: Shard) -> None:
         """Raises Rejected."""
         plan = self.settings.plan
-        h, w = plan.grid(image.height, image.width)
-        guarded(lambda: decode(shard.load(image), h * plan.patch_size, w * plan.patch_size))
+
+        def look() -> None:
+            data = shard.load(image)
+            for view in plan.layout(image.height, image.width).views:
+                decode_view(data, view, plan)
+
+        guarded(look)
 
 
 def require_good_samples(

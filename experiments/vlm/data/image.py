@@ -1,13 +1,13 @@
 """Image bytes in, uint8 patches and their coordinates out.
 
-    plan.grid(height, width)     how many patches, from integers alone
-    probe(data)                  height and width from the header
-    decode(data, height, width)  pixels at the planned size
-    write_patches(...)           pixels -> the batch contract's order
+    probe(data)                    height and width from the header
+    decode_view(data, view, plan)  the pixels of a view, as image_plan.py plans it
+    decode(data, height, width)    all of the image at that size
+    write_patches(...)             pixels -> the batch contract's order
 
 Pillow is the judge: what it opens, loads and converts is good, whatever the file is called, and everything
 else is Rejected. JPEGs, nearly all of the data, are decoded by libjpeg-turbo instead (simplejpeg), and every
-image is resized by torch's antialiased bilinear kernel, both without the interpreter lock; the result stays
+image is resized by one of torch's antialiased kernels, both without the interpreter lock; the result stays
 above 50 dB PSNR of Pillow's own.
 
 Colours and transparency: rgb.py. The first frame of an animation counts.
@@ -25,8 +25,6 @@ import re
 import threading
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import simplejpeg
@@ -35,10 +33,12 @@ from PIL import ExifTags
 from PIL import Image as PILImage
 
 from experiments.vlm.batch import EXTRA, FIELDS
+from experiments.vlm.data.image_plan import ImagePlan, View
 from experiments.vlm.data.jpeg_header import plain_jpeg_size
 from experiments.vlm.data.memory_budget import MemoryBudget
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.rgb import Rgb
+from experiments.vlm.model.config import Resample
 
 HEAD_BYTES = 1 << 16  # enough for the header of nearly every JPEG
 # a decoding thread keeps a buffer for images up to here; larger ones allocate their own
@@ -65,58 +65,10 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 _buffers = threading.local()
 _memory = MemoryBudget(DECODING_BYTES)
 # torch.nn.functional.interpolate(antialias=True), with scales of one's own
-_resample = torch.ops.aten._upsample_bilinear2d_aa
-
-
-@dataclass(frozen=True)
-class ImagePlan:
-    """How many patches an image becomes: the rule for its size, from integers alone."""
-
-    patch_size: int = 16  # pixels a side
-    merge_size: int = 2  # patches a side of a visual token
-    min_patches: int = 4
-    max_patches: int = 1024  # a multiple of merge_size squared
-    resize: Literal["native", "square"] = "native"
-    extra: int = 0  # class token and registers, which an image has in the encoder besides its patches
-    extra_tokens: bool = False  # they become visual tokens too, the first of the image
-
-    @property
-    def extra_cells(self) -> int:
-        """Cells of a patch row behind the patches of an image: whole groups of those that merge."""
-        return -(-self.extra // self.merge_size**2) * self.merge_size**2
-
-    def visual_tokens(self, h: int, w: int) -> int:
-        """Of an image of h x w patches."""
-        return h * w // self.merge_size**2 + self.extra * self.extra_tokens
-
-    def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Patches (h, w) of an image of that many pixels: multiples of merge_size, h * w <= max_patches.
-
-        The size rule of transformers' Lfm2VlImageProcessor, whose exported processor then makes the same
-        patches; on extreme ratios that rule exceeds the maximum, and here the long side is clamped.
-        """
-        merge = self.merge_size
-        if self.resize == "square":
-            side = math.isqrt(self.max_patches) // merge * merge
-            return side, side
-        f = self.patch_size * merge
-        most, least = (patches * self.patch_size**2 for patches in (self.max_patches, self.min_patches))
-        h, w = (max(1, round(side / f)) for side in (height, width))
-        if h * w * f * f > most:
-            shrink = math.sqrt(height * width / most)
-            h, w = (max(1, math.floor(side / shrink / f)) for side in (height, width))
-        elif h * w * f * f < least:
-            grow = math.sqrt(least / (height * width))
-            h, w = (math.ceil(side * grow / f) for side in (height, width))
-        h, w = _clamp(h, w, self.max_patches // merge**2)
-        return h * merge, w * merge
-
-
-def _clamp(h: int, w: int, most: int) -> tuple[int, int]:
-    """Shorten the longer side until h * w <= most."""
-    short = min(h, w, most)
-    long = min(max(h, w), most // short)
-    return (short, long) if h <= w else (long, short)
+_RESAMPLE = {
+    "bilinear": torch.ops.aten._upsample_bilinear2d_aa,
+    "bicubic": torch.ops.aten._upsample_bicubic2d_aa,
+}
 
 
 def probe(data: bytes) -> tuple[int, int]:
@@ -144,18 +96,37 @@ def probe_lazily(read: Callable[[int], bytes], size: int) -> tuple[int, int]:
     return probe(head)
 
 
-def decode(data: bytes, height: int, width: int) -> np.ndarray:
+def decode_view(data: bytes, view: View, plan: ImagePlan) -> np.ndarray:
+    """Pixels uint8 [h * patch_size, w * patch_size, 3] of a view of an image. Raises Rejected."""
+    if view.middle:
+        whole = decode(data, *probe(data))
+        top, left = ((side - kept) // 2 for side, kept in zip(whole.shape[:2], view.middle, strict=True))
+        part = np.ascontiguousarray(whole[top : top + view.middle[0], left : left + view.middle[1]])
+        pixels = _resize(part, view.middle, view.size, plan.resample)
+    else:
+        pixels = decode(data, *view.size, plan.resample)
+    if view.canvas:
+        canvas = np.empty((*view.canvas, 3), np.uint8)
+        canvas[:] = plan.fill
+        top, left = ((whole - part) // 2 for whole, part in zip(view.canvas, view.size, strict=True))
+        canvas[top : top + view.size[0], left : left + view.size[1]] = pixels
+        pixels = _resize(canvas, view.canvas, (view.side, view.side), plan.resample)
+    (top, left), height, width = view.corner, view.h * plan.patch_size, view.w * plan.patch_size
+    return pixels[top : top + height, left : left + width]
+
+
+def decode(data: bytes, height: int, width: int, kernel: Resample = "bilinear") -> np.ndarray:
     """Pixels uint8 [height, width, 3], contiguous: oriented, RGB, resized with antialiasing.
 
     Raises Rejected.
     """
     plain = plain_jpeg_size(data)
-    if plain and (resized := _decode_jpeg(data, plain, (height, width))) is not None:
+    if plain and (resized := _decode_jpeg(data, plain, (height, width), kernel)) is not None:
         return resized
     image = _open(data)
     with _memory_for(image):
         try:
-            return _decode_opened(image, data, bool(plain), (height, width))
+            return _decode_opened(image, data, bool(plain), (height, width), kernel)
         except Rejected as rejected:
             why = rejected.reason, rejected.detail
         finally:
@@ -163,14 +134,16 @@ def decode(data: bytes, height: int, width: int) -> np.ndarray:
     raise Rejected(*why)  # anew: the first one's frames hold the image
 
 
-def _decode_opened(image: PILImage.Image, data: bytes, tried: bool, size: tuple[int, int]) -> np.ndarray:
+def _decode_opened(
+    image: PILImage.Image, data: bytes, tried: bool, size: tuple[int, int], kernel: Resample
+) -> np.ndarray:
     """tried: whether the fast decoder complained of it. Raises Rejected."""
     orientation = _orientation(image, data)
     target = (size[1], size[0]) if orientation >= 5 else size
     resized = None
     if not tried and image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):
-        resized = _decode_fast(data, (image.height, image.width), target)
-    return _orient(_load_resized(image, target) if resized is None else resized, orientation)
+        resized = _decode_fast(data, (image.height, image.width), target, kernel)
+    return _orient(_load_resized(image, target, kernel) if resized is None else resized, orientation)
 
 
 def write_patches(image: np.ndarray, plan: ImagePlan, out_patches: np.ndarray, out_thw: np.ndarray) -> None:
@@ -246,13 +219,17 @@ def _orient(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return np.ascontiguousarray(pixels)
 
 
-def _decode_jpeg(data: bytes, size: tuple[int, int], target: tuple[int, int]) -> np.ndarray | None:
+def _decode_jpeg(
+    data: bytes, size: tuple[int, int], target: tuple[int, int], kernel: Resample
+) -> np.ndarray | None:
     """None where libjpeg-turbo complains of anything: then Pillow decides."""
     with _memory_for_jpeg(data, size, jpeg_factor(size, target)):
-        return _decode_fast(data, size, target)
+        return _decode_fast(data, size, target, kernel)
 
 
-def _decode_fast(data: bytes, size: tuple[int, int], target: tuple[int, int]) -> np.ndarray | None:
+def _decode_fast(
+    data: bytes, size: tuple[int, int], target: tuple[int, int], kernel: Resample
+) -> np.ndarray | None:
     factor = jpeg_factor(size, target)
     height, width = (math.ceil(side / factor) for side in size)
     buffer = _buffer(height * width * 3)
@@ -262,7 +239,7 @@ def _decode_fast(data: bytes, size: tuple[int, int], target: tuple[int, int]) ->
         )
     except (ValueError, RuntimeError):
         return None
-    return _resize(pixels, (size[0] / factor, size[1] / factor), target)
+    return _resize(pixels, (size[0] / factor, size[1] / factor), target, kernel)
 
 
 def jpeg_factor(size: tuple[int, int], target: tuple[int, int]) -> int:
@@ -303,27 +280,30 @@ def _memory_for_jpeg(
     return _memory.hold(3 * pixels // factor**2 + (6 * pixels if PROGRESSIVE in data else 0))
 
 
-def _resize(pixels: np.ndarray, extent: tuple[float, float], target: tuple[int, int]) -> np.ndarray:
-    """Antialiased bilinear resize of uint8 [H, W, 3] to target (height, width).
+def _resize(
+    pixels: np.ndarray, extent: tuple[float, float], target: tuple[int, int], kernel: Resample = "bilinear"
+) -> np.ndarray:
+    """Antialiased resize of uint8 [H, W, 3] to target (height, width).
 
     extent: the part of (H, W) that the image truly covers. A JPEG of 1001 rows, decoded at half size, has 501
     rows but covers 500.5 of them; stretching 501 over the target instead would cost 10 dB.
     """
+    resample = _RESAMPLE[kernel]
     # to torch channels last: nothing is copied
     image = torch.from_numpy(pixels).unsqueeze(0).permute(0, 3, 1, 2)
     down, across = (goal / covered for goal, covered in zip(target, extent, strict=True))
     if down < 1:
         # Rows first: whole rows are added up, which is fast, and fewer are left for the slow pass. A third
         # faster than at once.
-        image = _resample(image, [target[0], image.shape[3]], False, down, None)
+        image = resample(image, [target[0], image.shape[3]], False, down, None)
         down = 1.0
-    return _resample(image, list(target), False, down, across)[0].permute(1, 2, 0).numpy()
+    return resample(image, list(target), False, down, across)[0].permute(1, 2, 0).numpy()
 
 
-def _load_resized(image: PILImage.Image, target: tuple[int, int]) -> np.ndarray:
+def _load_resized(image: PILImage.Image, target: tuple[int, int], kernel: Resample) -> np.ndarray:
     """uint8 [*target, 3] of any image that Pillow loads. Raises Rejected."""
     try:
-        pixels = _resize_by_strips(Rgb(image), target)
+        pixels = _resize_by_strips(Rgb(image), target, kernel)
     except PILImage.DecompressionBombError as error:
         raise Rejected("image_too_large", str(error)) from error
     except Exception as error:  # a decoder may raise anything on broken bytes
@@ -331,16 +311,16 @@ def _load_resized(image: PILImage.Image, target: tuple[int, int]) -> np.ndarray:
     return pixels
 
 
-def _resize_by_strips(image: Rgb, target: tuple[int, int]) -> np.ndarray:
+def _resize_by_strips(image: Rgb, target: tuple[int, int], kernel: Resample) -> np.ndarray:
     """The pixels that `_resize` would make of all at once: first along the strips, then across them."""
     boxes, axis = (image.columns(), 1) if target[0] < image.height else (image.rows(), 0)
     strips = []
     for box in boxes:
         strip = image.box(box)
         along = (target[0], strip.shape[1]) if axis == 1 else (strip.shape[0], target[1])
-        strips.append(_resize(strip, strip.shape[:2], along))
+        strips.append(_resize(strip, strip.shape[:2], along, kernel))
     pixels = np.concatenate(strips, axis)
-    return _resize(pixels, pixels.shape[:2], target)
+    return _resize(pixels, pixels.shape[:2], target, kernel)
 
 
 def _rejected(error: Exception, cut: bool = False) -> Rejected:

@@ -34,6 +34,7 @@ class TemplateFile:
     # special tokens; others with a spelling of their own, such as <think>, are text to the tokenizer
     control: tuple[str, ...]
     variables: dict[str, str] = field(default_factory=dict)  # bos_token and the like
+    answers_alone: bool = False  # of what others say it shows the images
 
 
 class GenerationBlock(jinja2.ext.Extension):

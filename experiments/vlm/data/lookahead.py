@@ -86,7 +86,7 @@ class Queued(Generic[Payload]):
         return Way(end, end - self.start, self.outline.patches_of(self.start, end))
 
     def images(self, end: int) -> list[int]:
-        """Patches of each image of the piece up to `end`."""
+        """Patches of each view of the piece's images, up to `end`."""
         return self.outline.images(self.start, end)
 
 
@@ -179,7 +179,7 @@ class _Row:
 
     @property
     def images(self) -> list[int]:
-        """Patches of each image, in the order of the entries."""
+        """Patches of each view of each image, in the order of the entries."""
         return [patches for i, end in sorted(self.ends.items()) for patches in self.entries[i].images(end)]
 
     def cost(self, i: int, end: int) -> float:

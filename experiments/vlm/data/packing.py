@@ -1,9 +1,9 @@
 """Which waiting samples share the next slot: planned on integers, before any pixel exists.
 
 In: tokens and patches of each sample that waits, and a slot's Budget. Out: which of them go in (`choose`),
-and the patch row and first patch of each image (`place`).
+and the patch row and first patch of each view of an image (`place`).
 
-A slot is one budget with two sides, S tokens and `patch_rows` rows of L patches; an image never straddles two
+A slot is one budget with two sides, S tokens and `patch_rows` rows of L patches; a view never straddles two
 rows. The oldest waiting sample always goes in, so none waits for more slots than there were samples before
 it. The others are found by a few randomised tries, of which the fullest is kept:
 
@@ -65,7 +65,7 @@ class Waiting:
 
     tokens: np.ndarray  # int64 [rows]
     patches: np.ndarray  # int64 [rows]
-    # patches of each image of a row; needed where a slot has several patch rows
+    # patches of each view of a row's images; needed where a slot has several patch rows
     images: Sequence[Sequence[int]] = ()
     # int64 [rows]: whose way to be taken a row is; None: each sample has one way
     owner: np.ndarray | None = None
@@ -76,7 +76,7 @@ class Waiting:
 
 
 def place(images: Sequence[int], budget: Budget) -> list[tuple[int, int]] | None:
-    """(row, first patch) for each image of so many patches; None if they do not fit.
+    """(row, first patch) for each view of so many patches; None if they do not fit.
 
     Images fill the one row in their order; several rows are filled with the largest first, each into the
     fullest row that has room.

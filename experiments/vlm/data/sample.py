@@ -5,7 +5,7 @@ decoded.
 
     document      [bos] parts [eos]      without bos where the tokenizer has none
     conversation  parts                  its chat template writes where it begins and ends
-    image         begin_image, image * plan.visual_tokens(h, w), end_image
+    image         what its plan says (image_plan.py), such as begin_image, image * visual tokens, end_image
     target        a token that is to be predicted from the one before it. Text is, and eos; bos, image tokens
                   and texts without loss (a user's turn) are not. So the first text token after an image is
 
@@ -22,42 +22,32 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from experiments.vlm.data.document import BOS, EOS, Document, Image, Part, Special, Text, encode_texts
+from experiments.vlm.data.image_plan import BEGIN, END, Layout
 from experiments.vlm.data.split import Outline
 from torchtitan.components.tokenizer import Tokenizer
 
 
-class Grid(Protocol):
-    """The part of ImagePlan that planning needs: sizes in patches from sizes in pixels."""
+class Plan(Protocol):
+    """The part of ImagePlan that planning needs."""
 
-    @property
-    def extra_cells(self) -> int:
-        """Cells of a patch row behind the patches of an image."""
-
-    def visual_tokens(self, h: int, w: int) -> int:
-        """Of an image of h x w patches."""
-        ...
-
-    def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Patches (h, w) of an image of that many pixels."""
+    def layout(self, height: int, width: int) -> Layout:
+        """What becomes of an image of that many pixels."""
         ...
 
 
 @dataclass(frozen=True)
 class PlannedImage:
-    """An image's place among the tokens, and its size in patches."""
+    """An image's place among the tokens, and what becomes of it."""
 
-    start: int  # its begin_image is this token of the sample; its visual tokens follow
+    start: int  # its first token is this one of the sample
     number: int  # among the images of its document
-    h: int  # patches
-    w: int
-    visual_tokens: int
+    layout: Layout
     image: Image
-    extra_cells: int = 0  # behind its patches
 
     @property
-    def patches(self) -> int:
-        """How many places the image takes of a patch row."""
-        return self.h * self.w + self.extra_cells
+    def end(self) -> int:
+        """The token behind its last."""
+        return self.start + len(self.layout.tokens)
 
 
 @dataclass(frozen=True)
@@ -78,9 +68,9 @@ class Sample:
     def outline(self) -> Outline:
         """The sample as the planner sees it."""
         starts = np.array([image.start for image in self.images], np.int64)
-        visual = np.array([image.visual_tokens for image in self.images], np.int64)
-        patches = np.array([image.patches for image in self.images], np.int64)
-        return Outline(self.length, starts, starts + visual + 2, patches, self.parts)
+        ends = np.array([image.end for image in self.images], np.int64)
+        views = [[view.cells for view in image.layout.views] for image in self.images]
+        return Outline(self.length, starts, ends, views, self.parts)
 
     def piece(self, start: int, end: int) -> "Sample":
         """The tokens [start, end), without copying them. Images lie inside or outside, never across."""
@@ -100,7 +90,7 @@ class Atom(NamedTuple):
     image: PlannedImage | None = None  # as if it began at token 0
 
 
-def make_sample(document: Document, tokenizer: Tokenizer, plan: Grid) -> Sample:
+def make_sample(document: Document, tokenizer: Tokenizer, plan: Plan) -> Sample:
     """The whole document, however long."""
     atoms = list(encode(document, tokenizer, plan))
     starts = list(itertools.accumulate((len(atom.tokens) for atom in atoms[:-1]), initial=0))
@@ -114,7 +104,7 @@ def make_sample(document: Document, tokenizer: Tokenizer, plan: Grid) -> Sample:
     )
 
 
-def encode(document: Document, tokenizer: Tokenizer, plan: Grid) -> Iterator[Atom]:
+def encode(document: Document, tokenizer: Tokenizer, plan: Plan) -> Iterator[Atom]:
     """The parts as tokens; bos and eos are atoms of their own."""
     if tokenizer.bos_id is not None and not document.conversation:
         yield Atom([tokenizer.bos_id], [False])
@@ -151,12 +141,13 @@ def encode_text(texts: list[Text], tokenizer: Tokenizer) -> Atom:
     return Atom(ids, [texts[0].loss] * len(ids))
 
 
-def encode_image(image: Image, tokenizer: Tokenizer, plan: Grid, number: int) -> Atom:
-    """begin_image, visual tokens, end_image; none of them a target. `number`: among its document's images."""
-    h, w = plan.grid(image.height, image.width)
-    visual = plan.visual_tokens(h, w)
-    ids = [tokenizer.begin_image_id, *[tokenizer.image_id] * visual, tokenizer.end_image_id]
-    return Atom(ids, [False] * len(ids), PlannedImage(0, number, h, w, visual, image, plan.extra_cells))
+def encode_image(image: Image, tokenizer: Tokenizer, plan: Plan, number: int) -> Atom:
+    """What stands for it, none of it a target. `number`: among its document's images."""
+    layout = plan.layout(image.height, image.width)
+    ids = np.full(len(layout.tokens), tokenizer.image_id)
+    ids[layout.tokens == BEGIN] = tokenizer.begin_image_id
+    ids[layout.tokens == END] = tokenizer.end_image_id
+    return Atom(ids.tolist(), [False] * len(ids), PlannedImage(0, number, layout, image))
 
 
 def encode_special(part: Special, tokenizer: Tokenizer) -> Atom:

@@ -11,14 +11,13 @@ from typing import Any
 from experiments.vlm.batch import BatchShape
 from experiments.vlm.config import Source, VLMJobConfig
 from experiments.vlm.data.chat_template import load_chat_template
-from experiments.vlm.data.image import ImagePlan
 from experiments.vlm.data.packing import Budget
 from experiments.vlm.data.slot import SlotSettings
 from experiments.vlm.data.sources.energon import Split
 from experiments.vlm.data.sources.order import Deal
 from experiments.vlm.data.sources.shard_cache import OpenShard
 from experiments.vlm.data.sources.shards import format_hint, list_shards, open_shard
-from experiments.vlm.model_config import model_config
+from experiments.vlm.model_config import image_plan
 from torchtitan.components.tokenizer import Tokenizer
 
 Shards = tuple[str, ...]  # of a source
@@ -108,14 +107,6 @@ def dealing(setup: Setup, deals: Sequence[Deal]) -> Setup:
     return replace(setup, settings=replace(setup.settings, deals=tuple(deals)))
 
 
-def image_plan(job: VLMJobConfig) -> ImagePlan:
-    """The rule for the sizes of the job's images. Raises ConfigError as model_config does."""
-    data, model = job.data, model_config(job)
-    encoder, merge = model.encoder, model.projector.merge_size
-    sizes = encoder.patch_size, merge, data.min_patches_per_image, data.max_patches_per_image
-    return ImagePlan(*sizes, data.resize, encoder.extra_cells, encoder.feature_extra)
-
-
 def shape_of(settings: SlotSettings, slots: int) -> BatchShape:
     """The sizes of a batch of so many slots."""
     budget = settings.budget
@@ -171,6 +162,7 @@ def order_facts(job: VLMJobConfig, setup: Setup) -> dict[str, Any]:
     facts |= {f"data.{name}": value for name, value in vars(data).items() if name not in FREE_OF_DATA}
     plan = settings.plan  # the model's, where the options leave them open
     facts |= {"data.patch_size": plan.patch_size, "data.spatial_merge_size": plan.merge_size}
+    facts["data.resize"] = plan.resize
     for deal, source in zip(settings.deals, sources_of(job, "train"), strict=True):
         key = f"data.sources[{deal.name}]"
         facts |= {

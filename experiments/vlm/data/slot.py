@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from experiments.vlm.data.controls import CONTROLS
-from experiments.vlm.data.image import ImagePlan
+from experiments.vlm.data.image_plan import ImagePlan
 from experiments.vlm.data.lookahead import LookAhead, Place, Queued, Taken
 from experiments.vlm.data.packing import Budget
 from experiments.vlm.data.rejects import Reject, Rejected
 from experiments.vlm.data.report import Tally, check_bad_fraction
-from experiments.vlm.data.sample import Sample, make_sample
+from experiments.vlm.data.sample import PlannedImage, Sample, make_sample
 from experiments.vlm.data.sources.mixture import Mixture
 from experiments.vlm.data.sources.order import Deal
 from experiments.vlm.data.sources.reader import ReadDocument, Reference, SourceReader
@@ -69,7 +69,12 @@ class Packed:
     reference: Reference
     origin: Origin
     sample: Sample
-    places: list[Place]  # of each image
+    places: list[Place]  # of each view of each image
+
+    def placed(self) -> list[tuple[PlannedImage, list[Place]]]:
+        """Each image with the places of its views."""
+        places = iter(self.places)
+        return [(image, [next(places) for _ in image.layout.views]) for image in self.sample.images]
 
 
 @dataclass

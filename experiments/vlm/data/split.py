@@ -10,6 +10,7 @@ Joined in their order, the pieces are the document: nothing is lost or repeated.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -30,7 +31,7 @@ MOST_PARTS = 4  # of a slot made for images, that the text which goes in first t
 
 @dataclass(frozen=True)
 class Outline:
-    """Images ascend: image i has the tokens [starts[i], ends[i]) and patches[i].
+    """Images ascend: image i has the tokens [starts[i], ends[i]) and views of so many patches each, views[i].
 
     `boundaries`: tokens where a part begins.
     """
@@ -38,8 +39,13 @@ class Outline:
     length: int
     starts: np.ndarray  # int64 [images]
     ends: np.ndarray
-    patches: np.ndarray
+    views: Sequence[Sequence[int]]
     boundaries: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+
+    @cached_property
+    def patches(self) -> np.ndarray:
+        """int64 [images]: of all views."""
+        return np.array([sum(views) for views in self.views], np.int64)
 
     @cached_property
     def patches_before(self) -> np.ndarray:
@@ -51,8 +57,12 @@ class Outline:
         return int(np.searchsorted(self.starts, token))
 
     def images(self, start: int, end: int) -> list[int]:
-        """Patches of each image in the piece."""
-        return self.patches[self.image_at(start) : self.image_at(end)].tolist()
+        """Patches of each view of each image in the piece."""
+        return self.of_views(self.image_at(start), self.image_at(end))
+
+    def of_views(self, first: int, last: int) -> list[int]:
+        """Patches of each view of images [first, last)."""
+        return [patches for views in self.views[first:last] for patches in views]
 
     def patches_of(self, start: int, end: int) -> int:
         """Patches of all images in the piece."""
@@ -64,7 +74,9 @@ def outline_of(parts: Any) -> Outline:
     sizes = np.array(parts, np.int64).reshape(-1, 2)
     ends = np.cumsum(sizes[:, 0])
     starts, is_image = ends - sizes[:, 0], sizes[:, 1] > 0
-    return Outline(int(sizes[:, 0].sum()), starts[is_image], ends[is_image], sizes[is_image, 1], starts)
+    return Outline(
+        int(sizes[:, 0].sum()), starts[is_image], ends[is_image], sizes[is_image, 1:].tolist(), starts
+    )
 
 
 @dataclass(frozen=True)
@@ -111,7 +123,7 @@ class Splitter:
         """How far a piece from `start` gets with so many tokens and patches left in the slot: its end,
         `start` for none.
 
-        `beside`: patches of each image that the slot holds already (for slots of several rows). `begun`:
+        `beside`: patches of each view that the slot holds already (for slots of several rows). `begun`:
         where the piece really begins, if it is one that is made longer.
         """
         end = self._end_of_room(outline, start, tokens, patches, beside)
@@ -152,8 +164,7 @@ class Splitter:
         )
         if self.budget.patch_rows > 1:
             while (
-                allowed > first
-                and place([*beside, *outline.patches[first:allowed].tolist()], self.budget) is None
+                allowed > first and place([*beside, *outline.of_views(first, allowed)], self.budget) is None
             ):
                 allowed -= 1
         stop = int(outline.starts[allowed]) if allowed < len(outline.starts) else outline.length

@@ -8,10 +8,10 @@ from experiments.vlm.batch import BatchShape
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.data.chat_template import ChatTemplate, ends_of, load_chat_template
 from experiments.vlm.data.packing import Budget
-from experiments.vlm.data.setup import image_plan
 from experiments.vlm.generate.forward import WHOLE, CachedVLM, Share
 from experiments.vlm.generate.layout import agreement, attach_cache, check_layout, parallelize_for_answers
 from experiments.vlm.generate.prompt import Prompter
+from experiments.vlm.model_config import image_plan
 from torchtitan.components.tokenizer import Tokenizer
 from torchtitan.config.layout import degrees
 from torchtitan.distributed.mesh import Mesh, build_mesh

@@ -19,7 +19,8 @@ from experiments.vlm.batch import FIELDS, BatchShape
 from experiments.vlm.data.chat_template import ChatTemplate
 from experiments.vlm.data.collate import Collator
 from experiments.vlm.data.document import Document, Image, ImageValue, Picture, Special, Text, Turn
-from experiments.vlm.data.image import ImagePlan, probe
+from experiments.vlm.data.image import probe
+from experiments.vlm.data.image_plan import ImagePlan
 from experiments.vlm.data.packing import Budget, place
 from experiments.vlm.data.rejects import Rejected, meaning
 from experiments.vlm.data.sample import Sample, make_sample
@@ -176,10 +177,11 @@ class Prompter:
 
     def _collate(self, sample: Sample, pictures: Sequence[Picture]) -> dict[str, np.ndarray]:
         """The fields of a slot that holds this sample alone."""
-        places = place([image.patches for image in sample.images], self.budget)
+        cells = sample.outline.images(0, sample.length)
+        places = place(cells, self.budget)
         if places is None:
             raise UserError(
-                f"{len(pictures)} images of {sum(image.patches for image in sample.images)} patches do not "
+                f"{len(pictures)} images of {sum(cells)} patches do not "
                 f"fit {self.budget.patch_rows} x {self.budget.patches_per_row} (data.patch_rows, "
                 "data.patches_per_row): use fewer or smaller ones"
             )
@@ -209,7 +211,7 @@ def _numbered(turns: Turns) -> tuple[list[Turn], list[Picture]]:
 def _identity(sample: Sample, pictures: Sequence[Picture]) -> list[int]:
     identity = sample.tokens.tolist()
     for image in sample.images:
-        span = slice(image.start, image.start + image.visual_tokens + 2)
+        span = slice(image.start, image.end)
         identity[span] = [-1 - zlib.crc32(pictures[image.image.locator].data)] * len(identity[span])
     return identity
 

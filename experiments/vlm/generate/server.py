@@ -194,8 +194,9 @@ class Handler(BaseHTTPRequestHandler):
         except Rejected as rejected:
             raise UserError(meaning(rejected.reason)) from None
         plan = self.server.service.prompter.plan
-        (h, w), merge = plan.grid(height, width), plan.merge_size
-        self._json(HTTPStatus.OK, {"h": h, "w": w, "tokens": plan.visual_tokens(h, w), "merge": merge})
+        layout = plan.layout(height, width)
+        shown, tokens = layout.views[0], layout.visual_tokens
+        self._json(HTTPStatus.OK, {"h": shown.h, "w": shown.w, "tokens": tokens, "merge": plan.merge_size})
 
     def _json(self, status: HTTPStatus, value: dict[str, Any]) -> None:
         self._send(status, json.dumps(value).encode(), "application/json")

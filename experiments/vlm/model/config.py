@@ -10,6 +10,7 @@ from typing import Literal
 from torchtitan.models.decoder.flavors import DecoderConfig
 
 Activation = Literal["gelu_pytorch_tanh", "gelu", "quick_gelu", "silu"]  # names of transformers
+Resample = Literal["bilinear", "bicubic"]  # both antialiased
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class EncoderConfig:
     # pixels between 0 and 1, minus the mean, over the deviation: of red, green and blue
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     deviation: tuple[float, ...] = (0.5, 0.5, 0.5)
+    resample: Resample = "bilinear"  # its images are resized by it
     patch_bias: bool = True
     # learned, in a table; sine and cosine of row and column; or turning queries and keys in every layer
     positions: Literal["table", "waves", "rotary"] = "table"

@@ -91,8 +91,8 @@ def sizes_of(sample: Sample) -> SizedDocument:
     """A sample as integers: tokens and patches of its parts."""
     parts, cursor = [], 0
     for image in sample.images:
-        parts += [(image.start - cursor, 0), (image.visual_tokens + 2, image.patches)]
-        cursor = image.start + image.visual_tokens + 2
+        parts += [(image.start - cursor, 0), (image.end - image.start, image.layout.cells)]
+        cursor = image.end
     return [part for part in (*parts, (sample.length - cursor, 0)) if part[0]]
 
 

@@ -17,6 +17,7 @@ KIND: dict[str, Any] = {
     "model_type": "aimv2_vision_model",
     "mean": CLIP["mean"],
     "deviation": CLIP["deviation"],
+    "resample": "bicubic",
     "embedding_norm": "patches",
     "norm": "rms",
     "gated_mlp": True,

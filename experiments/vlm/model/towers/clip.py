@@ -16,6 +16,7 @@ KIND: dict[str, Any] = {
     "model_type": "clip_vision_model",
     "mean": (0.48145466, 0.4578275, 0.40821073),
     "deviation": (0.26862954, 0.26130258, 0.27577711),
+    "resample": "bicubic",
     "patch_bias": False,
     "embedding_norm": "all",
     "class_token": True,

@@ -7,7 +7,7 @@ One tower: positions that were learned for one size are resized to each image as
 import math
 from typing import Any
 
-from experiments.vlm.model.config import EncoderConfig
+from experiments.vlm.model.config import EncoderConfig, Resample
 from experiments.vlm.model.towers.tower import Tower, kernel, widths, write_widths
 from torchtitan.config.errors import require
 from torchtitan.models.hf.config_file import ConfigFile
@@ -51,7 +51,9 @@ def read_fixed(file: ConfigFile) -> EncoderConfig:
 def _read(file: ConfigFile, patch_size: int, grid: int, image_size: int | None) -> EncoderConfig:
     file.refuse_all_but("hidden_act", ACTIVATION)
     sizes = widths(file, 768, 12, 12, 3072)
-    return EncoderConfig(*sizes, patch_size, grid, file.get("layer_norm_eps", 1e-6), image_size)
+    resample: Resample = "bicubic" if image_size else "bilinear"
+    eps = file.get("layer_norm_eps", 1e-6)
+    return EncoderConfig(*sizes, patch_size, grid, eps, image_size, resample=resample)
 
 
 def write_naflex(config: EncoderConfig) -> dict[str, Any]:
@@ -92,6 +94,6 @@ FIXED = Tower(
     inside=("siglip",),
     sizes={
         # google/siglip-so400m-patch14-384
-        "siglip-so400m": EncoderConfig(1152, 27, 16, 4304, 14, 27, image_size=384),
+        "siglip-so400m": EncoderConfig(1152, 27, 16, 4304, 14, 27, image_size=384, resample="bicubic"),
     },
 )
