@@ -15,7 +15,7 @@ from pathlib import Path
 
 from experiments.__main__ import CONFIG_CLASSES
 from experiments.vlm.config import VLMJobConfig
-from experiments.vlm.model.hf_config import WHOLE
+from experiments.vlm.model.families import FAMILIES as WHOLES
 from experiments.vlm.model.towers import INSIDE, TOWERS
 from torchtitan.components.tokenizer import load_tokenizer
 from torchtitan.config.errors import require
@@ -26,7 +26,7 @@ from torchtitan.tools.hub import command_for
 from torchtitan.tools.logging import init_logger
 
 READ = f"""model_type of config.json:
-  {WHOLE:22s} the whole model, with one of the decoders below
+  {", ".join(WHOLES)}: a whole model
   {", ".join((*TOWERS, *INSIDE))}: an encoder
   {", ".join(FAMILIES)}: a decoder
 weights: *.safetensors, with an index or without"""

@@ -90,7 +90,7 @@ def write(job: VLMJobConfig, checkpoint: Path, folder: Path, options: Options) -
     dtype = None if options.dtype == "stored" else getattr(torch, options.dtype)
     if options.adapters == "only":
         require(options.part == "all", f"--part {options.part}: adapters are written for the whole model")
-        print(f"{len(write_adapter(checkpoint, folder, job.lora, model_config(job).encoder, dtype))} tensors")
+        print(f"{len(write_adapter(checkpoint, folder, job.lora, model_config(job), dtype))} tensors")
         return
     made = export(
         job,

@@ -13,7 +13,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from experiments.vlm.config import PARTS
-from experiments.vlm.model.config import EncoderConfig
+from experiments.vlm.model.config import VLMConfig
+from experiments.vlm.model.families import family_of
 from experiments.vlm.model.hf import part_rows
 from torchtitan.components.checkpoint_read import PREFIX, Sizes, Stored, reading, stored_tensors
 from torchtitan.config.errors import ConfigError, require
@@ -40,9 +41,9 @@ PLAIN = {
 }
 
 
-def adapter_rows(encoder: EncoderConfig) -> list[Row]:
+def adapter_rows(config: VLMConfig) -> list[Row]:
     """Names of the factors, from those of the maps that they stand beside."""
-    rows = [row for part in PARTS for row in part_rows(part, encoder, whole=True)]
+    rows = [row for part in PARTS for row in part_rows(part, config.encoder, family_of(config))]
     maps = dict.fromkeys((row.theirs.rpartition(".")[0], row.ours.rpartition(".")[0]) for row in rows)
     return [
         Row(f"{OF_PEFT}{theirs}.lora_{factor}.weight", f"{ours}{INFIX}{factor}.weight")
@@ -52,7 +53,7 @@ def adapter_rows(encoder: EncoderConfig) -> list[Row]:
 
 
 def write_adapter(
-    checkpoint: Path, folder: Path, options: LoRA, encoder: EncoderConfig, dtype: torch.dtype | None = None
+    checkpoint: Path, folder: Path, options: LoRA, config: VLMConfig, dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
     """The adapters of a checkpoint into `folder`, which is there. Returns them by their names in it.
 
@@ -65,13 +66,13 @@ def write_adapter(
     with reading(checkpoint):
         dcp.load(weights, checkpoint_id=str(checkpoint), no_dist=True)
     ours = {name.removeprefix(PREFIX): weight.to(dtype or weight.dtype) for name, weight in weights.items()}
-    named = write(ours, adapter_rows(encoder))
+    named = write(ours, adapter_rows(config))
     with (folder / WEIGHTS).open("wb") as file:
         file.write(header_bytes({name: (NAMES[w.dtype], tuple(w.shape)) for name, w in named.items()}))
         for weight in named.values():
             file.write(memoryview(weight.contiguous().view(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
     modules = sorted({name.removeprefix(OF_PEFT).partition(".lora_")[0] for name in named})
-    config = {
+    settings = {
         **PLAIN,
         "base_model_name_or_path": None,
         "task_type": None,
@@ -82,7 +83,7 @@ def write_adapter(
         "lora_dropout": options.dropout,
         "target_modules": modules,
     }
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     return named
 
 
@@ -96,7 +97,7 @@ def require_rank(options: LoRA, stored: Mapping[str, Stored], checkpoint: Path) 
             )
 
 
-def adapter_source(options: LoRA, shapes: Sizes, encoder: EncoderConfig) -> Source:
+def adapter_source(options: LoRA, shapes: Sizes, config: VLMConfig) -> Source:
     """The folder lora.initial_load_path, for weights of these `shapes`.
 
     Raises ConfigError where it is no adapter of this kind.
@@ -104,7 +105,7 @@ def adapter_source(options: LoRA, shapes: Sizes, encoder: EncoderConfig) -> Sour
     folder = Path(options.initial_load_path)
     _require_same(folder / CONFIG, options)
     parts = dict.fromkeys(name.partition(".")[0] for name in shapes)
-    return Source(folder, tuple(parts), adapter_rows(encoder), {}, tensors=_read_tensors)
+    return Source(folder, tuple(parts), adapter_rows(config), {}, tensors=_read_tensors)
 
 
 def _read_tensors(folder: Path) -> dict[str, StoredTensor]:

@@ -15,9 +15,10 @@ from experiments.vlm.data.formats import FORMATS
 from experiments.vlm.data.sources.permission import denied
 from experiments.vlm.evaluate.tasks import parse_tasks
 from experiments.vlm.model.config import EncoderConfig, VLMConfig
+from experiments.vlm.model.families import FAMILIES
 from experiments.vlm.model.flavors import ENCODERS
 from experiments.vlm.model_config import missing_folders, model_config, part_folders, plan_of
-from experiments.vlm.processor import image_processor_config
+from experiments.vlm.processor import processor_config
 from experiments.vlm.world.shards import SPLITS, WORLDS
 from torchtitan.components.checkpoint_folder import find
 from torchtitan.config.check import RANGES as JOB_RANGES
@@ -56,7 +57,8 @@ def choices() -> dict[str, str]:
     formats = f"Formats of sources: {', '.join(FORMATS)}."
     decoders = [name for name in DECODERS if name != "debug"]
     pairs = f"ENCODER-DECODER, of the encoders {', '.join(ENCODERS)} and the decoders {', '.join(decoders)}"
-    return {"model": f"Flavors: debugmodel, or {pairs}.", "data": formats, "validation": formats}
+    whole = ", ".join(name for family in FAMILIES.values() for name in family.sizes)
+    return {"model": f"Flavors: debugmodel, {whole}, or {pairs}.", "data": formats, "validation": formats}
 
 
 def check_vlm(job: VLMJobConfig, world_size: int) -> None:
@@ -70,7 +72,7 @@ def check_vlm(job: VLMJobConfig, world_size: int) -> None:
     check_decoder(config.decoder, job, sizes, job.parallelism.pipeline_parallel_encoder_stage)
     check_weights(job)
     if job.checkpoint.last_save_in_hf:
-        image_processor_config(job)  # raises here what it would raise after the last step
+        processor_config(job)  # raises here what it would raise after the last step
     check_sources(job)
     check_tasks(job, sizes)
 

@@ -1,4 +1,4 @@
-"""A checkpoint as a Hugging Face folder: the whole model as Lfm2VlForConditionalGeneration, or a tower alone.
+"""A checkpoint as a Hugging Face folder: the whole model as its family (model/families), or a tower alone.
 
 Stock transformers opens it without custom code.
 """
@@ -13,6 +13,7 @@ from experiments.vlm.adapter import require_rank
 from experiments.vlm.config import PARTS, VLMJobConfig
 from experiments.vlm.model import hf_config as sizes
 from experiments.vlm.model.config import VLMConfig
+from experiments.vlm.model.families import family_of
 from experiments.vlm.model.hf import part_rows
 from experiments.vlm.model.towers import tower_of, write_encoder
 from experiments.vlm.model.vlm import VLM
@@ -51,7 +52,8 @@ def export(
     """
     config = model_config(job)
     parts = PARTS if part == "all" else (part,)
-    rows = [row for name in parts for row in part_rows(name, config.encoder, whole=part == "all")]
+    family = family_of(config) if part == "all" else None
+    rows = [row for name in parts for row in part_rows(name, config.encoder, family)]
     scale = job.lora.alpha / max(1, job.lora.rank) if merge_adapters else None
     made = Export(checkpoint, parts, rows, dtype, scale)
     if merge_adapters:

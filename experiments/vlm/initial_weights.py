@@ -7,8 +7,9 @@ from torch import nn
 
 from experiments.vlm.adapter import adapter_source
 from experiments.vlm.config import PARTS, VLMJobConfig
+from experiments.vlm.model.families import FAMILIES
 from experiments.vlm.model.hf import left_over, part_rows
-from experiments.vlm.model.hf_config import WHOLE, decoder_config, encoder_config
+from experiments.vlm.model.hf_config import decoder_config, encoder_config
 from experiments.vlm.model.vlm import VLM
 from experiments.vlm.model_config import missing_folders, model_config, part_folders
 from experiments.vlm.vocabulary import rows_of
@@ -45,7 +46,7 @@ def initial_weights(job: VLMJobConfig, shapes: Sizes) -> FolderSource | None:
         for folder in dict.fromkeys(folders.values())
     ]
     if job.lora.initial_load_path:
-        matched.append(match(adapter_source(job.lora, adapters, model_config(job).encoder), adapters, allow))
+        matched.append(match(adapter_source(job.lora, adapters, model_config(job)), adapters, allow))
     fresh = [part for part in PARTS if part not in folders] if folders else []
     return FolderSource(matched, fresh) if matched else None
 
@@ -73,13 +74,13 @@ def as_checkpoint(job: VLMJobConfig, tokenizer: Tokenizer | None, folder: Path) 
 def source_of(folder: Path, parts: list[str], tied: bool) -> Source:
     """What is taken of a folder. `tied`: the output layer is the embedding."""
     file = read_config(folder)
-    whole = file.model_type == WHOLE
+    family = FAMILIES.get(file.model_type)
     vocab_size = decoder_config(file).vocab_size if "decoder" in parts else 0
     encoder = encoder_config(file) if "encoder" in parts else None
     return Source(
         folder,
         tuple(parts),
-        [row for part in parts for row in part_rows(part, encoder, whole)],
+        [row for part in parts for row in part_rows(part, encoder, family)],
         left_over(parts, encoder),
         tables=dict.fromkeys((TABLE, OUTPUT), vocab_size),
         tied={OUTPUT: TABLE} if tied else {},

@@ -9,6 +9,8 @@ from experiments.vlm.config import PARTS, VLMJobConfig
 from experiments.vlm.data.image_plan import ImagePlan
 from experiments.vlm.model import hf_config as hf
 from experiments.vlm.model.config import ProjectorConfig, VLMConfig
+from experiments.vlm.model.families import FAMILIES as WHOLES
+from experiments.vlm.model.families import family_of
 from experiments.vlm.model.flavors import FLAVORS
 from experiments.vlm.model.towers import INSIDE, TOWERS
 from torchtitan.components.checkpoint_folder import find, find_initial, read_record
@@ -55,12 +57,13 @@ def plan_of(config: VLMConfig, job: VLMJobConfig) -> ImagePlan:
         config.projector.merge_size,
         data.min_patches_per_image,
         data.max_patches_per_image,
-        data.resize or "native",
+        data.resize or config.resize,
         encoder.extra_cells,
         encoder.feature_extra,
         encoder.image_size,
         encoder.resample,
         tuple(int(255 * mean) for mean in encoder.mean),
+        family_of(config).marked,
     )
 
 
@@ -112,10 +115,10 @@ def parts_in(folder: Path) -> tuple[str, ...]:
     """The parts that a Hugging Face folder holds, by its config.json. Raises ConfigError for none of ours."""
     file = read_config(folder)
     kind = file.model_type
-    if kind == hf.WHOLE:
+    if kind in WHOLES:
         return PARTS
     towers = (*TOWERS, *INSIDE)
-    known = ", ".join([hf.WHOLE, *towers, *FAMILIES])
+    known = ", ".join([*WHOLES, *towers, *FAMILIES])
     require(kind in towers or kind in FAMILIES, f"{file.where}: model_type = {kind!r}; known: {known}")
     return ("encoder",) if kind in towers else ("decoder",)
 
@@ -126,14 +129,18 @@ def _of_folders(folders: dict[str, Path], row: VLMConfig | None, flavor: str) ->
         require(part in folders or row is not None, f"{fresh}, model.flavor sizes for a fresh one")
     found: dict[str, Any] = {}
     if "projector" in folders:
-        found["projector"] = hf.projector_config(read_config(folders["projector"]))
+        whole = folders["projector"]
+        file = read_config(whole)
+        found["projector"], found["family"] = hf.projector_config(file), file.model_type
+        found["resize"] = WHOLES[file.model_type].resize(whole, hf.encoder_config(file))
     for part, read in (("encoder", hf.encoder_config), ("decoder", hf.decoder_config)):
         if part in folders:
             found[part] = read(read_config(folders[part]))
     if row is None:
         found.setdefault("projector", ProjectorConfig(found["decoder"].dim))
         return VLMConfig(**found)
-    for part, sizes in found.items():
+    for part in folders:
+        sizes = found[part]
         _require_equal(getattr(row, part), sizes, f"model.flavor = {flavor}", folders[part])
     vocabulary = row.decoder.vocab_size
     if "decoder" in found:

@@ -1,7 +1,7 @@
 """What turns images and conversations into a model's inputs, as the files that stock transformers opens.
 
     write_language(job, folder)    tokenizer, chat template and generation config: for the decoder alone
-    write_processor(job, folder)   these and Lfm2VlProcessor's own, for the whole model
+    write_processor(job, folder)   these and the processor's own (model/families), for the whole model
 
 AutoProcessor then gives the token ids and grids that the job trained on. Its pixels are equal where an image
 needs no resize, else within 50 dB. Imports no torch.
@@ -13,11 +13,11 @@ from typing import Any
 
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.data.chat_template import ChatTemplate, ends_of, load_chat_template
-from experiments.vlm.model.hf_config import require_lfm2_vl
+from experiments.vlm.model.families import family_of
+from experiments.vlm.model.families.family import read_image_processor
 from experiments.vlm.model_config import model_config, plan_of
 from torchtitan.components.tokenizer import SpecialTokenizer, load_tokenizer
 from torchtitan.components.tokenizer_files import write_json, write_tokenizer
-from torchtitan.config.errors import ConfigError, require
 from torchtitan.tools.logging import warn_once
 
 SPOKEN = ("llava", "messages")  # formats that hold conversations alone
@@ -51,57 +51,31 @@ def write_language(job: VLMJobConfig, folder: Path) -> None:
 
 def write_processor(job: VLMJobConfig, folder: Path) -> None:
     """Raises ConfigError as `write_language` does, and where no processor makes images as the job does."""
-    image_processor = image_processor_config(job)
+    config = processor_config(job)
     write_language(job, folder)
-    config = {"processor_class": "Lfm2VlProcessor", "image_processor": image_processor}
     write_json(folder / "processor_config.json", config)
 
 
-def image_processor_config(job: VLMJobConfig) -> dict[str, Any]:
-    """Of an Lfm2VlImageProcessor that makes an image's patches by our rule (ImagePlan.grid).
-
-    Raises ConfigError where images are made square, which it cannot do, and where its model is not ours.
+def processor_config(job: VLMJobConfig) -> dict[str, Any]:
+    """Of a processor that makes images as the job does. Raises ConfigError where there is none, and where no
+    class of transformers computes what its model does.
     """
-    data, model = job.data, model_config(job)
-    require_lfm2_vl(model)
-    plan = plan_of(model, job)
-    square = (
-        f"data.resize = {plan.resize}: no processor of transformers that fits the whole model squeezes images"
-    )
-    require(plan.resize == "native", f"{square}: export its parts alone")
-    merged = model.projector.merge_size**2
-    return {
-        "image_processor_type": "Lfm2VlImageProcessor",
-        "do_image_splitting": False,
-        "do_resize": True,
-        "resample": {"bilinear": 2, "bicubic": 3}[plan.resample],
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
-        "do_pad": True,
-        "encoder_patch_size": model.encoder.patch_size,
-        "downsample_factor": model.projector.merge_size,
-        "min_image_tokens": _whole(data.min_patches_per_image / merged),
-        "max_image_tokens": _whole(data.max_patches_per_image / merged),
-    }
+    model = model_config(job)
+    family = family_of(model)
+    family.require(model)
+    return family.processor(model, plan_of(model, job))
 
 
 def read_image_limits(folder: Path, job: VLMJobConfig) -> None:
     """Give the job the least and the most patches of an image that a folder's processor makes, if it says
     so; a row of patches holds the largest. Raises ConfigError for a file that is no processor's.
     """
-    names = ("processor_config.json", "preprocessor_config.json")
-    file = next((path for name in names if (path := folder / name).is_file()), None)
+    file = read_image_processor(folder)
     if file is None:
         return
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        config = config.get("image_processor", config)
-        least, most, merge = map(config.get, ("min_image_tokens", "max_image_tokens", "downsample_factor"))
-    except (ValueError, AttributeError) as error:
-        raise ConfigError(f"{file}: {error}") from None
+    names = ("min_image_tokens", "max_image_tokens", "downsample_factor")
+    limits: list[Any] = [file.values.get(name) for name in names]
+    least, most, merge = limits
     if all(isinstance(value, int | float) and value > 0 for value in (least, most, merge)):
         smallest, largest = round(least * merge**2), round(most * merge**2)
         job.data.min_patches_per_image, job.data.max_patches_per_image = smallest, largest
@@ -153,7 +127,3 @@ def template_source(template: ChatTemplate, tokenizer: SpecialTokenizer) -> str:
         source = f"{{% filter {replacing} %}}\n{source.removesuffix(chr(10))}{{% endfilter %}}"
     known = (f"{{% set {name} = {json.dumps(text)} %}}\n" for name, text in variables.items())
     return "".join(known) + source
-
-
-def _whole(number: float) -> int | float:
-    return int(number) if number.is_integer() else number

@@ -4,8 +4,10 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from experiments.vlm.config import PARTS
 from experiments.vlm.model.config import VLMConfig
-from experiments.vlm.model.hf import ALONE, WITHIN, part_rows
+from experiments.vlm.model.families import FAMILIES
+from experiments.vlm.model.hf import ALONE, part_rows
 from experiments.vlm.model.towers import tower_of
 from tests.reference.models import ENCODER
 from torchtitan.models.decoder import hf as decoder
@@ -16,7 +18,7 @@ DECODER_ROWS = prefixed(decoder.BODY, "model.", "") + decoder.HEAD
 ENCODER_ROWS = [
     row for place in ALONE["encoder"] for row in prefixed(tower_of(ENCODER).rows(ENCODER), place, "")
 ]
-VLM_ROWS = [row for part in WITHIN for row in part_rows(part, ENCODER, whole=True)]
+VLM_ROWS = [row for part in PARTS for row in part_rows(part, ENCODER, FAMILIES["lfm2_vl"])]
 
 
 def decoder_to_hf(state: Mapping[str, Tensor], config: DecoderConfig) -> dict[str, Tensor]:

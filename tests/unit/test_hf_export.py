@@ -63,7 +63,8 @@ def assert_same(folder: Path, other: Path) -> None:
     for name, tensor in one.items():
         assert tensor.dtype == two[name].dtype and torch.equal(tensor, two[name]), name
     # What the tokenizer says, and what the class itself never reads.
-    others = "bos_token_id eos_token_id pad_token_id image_token_id pretraining_tp attention_bias mlp_bias"
+    others = "bos_token_id eos_token_id pad_token_id image_token_id image_token_index"
+    others += " pretraining_tp attention_bias mlp_bias"
     configs = [AutoConfig.from_pretrained(place).to_dict() for place in (folder, other)]
     for section in (*configs, *(values.get("text_config", {}) for values in configs)):
         for name in (*others.split(), "_name_or_path", "max_window_layers"):

@@ -14,6 +14,7 @@ import torch
 
 from experiments.vlm.model import hf_config as vlm
 from experiments.vlm.model.config import ProjectorConfig, VLMConfig
+from experiments.vlm.model.families import FAMILIES
 from experiments.vlm.model.hf import left_over, part_rows
 from experiments.vlm.model.towers import INSIDE, TOWERS
 from experiments.vlm.model.vit import VisionEncoder
@@ -41,7 +42,7 @@ def names_of(keys: dict[str, int | list[int]]) -> list[str]:
 def test_a_published_folder_is_built_and_every_tensor_has_its_place(path):
     published = json.loads(path.read_text())
     file, names = ConfigFile(published["config"], path.stem), names_of(published["keys"])
-    whole, tower = file.model_type == vlm.WHOLE, file.model_type in (vlm.WHOLE, *TOWERS, *INSIDE)
+    tower = file.model_type in (*FAMILIES, *TOWERS, *INSIDE)
     part = "encoder" if tower else "decoder"
     encoder = vlm.encoder_config(file) if tower else None
     with torch.device("meta"):
@@ -52,7 +53,7 @@ def test_a_published_folder_is_built_and_every_tensor_has_its_place(path):
             built = Decoder(config, config.vocab_size, "sdpa", 1024)
     shapes = shapes_of(torch.nn.ModuleDict({part: built}))
     assert sum(parameter.numel() for parameter in built.parameters()) == published["parameters"]
-    pieces = to_ours(dict.fromkeys(names, 1), part_rows(part, encoder, whole))
+    pieces = to_ours(dict.fromkeys(names, 1), part_rows(part, encoder, FAMILIES.get(file.model_type)))
     assert pieces.of.keys() == shapes.keys()
     reasons = left_over([part], encoder)
     unknown = [n for n in pieces.unused if not any(re.fullmatch(pattern, n) for pattern in reasons)]

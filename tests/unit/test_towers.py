@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.model.config import EncoderConfig, ProjectorConfig, VLMConfig
 from experiments.vlm.model.embedding import normalised
+from experiments.vlm.model.families.lfm2_vl import require_lfm2_vl
 from experiments.vlm.model.flavors import ENCODERS
-from experiments.vlm.model.hf_config import require_lfm2_vl
 from experiments.vlm.model.towers import TOWERS, dinov3, read_encoder, tower_of, write_encoder
 from experiments.vlm.model.vit import VisionEncoder
-from experiments.vlm.processor import image_processor_config
+from experiments.vlm.processor import processor_config
 from tests.reference.batches import Picture, Sizes, build_batch, draw_picture, merge_order
 from tests.reference.hf_folders import (
     aimv2_model,
@@ -299,7 +299,7 @@ def test_a_model_that_no_class_holds_is_exported_by_its_parts_alone():
     for flavor in ("clip-L-qwen3-0.6B", "dinov3-S-llama3.2-1B"):
         job.model.flavor = flavor
         with pytest.raises(ConfigError, match="no class of transformers has a .* export its parts alone"):
-            image_processor_config(job)
+            processor_config(job)
     sizes = ProjectorConfig(2048, layer_norm=False, merge_size=3)
     plain = VLMConfig(ENCODERS["base"], sizes, DECODERS["qwen3-0.6B"])
     require_lfm2_vl(plain)

@@ -12,13 +12,11 @@ patch row, and where one is lost, the image is. Imports no torch.
 import functools
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
-from experiments.vlm.model.config import Resample
+from experiments.vlm.model.config import Resample, Resize
 
-Resize = Literal["native", "square", "padded", "cropped"]
 BEGIN, END = -1, -2  # in Layout.tokens
 # What bounds the memory of squares made of endless images, where no one can see a difference.
 MOST_SQUARES = 16  # of a cropped one no more squares in a row are resized

@@ -6,7 +6,8 @@ positions   where patches are: learned tables, resized to every image, waves, an
 config      sizes and kinds of the parts, as data
 towers/     families of encoders: their words for sizes, their names of weights
 flavors     sizes of whole models, as rows; cards: as the page docs/models.md
-hf_config   sizes of whole models in the words of Hugging Face, both ways
+families/   whole models of transformers: sizes in its words, where parts stand in files, image processors
+hf_config   sizes in the words of Hugging Face, of whole models and of parts
 hf          names and shapes of published weights
 
 The decoder is torchtitan/models/decoder. Which module gets which layout: experiments/vlm/parallelize.py.

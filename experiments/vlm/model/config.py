@@ -11,6 +11,7 @@ from torchtitan.models.decoder.flavors import DecoderConfig
 
 Activation = Literal["gelu_pytorch_tanh", "gelu", "quick_gelu", "silu"]  # names of transformers
 Resample = Literal["bilinear", "bicubic"]  # both antialiased
+Resize = Literal["native", "square", "padded", "cropped"]  # see data/image_plan.py
 
 
 @dataclass(frozen=True)
@@ -89,3 +90,5 @@ class VLMConfig:
     encoder: EncoderConfig
     projector: ProjectorConfig
     decoder: DecoderConfig
+    family: str = "lfm2_vl"  # its class in transformers (families/)
+    resize: Resize = "native"  # how its images are made to fit, where data.resize is unset

@@ -1,10 +1,12 @@
 """Sizes of vision-language models: every encoder with every decoder. Imports no torch.
 
-A flavor is named ENCODER-DECODER, for example `so400m-llama3.2-1B`; `debugmodel` trains on two CPU cores.
+A flavor is named ENCODER-DECODER, for example `so400m-llama3.2-1B`, or as its family calls it (families/);
+`debugmodel` trains on two CPU cores.
 Sources: config.json of google/siglip2-*-naflex; SigLIP 2 (Tschannen et al., 2025).
 """
 
 from experiments.vlm.model.config import EncoderConfig, ProjectorConfig, VLMConfig
+from experiments.vlm.model.families import FAMILIES
 from experiments.vlm.model.towers import TOWERS
 from torchtitan.models.decoder.flavors import DECODERS
 
@@ -26,3 +28,5 @@ FLAVORS = {
     for decoder in DECODERS
     if decoder != "debug"
 }
+for family in FAMILIES.values():
+    FLAVORS |= family.sizes

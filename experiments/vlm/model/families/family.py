@@ -1,0 +1,52 @@
+"""What a class of whole vision-language models says of itself. Imports no torch."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from experiments.vlm.data.image_plan import ImagePlan
+from experiments.vlm.model.config import EncoderConfig, ProjectorConfig, Resize, VLMConfig
+from torchtitan.config.errors import ConfigError, require
+from torchtitan.models.decoder.flavors import DecoderConfig
+from torchtitan.models.hf.config_file import ConfigFile
+
+
+@dataclass(frozen=True)
+class Family:
+    """A class of transformers. It reads a config.json, and raises ConfigError for what we have not."""
+
+    encoder: Callable[[ConfigFile], EncoderConfig]
+    projector: Callable[[ConfigFile], ProjectorConfig]
+    decoder: Callable[[ConfigFile], DecoderConfig]
+    resize: Callable[[Path, EncoderConfig], Resize]  # how a folder's images are made to fit
+    require: Callable[[VLMConfig], None]  # raises ConfigError for a model that its class does not compute
+    # config.json of a model that it computes: of its rows of the embedding, and the id of an image
+    write: Callable[[VLMConfig, int, int], dict[str, Any]]
+    # processor_config.json of a plan; raises ConfigError where its processor does otherwise
+    processor: Callable[[VLMConfig, ImagePlan], dict[str, Any]]
+    tower: Callable[[EncoderConfig], str]  # model_type of the tower that its files name weights as
+    # part -> where it stands in files; the first is where it is written
+    places: Mapping[str, tuple[str, ...]]
+    heads: tuple[str, ...] = ("",)  # what stands there before lm_head
+    marked: bool = True  # an image has a begin and an end among the tokens
+    sizes: Mapping[str, VLMConfig] = field(default_factory=dict)  # flavors
+
+
+def read_image_processor(folder: Path) -> ConfigFile | None:
+    """What a folder's image processor is told; None where it has no file. Raises ConfigError for one that is
+    no processor's.
+    """
+    names = ("processor_config.json", "preprocessor_config.json")
+    path = next((path for name in names if (path := folder / name).is_file()), None)
+    if path is None:
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    require(isinstance(values, dict), f"{path}: expected an object")
+    inner = values.get("image_processor", values)
+    require(isinstance(inner, dict), f"{path}: image_processor: expected an object")
+    return ConfigFile(inner, str(path))

@@ -1,0 +1,173 @@
+"""LLaVA-1.5: the logits of transformers on packed documents, its folders in and out, its processor."""
+
+import json
+
+import pytest
+import torch
+from einops import rearrange
+
+from experiments.vlm.config import PARTS
+from experiments.vlm.model import hf_config
+from experiments.vlm.model.families import FAMILIES
+from experiments.vlm.model.flavors import FLAVORS
+from experiments.vlm.model.hf import part_rows
+from experiments.vlm.model.vlm import VLM
+from experiments.vlm.model_config import image_plan, model_config
+from experiments.vlm.processor import processor_config
+from tests.reference.batches import IMAGE_ID, Picture, Sizes, build_batch, draw_picture, words
+from tests.reference.hf_folders import WIDTHS, save, state_of
+from tests.unit.test_hf_export import assert_same, command
+from tests.unit.test_hf_import import job_of, load
+from torchtitan.config.errors import ConfigError
+from torchtitan.models.hf.config_file import ConfigFile
+from torchtitan.models.weight_names import to_ours
+
+SIDE = 16  # pixels: 4 x 4 patches of 4
+MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])
+DEVIATION = torch.tensor([0.26862954, 0.26130258, 0.27577711])
+
+
+def llava(**options):
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    text = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=CLIPVisionConfig(**WIDTHS, image_size=SIDE),
+            text_config=LlamaConfig(**text, vocab_size=128, rms_norm_eps=1e-5),
+            image_token_index=IMAGE_ID,
+            **options,
+        )
+    )
+
+
+def documents() -> list:
+    """With several images, none, and one."""
+    pictures = [draw_picture(4, 4, 4, seed) for seed in range(4)]
+    return [
+        [words(5, 0), pictures[0], words(4, 1), pictures[1], pictures[2], words(3, 2)],
+        [words(9, 3)],
+        [pictures[3], words(6, 4)],
+    ]
+
+
+def as_transformers(document, extra: int) -> dict:
+    images, ids = [], []
+    for part in document:
+        if isinstance(part, Picture):
+            pixels = rearrange(part.patches, "h w (p q c) -> (h p) (w q) c", p=4, c=3) / 255
+            images.append(((pixels - MEAN) / DEVIATION).permute(2, 0, 1))
+            ids += [IMAGE_ID] * (16 + extra)
+        else:
+            ids += part
+    return {"input_ids": torch.tensor([ids])} | ({"pixel_values": torch.stack(images)} if images else {})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"vision_feature_layer": [1, -1]}, {"multimodal_projector_bias": False}],
+    ids=["published", "two layers", "no biases"],
+)
+@torch.no_grad()
+def test_documents_beside_each_other_have_the_logits_that_transformers_gives_each_alone(tmp_path, options):
+    theirs = llava(**options)
+    save(theirs, tmp_path)
+    ours = load(job_of(path=tmp_path))
+    sizes = Sizes(seq_len=110, patches_per_row=70, merge=1, extra=1)
+    batch, start = build_batch([documents()], sizes), 0
+    logits = ours(**{name: value for name, value in batch.items() if name != "labels"})[0]
+    for document in documents():
+        expected = theirs.eval()(**as_transformers(document, 0)).logits[0]
+        assert (logits[start : start + len(expected)] - expected).abs().max() < 1e-3
+        start += len(expected)
+
+
+def test_a_folder_goes_in_and_out_bit_for_bit(tmp_path):
+    save(llava(), tmp_path / "llava")
+    command("from_hf", "--hf", tmp_path / "llava", "--out", tmp_path / "checkpoint")
+    command("to_hf", "--checkpoint", tmp_path / "checkpoint", "--out", tmp_path / "back")
+    assert_same(tmp_path / "llava", tmp_path / "back")
+    written = json.loads((tmp_path / "back" / "processor_config.json").read_text())
+    assert written["processor_class"] == "LlavaProcessor" and written["num_additional_image_tokens"] == 1
+    made = written["image_processor"]
+    assert made["do_pad"] and made["crop_size"] == {"height": SIDE, "width": SIDE}
+
+
+def test_every_spelling_of_its_names_is_read(tmp_path):
+    """In files of transformers 4, as 5 saves them, and in memory."""
+    config = hf_config.vlm_config(ConfigFile(llava().config.to_dict(), "config.json"))
+    with torch.device("meta"):
+        shapes = {name for name, _ in VLM(config, 128, "sdpa", 16).named_parameters()}
+    save(llava(), tmp_path)
+    saved = list(state_of(tmp_path))
+    inner = [name.replace("vision_tower.", "vision_tower.vision_model.") for name in saved]
+    memory = [name for name in llava().state_dict() if not name.endswith("position_ids")]
+    rows = [row for part in PARTS for row in part_rows(part, config.encoder, FAMILIES["llava"])]
+    assert len({*saved, *memory}) == 2 * len(saved)
+    for names in (saved, inner, memory):
+        pieces = to_ours(dict.fromkeys(names, 20), rows)
+        assert pieces.of.keys() == shapes and not pieces.unused
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("llava-1.5-7b", 7_063_427_072), ("llava-1.5-13b", 13_351_494_656)]
+)
+def test_flavors_have_the_published_parameters_and_are_what_a_sparse_file_says(name, count):
+    config = FLAVORS[name]
+    with torch.device("meta"):
+        model = VLM(config, config.decoder.vocab_size, "sdpa", 16)
+    assert sum(parameter.numel() for parameter in model.parameters()) == count
+    if name == "llava-1.5-7b":  # all else is left to the class
+        sparse = {"model_type": "llava", "text_config": {"vocab_size": 32064, "rms_norm_eps": 1e-5}}
+        read = hf_config.vlm_config(ConfigFile(sparse, "config.json"))
+        assert (read.encoder, read.projector) == (config.encoder, config.projector)
+        assert read.decoder.dim == 4096 and read.decoder.mlp_dim == 11008 and read.decoder.layers == 32
+
+
+PROCESSORS = [
+    (None, "padded"),
+    (
+        {"do_pad": True, "size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}},
+        "padded",
+    ),
+    ({"size": {"shortest_edge": SIDE}, "crop_size": SIDE}, "cropped"),
+    ({"size": {"height": SIDE, "width": SIDE}, "do_center_crop": False}, "square"),
+    ({"size": {"shortest_edge": SIDE}, "do_center_crop": False}, None),
+    ({}, None),  # 224, where the tower takes 16
+]
+
+
+@pytest.mark.parametrize(("values", "expected"), PROCESSORS)
+def test_a_folder_is_taken_at_its_word_about_images(tmp_path, values, expected):
+    (tmp_path / "config.json").write_text(json.dumps(llava().config.to_dict()))
+    if values is not None:
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(values))
+    job = job_of(path=tmp_path)
+    if expected is None:
+        with pytest.raises(ConfigError, match="preprocessor_config.json: "):
+            model_config(job)
+        return
+    plan = image_plan(job)
+    assert (plan.resize, plan.side, plan.marked, plan.fill) == (expected, SIDE, False, (122, 116, 104))
+    assert plan.layout(30, 400).tokens.tolist() == list(range(16))
+    job.data.resize = "square"
+    assert processor_config(job)["image_processor"]["size"] == {"height": SIDE, "width": SIDE}
+    job.data.resize = "native"
+    with pytest.raises(ConfigError, match="data.resize = native"):
+        processor_config(job)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"vision_feature_layer": 9}, "vision_feature_layer"),
+        ({"vision_feature_select_strategy": "some"}, "vision_feature_select_strategy"),
+        ({"projector_hidden_act": "relu"}, "projector_hidden_act"),
+        ({"vision_config": {"model_type": "pixtral"}}, "pixtral"),
+        ({"vision_config": {"model_type": "siglip_vision_model"}}, "no class token"),
+    ],
+)
+def test_what_the_model_is_not_is_refused_by_name(values, message):
+    file = ConfigFile(llava().config.to_dict() | values, "config.json")
+    with pytest.raises(ConfigError, match=message):
+        hf_config.vlm_config(file)
