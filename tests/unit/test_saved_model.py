@@ -5,11 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from experiments.vlm.config import VLMCheckpoint, VLMJobConfig
 from experiments.vlm.model.flavors import FLAVORS
 from experiments.vlm.model_config import model_config
 from experiments.vlm.saved_model import use_checkpoint, with_saved
+from torchtitan.components.checkpoint_folder import find_initial
+from torchtitan.components.checkpoint_read import require_sizes
 from torchtitan.components.train_state import as_record
 from torchtitan.config.errors import ConfigError
 
@@ -69,3 +72,18 @@ def test_the_saved_configuration_holds_where_none_is_named(tmp_path):
     assert with_saved(argv) == ["--job.config_file", str(tmp_path / "config.toml"), *argv]
     named = ["--job.config_file", "vlm_debug", *argv]
     assert with_saved(named) == named
+
+
+def test_a_hugging_face_folder_that_is_given_as_a_checkpoint_is_told(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="that is a Hugging Face folder, set checkpoint.initial_load_in_hf"):
+        find_initial(VLMCheckpoint(initial_load_path=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [("layers.0.wq.weight", "a tokenizer of another size"), ("layers.0.wq.lora.A.weight", "lora.rank")],
+)
+def test_a_tensor_of_another_shape_is_told_with_the_options_that_make_it(name, other):
+    with pytest.raises(ConfigError, match=other):
+        require_sizes({name: torch.Size([4, 2])}, {name: torch.Size([8, 2])})

@@ -71,6 +71,8 @@ def find_initial(options: Checkpoint) -> Path | None:
     path = path / f"step-{steps[-1]}" if steps else path
     if not (path / RECORD).is_file():
         asked = f"checkpoint.initial_load_path = {options.initial_load_path}"
+        if (path / "config.json").is_file():
+            raise ConfigError(f"{asked}: that is a Hugging Face folder, set checkpoint.initial_load_in_hf")
         raise ConfigError(f"{asked}: no complete checkpoint there")
     return path
 

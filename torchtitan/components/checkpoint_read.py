@@ -62,9 +62,9 @@ def require_sizes(wanted: Sizes, stored: Sizes) -> None:
             other = "[lora]" if is_adapters(name) else "model.flavor or optimizer.name"
             raise ConfigError(f"the checkpoint has no {name}: it was made with another {other}")
         if stored[name] != tuple(shape):
+            other = "lora.rank" if is_adapters(name) else "model.flavor, or a tokenizer of another size"
             raise ConfigError(
-                f"{name} is {list(stored[name])} in the checkpoint and {list(shape)} here: another "
-                "model.flavor"
+                f"{name} is {list(stored[name])} in the checkpoint and {list(shape)} here: another {other}"
             )
 
 

@@ -19,6 +19,7 @@ import shutil
 import weakref
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pyarrow as pa
@@ -53,6 +54,7 @@ HUB = "hf://datasets/"
 MISTAKES = (FileNotFoundError, NotADirectoryError, ImportError, ValueError, TypeError, NotImplementedError)
 EMBEDDED = "embedded:"
 CHUNK_BYTES = 1 << 20
+STALLED_S = 20.0  # without one byte of a transfer
 # what `datasets` writes next to its data
 NOT_RECORDS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
@@ -286,10 +288,20 @@ def _copy(path: str, copy: Path, cache: FileCache) -> None:
             packed.unlink(missing_ok=True)
 
 
+def _client_options(path: str) -> dict[str, Any]:
+    """Of fsspec's client: that of HTTP gives a whole shard five minutes, and one that stalls as long."""
+    if not path.startswith(("http://", "https://")):
+        return {}
+    import aiohttp
+
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=STALLED_S, sock_read=STALLED_S)
+    return {"client_kwargs": {"timeout": timeout}}
+
+
 def _download(path: str, copy: Path, cache: FileCache) -> None:
     """Raises FileNotFoundError, and Away for all else that the storage does, a file of another length too."""
     with remote():
-        opened = fsspec.open(path, "rb")
+        opened = fsspec.open(path, "rb", **_client_options(path))
         with opened as source:
             cache.make_room(getattr(source, "size", None) or 0, copy)
             with open(copy, "r+b") as target:

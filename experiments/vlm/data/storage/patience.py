@@ -58,15 +58,17 @@ def remote() -> Iterator[None]:
     """Errors of a remote storage's client, each of a kind of its own: Away, unless a name is not there."""
     try:
         yield
-    except (*NOT_THERE, UserError, Away, NoRoom):
+    except (UserError, Away, NoRoom):
         raise
     except Exception as error:
-        if is_full(error):
+        # fsspec's client of HTTP says "not found" of whatever went wrong; what that was is its cause.
+        cause = error.__cause__ if isinstance(error, NOT_THERE) else error
+        if cause is None or isinstance(cause, NOT_THERE) or is_full(error):
             raise
-        answer = getattr(error, "response", error)
+        answer = getattr(cause, "response", cause)
         if getattr(answer, "status_code", getattr(answer, "status", None)) in GONE:
             raise FileNotFoundError(str(error)) from error
-        raise Away(f"{type(error).__name__}: {error}") from error
+        raise Away(f"{type(cause).__name__}: {cause}") from error
 
 
 def clock() -> float:
