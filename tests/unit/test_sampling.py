@@ -106,3 +106,9 @@ def test_uniform_numbers_belong_to_seed_sample_and_step():
 def test_a_value_out_of_range_is_told_by_its_name(options):
     with pytest.raises(UserError, match=f"{next(iter(options))} = .*: must be"):
         Sampling(**options)
+
+
+def test_every_seed_has_numbers_of_its_own():
+    seeds = (0, 1, -1, -5, -600, 2**63 - 1, 2**63 + 1, 2**63 + 2)
+    drawn = {tuple(uniforms(seed, number, 3)) for seed in seeds for number in (0, 3)}
+    assert len(drawn) == 2 * len(seeds)
