@@ -11,6 +11,7 @@ its number will not do; of --out {"id", "text", "ended", "logprob"} or {"id", "e
 already is not asked again.
 """
 
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from torchtitan.config.check import check_options
 from torchtitan.config.errors import require
 from torchtitan.config.parse import parse_script
 from torchtitan.generation.options import Sampling
+from torchtitan.tools.disk import write_whole
 from torchtitan.tools.logging import init_logger
 
 
@@ -67,7 +69,7 @@ class Options(ModelOptions, AnswerOptions):
     image: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
     input: str = ""  # a JSONL file of prompts
     out: str = ""  # a JSONL file of answers
-    samples: int = 1  # answers to each prompt, of different draws
+    samples: int = 1  # answers to each prompt of --input, of different draws
     sequences: int = 8  # answered beside each other
 
 
@@ -116,6 +118,8 @@ def main(argv: Sequence[str]) -> int:
     init_logger(sys.stderr)
     options, job = model_job(argv, Options, __doc__ or "")
     check(options)
+    if options.input:
+        require_same_options(options, job.job.dump_folder)
     # Only now, since they import torch.
     from experiments.vlm.data.document import Picture
     from experiments.vlm.data.formats.record_shard import ImageValues, folder_of
@@ -125,6 +129,7 @@ def main(argv: Sequence[str]) -> int:
     answering = open_model(options, job, options.sequences if options.input else 1, options.max_tokens)
     try:
         if options.input:
+            keep_options(options, job.job.dump_folder, answering.mesh.leads)
             out = AnswerFile(Path(options.out), answering.mesh.leads, options.samples)
             images = ImageValues(folder_of(options.input), job.data)
             answer_file(answering, Path(options.input), out, images, options.ask)
@@ -136,6 +141,38 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def asked_with(options: Options, folder: str) -> dict[str, Any]:
+    """What decides the answers in a file, but for its questions. `folder`: the job's."""
+    free = ("prompt", "image", "input", "out", "sequences")
+    return {name: value for name, value in vars(options).items() if name not in free} | {"run": folder}
+
+
+def keep_options(options: Options, folder: str, writes: bool) -> None:
+    """Beside --out, for who goes on with it."""
+    if writes:
+        write_whole(options_file(options), json.dumps(asked_with(options, folder)))
+
+
+def options_file(options: Options) -> Path:
+    """Where `keep_options` writes."""
+    return Path(options.out + ".options.json")
+
+
+def require_same_options(options: Options, folder: str) -> None:
+    """Answers to be gone on with were drawn as the others will be. Raises UserError."""
+    if not (Path(options.out).is_file() and options_file(options).is_file()):
+        return
+    before, now = json.loads(options_file(options).read_text()), asked_with(options, folder)
+    other = [
+        f"{name} was {before.get(name)!r} and is {value!r}"
+        for name, value in now.items()
+        if before.get(name) != value
+    ]
+    require(
+        not other, f"--out {options.out} has answers to other options: {', '.join(other)}; give another file"
+    )
+
+
 def check(options: Options) -> None:
     """Raises UserError before torch is imported."""
     asked = bool(options.prompt or options.image)
@@ -143,6 +180,7 @@ def check(options: Options) -> None:
     require(not (asked and options.input), "--input asks by itself: leave out --prompt and --image")
     require(bool(options.input) == bool(options.out), "--input and --out: give both")
     require(options.samples == 1 or bool(options.input), "--samples needs --input and --out")
+    require(all(options.stop), "--stop: an empty text ends nothing; leave it out")
     check_options(options, dict.fromkeys(("samples", "sequences", "max_tokens"), ">= 1"))
     for path in options.image:
         require(Path(path).is_file(), f"--image {path}: no such file (looked from {Path.cwd()})")

@@ -65,6 +65,10 @@ def test_a_file_is_answered_as_each_line_alone_and_gone_on_with(run, capsys):
     lines = {line["id"]: line for line in map(json.loads, out.read_text().splitlines())}
     assert lines.keys() == {0, "b", "gone", 3} and capsys.readouterr().out == ""
     assert "c.jpg" in lines["gone"]["error"]
+    # Who goes on must ask as before.
+    assert generate(run, *command, "--max_tokens", "5") == 2
+    told = capsys.readouterr().err
+    assert "has answers to other options: max_tokens was " in told and told.count("error:") == 1
     # A kill after one answer, in the middle of the next.
     kept = out.read_text().splitlines()[1]
     out.write_text(kept + "\n" + '{"id": 3, "te')

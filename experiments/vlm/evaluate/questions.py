@@ -23,7 +23,7 @@ from experiments.vlm.data.formats.record_files import open_records
 from experiments.vlm.data.formats.record_shard import ImageValues, RecordShard, folder_of
 from experiments.vlm.data.formats.shard import Shard
 from experiments.vlm.data.formats.tar_shard import TarShard, is_tar
-from experiments.vlm.data.rejects import Rejected, meaning
+from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.sources.shards import EMBEDDED
 from experiments.vlm.data.storage.file_cache import file_cache
 from experiments.vlm.world import ensure
@@ -94,8 +94,8 @@ class Questions:
             id = str(next(names, self.shard.key(number)))
             return Question(number, id, content, answers_of(record), choices_of(record))
         except Rejected as rejected:
-            detail = f" ({rejected.detail})" if rejected.detail else ""
-            raise ConfigError(f"{self.path}, record {number}: {meaning(rejected.reason)}{detail}") from None
+            where = f"record {number}" + ("" if rejected.image is None else f", image {rejected.image + 1}")
+            raise ConfigError(f"{self.path}, {where}: {rejected}") from None
 
     def _part(self, part: Any) -> str | Picture:
         if not isinstance(part, Image):

@@ -99,7 +99,9 @@ def _flag(fields: Mapping[str, Any], name: str) -> bool:
 
 def _stops(value: Any) -> tuple[str, ...]:
     stops = [value] if isinstance(value, str) else value or []
-    fine = isinstance(stops, list) and len(stops) <= MOST_STOPS and all(isinstance(s, str) for s in stops)
+    fine = (
+        isinstance(stops, list) and len(stops) <= MOST_STOPS and all(isinstance(s, str) and s for s in stops)
+    )
     if not fine:
         raise UserError(f"stop: must be a text or a list of at most {MOST_STOPS}")
     return tuple(stops)

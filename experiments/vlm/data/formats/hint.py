@@ -22,6 +22,8 @@ def hint(records: Sequence[Record], source: Source) -> str:
     absent = [name for name in vars(source.columns).values() if name and not any(name in r for r in records)]
     if records and absent:
         return f"its records have no column {absent[0]}, but {_fields(records[0])}: correct columns"
+    if any(vars(source.columns).values()) and any(_fits(record, source) for record in records):
+        return ""  # what is wrong lies in its images
     fits = Counter(format for record in records if (format := _fitting(record)))
     if fits and FORMATS[best := fits.most_common(1)[0][0]] is not FORMATS[source.format]:
         return f"its records are of format {best}, not {source.format}: set format = '{best}'"
@@ -51,6 +53,14 @@ def _turns_column(record: Record) -> tuple[str, str] | None:
             if RECORD_FORMATS[name].under("", str(field)).parse({field: record[field]}):
                 return name, str(field)
     return None
+
+
+def _fits(record: Record, source: Source) -> bool:
+    """Whether the source's own format, under its columns, makes a document of it."""
+    with contextlib.suppress(Rejected):
+        own = RECORD_FORMATS[source.format].under(source.columns.image, source.columns.text)
+        return bool(own.parse(record))
+    return False
 
 
 def _fitting(record: Record) -> str | None:
