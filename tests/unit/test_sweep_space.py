@@ -71,6 +71,9 @@ def test_values_of_the_command_line_have_the_type_of_their_option(text, values):
 
 def test_the_command_line_wins_over_the_file():
     assert swept({"grid": {"optimizer.lr": [1, 2]}}, sweep=["optimizer.lr=3"]) == [{"optimizer.lr": 3.0}]
+    table = {"zip": [{"training.seq_len": [64, 128], "data.patches_per_row": [100, 200]}]}
+    asked = "training.seq_len=256 data.patches_per_row=300"
+    assert swept(table, zip=[asked]) == [{"training.seq_len": 256, "data.patches_per_row": 300}]
 
 
 def test_draws_lie_in_their_ranges_on_their_scale_and_more_keep_the_first():

@@ -91,8 +91,9 @@ def space_of(table: Mapping[str, Any], options: Options) -> Space:
     zips = table.get("zip", [])
     zips = [zips] if isinstance(zips, dict) else zips
     grid = flat(table.get("grid", {}), "sweep.grid") | dict(_pairs(options.sweep, "sweep"))
-    zipped = [flat(one, "sweep.zip") for one in zips]
-    zipped += [dict(_pairs(text.split(), "zip")) for text in options.zip]
+    asked = [dict(_pairs(text.split(), "zip")) for text in options.zip]
+    named = {key for one in asked for key in one}  # the command line wins
+    zipped = [one for one in (flat(one, "sweep.zip") for one in zips) if not named & one.keys()] + asked
     random = flat(table.get("random", {}), "sweep.random") | {
         key: range_of_text(key, text) for key, text in _pairs(options.random, "random", read=False)
     }
