@@ -61,9 +61,11 @@ def remote() -> Iterator[None]:
     except (UserError, Away, NoRoom):
         raise
     except Exception as error:
-        # fsspec's client of HTTP says "not found" of whatever went wrong; what that was is its cause.
-        cause = error.__cause__ if isinstance(error, NOT_THERE) else error
-        if cause is None or isinstance(cause, NOT_THERE) or is_full(error):
+        # fsspec's client of HTTP says "not found" of whatever went wrong; what that was is its cause. Of a name
+        # that cannot be one a ValueError is.
+        is_named = isinstance(error, NOT_THERE)
+        cause = error.__cause__ if is_named else error
+        if is_full(error) or (is_named and (cause is None or isinstance(cause, (*NOT_THERE, ValueError)))):
             raise
         answer = getattr(cause, "response", cause)
         if getattr(answer, "status_code", getattr(answer, "status", None)) in GONE:
