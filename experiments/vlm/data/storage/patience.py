@@ -61,8 +61,8 @@ def remote() -> Iterator[None]:
     except (UserError, Away, NoRoom):
         raise
     except Exception as error:
-        # fsspec's client of HTTP says "not found" of whatever went wrong; what that was is its cause. Of a name
-        # that cannot be one a ValueError is.
+        # fsspec's client of HTTP says "not found" of whatever went wrong; what that was is its cause, and a
+        # ValueError where the name cannot be one.
         is_named = isinstance(error, NOT_THERE)
         cause = error.__cause__ if is_named else error
         if is_full(error) or (is_named and (cause is None or isinstance(cause, (*NOT_THERE, ValueError)))):
