@@ -89,7 +89,7 @@ def read_photos(folder: Path) -> list[Photo]:
 
 
 def bare(photo: Photo) -> object:
-    return image_module._decode_jpeg(photo.data, photo.size, photo.target)
+    return image_module._decode_jpeg(photo.data, photo.size, photo.target, PLAN.resample)
 
 
 def interpolate(photo: Photo) -> object:

@@ -61,8 +61,9 @@ class Stages:
 
     def _image(self, packed: Packed) -> None:
         planned, (row, first) = packed.sample.images[0], packed.places[0]
-        plan, span = self.collator.plan, slice(first, first + planned.patches)
-        target = planned.h * plan.patch_size, planned.w * plan.patch_size
+        plan, (view,) = self.collator.plan, planned.layout.views
+        span = slice(first, first + view.h * view.w)
+        target = view.h * plan.patch_size, view.w * plan.patch_size
         shard = self.cache.get(packed.reference.source, packed.origin.shard).shard
         data = self._timed("read", shard.load, planned.image)
         height, width = self._timed("probe (once more in planning)", probe, data)
