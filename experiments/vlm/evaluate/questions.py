@@ -94,8 +94,8 @@ class Questions:
             id = str(next(names, self.shard.key(number)))
             return Question(number, id, content, answers_of(record), choices_of(record))
         except Rejected as rejected:
-            where = f"record {number}" + ("" if rejected.image is None else f", image {rejected.image + 1}")
-            raise ConfigError(f"{self.path}, {where}: {rejected}") from None
+            image = "" if rejected.image is None else f"image {rejected.image + 1}: "
+            raise ConfigError(f"{self.path}, record {number}: {image}{rejected}") from None
 
     def _part(self, part: Any) -> str | Picture:
         if not isinstance(part, Image):
