@@ -64,8 +64,8 @@ class Stages:
         plan, (view,) = self.collator.plan, planned.layout.views
         span = slice(first, first + view.h * view.w)
         target = view.h * plan.patch_size, view.w * plan.patch_size
-        shard = self.cache.get(packed.reference.source, packed.origin.shard).shard
-        data = self._timed("read", shard.load, planned.image)
+        shard = packed.reference.source, packed.origin.shard
+        data = self._timed("read", self.cache.use, *shard, lambda opened: opened.load(planned.image))
         height, width = self._timed("probe (once more in planning)", probe, data)
         pixels = self._timed("decode", self._decode, data, height, width)
         self._timed("resize", image_module._resize, pixels, (height, width), target)
