@@ -78,7 +78,7 @@ class ProjectorConfig:
     merge_size: int = 2  # m: m * m patches become one visual token; 1: each becomes one
     norm_first: bool = False  # over each patch, before they merge
     norm_eps: float = 1e-5
-    linears: int = 2  # with the activation between; 0: patches go on as they are
+    linears: int = 2  # at least 1, with the activation between
     activation: Activation = "gelu"
     bias: bool = True
 
