@@ -1,5 +1,6 @@
 """A job becomes the parts of a run, one small step after the other."""
 
+import dataclasses
 import os
 import random
 from collections.abc import Callable
@@ -29,7 +30,7 @@ from torchtitan.components.weights import shapes_of
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.job import JobConfig
 from torchtitan.config.layout import BatchSizes, degrees, resolve_batch
-from torchtitan.distributed.collectives import agree_on_data, wait_together
+from torchtitan.distributed.collectives import agree_on_data, any_rank, wait_together
 from torchtitan.distributed.mesh import Mesh, build_mesh
 from torchtitan.distributed.slot_group import slot_group
 from torchtitan.loaded_model import give_weights, parallelize
@@ -191,3 +192,27 @@ def loader_of(
 def to_rank_of(job: JobConfig, spec: TrainSpec, mesh: Mesh) -> Callable[[Batch], Tensors]:
     """Host batch -> what this rank's forward takes, on its device."""
     return lambda batch: to_device(spec.shard_batch(batch.tensors, mesh, job), mesh.device)
+
+
+def require_one_job(job: JobConfig) -> None:
+    """Machines are started one by one. Where options differ, groups of ranks would wait for each other until
+    the time is out.
+
+    The dump folder may differ. Raises ConfigError on every rank.
+    """
+    ours = {name: fields for name, fields in dataclasses.asdict(job).items() if name != "job"}
+    first = [ours]
+    dist.broadcast_object_list(first)
+    other = [
+        f"{section}.{name}"
+        for section, fields in ours.items()
+        for name in fields
+        if fields[name] != first[0][section][name]
+    ]
+    if any_rank(bool(other)):
+        differs = (
+            f"has other options than rank 0: {', '.join(other)}"
+            if other
+            else "sees ranks with other options than its own"
+        )
+        raise ConfigError(f"rank {dist.get_rank()} {differs}; start every machine with the same")

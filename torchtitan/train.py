@@ -3,7 +3,6 @@
 In: steps of batches, from the loader. Out: trained weights, in checkpoints, and what was measured on the way.
 """
 
-import dataclasses
 import signal
 import time
 from collections.abc import Iterable
@@ -14,9 +13,8 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 from torch import Tensor
 
-from torchtitan.build import Run, build, require_weights, resolve_options
+from torchtitan.build import Run, build, require_one_job, require_weights, resolve_options
 from torchtitan.components.cuda_graph import GraphedStep, OptimizerStep, Recorder
-from torchtitan.components.curves import draw_curves
 from torchtitan.components.data_report import write_data_report
 from torchtitan.components.dump_folder import begin
 from torchtitan.components.epochs import Epochs
@@ -25,7 +23,7 @@ from torchtitan.components.hf_save import save_in_hf
 from torchtitan.components.loader import Step, Tensors
 from torchtitan.components.metrics import SourceLosses, Values
 from torchtitan.components.parameter_groups import peak_rates
-from torchtitan.config.errors import CheckpointError, ConfigError, UserError
+from torchtitan.config.errors import CheckpointError, UserError
 from torchtitan.config.job import JobConfig
 from torchtitan.distributed.collectives import any_rank, from_first_rank, sum_over_hosts, sum_over_ranks
 from torchtitan.distributed.grad_norm import clip, global_norm
@@ -38,6 +36,7 @@ from torchtitan.distributed.process_group import (
     write_flight_record,
 )
 from torchtitan.dry_run import dry_run
+from torchtitan.evaluator import Evaluator
 from torchtitan.layers.cross_entropy import add_up
 from torchtitan.spec import TrainSpec
 from torchtitan.tools.disk import is_full
@@ -53,6 +52,7 @@ class Trainer:
     def __init__(self, run: Run):
         self.run, self.job, self.state = run, run.job, run.state
         self.folder = Path(run.job.job.dump_folder)
+        self.evaluator = Evaluator(run)
         self.epochs = Epochs(run.counts.sources, resumed=run.state.step > 0)
         copies = {id(parameter) for parameter in run.forward_backward.copies()}
         self.source_losses = SourceLosses(run.mesh.device, run.counts)
@@ -178,9 +178,9 @@ class Trainer:
         """Evaluate and save where that is due; the time it takes is not counted as training."""
         started = time.perf_counter()
         if self.job.validation.enable and step % self.job.validation.freq == 0:
-            self.validate()
+            self.evaluator.validate()
         if step % self.job.validation.task_freq == 0:
-            self.run_tasks()
+            self.evaluator.run_tasks()
         if step % self.job.checkpoint.interval == 0:
             self.save()
         self.run.meter.leave_out(time.perf_counter() - started)
@@ -198,22 +198,6 @@ class Trainer:
         tallies |= {"tokens_seen": self.state.tokens, "wall_s": self.wall_s}
         self.run.reporter.train(self.state.step, values | printed, tallies)
         self.epochs.log()
-
-    def validate(self) -> Values:
-        """Held-out figures of this step, logged."""
-        values = self.run.validator.evaluate()
-        self.run.reporter.validate(self.state.step, values)
-        return values
-
-    def run_tasks(self) -> None:
-        """Figures and answers of this step, logged; nothing where there are no tasks."""
-        if self.run.tasks is None:
-            return
-        comm = self.job.comm
-        set_timeout(comm.init_timeout_seconds)  # one rank scores what all answered
-        values, exhibits = self.run.tasks.run(self.run.forward_backward.parts, self.run.mesh, self.state.step)
-        set_timeout(comm.train_timeout_seconds)
-        self.run.reporter.tasks(self.state.step, values, exhibits)
 
     @property
     def wall_s(self) -> float:
@@ -256,18 +240,9 @@ class Trainer:
         if self.job.checkpoint.last_save_in_hf and self.stopped_by is None and self.state.step:
             self.save_in_hf()
         try:
-            self.judge()
+            self.evaluator.judge(stopped=self.stopped_by is not None)
         except StopAsked:
             self.stopped_by = self.received_anywhere()
-
-    def judge(self) -> None:
-        """Held-out figures, tasks, curves and controls; of a run that is to stop the curves alone."""
-        values = self.validate() if self.job.validation.enable and self.stopped_by is None else None
-        if self.stopped_by is None:
-            self.run_tasks()
-        self.draw_curves()
-        if values is not None and self.job.validation.controls:
-            self.control(values)
 
     def save_in_hf(self) -> None:
         """The last checkpoint, which is complete, as a Hugging Face folder too."""
@@ -300,26 +275,6 @@ class Trainer:
         at = f"stopped after step {self.state.step}; {self.saved()}"
         raise type(by)(f"{by}; {at}") from by
 
-    def control(self, values: Values) -> None:
-        """The held-out split as it is, just evaluated, and spoilt in each of the ways that the experiment
-        knows.
-        """
-        found = {"": values}
-        for name, words in self.run.spec.scoring.controls.items():
-            found[f", {words}"] = spoilt = self.run.validator.evaluate(name)
-            self.run.reporter.keep(f"{name}/", self.state.step, spoilt)
-        for what, name in (("documents", "exact"), ("tokens", "right")):
-            shares = (f"{words}: {of[name] or 0.0:.1f} %" for words, of in found.items())
-            logger.info(f"held-out {what} {name}" + "".join(shares))
-
-    def draw_curves(self) -> None:
-        """Draws curves.png from all of the run so far, on the rank that writes metrics."""
-        if self.job.metrics.save_plot and self.run.reporter.writes:
-            path = draw_curves(
-                self.folder, tuple(self.run.counts.capacity), tuple(self.run.spec.scoring.groups)
-            )
-            logger.info(f"curves: {path}")
-
     def close(self) -> None:
         """Ends the loader's processes, the sinks and the profiler; signals are the caller's again."""
         self.signals.close()
@@ -328,30 +283,6 @@ class Trainer:
         self.run.profiler.close()
         self.run.reporter.close()
         self.run.loader.close()
-
-
-def require_one_job(job: JobConfig) -> None:
-    """Machines are started one by one. Where options differ, groups of ranks would wait for each other until
-    the time is out.
-
-    The dump folder may differ. Raises ConfigError on every rank.
-    """
-    ours = {name: fields for name, fields in dataclasses.asdict(job).items() if name != "job"}
-    first = [ours]
-    dist.broadcast_object_list(first)
-    other = [
-        f"{section}.{name}"
-        for section, fields in ours.items()
-        for name in fields
-        if fields[name] != first[0][section][name]
-    ]
-    if any_rank(bool(other)):
-        differs = (
-            f"has other options than rank 0: {', '.join(other)}"
-            if other
-            else "sees ranks with other options than its own"
-        )
-        raise ConfigError(f"rank {dist.get_rank()} {differs}; start every machine with the same")
 
 
 def main(job: JobConfig, spec: TrainSpec) -> int:

@@ -7,10 +7,10 @@ import pytest
 import torch.distributed as dist
 
 from tests.reference.small_run import CPU, SMALL, job_of
-from torchtitan.build import build
+from torchtitan.build import build, require_one_job
 from torchtitan.config.errors import ConfigError
 from torchtitan.distributed import process_group
-from torchtitan.train import Trainer, require_one_job
+from torchtitan.train import Trainer
 
 
 def wait_for_a_stuck_rank(folder: str) -> str:

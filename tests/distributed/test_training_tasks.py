@@ -32,7 +32,7 @@ def trained(changes: dict[str, Any], folder: Path, tasks: list[str]) -> list[Ten
     options = {"validation.enable": True, "validation.tasks": tasks, "validation.task_freq": 1}
     torch._dynamo.reset()
     trainer = Trainer(build(job_of(changes | options, str(folder)), SPEC, CPU))
-    trainer.run_tasks()
+    trainer.evaluator.run_tasks()
     # Garbage is collected every so many steps alone, and the cache is gone already.
     assert not gc.isenabled() and not any(isinstance(it, CachedAttention) for it in gc.get_objects())
     found = []

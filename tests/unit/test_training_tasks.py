@@ -264,7 +264,7 @@ def test_the_time_of_tasks_is_no_training(monkeypatch):
     trainer = SimpleNamespace(
         job=JobConfig(),
         run=SimpleNamespace(meter=SimpleNamespace(leave_out=left_out.append)),
-        run_tasks=lambda: now.__setitem__(0, now[0] + 7.0),
+        evaluator=SimpleNamespace(run_tasks=lambda: now.__setitem__(0, now[0] + 7.0)),
         save=lambda: None,
     )
     trainer.job.validation.task_freq = 20
