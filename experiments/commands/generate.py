@@ -25,6 +25,7 @@ from experiments.vlm.check import check_output
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.processor import spoken_template
 from experiments.vlm.saved_model import use_checkpoint, use_hf_folder, with_saved
+from torchtitan.components.saved_config import Change
 from torchtitan.config.check import check_options
 from torchtitan.config.errors import require
 from torchtitan.config.parse import parse_script
@@ -163,14 +164,11 @@ def require_same_options(options: Options, folder: str) -> None:
     if not (Path(options.out).is_file() and options_file(options).is_file()):
         return
     before, now = json.loads(options_file(options).read_text()), asked_with(options, folder)
-    other = [
-        f"{name} was {before.get(name)!r} and is {value!r}"
-        for name, value in now.items()
-        if before.get(name) != value
+    others = [
+        Change(name, before.get(name), value) for name, value in now.items() if before.get(name) != value
     ]
-    require(
-        not other, f"--out {options.out} has answers to other options: {', '.join(other)}; give another file"
-    )
+    told = ", ".join(map(str, others))
+    require(not others, f"--out {options.out} has answers to other options: {told}; give another file")
 
 
 def check(options: Options) -> None:
