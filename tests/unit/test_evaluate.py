@@ -14,8 +14,8 @@ from experiments.commands.evaluate import Options, asked_tasks, table
 from experiments.vlm.config import Data
 from experiments.vlm.data.document import Picture
 from experiments.vlm.evaluate.evaluation import Evaluation, evaluate
-from experiments.vlm.evaluate.questions import Questions, right_choice
-from experiments.vlm.evaluate.tasks import TASKS
+from experiments.vlm.evaluate.questions import Questions
+from experiments.vlm.evaluate.tasks import TASKS, right_choice
 from experiments.vlm.generate.answering import Answering
 from tests.samples import write_tar
 from tests.unit.test_generate import engine, picture, prompter

@@ -152,6 +152,7 @@ def test_a_tsv_without_a_header_is_known_by_its_addresses(tmp_path):
 @pytest.mark.parametrize(
     ("module", "heavy"),
     [
+        ("check", "aiohttp"),
         ("data.formats", "aiohttp"),
         ("data.formats", "torch"),
         ("data.formats.shard", "torch"),

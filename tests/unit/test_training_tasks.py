@@ -17,7 +17,7 @@ from experiments.commands import main
 from experiments.vlm.config import Source, VLMJobConfig
 from experiments.vlm.data.document import Picture
 from experiments.vlm.evaluate.exhibits import exhibit
-from experiments.vlm.evaluate.questions import Question
+from experiments.vlm.evaluate.tasks import Question
 from experiments.vlm.evaluate.training_tasks import TrainingTasks, open_tasks
 from experiments.vlm.generate import layout
 from tests.samples import jpeg

@@ -10,8 +10,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from experiments.vlm.evaluate.likelihood import Reader
-from experiments.vlm.evaluate.questions import Question, right_choice
-from experiments.vlm.evaluate.tasks import Task
+from experiments.vlm.evaluate.tasks import Question, Task, right_choice
 from experiments.vlm.generate.answering import Answering
 from experiments.vlm.generate.prompt import Prompt, Prompter, Turns
 from torchtitan.config.errors import UserError, require

@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from experiments.vlm.data.document import Picture
 from experiments.vlm.data.image import decode, probe
-from experiments.vlm.evaluate.questions import Question
+from experiments.vlm.evaluate.tasks import Question
 from torchtitan.components.sinks import Exhibit
 
 LONGER_SIDE = 320  # pixels of an image

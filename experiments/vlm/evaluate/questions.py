@@ -8,7 +8,6 @@ A control (data/controls.py) spoils them, to see whether answers come from the i
 
 import io
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,6 +25,7 @@ from experiments.vlm.data.formats.tar_shard import TarShard, is_tar
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.sources.shards import EMBEDDED
 from experiments.vlm.data.storage.file_cache import file_cache
+from experiments.vlm.evaluate.tasks import LETTERS, Question
 from experiments.vlm.world import ensure
 from torchtitan.config.errors import ConfigError
 
@@ -36,18 +36,6 @@ CHOICES = ("choices", "options", "endings")
 COLUMNS = (
     *IDS, *QUESTIONS, *ANSWERS, *CHOICES, "image", "images", "messages", "texts", *IMAGE_EXTENSIONS
 )  # fmt: skip
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-
-
-@dataclass(frozen=True)
-class Question:
-    """One record."""
-
-    number: int
-    id: str
-    content: list[str | Picture]  # what is asked, pictures in their places
-    answers: list[str]
-    choices: list[str] = field(default_factory=list)
 
 
 class Questions:
@@ -155,13 +143,3 @@ def choices_of(record: Mapping[str, Any]) -> list[str]:
     if len(found) > len(LETTERS):
         raise Rejected("wrong_shape", f"{len(found)} choices, more than {len(LETTERS)}")
     return [str(text) for text in found]
-
-
-def right_choice(question: Question) -> int:
-    """Which choice is the answer: its text, its letter or its number from 0. Raises ConfigError."""
-    answer = question.answers[0] if question.answers else ""
-    numbers = [str(number) for number in range(len(question.choices))]
-    for names in (question.choices, list(LETTERS[: len(question.choices)]), numbers):
-        if answer in names:
-            return names.index(answer)
-    raise ConfigError(f"its answer {answer!r} is none of its {len(numbers)} choices")

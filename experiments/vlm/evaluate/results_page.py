@@ -10,8 +10,7 @@ from typing import Any
 from experiments.vlm.data.document import Picture
 from experiments.vlm.evaluate.asking import Records
 from experiments.vlm.evaluate.exhibits import thumbnail
-from experiments.vlm.evaluate.questions import Question
-from experiments.vlm.evaluate.tasks import Task
+from experiments.vlm.evaluate.tasks import Question, Task
 
 
 def results_page(name: str, task: Task, questions: Records, lines: list[dict[str, Any]], limit: int) -> str:

@@ -4,8 +4,7 @@ import math
 from typing import Any
 
 from experiments.vlm.evaluate.metrics import METRICS, TOKENIZED, Score, bootstrap_interval, tokenize
-from experiments.vlm.evaluate.questions import Question, right_choice
-from experiments.vlm.evaluate.tasks import Task, metric_options, references
+from experiments.vlm.evaluate.tasks import Question, Task, metric_options, references, right_choice
 from torchtitan.config.errors import UserError
 
 Line = dict[str, Any]

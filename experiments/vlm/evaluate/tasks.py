@@ -9,17 +9,28 @@ perplexity         of held-out documents, pictures and all
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from experiments.vlm.data.document import Picture
-from experiments.vlm.evaluate.questions import LETTERS, Question, right_choice
-from torchtitan.config.errors import did_you_mean, require
+from torchtitan.config.errors import ConfigError, did_you_mean, require
 
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 Way = Literal["generate", "choose", "read"]
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+@dataclass(frozen=True)
+class Question:
+    """One record."""
+
+    number: int
+    id: str
+    content: list[str | Picture]  # what is asked, pictures in their places
+    answers: list[str]
+    choices: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -52,6 +63,16 @@ class Task:
 def named(question: Question) -> dict[str, str]:
     """Letter -> choice."""
     return dict(zip(LETTERS, question.choices, strict=False))
+
+
+def right_choice(question: Question) -> int:
+    """Which choice is the answer: its text, its letter or its number from 0. Raises ConfigError."""
+    answer = question.answers[0] if question.answers else ""
+    numbers = [str(number) for number in range(len(question.choices))]
+    for names in (question.choices, list(LETTERS[: len(question.choices)]), numbers):
+        if answer in names:
+            return names.index(answer)
+    raise ConfigError(f"its answer {answer!r} is none of its {len(numbers)} choices")
 
 
 CAPTIONS = ("cider", "bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l")

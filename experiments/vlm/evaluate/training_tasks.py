@@ -16,9 +16,9 @@ from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.evaluate.asking import Asking, Line
 from experiments.vlm.evaluate.evaluation import write_results
 from experiments.vlm.evaluate.exhibits import exhibit
-from experiments.vlm.evaluate.questions import Question, Questions
+from experiments.vlm.evaluate.questions import Questions
 from experiments.vlm.evaluate.scoring import score
-from experiments.vlm.evaluate.tasks import TASKS, Asked, parse_tasks
+from experiments.vlm.evaluate.tasks import TASKS, Asked, Question, parse_tasks
 from experiments.vlm.generate.answering import answering_of, prompter_of
 from experiments.vlm.generate.layout import lent, share_in_training
 from experiments.vlm.processor import spoken_template
