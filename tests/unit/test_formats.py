@@ -157,6 +157,9 @@ def test_a_tsv_without_a_header_is_known_by_its_addresses(tmp_path):
         ("data.formats", "torch"),
         ("data.formats.shard", "torch"),
         ("prepare.start", "torch"),
+        ("check", "aiohttp"),
+        ("check", "pyarrow"),
+        ("check", "torch"),
     ],
 )
 def test_what_looks_at_no_image_imports_nothing_heavy(module, heavy):

@@ -1,4 +1,5 @@
 """Tasks: how a question is worded, how it is answered, and what is counted. A task is a row of TASKS.
+Every command checks names of tasks, so this reads no records and imports little.
 
 caption            a text about the picture, against those of people
 vqa, exact_match, anls, relaxed_accuracy    a short answer
