@@ -13,6 +13,7 @@ from experiments.vlm.config import Data, Source
 from experiments.vlm.data.document import Draft, Text
 from experiments.vlm.data.formats import FORMATS, RECORD_FORMATS, format_of
 from experiments.vlm.data.formats.image_values import plain_value
+from experiments.vlm.data.formats.record_shard import ImageFolder
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.sources.shards import open_shard
 from tests.samples import jpeg
@@ -147,6 +148,21 @@ def test_a_tsv_without_a_header_is_known_by_its_addresses(tmp_path):
             shard.read(index)
         reasons.append(error.value.reason)
     assert reasons == ["image_address", "wrong_shape", "broken_utf8"]
+
+
+def test_loading_an_image_looks_for_no_other_file(tmp_path, monkeypatch):
+    entries = [
+        {"image_name": f"{i}.jpg", "raw_url": "http://10.0.0.1/", "matched_text_index": 0} for i in range(3)
+    ]
+    (tmp_path / "x.jsonl").write_text(json.dumps({"text_list": ["Birds."], "image_info": entries}))
+    for i in range(3):
+        (tmp_path / f"{i}.jpg").write_bytes(jpeg(20 + i, 30))
+    shard, looked_for = open_file(tmp_path / "x.jsonl", "mmc4"), []
+    images = shard.read(0)[0].parts[:3]
+    has = ImageFolder.has
+    monkeypatch.setattr(ImageFolder, "has", lambda self, name: looked_for.append(name) or has(self, name))
+    assert [shard.load(image) for image in images] == [jpeg(20 + i, 30) for i in range(3)]
+    assert looked_for == ["0.jpg", "1.jpg", "2.jpg"]
 
 
 @pytest.mark.parametrize(

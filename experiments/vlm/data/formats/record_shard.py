@@ -65,13 +65,13 @@ class ImageFolder:
 
     def settle(self, draft: Draft) -> Draft:
         """With a file where an image is one that is here, or else an address (image_values.py)."""
-        draft.parts = [
-            replace(part, value={"path": name})
-            if isinstance(part, ImageValue) and (name := file_or_address(part.value)) and self.has(name)
-            else part
-            for part in draft.parts
-        ]
+        draft.parts = [self.settled(part) if isinstance(part, ImageValue) else part for part in draft.parts]
         return draft
+
+    def settled(self, image: ImageValue) -> ImageValue:
+        """The same of one image."""
+        name = file_or_address(image.value)
+        return replace(image, value={"path": name}) if name and self.has(name) else image
 
     def read(self, value: str) -> bytes:
         """Raises Rejected, and OSError where the storage does not answer."""
@@ -175,21 +175,18 @@ class RecordShard:
 
     def read(self, index: int) -> tuple[Document, list[Rejected]]:
         """See Shard.read."""
-        draft = self.speak(self._draft(index))
+        draft = self.images.folder.settle(self.speak(self.parse(self.records.get(index))))
         self.images.fetch_ahead(draft.images())
         return finish(draft, self.key(index), self.images.size, lambda image: (index, image.position))
 
     def load(self, image: Image) -> bytes:
         """See Shard.load. The record is read again, and its image of that place taken."""
         index, position = image.locator
-        draft = self._draft(index)
+        draft = self.parse(self.records.get(index))
         found = next((found for found in draft.images() if found.position == position), None)
         if found is None:
             raise Rejected("image_missing", "the record has changed since it was read")
-        return self.images.load(found.value)
-
-    def _draft(self, index: int) -> Draft:
-        return self.images.folder.settle(self.parse(self.records.get(index)))
+        return self.images.load(self.images.folder.settled(found).value)
 
     def close(self) -> None:
         """Closes the file of records."""
