@@ -23,10 +23,11 @@ from experiments.vlm.data.setup import make_setup
 from experiments.vlm.flops import Work, flops_of_work
 from experiments.vlm.model_config import image_plan, model_config
 from experiments.vlm.spec import build_vlm
-from experiments.vlm.view.packing_advice import Data, Deadline, Trials, best_of, cores, read_documents, search
+from experiments.vlm.view.packing_advice import Data, Deadline, Trials, best_of, read_documents, search
 from experiments.vlm.view.packing_simulation import Case, Occupancy, Prices
 from torchtitan.components.freezing import choose_trained
 from torchtitan.components.tokenizer import Tokenizer, load_tokenizer
+from torchtitan.config.devices import available_cores
 from torchtitan.config.errors import require
 from torchtitan.config.parse import parse_script
 from torchtitan.tools.logging import init_logger
@@ -130,7 +131,7 @@ def main(argv: Sequence[str]) -> int:
     data = Data(stream, prices, plan.merge_size, plan.most_cells)
     now = the_job_itself(job, plan)
     buffers = options.buffers or [job.data.packing_buffer_size, 4 * job.data.packing_buffer_size]
-    with closing(Trials(data, deadline, min(cores(), PROCESSES), say)) as trials:
+    with closing(Trials(data, deadline, min(available_cores(), PROCESSES), say)) as trials:
         seen = search(trials, seq_lens, options.rows, buffers, now)
     best = best_of(seen, data, job.training.seq_len, job.data.packing_buffer_size)
     _print_advice(seen, best, now, data)

@@ -215,7 +215,7 @@ def test_the_picture_shows_what_was_counted(tmp_path, figures):
 
 
 def test_the_command_prints_lines_for_the_toml_and_tells_how_far_it_is(data, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(advise_packing, "cores", lambda: 1)
+    monkeypatch.setattr(advise_packing, "available_cores", lambda: 1)
     monkeypatch.setattr(packing_advice, "simulate", functools.partial(simulate, rows=32))
     toml = tmp_path / "job.toml"
     sources = "".join(

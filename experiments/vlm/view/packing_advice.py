@@ -11,7 +11,6 @@ encoder is cheap or images are large for a row, a longer row wastes less; where 
 
 import math
 import multiprocessing
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -244,8 +243,3 @@ def advise(data: Data, seq_len: int, rows: int, buffer: int) -> Occupancy:
     with closing(Trials(data, Deadline(math.inf))) as trials:
         (found,) = search(trials, [seq_len], [rows], [buffer])
     return found
-
-
-def cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -8,7 +8,6 @@ under its name when it is complete.
 """
 
 import fcntl
-import os
 import shutil
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from tqdm import tqdm
 
 from experiments.vlm.cache_folder import cache_folder
 from experiments.vlm.world.shards import SPLITS, WORLDS
+from torchtitan.config.devices import available_cores
 from torchtitan.config.errors import ConfigError
 from torchtitan.tools.logging import logger
 
@@ -82,8 +82,7 @@ def run_workers(arguments: list[str], shards: int, folder: Path) -> None:
     Fresh interpreters: a fork of a trainer with running threads may hang, and spawned ones would import its
     main module.
     """
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    processes = min(cores, shards)
+    processes = min(available_cores(), shards)
     running = []
     for first in range(processes):
         share = [str(shard) for shard in range(first, shards, processes)]
