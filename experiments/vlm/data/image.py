@@ -110,7 +110,7 @@ def decode_view(data: bytes, view: View, plan: ImagePlan) -> np.ndarray:
         canvas[:] = plan.fill
         top, left = ((whole - part) // 2 for whole, part in zip(view.canvas, view.size, strict=True))
         canvas[top : top + view.size[0], left : left + view.size[1]] = pixels
-        pixels = _resize(canvas, view.canvas, (view.side, view.side), plan.resample)
+        pixels = _resize(canvas, view.canvas, (plan.side, plan.side), plan.resample)
     (top, left), height, width = view.corner, view.h * plan.patch_size, view.w * plan.patch_size
     return pixels[top : top + height, left : left + width]
 

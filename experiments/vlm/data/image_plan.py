@@ -32,8 +32,8 @@ class View:
     cells: int  # places of a patch row: the patches, and behind them those of the encoder's class token
     size: tuple[int, int]  # (height, width) in pixels that the image is resized to
     middle: tuple[int, int] | None = None  # rows and columns that are taken of it before
-    canvas: tuple[int, int] | None = None  # the filled one in whose middle it is put then
-    side: int = 0  # of the square that the canvas is resized to
+    # the filled one in whose middle it is put then, and which is resized to the plan's square
+    canvas: tuple[int, int] | None = None
     corner: tuple[int, int] = (0, 0)  # first row and column of the h x w patches that are taken of all that
 
 
@@ -132,7 +132,7 @@ class ImagePlan:
             thin, whole = max(1, short // fewer), long // fewer
             turned = height > width
             size, canvas = ((side, thin), (side, whole)) if turned else ((thin, side), (whole, side))
-            return View(h, w, cells, size, canvas=canvas, side=side)
+            return View(h, w, cells, size, canvas=canvas)
         if self.resize == "cropped":
             used = min(long, short * MOST_SQUARES)
             middle = None if used == long else (min(height, used), min(width, used))

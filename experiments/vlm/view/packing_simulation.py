@@ -3,7 +3,6 @@
 import itertools
 import signal
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -39,8 +38,9 @@ class Stream:
 
     @cached_property
     def ratio(self) -> float:
-        """Patches per token."""
-        return patches_per_token(self.documents)
+        """Patches per token, over all documents together."""
+        tokens, patches = np.sum([part for document in self.documents for part in document], axis=0)
+        return float(patches / tokens)
 
 
 class Case(NamedTuple):
@@ -84,12 +84,6 @@ class Occupancy:
         """FLOPs for a useful token, with its share of the patches and of all padding."""
         slot = prices.token * self.budget.seq_len + prices.patch * self.budget.patches
         return slot / (self.tokens * self.budget.seq_len)
-
-
-def patches_per_token(documents: Iterable[SizedDocument]) -> float:
-    """The ratio over all documents together."""
-    tokens, patches = np.sum([part for document in documents for part in document], axis=0)
-    return float(patches / tokens)
 
 
 def simulate(stream: Stream, case: Case, merge: int, rows: int = ROWS) -> Occupancy:
