@@ -43,7 +43,8 @@ from benchmarks.photos import make_jpegs
 from benchmarks.turns import Contestant, Counts, Seat, Skipped
 from experiments.vlm.config import Source, VLMJobConfig
 from experiments.vlm.data import image as image_module
-from experiments.vlm.data.image import ImagePlan, probe
+from experiments.vlm.data.image import probe
+from experiments.vlm.data.image_plan import ImagePlan
 from experiments.vlm.data.loader import Loader, Step
 from torchtitan.components.tokenizer import load_tokenizer
 

@@ -28,7 +28,8 @@ from PIL import Image
 
 from benchmarks.photos import draw_photo, encode_jpeg, make_jpegs
 from experiments.vlm.data import image as image_module
-from experiments.vlm.data.image import ImagePlan, decode, probe, write_patches
+from experiments.vlm.data.image import decode, probe, write_patches
+from experiments.vlm.data.image_plan import ImagePlan
 
 PLAN = ImagePlan()
 Chain = Callable[[bytes], np.ndarray]
