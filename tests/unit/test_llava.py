@@ -124,6 +124,12 @@ def test_flavors_have_the_published_parameters_and_are_what_a_sparse_file_says(n
         assert read.decoder.dim == 4096 and read.decoder.mlp_dim == 11008 and read.decoder.layers == 32
 
 
+def test_a_mistral_that_says_it_has_no_window_has_none_inside_either():
+    for said, window in (({}, 4096), ({"sliding_window": None}, None)):
+        values = {"model_type": "llava", "text_config": {"model_type": "mistral"} | said}
+        assert hf_config.decoder_config(ConfigFile(values, "config.json")).window == window
+
+
 PROCESSORS = [
     (None, "padded"),
     (

@@ -6,7 +6,7 @@ the caller names.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -52,6 +52,11 @@ class ConfigFile:
         is_table = values is None or isinstance(values, Mapping)
         require(is_table, f"{self.where}: {key} = {values!r}: expected a table")
         return ConfigFile(values or {}, f"{self.where}: {key}")
+
+    def of_kind(self, model_type: str) -> "ConfigFile":
+        """The same, of that model_type where it does not say its own."""
+        said = self.values.get("model_type") is not None
+        return self if said else replace(self, values={**self.values, "model_type": model_type})
 
     def refuse_all_but(self, key: str, known: Any) -> None:
         """Raises ConfigError unless `key` is missing, null or `known`."""

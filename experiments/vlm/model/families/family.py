@@ -12,6 +12,8 @@ from torchtitan.config.errors import ConfigError, require
 from torchtitan.models.decoder.flavors import DecoderConfig
 from torchtitan.models.hf.config_file import ConfigFile
 
+RESAMPLE = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers, which image processors say
+
 
 @dataclass(frozen=True)
 class Family:

@@ -9,21 +9,18 @@ from typing import Any
 
 from experiments.vlm.data.image_plan import ImagePlan
 from experiments.vlm.model.config import EncoderConfig, ProjectorConfig, VLMConfig
-from experiments.vlm.model.families.family import Family
+from experiments.vlm.model.families.family import RESAMPLE, Family
 from experiments.vlm.model.towers import FIXED, NAFLEX, model_type_of, read_encoder, write_encoder
 from torchtitan.config.errors import require
 from torchtitan.models.decoder import hf_config as decoder
 from torchtitan.models.hf.config_file import ConfigFile
 
 WHOLE = "lfm2_vl"
-RESAMPLE = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers
 
 
 def encoder_config(file: ConfigFile) -> EncoderConfig:
     """Sizes of the tower."""
-    section = file.section("vision_config")
-    named = {"model_type": NAFLEX} | {k: v for k, v in section.values.items() if v is not None}
-    return read_encoder(ConfigFile(named, section.where), among=(NAFLEX, FIXED))
+    return read_encoder(file.section("vision_config").of_kind(NAFLEX), among=(NAFLEX, FIXED))
 
 
 def projector_config(file: ConfigFile) -> ProjectorConfig:

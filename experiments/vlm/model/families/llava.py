@@ -9,7 +9,7 @@ from typing import Any
 
 from experiments.vlm.data.image_plan import ImagePlan
 from experiments.vlm.model.config import EncoderConfig, ProjectorConfig, Resize, VLMConfig
-from experiments.vlm.model.families.family import Family, read_image_processor
+from experiments.vlm.model.families.family import RESAMPLE, Family, read_image_processor
 from experiments.vlm.model.towers import FIXED, TOWERS, model_type_of, read_encoder, write_encoder
 from torchtitan.config.errors import require
 from torchtitan.models.decoder import hf_config as decoder
@@ -25,8 +25,7 @@ def encoder_config(file: ConfigFile) -> EncoderConfig:
     section = file.section("vision_config")
     encoder = LARGE
     if section.values:
-        named = {"model_type": CLIP} | {k: v for k, v in section.values.items() if v is not None}
-        encoder = read_encoder(ConfigFile(named, section.where), among=(CLIP, FIXED))
+        encoder = read_encoder(section.of_kind(CLIP), among=(CLIP, FIXED))
     strategy = file.get("vision_feature_select_strategy", DROPS_CLASS)
     said = f"{file.where}: vision_feature_select_strategy = {strategy!r}"
     require(strategy in (DROPS_CLASS, KEEPS_CLASS), f"{said}: known are {DROPS_CLASS!r} and {KEEPS_CLASS!r}")
@@ -50,9 +49,7 @@ def projector_config(file: ConfigFile) -> ProjectorConfig:
 
 def decoder_config(file: ConfigFile) -> DecoderConfig:
     """Sizes of the causal language model; a sparse section has the defaults of Llama."""
-    section = file.section("text_config")
-    named = {"model_type": "llama"} | {k: v for k, v in section.values.items() if v is not None}
-    text = ConfigFile(named, section.where)
+    text = file.section("text_config").of_kind("llama")
     tied = text.get("tie_word_embeddings", False)
     return decoder.decoder_config(text, file.get("tie_word_embeddings", tied))
 
@@ -130,7 +127,7 @@ def processor(config: VLMConfig, plan: ImagePlan) -> dict[str, Any]:
         "do_pad": plan.resize == "padded",
         "do_resize": True,
         "size": square if plan.resize == "square" else {"shortest_edge": side},
-        "resample": {"bilinear": 2, "bicubic": 3}[plan.resample],
+        "resample": RESAMPLE[plan.resample],
         "do_center_crop": plan.resize != "square",
         "crop_size": square,
         "do_rescale": True,
