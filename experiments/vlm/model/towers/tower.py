@@ -37,15 +37,13 @@ def kernel(name: str, patch_size: int | None) -> list[Row]:
     """The patch embedding, `name` there. `patch_size`: it is written as the kernel of a convolution; None: as
     a matrix. Both are read.
     """
-    write = partial(_columns_to_kernel, patch_size=patch_size) if patch_size else _same
+    columns = Transform(_kernel_to_columns)
+    if patch_size:
+        columns = columns._replace(write=partial(_columns_to_kernel, patch_size=patch_size))
     return [
-        Row(f"{name}.weight", "embedding.projection.weight", Transform(_kernel_to_columns, write)),
+        Row(f"{name}.weight", "embedding.projection.weight", columns),
         Row(f"{name}.bias", "embedding.projection.bias"),
     ]
-
-
-def _same(rows: "Tensor") -> "Tensor":
-    return rows
 
 
 def _kernel_to_columns(rows: "Tensor") -> "Tensor":
