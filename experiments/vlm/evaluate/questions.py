@@ -6,11 +6,9 @@ Images are spelled as in training data; `<image>` in the question says where one
 A control (data/controls.py) spoils them, to see whether answers come from the images.
 """
 
-import io
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import PIL.Image
 
 from experiments.vlm.config import Data
@@ -27,6 +25,7 @@ from experiments.vlm.data.sources.shards import EMBEDDED
 from experiments.vlm.data.storage.file_cache import file_cache
 from experiments.vlm.evaluate.tasks import LETTERS, Question
 from experiments.vlm.world import ensure
+from experiments.vlm.world.render import png
 from torchtitan.config.errors import ConfigError
 
 IDS = ("question_id", "questionId", "id", "uid", "index")
@@ -89,7 +88,7 @@ class Questions:
         if not isinstance(part, Image):
             return part.text
         if isinstance(part.locator, Painted):
-            return Picture(_png(part.locator.paint(part.height, part.width)))
+            return Picture(png(PIL.Image.fromarray(part.locator.paint(part.height, part.width))))
         return Picture(self.shard.load(part))
 
     def _parse(self, record: Record) -> Draft:
@@ -115,12 +114,6 @@ def _only_file(path: str, data: Data) -> str:
     if len(files) > 1:
         raise ConfigError(f"{path}: {len(files)} files: name one of them, for example {files[0]}")
     return str(files[0])
-
-
-def _png(pixels: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    PIL.Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
 
 
 def answers_of(record: Mapping[str, Any]) -> list[str]:
