@@ -60,9 +60,8 @@ def main(argv: Sequence[str]) -> int:
     swept = tables.pop(SWEEP, {})
     defaults = with_settings(settings_of(swept))
     options = run_script(Options, own, __doc__ or "", defaults, "torchtitan-vlm sweep")
-    if options.dry_run and DRY_RUN not in rest:
+    if options.dry_run:
         rest.append(DRY_RUN)
-    options.dry_run = DRY_RUN in rest
     saved_by_us = save_runs(tables, rest)
     found, out = find_members(tables, rest, swept, options)
     if options.report:
@@ -111,6 +110,7 @@ def find_members(
         return parse_over(tables, [*rest, *more], CONFIG_CLASSES)
 
     base = parse([])
+    options.dry_run = base.job.dry_run  # a variable or the file may have asked for it
     out = Path(options.out or base.job.dump_folder)
     a_run = f"{out} is the folder of a run itself; give another --out"
     require(not (out / NEWEST).exists(), a_run)

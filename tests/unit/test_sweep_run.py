@@ -287,6 +287,16 @@ def test_a_dry_run_lists_the_runs_with_what_they_cost_and_starts_none(tmp_path, 
     assert not (out / "seq_len=1024").exists() and starts(out / "seq_len=512")[0]["DRY_RUN"] is None
 
 
+def test_a_job_that_says_dry_run_starts_none(tmp_path, monkeypatch):
+    shipped, job = REPOSITORY / "train_configs/vlm_debug.toml", tmp_path / "job.toml"
+    job.write_text(shipped.read_text().replace("[job]", "[job]\ndry_run = true", 1))
+    monkeypatch.setattr(sweep, "list_runs", lambda found, ranks: 7)
+    asked = ["--job.config_file", str(job), "--sweep", RATES, "--out", str(tmp_path / "a")]
+    assert sweep.main(asked) == 7 and sweep.main([*JOB, "--job.dry-run", *asked[2:]]) == 7
+    assert sweep.main([*asked, "--dry_run", "--job.dry_run"]) == 7
+    assert not (tmp_path / "a").exists()
+
+
 def test_checkpoints_are_on_unless_somebody_says_no(tmp_path, capsys):
     assert run(tmp_path / "a", "--sweep", RATES, "--index", "0") == 0
     assert "checkpoint.enable is on" in capsys.readouterr().out
