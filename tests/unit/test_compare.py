@@ -13,7 +13,7 @@ from experiments.commands.compare_runs import OCCUPANCY
 from experiments.vlm.data.batch_metrics import BATCH_METRICS
 from torchtitan.compare.charts import MOST_POINTS, charts, group_of
 from torchtitan.compare.runs import Named, differing, read_runs, short_names
-from torchtitan.components.run_record import RunRecord, is_better, lower_is_better, read_run
+from torchtitan.components.run_record import RunRecord, is_better, lower_is_better, place_of_best, read_run
 from torchtitan.config.errors import ConfigError
 
 CONFIG = """[job]
@@ -191,8 +191,12 @@ def test_the_page_has_a_name_that_a_browser_opens(two, capsys):
 
 def test_which_of_two_figures_is_better():
     assert lower_is_better("validate/loss") and not lower_is_better("validate/exact")
+    assert lower_is_better("step_s") and not lower_is_better("validate/exact/timelines")
     assert is_better("loss", 1, than=2) and is_better("validate/exact", 2, than=1)
     assert is_better("loss", 9, than=float("nan")) and not is_better("loss", float("nan"), than=9)
+    values = [None, float("nan"), 3.0, 1.0, 2.0]
+    assert place_of_best("loss", values) == 3 and place_of_best("validate/exact", values) == 2
+    assert place_of_best("loss", values[:2]) is None
 
 
 def test_a_step_between_two_records_has_its_share_of_the_tokens(tmp_path):

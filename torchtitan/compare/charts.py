@@ -14,7 +14,7 @@ TRAINING, HELD_OUT_GROUP, BY_SOURCE = "Training", "Held out", "By source"
 THROUGHPUT, OCCUPANCY, OTHER = "Throughput", "Occupancy", "Other"
 GROUPS = (TRAINING, HELD_OUT_GROUP, BY_SOURCE, THROUGHPUT, OCCUPANCY, OTHER)
 OF_TRAINING = ("loss", "grad_norm", "lr", "muon_lr")
-OF_THROUGHPUT = ("tps", "tflops", "mfu", "memory", "data_wait", "step_time", "step_s")
+OF_THROUGHPUT = ("tps", "tflops", "mfu", "memory", "data_wait", "step_s")
 
 
 def charts(runs: Sequence[Named], occupancy: Collection[str]) -> list[dict[str, Any]]:

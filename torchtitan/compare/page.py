@@ -12,7 +12,7 @@ import numpy as np
 
 from torchtitan.compare.charts import AXES, BY_SOURCE, GROUPS, HELD_OUT_GROUP, charts
 from torchtitan.compare.runs import Named, differing, missing_config, options_of
-from torchtitan.components.run_record import HELD_OUT_LOSS, Axis, RunRecord, is_better
+from torchtitan.components.run_record import HELD_OUT_LOSS, Axis, RunRecord, place_of_best
 
 # Dark enough on white, and far from each other.
 COLOURS = (
@@ -59,7 +59,9 @@ def summary(runs: Sequence[Named], occupancy: Collection[str]) -> str:
     heads = ["run", "steps", *axes, "loss"]
     heads += ["held-out loss, last", "best", "at step"] if held_out else []
     heads += [f"{key}, mean" for key in means]
-    best = _best([run.record.last(HELD_OUT_LOSS if held_out else "loss") for run in runs])
+    judged = HELD_OUT_LOSS if held_out else "loss"
+    last = [run.record.last(judged) for run in runs]
+    best = place_of_best(judged, last) if len(last) - last.count(None) > 1 else None
     rows = []
     for number, (run, head) in enumerate(zip(runs, _heads(runs), strict=True)):
         record = run.record
@@ -116,12 +118,3 @@ def _mean(record: RunRecord, key: str) -> float | None:
     """Without the first record, where there are more: it holds the start-up."""
     _, values = record.values(key)
     return float(values[1:].mean() if len(values) > 1 else values[0]) if len(values) else None
-
-
-def _best(values: Sequence[float | None]) -> int | None:
-    known = [number for number, value in enumerate(values) if value is not None]
-    best: int | None = None
-    for number in known if len(known) > 1 else []:
-        if best is None or is_better("loss", values[number] or 0.0, values[best] or 0.0):
-            best = number
-    return best

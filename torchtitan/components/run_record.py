@@ -1,6 +1,7 @@
 """A run as its dump folder tells it: options of its newest launch, and its figures. Imports no torch."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -80,8 +81,8 @@ def read_run(folder: Path) -> RunRecord:
 
 
 def lower_is_better(key: str) -> bool:
-    """Of a figure, by its name: losses and what they are made of, norms and times."""
-    return any(word in key for word in ("loss", "nll", "perplexity", "norm", "time", "wait", "memory"))
+    """Of a figure, by its name: losses and what they are made of, norms, and what a step takes."""
+    return any(word in key for word in ("loss", "nll", "perplexity", "norm", "step_s", "wait", "memory"))
 
 
 def is_better(key: str, value: float, than: float) -> bool:
@@ -89,3 +90,12 @@ def is_better(key: str, value: float, than: float) -> bool:
     if not math.isfinite(value) or not math.isfinite(than):
         return math.isfinite(value)
     return value < than if lower_is_better(key) else value > than
+
+
+def place_of_best(key: str, values: Sequence[float | None]) -> int | None:
+    """Of several values of a figure; None where none is a number."""
+    best, found = math.nan, None
+    for place, value in enumerate(values):
+        if value is not None and is_better(key, value, best):
+            best, found = value, place
+    return found

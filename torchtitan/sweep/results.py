@@ -2,14 +2,13 @@
 
 import csv
 import io
-import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torchtitan.components.run_record import HELD_OUT_LOSS, RunRecord, is_better, lower_is_better, read_run
+from torchtitan.components.run_record import HELD_OUT_LOSS, RunRecord, place_of_best, read_run
 from torchtitan.config.errors import did_you_mean, require
 from torchtitan.sweep.members import Member, short_keys, shown
 from torchtitan.sweep.space import SEED
@@ -39,8 +38,9 @@ class Results:
     @property
     def best(self) -> Result | None:
         """By the last value of the metric; of the finished runs, where there are any."""
-        finished = [run for run in self.runs if run.status.state == "finished"]
-        return _best_by(self.metric, finished or self.runs, lambda run: run.record.last(self.metric))
+        runs = [run for run in self.runs if run.status.state == "finished"] or self.runs
+        place = place_of_best(self.metric, [run.record.last(self.metric) for run in runs])
+        return None if place is None else runs[place]
 
     @property
     def keys(self) -> dict[str, str]:
@@ -106,25 +106,15 @@ def over_seeds(results: Results) -> dict[tuple[tuple[str, str], ...], list[float
 
 
 def _seeds(results: Results, by_seed: dict[tuple[tuple[str, str], ...], list[float]]) -> str:
-    means = {settings: statistics.fmean(values) if values else None for settings, values in by_seed.items()}
-    best = _best_by(results.metric, means, lambda settings: means[settings])
+    means = [statistics.fmean(values) if values else None for values in by_seed.values()]
+    best = place_of_best(results.metric, means)
     keys = [short for key, short in results.keys.items() if key != SEED]
     rows = [["", *keys, "seeds", f"{results.metric} mean", "deviation"]]
-    for settings, values in by_seed.items():
+    for place, (settings, values) in enumerate(by_seed.items()):
         deviation = statistics.stdev(values) if len(values) > 1 else None
-        row = ["*" if settings == best else "", *(value for _, value in settings), str(len(values))]
-        rows.append([*row, figure(means[settings]), figure(deviation)])
+        row = ["*" if place == best else "", *(value for _, value in settings), str(len(values))]
+        rows.append([*row, figure(means[place]), figure(deviation)])
     return columns(rows)
-
-
-def _best_by(metric: str, of: Iterable[Any], value_of: Callable[[Any], float | None]) -> Any:
-    """None where none has a value that is a number."""
-    best, found = math.inf if lower_is_better(metric) else -math.inf, None
-    for one in of:
-        value = value_of(one)
-        if value is not None and math.isfinite(value) and (found is None or is_better(metric, value, best)):
-            best, found = value, one
-    return found
 
 
 def figure(value: float | None) -> str:
