@@ -46,7 +46,8 @@ def help_page(groups: Sequence[Sequence[str]], job: JobConfig, file: str, guide:
     for name in names:
         if name not in known:
             raise ConfigError(f"--help {name}: no such section{did_you_mean(name, known)}")
-    shown = {name: getattr(_with_examples(job), name) for name in names or known}
+    full = _with_examples(job)
+    shown = {name: getattr(full, name) for name in names or known}
     choices = dict.fromkeys(line for section, line in guide.choices().items() if section in shown)
     head = [] if names else [guide.about.strip()]
     more = [] if names else [f"One section alone: --help SECTION, of {', '.join(known)}."]

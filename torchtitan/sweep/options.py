@@ -79,7 +79,7 @@ def settings_of(table: Mapping[str, Any]) -> Settings:
 
 def with_settings(settings: Settings) -> Options:
     """Options where those of the file are the defaults."""
-    return Options(**{f.name: getattr(settings, f.name) for f in fields(settings)})
+    return Options(**vars(settings))
 
 
 def space_of(table: Mapping[str, Any], options: Options) -> Space:
