@@ -130,10 +130,7 @@ class Export:
 
 
 def _made(pieces: list[Piece], stored: Mapping[str, Stored], dtype: torch.dtype | None) -> Made:
-    first = stored[pieces[0].source]
-    if pieces[0].whole:
-        shape = tuple(pieces[0].transform(torch.empty(first.shape, device="meta")).shape)
-    else:
-        row = pieces[0].transform(torch.empty(1, *first.shape[1:], device="meta"))
-        shape = (sum(len(piece.rows) for piece in pieces), *row.shape[1:])
-    return Made(pieces, shape, dtype or first.dtype)
+    read = [torch.empty(len(piece.rows), *stored[piece.source].shape[1:], device="meta") for piece in pieces]
+    shapes = [piece.transform(rows).shape for piece, rows in zip(pieces, read, strict=True)]
+    shape = (sum(each[0] for each in shapes), *shapes[0][1:])
+    return Made(pieces, shape, dtype or stored[pieces[0].source].dtype)

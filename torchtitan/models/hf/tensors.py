@@ -39,12 +39,11 @@ class Rows:
     @property
     def shape(self) -> tuple[int, ...]:
         """Of what it gives."""
-        read = torch.empty(len(self.rows) if self.whole else 1, *self.stored.shape[1:], device="meta")
-        made = self.transform(read).shape
-        return tuple(made) if self.whole else (len(self.rows), *made[1:])
+        read = torch.empty(len(self.rows), *self.stored.shape[1:], device="meta")
+        return tuple(self.transform(read).shape)
 
     def __len__(self) -> int:
-        return self.shape[0] if self.whole else len(self.rows)
+        return self.shape[0]
 
     def read(self, first: int, last: int) -> Iterator[Tensor]:
         """Rows `first` to `last` of what it gives, in order, a few at a time."""
