@@ -19,7 +19,7 @@ from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.model.towers import TOWERS
 from experiments.vlm.model_config import model_config
 from experiments.vlm.saved_model import use_checkpoint, with_saved
-from torchtitan.config.check import is_allowed
+from torchtitan.config.check import check_options
 from torchtitan.config.errors import require
 from torchtitan.config.parse import parse_script
 from torchtitan.models.decoder.hf_config import FAMILIES
@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     assert isinstance(job, VLMJobConfig)
     require(bool(options.out), "--out is missing: which folder is to be written?")
-    require(is_allowed(options.shard_gb, "> 0"), f"--shard_gb {options.shard_gb}: must be > 0")
+    check_options(options, {"shard_gb": "> 0"})
     out = Path(options.out)
     require(not out.exists(), f"--out = {out}: is there already; give another folder, or delete it")
     checkpoint = use_checkpoint(job, options.checkpoint)

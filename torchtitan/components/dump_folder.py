@@ -147,7 +147,7 @@ def go_back(folder: Path, kept_by_step: Iterable[Path], step: int) -> None:
         for number in complete_steps(parent)
         if number > step
     ]
-    target = set_aside(folder, [*later, folder / WANDB_ID] if later else [])
+    target = set_aside(folder, [*later, folder / WANDB_ID])
     if target is not None and (folder / HISTORY).is_file():
         shutil.copy2(folder / HISTORY, target)
 

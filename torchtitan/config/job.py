@@ -157,7 +157,7 @@ class Parallelism:
     """How the model and its data are split over the ranks."""
 
     data_parallel_replicate_degree: int = 1  # copies of the sharded model (HSDP)
-    data_parallel_shard_degree: int = -1  # ranks that a copy's weights are sharded over (FSDP2); -1: all
+    data_parallel_shard_degree: int = -1  # ranks that a copy's weights are sharded over (FSDP2); -1: all left
     # whether gathered weights are given up until backward; default: always, but never under pipeline
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
     tensor_parallel_degree: int = 1  # ranks that share each matrix, and the tokens and the vocabulary with it
