@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from experiments.vlm.config import Source
+from experiments.vlm.config import Columns, Source
 from experiments.vlm.data.loader import Loader
 from tests.bad_samples import caption, kinds_of_bad, mixed_job, read_all, wholly_bad
 from tests.samples import jpeg, write_tar
@@ -276,4 +276,17 @@ def test_a_tar_of_texts_is_told_to_be_no_captions(tmp_path):
     job = make_job(tmp_path, tmp_path / "out")
     job.data.sources = [Source(format="cc12m", path=str(tmp_path / "a.tar"))]
     with pytest.raises(DataError, match=r"image_missing 4.*of format text, not cc12m"):
+        Loader(job, Characters())
+
+
+@pytest.mark.parametrize("format", ["webdataset", "captions"])
+def test_columns_that_fit_are_not_blamed_for_images_that_are_no_images(tmp_path, format):
+    said = json.dumps({"said": "a cat"}).encode()
+    members = [
+        (f"{n}.{kind}", data) for n in range(4) for kind, data in (("jpg", b"no image"), ("json", said))
+    ]
+    write_tar(tmp_path / "a.tar", members)
+    job = make_job(tmp_path, tmp_path / "out")
+    job.data.sources = [Source(format=format, path=str(tmp_path / "a.tar"), columns=Columns(text="said"))]
+    with pytest.raises(DataError, match=r"image_undecodable 4.*correct it, or take it out"):
         Loader(job, Characters())

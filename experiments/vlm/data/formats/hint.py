@@ -58,7 +58,7 @@ def _turns_column(record: Record) -> tuple[str, str] | None:
 def _fits(record: Record, source: Source) -> bool:
     """Whether the source's own format, under its columns, makes a document of it."""
     with contextlib.suppress(Rejected):
-        own = RECORD_FORMATS[source.format].under(source.columns.image, source.columns.text)
+        own = FORMATS[source.format].under(source.columns.image, source.columns.text)
         return bool(own.parse(record))
     return False
 
