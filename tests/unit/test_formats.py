@@ -168,7 +168,6 @@ def test_loading_an_image_looks_for_no_other_file(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("module", "heavy"),
     [
-        ("check", "aiohttp"),
         ("data.formats", "aiohttp"),
         ("data.formats", "torch"),
         ("data.formats.shard", "torch"),
