@@ -251,14 +251,14 @@ def _check_source(source: Source, key: str) -> None:
 
 
 def check_reading(source: Source, key: str) -> None:
-    """Weight, shuffling and chat template of a source. Raises ConfigError."""
+    """Weight, shuffling, columns and chat template of a source. Raises ConfigError."""
     require(is_allowed(source.weight, "> 0"), f"{key}.weight = {source.weight}: must be > 0")
     require(source.shuffle_buffer >= 1, f"{key}.shuffle_buffer = {source.shuffle_buffer}: must be >= 1")
-    template = source.chat_template
     require(
         bool(FORMATS[source.format].images) or not source.columns.image,
         f"{key}.columns.image = {source.columns.image}: format {source.format} has no images",
     )
+    template = source.chat_template
     known = template in CHAT_TEMPLATES or os.path.isfile(os.path.expanduser(template))
     require(known, f"{key}.chat_template = {template}: neither a file nor one of {', '.join(CHAT_TEMPLATES)}")
 
