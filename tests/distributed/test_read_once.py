@@ -76,8 +76,8 @@ def read_both_ways(folder: Path, dump: Path, layout: dict[str, Any]) -> tuple[bo
     job = job_of(folder, dump, layout)
     mesh = build_mesh(degrees(job.parallelism, dist.get_world_size()), CPU)
     place = {"rank": mesh.data.get_local_rank(), "ranks": mesh.data.size(), "agree": agree_on_data}
-    decoded, decode = [], collate.decode_view
-    collate.decode_view = lambda *arguments: decoded.append(1) or decode(*arguments)
+    decoded, decode = [], collate.decode_views
+    collate.decode_views = lambda *arguments: decoded.append(1) or decode(*arguments)
     alone = Loader(job_of(folder, dump / "alone", layout), Characters(), **place)
     expected = taken(alone, mesh, 6)
     by_itself, group = len(decoded), slot_group(mesh)

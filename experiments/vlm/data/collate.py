@@ -19,7 +19,7 @@ import numpy as np
 from experiments.vlm.batch import FIELDS, IGNORE, Delivered
 from experiments.vlm.data.batch_metrics import Views, count_by_source, count_slot
 from experiments.vlm.data.controls import Painted
-from experiments.vlm.data.image import decode_view, write_patches
+from experiments.vlm.data.image import decode_views, write_patches
 from experiments.vlm.data.image_plan import ImagePlan
 from experiments.vlm.data.lookahead import Place
 from experiments.vlm.data.rejects import Reject, Rejected
@@ -88,15 +88,14 @@ class Collator:
             pictures = [locator.paint(view.h * patch, view.w * patch) for view in image.layout.views]
         else:
             try:
-                pictures = self.cache.use(*shard, lambda opened: self._views(opened.load(image.image), image))
+                pictures = self.cache.use(
+                    *shard, lambda opened: decode_views(opened.load(image.image), image.layout, self.plan)
+                )
             except Rejected as rejected:
                 return rejected
         for pixels, (patches, thw) in zip(pictures, targets, strict=True):
             write_patches(pixels, self.plan, patches, thw)
         return None
-
-    def _views(self, data: bytes, image: PlannedImage) -> list[np.ndarray]:
-        return [decode_view(data, view, self.plan) for view in image.layout.views]
 
     def _finish(self, plan: SlotPlan, views: Views, decoding: list[list[Future]]) -> FilledSlot:
         row = _Row(plan, views, self.plan.merge_size**2, self.pad_id)

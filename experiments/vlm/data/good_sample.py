@@ -13,7 +13,7 @@ import numpy as np
 
 from experiments.vlm.data.document import Document, Image
 from experiments.vlm.data.formats.shard import Shard
-from experiments.vlm.data.image import decode_view
+from experiments.vlm.data.image import decode_views
 from experiments.vlm.data.rejects import Reject, Rejected
 from experiments.vlm.data.sample import make_sample
 from experiments.vlm.data.slot import SlotSettings
@@ -101,13 +101,7 @@ class Search:
     def _decode(self, image: Image, shard: Shard) -> None:
         """Raises Rejected."""
         plan = self.settings.plan
-
-        def look() -> None:
-            data = shard.load(image)
-            for view in plan.layout(image.height, image.width).views:
-                decode_view(data, view, plan)
-
-        guarded(look)
+        guarded(lambda: decode_views(shard.load(image), plan.layout(image.height, image.width), plan))
 
 
 def require_good_samples(

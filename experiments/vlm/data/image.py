@@ -33,7 +33,7 @@ from PIL import ExifTags
 from PIL import Image as PILImage
 
 from experiments.vlm.batch import EXTRA, FIELDS
-from experiments.vlm.data.image_plan import ImagePlan, View
+from experiments.vlm.data.image_plan import ImagePlan, Layout, View
 from experiments.vlm.data.jpeg_header import plain_jpeg_size
 from experiments.vlm.data.memory_budget import MemoryBudget
 from experiments.vlm.data.rejects import Rejected
@@ -94,6 +94,11 @@ def probe_lazily(read: Callable[[int], bytes], size: int) -> tuple[int, int]:
                 pass  # metadata longer than the head
         head = read(size)
     return probe(head)
+
+
+def decode_views(data: bytes, layout: Layout, plan: ImagePlan) -> list[np.ndarray]:
+    """`decode_view` of each view of an image. Raises Rejected."""
+    return [decode_view(data, view, plan) for view in layout.views]
 
 
 def decode_view(data: bytes, view: View, plan: ImagePlan) -> np.ndarray:
