@@ -8,16 +8,16 @@ from experiments.vlm.processor import read_image_limits
 from torchtitan.components.checkpoint_folder import RECORD, complete_steps, read_record
 from torchtitan.components.saved_config import NEWEST
 from torchtitan.config.errors import require
+from torchtitan.config.parse import config_file, last_value, split_options
 from torchtitan.tools.hub import get_it
 
-IMAGE_LIMITS = ("--data.max_patches_per_image", "--data.min_patches_per_image")
+IMAGE_LIMITS = ("data.max_patches_per_image", "data.min_patches_per_image")
 
 
 def with_saved(argv: Sequence[str]) -> list[str]:
     """The command line, with the configuration that the run saved where none is named."""
-    given = dict(zip(argv, [*argv[1:], ""], strict=False))
-    saved = Path(given.get("--job.dump_folder", "")) / NEWEST
-    if "--job.config_file" in argv or "--job.dump_folder" not in argv or not saved.is_file():
+    folder = last_value(split_options(argv), "job.dump_folder")
+    if config_file(argv) or folder is None or not (saved := Path(folder) / NEWEST).is_file():
         return list(argv)
     return ["--job.config_file", str(saved), *argv]
 
@@ -31,7 +31,8 @@ def use_hf_folder(job: VLMJobConfig, folder: str, argv: Sequence[str]) -> None:
     job.model.flavor, job.model.tokenizer_path = "", folder
     job.checkpoint.initial_load_in_hf, job.checkpoint.initial_load_path = True, folder
     job.checkpoint.initial_load_encoder_path = job.checkpoint.initial_load_decoder_path = ""
-    if not any(option.startswith(IMAGE_LIMITS) for option in argv):
+    given = split_options(argv)
+    if all(last_value(given, limit) is None for limit in IMAGE_LIMITS):
         read_image_limits(Path(folder), job)
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from experiments.vlm import saved_model
 from experiments.vlm.config import VLMCheckpoint, VLMJobConfig
 from experiments.vlm.model.flavors import FLAVORS
 from experiments.vlm.model_config import model_config
-from experiments.vlm.saved_model import use_checkpoint, with_saved
+from experiments.vlm.saved_model import use_checkpoint, use_hf_folder, with_saved
 from torchtitan.components.checkpoint_folder import find_initial
 from torchtitan.components.checkpoint_read import require_sizes
 from torchtitan.components.train_state import as_record
@@ -70,8 +71,21 @@ def test_the_saved_configuration_holds_where_none_is_named(tmp_path):
     assert with_saved(argv) == argv and with_saved([]) == []
     (tmp_path / "config.toml").write_text("")
     assert with_saved(argv) == ["--job.config_file", str(tmp_path / "config.toml"), *argv]
-    named = ["--job.config_file", "vlm_debug", *argv]
-    assert with_saved(named) == named
+    for spelled in (f"--job.dump_folder={tmp_path}", f"--job.dump-folder={tmp_path}"):
+        assert with_saved([spelled]) == ["--job.config_file", str(tmp_path / "config.toml"), spelled]
+    for named in (["--job.config_file", "vlm_debug", *argv], ["--job.config-file=vlm_debug", *argv]):
+        assert with_saved(named) == named
+
+
+@pytest.mark.parametrize("spelled", ["--data.max_patches_per_image", "--data.max-patches-per-image"])
+def test_a_folder_sets_the_limits_of_images_where_the_command_line_does_not(tmp_path, monkeypatch, spelled):
+    read = []
+    monkeypatch.setattr(saved_model, "read_image_limits", lambda folder, job: read.append(folder))
+    use_hf_folder(VLMJobConfig(), str(tmp_path), [spelled, "64"])
+    use_hf_folder(VLMJobConfig(), str(tmp_path), [f"{spelled}=64"])
+    assert not read
+    use_hf_folder(VLMJobConfig(), str(tmp_path), ["--prompt", "x"])
+    assert read == [tmp_path]
 
 
 def test_a_hugging_face_folder_that_is_given_as_a_checkpoint_is_told(tmp_path):

@@ -54,7 +54,7 @@ def table_of(argv: Sequence[str]) -> dict[str, Any]:
 
 def config_file(argv: Sequence[str]) -> str | None:
     """The job file that the options name, the last one of several."""
-    return _last(split_options(argv), COMMAND_LINE_ONLY)
+    return last_value(split_options(argv), COMMAND_LINE_ONLY)
 
 
 def parse_over(
@@ -65,7 +65,7 @@ def parse_over(
 ) -> JobConfig:
     """As `parse`, with the tables of the file in hand."""
     groups, file = split_options(argv), config_file(argv)
-    name = _last(groups, "model.name") or _named_in(table) or Model.name
+    name = last_value(groups, "model.name") or _named_in(table) or Model.name
     if name not in config_classes:
         raise ConfigError(f"model.name = {name!r} is not an experiment{did_you_mean(name, config_classes)}")
     try:
@@ -217,6 +217,13 @@ def split_options(argv: Sequence[str]) -> list[list[str]]:
     return groups
 
 
+def last_value(groups: Iterable[Sequence[str]], option: str) -> str | None:
+    """The value of the last `--option value` among what `split_options` gives, or None."""
+    return next(
+        (group[-1] for group in reversed(list(groups)) if _name(group) == option and len(group) > 1), None
+    )
+
+
 def check_spelling(group: Sequence[str], known: Mapping[str, Any]) -> None:
     """An option that exists, with as many values as it takes. (What the values are is tyro's to judge.)"""
     if group[0] in FLAGS:
@@ -269,13 +276,6 @@ def _spellings(known: Mapping[str, Any]) -> dict[str, str]:
 
 def _name(group: Sequence[str]) -> str:
     return group[0].removeprefix("--").replace("-", "_")
-
-
-def _last(groups: Iterable[Sequence[str]], option: str) -> str | None:
-    """The value of the last `--option value`, or None."""
-    return next(
-        (group[-1] for group in reversed(list(groups)) if _name(group) == option and len(group) > 1), None
-    )
 
 
 def _section(table: Mapping[str, Any], name: str) -> Mapping[str, Any]:
