@@ -20,16 +20,14 @@ ACROSS = 3  # panels of swept options beside each other
 BEST = {"marker": "*", "s": 260, "facecolor": "gold", "edgecolor": "black", "zorder": 5}
 
 
-def draw(results: Results, folder: Path) -> Path | None:
-    """Returns the picture's path, or None where no run has a figure yet."""
+def draw(results: Results, folder: Path) -> Path:
+    """Of the runs that have figures, at least one. Returns the picture's path."""
     import matplotlib  # 0.5 s, and only a sweep's end needs it
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     drawn = [run for run in results.runs if run.record.history]
-    if not drawn:
-        return None
     swept = [key for key in results.keys if key != SEED and _differs(key, drawn)] or list(results.keys)
     figures = list(dict.fromkeys([LOSS, results.metric]))
     rows = 1 + math.ceil(len(swept) / ACROSS)
