@@ -2,6 +2,7 @@
 
 import functools
 import io
+import json
 import math
 import tarfile
 from collections.abc import Iterable
@@ -31,6 +32,11 @@ def encoded(image: Image.Image | np.ndarray, format: str = "JPEG", **options) ->
 
 def jpeg(height: int = 40, width: int = 60, seed: int = 0) -> bytes:
     return encoded(noise(height, width, seed=seed))
+
+
+def write_jsonl(path: Path, records: Iterable[dict]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
 
 
 def write_tar(

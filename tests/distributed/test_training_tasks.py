@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from experiments.vlm.evaluate.tasks import TASKS
 from tests.distributed.table import layout
 from tests.reference.small_run import CPU, SMALL, job_of
+from tests.samples import write_jsonl
 from tests.tiny_data import Characters
 from tests.unit.test_evaluate import write
 from torchtitan.build import build
@@ -76,7 +77,7 @@ def alone(pool, tmp_path_factory):
         record["question"] *= min(
             times, 4
         )  # some end in the second half of the width that they are padded to
-    five.write_text("".join(json.dumps(record) + "\n" for record in records))
+    write_jsonl(five, records)
     one.write_text(five.read_text().splitlines()[0] + "\n")
     tasks, found = [f"vqa={five}", f"multiple_choice={five}", f"anls={one}"], {}
 

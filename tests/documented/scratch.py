@@ -7,7 +7,7 @@ import pyarrow
 from pyarrow import parquet
 
 from tests.documented.pages import REPOSITORY
-from tests.samples import jpeg
+from tests.samples import jpeg, write_jsonl
 
 BEFORE = """
 ./run_train.sh
@@ -24,7 +24,7 @@ def repository(folder: Path) -> Path:
             (folder / path.name).symlink_to(path)
     for number, name in enumerate(("picture.jpg", "a.jpg", "b.png")):
         (folder / name).write_bytes(jpeg(64, 96, seed=number))
-    write_lines(folder / "questions.jsonl", [{"prompt": "What is it?", "images": ["a.jpg"]}])
+    write_jsonl(folder / "questions.jsonl", [{"prompt": "What is it?", "images": ["a.jpg"]}])
     task = {
         "question": "What is it?",
         "image": "a.jpg",
@@ -32,15 +32,10 @@ def repository(folder: Path) -> Path:
         "choices": ["A heron.", "A boat."],
     }
     for name in ("ai2d.jsonl", "heldout.jsonl", "coco.jsonl"):
-        write_lines(folder / name, [task])
+        write_jsonl(folder / name, [task])
     parquet.write_table(pyarrow.Table.from_pylist([task]), folder / "textvqa.parquet")
     (folder / "images").mkdir()
     (folder / "images" / "1.jpg").write_bytes(jpeg(64, 96))
     said = [{"from": "human", "value": "<image>What is it?"}, {"from": "gpt", "value": "A heron."}]
     (folder / "llava.json").write_text(json.dumps([{"image": "1.jpg", "conversations": said}]))
     return folder
-
-
-def write_lines(path: Path, records: list) -> None:
-    """JSON lines."""
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))

@@ -113,11 +113,6 @@ def write_tsv(path: Path, pairs: Iterable[tuple[str, str]]) -> Path:
     return path
 
 
-def write_jsonl(path: Path, records: Iterable[dict]) -> Path:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
-
-
 def samples(out: Path) -> dict[str, dict[str, bytes]]:
     """key -> extension -> bytes, of all shards, in order."""
     found: dict[str, dict[str, bytes]] = {}

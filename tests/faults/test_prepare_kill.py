@@ -14,7 +14,8 @@ import psutil
 import pytest
 
 from tests.faults.hostile_server import HostileServer
-from tests.faults.prepared import QUICK_OPTIONS, bytes_of, command, run, samples, write_jsonl, written
+from tests.faults.prepared import QUICK_OPTIONS, bytes_of, command, run, samples, written
+from tests.samples import write_jsonl
 
 KILLS = 10
 

@@ -8,7 +8,8 @@ import pytest
 
 from tests.faults.hostile_server import HostileServer
 from tests.faults.prepared import QUICK, QUICK_OPTIONS, bytes_of, command, run
-from tests.faults.test_prepare_kill import deliveries, documents, wait_until, write_jsonl
+from tests.faults.test_prepare_kill import deliveries, documents, wait_until
+from tests.samples import write_jsonl
 
 RECORDS = ("--records_per_shard", "15")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

@@ -28,10 +28,10 @@ from tests.faults.prepared import (
     rejects,
     run,
     samples,
-    write_jsonl,
     write_tsv,
     written,
 )
+from tests.samples import write_jsonl
 from torchtitan.config.errors import ConfigError
 
 GOOD = {

@@ -11,6 +11,7 @@ import pytest
 from experiments.commands import main
 from experiments.commands.compare_runs import OCCUPANCY
 from experiments.vlm.data.batch_metrics import BATCH_METRICS
+from tests.samples import write_jsonl
 from torchtitan.compare.charts import MOST_POINTS, charts, group_of
 from torchtitan.compare.runs import Named, differing, read_runs, short_names
 from torchtitan.components.run_record import RunRecord, is_better, lower_is_better, place_of_best, read_run
@@ -32,7 +33,7 @@ weight = {weight}
 def write_run(folder: Path, records: list[dict], lr: float = 0.1, weight: float = 1.0) -> Path:
     folder.mkdir(parents=True)
     (folder / "config.toml").write_text(CONFIG.format(folder=folder, lr=lr, weight=weight))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    write_jsonl(folder / "metrics.jsonl", records)
     return folder
 
 

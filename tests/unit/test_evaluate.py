@@ -17,7 +17,7 @@ from experiments.vlm.evaluate.evaluation import Evaluation, evaluate
 from experiments.vlm.evaluate.questions import Questions
 from experiments.vlm.evaluate.tasks import TASKS, right_choice
 from experiments.vlm.generate.answering import Answering
-from tests.samples import write_tar
+from tests.samples import write_jsonl, write_tar
 from tests.unit.test_generate import engine, picture, prompter
 from tests.unit.test_likelihood import brute
 from torchtitan.config.errors import ConfigError, UserError
@@ -69,7 +69,7 @@ def write(folder, kind: str) -> str:
         (folder / f"{number}.png").write_bytes(image)
     path = folder / f"asked.{kind}"
     if kind == "jsonl":
-        path.write_text("".join(json.dumps(record) + "\n" for record in records()))
+        write_jsonl(path, records())
     elif kind == "parquet":
         held = [
             {**record, "image": {"bytes": image, "path": None}}
@@ -202,7 +202,7 @@ def test_perplexity_is_that_of_the_targets_of_training(tmp_path):
         {"texts": ["three"], "images": [None]},
     ]
     (tmp_path / "0.png").write_bytes(picture(20, 12).data)
-    path.write_text("".join(json.dumps(document) + "\n" for document in documents))
+    write_jsonl(path, documents)
     told = run(tmp_path, str(path), ["perplexity"])["tasks"]["perplexity"]["metrics"]["perplexity"]
     questions = Questions(str(path), Data(cache_folder=str(tmp_path / "cache")), documents=True)
     logprobs = []

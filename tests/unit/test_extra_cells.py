@@ -3,10 +3,8 @@ images to the batch.
 """
 
 import dataclasses
-import io
 from typing import Any
 
-import PIL.Image
 import pytest
 import torch
 from einops import rearrange
@@ -22,6 +20,7 @@ from experiments.vlm.model.flavors import ENCODERS
 from experiments.vlm.model.vlm import VLM
 from tests.reference.batches import Picture, Sizes, build_batch, draw_picture, words
 from tests.reference.models import QWEN3, randomise
+from tests.samples import encoded
 from tests.tiny_data import Characters
 from tests.unit.test_towers import image_of, ours_of, theirs_and_config
 from torchtitan.components.lora import adapt
@@ -119,10 +118,7 @@ def test_a_class_token_that_is_kept_is_the_first_visual_token_of_its_image():
 
 
 def png(picture: Picture) -> bytes:
-    pixels = rearrange(picture.patches, "h w (p q c) -> (h p) (w q) c", p=4, q=4).numpy()
-    file = io.BytesIO()
-    PIL.Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
+    return encoded(rearrange(picture.patches, "h w (p q c) -> (h p) (w q) c", p=4, q=4).numpy(), "PNG")
 
 
 def test_what_lies_behind_the_feature_gets_no_adapters():

@@ -16,7 +16,7 @@ from experiments.vlm.data.formats.image_values import plain_value
 from experiments.vlm.data.formats.record_shard import ImageFolder
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.sources.shards import open_shard
-from tests.samples import jpeg
+from tests.samples import jpeg, write_jsonl
 
 TELLING = [
     "<image>",
@@ -121,7 +121,7 @@ def test_captions_stand_in_record_files_too(tmp_path, name, lines):
         {"image": "a.jpg", "caption": " "},
     ]
     if lines is None:
-        (tmp_path / name).write_text("".join(json.dumps(record) + "\n" for record in records))
+        write_jsonl(tmp_path / name, records)
     else:
         columns = lines.split()
         (tmp_path / name).write_text(

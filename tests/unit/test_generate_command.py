@@ -7,7 +7,7 @@ import pytest
 
 from experiments.__main__ import main as train
 from experiments.commands import main
-from tests.samples import jpeg
+from tests.samples import jpeg, write_jsonl
 
 SMALL = [
     "--training.dataset", "cc12m", "--training.dataset_path", "embedded:captions/train",
@@ -49,7 +49,7 @@ def test_a_file_is_answered_as_each_line_alone_and_gone_on_with(run, capsys):
         {"id": "gone", "images": ["c.jpg"]},
         {"prompt": "no image"},
     ]
-    (run / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in asked))
+    write_jsonl(run / "in.jsonl", asked)
     out = run / "out.jsonl"
     command = [
         "--input",
@@ -112,7 +112,7 @@ def test_an_exported_folder_answers_as_its_checkpoint_does(run, tmp_path, capsys
 
 def test_an_evaluation_tells_its_scores(run, capsys):
     records = [{"image": name, "question": "What?", "answers": ["none"]} for name in ("a.jpg", "b.jpg")]
-    (run / "asked.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    write_jsonl(run / "asked.jsonl", records)
     command = ["evaluate", "--job.dump_folder", str(run), "--task", f"exact_match={run / 'asked.jsonl'}"]
     assert main([*command, "--out", str(run / "scores")]) == 0
     told = capsys.readouterr().out

@@ -1,7 +1,5 @@
 """Answers written greedily are exact on the very samples where teacher forcing says so."""
 
-import io
-
 import pytest
 from PIL import Image
 
@@ -9,7 +7,7 @@ from benchmarks.greedy import Forced, compare, generated, teacher_forced
 from experiments.__main__ import main as train
 from experiments.commands import main
 from experiments.notebook import load_job
-from tests.samples import write_tar
+from tests.samples import encoded, write_tar
 from torchtitan.config.errors import UserError
 
 COLOURS = ["red", "lime", "blue", "black", "white"]
@@ -28,9 +26,8 @@ SMALL = [
 def test_what_is_written_is_exact_where_teacher_forcing_is(tmp_path):
     members = []
     for number, (colour, words) in enumerate(zip(SHOWN, WORDS, strict=True)):
-        file = io.BytesIO()
-        Image.new("RGB", (32, 32), colour).save(file, "PNG")
-        members += [(f"k{number}.png", file.getvalue()), (f"k{number}.txt", words.encode())]
+        picture = encoded(Image.new("RGB", (32, 32), colour), "PNG")
+        members += [(f"k{number}.png", picture), (f"k{number}.txt", words.encode())]
     shard, run = tmp_path / "shard.tar", tmp_path / "run"
     write_tar(shard, members)
     sources = [f"--{part}.sources.0.path={shard}" for part in ("data", "validation")]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from experiments.commands import main
+from tests.samples import write_jsonl
 from tests.unit.test_generate import picture
 from tests.unit.test_generate_command import run  # noqa: F401
 
@@ -100,7 +101,7 @@ def write(folder: Path, name: str, answers: list[str]) -> None:
         for number, answer in enumerate(answers)
     ]
     (folder / f"{name}.json").write_text(json.dumps(records))
-    (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    write_jsonl(folder / f"{name}.jsonl", records)
 
 
 def evaluated(folder: Path, run: Path, out: str, *tasks: str) -> dict:  # noqa: F811

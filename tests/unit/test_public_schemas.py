@@ -13,7 +13,7 @@ import pytest
 from experiments.vlm.config import Columns, Source
 from experiments.vlm.data.formats import FORMATS, RECORD_FORMATS
 from experiments.vlm.data.loader import Loader
-from tests.samples import encoded, jpeg, noise, write_tar
+from tests.samples import encoded, jpeg, noise, write_jsonl, write_tar
 from tests.tiny_data import Characters, make_job
 from torchtitan.config.errors import DataError
 
@@ -28,10 +28,6 @@ def picture(number: int) -> dict:
 
 def parquet(path: Path, columns: dict[str, pa.DataType], records: list[dict]) -> None:
     pq.write_table(pa.Table.from_pylist(records, pa.schema(list(columns.items()))), path / "train.parquet")
-
-
-def lines(path: Path, records: list[dict]) -> None:
-    (path / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def turns(bird: str, **more) -> list[dict]:
@@ -161,8 +157,8 @@ def mmc4_record(bird: str, **image) -> dict:
 
 
 def mmc4_by_address(path: Path, url: str) -> None:
-    lines(
-        path,
+    write_jsonl(
+        path / "train.jsonl",
         [mmc4_record(bird, image_name=f"b{n}.jpg", raw_url=f"{url}/{n}.jpg") for n, bird in enumerate(BIRDS)],
     )
 
@@ -170,8 +166,8 @@ def mmc4_by_address(path: Path, url: str) -> None:
 def mmc4_beside(path: Path, url: str) -> None:
     for n in range(3):
         (path / f"b{n}.jpg").write_bytes(picture(n)["bytes"])
-    lines(
-        path,
+    write_jsonl(
+        path / "train.jsonl",
         [
             mmc4_record(bird, image_name=f"b{n}.jpg", raw_url=f"{url}/gone.jpg")
             for n, bird in enumerate(BIRDS)

@@ -15,7 +15,7 @@ from experiments.vlm.data.document import Image, Text
 from experiments.vlm.data.formats import row_groups
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.sources.shards import open_shard
-from tests.samples import jpeg, write_tar
+from tests.samples import jpeg, write_jsonl, write_tar
 
 RECORDS = [
     {"texts": ["one", None, f"two {n}"], "images": [None, {"bytes": jpeg(20 + n, 30), "path": None}, None]}
@@ -75,8 +75,7 @@ def open_records(path, format="obelics"):
 
 
 def open_lines(tmp_path, *records, format="obelics"):
-    (tmp_path / "x.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    return open_records(tmp_path / "x.jsonl", format)
+    return open_records(write_jsonl(tmp_path / "x.jsonl", records), format)
 
 
 def reason(shard, index):

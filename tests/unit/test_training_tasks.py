@@ -20,7 +20,7 @@ from experiments.vlm.evaluate.exhibits import exhibit
 from experiments.vlm.evaluate.tasks import Question
 from experiments.vlm.evaluate.training_tasks import TrainingTasks, open_tasks
 from experiments.vlm.generate import layout
-from tests.samples import jpeg
+from tests.samples import jpeg, write_jsonl
 from tests.unit.test_evaluate import write
 from tests.unit.test_generate import TOKENIZER, picture, vlm
 from tests.unit.test_generate_command import SMALL
@@ -50,8 +50,7 @@ def runs(tmp_path_factory):
         {"image": f"{number}.jpg", "question": f"What is {number}?", "answers": ["a"], "choices": ["a", "b"]}
         for number in range(5)
     ]
-    path = folder / "asked.jsonl"
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    path = write_jsonl(folder / "asked.jsonl", records)
     tasks = ["--validation.tasks", f"vqa={path}", f"multiple_choice={path}", "--validation.task_freq", "1"]
     saved = ["--checkpoint.enable", "--checkpoint.interval", "1", "--metrics.enable_tensorboard"]
     assert run(folder / "with", *tasks, *saved) == 0
