@@ -51,13 +51,13 @@ def documents() -> list:
     ]
 
 
-def as_transformers(document, extra: int) -> dict:
+def as_transformers(document) -> dict:
     images, ids = [], []
     for part in document:
         if isinstance(part, Picture):
             pixels = rearrange(part.patches, "h w (p q c) -> (h p) (w q) c", p=4, c=3) / 255
             images.append(((pixels - MEAN) / DEVIATION).permute(2, 0, 1))
-            ids += [IMAGE_ID] * (16 + extra)
+            ids += [IMAGE_ID] * 16
         else:
             ids += part
     return {"input_ids": torch.tensor([ids])} | ({"pixel_values": torch.stack(images)} if images else {})
@@ -77,7 +77,7 @@ def test_documents_beside_each_other_have_the_logits_that_transformers_gives_eac
     batch, start = build_batch([documents()], sizes), 0
     logits = ours(**{name: value for name, value in batch.items() if name != "labels"})[0]
     for document in documents():
-        expected = theirs.eval()(**as_transformers(document, 0)).logits[0]
+        expected = theirs.eval()(**as_transformers(document)).logits[0]
         assert (logits[start : start + len(expected)] - expected).abs().max() < 1e-3
         start += len(expected)
 
