@@ -31,6 +31,13 @@ def draw_picture(height: int, width: int, patch_size: int, seed: int) -> Picture
     )
 
 
+def draw_pictures(rows: list[list[tuple[int, int]]]) -> list[list[Picture]]:
+    """One for each size in patches of 4 x 4 pixels."""
+    return [
+        [draw_picture(*size, 4, seed=100 * r + i) for i, size in enumerate(row)] for r, row in enumerate(rows)
+    ]
+
+
 def merge_order(height: int, width: int, merge: int) -> list[tuple[int, int]]:
     """(h, w) of an image's patches in the order of the contract: visual tokens in raster order, and inside
     each its patches.
@@ -91,6 +98,12 @@ def build_batch(slots: list[list[Document]], sizes: Sizes) -> dict[str, Tensor]:
             batch["labels"][b, span] = torch.tensor(targets)
             cursor = span.stop
     return batch
+
+
+def pack_pictures(rows: list[list[Picture]], sizes: Sizes) -> tuple[Tensor, Tensor]:
+    """One slot a row: pixels [N, L, C] and grid [N, L, 3]."""
+    batch = build_batch([[[picture] for picture in row] for row in rows], sizes)
+    return batch["pixel_values"], batch["grid_thw"]
 
 
 def _place(picture: Picture, b: int, used: list[int], batch: dict[str, Tensor], sizes: Sizes) -> list[int]:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from einops import rearrange
 
 import experiments.vlm.model.towers as towers
 from experiments.commands import main
@@ -16,7 +15,7 @@ from tests.reference.batches import draw_picture
 from tests.reference.hf_folders import WIDTHS, decoder_model, save, state_of
 from tests.reference.models import QWEN3
 from tests.unit.test_hf_import import job_of, load
-from tests.unit.test_towers import pack, taken_apart
+from tests.unit.test_towers import normalised_image, pack, taken_apart
 
 PAGE = Path(__file__).parents[2] / "docs/adding_a_tower.md"
 
@@ -44,9 +43,8 @@ def test_a_tower_of_one_file_and_one_line_is_read_run_and_written(added, tmp_pat
     ours = load(job_of(encoder_path=folders["encoder"], decoder_path=folders["decoder"])).encoder
     picture = draw_picture(8, 8, 4, 0)
     found = taken_apart(ours(*pack([[picture]], ours.config)), [[picture]], 0)[0]
-    image = rearrange(picture.patches, "h w (p q c) -> 1 c (h p) (w q)", p=4, q=4).float() / 255
-    mean, deviation = (torch.tensor(v).view(3, 1, 1) for v in (ours.config.mean, ours.config.deviation))
-    assert (found - theirs.eval()((image - mean) / deviation).last_hidden_state[0]).abs().max() < 1e-4
+    expected = theirs.eval()(normalised_image(picture, ours.config)).last_hidden_state[0]
+    assert (found - expected).abs().max() < 1e-4
     named = [word for part, folder in folders.items() for word in (f"--{part}", str(folder))]
     assert main(["from_hf", *named, "--out", str(tmp_path / "checkpoint")]) == 0
     back = ["--checkpoint", str(tmp_path / "checkpoint"), "--out", str(tmp_path / "back")]

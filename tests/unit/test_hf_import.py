@@ -11,10 +11,10 @@ from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.initial_weights import initial_weights
 from experiments.vlm.model.vlm import VLM
 from experiments.vlm.spec import build_vlm
-from tests.reference.batches import build_batch, example_slots
+from tests.reference.batches import build_batch, draw_pictures, example_slots
 from tests.reference.hf_folders import decoder_model, fixed_model, naflex_model, save, state_of, whole_model
 from tests.reference.models import LLAMA, QWEN2, QWEN3, VOCAB
-from tests.unit.test_vit import pack, pictures_of, raster
+from tests.unit.test_vit import ROWS, pack, raster
 from tests.unit.test_vlm import inputs_alone, sizes_of
 from torchtitan.components.weights import fill, shapes_of, to_empty
 from torchtitan.config.errors import ConfigError
@@ -91,7 +91,7 @@ def test_a_naflex_tower_computes_what_transformers_does_on_images_of_many_sizes(
 
     ours = load(job_of(encoder_path=folders["naflex"], decoder_path=folders["qwen3"])).encoder
     theirs = Siglip2VisionModel.from_pretrained(folders["naflex"], dtype="float32").eval()
-    rows = pictures_of(merge)
+    rows = draw_pictures(ROWS[merge])
     assert ours is not None
     found = raster(ours(*pack(rows, merge)), rows, merge)
     pictures = [picture for row in rows for picture in row]

@@ -20,7 +20,7 @@ from experiments.vlm.model.flavors import ENCODERS
 from experiments.vlm.model.towers import TOWERS, dinov3, read_encoder, tower_of, write_encoder
 from experiments.vlm.model.vit import VisionEncoder
 from experiments.vlm.processor import processor_config
-from tests.reference.batches import Picture, Sizes, build_batch, draw_picture, merge_order
+from tests.reference.batches import Picture, Sizes, draw_pictures, merge_order, pack_pictures
 from tests.reference.hf_folders import (
     aimv2_model,
     clip_model,
@@ -76,17 +76,9 @@ def ours_of(theirs: nn.Module, config: EncoderConfig, **feature) -> VisionEncode
     return ours
 
 
-def pictures_of(rows: list[list[tuple[int, int]]]) -> list[list[Picture]]:
-    return [
-        [draw_picture(*size, 4, seed=10 * r + i) for i, size in enumerate(row)] for r, row in enumerate(rows)
-    ]
-
-
-def pack(rows: list[list[Picture]], config: EncoderConfig, merge: int = 2) -> tuple[Tensor, Tensor]:
-    """Pixels [N, L, C] and grid [N, L, 3], with some padding at the end of every row."""
-    sizes = Sizes(seq_len=256, patches_per_row=180, merge=merge, extra=config.extra_cells)
-    batch = build_batch([[[picture] for picture in row] for row in rows], sizes)
-    return batch["pixel_values"], batch["grid_thw"]
+def pack(rows: list[list[Picture]], config: EncoderConfig) -> tuple[Tensor, Tensor]:
+    """With some padding at the end of every row."""
+    return pack_pictures(rows, Sizes(seq_len=256, patches_per_row=180, extra=config.extra_cells))
 
 
 def taken_apart(features: Tensor, rows: list[list[Picture]], extra: int) -> list[Tensor]:
@@ -103,19 +95,24 @@ def taken_apart(features: Tensor, rows: list[list[Picture]], extra: int) -> list
     return result
 
 
-def image_of(picture: Picture, config: EncoderConfig) -> Tensor:
-    """As their class takes it, [1, 3, H, W]; where it leaves a rest, with that."""
+def normalised_image(picture: Picture, config: EncoderConfig) -> Tensor:
+    """[1, 3, H, W]."""
     image = rearrange(picture.patches, "h w (p q c) -> 1 c (h p) (w q)", p=4, q=4).float() / 255
     mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (config.mean, config.deviation))
+    return (image - mean) / deviation
+
+
+def image_of(picture: Picture, config: EncoderConfig) -> Tensor:
+    """As their class takes it, [1, 3, H, W]; where it leaves a rest, with that."""
     edge = 2 if config.image_size and picture.size == (8, 8) else 0  # 34 pixels: two are not read
-    return F.pad((image - mean) / deviation, (0, edge, 0, edge), value=9.0)
+    return F.pad(normalised_image(picture, config), (0, edge, 0, edge), value=9.0)
 
 
 @pytest.mark.parametrize("name", PAIRS)
 @torch.no_grad()
 def test_every_layer_equals_transformers_class_token_and_registers_too(name):
     theirs, config = theirs_and_config(name)
-    rows, depths = pictures_of(PAIRS[name].rows), tuple(range(config.layers + 1))
+    rows, depths = draw_pictures(PAIRS[name].rows), tuple(range(config.layers + 1))
     ours = ours_of(theirs, config, feature_layers=depths, feature_norm=False, feature_extra=True)
     normed = ours_of(theirs, config, feature_layers=(-1,), feature_norm=True, feature_extra=True)
     batch = pack(rows, config)
@@ -133,7 +130,7 @@ def test_every_layer_equals_transformers_class_token_and_registers_too(name):
 def test_gradients_equal_transformers(name):
     theirs, config = theirs_and_config(name)
     ours = ours_of(theirs, config)
-    rows = pictures_of(PAIRS[name].rows)
+    rows = draw_pictures(PAIRS[name].rows)
     found = taken_apart(ours(*pack(rows, config)), rows, config.extra_cells)
     total, expected_total = torch.zeros(()), torch.zeros(())
     for number, picture in enumerate(picture for row in rows for picture in row):
@@ -162,16 +159,15 @@ def test_learned_positions_of_clip_are_resized_to_each_image_and_the_class_keeps
     """Their layers on what a convolution and PyTorch's own interpolation make of an image of any size."""
     theirs, config = theirs_and_config("clip")
     ours = ours_of(theirs, config, feature_extra=True)
-    rows = pictures_of(MIXED)
+    rows = draw_pictures(MIXED)
     found = taken_apart(ours(*pack(rows, config)), rows, 1)
     table = theirs.embeddings.position_embedding.weight
     for number, picture in enumerate(picture for row in rows for picture in row):
         square = rearrange(table[1:], "(h w) d -> 1 d h w", h=8)
         places = F.interpolate(square, picture.size, mode="bilinear", antialias=True)
         places = torch.cat([table[:1], rearrange(places, "1 d h w -> (h w) d")])
-        image = rearrange(picture.patches, "h w (p q c) -> 1 c (h p) (w q)", p=4, q=4).float() / 255
-        mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (config.mean, config.deviation))
-        patches = theirs.embeddings.patch_embedding((image - mean) / deviation).flatten(2).transpose(1, 2)
+        image = normalised_image(picture, config)
+        patches = theirs.embeddings.patch_embedding(image).flatten(2).transpose(1, 2)
         x = torch.cat([theirs.embeddings.class_embedding[None, None], patches], 1) + places
         x = theirs.pre_layrnorm(x)
         for layer in theirs.encoder.layers[:-1]:
@@ -259,7 +255,7 @@ def hf_config(config: EncoderConfig) -> Any:
 @torch.no_grad()
 def test_features_of_several_layers_lie_side_by_side_and_what_lies_behind_does_not_run():
     theirs, config = theirs_and_config("dinov3")
-    rows = pictures_of(MIXED)
+    rows = draw_pictures(MIXED)
     ours = ours_of(theirs, config, feature_layers=(2, -4), feature_norm=True)
     each = [ours_of(theirs, config, feature_layers=(depth,)) for depth in (2, 0)]
     batch = pack(rows, config)

@@ -12,9 +12,9 @@ from experiments.vlm.model.vit import VisionEncoder
 from tests.reference.batches import (
     Picture,
     Sizes,
-    build_batch,
-    draw_picture,
+    draw_pictures,
     merge_order,
+    pack_pictures,
     pad_for_transformers,
 )
 from tests.reference.hf_names import ENCODER_ROWS
@@ -33,11 +33,8 @@ ROWS = {
 
 
 def pack(rows: list[list[Picture]], merge: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """One slot a row: pixels [N, L, C] and grid [N, L, 3], with some padding at the end of every row."""
-    batch = build_batch(
-        [[[picture] for picture in row] for row in rows], Sizes(seq_len=128, patches_per_row=117, merge=merge)
-    )
-    return batch["pixel_values"], batch["grid_thw"]
+    """With some padding at the end of every row."""
+    return pack_pictures(rows, Sizes(seq_len=128, patches_per_row=117, merge=merge))
 
 
 def raster(features: torch.Tensor, rows: list[list[Picture]], merge: int) -> list[torch.Tensor]:
@@ -51,13 +48,6 @@ def raster(features: torch.Tensor, rows: list[list[Picture]], merge: int) -> lis
             result.append(features[row, start + order.argsort()])
             start += height * width
     return result
-
-
-def pictures_of(merge: int) -> list[list[Picture]]:
-    return [
-        [draw_picture(h, w, 4, seed=100 * r + i) for i, (h, w) in enumerate(row)]
-        for r, row in enumerate(ROWS[merge])
-    ]
 
 
 def pair(head: bool = False, **changes) -> tuple[VisionEncoder, torch.nn.Module]:
@@ -74,7 +64,7 @@ def pair(head: bool = False, **changes) -> tuple[VisionEncoder, torch.nn.Module]
 @pytest.mark.parametrize("merge", [1, 2, 3])
 def test_features_and_gradients_equal_transformers(merge):
     ours, theirs = pair()
-    rows = pictures_of(merge)
+    rows = draw_pictures(ROWS[merge])
     flat = [picture for row in rows for picture in row]
     features = raster(ours(*pack(rows, merge)), rows, merge)
     expected = theirs(**pad_for_transformers(flat)).last_hidden_state
@@ -99,7 +89,7 @@ def test_features_and_gradients_equal_transformers(merge):
 
 def test_one_layer_equals_transformers():
     ours, theirs = pair()
-    rows = pictures_of(2)
+    rows = draw_pictures(ROWS[2])
     _, grid_thw = pack(rows, 2)
     ids = image_ids(grid_thw)
     x = torch.randn(*ids.shape, ENCODER.dim, generator=torch.Generator().manual_seed(0))
@@ -137,7 +127,7 @@ def test_square_images_of_the_table_equal_the_fixed_size_model():
 
 def test_changing_one_image_changes_no_other_image():
     ours, _ = pair()
-    rows = pictures_of(2)
+    rows = draw_pictures(ROWS[2])
     pixels, grid_thw = pack(rows, 2)
     before = raster(ours(pixels, grid_thw), rows, 2)
     other = pixels.clone()
