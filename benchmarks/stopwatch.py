@@ -1,0 +1,86 @@
+"""How long each part of a step takes on the device, without making it wait: events between the parts, read
+once the step is over.
+
+An event lies where the residual stream, or its gradient in the backward pass, goes from one part to the next.
+What happens on the host alone is not seen.
+"""
+
+import time
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from torchtitan.components.loader import Tensors
+
+PARTS = ("copy", "encoder", "projector", "embeddings", "decoder", "output layer", "optimizer")
+
+
+class _Passing(torch.autograd.Function):
+    """The same tensor; its gradient ends a part."""
+
+    @staticmethod
+    def forward(ctx, x, watch, part):
+        ctx.watch, ctx.part = watch, part
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        ctx.watch.ends(ctx.part)
+        return gradient, None, None
+
+
+class Stopwatch:
+    """Of a whole model of experiments/vlm on one device. Blocks may be compiled, the step not be graphed."""
+
+    def __init__(self, model: nn.Module, device: torch.device):
+        self.device = device
+        self.events: list[tuple[str, torch.cuda.Event | float]] = []
+        encoder, decoder = model.encoder, model.decoder
+        layers = list(decoder.layers.values())
+        encoder.register_forward_pre_hook(lambda *_: self.ends("copy"))
+        self._after(encoder, "encoder", "projector")
+        self._after(model.projector, "projector", "embeddings")
+        layers[0].register_forward_pre_hook(
+            lambda _, inputs: (self._passing(inputs[0], "embeddings", "decoder"), *inputs[1:])
+        )
+        self._after(layers[-1], "decoder", "output layer")
+        decoder.register_forward_hook(lambda *_: self.ends("output layer"))
+
+    def _after(self, module: nn.Module, forward: str, backward: str) -> None:
+        module.register_forward_hook(lambda _, __, result: self._passing(result, forward, backward))
+
+    def _passing(self, x: Tensor, forward: str, backward: str) -> Tensor:
+        self.ends(forward)
+        return _Passing.apply(x, self, backward)
+
+    def start(self) -> None:
+        """Of a step; what was seen of the one before is forgotten."""
+        self.events = []
+        self.ends("")
+
+    def ends(self, part: str) -> None:
+        """What the device was given since the last call was of this part."""
+        if self.device.type != "cuda":
+            self.events.append((part, time.perf_counter()))
+            return
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self.events.append((part, event))
+
+    def between(self, microbatches: Iterable[Tensors]) -> Iterator[Tensors]:
+        """The same; the backward pass of each ends in the encoder."""
+        for tensors in microbatches:
+            yield tensors
+            self.ends("encoder")
+
+    def seconds(self) -> dict[str, float]:
+        """Of each part of the step since `start`. Waits for the device."""
+        found = dict.fromkeys(PARTS, 0.0)
+        for (_, before), (part, event) in zip(self.events, self.events[1:], strict=False):
+            if isinstance(event, float):
+                found[part] += event - before
+            else:
+                event.synchronize()
+                found[part] += before.elapsed_time(event) / 1000
+        return found
