@@ -6,6 +6,7 @@ import base64
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -41,6 +42,7 @@ class Characters:
     image_id: int = 259
     begin_image_id: int = 260
     end_image_id: int = 261
+    hidden: ClassVar[dict[int, str]] = {257: "</s>", 259: "<image>"}
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())

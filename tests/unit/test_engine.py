@@ -23,6 +23,7 @@ class Letters:
     """Token i is character i + 160; token 200 and up are the bytes of a longer one."""
 
     pad_id = 0
+    hidden: dict[int, str] = {}
 
     def decode(self, ids: list[int]) -> str:
         return "".join(chr(id + 160) for id in ids)
@@ -189,24 +190,39 @@ def test_ranks_that_share_a_model_make_the_same_calls():
     assert second.forward.shapes == first.forward.shapes and got.keys() == {0, 1, 2}
 
 
+class Pieces:
+    hidden = {9: "<|end|>", 8: "<|image|>"}
+
+    def decode(self, ids):
+        return "".join(("xa", "b", "cx", "yz", "a")[id] for id in ids)
+
+
+def given(text: AnswerText, ids) -> str:
+    said = ""
+    for id in ids:
+        said += text.add(id)
+        if text.stopped:
+            break
+    return said + text.finish()
+
+
 @pytest.mark.parametrize("stop", ["ab", "abc", "c", "xyz"])
 def test_a_stop_string_is_cut_exactly_wherever_tokens_meet(stop):
-    class Pieces:
-        def decode(self, ids):
-            return "".join(("xa", "b", "cx", "yz", "a")[id] for id in ids)
-
     for ids in ([0, 1, 2, 3], [4, 4, 1, 2, 3, 0], [0, 0, 1, 1], [2, 3, 2, 3]):
-        text, said = AnswerText(Pieces(), [stop]), ""
-        for id in ids:
-            said += text.add(id)
-            if text.stopped:
-                break
-        said += text.finish()
-        assert said == Pieces().decode(ids).split(stop)[0]
+        assert given(AnswerText(Pieces(), [stop]), ids) == Pieces().decode(ids).split(stop)[0]
+
+
+def test_special_tokens_are_not_shown_and_may_be_what_stops():
+    assert given(AnswerText(Pieces()), [8, 0, 9, 1, 8, 2]) == "xabcx"
+    assert given(AnswerText(Pieces(), ["ac"]), [0, 8, 2, 3]) == "x"  # what is shown decides
+    stopped = AnswerText(Pieces(), ["<|end|>", "ab"])
+    assert given(stopped, [8, 1, 0, 9, 3]) == "bxa" and stopped.stopped
 
 
 def test_no_half_character_is_given_out():
     class Bytes:
+        hidden = {}
+
         def decode(self, ids):
             return bytes(ids).decode(errors="replace")
 

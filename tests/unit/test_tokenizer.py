@@ -232,6 +232,8 @@ def test_markers_in_angle_bars_are_plain_text_but_plain_added_tokens_are_kept(tm
     ids = tokenizer.encode(text)
     assert [id for id in ids if id >= 960] == [967]
     assert tokenizer.decode(ids) == text
+    hidden = tokenizer.hidden.values()
+    assert "<think>" not in hidden and {"<|fim_prefix|>", "<|image_pad|>", "<|im_end|>"} <= {*hidden}
 
 
 def test_the_instruction_model_may_name_another_end_and_padding(tmp_path):

@@ -16,7 +16,7 @@ import base64
 import binascii
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
@@ -75,6 +75,7 @@ class Tokenizer(Protocol):
     image_id: int
     begin_image_id: int
     end_image_id: int
+    hidden: dict[int, str]  # special tokens, which an answer does not show, with their spelling
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text, no bos or eos.
@@ -128,8 +129,9 @@ class SpecialTokenizer:
         backend: "TiktokenBackend | TokenizersBackend",
         specials: dict[str, int],
         named: dict[str, str | None],
+        plain: Collection[int] = (),
     ):
-        """`specials`: spelling -> id as the file has them.
+        """`specials`: spelling -> id as the file has them, of which `plain` belong to text (<think>).
 
         `named`: role -> spelling, where the file says so; None where it says that there is none.
         """
@@ -154,6 +156,8 @@ class SpecialTokenizer:
             if spelling not in self.specials:
                 self.add(spelling)
         self.spellings = {id: spelling for spelling, id in reversed(self.specials.items())}
+        shown = set(plain) - taken
+        self.hidden = {id: spelling for id, spelling in self.spellings.items() if id not in shown}
         self.vocab_size = -(-self.rows // 64) * 64
 
     def add(self, spelling: str) -> int:
@@ -345,7 +349,9 @@ def load_tokenizers(file: Path) -> SpecialTokenizer:
         backend = TokenizersBackend(definition)
     except Exception as error:  # `tokenizers` raises Exception itself
         raise ConfigError(f"{file}: {error}") from None
-    return SpecialTokenizer(backend, {t["content"]: t["id"] for t in definition["added_tokens"]}, named)
+    added = definition["added_tokens"]
+    plain = [token["id"] for token in added if not is_special(token)]
+    return SpecialTokenizer(backend, {token["content"]: token["id"] for token in added}, named, plain)
 
 
 def read_json(file: Path, default: Any) -> Any:

@@ -8,9 +8,10 @@ UNFINISHED = "\ufffd"  # what a character decodes to of which bytes are still to
 
 
 class AnswerText:
-    """Gives text out once it is certain: no half characters, nothing of a stop string.
+    """Gives text out once it is certain: no half characters, nothing of a stop string, no special token.
 
-    `stopped` says that a stop string was met; the answer ends before it.
+    `stopped` says that a stop string was met; the answer ends before it. The spelling of a special token is
+    one where that token is met.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
@@ -22,6 +23,9 @@ class AnswerText:
 
     def add(self, id: int) -> str:
         """What is certain with one more token, beyond what was given before."""
+        if id in self.tokenizer.hidden:
+            self.stopped = self.tokenizer.hidden[id] in self.stops
+            return self._give(self.tokenizer.decode(self.ids)) if self.stopped else ""
         self.ids.append(id)
         text = self.tokenizer.decode(self.ids)
         found = [at for at in map(text.find, self.stops) if at >= 0]
