@@ -243,6 +243,8 @@ class Trainer:
             self.evaluator.judge(stopped=self.stopped_by is not None)
         except StopAsked:
             self.stopped_by = self.received_anywhere()
+            by = self.stopped_by.name if self.stopped_by else "a signal"
+            logger.info(f"stopped by {by} while the last step was evaluated; {self.saved()}")
 
     def save_in_hf(self) -> None:
         """The last checkpoint, which is complete, as a Hugging Face folder too."""

@@ -3,8 +3,9 @@
     python -m tests.faults.accident --job.config_file X ...
 
 KILL_AFTER=n in the environment: SIGKILL before step n + 1; the other ACCIDENTS likewise; FAIL_AFTER=n: an
-error then; AWAY_AFTER=n: the data are away then; WAIT_AFTER=n: they let a signal wait. ACCIDENT_RANK: the
-one rank that gets the signals; without it all do.
+error then; AWAY_AFTER=n: the data are away then; WAIT_AFTER=n: they let a signal wait. WAIT_IN_THE_END:
+SIGTERM comes while held-out data are waited for. ACCIDENT_RANK: the one rank that gets the signals; without
+it all do.
 """
 
 import os
@@ -19,6 +20,7 @@ from tests.reference.small_run import SMALL
 from torchtitan import train
 from torchtitan.config.errors import StorageError
 from torchtitan.config.parse import parse
+from torchtitan.evaluator import Evaluator
 from torchtitan.tools.logging import init_logger
 from torchtitan.tools.signals import StopAsked
 
@@ -45,11 +47,18 @@ class Trainer(train.Trainer):
         return super().train_step()
 
 
+def stopped_while_judging(self: Evaluator, stopped: bool) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    raise StopAsked
+
+
 def main(argv: list[str]) -> int:
     """Returns the exit code."""
     torch.set_num_threads(1)
     init_logger()
     train.Trainer = Trainer  # type: ignore[misc]
+    if "WAIT_IN_THE_END" in os.environ:
+        Evaluator.judge = stopped_while_judging  # type: ignore[method-assign]
     return in_one_line(lambda: train.main(parse(argv, {"vlm": VLMJobConfig}), SMALL))
 
 

@@ -74,6 +74,12 @@ def test_a_signal_while_the_data_are_away_saves_and_the_run_goes_on(straight, tm
     assert runs.losses(tmp_path) == runs.losses(straight)
 
 
+def test_a_signal_while_the_last_step_is_evaluated_is_told_in_a_line(tmp_path):
+    assert runs.train(tmp_path, "--training.steps", "2", WAIT_IN_THE_END="1") == 143, runs.log(tmp_path)
+    line = "stopped by SIGTERM while the last step was evaluated; the same command goes on"
+    assert line in runs.log(tmp_path).splitlines()[-1] and runs.checkpoints(tmp_path) == ["step-2"]
+
+
 def test_a_stopped_run_without_checkpoints_says_so(tmp_path):
     assert runs.train(tmp_path, "--checkpoint.no_enable", TERM_AFTER="3") == 128 + signal.SIGTERM, runs.log(
         tmp_path
