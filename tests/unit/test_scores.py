@@ -12,6 +12,9 @@ import pytest
 from experiments.vlm.evaluate.metrics import METRICS, TOKENIZED, bootstrap_interval, tokenize
 from experiments.vlm.evaluate.metrics.meteor import missing as missing_for_meteor
 from experiments.vlm.evaluate.metrics.mmmu import parse_choice, parse_open
+from experiments.vlm.evaluate.scoring import score as score_of
+from experiments.vlm.evaluate.scoring import summarise
+from experiments.vlm.evaluate.tasks import TASKS
 from torchtitan.config.errors import UserError
 
 PUBLISHED = json.loads((Path(__file__).parents[1] / "reference" / "published_scores.json").read_text("utf-8"))
@@ -232,9 +235,9 @@ def test_the_bootstrap_interval_is_that_of_the_normal_distribution_for_many_samp
     scores = np.random.default_rng(1).normal(3, 2, size=4000)
     interval = bootstrap_interval(scores)
     error = 1.96 * scores.std() / math.sqrt(len(scores))
-    assert interval.mean == pytest.approx(scores.mean())
-    assert interval.high - interval.mean == pytest.approx(error, rel=0.1)
-    assert interval.mean - interval.low == pytest.approx(error, rel=0.1)
+    assert interval.value == pytest.approx(scores.mean())
+    assert interval.high - interval.value == pytest.approx(error, rel=0.1)
+    assert interval.value - interval.low == pytest.approx(error, rel=0.1)
 
 
 def test_the_bootstrap_interval_depends_on_scores_and_seed_and_not_on_their_order():
@@ -250,3 +253,26 @@ def test_the_bootstrap_interval_widens_with_confidence():
     scores = [0.0, 1.0] * 20
     narrow, wide = bootstrap_interval(scores, confidence=0.5), bootstrap_interval(scores, confidence=0.99)
     assert wide.low < narrow.low < 0.5 < narrow.high < wide.high
+
+
+@pytest.mark.parametrize("metric", ["bleu_1", "bleu_2", "word_accuracy"])
+def test_the_interval_of_what_is_counted_over_all_samples_is_of_that_over_samples_drawn_anew(metric):
+    said = ["a b c d e f g h", "a cat", "one two"]
+    right = [["a b c x e f g h"], ["a dog sits"], ["one two"]]
+    score = METRICS[metric]
+    every = []  # of 27 draws of three samples, each as likely
+    for draw in itertools.product(range(3), repeat=3):
+        every.append(score([said[i] for i in draw], [right[i] for i in draw]).overall)
+    interval = bootstrap_interval(score(said, right), confidence=0.6, resamples=50_000)
+    assert interval.value == pytest.approx(score(said, right).overall)
+    low, high = np.quantile(every, [0.2, 0.8], method="inverted_cdf")
+    assert (interval.low, interval.high) == (pytest.approx(low), pytest.approx(high))
+    assert not math.isclose(interval.value, np.mean(score(said, right).per_sample), rel_tol=0.01)
+
+
+def test_the_interval_of_perplexity_is_of_that_of_all_tokens():
+    long, short = {"logprob": -100.0, "tokens": 100}, {"logprob": -10.0, "tokens": 1}
+    found, _ = score_of(TASKS["perplexity"], [], [long] * 30 + [short] * 10)
+    told = summarise(found)["perplexity"]
+    assert told["value"] == pytest.approx(math.exp(3100 / 3010))
+    assert math.e < told["low"] < told["value"] < told["high"] < 3.1  # the documents' mean is 5,509

@@ -1,9 +1,13 @@
 """From the lines of a task to figures: metrics with their intervals, and a score of each record."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from experiments.vlm.evaluate.metrics import METRICS, TOKENIZED, Score, bootstrap_interval, tokenize
+from experiments.vlm.evaluate.metrics.score import counted_score, mean_score
 from experiments.vlm.evaluate.tasks import Question, Task, metric_options, references, right_choice
 from torchtitan.config.errors import UserError
 
@@ -11,7 +15,10 @@ Line = dict[str, Any]
 
 
 def score(task: Task, questions: list[Question], lines: list[Line]) -> tuple[dict[str, Score], list[str]]:
-    """By metric; and what could not be counted, with the reason. Raises UserError."""
+    """By metric; and what could not be counted, with the reason. Raises UserError.
+
+    A record that could not be asked counts as one that was answered with nothing, a document as none.
+    """
     if task.way == "choose":
         return _choices(questions, lines), []
     if task.way == "read":
@@ -41,24 +48,31 @@ def _choices(questions: list[Question], lines: list[Line]) -> dict[str, Score]:
     for question, line in zip(questions, lines, strict=True):
         right, totals = right_choice(question), line["logprobs"]
         normed = [total / max(1, tokens) for total, tokens in zip(totals, line["tokens"], strict=True)]
-        whole.append(100.0 * (totals.index(max(totals)) == right))
-        by_token.append(100.0 * (normed.index(max(normed)) == right))
+        whole.append(100.0 * (bool(totals) and totals.index(max(totals)) == right))
+        by_token.append(100.0 * (bool(normed) and normed.index(max(normed)) == right))
     names = {"accuracy": whole, "accuracy_by_token": by_token}
-    return {name: Score(sum(scores) / len(scores), scores) for name, scores in names.items()}
+    return {name: mean_score(scores) for name, scores in names.items()}
 
 
 def _documents(lines: list[Line]) -> dict[str, Score]:
     """e to the mean negative log-probability of all tokens, and of each document's."""
-    total, tokens = sum(line["logprob"] for line in lines), sum(line["tokens"] for line in lines)
-    each = [math.exp(-line["logprob"] / max(1, line["tokens"])) for line in lines]
-    return {"perplexity": Score(math.exp(-total / max(1, tokens)), each)}
+    asked = ["error" not in line for line in lines]
+    counts = np.array([(line["logprob"], line["tokens"]) for line in lines])
+    found = counted_score(counts[asked], _perplexity)
+    each = np.where(asked, _perplexity(counts), math.nan)
+    return {"perplexity": replace(found, per_sample=each.tolist())}
+
+
+def _perplexity(counts: np.ndarray) -> np.ndarray:
+    """counts: [..., 2], log-probability and tokens."""
+    return np.exp(-counts[..., 0] / np.maximum(1, counts[..., 1]))
 
 
 def summarise(scores: dict[str, Score]) -> dict[str, Any]:
     """For a summary: each figure, its 95 % interval and the number of records."""
     told = {}
     for name, found in scores.items():
-        interval = bootstrap_interval(found.per_sample)
+        interval = bootstrap_interval(found)
         told[name] = {"value": found.overall, "low": interval.low, "high": interval.high}
-        told[name]["records"] = len(found.per_sample)
+        told[name]["records"] = sum(not math.isnan(one) for one in found.per_sample)
     return told

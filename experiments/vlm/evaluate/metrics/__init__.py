@@ -1,6 +1,6 @@
 """Metrics as functions of (predictions, references, options), each giving a Score: see docs/metrics.md.
 
-score        what they return, and bootstrap_interval of the samples' scores
+score        what they return, and bootstrap_interval of it
 captions     BLEU, ROUGE-L, CIDEr-D; meteor: METEOR, by Java
 ptb_tokens   the tokens that these compare, by the rules of ptb_rules
 answers      exact match, ANLS, relaxed accuracy, VQA accuracy, words read right

@@ -7,7 +7,9 @@ All give percent, the best over the references of a sample, and take text as it 
 import re
 from collections.abc import Sequence
 
-from experiments.vlm.evaluate.metrics.score import References, Score, mean_score, pairs
+import numpy as np
+
+from experiments.vlm.evaluate.metrics.score import References, Score, counted_score, mean_score, pairs
 
 
 def exact_match(predictions: Sequence[str], references: References, *, case_sensitive: bool = True) -> Score:
@@ -58,13 +60,16 @@ def word_accuracy(predictions: Sequence[str], references: References) -> Score:
     A word that is wrong, missing or too many is one error. `overall` counts the words of all samples
     together; a sample below 0 has 0. Of several references the one with the best score counts.
     """
-    errors, words, per_sample = 0, 0, []
+    counts = []
     for answer, texts in pairs("word_accuracy", predictions, references):
         counted = [(_edit_distance(answer.split(), text.split()), len(text.split())) for text in texts]
-        wrong, length = min(counted, key=lambda found: found[0] / max(1, found[1]))
-        errors, words = errors + wrong, words + length
-        per_sample.append(100.0 * max(0.0, 1 - wrong / max(1, length)))
-    return Score(100.0 * max(0.0, 1 - errors / max(1, words)), per_sample)
+        counts.append(min(counted, key=lambda found: found[0] / max(1, found[1])))
+    return counted_score(np.array(counts), _share_without_errors)
+
+
+def _share_without_errors(counts: np.ndarray) -> np.ndarray:
+    """Percent. counts: [..., 2], errors and words."""
+    return 100.0 * np.maximum(0, 1 - counts[..., 0] / np.maximum(1, counts[..., 1]))
 
 
 def _edit_distance(left: Sequence[str], right: Sequence[str]) -> int:

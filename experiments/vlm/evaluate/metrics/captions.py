@@ -7,10 +7,11 @@ All take tokenised sentences (ptb_tokens.tokenize) and give fractions, as those 
 import math
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
-from experiments.vlm.evaluate.metrics.score import References, Score, mean_score, pairs
+from experiments.vlm.evaluate.metrics.score import References, Score, counted_score, mean_score, pairs
 
 Ngram = tuple[str, ...]
 
@@ -28,7 +29,7 @@ def bleu(predictions: Sequence[str], references: References, n: int = 4) -> Scor
     A count of zero is 1e-15, so a sample without common n-grams has a tiny score, not none.
     """
     counts = np.array([_bleu_counts(*pair, n) for pair in pairs(f"bleu_{n}", predictions, references)])
-    return Score(_bleu(counts.sum(0), n), [_bleu(sample, n) for sample in counts])
+    return counted_score(counts, partial(_bleu, n=n))
 
 
 def _bleu_counts(prediction: str, references: list[str], n: int) -> list[int]:
@@ -44,12 +45,14 @@ def _bleu_counts(prediction: str, references: list[str], n: int) -> list[int]:
     return [length, closest, *(max(0, length - size) for size in range(n)), *found]
 
 
-def _bleu(counts: np.ndarray, n: int) -> float:
+def _bleu(counts: np.ndarray, n: int) -> np.ndarray:
+    """counts: [..., 2 + 2n]."""
     small, tiny = 1e-9, 1e-15  # against division by zero
-    (length, closest), there, found = counts[:2], counts[2 : 2 + n], counts[2 + n :]
-    score = math.prod((found + tiny) / (there + small)) ** (1 / n)
+    length, closest = counts[..., 0], counts[..., 1]
+    there, found = counts[..., 2 : 2 + n], counts[..., 2 + n :]
+    score = ((found + tiny) / (there + small)).prod(-1) ** (1 / n)
     ratio = (length + tiny) / (closest + small)
-    return float(score if ratio >= 1 else score * math.exp(1 - 1 / ratio))
+    return score * np.exp(np.minimum(0, 1 - 1 / ratio))
 
 
 def rouge_l(predictions: Sequence[str], references: References) -> Score:
