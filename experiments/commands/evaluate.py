@@ -7,6 +7,7 @@ A record is {"question", "image" or "images", "answers", "choices"} in JSONL, pa
 --out gets a line for each record, summary.json with 95 % intervals and the versions of everything, and a page
 of pictures with questions, answers and scores. A run that was cut goes on; one that is done is told again.
 A file may be embedded:WORLD/SPLIT.
+A record with an image that cannot be read counts as answered with nothing; the summary says how many are.
 Several processes share the records:
 
     python -m torchtitan.launch --processes 2 experiments.commands evaluate ...
@@ -22,10 +23,12 @@ import tyro
 
 from experiments.commands.generate import ModelOptions, model_job, open_model, template_of
 from experiments.vlm.check import check_path
+from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.evaluate import tasks
 from torchtitan.config.check import check_options
 from torchtitan.config.errors import require
 from torchtitan.tools.disk import require_writable
+from torchtitan.tools.lock import locked
 from torchtitan.tools.logging import init_logger, logger
 
 
@@ -51,8 +54,18 @@ def main(argv: Sequence[str]) -> int:
         print((tasks.__doc__ or "").strip())
         return 0
     check_options(options, {"sequences": ">= 1", "page_limit": ">= 0"})
-    asked = asked_tasks(options)
-    # Only now, since they import torch.
+    asked, out = asked_tasks(options), Path(options.out)
+    busy = f"--out {out}: another evaluation is writing there; wait for it, or give another folder"
+    with locked(out / "lock", busy):
+        summary = answer(options, job, asked)
+    if summary:
+        logger.info(table(summary))
+        logger.info(f"{out / 'summary.json'}, and a page of each task beside it")
+    return 0
+
+
+def answer(options: Options, job: VLMJobConfig, asked: list[tasks.Asked]) -> dict[str, Any]:
+    """The summary, on the first rank. Raises UserError. Imports torch."""
     from experiments.vlm.data.controls import CONTROLS
     from experiments.vlm.evaluate.evaluation import Evaluation, evaluate
     from torchtitan.distributed.process_group import close_process_group
@@ -61,6 +74,7 @@ def main(argv: Sequence[str]) -> int:
     answering = open_model(options, job, options.sequences, most)
     template = template_of(options, job) or None
     about = {"model": job.checkpoint.initial_load_path, "chat_template": template} | versions()
+    controls = ("", *(CONTROLS if options.controls else ()))
     try:
         evaluations = [
             Evaluation(
@@ -73,15 +87,11 @@ def main(argv: Sequence[str]) -> int:
                 control,
             )
             for label, name, path in asked
-            for control in ("", *(CONTROLS if options.controls else ()))
+            for control in controls
         ]
-        summary = evaluate(evaluations, out, about, options.page_limit)
+        return evaluate(evaluations, out, about, options.page_limit)
     finally:
         close_process_group()
-    if summary:
-        logger.info(table(summary))
-        logger.info(f"{out / 'summary.json'}, and a page of each task beside it")
-    return 0
 
 
 def asked_tasks(options: Options) -> list[tasks.Asked]:
@@ -118,4 +128,8 @@ def table(summary: dict[str, Any]) -> str:
                 f"{task:24} {metric:22} {figure['value']:9.2f}   {interval:15} {figure['records']:7}"
             )
         lines += [f"{task:24} left out: {reason}" for reason in told["left_out"]]
+        if lost := told.get("not_asked"):
+            lines.append(
+                f"{task:24} not asked: {lost['records']} records, the first of them {lost['first'][0]}"
+            )
     return "\n".join(lines)

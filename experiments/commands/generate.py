@@ -31,6 +31,7 @@ from torchtitan.config.errors import require
 from torchtitan.config.parse import parse_script
 from torchtitan.generation.options import Sampling
 from torchtitan.tools.disk import write_whole
+from torchtitan.tools.lock import locked
 from torchtitan.tools.logging import init_logger
 
 
@@ -119,27 +120,44 @@ def main(argv: Sequence[str]) -> int:
     init_logger(sys.stderr)
     options, job = model_job(argv, Options, __doc__ or "")
     check(options)
-    if options.input:
+    if not options.input:
+        answer_prompt(options, job)
+        return 0
+    busy = f"--out {options.out}: somebody is writing answers there; wait for it, or give another file"
+    with locked(Path(options.out), busy):
         require_same_options(options, job.job.dump_folder)
-    # Only now, since they import torch.
+        answer_records(options, job)
+    return 0
+
+
+def answer_prompt(options: Options, job: VLMJobConfig) -> None:
+    """To standard output. Raises UserError. Imports torch, as the next does."""
     from experiments.vlm.data.document import Picture
-    from experiments.vlm.data.formats.record_shard import ImageValues, folder_of
-    from experiments.vlm.generate.answer import AnswerFile, answer_file, answer_one
+    from experiments.vlm.generate.answer import answer_one
     from torchtitan.distributed.process_group import close_process_group
 
-    answering = open_model(options, job, options.sequences if options.input else 1, options.max_tokens)
+    answering = open_model(options, job, 1, options.max_tokens)
     try:
-        if options.input:
-            keep_options(options, job.job.dump_folder, answering.mesh.leads)
-            out = AnswerFile(Path(options.out), answering.mesh.leads, options.samples)
-            images = ImageValues(folder_of(options.input), job.data)
-            answer_file(answering, Path(options.input), out, images, options.ask)
-        else:
-            pictures = [Picture(Path(path).read_bytes(), path) for path in options.image]
-            answer_one(answering, [*pictures, *filter(None, [options.prompt])], options.ask)
+        pictures = [Picture(Path(path).read_bytes(), path) for path in options.image]
+        answer_one(answering, [*pictures, *filter(None, [options.prompt])], options.ask)
     finally:
         close_process_group()
-    return 0
+
+
+def answer_records(options: Options, job: VLMJobConfig) -> None:
+    """Those of --input, to --out. Raises UserError."""
+    from experiments.vlm.data.formats.record_shard import ImageValues, folder_of
+    from experiments.vlm.generate.answer import AnswerFile, answer_file
+    from torchtitan.distributed.process_group import close_process_group
+
+    answering = open_model(options, job, options.sequences, options.max_tokens)
+    try:
+        keep_options(options, job.job.dump_folder, answering.mesh.leads)
+        out = AnswerFile(Path(options.out), answering.mesh.leads, options.samples)
+        images = ImageValues(folder_of(options.input), job.data)
+        answer_file(answering, Path(options.input), out, images, options.ask)
+    finally:
+        close_process_group()
 
 
 def asked_with(options: Options, folder: str) -> dict[str, Any]:

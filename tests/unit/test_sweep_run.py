@@ -19,7 +19,8 @@ from experiments.commands import sweep
 from experiments.commands import train as train_command
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.parse import parse
-from torchtitan.sweep.status import take_lock
+from torchtitan.sweep.status import LOCK
+from torchtitan.tools.lock import take_lock
 
 REPOSITORY = Path(__file__).parents[2]
 STAND_IN = REPOSITORY / "tests" / "stand_in_trainer.py"
@@ -181,7 +182,7 @@ def test_runs_end_with_a_sweep_that_is_killed_and_go_on_with_the_next(tmp_path):
 
 def test_a_run_that_another_process_has_in_hand_is_left_to_it(tmp_path, capsys):
     out = tmp_path / "a"
-    held = take_lock(out / "lr=1.0")
+    held = take_lock(out / "lr=1.0" / LOCK)
     assert held is not None
     free = threading.Timer(0, lambda: (wait_for((out / "lr=2.0" / "sweep.json").exists), os.close(held)))
     free.start()

@@ -20,7 +20,8 @@ import torchtitan
 from torchtitan.components.sinks import read_history
 from torchtitan.sweep.members import Member
 from torchtitan.sweep.places import Place
-from torchtitan.sweep.status import JOB, LOG, begin, ended, read_record, take_lock, write_record
+from torchtitan.sweep.status import JOB, LOCK, LOG, begin, ended, read_record, write_record
+from torchtitan.tools.lock import take_lock
 from torchtitan.tools.logging import logger
 
 POLL_S = 0.05
@@ -94,7 +95,7 @@ class Sweeper:
         for member in list(self.waiting):
             if not self.free or self.signals:
                 return
-            if (lock := take_lock(member.folder)) is None:
+            if (lock := take_lock(member.folder / LOCK)) is None:
                 if member.name not in self.left_to_others:
                     self.left_to_others.add(member.name)
                     logger.info(f"{member.name}: another process runs it")

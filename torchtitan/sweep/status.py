@@ -9,7 +9,6 @@ trainer does in a folder that was used before is its own rule (components/dump_f
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import tomllib
@@ -25,6 +24,7 @@ from torchtitan.config.errors import require
 from torchtitan.config.parse import to_toml
 from torchtitan.sweep.members import Member
 from torchtitan.tools.disk import write_whole
+from torchtitan.tools.lock import take_lock
 
 JOB, RECORD, LOCK, LOG = "job.toml", "sweep.json", "lock", "log.txt"
 STOPPED = (129, 130, 143)  # exit codes of a run that a signal asked to save and stop
@@ -101,25 +101,11 @@ def write_record(folder: Path, exit_code: int | None, seconds: float) -> None:
     write_whole(folder / RECORD, json.dumps({"exit_code": exit_code, "seconds": round(seconds, 1)}) + "\n")
 
 
-def take_lock(folder: Path) -> int | None:
-    """A file descriptor that holds the run's lock, for its trainer too. None where somebody else has it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    held = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(held)
-        return None
-    except OSError:  # a file system without locks (some of clusters): then nobody can tell
-        pass
-    return held
-
-
 def is_running(folder: Path) -> bool:
     """Whether a process has the run's lock."""
     if not (folder / LOCK).is_file():
         return False
-    held = take_lock(folder)
+    held = take_lock(folder / LOCK)
     if held is not None:
         os.close(held)
     return held is None
