@@ -3,6 +3,8 @@
 import io
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from experiments.commands import evaluate as evaluate_command
 from experiments.commands.evaluate import Options, asked_tasks, table
 from experiments.vlm.config import Data
 from experiments.vlm.data.document import Picture
@@ -23,6 +26,7 @@ from tests.unit.test_likelihood import brute
 from torchtitan.config.errors import ConfigError, UserError
 from torchtitan.config.job import Comm
 from torchtitan.distributed.process_group import close_process_group, open_process_group
+from torchtitan.tools.lock import locked
 
 ABOUT = {"model": "tiny", "chat_template": "chatml"}
 LETTERS = ["A", "B", "C"]
@@ -239,3 +243,78 @@ def test_a_record_that_knows_no_answer_is_named(tmp_path):
     path.write_text(json.dumps({"question": "a?", "answers": ["z"], "choices": ["x", "y"]}) + "\n")
     with pytest.raises(ConfigError, match="record 0: its answer 'z' is none of its 2 choices"):
         run(tmp_path, str(path), ["multiple_choice"])
+
+
+def spoil(folder) -> None:
+    """The image of record 1 ends early, that of record 3 is not there."""
+    whole = (folder / "1.png").read_bytes()
+    (folder / "1.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "3.png").unlink()
+
+
+def test_an_image_that_cannot_be_read_is_an_empty_answer_and_ends_nothing(tmp_path):
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    names, found = ["vqa", "multiple_choice"], {}
+    for folder in (good, bad):
+        folder.mkdir()
+        path = write(folder, "jsonl")
+        if folder is bad:
+            spoil(folder)
+        summary = run(folder, path, names)
+        for name in names:
+            lines = (folder / "out" / f"{name}.jsonl").read_text().splitlines()
+            found[folder, name] = [json.loads(line) for line in lines], summary["tasks"][name]
+    for name in names:
+        (whole, _), (lines, told) = found[good, name], found[bad, name]
+        assert [line for n, line in enumerate(lines) if n not in (1, 3)] == [whole[n] for n in (0, 2, 4)]
+        assert "record 1: image" in lines[1]["error"] and "record 3: image 1" in lines[3]["error"]
+        assert all(not any(lines[number]["scores"].values()) for number in (1, 3))
+        assert told["not_asked"] == {"records": 2, "first": [lines[1]["error"], lines[3]["error"]]}
+        for metric, figure in told["metrics"].items():
+            assert figure["value"] == pytest.approx(sum(line["scores"][metric] for line in lines) / 5)
+            assert figure["records"] == 5
+        page = (bad / "out" / f"{name}.html").read_text()
+        assert page.count("<img") == 3 and page.count("not asked") == 2
+    assert "not asked: 2 records, the first of them" in table(summary)
+
+
+def test_a_document_that_cannot_be_read_counts_as_none(tmp_path):
+    (tmp_path / "0.png").write_bytes(picture(20, 12).data[:60])
+    documents = [{"texts": ["one", None], "images": [None, "0.png"]}, {"texts": ["three"], "images": [None]}]
+    write_jsonl(tmp_path / "both.jsonl", documents)
+    write_jsonl(tmp_path / "one.jsonl", documents[1:])
+    both, one = (tmp_path / name for name in ("both", "one"))
+    for folder in (both, one):
+        folder.mkdir()
+    told = run(both, f"{both}.jsonl", ["perplexity"])["tasks"]["perplexity"]
+    assert told["metrics"] == run(one, f"{one}.jsonl", ["perplexity"])["tasks"]["perplexity"]["metrics"]
+    assert told["not_asked"]["records"] == 1 and told["metrics"]["perplexity"]["records"] == 1
+    lines = [json.loads(line) for line in (both / "out" / "perplexity.jsonl").read_text().splitlines()]
+    assert [line["scores"].keys() for line in lines] == [set(), {"perplexity"}]
+
+
+def test_records_that_can_none_of_them_be_asked_are_one_error_and_asked_again_once_mended(tmp_path):
+    path = write(tmp_path, "jsonl")
+    images = {file: file.read_bytes() for file in tmp_path.glob("*.png")}
+    for file in images:
+        file.unlink()
+    with pytest.raises(UserError, match="vqa: none of 5 records can be asked: .*record 0: image 1"):
+        run(tmp_path, path, ["vqa"])
+    for file, data in images.items():
+        file.write_bytes(data)
+    assert "not_asked" not in run(tmp_path, path, ["vqa"])["tasks"]["vqa"]
+
+
+def test_a_second_evaluation_of_a_folder_is_refused_while_the_first_runs(tmp_path):
+    out = tmp_path / "out"
+    asked = ["--task", f"vqa={write(tmp_path, 'jsonl')}", "--out", str(out)]
+    hold = "from pathlib import Path; from torchtitan.tools.lock import take_lock; import time\n"
+    hold += f"assert take_lock(Path({str(out / 'lock')!r})); print(flush=True); time.sleep(60)"
+    first = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE)
+    assert first.stdout and first.stdout.readline()
+    with pytest.raises(UserError, match="--out .*out: another evaluation is writing there"):
+        evaluate_command.main(["--job.config_file", "vlm_debug", *asked])
+    first.kill()  # leaves no lock
+    first.communicate()
+    with locked(out / "lock", ""):
+        pass

@@ -3,14 +3,16 @@
 {"prediction": "...", "ended": "stop"}                 a task that writes an answer
 {"logprobs": [-1.2, -3.4], "tokens": [2, 3]}           that weighs each choice
 {"logprob": -56.7, "tokens": 20}                       that reads a document
+{"prediction": "", "error": "..."}, or with nothing    a record that cannot be asked: an image is unreadable,
+in the others' place                                   or it is too long
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 from experiments.vlm.evaluate.likelihood import Reader
-from experiments.vlm.evaluate.tasks import Question, Task, right_choice
+from experiments.vlm.evaluate.tasks import Question, Task, Way, right_choice
 from experiments.vlm.generate.answering import Answering
 from experiments.vlm.generate.prompt import Prompt, Prompter, Turns
 from torchtitan.config.errors import UserError, require
@@ -18,6 +20,15 @@ from torchtitan.generation.engine import Request
 
 Line = dict[str, Any]
 DIGITS = 4  # of log-probabilities: what layouts agree on
+NOTHING: dict[Way, Line] = {  # said
+    "generate": {"prediction": ""},
+    "choose": {"logprobs": [], "tokens": []},
+    "read": {"logprob": 0.0, "tokens": 0},
+}
+
+
+class Unasked(UserError):
+    """A record cannot be asked, and the others can: an image cannot be read, or it is too long."""
 
 
 class Records(Protocol):
@@ -32,7 +43,7 @@ class Records(Protocol):
 
 
 class Asking:
-    """One task over records. Raises UserError that names the record."""
+    """One task over records. Raises UserError that names the record, Unasked where only that one is lost."""
 
     def __init__(self, task: Task, records: Records, prompter: Prompter):
         self.task = task
@@ -44,7 +55,7 @@ class Asking:
         the document.
         """
         question = self.question(number)
-        with self._naming(number):
+        with self._asking(question):
             if self.task.way == "read":
                 return [self.prompter.document(question.content)]
             turns = self._turns(question)
@@ -55,11 +66,13 @@ class Asking:
     def question(self, number: int) -> Question:
         """One record, with the choices that the task needs."""
         question = self.records.read(number)
-        with self._naming(number):
+        try:
             if self.task.way == "choose":
                 require(len(question.choices) > 1, "a choice needs two choices or more")
             if self.task.way == "choose" or self.task.lists_choices:
                 right_choice(question)
+        except UserError as error:
+            raise type(error)(f"{self.records.path}, record {number}: {error}") from None
         return question
 
     def lines(self, answering: Answering, numbers: Iterable[int]) -> Iterator[tuple[int, Line]]:
@@ -71,41 +84,61 @@ class Asking:
         return [("user", self.task.content(question, self.prompter.template is not None))]
 
     @contextmanager
-    def _naming(self, number: int) -> Iterator[None]:
+    def _asking(self, question: Question) -> Iterator[None]:
+        """Making prompts of it."""
         try:
+            if question.fault:
+                raise UserError(question.fault)
             yield
         except UserError as error:
-            raise type(error)(f"{self.records.path}, record {number}: {error}") from None
+            raise Unasked(f"{self.records.path}, record {question.number}: {error}") from None
+
+    def _nothing(self, error: Unasked) -> Line:
+        return {**NOTHING[self.task.way], "error": str(error)}
 
     def _write(self, answering: Answering, numbers: Iterable[int]) -> Iterator[tuple[int, Line]]:
-        for event in answering.engine.answer(map(self._request, numbers)):
+        lost = []
+
+        def requests() -> Iterator[Request]:
+            for number in numbers:
+                try:
+                    prompt = self.prompts(number)[0]
+                except Unasked as error:
+                    lost.append((number, self._nothing(error)))
+                else:
+                    yield Request(number, prompt, max_tokens=self.task.max_tokens, key=number)
+
+        for event in answering.engine.answer(requests()):
             answer = event.answer
             if answer.ended:
                 yield answer.request.key, {"prediction": answer.text.given.strip(), "ended": answer.ended}
-
-    def _request(self, number: int) -> Request:
-        return Request(number, self.prompts(number)[0], max_tokens=self.task.max_tokens, key=number)
+        yield from lost
 
     def _choose(self, answering: Answering, numbers: Iterable[int]) -> Iterator[tuple[int, Line]]:
-        reader = Reader(answering)
-        for number in numbers:
-            question = self.question(number)
-            with self._naming(number):
-                found = reader.choices(self._turns(question), question.choices)
-            yield (
-                number,
-                {
-                    "logprobs": [round(choice.logprob, DIGITS) for choice in found],
-                    "tokens": [choice.tokens for choice in found],
-                },
-            )
-        reader.finish()
+        return self._each(numbers, Reader(answering), self._weigh)
 
     def _read(self, answering: Answering, numbers: Iterable[int]) -> Iterator[tuple[int, Line]]:
-        reader = Reader(answering)
+        return self._each(numbers, Reader(answering), self._follow)
+
+    def _each(
+        self, numbers: Iterable[int], reader: Reader, work: Callable[[Reader, int], Line]
+    ) -> Iterator[tuple[int, Line]]:
         for number in numbers:
-            (prompt,) = self.prompts(number)
-            logprobs = zip(reader.logprobs(prompt, 1), prompt.targets[1:], strict=True)
-            told = [logprob for logprob, is_target in logprobs if is_target]
-            yield number, {"logprob": round(sum(told), DIGITS), "tokens": len(told)}
+            try:
+                yield number, work(reader, number)
+            except Unasked as error:
+                yield number, self._nothing(error)
         reader.finish()
+
+    def _weigh(self, reader: Reader, number: int) -> Line:
+        question = self.question(number)
+        with self._asking(question):
+            found = reader.choices(self._turns(question), question.choices)
+        logprobs = [round(choice.logprob, DIGITS) for choice in found]
+        return {"logprobs": logprobs, "tokens": [choice.tokens for choice in found]}
+
+    def _follow(self, reader: Reader, number: int) -> Line:
+        (prompt,) = self.prompts(number)
+        logprobs = zip(reader.logprobs(prompt, 1), prompt.targets[1:], strict=True)
+        told = [logprob for logprob, is_target in logprobs if is_target]
+        return {"logprob": round(sum(told), DIGITS), "tokens": len(told)}

@@ -7,6 +7,7 @@ OUT/NAME.html         pictures, questions, answers and scores, the worst first
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from experiments.vlm.generate.answering import Answering
 from torchtitan.config.errors import UserError
 from torchtitan.tools.disk import write_whole
 from torchtitan.tools.logging import logger
+
+SHOWN = 10  # records that could not be asked, in a summary
 
 
 class Evaluation:
@@ -56,12 +59,17 @@ class Evaluation:
             logger.info(f"{self.name}: {count} records, {count - len(left)} of them answered before")
             dist.barrier()  # nobody writes before all have read what was there
             mine = left[data.get_local_rank() :: data.size()]
-            lines = self.asking.lines(self.answering, mine)
-            for number, line in tqdm(lines, total=len(mine), unit="record", disable=None):
+            answered = self.asking.lines(self.answering, mine)
+            for number, line in tqdm(answered, total=len(mine), unit="record", disable=None):
                 self.part.add(number, 0, line)
             dist.barrier()
             self.part = AnswerFile(self.part.path, self.part.writes, samples=1)
-        return self._all_lines()
+        lines = self._all_lines()
+        if lines and all("error" in line for line in lines):
+            dist.barrier()  # all ranks have read them
+            self.part.path.unlink(missing_ok=True)  # so that they are asked again once they are mended
+            raise UserError(f"{self.name}: none of {len(lines)} records can be asked: {lines[0]['error']}")
+        return lines
 
     def _all_lines(self) -> list[Line]:
         path = self.path if self.path.exists() else self.part.path
@@ -87,11 +95,14 @@ def write_results(
     questions = [records.read(number, pictures=False) for number in range(len(lines))]
     scores, left_out = score(task, questions, lines)
     for number, line in enumerate(lines):
-        line["scores"] = {name: round(found.per_sample[number], DIGITS) for name, found in scores.items()}
+        each = {name: found.per_sample[number] for name, found in scores.items()}
+        line["scores"] = {name: round(one, DIGITS) for name, one in each.items() if not math.isnan(one)}
     write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     page = results_page(name, task, records, lines, page_limit)
     path.with_suffix(".html").write_text(page, encoding="utf-8")
-    return {"file": records.path, "metrics": summarise(scores), "left_out": left_out}
+    told = {"file": records.path, "metrics": summarise(scores), "left_out": left_out}
+    lost = [line["error"] for line in lines if "error" in line]
+    return told | ({"not_asked": {"records": len(lost), "first": lost[:SHOWN]}} if lost else {})
 
 
 def evaluate(

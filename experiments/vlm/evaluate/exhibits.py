@@ -29,7 +29,8 @@ def said(question: Question, line: dict[str, Any]) -> str:
     """The answer of a line, or the choice that it finds likeliest."""
     if "prediction" in line:
         return line["prediction"]
-    return question.choices[line["logprobs"].index(max(line["logprobs"]))]
+    told = line["logprobs"]
+    return question.choices[told.index(max(told))] if told else ""
 
 
 def exhibit(name: str, question: Question, line: dict[str, Any]) -> Exhibit:

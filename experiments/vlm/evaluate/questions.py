@@ -7,13 +7,14 @@ A control (data/controls.py) spoils them, to see whether answers come from the i
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import PIL.Image
 
 from experiments.vlm.config import Data
 from experiments.vlm.data.controls import CONTROLS, Painted
-from experiments.vlm.data.document import Draft, Image, ImageValue, Picture, Text
+from experiments.vlm.data.document import Document, Draft, Image, ImageValue, Picture, Text
 from experiments.vlm.data.formats import RECORD_FORMATS, Record, format_of, messages
 from experiments.vlm.data.formats.image_values import IMAGE_EXTENSIONS, is_image_name
 from experiments.vlm.data.formats.record_files import open_records
@@ -66,23 +67,41 @@ class Questions:
     def read(self, number: int, pictures: bool = True) -> Question:
         """Without `pictures` its texts alone, and no image is loaded.
 
-        Raises ConfigError that names the record, and what is wrong with it.
+        Raises ConfigError that names the record, and what is wrong with it but for its images.
         """
+        try:
+            document, fault = self._document(number)
+            record = self.record  # that of another one, once its images are looked for
+            names = (record[name] for name in IDS if record.get(name) is not None)
+            id, asked = str(next(names, self.shard.key(number))), asked_of(record)
+            question = Question(number, id, [asked], answers_of(record), choices_of(record), fault)
+        except Rejected as rejected:
+            raise ConfigError(f"{self.path}, record {number}: {rejected}") from None
+        if document is None:
+            return question
+        try:
+            return replace(question, content=self._content(document, number, pictures))
+        except Rejected as rejected:
+            return replace(question, fault=str(rejected))
+
+    def _document(self, number: int) -> tuple[Document | None, str]:
+        """Or what is wrong with an image of it."""
         try:
             document, lost = self.shard.read(number)
             for rejected in lost:
                 raise rejected
-            record = self.record
-            if self.control and pictures:
-                document = CONTROLS[self.control](document, self.shard, number)
-            shown = [part for part in document.parts if pictures or not isinstance(part, Image)]
-            content = [self._part(part) for part in shown]
-            names = (record[name] for name in IDS if record.get(name) is not None)
-            id = str(next(names, self.shard.key(number)))
-            return Question(number, id, content, answers_of(record), choices_of(record))
+            return document, ""
         except Rejected as rejected:
-            image = "" if rejected.image is None else f"image {rejected.image + 1}: "
-            raise ConfigError(f"{self.path}, record {number}: {image}{rejected}") from None
+            if rejected.image is None:
+                raise
+            return None, f"image {rejected.image + 1}: {rejected}"
+
+    def _content(self, document: Document, number: int, pictures: bool) -> list[str | Picture]:
+        if not pictures:
+            document = replace(document, parts=[p for p in document.parts if not isinstance(p, Image)])
+        elif self.control:
+            document = CONTROLS[self.control](document, self.shard, number)
+        return [self._part(part) for part in document.parts]
 
     def _part(self, part: Any) -> str | Picture:
         if not isinstance(part, Image):
@@ -96,10 +115,9 @@ class Questions:
         if self.documents:
             found = format_of(record) or ""
             return RECORD_FORMATS[found if found in ("obelics", "mmc4") else "captions"].parse(record)
-        question = next((record[name] for name in QUESTIONS if isinstance(record.get(name), str)), "")
         # Of a tar the images are fields of their own: "png", or "0.png", "1.png" ...
         held = {name: record[name] for name in record if name in messages.IMAGES or is_image_name(name)}
-        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": ""}]
+        turns = [{"role": "user", "content": asked_of(record)}, {"role": "assistant", "content": ""}]
         asked = messages.parse({**held, "messages": turns}).turns[0]
         parts: list[Any] = [part if isinstance(part, ImageValue) else Text(part) for part in asked.content]
         # A record without question and image is empty, and finish() says so.
@@ -114,6 +132,11 @@ def _only_file(path: str, data: Data) -> str:
     if len(files) > 1:
         raise ConfigError(f"{path}: {len(files)} files: name one of them, for example {files[0]}")
     return str(files[0])
+
+
+def asked_of(record: Mapping[str, Any]) -> str:
+    """The question, empty where there is none."""
+    return next((record[name] for name in QUESTIONS if isinstance(record.get(name), str)), "")
 
 
 def answers_of(record: Mapping[str, Any]) -> list[str]:

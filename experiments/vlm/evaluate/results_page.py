@@ -2,6 +2,7 @@
 
 import html
 import io
+import math
 from base64 import b64encode
 from importlib.resources import files
 from string import Template
@@ -15,9 +16,11 @@ from experiments.vlm.evaluate.tasks import Question, Task
 
 def results_page(name: str, task: Task, questions: Records, lines: list[dict[str, Any]], limit: int) -> str:
     """At most `limit` records, spread evenly from the worst to the best by the task's first metric."""
-    first = next(iter(lines[0]["scores"]), "") if lines else ""
+    first = next((name for line in lines for name in line["scores"]), "")
     worst_last = task.way == "read"  # a high perplexity is bad
-    order = sorted(range(len(lines)), key=lambda i: (lines[i]["scores"][first], i), reverse=worst_last)
+    no_score = math.inf if worst_last else -math.inf
+    by_score = [(line["scores"].get(first, no_score), number) for number, line in enumerate(lines)]
+    order = [number for _, number in sorted(by_score, reverse=worst_last)]
     shown = order if len(order) <= limit else [order[i * len(order) // limit] for i in range(limit)]
     facts = f"{len(shown)} of {len(lines)} records, the worst first, by {first}"
     return Template(files(__package__).joinpath("results_page.html").read_text(encoding="utf-8")).substitute(
@@ -28,16 +31,18 @@ def results_page(name: str, task: Task, questions: Records, lines: list[dict[str
 
 
 def _record(question: Question, line: dict[str, Any]) -> str:
-    pictures = "".join(_picture(part) for part in question.content if isinstance(part, Picture))
+    shown = [] if "error" in line else question.content  # an image may be what is wrong
+    pictures = "".join(_picture(part) for part in shown if isinstance(part, Picture))
     asked = " ".join(part for part in question.content if isinstance(part, str))
     scores = ", ".join(f"{name} {value:g}" for name, value in line["scores"].items())
     rows = [("question", asked), ("answers", " | ".join(question.answers))]
     if question.choices:
-        told = line.get("logprobs", [""] * len(question.choices))
+        told = line.get("logprobs") or [""] * len(question.choices)
         pairs = zip(question.choices, told, strict=True)
         rows.append(("choices", " | ".join(f"{choice} {value}".strip() for choice, value in pairs)))
     if "prediction" in line:
         rows.append(("prediction", line["prediction"]))
+    rows += [("not asked", line["error"])] if "error" in line else []
     rows.append(("score", scores))
     table = "".join(f"<tr><th>{name}</th><td>{html.escape(text)}</td></tr>" for name, text in rows)
     name = f"<small>{html.escape(question.id)}</small>"

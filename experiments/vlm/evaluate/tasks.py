@@ -32,6 +32,7 @@ class Question:
     content: list[str | Picture]  # what is asked, pictures in their places
     answers: list[str]
     choices: list[str] = field(default_factory=list)
+    fault: str = ""  # of an image that cannot be read: then `content` has the question alone
 
 
 @dataclass(frozen=True)
