@@ -69,7 +69,7 @@ def _draw(name: str, seed: int, folder: Path) -> None:
     shards = len(WORLDS[world].shards(split))
     run_workers([name, str(seed), str(unfinished)], shards, unfinished)
     unfinished.rename(folder)
-    size = sum(file.stat().st_size for file in folder.iterdir()) / 2**20
+    size = sum(file.stat().st_size for file in folder.rglob("*")) / 2**20
     logger.info(
         f"drew embedded:{name}: {WORLDS[world].samples[split]} samples, {size:.0f} MiB, "
         f"{time.monotonic() - start:.0f} s"
@@ -108,4 +108,4 @@ def run_workers(arguments: list[str], shards: int, folder: Path) -> None:
 
 
 def _finished(folder: Path) -> int:
-    return sum(not file.name.endswith(".unfinished") for file in folder.iterdir())
+    return sum(file.is_file() and not file.name.endswith(".unfinished") for file in folder.iterdir())

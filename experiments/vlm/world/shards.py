@@ -5,7 +5,8 @@ KEY.png and KEY.txt: half the size). `interleaved` is parquet as OBELICS has it:
 parallel lists, one of the two null at each index, an image a record of bytes and path; `metadata` and
 `general_metadata` are JSON strings. `questions` are tar files of conversations as LLaVA has them (KEY.jpg,
 KEY.json), `reads` too, with several images (KEY.0.png) and, for evaluation, the question and its answer by
-themselves.
+themselves. `llava_captions` and `llava_questions` are what LLaVA's two phases read: a JSON list of
+conversations that name pictures in a folder beside it.
 
 A sample is a function of seed, name and number alone, whoever draws it.
 """
@@ -24,6 +25,8 @@ from experiments.vlm.world.scene import Scene, sees_scene, varied_scene
 from experiments.vlm.world.strips import ask_for, draw_strip, random_document
 
 SPLITS = ("train", "heldout")
+PICTURES = "pictures"  # the folder beside a JSON list
+DESCRIBE = ("What does the picture show?", "Say in a few words what is drawn.", "Describe this picture.")
 Draw = Callable[[random.Random, bool, str], dict]  # generator, held out, key -> the record of one sample
 
 
@@ -76,16 +79,42 @@ def _interleaved_sample(rng: random.Random, heldout: bool, key: str) -> dict:
 
 def _questions_sample(rng: random.Random, heldout: bool, key: str) -> dict:
     scene = varied_scene(rng, heldout, longest=512)
-    asked = questions(scene)
-    turns: list[dict[str, str]] = []
-    for question, answer in rng.sample(asked, rng.randint(1, len(asked))):
-        place = "" if turns else "<image>\n"
-        turns += [{"from": "human", "value": place + question}, {"from": "gpt", "value": f"{answer}."}]
-    record = {"id": key, "conversations": turns}
+    record = {"id": key, "conversations": _asked(scene, rng)}
     return {
         f"{key}.jpg": jpeg(render(scene), rng.randint(85, 95)),
         f"{key}.json": json.dumps(record).encode(),
     }
+
+
+def _asked(scene: Scene, rng: random.Random) -> list[dict[str, str]]:
+    asked = questions(scene)
+    return _turns(
+        *((question, f"{answer}.") for question, answer in rng.sample(asked, rng.randint(1, len(asked))))
+    )
+
+
+def _turns(*said: tuple[str, str]) -> list[dict[str, str]]:
+    """Of questions and answers, the first with the picture."""
+    turns: list[dict[str, str]] = []
+    for question, answer in said:
+        place = "" if turns else "<image>\n"
+        turns += [{"from": "human", "value": place + question}, {"from": "gpt", "value": answer}]
+    return turns
+
+
+def _llava_captions_sample(rng: random.Random, heldout: bool, key: str) -> dict:
+    scene = varied_scene(rng, heldout, longest=256)
+    return _llava_sample(key, scene, _turns((rng.choice(DESCRIBE), varied_caption(scene, rng))))
+
+
+def _llava_questions_sample(rng: random.Random, heldout: bool, key: str) -> dict:
+    scene = varied_scene(rng, heldout, longest=256)
+    return _llava_sample(key, scene, _asked(scene, rng))
+
+
+def _llava_sample(key: str, scene: Scene, turns: list[dict[str, str]]) -> dict:
+    record = {"id": key, "image": f"{PICTURES}/{key}.jpg", "conversations": turns}
+    return {"record": record, "picture": jpeg(render(scene), 90)}
 
 
 def _reads_sample(rng: random.Random, heldout: bool, key: str) -> dict:
@@ -131,10 +160,25 @@ def _write_parquet(path: Path, records: Iterator[dict]) -> None:
     )
 
 
+def _write_llava(path: Path, samples: Iterator[dict]) -> None:
+    (path.parent / PICTURES).mkdir(exist_ok=True)
+    records = []
+    for sample in samples:
+        (path.parent / sample["record"]["image"]).write_bytes(sample["picture"])
+        records.append(sample["record"])
+    path.write_text(json.dumps(records, indent=1), encoding="utf-8")
+
+
 WORLDS = {
     "captions": World({"train": 6_000, "heldout": 400}, 1_000, "tar", _captions_sample, _write_tar),
     "interleaved": World(
         {"train": 2_000, "heldout": 200}, 250, "parquet", _interleaved_sample, _write_parquet
+    ),
+    "llava_captions": World(
+        {"train": 1_200, "heldout": 100}, 400, "json", _llava_captions_sample, _write_llava
+    ),
+    "llava_questions": World(
+        {"train": 1_200, "heldout": 100}, 400, "json", _llava_questions_sample, _write_llava
     ),
     "questions": World({"train": 1_000, "heldout": 200}, 500, "tar", _questions_sample, _write_tar),
     "reads": World({"train": 30_000, "heldout": 500}, 3_000, "tar", _reads_sample, _write_tar),

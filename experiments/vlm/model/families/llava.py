@@ -10,10 +10,10 @@ from typing import Any
 from experiments.vlm.data.image_plan import ImagePlan
 from experiments.vlm.model.config import EncoderConfig, ProjectorConfig, Resize, VLMConfig
 from experiments.vlm.model.families.family import RESAMPLE, Family, read_image_processor
-from experiments.vlm.model.towers import FIXED, TOWERS, model_type_of, read_encoder, write_encoder
+from experiments.vlm.model.towers import FIXED, TOWERS, clip, model_type_of, read_encoder, write_encoder
 from torchtitan.config.errors import require
 from torchtitan.models.decoder import hf_config as decoder
-from torchtitan.models.decoder.flavors import DecoderConfig
+from torchtitan.models.decoder.flavors import DECODERS, DecoderConfig
 from torchtitan.models.hf.config_file import ConfigFile
 
 CLIP, LARGE = "clip_vision_model", TOWERS["clip_vision_model"].sizes["clip-L"]
@@ -178,5 +178,13 @@ FAMILY = Family(
     sizes={
         "llava-1.5-7b": _llava(4096, 32, 32, 11008),
         "llava-1.5-13b": _llava(5120, 40, 40, 13824),
+        # In the small, for CPUs: 8 x 8 patches of 14 pixels.
+        "llava-debug": VLMConfig(
+            EncoderConfig(128, 4, 4, 512, 14, 8, 1e-5, 112, **clip.KIND, activation="quick_gelu"),
+            ProjectorConfig(128, False, 1),
+            DECODERS["debug"],
+            "llava",
+            "padded",
+        ),
     },
 )
