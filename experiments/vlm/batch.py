@@ -3,10 +3,15 @@
 A slot is one row of S tokens and the `patch_rows` rows of L patches that hold its images: N = B * patch_rows,
 and patch rows b * patch_rows ... belong to token row b. Every shape is fixed for a run. Letters: B slots,
 S tokens, N patch rows, L patches a row, D values a patch (patch_size * patch_size * 3), T the three of t, h,
-w.
+w, K taps.
 
 The loader allocates from this table, context parallel slices the S dims, pipeline parallel chunks the B and N
 dims.
+
+`visual_index` numbers the visual tokens of a slot, patch_rows * L / spatial_merge_size^2 of them, and behind
+these the projector's own (a newline). Where an image plan resizes visual tokens, each is a weighted sum: only
+then a batch has `visual_taps`, numbers of the same kind (the first is that of visual_index), and
+`tap_weights`.
 
 A batch at B = 1, S = 16 and L = 16, with patches of 16 pixels and spatial_merge_size = 2: one document of two
 images, 32 x 32 and 32 x 64 pixels, and the text "cats!". < and > are begin and end of an image, v is a visual
@@ -35,6 +40,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 IGNORE = -100  # a label where no loss is due
+TAPS = 4  # visual tokens of which one that was resized is a weighted sum
 EXTRA = -2  # h and w of the cells of class token and registers
 
 
@@ -55,7 +61,11 @@ FIELDS = {
     "grid_thw": Field("int32", "NLT", -1),
     "visual_index": Field("int64", "BS", -1),
     "source_ids": Field("int32", "BS", -1),  # which of the split's sources, in the order of the job
+    "visual_taps": Field("int64", "BSK", -1),
+    "tap_weights": Field("float32", "BSK", 0),
 }
+OPTIONAL = ("visual_taps", "tap_weights")
+PLACING = ("visual_index", *OPTIONAL)  # which visual tokens a token is made of
 
 
 @dataclass(frozen=True)
@@ -67,6 +77,12 @@ class BatchShape:
     patch_rows: int
     patches_per_row: int
     patch_size: int
+    taps: bool = False  # with the fields of OPTIONAL
+
+    @property
+    def fields(self) -> dict[str, Field]:
+        """Those that a batch has, in the order of FIELDS."""
+        return {name: field for name, field in FIELDS.items() if self.taps or name not in OPTIONAL}
 
     def of(self, name: str) -> tuple[int, ...]:
         """The shape of a field of FIELDS."""
@@ -77,6 +93,7 @@ class BatchShape:
             "L": self.patches_per_row,
             "D": self.patch_size * self.patch_size * 3,
             "T": 3,
+            "K": TAPS,
         }
         return tuple(sizes[letter] for letter in FIELDS[name].dims)
 

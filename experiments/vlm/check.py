@@ -12,6 +12,7 @@ from pathlib import Path
 from experiments.vlm.config import Source, VLMJobConfig
 from experiments.vlm.data.chat_template import BUILT_IN as CHAT_TEMPLATES
 from experiments.vlm.data.formats import FORMATS
+from experiments.vlm.data.image_plan import ImagePlan
 from experiments.vlm.data.sources.permission import denied
 from experiments.vlm.evaluate.tasks import parse_tasks
 from experiments.vlm.model.config import EncoderConfig, VLMConfig
@@ -130,6 +131,7 @@ def check_patches(job: VLMJobConfig, config: VLMConfig) -> None:
         "class token and registers are visual tokens here, which patches must not merge with: "
         "data.spatial_merge_size must be 1",
     )
+    check_views(job, plan)
     smallest = f"data.min_patches_per_image = {d.min_patches_per_image}"
     require(d.min_patches_per_image <= d.max_patches_per_image, f"{smallest} is more than {largest}")
     needed = plan.most_tokens
@@ -139,6 +141,25 @@ def check_patches(job: VLMJobConfig, config: VLMConfig) -> None:
         f"{largest} makes {needed} tokens{' with begin and end of image' * plan.marked}, more than "
         f"training.seq_len = {length}: use at most {max(0, length - more) * square}",
     )
+
+
+def check_views(job: VLMJobConfig, plan: ImagePlan) -> None:
+    """A slot has room for an image of as many views and tokens as there can be."""
+    d, key = job.data, f"data.resize = {plan.resize}"
+    if plan.most_views == 1:
+        return
+    cells, most = plan.view_cells, plan.most_tokens
+    rows = -(-plan.most_views // max(1, d.patches_per_row // cells))
+    require(
+        rows <= d.patch_rows,
+        f"{key}: an image has up to {plan.most_views} views of {cells} patches, which patch_rows = "
+        f"{d.patch_rows} of data.patches_per_row = {d.patches_per_row} do not hold: use patch_rows = {rows}, "
+        f"or rows of {plan.most_views * cells}",
+    )
+    require(not plan.extra_tokens, f"{key}: class token and registers cannot be visual tokens of tiles")
+    length = job.training.seq_len
+    long = f"{key}: an image has up to {most} tokens, more than training.seq_len = {length}"
+    require(most <= length, f"{long}: use {most} or more, or lower data.max_patches_per_image")
 
 
 def check_encoder(job: VLMJobConfig, encoder: EncoderConfig, sizes: Degrees) -> None:

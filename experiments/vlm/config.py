@@ -48,15 +48,16 @@ class Data:
     # scripts/advise_packing.py finds out
     patches_per_row: int = 1024
     patch_rows: int = 1  # rows of L patches that hold the images of a slot
-    max_patches_per_image: int = 1024  # no image gets more patches than this
+    max_patches_per_image: int = 1024  # no image, or no tile of one, gets more patches than this
     min_patches_per_image: int = 4  # smaller images are enlarged to about this many
     patch_size: int | None = None  # side of a patch in pixels; unset: as the model takes them
     # m: m * m patches become one visual token; unset: as the model merges them (2 where its projector is new)
     spatial_merge_size: int | None = None
     # native: keep the aspect ratio; square: squeeze, as fixed-size encoders do; padded: a square with borders
-    # of the encoder's mean colour; cropped: the middle square; unset: as the model takes them. A square is
-    # of the encoder's own size, or of max_patches_per_image where that is less
-    resize: Literal["native", "square", "padded", "cropped"] | None = None
+    # of the encoder's mean colour; cropped: the middle square; tiles: squeezed, and beside that cut into
+    # several squares; unset: as the model takes them. A square is of the encoder's own size, or of
+    # max_patches_per_image where that is less
+    resize: Literal["native", "square", "padded", "cropped", "tiles"] | None = None
     packing_buffer_size: int = 256  # samples read ahead for each slot, of which those that fit are taken
     # a document longer than a slot is cut into pieces, cut short, or left out
     long_documents: Literal["split", "truncate", "drop"] = "split"

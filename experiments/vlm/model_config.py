@@ -64,6 +64,8 @@ def plan_of(config: VLMConfig, job: VLMJobConfig) -> ImagePlan:
         encoder.resample,
         tuple(int(255 * mean) for mean in encoder.mean),
         family_of(config).marked,
+        config.projector.newline,
+        config.tiles,
     )
 
 
@@ -166,7 +168,9 @@ def _recorded(checkpoint: Path | None) -> VLMConfig | None:
 
 
 def _with_patches(config: VLMConfig, job: VLMJobConfig, merges: bool) -> VLMConfig:
-    """`merges`: its projector has weights, made for its merge_size; else the job may choose one."""
+    """`merges`: its projector has weights, made for its merge_size; else the job may choose one, and tiles
+    give it a newline.
+    """
     data, patch, merge = job.data, config.encoder.patch_size, config.projector.merge_size
     asked = data.spatial_merge_size
     require(
@@ -177,4 +181,8 @@ def _with_patches(config: VLMConfig, job: VLMJobConfig, merges: bool) -> VLMConf
         not merges or asked in (None, merge),
         f"data.spatial_merge_size = {asked}: {job.model.label} merges {merge} x {merge} patches: unset it",
     )
-    return config if asked is None else replace(config, projector=replace(config.projector, merge_size=asked))
+    if asked is not None:
+        config = replace(config, projector=replace(config.projector, merge_size=asked))
+    if data.resize == "tiles" and not merges:
+        config = replace(config, projector=replace(config.projector, newline=True))
+    return config

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiments.vlm.batch import FIELDS, BatchShape
+from experiments.vlm.batch import BatchShape
 from experiments.vlm.config import VLMJobConfig
+from experiments.vlm.data.image_plan import ImagePlan
 from experiments.vlm.model.config import VLMConfig
 from experiments.vlm.model.vit import VisionEncoder
 from experiments.vlm.model.vlm import VLM
+from experiments.vlm.model_config import plan_of
 from experiments.vlm.parallelize import split_decoder, split_encoder
 from experiments.vlm.shard_batch import shard_batch
 from experiments.vlm.sharing import sharers
@@ -61,7 +63,7 @@ class RankShare:
         split_decoder(model, mesh, _quiet(job, sizes))
         split_encoder(model, mesh, _quiet(job, sizes))
         self._parameters = dict(model.named_parameters())
-        batch = _batch_of(job, mesh, slots, config.encoder.patch_size)
+        batch = _batch_of(job, mesh, slots, plan_of(config, job))
         self.batch_bytes = sum(tensor.numel() * tensor.element_size() for tensor in batch.values())
         tokens = slots * job.training.seq_len / (sizes.cp * sizes.tp)
         # what goes from stage to stage
@@ -179,16 +181,19 @@ def _span_names(model: VLM) -> list[str]:
     return [*encoder, "projector", "decoder.tok_embeddings", *decoder, "decoder.norm"]
 
 
-def _batch_of(job: VLMJobConfig, mesh: Mesh, slots: int, patch_size: int) -> dict[str, Tensor]:
+def _batch_of(job: VLMJobConfig, mesh: Mesh, slots: int, plan: ImagePlan) -> dict[str, Tensor]:
     """This rank's arguments of the model, on the meta device."""
     d = job.data
-    shape = BatchShape(slots, job.training.seq_len, d.patch_rows, d.patches_per_row, patch_size)
+    rows = d.patch_rows, d.patches_per_row
+    shape = BatchShape(slots, job.training.seq_len, *rows, plan.patch_size, plan.mixes)
     # Documents are dealt to ranks by their values; pixels are only sliced.
     batch = {
         name: torch.zeros(
-            shape.of(name), dtype=getattr(torch, field.dtype), device="cpu" if field.dims == "BS" else "meta"
+            shape.of(name),
+            dtype=getattr(torch, field.dtype),
+            device="cpu" if field.dims.startswith("BS") else "meta",
         )
-        for name, field in FIELDS.items()
+        for name, field in shape.fields.items()
     }
     return {name: tensor.to("meta") for name, tensor in shard_batch(batch, mesh, job).items()}
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from experiments.vlm.batch import FIELDS, Batch, BatchShape
+from experiments.vlm.batch import Batch, BatchShape
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.encoder_parallel import own_rows
 from torchtitan.distributed.mesh import Mesh
@@ -59,7 +59,7 @@ class ReadOnce:
         # Zeros that nobody writes to take no memory.
         return {
             name: torch.zeros(self.shape.of(name), dtype=getattr(torch, field.dtype))
-            for name, field in FIELDS.items()
+            for name, field in self.shape.fields.items()
         }
 
 

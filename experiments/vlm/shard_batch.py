@@ -1,7 +1,8 @@
 """What a rank of a context- and tensor-parallel group keeps of a batch that the whole group holds. On the
 host, next to the loader.
 
-S of the batch's tensors     cp: this rank's rows of each slot; visual_index also tp, between blocks
+S of the batch's tensors     cp: this rank's rows of each slot; what places visual tokens also tp, between
+                             blocks
 N of the batch's tensors     this rank's share of the patch rows, where the group shares the encoder
 rows, kv_rows, kv_document_ids     of `allgather`: where each token and each gathered key stands in its slot
 """
@@ -9,7 +10,7 @@ rows, kv_rows, kv_document_ids     of `allgather`: where each token and each gat
 import torch
 from torch import Tensor
 
-from experiments.vlm.batch import FIELDS
+from experiments.vlm.batch import FIELDS, PLACING
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.encoder_parallel import own_rows
 from torchtitan.distributed.context_parallel import in_slot_order, rows_of_ranks
@@ -23,7 +24,8 @@ def shard_batch(tensors: dict[str, Tensor], mesh: Mesh, job: VLMJobConfig) -> di
     if mesh.degrees.cp > 1:
         mine |= _own_tokens(tensors, mesh, job)
     if mesh.degrees.tp > 1:
-        mine["visual_index"] = mine["visual_index"].chunk(mesh.degrees.tp, 1)[mesh.rank("tp")].contiguous()
+        for name in (name for name in mine if name in PLACING):
+            mine[name] = mine[name].chunk(mesh.degrees.tp, 1)[mesh.rank("tp")].contiguous()
     return mine | {name: own_rows(mine[name], job, mesh) for name in ("pixel_values", "grid_thw")}
 
 
@@ -32,7 +34,11 @@ def _own_tokens(tensors: dict[str, Tensor], mesh: Mesh, job: VLMJobConfig) -> di
     mine_BQ, all_BS = rows_BRQ[:, mesh.rank("cp")], rows_BRQ.flatten(1)
     # The letters of the S dimensions are in the contract, so a further field is sliced without being named
     # here.
-    sliced = {name: tensors[name].gather(1, mine_BQ) for name in tensors if FIELDS[name].dims == "BS"}
+    sliced = {
+        name: torch.take_along_dim(tensor, mine_BQ.reshape(*mine_BQ.shape, *[1] * (tensor.dim() - 2)), 1)
+        for name, tensor in tensors.items()
+        if FIELDS[name].dims.startswith("BS")
+    }
     if job.parallelism.context_parallel_method == "ulysses":
         # There each rank attends over whole slots, in order.
         return sliced | {"document_ids": tensors["document_ids"]}

@@ -13,7 +13,8 @@ from experiments.vlm.data.collate import Collator
 from experiments.vlm.data.document import Document, Text
 from experiments.vlm.data.document import Image as Reference
 from experiments.vlm.data.image import decode_view
-from experiments.vlm.data.image_plan import BEGIN, END, ImagePlan, Layout, View
+from experiments.vlm.data.image_layout import BEGIN, END, Layout, View
+from experiments.vlm.data.image_plan import ImagePlan
 from experiments.vlm.data.packing import Budget, place
 from experiments.vlm.data.sample import make_sample
 from experiments.vlm.data.slot import Origin, Packed, SlotPlan
@@ -85,7 +86,7 @@ def test_endless_images_take_little_memory_and_keep_their_middle():
     data = encoded(pixels, "PNG")
     for resize in ("padded", "cropped"):
         (view,) = plan_of(resize).layout(2, 40_000).views
-        assert np.prod(view.size) < 1e6 and np.prod(view.canvas or 1) < 1e6
+        assert np.prod(view.size) < 1e6 and np.prod(view.canvas[:2] if view.canvas else 1) < 1e6
     middle = np.asarray(Image.fromarray(pixels[:, 19_990:20_010]).resize((300, 30), Image.Resampling.BICUBIC))
     assert psnr(ours(plan_of("cropped"), data, (2, 40_000)), middle[:28, 135:163]) > 30
     rows = ours(plan_of("padded"), data, (2, 40_000))
@@ -119,12 +120,10 @@ def test_a_square_is_the_encoders_own_but_where_that_does_not_fit(options, side)
     assert view.size == (side, side) and (view.h, view.w) == (side // 14, side // 14)
 
 
-class Halves:
+class Halves(ImagePlan):
     """Each image twice, and one visual token between them a second time: more than any plan has as yet."""
 
-    patch_size, merge_size, resample, fill, extra = 4, 2, "bilinear", (0, 0, 0), 0
-
-    def layout(self, height: int, width: int) -> Layout:
+    def layout(self, height: int, width: int, alone: bool = True) -> Layout:
         views = (View(4, 4, 16, (16, 16)), View(2, 4, 8, (8, 16)))
         return Layout(views, np.array([BEGIN, 0, 1, 2, 3, END, 3, BEGIN, 4, 5, END], np.int32))
 
@@ -145,7 +144,7 @@ class Pictures:
 @pytest.mark.parametrize("lost", [None, 0, 1])
 @pytest.mark.parametrize("threads", [0, 2])
 def test_views_of_an_image_lie_in_several_rows_and_are_lost_together(lost, threads):
-    plan, tokenizer = Halves(), Characters()
+    plan, tokenizer = Halves(patch_size=4), Characters()
     images = [encoded(noise(20, 30, seed=seed), "PNG") for seed in range(2)]
     if lost is not None:
         images[lost] = images[lost][:200]
@@ -154,7 +153,7 @@ def test_views_of_an_image_lie_in_several_rows_and_are_lost_together(lost, threa
     shape = BatchShape(1, 40, 3, 16, 4)
     places = place(sample.outline.images(0, sample.length), Budget(40, 3, 16))
     assert places == [(0, 0), (2, 0), (1, 0), (2, 8)]
-    fields = {name: np.full(shape.of(name), 77, field.dtype) for name, field in FIELDS.items()}
+    fields = {name: np.full(shape.of(name), 77, field.dtype) for name, field in shape.fields.items()}
     views = {name: array[0] if FIELDS[name].dims[0] == "B" else array for name, array in fields.items()}
     packed = Packed(Where(0, 0, 0), Origin("s", "", "", caption=False), sample, places)
     with ThreadPoolExecutor(2) as pool:

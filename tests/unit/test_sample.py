@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments.vlm.data import document, image_plan
+from experiments.vlm.data import document, image_layout
 from experiments.vlm.data.document import Document, Image, Special, Text
 from experiments.vlm.data.sample import Sample, make_sample
 from tests.tiny_data import Characters
@@ -21,10 +21,10 @@ class Sizes:
 
     merge_size: int = 2
 
-    def layout(self, height: int, width: int) -> image_plan.Layout:
+    def layout(self, height: int, width: int, alone: bool) -> image_layout.Layout:
         visual = range(height * width // self.merge_size**2)
-        view = image_plan.View(height, width, height * width, (height, width))
-        return image_plan.Layout((view,), np.array([image_plan.BEGIN, *visual, image_plan.END]))
+        view = image_layout.View(height, width, height * width, (height, width))
+        return image_layout.Layout((view,), np.array([image_layout.BEGIN, *visual, image_layout.END]))
 
 
 def sample_of(parts) -> Sample:

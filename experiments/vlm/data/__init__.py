@@ -4,7 +4,7 @@ PLAN: what the next row of a slot holds, a SlotPlan (`Slot.plan`)
     sources/     which records of which shard a slot reads when (order, mixture), one after the other (reader)
     formats/     record -> document: texts and references to images (document)
     chat_template  turns -> texts, with markers and loss (built_in_templates, or a file: jinja_template)
-    image_plan   size of an image -> its views in patches, and its tokens
+    image_plan   size of an image -> its views in patches, and its tokens (image_layout); tiles: of several
     sample       document -> token ids, targets, sizes of images in patches
     split        where a document that is longer than a slot may be cut
     lookahead    what waits; which documents or pieces share the next row

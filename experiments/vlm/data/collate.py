@@ -16,10 +16,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from experiments.vlm.batch import FIELDS, IGNORE, Delivered
+from experiments.vlm.batch import FIELDS, IGNORE, PLACING, Delivered
 from experiments.vlm.data.batch_metrics import Views, count_by_source, count_slot
 from experiments.vlm.data.controls import Painted
 from experiments.vlm.data.image import decode_views, write_patches
+from experiments.vlm.data.image_layout import NEWLINE
 from experiments.vlm.data.image_plan import ImagePlan
 from experiments.vlm.data.lookahead import Place
 from experiments.vlm.data.rejects import Reject, Rejected
@@ -118,7 +119,7 @@ class _Row:
         self.views = views
         self.merge = merge  # patches of a visual token
         self.filled = FilledSlot(plan.slot)
-        for name in (name for name in FIELDS if FIELDS[name].dims == "BS"):
+        for name in (name for name in views if FIELDS[name].dims.startswith("BS")):
             views[name][:] = pad_id if name == "tokens" else FIELDS[name].padding
         self.rows, self.length = views["grid_thw"].shape[:2]
         self.kept: list[tuple[int, int, int]] = []  # (row, first, end) of patches that hold an image
@@ -140,7 +141,8 @@ class _Row:
         good = [number for number, failure in enumerate(failures) if failure is None]
         document = len(self.filled.delivered)
         tokens, index = self._without_lost(packed, good)
-        self._write(start, document, tokens, sample.targets[index], self._visual_index(packed, good)[index])
+        visual = {name: values[index] for name, values in self._visual(packed, good).items()}
+        self._write(start, document, tokens, sample.targets[index], visual)
         written = slice(start, start + len(tokens))
         self.views["source_ids"][written] = packed.reference.source
         self.kept += [
@@ -176,9 +178,14 @@ class _Row:
         index = np.flatnonzero(used)
         return packed.sample.tokens[index], index
 
-    def _visual_index(self, packed: Packed, good: list[int]) -> np.ndarray:
-        index = np.full(len(packed.sample.tokens), FIELDS["visual_index"].padding, np.int64)
-        placed = packed.placed()
+    def _visual(self, packed: Packed, good: list[int]) -> dict[str, np.ndarray]:
+        """Of each token the fields that say which visual tokens it is made of."""
+        t, placed = len(packed.sample.tokens), packed.placed()
+        found = {
+            name: np.full((t, *self.views[name].shape[1:]), FIELDS[name].padding, FIELDS[name].dtype)
+            for name in PLACING
+            if name in self.views
+        }
         for number in good:
             image, places = placed[number]
             # where in the slot each of the image's own visual tokens lies
@@ -186,17 +193,32 @@ class _Row:
                 np.arange(view.cells // self.merge) + (row * self.length + first) // self.merge
                 for view, (row, first) in zip(image.layout.views, places, strict=True)
             ]
-            numbers = image.layout.tokens
-            found = np.concatenate(own)[np.maximum(numbers, 0)]
-            index[image.start : image.end] = np.where(numbers >= 0, found, FIELDS["visual_index"].padding)
-        return index
+            span, rows = slice(image.start, image.end), np.concatenate(own)
+            found["visual_index"][span] = self._in_table(image.layout.tokens, rows)
+            if "visual_taps" in found:
+                numbers, weights = image.layout.taps()
+                found["visual_taps"][span] = taps = self._in_table(numbers, rows)
+                found["tap_weights"][span] = weights * (taps >= 0)
+        return found
+
+    def _in_table(self, numbers: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Rows of the slot's visual table for `numbers` as in Layout.tokens. `rows`: of the image's own."""
+        padding, newline = FIELDS["visual_index"].padding, self.rows * self.length // self.merge
+        others = np.where(numbers == NEWLINE, newline, padding)
+        return np.where(numbers >= 0, rows[np.maximum(numbers, 0)], others)
 
     def _write(
-        self, start: int, document: int, tokens: np.ndarray, targets: np.ndarray, visual_index: np.ndarray
+        self,
+        start: int,
+        document: int,
+        tokens: np.ndarray,
+        targets: np.ndarray,
+        visual: dict[str, np.ndarray],
     ) -> None:
         end = start + len(tokens)
         self.views["tokens"][start:end] = tokens
         self.views["labels"][start : end - 1] = np.where(targets[1:], tokens[1:], IGNORE)
         self.views["positions"][start:end] = np.arange(len(tokens))
         self.views["document_ids"][start:end] = document
-        self.views["visual_index"][start:end] = visual_index
+        for name, values in visual.items():
+            self.views[name][start:end] = values

@@ -33,7 +33,8 @@ from PIL import ExifTags
 from PIL import Image as PILImage
 
 from experiments.vlm.batch import EXTRA, FIELDS
-from experiments.vlm.data.image_plan import ImagePlan, Layout, View
+from experiments.vlm.data.image_layout import Layout, View
+from experiments.vlm.data.image_plan import ImagePlan
 from experiments.vlm.data.jpeg_header import plain_jpeg_size
 from experiments.vlm.data.memory_budget import MemoryBudget
 from experiments.vlm.data.rejects import Rejected
@@ -48,6 +49,9 @@ DECODING_BYTES = 1 << 30  # of the images that the threads of a process decode a
 COUNTED_PIXELS = 1_000_000  # from here on an image counts for that
 # Pillow at its peak, as measured; of the fast JPEG decoder `_decode_jpeg` says what it takes
 BYTES_A_PIXEL = {"other": 8, "JPEG": 10, "MPO": 10, "AVIF": 10, "WEBP": 17, "JPEG2000": 20}
+# Kernels that add up whole rows first, which is fast, and leaves fewer for the slow pass: a third faster than
+# at once. Pillow goes along rows first and rounds in between, as does torch at once: so 72 dB to it, not 57.
+ROWS_FIRST = ("bilinear",)
 PROGRESSIVE = b"\xff\xc2"  # the marker of a JPEG whose coefficients the decoder holds, 6 bytes a pixel
 
 PILImage.init()
@@ -97,12 +101,24 @@ def probe_lazily(read: Callable[[int], bytes], size: int) -> tuple[int, int]:
 
 
 def decode_views(data: bytes, layout: Layout, plan: ImagePlan) -> list[np.ndarray]:
-    """`decode_view` of each view of an image. Raises Rejected."""
-    return [decode_view(data, view, plan) for view in layout.views]
+    """`decode_view` of each view of an image; a picture of which several are parts is made once.
+
+    Raises Rejected.
+    """
+    pictures: dict[object, np.ndarray] = {}
+    for view in layout.views:
+        if view.picture not in pictures:
+            pictures[view.picture] = _picture(data, view, plan)
+    return [_part(pictures[view.picture], view, plan) for view in layout.views]
 
 
 def decode_view(data: bytes, view: View, plan: ImagePlan) -> np.ndarray:
     """Pixels uint8 [h * patch_size, w * patch_size, 3] of a view of an image. Raises Rejected."""
+    return _part(_picture(data, view, plan), view, plan)
+
+
+def _picture(data: bytes, view: View, plan: ImagePlan) -> np.ndarray:
+    """That a view is a part of."""
     if view.middle:
         whole = decode(data, *probe(data))
         top, left = ((side - kept) // 2 for side, kept in zip(whole.shape[:2], view.middle, strict=True))
@@ -110,12 +126,17 @@ def decode_view(data: bytes, view: View, plan: ImagePlan) -> np.ndarray:
         pixels = _resize(part, view.middle, view.size, plan.resample)
     else:
         pixels = decode(data, *view.size, plan.resample)
-    if view.canvas:
-        canvas = np.empty((*view.canvas, 3), np.uint8)
-        canvas[:] = plan.fill
-        top, left = ((whole - part) // 2 for whole, part in zip(view.canvas, view.size, strict=True))
-        canvas[top : top + view.size[0], left : left + view.size[1]] = pixels
-        pixels = _resize(canvas, view.canvas, (plan.side, plan.side), plan.resample)
+    if view.canvas is None:
+        return pixels
+    height, width, fill, side = view.canvas
+    canvas = np.empty((height, width, 3), np.uint8)
+    canvas[:] = fill
+    top, left = (height - view.size[0]) // 2, (width - view.size[1]) // 2
+    canvas[top : top + view.size[0], left : left + view.size[1]] = pixels
+    return canvas if side is None else _resize(canvas, (height, width), (side, side), plan.resample)
+
+
+def _part(pixels: np.ndarray, view: View, plan: ImagePlan) -> np.ndarray:
     (top, left), height, width = view.corner, view.h * plan.patch_size, view.w * plan.patch_size
     return pixels[top : top + height, left : left + width]
 
@@ -297,9 +318,7 @@ def _resize(
     # to torch channels last: nothing is copied
     image = torch.from_numpy(pixels).unsqueeze(0).permute(0, 3, 1, 2)
     down, across = (goal / covered for goal, covered in zip(target, extent, strict=True))
-    if down < 1:
-        # Rows first: whole rows are added up, which is fast, and fewer are left for the slow pass. A third
-        # faster than at once.
+    if down < 1 and kernel in ROWS_FIRST:
         image = resample(image, [target[0], image.shape[3]], False, down, None)
         down = 1.0
     return resample(image, list(target), False, down, across)[0].permute(1, 2, 0).numpy()
@@ -318,7 +337,8 @@ def _load_resized(image: PILImage.Image, target: tuple[int, int], kernel: Resamp
 
 def _resize_by_strips(image: Rgb, target: tuple[int, int], kernel: Resample) -> np.ndarray:
     """The pixels that `_resize` would make of all at once: first along the strips, then across them."""
-    boxes, axis = (image.columns(), 1) if target[0] < image.height else (image.rows(), 0)
+    down = target[0] < image.height and kernel in ROWS_FIRST
+    boxes, axis = (image.columns(), 1) if down else (image.rows(), 0)
     strips = []
     for box in boxes:
         strip = image.box(box)

@@ -4,57 +4,26 @@
     square    squeezed to a square
     padded    put in the middle of a filled square as long as its longer side, then resized
     cropped   its shorter side is as long as a square's, and of the longer one the middle is taken
+    tiles     squeezed to a square, and beside that cut into several (tiles.py)
 
-Nobody else knows how many cells or tokens an image has. An image may have several views; each lies inside one
-patch row, and where one is lost, the image is. Imports no torch.
+Nobody else knows how many cells or tokens an image has. Imports no torch.
 """
 
 import functools
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.vlm.model.config import Resample, Resize
+from experiments.vlm.data import tiles
+from experiments.vlm.data.image_layout import BEGIN, END, NEWLINE, Canvas, Layout, View
+from experiments.vlm.model.config import Resample, Resize, TilesConfig
 
-BEGIN, END = -1, -2  # in Layout.tokens
 # What bounds the memory of squares made of endless images, where no one can see a difference.
 MOST_SQUARES = 16  # of a cropped one no more squares in a row are resized
 LONGEST = 1 << 15  # a padded one is made no longer
-
-
-@dataclass(frozen=True)
-class View:
-    """A picture that the encoder reads as one segment, and how it is made of the image's pixels."""
-
-    h: int  # patches
-    w: int
-    cells: int  # places of a patch row: the patches, and behind them those of the encoder's class token
-    size: tuple[int, int]  # (height, width) in pixels that the image is resized to
-    middle: tuple[int, int] | None = None  # rows and columns that are taken of it before
-    # the filled one in whose middle it is put then, and which is resized to the plan's square
-    canvas: tuple[int, int] | None = None
-    corner: tuple[int, int] = (0, 0)  # first row and column of the h x w patches that are taken of all that
-
-
-@dataclass(frozen=True)
-class Layout:
-    """An image in the two sequences. `tokens`: int32, what stands for it among the tokens: BEGIN, END, or the
-    number of a visual token among the image's own, which are those of its views one after the other.
-    """
-
-    views: tuple[View, ...]
-    tokens: np.ndarray
-
-    @property
-    def cells(self) -> int:
-        """Places that it takes of patch rows."""
-        return sum(view.cells for view in self.views)
-
-    @property
-    def visual_tokens(self) -> int:
-        """How many of its tokens the encoder makes."""
-        return int(np.count_nonzero(self.tokens >= 0))
 
 
 @dataclass(frozen=True)
@@ -72,6 +41,8 @@ class ImagePlan:
     resample: Resample = "bilinear"
     fill: tuple[int, ...] = (128, 128, 128)  # colour of what a padded image has around it
     marked: bool = True  # its tokens stand between a begin and an end
+    newline: bool = False  # rows of tiles end in one, and so does what has a single view
+    cut: TilesConfig = TilesConfig()  # how tiles are cut
 
     @property
     def extra_cells(self) -> int:
@@ -80,13 +51,28 @@ class ImagePlan:
 
     @property
     def most_tokens(self) -> int:
-        """Of an image of max_patches."""
-        return len(self._tokens(self.max_patches))
+        """Of an image of max_patches, or of tiles as they are."""
+        return PLANS[self.resize].most_tokens(self)
 
     @property
     def most_cells(self) -> int:
         """Of a view of max_patches."""
         return self.max_patches + self.extra_cells
+
+    @property
+    def view_cells(self) -> int:
+        """Of a view that is a square."""
+        return (self.side // self.patch_size) ** 2 + self.extra_cells
+
+    @property
+    def most_views(self) -> int:
+        """Of an image, all of the same size where there are several."""
+        return PLANS[self.resize].most_views(self)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether a token may be the weighted sum of several that the encoder makes."""
+        return self.resize == "tiles" and self.cut.most is not None
 
     @property
     def side(self) -> int:
@@ -97,10 +83,9 @@ class ImagePlan:
         cells = min(cells, whole) if whole else cells
         return cells // self.merge_size * self.merge_size * self.patch_size
 
-    def layout(self, height: int, width: int) -> Layout:
-        """Of an image of that many pixels."""
-        h, w = self.grid(height, width)
-        return Layout((self._view(h, w, height, width),), self._tokens(h * w))
+    def layout(self, height: int, width: int, alone: bool = True) -> Layout:
+        """Of an image of that many pixels. `alone`: it is the only one of its document."""
+        return PLANS[self.resize].layout(self, height, width, alone)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Patches (h, w) of an image of that many pixels: multiples of merge_size, h * w <= max_patches.
@@ -123,35 +108,89 @@ class ImagePlan:
         h, w = _clamp(h, w, self.max_patches // merge**2)
         return h * merge, w * merge
 
-    def _view(self, h: int, w: int, height: int, width: int) -> View:
-        cells, side = h * w + self.extra_cells, self.side
-        short, long = sorted((height, width))
-        if self.resize == "padded" and height != width:
-            # The longer side first, which the canvas leaves as it is: both axes are resized apart anyway.
-            fewer = -(-long // LONGEST)
-            thin, whole = max(1, short // fewer), long // fewer
-            turned = height > width
-            size, canvas = ((side, thin), (side, whole)) if turned else ((thin, side), (whole, side))
-            return View(h, w, cells, size, canvas=canvas)
-        if self.resize == "cropped":
-            used = min(long, short * MOST_SQUARES)
-            middle = None if used == long else (min(height, used), min(width, used))
-            whole = int(side * used / short)
-            size = (side, whole) if height == short else (whole, side)
-            return View(h, w, cells, size, middle, corner=((size[0] - side) // 2, (size[1] - side) // 2))
-        size = (h * self.patch_size, w * self.patch_size) if self.resize == "native" else (side, side)
-        return View(h, w, cells, size)
+    def single(self, height: int, width: int, size: tuple[int, int] | None = None, **how: Any) -> Layout:
+        """One view of an image of that many pixels, resized to `size`, and its tokens. `how`: see View."""
+        h, w = self.grid(height, width)
+        size = size or (h * self.patch_size, w * self.patch_size)
+        return Layout((View(h, w, h * w + self.extra_cells, size, **how),), self.tokens_of(h * w))
 
-    def _tokens(self, patches: int) -> np.ndarray:
+    def tokens_of(self, patches: int) -> np.ndarray:
+        """As in Layout, of one view of so many patches."""
         extra = self.extra if self.extra_tokens else 0
-        return _tokens(patches // self.merge_size**2, extra, self.marked)
+        return _tokens(patches // self.merge_size**2, extra, self.marked, self.newline)
+
+
+def native(plan: ImagePlan, height: int, width: int, alone: bool) -> Layout:
+    """Its own aspect ratio."""
+    return plan.single(height, width)
+
+
+def square(plan: ImagePlan, height: int, width: int, alone: bool) -> Layout:
+    """Squeezed."""
+    return plan.single(height, width, (plan.side, plan.side))
+
+
+def padded(plan: ImagePlan, height: int, width: int, alone: bool) -> Layout:
+    """In the middle of a filled square."""
+    if height == width:
+        return square(plan, height, width, alone)
+    # The longer side first, which the canvas leaves as it is: both axes are resized apart anyway.
+    short, long, side = *sorted((height, width)), plan.side
+    fewer = -(-long // LONGEST)
+    thin, whole = max(1, short // fewer), long // fewer
+    size, canvas = ((side, thin), (side, whole)) if height > width else ((thin, side), (whole, side))
+    return plan.single(height, width, size, canvas=Canvas(*canvas, plan.fill, side))
+
+
+def cropped(plan: ImagePlan, height: int, width: int, alone: bool) -> Layout:
+    """The middle of a square that its longer side leaves."""
+    short, long, side = *sorted((height, width)), plan.side
+    used = min(long, short * MOST_SQUARES)
+    middle = None if used == long else (min(height, used), min(width, used))
+    whole = int(side * used / short)
+    size = (side, whole) if height == short else (whole, side)
+    corner = (size[0] - side) // 2, (size[1] - side) // 2
+    return plan.single(height, width, size, middle=middle, corner=corner)
+
+
+def tiled(plan: ImagePlan, height: int, width: int, alone: bool) -> Layout:
+    """Squeezed, and cut into tiles."""
+    if plan.cut.alone and not alone:
+        return padded(plan, height, width, alone)
+    (whole,) = square(plan, height, width, alone).views
+    made = tiles.tiled(whole, plan.merge_size**2, plan.cut, plan.newline, height, width)
+    marked = np.concatenate([[BEGIN], made.tokens, [END]]).astype(np.int32) if plan.marked else made.tokens
+    return replace(made, tokens=marked)
+
+
+class Plan(NamedTuple):
+    """A rule for images."""
+
+    layout: Callable[[ImagePlan, int, int, bool], Layout]  # arguments as those of ImagePlan.layout
+    most_tokens: Callable[[ImagePlan], int] = lambda plan: len(plan.tokens_of(plan.max_patches))
+    most_views: Callable[[ImagePlan], int] = lambda plan: 1
+
+
+def _most_tiled(plan: ImagePlan) -> int:
+    s = plan.side // (plan.patch_size * plan.merge_size)
+    return tiles.most_tokens(s, plan.cut, plan.newline) + 2 * plan.marked
+
+
+PLANS: dict[Resize, Plan] = {
+    "native": Plan(native),
+    "square": Plan(square),
+    "padded": Plan(padded),
+    "cropped": Plan(cropped),
+    "tiles": Plan(tiled, _most_tiled, lambda plan: 1 + max(math.prod(grid) for grid in plan.cut.grids)),
+}
 
 
 @functools.lru_cache(4096)
-def _tokens(visual: int, extra: int, marked: bool) -> np.ndarray:
+def _tokens(visual: int, extra: int, marked: bool, newline: bool) -> np.ndarray:
     """Extra cells lie behind the patches, and what they become comes before them among the tokens."""
     numbers = np.roll(np.arange(visual + extra, dtype=np.int32), extra)
-    tokens = np.concatenate([[BEGIN], numbers, [END]]).astype(np.int32) if marked else numbers
+    ends = [NEWLINE] * newline + [END] * marked
+    tokens = np.concatenate([[BEGIN] * marked, numbers, ends]).astype(np.int32)
     tokens.setflags(write=False)
     return tokens
 

@@ -22,7 +22,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from experiments.vlm.data.document import BOS, EOS, Document, Image, Part, Special, Text, encode_texts
-from experiments.vlm.data.image_plan import BEGIN, END, Layout
+from experiments.vlm.data.image_layout import BEGIN, END, Layout
 from experiments.vlm.data.split import Outline
 from torchtitan.components.tokenizer import Tokenizer
 
@@ -30,8 +30,8 @@ from torchtitan.components.tokenizer import Tokenizer
 class Plan(Protocol):
     """The part of ImagePlan that planning needs."""
 
-    def layout(self, height: int, width: int) -> Layout:
-        """What becomes of an image of that many pixels."""
+    def layout(self, height: int, width: int, alone: bool) -> Layout:
+        """What becomes of an image of that many pixels. `alone`: it is the only one of its document."""
         ...
 
 
@@ -108,7 +108,7 @@ def encode(document: Document, tokenizer: Tokenizer, plan: Plan) -> Iterator[Ato
     """The parts as tokens; bos and eos are atoms of their own."""
     if tokenizer.bos_id is not None and not document.conversation:
         yield Atom([tokenizer.bos_id], [False])
-    numbers = itertools.count()
+    numbers, alone = itertools.count(), sum(isinstance(part, Image) for part in document.parts) == 1
     parts = (known(part, tokenizer) for part in document.parts)
     for _, group in itertools.groupby(parts, key=type):
         texts: list[Text] = []
@@ -116,7 +116,8 @@ def encode(document: Document, tokenizer: Tokenizer, plan: Plan) -> Iterator[Ato
             if isinstance(part, Text):
                 texts.append(part)
             elif isinstance(part, Image):
-                yield encode_image(part, tokenizer, plan, next(numbers))
+                layout = plan.layout(part.height, part.width, alone)
+                yield encode_image(part, tokenizer, layout, next(numbers))
             else:
                 yield encode_special(part, tokenizer)
         if texts:
@@ -141,9 +142,8 @@ def encode_text(texts: list[Text], tokenizer: Tokenizer) -> Atom:
     return Atom(ids, [texts[0].loss] * len(ids))
 
 
-def encode_image(image: Image, tokenizer: Tokenizer, plan: Plan, number: int) -> Atom:
+def encode_image(image: Image, tokenizer: Tokenizer, layout: Layout, number: int) -> Atom:
     """What stands for it, none of it a target. `number`: among its document's images."""
-    layout = plan.layout(image.height, image.width)
     ids = np.full(len(layout.tokens), tokenizer.image_id)
     ids[layout.tokens == BEGIN] = tokenizer.begin_image_id
     ids[layout.tokens == END] = tokenizer.end_image_id

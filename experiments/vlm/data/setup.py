@@ -109,10 +109,9 @@ def dealing(setup: Setup, deals: Sequence[Deal]) -> Setup:
 
 def shape_of(settings: SlotSettings, slots: int) -> BatchShape:
     """The sizes of a batch of so many slots."""
-    budget = settings.budget
-    return BatchShape(
-        slots, budget.seq_len, budget.patch_rows, budget.patches_per_row, settings.plan.patch_size
-    )
+    budget, plan = settings.budget, settings.plan
+    rows = budget.seq_len, budget.patch_rows, budget.patches_per_row
+    return BatchShape(slots, *rows, plan.patch_size, plan.mixes)
 
 
 def make_deal(source: Source, job: VLMJobConfig, slots: int, held_out: bool, shards: Shards = ()) -> Deal:

@@ -18,7 +18,7 @@ Arrays = dict[str, np.ndarray]
 
 def batch_bytes(shape: BatchShape) -> int:
     """Bytes of one batch, each field at its own aligned place."""
-    return sum(_aligned(_bytes(shape, name)) for name in FIELDS)
+    return sum(_aligned(_bytes(shape, name)) for name in shape.fields)
 
 
 class Buffers:
@@ -52,7 +52,7 @@ def slot_views(arrays: Arrays, index: int, patch_rows: int) -> Arrays:
 
 def _fields(memory: mmap.mmap, shape: BatchShape, offset: int) -> Arrays:
     arrays = {}
-    for name, field in FIELDS.items():
+    for name, field in shape.fields.items():
         arrays[name] = np.ndarray(shape.of(name), field.dtype, memory, offset)
         offset += _aligned(_bytes(shape, name))
     return arrays

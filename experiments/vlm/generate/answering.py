@@ -67,8 +67,8 @@ def answering_of(
     model: Any, cache: KVCache, prompter: Prompter, mesh: Mesh, reuse: bool = False, share: Share = WHOLE
 ) -> Answering:
     """`model` holds `cache`; share: see CachedVLM."""
-    tokenizer, budget = prompter.tokenizer, prompter.budget
-    shape = BatchShape(1, 0, budget.patch_rows, budget.patches_per_row, prompter.plan.patch_size)
+    tokenizer, budget, plan = prompter.tokenizer, prompter.budget, prompter.plan
+    shape = BatchShape(1, 0, budget.patch_rows, budget.patches_per_row, plan.patch_size, plan.mixes)
     forward = CachedVLM(model, shape, share)
     ends = ends_of(tokenizer, prompter.template)
     engine = Engine(forward, cache, tokenizer, ends, agreement(mesh), reuse, share.tokens.ranks)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from experiments.vlm.batch import FIELDS, BatchShape
+from experiments.vlm.batch import FIELDS, PLACING, BatchShape
 from experiments.vlm.generate.prompt import Prompt
 from torchtitan.components.loader import Tensors
 
@@ -66,8 +66,8 @@ class CachedVLM:
             return {}
         width = tokens.shape[1]
         whole = prompt.tensors(width) if prompt else self._none(width)
-        index = whole["visual_index"].chunk(self.share.tokens.ranks, 1)[self.share.tokens.rank]
-        own = {"visual_index": index.contiguous()}
+        rank, ranks = self.share.tokens
+        own = {name: whole[name].chunk(ranks, 1)[rank].contiguous() for name in PLACING if name in whole}
         own |= {name: self._own_rows(name, whole[name]) for name in ("pixel_values", "grid_thw")}
         return {name: tensor.to(tokens.device) for name, tensor in own.items()}
 
@@ -82,5 +82,6 @@ class CachedVLM:
         shape = replace(self.shape, seq_len=width)
         return {
             name: torch.full(shape.of(name), FIELDS[name].padding, dtype=getattr(torch, FIELDS[name].dtype))
-            for name in ("visual_index", "pixel_values", "grid_thw")
+            for name in ("pixel_values", "grid_thw", *PLACING)
+            if name in shape.fields
         }

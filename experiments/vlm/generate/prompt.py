@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.vlm.batch import FIELDS, BatchShape
+from experiments.vlm.batch import FIELDS, PLACING, BatchShape
 from experiments.vlm.data.chat_template import ChatTemplate
 from experiments.vlm.data.collate import Collator
 from experiments.vlm.data.document import Document, Image, ImageValue, Picture, Special, Text, Turn
@@ -38,9 +38,15 @@ class Prompt:
     # as `ids`, but other numbers where an image is, by its content: equal where the model reads the same
     identity: list[int]
     targets: np.ndarray  # bool [t]: what training would have predicted
-    visual_index: np.ndarray  # int64 [t], as in the batch contract
+    # Fields of the batch contract: where visual tokens go, [t] and more; and the patch rows that they are of
+    placing: dict[str, np.ndarray]
     pixel_values: np.ndarray  # uint8 [N, L, D]
     grid_thw: np.ndarray  # int32 [N, L, 3]
+
+    @property
+    def visual_index(self) -> np.ndarray:
+        """int64 [t]."""
+        return self.placing["visual_index"]
 
     @property
     def rich(self) -> bool:
@@ -55,18 +61,16 @@ class Prompt:
             ids=self.ids[tail],
             identity=self.identity[tail],
             targets=self.targets[tail],
-            visual_index=self.visual_index[tail],
+            placing={name: values[tail] for name, values in self.placing.items()},
         )
 
     def tensors(self, width: int) -> dict[str, Tensor]:
         """The fields of a batch of one slot of so many tokens that images need."""
-        index = np.full((1, width), FIELDS["visual_index"].padding, np.int64)
-        index[0, : len(self.visual_index)] = self.visual_index
-        return {
-            "visual_index": torch.from_numpy(index),
-            "pixel_values": torch.from_numpy(self.pixel_values),
-            "grid_thw": torch.from_numpy(self.grid_thw),
-        }
+        rows = {"pixel_values": self.pixel_values, "grid_thw": self.grid_thw}
+        for name, values in self.placing.items():
+            rows[name] = np.full((1, width, *values.shape[1:]), FIELDS[name].padding, FIELDS[name].dtype)
+            rows[name][0, : len(values)] = values
+        return {name: torch.from_numpy(values) for name, values in rows.items()}
 
 
 Turns = Sequence[tuple[str, Sequence[str | Picture]]]  # (role, texts and images in order) of each message
@@ -163,7 +167,7 @@ class Prompter:
             sample.tokens.tolist(),
             _identity(sample, pictures),
             sample.targets,
-            views["visual_index"],
+            {name: views[name] for name in PLACING if name in views},
             views["pixel_values"],
             views["grid_thw"],
         )
@@ -186,8 +190,8 @@ class Prompter:
                 "data.patches_per_row): use fewer or smaller ones"
             )
         rows, per_row = self.budget.patch_rows, self.budget.patches_per_row
-        shape = BatchShape(1, sample.length, rows, per_row, self.plan.patch_size)
-        fields = {name: np.empty(shape.of(name), field.dtype) for name, field in FIELDS.items()}
+        shape = BatchShape(1, sample.length, rows, per_row, self.plan.patch_size, self.plan.mixes)
+        fields = {name: np.empty(shape.of(name), field.dtype) for name, field in shape.fields.items()}
         views = {name: array[0] if FIELDS[name].dims[0] == "B" else array for name, array in fields.items()}
         packed = Packed(Reference(0, 0, 0), Origin("prompt", "", "", caption=False), sample, places)
         collator = Collator(_Held(pictures), self.plan, self.tokenizer.pad_id)

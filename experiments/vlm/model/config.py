@@ -11,7 +11,7 @@ from torchtitan.models.decoder.flavors import DecoderConfig
 
 Activation = Literal["gelu_pytorch_tanh", "gelu", "quick_gelu", "silu"]  # names of transformers
 Resample = Literal["bilinear", "bicubic"]  # both antialiased
-Resize = Literal["native", "square", "padded", "cropped"]  # see data/image_plan.py
+Resize = Literal["native", "square", "padded", "cropped", "tiles"]  # see data/image_plan.py
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,17 @@ class ProjectorConfig:
     linears: int = 2  # at least 1, with the activation between
     activation: Activation = "gelu"
     bias: bool = True
+    newline: bool = False  # one more vector, learned, for the end of a row of tiles
+
+
+@dataclass(frozen=True)
+class TilesConfig:
+    """How an image is cut into tiles, where it is (data/tiles.py)."""
+
+    # (rows, columns) that there may be; those of LLaVA-NeXT
+    grids: tuple[tuple[int, ...], ...] = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+    most: int | None = None  # joined tiles are resized to about the tokens of so many; None: never
+    alone: bool = False  # of several images in a document each is padded instead
 
 
 @dataclass(frozen=True)
@@ -92,3 +103,4 @@ class VLMConfig:
     decoder: DecoderConfig
     family: str = "lfm2_vl"  # its class in transformers (families/)
     resize: Resize = "native"  # how its images are made to fit, where data.resize is unset
+    tiles: TilesConfig = TilesConfig()

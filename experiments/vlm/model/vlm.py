@@ -11,6 +11,7 @@ the decoder, V visual tokens of a slot.
 """
 
 from collections.abc import Collection
+from functools import reduce
 
 import torch
 from einops import rearrange
@@ -42,20 +43,42 @@ class Projector(nn.Module):
         for number in range(config.linears):
             linear = nn.Linear(widths[number], widths[number + 1], bias=config.bias)
             setattr(self, f"linear_{number + 1}", linear)
+        if config.newline:
+            self.newline = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x_NLD: Tensor) -> Tensor:
-        """[N, L, encoder dim] -> [N, L / m^2, D]."""
+        """[N, L, encoder dim] -> [N, L / m^2, D]; with a newline one vector more, the same in every row.
+
+        It is written here since elsewhere a rank would hold a shard of it alone.
+        """
         config, activation = self.config, vit.ACTIVATIONS[self.config.activation]
         x = self.norm(x_NLD) if config.norm_first else x_NLD
         x = rearrange(x, "N (V m) D -> N V (m D)", m=self.merged)
         x = x if config.norm_first else self.norm(x)
         for number in range(1, config.linears + 1):
             x = self.get_submodule(f"linear_{number}")(activation(x) if number > 1 else x)
-        return x
+        return torch.cat([x, self.newline.to(x.dtype).expand(len(x), 1, -1)], 1) if config.newline else x
 
 
-def place_visual_tokens(h_BSD: Tensor, visual_BVD: Tensor, visual_index_BS: Tensor) -> Tensor:
-    """Visual token `visual_index` of the slot where it is >= 0, the text embedding elsewhere.
+def visual_table(visual_NVD: Tensor, slots: int, newline: bool) -> Tensor:
+    """What the projector gives for each patch row -> for each slot: its rows' vectors one after the other,
+    and a newline behind them.
+    """
+    rows_BNVD = rearrange(visual_NVD, "(B n) v D -> B n v D", B=slots)
+    if not newline:
+        return rows_BNVD.flatten(1, 2)
+    return torch.cat([rows_BNVD[:, :, :-1].flatten(1, 2), rows_BNVD[:, 0, -1:]], 1)
+
+
+def place_visual_tokens(
+    h_BSD: Tensor,
+    visual_BVD: Tensor,
+    visual_index_BS: Tensor,
+    taps_BSK: Tensor | None = None,
+    weights_BSK: Tensor | None = None,
+) -> Tensor:
+    """Visual token `visual_index` of the slot where it is >= 0, the text embedding elsewhere. With taps the
+    weighted sum of these.
 
     Fixed shape, no synchronisation.
     """
@@ -63,9 +86,14 @@ def place_visual_tokens(h_BSD: Tensor, visual_BVD: Tensor, visual_index_BS: Tens
     is_visual_BS1 = (visual_index_BS >= 0)[..., None]
     # Text reads rows in turn and throws them away: all of it on row 0 would pile its gradient on one address.
     spread_S = torch.arange(S, device=h_BSD.device) % V
-    row_BS1 = torch.where(is_visual_BS1, visual_index_BS[..., None], spread_S[:, None])
-    picked_BSD = visual_BVD.gather(1, row_BS1.expand_as(h_BSD))
-    return torch.where(is_visual_BS1, picked_BSD.to(h_BSD.dtype), h_BSD)
+
+    numbers = visual_index_BS[..., None] if taps_BSK is None else taps_BSK
+    rows_BSK = torch.where(is_visual_BS1, numbers, spread_S[:, None])
+    picked = [visual_BVD.gather(1, row_BS1.expand_as(h_BSD)) for row_BS1 in rows_BSK.split(1, -1)]
+    if weights_BSK is not None:
+        picked = [each * weight for each, weight in zip(picked, weights_BSK.split(1, -1), strict=True)]
+    found_BSD = reduce(torch.add, picked)
+    return torch.where(is_visual_BS1, found_BSD.to(h_BSD.dtype), h_BSD)
 
 
 class VLM(nn.Module):
@@ -100,14 +128,17 @@ class VLM(nn.Module):
         pixel_values: Tensor | None,
         grid_thw: Tensor | None,
         visual_index: Tensor | None,
+        visual_taps: Tensor | None = None,
+        tap_weights: Tensor | None = None,
     ) -> Tensor:
         """Token embeddings with the visual tokens in their places, [B, S, D]."""
         assert self.decoder.tok_embeddings is not None
         if pixel_values is None or grid_thw is None or visual_index is None:
             return self.decoder.tok_embeddings(tokens)
-        visual = self.encode(pixel_values, grid_thw)
-        visual_BVD = rearrange(visual, "(B rows) v D -> B (rows v) D", B=tokens.shape[0])
-        return place_visual_tokens(self.decoder.tok_embeddings(tokens), visual_BVD, visual_index)
+        visual_NVD = self.encode(pixel_values, grid_thw)
+        visual_BVD = visual_table(visual_NVD, tokens.shape[0], self.config.projector.newline)
+        h_BSD = self.decoder.tok_embeddings(tokens)
+        return place_visual_tokens(h_BSD, visual_BVD, visual_index, visual_taps, tap_weights)
 
     def forward(
         self,
@@ -124,6 +155,8 @@ class VLM(nn.Module):
         kv_rows: Tensor | None = None,
         keep: Tensor | None = None,
         source_ids: Tensor | None = None,
+        visual_taps: Tensor | None = None,
+        tap_weights: Tensor | None = None,
     ) -> Tensor:
         """A batch (experiments/vlm/batch.py) to its summed loss and, with `source_ids`, that of each source,
         float32 [1 + sources]; without labels to logits [B, S, V].
@@ -134,7 +167,8 @@ class VLM(nn.Module):
         tokens (see Mask). While an answer is generated, tokens come without images, and `keep` says whose
         logits are wanted, int64 [B, K].
         """
-        h_BSD = tokens if self.encoder is None else self.embed(tokens, pixel_values, grid_thw, visual_index)
+        images = pixel_values, grid_thw, visual_index, visual_taps, tap_weights
+        h_BSD = tokens if self.encoder is None else self.embed(tokens, *images)
         mask = Mask(
             segments=document_ids, causal=True, kv_segments=kv_document_ids, rows=rows, kv_rows=kv_rows
         )

@@ -24,7 +24,7 @@ def lines(batch: Batch, step: int, slots: list[int]) -> Iterator[str]:
 def slot_hash(batch: Batch, row: int, slots: int) -> str:
     """SHA-256 over the slot's part of every tensor, in the order of the batch contract."""
     digest = hashlib.sha256()
-    for name in FIELDS:
+    for name in (name for name in FIELDS if name in batch.tensors):
         tensor = batch.tensors[name]
         rows = len(tensor) // slots
         digest.update(tensor[row * rows : (row + 1) * rows].numpy().tobytes())
