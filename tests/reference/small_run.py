@@ -58,6 +58,8 @@ FLAVORS.update(
         for name, tower in TOWERS.items()
     }
 )
+LLAVA = dataclasses.replace(TOWERS["clip"], image_size=16)
+FLAVORS["small-llava"] = VLMConfig(LLAVA, ProjectorConfig(64, False, 1), DECODER, "llava", "padded")
 FLAVORS.update(
     {f"small-{name}": VLMConfig(ENCODER, ProjectorConfig(48), decoder) for name, decoder in DECODERS.items()}
 )
