@@ -219,6 +219,7 @@ QUICK = (
     "fsdp2, dinov3, muon, groups",
     "replicate2.fsdp2",
     "tp2, shared encoder",
+    "tp2, llava, encoder heads",
     "cp2",
     "pp2, ZBVZeroBubble, tied",
     "fsdp.tp2.cp2.pp2, all at once",

@@ -32,6 +32,10 @@ FURTHER = [
         layout("tp2, tied", 2, tp=2, **TIED),
     ),
     (PP_CP, FSDP_TP),
+    (
+        layout("fsdp2, llava", 2, model="small-llava"),
+        layout("tp2, llava, encoder heads", 2, model="small-llava", tp=2, heads=True),
+    ),
     (layout("fsdp2.tp2, muon", 4, tp=2, optimizer="Muon"), layout("pp2, muon", 2, pp=2, optimizer="Muon")),
     (
         layout("fsdp2, tied", 2, **TIED),

@@ -64,11 +64,13 @@ def log(folder: Path) -> str:
     return (folder / "log.txt").read_text()
 
 
-def losses(folder: Path) -> dict[int, tuple[float, ...]]:
-    """step -> (loss, gradient norm, loss of each source, tokens so far), every digit."""
+def losses(folder: Path) -> dict[int, tuple[float | None, ...]]:
+    """step -> (loss, gradient norm, loss of each source, tokens so far), every digit. A step
+    without documents of a source has no loss of it.
+    """
     names = ("loss", "grad_norm", "loss/drawn", "loss/other", "tokens_seen")
     return {
-        record["step"]: tuple(record[name] for name in names)
+        record["step"]: tuple(record.get(name) for name in names)
         for record in read_history(folder)
         if "loss" in record
     }

@@ -30,11 +30,18 @@ def copy_of_straight(straight, tmp_path) -> Path:
     return tmp_path / "copy"
 
 
-@pytest.mark.parametrize("optimizer", ["AdamW", pytest.param("Muon", marks=pytest.mark.slow)])
-def test_a_killed_run_repeats_the_uninterrupted_one_bit_for_bit(straight, tmp_path, optimizer):
-    options = ("--optimizer.name", optimizer)
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        pytest.param(("--optimizer.name", "Muon"), marks=pytest.mark.slow),
+        pytest.param(("--model.flavor", "small-llava"), marks=pytest.mark.slow),
+    ],
+    ids=["AdamW", "Muon", "LLaVA"],
+)
+def test_a_killed_run_repeats_the_uninterrupted_one_bit_for_bit(straight, tmp_path, options):
     whole = straight
-    if optimizer != "AdamW":
+    if options:
         whole = tmp_path / "whole"
         assert runs.train(whole, *options) == 0, runs.log(whole)
     killed = tmp_path / "killed"

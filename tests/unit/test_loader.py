@@ -24,10 +24,12 @@ def data(tmp_path_factory):
     return write_all(tmp_path_factory.mktemp("data"))
 
 
-def open_loader(data, dump, rank=0, ranks=1, split="train", control=None, **options) -> Loader:
-    return Loader(
-        make_job(data, dump, **options), Characters(), rank=rank, ranks=ranks, split=split, control=control
-    )
+def open_loader(
+    data, dump, rank=0, ranks=1, split="train", control=None, flavor="debugmodel", **options
+) -> Loader:
+    job = make_job(data, dump, **options)
+    job.model.flavor = flavor
+    return Loader(job, Characters(), rank=rank, ranks=ranks, split=split, control=control)
 
 
 def slot_hashes(loader: Loader, step: Step) -> dict[int, str]:
@@ -76,14 +78,16 @@ def test_batches_do_not_depend_on_workers_and_threads(data, expected, tmp_path, 
     assert run(open_loader(data, tmp_path, global_batch_size=8, **options)) == expected
 
 
-def test_a_run_killed_again_and_again_at_other_sizes_is_exact(data, expected, tmp_path):
+def killed_again_and_again(data, tmp_path, **options) -> Hashes:
     """1 -> 4 -> 2 -> 8 -> 1 ranks; each time the last step's state is used though the loader was ahead."""
     state: dict[str, bytes] = {}
     seen: Hashes = []
     for ranks, steps in ((1, 1), (4, 2), (2, 1), (8, 1), (1, 1)):
         parts, states = [], {}
         for rank in range(ranks):
-            loader = open_loader(data, tmp_path, rank, ranks, global_batch_size=8, local_batch_size=1)
+            loader = open_loader(
+                data, tmp_path, rank, ranks, global_batch_size=8, local_batch_size=1, **options
+            )
             loader.load_state_dict({key: state[key] for key in loader.slot_keys()} if state else {})
             taken = [
                 (slot_hashes(loader, step), step.state) for _, step in zip(range(steps), loader, strict=False)
@@ -96,7 +100,18 @@ def test_a_run_killed_again_and_again_at_other_sizes_is_exact(data, expected, tm
             {slot: digest for part in parts for slot, digest in part[step].items()} for step in range(steps)
         ]
         state = states
-    assert seen == expected
+    return seen
+
+
+def test_a_run_killed_again_and_again_at_other_sizes_is_exact(data, expected, tmp_path):
+    assert killed_again_and_again(data, tmp_path) == expected
+
+
+def test_so_is_one_whose_images_are_padded_squares_with_class_tokens(data, tmp_path):
+    llava = {"flavor": "llava-debug", "patches_per_row": 195}
+    expected = run(open_loader(data, tmp_path, global_batch_size=8, **llava))
+    assert all(len(set(step.values())) == 8 for step in expected)
+    assert killed_again_and_again(data, tmp_path, **llava) == expected
 
 
 def test_a_run_with_workers_resumes_without_them(data, expected, tmp_path):
