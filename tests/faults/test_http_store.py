@@ -1,21 +1,33 @@
 """Shards over HTTP: whether the server says that one is not there, or does not answer as it should."""
 
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from functools import partial
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from experiments.vlm.config import Data, Source
+from experiments.vlm.data.formats.record_shard import ImageFolder
 from experiments.vlm.data.rejects import Rejected
-from experiments.vlm.data.sources import shards
-from experiments.vlm.data.sources.shards import open_shard
+from experiments.vlm.data.sources.energon import of_split
+from experiments.vlm.data.sources.shards import match_files, open_shard
+from experiments.vlm.data.storage import remote
 from experiments.vlm.data.storage.patience import Away
+
+SILENCE = -1
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
 
 
 class Answers(BaseHTTPRequestHandler):
-    """The same status to every request; 0: half of a body, then silence."""
+    """The same status to every request; 0: half of a body, then silence; SILENCE from the beginning."""
 
     def do_GET(self):  # noqa: N802
+        if self.server.status == SILENCE:
+            return self.server.over.wait()
         if self.server.status:
             return self.send_error(self.server.status)
         self.send_response(200)
@@ -49,9 +61,39 @@ def server():
 def test_over_http_a_shard_is_away_unless_the_server_says_that_it_is_not_there(
     tmp_path, monkeypatch, server, status, error
 ):
-    monkeypatch.setattr(shards, "STALLED_S", 0.2)
+    monkeypatch.setattr(remote, "STALLED_S", 0.2)
     server.status = status
     url = f"http://127.0.0.1:{server.server_address[1]}/a.tar"
     with pytest.raises(error) as raised:
         open_shard(url, Source(format="cc12m"), Data(cache_folder=str(tmp_path)))
     assert error is Away or raised.value.reason == "shard_missing"
+
+
+@pytest.mark.parametrize("what", ["an image", "whether it is there", "a split", "a listing"])
+def test_whatever_stalls_over_http_is_away_as_a_shard_is(tmp_path, monkeypatch, server, what):
+    """Where a client keeps its own time limit, this takes five minutes."""
+    monkeypatch.setattr(remote, "STALLED_S", 0.2)
+    server.status = 0 if what in ("an image", "a split") else SILENCE
+    root = f"http://127.0.0.1:{server.server_address[1]}/folder"
+    work = {
+        "an image": lambda: ImageFolder(root).read("a.png"),
+        "whether it is there": lambda: remote.is_file(f"{root}/a.png"),
+        "a split": lambda: of_split([f"{root}/.nv-meta/split.yaml"], [f"{root}/a.tar"], "train"),
+        "a listing": lambda: match_files(f"{root}/*.tar", (".tar",)),
+    }
+    with pytest.raises(Away):
+        work[what]()
+
+
+def test_a_glob_over_http_means_the_files_of_the_index_page(tmp_path):
+    (tmp_path / "a" / "deep").mkdir(parents=True)
+    for name in ("1.tar", "2.tar", "notes.txt", "deep/3.tar"):
+        (tmp_path / "a" / name).write_bytes(b"x")
+    handler = partial(Quiet, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as serving:
+        threading.Thread(target=serving.serve_forever, daemon=True).start()
+        root = f"http://127.0.0.1:{serving.server_address[1]}/a"
+        assert match_files(f"{root}/*.tar", (".tar",)) == [f"{root}/1.tar", f"{root}/2.tar"]
+        assert match_files(f"{root}/**/3.*", (".tar",)) == [f"{root}/deep/3.tar"]
+        assert remote.is_file(f"{root}/1.tar") and not remote.is_file(f"{root}/none.tar")
+        serving.shutdown()

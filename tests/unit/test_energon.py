@@ -97,16 +97,27 @@ def test_a_split_that_says_nothing_is_an_error(tmp_path, told, line):
         letters(write(tmp_path / "energon", told))
 
 
-def test_a_remote_folder(caplog):
+def test_a_remote_folder_leaves_out_what_its_list_says(tmp_path):
     memory = fsspec.filesystem("memory")
-    memory.pipe({f"/energon/shards/{letter}.tar": b"x" for letter in "abcde"})
-    told = SPLIT | {"exclude": ["shards/a.tar/001"]}
-    memory.pipe("/energon/.nv-meta/split.yaml", yaml.safe_dump(told).encode())
+    write_tar(tmp_path / "a.tar", [("001.jpg", jpeg(8, 8)), ("001.txt", b"x"), ("002.jpg", jpeg(8, 8))])
+    memory.pipe({f"/of/energon/shards/{letter}.tar": (tmp_path / "a.tar").read_bytes() for letter in "abcde"})
+    told = SPLIT | {"exclude": ["shards/a.tar/001", "shards/b.tar"]}
+    memory.pipe("/of/energon/.nv-meta/split.yaml", yaml.safe_dump(told).encode())
+    data = Data(cache_folder=str(tmp_path / "cache"))
+    found = {}
     try:
-        assert (letters("memory://energon"), letters("memory://energon", "validation")) == ("abc", "d")
-        assert "in a remote folder they are read all the same" in caplog.text
+        for folder in ("memory://of/energon", "memory://of"):
+            assert (letters(folder), letters(folder, "validation")) == ("ac", "d")
+            found[folder] = Source(format="webdataset", path=folder)
+        for name, source in found.items():
+            for shard in list_shards(source.path, "cc12m", data):
+                excluded = open_shard(shard, source, data).excluded
+                assert excluded == ({"001"} if shard.endswith("a.tar") else set()), (name, shard)
+        # Who names a file may not be allowed to look for others in its folder.
+        alone = Source(format="webdataset", path=shard)
+        assert open_shard(shard.replace("c.tar", "a.tar"), alone, data).excluded == set()
     finally:
-        memory.rm("/energon", recursive=True)
+        memory.rm("/of", recursive=True)
 
 
 def test_a_run_trains_on_no_shard_of_the_validation(tmp_path):

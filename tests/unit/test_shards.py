@@ -111,7 +111,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line(data, monkeypatch, path):
     import huggingface_hub as hub
 
     system = hub.HfFileSystem(endpoint="http://127.0.0.1:1", skip_instance_cache=True)  # nobody listens there
-    monkeypatch.setattr(shards.fsspec.core, "url_to_fs", lambda path: (system, path.removeprefix("hf://")))
+    monkeypatch.setattr(shards, "file_system", lambda path: (system, path.removeprefix("hf://")))
     data.storage_timeout_s = 0
     with pytest.raises(StorageError) as error:
         list_shards(path, "obelics", data)
@@ -348,10 +348,10 @@ class Hub:
 
 def test_of_a_data_set_of_the_hub_the_train_split_is_taken(data, monkeypatch):
     files = [f"datasets/M/D/data/{split}-0.parquet" for split in ("test", "train", "validation")]
-    monkeypatch.setattr(shards.fsspec.core, "url_to_fs", lambda path: (Hub(files), path))
+    monkeypatch.setattr(shards, "file_system", lambda path: (Hub(files), path))
     assert list_shards("hf://datasets/M/D", "obelics", data) == ["hf://datasets/M/D/data/train-0.parquet"]
     assert len(list_shards("hf://datasets/M/D/data", "obelics", data)) == 3
-    monkeypatch.setattr(shards.fsspec.core, "url_to_fs", lambda path: (Hub(files[:1]), path))
+    monkeypatch.setattr(shards, "file_system", lambda path: (Hub(files[:1]), path))
     assert list_shards("hf://datasets/M/D", "obelics", data) == ["hf://datasets/M/D/data/test-0.parquet"]
 
 

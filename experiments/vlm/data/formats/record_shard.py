@@ -12,8 +12,6 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import Any
 
-import fsspec
-
 from experiments.vlm.config import Data
 from experiments.vlm.data.document import Document, Draft, Image, ImageValue, finish
 from experiments.vlm.data.formats import Record
@@ -22,6 +20,7 @@ from experiments.vlm.data.formats.record_files import Records
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.storage.fetch import make_fetcher
 from experiments.vlm.data.storage.patience import Away, insist, is_away, remote
+from experiments.vlm.data.storage.remote import is_file, open_file
 
 
 def folder_of(record_file: str) -> str:
@@ -57,7 +56,7 @@ class ImageFolder:
         """Whether there is such a file. Raises OSError where the storage does not answer."""
         try:
             path = self.path(value)
-            return insist(path, lambda: _is_file(path) if self.remote else S_ISREG(os.stat(path).st_mode))
+            return insist(path, lambda: is_file(path) if self.remote else S_ISREG(os.stat(path).st_mode))
         except (Rejected, OSError, ValueError) as error:
             if is_away(error):
                 raise
@@ -84,16 +83,10 @@ class ImageFolder:
             raise Rejected("image_missing", str(error)) from error
 
 
-def _is_file(path: str) -> bool:
-    with remote():
-        system, inside = fsspec.core.url_to_fs(path)
-        return bool(system.isfile(inside))
-
-
 def _download(path: str) -> bytes:
     with remote():
         try:
-            with fsspec.open(path, "rb") as file:
+            with open_file(path) as file:
                 data, size = file.read(), getattr(file, "size", None)
         except json.JSONDecodeError:
             raise  # of an answer

@@ -5,8 +5,7 @@
         exclude: [shards/3.tar, shards/4.tar/KEY]       whole shards, or a sample by its key
 
 Training reads `train`, validation `val`. A glob or a range names its files itself, so there the split does
-not count. Samples that are excluded one by one are rejects, `excluded`; in remote folders they are read all
-the same, which is said.
+not count. Samples that are excluded one by one are rejects, `excluded`.
 """
 
 import os
@@ -15,13 +14,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-import fsspec
 import yaml
 from braceexpand import braceexpand
 
 from experiments.vlm.data.sources.walk import FILE, Local
+from experiments.vlm.data.storage.patience import remote
+from experiments.vlm.data.storage.remote import file_system, is_file, open_file
 from torchtitan.config.errors import ConfigError
-from torchtitan.tools.logging import logger
 
 Split = Literal["train", "validation"]
 LEVELS = 3  # of folders above
@@ -53,19 +52,36 @@ def of_split_above(folder: str, shards: list[str], split: Split) -> list[str]:
     return shards
 
 
-def excluded_keys(shard: str) -> frozenset[str]:
-    """Keys of samples of a local shard that the folder above it excludes."""
-    for parent in Path(shard).absolute().parents[: LEVELS + 1]:
-        if (excluded := _excluded(str(parent))) is not None:
-            name = os.path.relpath(os.path.abspath(shard), parent) + "/"
+def excluded_keys(shard: str, folders: Sequence[str]) -> frozenset[str]:
+    """Keys of samples of a shard that the folder above it excludes. Of a remote one, looked for no higher
+    than the one of `folders` that it was listed in: elsewhere, asking may not be allowed.
+
+    Raises OSError where the storage does not answer.
+    """
+    roots = _remote_roots(shard, folders) if "://" in shard else _local_roots(shard)
+    for root in roots:
+        if (excluded := _excluded(root)) is not None:
+            name = (shard if "://" in shard else os.path.abspath(shard)).removeprefix(root).lstrip("/") + "/"
             return frozenset(one.removeprefix(name) for one in excluded if one.startswith(name))
     return frozenset()
+
+
+def _local_roots(shard: str) -> list[str]:
+    return [str(parent) for parent in Path(os.path.abspath(shard)).parents[: LEVELS + 1]]
+
+
+def _remote_roots(shard: str, folders: Sequence[str]) -> list[str]:
+    """The folders above a shard, from the next one up to the listed one; none where it was not listed."""
+    listed = [system.unstrip_protocol(path).rstrip("/") for system, path in map(file_system, folders)]
+    highest = next((folder for folder in listed if shard.startswith(folder + "/")), shard)
+    parts = shard.split("/")
+    return ["/".join(parts[:count]) for count in range(len(parts) - 1, highest.count("/"), -1)]
 
 
 @lru_cache(maxsize=64)
 def _excluded(root: str) -> tuple[str, ...] | None:
     """What is excluded; None where the folder has no split."""
-    file = next((root + name for name in FILES if os.path.isfile(root + name)), None)
+    file = next((root + name for name in FILES if is_file(root + name)), None)
     return tuple(_expanded(file, _read(file).get("exclude") or [])) if file else None
 
 
@@ -79,8 +95,6 @@ def _shards(root: str, file: str, split: Split) -> list[str]:
     shards = [name for name in named if name not in excluded]
     if not shards:
         raise ConfigError(f"{file}: split {part} has no shards")
-    if "://" in root and any(one.startswith(name + "/") for name in shards for one in excluded):
-        logger.warning(f"{file} excludes single samples: in a remote folder they are read all the same")
     return [root + name for name in shards]
 
 
@@ -91,7 +105,7 @@ def _expanded(file: str, names: Any) -> list[str]:
 
 
 def _read(file: str) -> dict[str, Any]:
-    with fsspec.open(file, "rb") as opened:
+    with remote(), open_file(file) as opened:
         data = opened.read()
     try:
         split_file = yaml.safe_load(data)

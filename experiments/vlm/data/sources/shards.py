@@ -19,9 +19,7 @@ import shutil
 import weakref
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
-import fsspec
 import pyarrow as pa
 from braceexpand import braceexpand
 
@@ -45,6 +43,8 @@ from experiments.vlm.data.sources.walk import (
 )
 from experiments.vlm.data.storage.file_cache import FileCache, Held, file_cache, origin_of
 from experiments.vlm.data.storage.patience import Away, Patience, is_away, remote
+from experiments.vlm.data.storage.remote import file_system
+from experiments.vlm.data.storage.remote import open_file as open_remote
 from experiments.vlm.data.storage.unpack import damage_of, is_packed, note_damage, packing_of, unpack
 from experiments.vlm.world import ensure
 from torchtitan.config.errors import ConfigError
@@ -54,7 +54,6 @@ HUB = "hf://datasets/"
 MISTAKES = (FileNotFoundError, NotADirectoryError, ImportError, ValueError, TypeError, NotImplementedError)
 EMBEDDED = "embedded:"
 CHUNK_BYTES = 1 << 20
-STALLED_S = 20.0  # without one byte of a transfer
 # what `datasets` writes next to its data
 NOT_RECORDS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
@@ -108,8 +107,8 @@ def open_shard(path: str, source: Source, data: Data) -> Shard:
         shard = open_file(ShardFile(path, str(copy.path) if copy else path), source, data)
         if copy:
             weakref.finalize(shard, copy.close)
-        if isinstance(shard, TarShard) and "://" not in path:
-            shard.excluded = excluded_keys(path)
+        if isinstance(shard, TarShard):
+            shard.excluded = excluded_keys(path, _folders_of(source))
         if copy and (damage := damage_of(path, cache)):
             shard.rejects = [_joined(shard.rejects, damage)]
         return shard
@@ -145,6 +144,11 @@ def _joined(rejects: list[Rejected], damage: str) -> Rejected:
     """What is wrong with a packed shard, in one: its packing, and what that did to its records."""
     reason = rejects[0].reason if rejects else "shard_damaged"
     return Rejected(reason, "; ".join([damage, *(reject.detail for reject in rejects)]))
+
+
+def _folders_of(source: Source) -> list[str]:
+    """The remote folders that a source may name."""
+    return [pattern for pattern in _expand(source.path) if "://" in pattern and not glob.has_magic(pattern)]
 
 
 def _is_unmounted(path: str) -> bool:
@@ -191,7 +195,7 @@ def _match(pattern: str, suffixes: tuple[str, ...], split: Split | None) -> list
 
 def _match_remote(pattern: str, suffixes: tuple[str, ...], split: Split | None) -> list[str]:
     try:
-        system, path = fsspec.core.url_to_fs(pattern)
+        system, path = file_system(pattern)
         if glob.has_magic(path):
             return [system.unstrip_protocol(file) for file in remote_glob(system, path)]
         if pattern.startswith(("http://", "https://")) or Remote(system).kind(path) != FOLDER:
@@ -288,20 +292,10 @@ def _copy(path: str, copy: Path, cache: FileCache) -> None:
             packed.unlink(missing_ok=True)
 
 
-def _client_options(path: str) -> dict[str, Any]:
-    """Of fsspec's client: that of HTTP gives a whole shard five minutes, and one that stalls as long."""
-    if not path.startswith(("http://", "https://")):
-        return {}
-    import aiohttp
-
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=STALLED_S, sock_read=STALLED_S)
-    return {"client_kwargs": {"timeout": timeout}}
-
-
 def _download(path: str, copy: Path, cache: FileCache) -> None:
     """Raises FileNotFoundError, and Away for all else that the storage does, a file of another length too."""
     with remote():
-        opened = fsspec.open(path, "rb", **_client_options(path))
+        opened = open_remote(path)
         with opened as source:
             cache.make_room(getattr(source, "size", None) or 0, copy)
             with open(copy, "r+b") as target:

@@ -126,8 +126,9 @@ def _below(tree: Tree, folder: str) -> Iterator[str]:
 
 
 def _files_of(tree: Tree, pattern: str) -> list[str]:
-    start = "/" if pattern.startswith("/") else ""
-    parts = [part for part in pattern.split("/") if part]
+    scheme, mark, below = pattern.partition("://")  # paths of HTTP have theirs
+    start = scheme + mark if mark else "/" if pattern.startswith("/") else ""
+    parts = [part for part in (below if mark else pattern).split("/") if part]
     return [file for file in dict.fromkeys(_matches(tree, start, parts)) if tree.kind(file) == FILE]
 
 

@@ -1,0 +1,44 @@
+"""Remote files by fsspec, opened here and nowhere else, so that each transfer may stall for equally long.
+
+What its clients raise: see `remote` of patience.py.
+"""
+
+from typing import Any
+
+import fsspec
+from fsspec.core import OpenFile
+from fsspec.spec import AbstractFileSystem
+
+from experiments.vlm.data.storage.patience import NOT_THERE, remote
+
+STALLED_S = 20.0  # without one byte of a transfer
+
+
+def file_system(url: str) -> tuple[AbstractFileSystem, str]:
+    """Where a URL leads, and the path there; of a path without a scheme this machine's files."""
+    return fsspec.core.url_to_fs(url, **_client_options(url))
+
+
+def open_file(url: str) -> OpenFile:
+    """To be entered for its bytes, which begin to come then."""
+    return fsspec.open(url, "rb", **_client_options(url))
+
+
+def is_file(url: str) -> bool:
+    """Raises OSError where the storage does not answer, which fsspec's own takes for a no."""
+    try:
+        with remote():
+            system, path = file_system(url)
+            return bool(system.info(path)["type"] == "file")
+    except NOT_THERE:
+        return False
+
+
+def _client_options(url: str) -> dict[str, Any]:
+    """Of fsspec's client: that of HTTP gives a whole file five minutes, and one that stalls as long."""
+    if not url.startswith(("http://", "https://")):
+        return {}
+    import aiohttp
+
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=STALLED_S, sock_read=STALLED_S)
+    return {"client_kwargs": {"timeout": timeout}}
