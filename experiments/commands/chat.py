@@ -30,11 +30,14 @@ def main(argv: Sequence[str]) -> int:
     check_options(options, {"max_tokens": ">= 1"})
     # Only now, since they import torch.
     from experiments.vlm.generate.chat import HELP, Chat
+    from experiments.vlm.generate.prompt import ONE_TURN
     from torchtitan.distributed.process_group import close_process_group, world_size
 
     require(world_size() == 1, "chat runs in one process")
     answering = open_model(options, job, 1, options.max_tokens, reuse=True)
     print(HELP, file=sys.stderr)
+    if answering.prompter.template is None:
+        print(f"{ONE_TURN}: each turn is asked alone, with its own pictures", file=sys.stderr)
     try:
         converse(Chat(answering, options.ask))
     finally:

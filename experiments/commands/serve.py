@@ -36,6 +36,7 @@ def main(argv: Sequence[str]) -> int:
     check_options(options, dict.fromkeys(("sequences", "max_tokens", "max_body_mb"), ">= 1"))
     require(0 <= options.port < 1 << 16, f"--port = {options.port}: must be from 0 to 65535")
     # Only now, since they import torch.
+    from experiments.vlm.generate.prompt import ONE_TURN
     from experiments.vlm.generate.server import Limits, Server
     from experiments.vlm.generate.service import Service
     from torchtitan.distributed.process_group import close_process_group, world_size
@@ -48,6 +49,8 @@ def main(argv: Sequence[str]) -> int:
         server = Server((options.host, options.port), Service(answering), name, limits)
     except OSError as error:
         raise UserError(f"--host {options.host} --port {options.port}: {error.strerror}") from None
+    if answering.prompter.template is None:
+        logger.info(f"{ONE_TURN}: the page asks each turn alone, and requests of several are refused")
     logger.info(f"{name} at http://{options.host}:{server.server_port}")
     try:
         server.serve_forever()

@@ -10,8 +10,8 @@ from tests.unit.test_generate import engine, picture, prompter
 from torchtitan.generation.engine import Request
 
 
-def chat() -> Chat:
-    answering = Answering(engine(1, reuse=True), prompter(), None)
+def chat(**options) -> Chat:
+    answering = Answering(engine(1, reuse=True), prompter(**options), None)
     return Chat(answering, lambda number, prompt: Request(number, prompt, max_tokens=6))
 
 
@@ -51,3 +51,11 @@ def test_a_turn_that_cannot_be_asked_leaves_the_conversation_as_it_was(monkeypat
     out, err = capsys.readouterr()
     assert "error: the prompt has" in err and len(talk.turns) == 2
     assert out == expected([("user", ["Who?"])]) + "\n"
+
+
+def test_a_model_that_knows_no_conversations_is_asked_each_turn_alone(monkeypatch, capsys):
+    talk = chat(template=None)
+    monkeypatch.setattr("sys.stdin", io.StringIO("Who?\nWho?\n"))
+    converse(talk)
+    said = capsys.readouterr().out
+    assert said[: len(said) // 2] * 2 == said and len(talk.turns) == 4

@@ -46,8 +46,8 @@ def picture(height: int, width: int, seed: int = 0) -> Picture:
     return Picture(file.getvalue(), f"{height}x{width}.png")
 
 
-def prompter(most_tokens: int = 400) -> Prompter:
-    return Prompter(TOKENIZER, PLAN, BUDGET, most_tokens, load_chat_template("chatml"))
+def prompter(most_tokens: int = 400, template: str | None = "chatml") -> Prompter:
+    return Prompter(TOKENIZER, PLAN, BUDGET, most_tokens, load_chat_template(template) if template else None)
 
 
 def engine(sequences: int, model: VLM | None = None, **options) -> Engine:

@@ -76,6 +76,43 @@ def test_a_stream_is_the_same_text_in_pieces(server):
     assert "".join(piece["delta"].get("content", "") for piece in pieces) == expected([("user", ["Who?"])])
 
 
+def test_a_stream_may_tell_tokens_and_their_logprobs(server):
+    asked = {"messages": [{"role": "user", "content": "Who?"}], "temperature": 0, "logprobs": True}
+    whole = json.loads(post(server, asked)[1])
+    asked |= {"stream": True, "stream_options": {"include_usage": True}}
+    lines = [line.removeprefix("data: ") for line in post(server, asked)[1].decode().split("\n\n") if line]
+    *pieces, last = map(json.loads, lines[:-1])
+    told = [one for piece in pieces for one in piece["choices"][0]["logprobs"]["content"]]
+    assert told == whole["choices"][0]["logprobs"]["content"] and pieces[0]["choices"][0]["delta"]["role"]
+    assert last["choices"] == [] and last["usage"] == whole["usage"]
+
+
+def test_fields_that_ask_for_nothing_change_nothing(server):
+    nothing = {
+        "user": "me", "metadata": {"a": "b"}, "store": False, "n": 1, "presence_penalty": 0, "logit_bias": {},
+        "frequency_penalty": 0.0, "top_logprobs": None, "tools": [], "tool_choice": "auto", "seed": None,
+        "response_format": {"type": "text"}, "stream_options": None, "parallel_tool_calls": True,
+    }  # fmt: skip
+    status, text = post(server, user("Who?") | {"temperature": 0} | nothing)
+    said = json.loads(text)["choices"][0]["message"]["content"]
+    assert status == 200 and said == expected([("user", ["Who?"])])
+
+
+def test_a_model_without_a_chat_template_says_that_it_takes_one_turn():
+    service = Service(Answering(engine(1), prompter(template=None), None))
+    running = Server(("127.0.0.1", 0), service, "tiny", Limits(1 << 18, 8))
+    threading.Thread(target=running.serve_forever, daemon=True).start()
+    connection = http.client.HTTPConnection("127.0.0.1", running.server_port)
+    connection.request("GET", "/v1/models")
+    assert json.loads(connection.getresponse().read())["data"][0]["conversations"] is False
+    two = [{"role": role, "content": "a"} for role in ("user", "assistant", "user")]
+    status, text = post(running, {"messages": two})
+    assert status == 400 and "answers one turn at a time" in json.loads(text)["error"]["message"]
+    assert post(running, {"messages": two[:1]})[0] == 200
+    running.shutdown()
+    service.close()
+
+
 def user(content) -> dict:
     return {"messages": [{"role": "user", "content": content}]}
 
@@ -102,9 +139,14 @@ def user(content) -> dict:
         (user("a") | {"temperature": "hot"}, 400, "temperature: must be a number"),
         (user("a") | {"temperature": 10**400}, 400, "temperature: must be a number"),
         (user("a") | {"max_tokens": 0}, 400, "max_tokens: must be a number from 1"),
-        (user("a") | {"n": 2}, 400, "n: must be a number from 1 to 1"),
+        (user("a") | {"n": 2}, 400, "n: must be 1 here, or left out"),
+        (user("a") | {"frequency_penalty": 0.5}, 400, "frequency_penalty: must be 0 here, or left out"),
+        (user("a") | {"logit_bias": {"5": 9}}, 400, "logit_bias: must be {} here"),
+        (user("a") | {"tools": [{"type": "function"}]}, 400, "tools: must be [] here"),
+        (user("a") | {"response_format": {"type": "json_object"}}, 400, 'must be {"type": "text"} here'),
+        (user("a") | {"stream_options": {"usage": True}}, 400, "stream_options: must be an object with"),
         (user("a") | {"stop": [1]}, 400, "stop: must be"),
-        (user("a") | {"tools": []}, 400, "tools: this server knows no such field"),
+        (user("a") | {"best_of": 1}, 400, "best_of: this server knows no such field"),
         (b"x" * (1 << 20), 413, "may have 0.25 MB"),
     ],
     ids=lambda value: str(value)[:40],

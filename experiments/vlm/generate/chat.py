@@ -22,7 +22,9 @@ HELP = """/image PATH   a picture for the next turn; several are shown in their 
 
 @dataclass
 class Chat:
-    """`turns` end with an answer; `pictures` wait for the next question."""
+    """`turns` end with an answer; `pictures` wait for the next question. A model that knows no conversations
+    is asked each turn alone.
+    """
 
     answering: Answering
     ask: Callable[[int, Prompt], Request]
@@ -33,7 +35,8 @@ class Chat:
         """The pieces of the answer, which Ctrl-C ends. Raises UserError and keeps the turns as they were."""
         content: list[str | Picture] = [*self.pictures, *([text] if text else [])]
         turns = [*self.turns, ("user", content)]
-        prompt = self.answering.prompter.prompt(turns)
+        prompter = self.answering.prompter
+        prompt = prompter.prompt(turns if prompter.template else turns[-1:])
         said, interrupted = "", False
 
         def interrupt(number: int, frame: FrameType | None) -> None:

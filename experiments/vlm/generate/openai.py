@@ -10,22 +10,34 @@ import json
 import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from experiments.vlm.data.document import Picture
 from experiments.vlm.generate.prompt import Turns
 from torchtitan.config.errors import UserError
-from torchtitan.generation.engine import Answer
+from torchtitan.generation.engine import Answer, Event
 from torchtitan.generation.options import Sampling
 
 ROLES = ("system", "user", "assistant")
 MOST_IMAGES = 64
 MOST_STOPS = 4
 DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,")
-# Neither does anything here but what it says by itself.
-IGNORED = ("model", "user", "stream_options", "metadata", "store")
+# What clients tell about themselves: nothing here depends on it.
+NOTES = ("model", "user", "metadata", "store", "safety_identifier", "prompt_cache_key", "service_tier")
+NO_OP: dict[str, tuple[Any, ...]] = {  # what this server can do of what it does not do
+    "n": (1,),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "logit_bias": ({},),
+    "top_logprobs": (0,),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+}
 NUMBERS: dict[str, tuple[type, float, float]] = {  # name: (type, least, most)
     "temperature": (float, 0, 10),
     "top_p": (float, 1e-6, 1),
@@ -35,7 +47,6 @@ NUMBERS: dict[str, tuple[type, float, float]] = {  # name: (type, least, most)
     "seed": (int, -(1 << 63), (1 << 63) - 1),
     "max_tokens": (int, 1, 1 << 20),
     "max_completion_tokens": (int, 1, 1 << 20),
-    "n": (int, 1, 1),
 }
 
 
@@ -49,6 +60,7 @@ class Completion:
     max_tokens: int
     stops: tuple[str, ...]
     stream: bool
+    stream_usage: bool  # a last piece says how many tokens there were
     logprobs: bool
 
 
@@ -60,10 +72,7 @@ def parse(body: bytes, max_tokens: int) -> Completion:
         raise UserError(f"the body is not JSON: {str(error)[:100]}") from None
     if not isinstance(fields, dict):
         raise UserError("the body is not an object")
-    known = {"messages", "stop", "stream", "logprobs", *IGNORED, *NUMBERS}
-    for name in fields:
-        if name not in known:
-            raise UserError(f"{name[:60]}: this server knows no such field")
+    _require_known(fields)
     numbers = {name: _number(fields, name) for name in NUMBERS if fields.get(name) is not None}
     sampling = Sampling(**{"temperature": 1.0} | {k: v for k, v in numbers.items() if hasattr(Sampling, k)})
     most = numbers.get("max_completion_tokens", numbers.get("max_tokens", max_tokens))
@@ -74,8 +83,26 @@ def parse(body: bytes, max_tokens: int) -> Completion:
         max_tokens=min(most, max_tokens),
         stops=_stops(fields.get("stop")),
         stream=_flag(fields, "stream"),
+        stream_usage=_stream_usage(fields.get("stream_options")),
         logprobs=_flag(fields, "logprobs"),
     )
+
+
+def _require_known(fields: Mapping[str, Any]) -> None:
+    known = {"messages", "stop", "stream", "stream_options", "logprobs", *NOTES, *NUMBERS, *NO_OP}
+    for name, value in fields.items():
+        if name not in known:
+            raise UserError(f"{name[:60]}: this server knows no such field")
+        if name in NO_OP and value is not None and value not in NO_OP[name]:
+            possible = " or ".join(map(json.dumps, NO_OP[name]))
+            raise UserError(f"{name}: must be {possible} here, or left out")
+
+
+def _stream_usage(options: Any) -> bool:
+    options = {} if options is None else options
+    if not isinstance(options, dict) or options.keys() - {"include_usage", "include_obfuscation"}:
+        raise UserError("stream_options: must be an object with include_usage, or nothing")
+    return _flag(options, "include_usage")
 
 
 def _refuse(name: str) -> None:
@@ -155,24 +182,42 @@ def completion(id: str, model: str, answer: Answer, prompt_tokens: int, logprobs
     }
     if logprobs:
         choice["logprobs"] = {"content": _logprobs(answer)}
-    usage = {"prompt_tokens": prompt_tokens, "completion_tokens": len(answer.ids)}
-    usage["total_tokens"] = sum(usage.values())
+    usage = _usage(answer, prompt_tokens)
     return _object(id, model, "chat.completion") | {"choices": [choice], "usage": usage}
 
 
-def chunk(id: str, model: str, text: str, ended: str = "") -> dict[str, Any]:
-    """A piece of an answer."""
-    choice = {"index": 0, "delta": {"content": text} if text else {}, "finish_reason": ended or None}
-    return _object(id, model, "chat.completion.chunk") | {"choices": [choice]}
+def chunks(
+    id: str, model: str, events: Iterator[Event], prompt_tokens: int, asked: Completion
+) -> Iterator[dict[str, Any]]:
+    """The pieces of an answer as they come."""
+    whole, told = _object(id, model, "chat.completion.chunk"), 0
+    delta: dict[str, str] = {"role": "assistant"}
+    for event in events:
+        answer = event.answer
+        if event.text or answer.ended:
+            delta |= {"content": event.text} if event.text else {}
+            choice: dict[str, Any] = {"index": 0, "delta": delta, "finish_reason": answer.ended or None}
+            if asked.logprobs:
+                choice["logprobs"] = {"content": _logprobs(answer, told)}
+            yield whole | {"choices": [choice]}
+            delta, told = {}, len(answer.ids)
+    if asked.stream_usage:
+        yield whole | {"choices": [], "usage": _usage(answer, prompt_tokens)}
+
+
+def _usage(answer: Answer, prompt_tokens: int) -> dict[str, int]:
+    told = {"prompt_tokens": prompt_tokens, "completion_tokens": len(answer.ids)}
+    return told | {"total_tokens": sum(told.values())}
 
 
 def _object(id: str, model: str, kind: str) -> dict[str, Any]:
     return {"id": id, "object": kind, "created": int(time.time()), "model": model}
 
 
-def _logprobs(answer: Answer) -> list[dict[str, Any]]:
+def _logprobs(answer: Answer, first: int = 0) -> list[dict[str, Any]]:
+    """From token `first` on."""
     decode = answer.text.tokenizer.decode
-    pairs = zip(answer.ids, answer.logprobs, strict=True)
+    pairs = zip(answer.ids[first:], answer.logprobs[first:], strict=True)
     return [{"token": decode([id]), "logprob": logprob, "top_logprobs": []} for id, logprob in pairs]
 
 

@@ -76,6 +76,9 @@ class Prompt:
 Turns = Sequence[tuple[str, Sequence[str | Picture]]]  # (role, texts and images in order) of each message
 
 
+ONE_TURN = "this model was trained without conversations and answers one turn at a time"
+
+
 class _Held:
     """Images in memory, where a collator looks for an opened shard; their locators are their numbers."""
 
@@ -140,7 +143,7 @@ class Prompter:
 
     def _one_turn(self, turns: Turns) -> Sequence[str | Picture]:
         if len(turns) > 1:
-            raise UserError("this model knows no conversations: ask in one turn, or give --chat_template")
+            raise UserError(f"{ONE_TURN}: send the last one alone, or start with --chat_template")
         return turns[0][1]
 
     def _render(self, said: Sequence[Turn], prompt: bool) -> list[Text | Special | ImageValue]:

@@ -3,7 +3,8 @@
     GET  /                      the page (chat.html): pictures, turns, answers as they come
     POST /v1/chat/completions   see openai.py; with "stream": true as server-sent events
     POST /grid                  an image -> its patches, for the page
-    GET  /v1/models, /health
+    GET  /v1/models             the one model, and whether it knows conversations or one turn alone
+    GET  /health
 
 Bounded: the size of a body, how many are served at a time, how long a client may be silent.
 """
@@ -28,7 +29,7 @@ from experiments.vlm.generate import openai
 from experiments.vlm.generate.service import Failed, Service
 from torchtitan import __version__
 from torchtitan.config.errors import UserError
-from torchtitan.generation.engine import Event, Request
+from torchtitan.generation.engine import Request
 from torchtitan.tools.logging import logger
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -78,8 +79,9 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/":
             self._send(HTTPStatus.OK, self.server.page, "text/html; charset=utf-8")
         elif self.path == "/v1/models":
-            models = [{"id": self.server.name, "object": "model", "owned_by": "torchtitan-vlm"}]
-            self._json(HTTPStatus.OK, {"object": "list", "data": models})
+            model: dict[str, Any] = {"id": self.server.name, "object": "model", "owned_by": "torchtitan-vlm"}
+            model["conversations"] = self.server.service.prompter.template is not None
+            self._json(HTTPStatus.OK, {"object": "list", "data": [model]})
         elif self.path == "/health":
             self._json(HTTPStatus.OK, {"status": "ok"})
         else:
@@ -161,7 +163,7 @@ class Handler(BaseHTTPRequestHandler):
         id, events = f"chatcmpl-{uuid.uuid4().hex}", self.server.service.ask(request)
         with contextlib.closing(events):
             if asked.stream:
-                self._stream(id, events)
+                self._stream(openai.chunks(id, self.server.name, events, len(prompt.ids), asked))
                 return
             for event in events:
                 answer = event.answer
@@ -175,17 +177,15 @@ class Handler(BaseHTTPRequestHandler):
         readable, _, _ = select.select([self.connection], [], [], 0)
         return bool(readable) and not self.connection.recv(1, socket.MSG_PEEK)
 
-    def _stream(self, id: str, events: Iterator[Event]) -> None:
+    def _stream(self, pieces: Iterator[dict[str, Any]]) -> None:
         self.close_connection = True
         self.send_response(HTTPStatus.OK)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Cache-Control", "no-store")
         self.send_header("Connection", "close")
         self.end_headers()
-        for event in events:
-            if event.text or event.answer.ended:
-                piece = openai.chunk(id, self.server.name, event.text, event.answer.ended)
-                self.wfile.write(f"data: {json.dumps(piece)}\n\n".encode())
+        for piece in pieces:
+            self.wfile.write(f"data: {json.dumps(piece)}\n\n".encode())
         self.wfile.write(b"data: [DONE]\n\n")
 
     def _grid(self, body: bytes) -> None:
