@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from torchtitan import __version__
 from torchtitan.config.errors import UserError, did_you_mean
 from torchtitan.tools.error_line import INTERRUPTED, USER_ERROR, report_error, report_line
+from torchtitan.tools.signals import Ended
 
 COMMANDS = {  # name: (module of this package, what it does)
     "train": ("train", "train a model on one process or many, one machine or many"),
@@ -52,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         report_error(error)
         return USER_ERROR
+    except Ended as ended:
+        report_line(str(ended))
+        return ended.code
     except KeyboardInterrupt:
         report_line("interrupted")
         return INTERRUPTED

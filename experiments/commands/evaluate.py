@@ -30,6 +30,7 @@ from torchtitan.config.errors import require
 from torchtitan.tools.disk import require_writable
 from torchtitan.tools.lock import locked
 from torchtitan.tools.logging import init_logger, logger
+from torchtitan.tools.signals import resumable
 
 
 @dataclass
@@ -56,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
     check_options(options, {"sequences": ">= 1", "page_limit": ">= 0"})
     asked, out = asked_tasks(options), Path(options.out)
     busy = f"--out {out}: another evaluation is writing there; wait for it, or give another folder"
-    with locked(out / "lock", busy):
+    with locked(out / "lock", busy), resumable():
         summary = answer(options, job, asked)
     if summary:
         logger.info(table(summary))

@@ -33,6 +33,7 @@ from torchtitan.generation.options import Sampling
 from torchtitan.tools.disk import write_whole
 from torchtitan.tools.lock import locked
 from torchtitan.tools.logging import init_logger
+from torchtitan.tools.signals import resumable
 
 
 @dataclass
@@ -124,7 +125,7 @@ def main(argv: Sequence[str]) -> int:
         answer_prompt(options, job)
         return 0
     busy = f"--out {options.out}: somebody is writing answers there; wait for it, or give another file"
-    with locked(Path(options.out), busy):
+    with locked(Path(options.out), busy), resumable():
         require_same_options(options, job.job.dump_folder)
         answer_records(options, job)
     return 0

@@ -53,6 +53,17 @@ def test_a_turn_that_cannot_be_asked_leaves_the_conversation_as_it_was(monkeypat
     assert out == expected([("user", ["Who?"])]) + "\n"
 
 
+def test_undo_takes_waiting_pictures_back_first_and_a_wrong_command_is_told(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.png").write_bytes(picture(9, 20).data)
+    lines = ["Who?", f"/image {tmp_path}/a.png", "/undo", "/imag a.png", "/save", "Who?", "/undo"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    talk = chat()
+    converse(talk)
+    err = capsys.readouterr().err
+    assert talk.turns[0] == ("user", ["Who?"]) and len(talk.turns) == 2 and not talk.pictures
+    assert "/imag: no such command" in err and "error: /save: give a path" in err
+
+
 def test_a_model_that_knows_no_conversations_is_asked_each_turn_alone(monkeypatch, capsys):
     talk = chat(template=None)
     monkeypatch.setattr("sys.stdin", io.StringIO("Who?\nWho?\n"))

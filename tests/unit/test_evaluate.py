@@ -3,8 +3,11 @@
 import io
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from experiments import commands
 from experiments.commands import evaluate as evaluate_command
 from experiments.commands.evaluate import Options, asked_tasks, table
 from experiments.vlm.config import Data
@@ -303,6 +307,16 @@ def test_records_that_can_none_of_them_be_asked_are_one_error_and_asked_again_on
     for file, data in images.items():
         file.write_bytes(data)
     assert "not_asked" not in run(tmp_path, path, ["vqa"])["tasks"]["vqa"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_an_evaluation_with_one_line(tmp_path, monkeypatch, capsys, number):
+    before = signal.getsignal(number)
+    monkeypatch.setattr(evaluate_command, "answer", lambda *_: os.kill(os.getpid(), number) or time.sleep(9))
+    asked = ["--task", f"vqa={write(tmp_path, 'jsonl')}", "--out", str(tmp_path / "out")]
+    assert commands.main(["evaluate", "--job.config_file", "vlm_debug", *asked]) == 128 + number
+    assert capsys.readouterr().err == f"stopped by {number.name}; the same command goes on\n"
+    assert signal.getsignal(number) is before
 
 
 def test_a_second_evaluation_of_a_folder_is_refused_while_the_first_runs(tmp_path):

@@ -1,6 +1,10 @@
-"""SIGTERM and SIGINT become a wish to stop, which the trainer grants after the step it is in."""
+"""SIGTERM and SIGINT become a wish to stop, which the trainer grants after the step it is in, or end at once
+what can be gone on with.
+"""
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 WATCHED = (signal.SIGTERM, signal.SIGINT)
@@ -8,6 +12,30 @@ WATCHED = (signal.SIGTERM, signal.SIGINT)
 
 class StopAsked(Exception):
     """A signal came while ranks waited for their storage: the run ends before the step they waited for."""
+
+
+class Ended(KeyboardInterrupt):
+    """A signal ended work whose results so far are kept; `code`: for the shell."""
+
+    def __init__(self, number: signal.Signals):
+        super().__init__(f"stopped by {number.name}; the same command goes on")
+        self.code = exit_code(number)
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """Within, either signal raises Ended; one that is ignored, as nohup has it, stays so."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise Ended(signal.Signals(number))
+
+    heard = [number for number in WATCHED if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, end) for number in heard}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def exit_code(stopped_by: signal.Signals | None) -> int:

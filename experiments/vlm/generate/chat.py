@@ -14,7 +14,7 @@ from torchtitan.config.errors import UserError
 from torchtitan.generation.engine import Request
 
 HELP = """/image PATH   a picture for the next turn; several are shown in their order
-/undo         forget the last turn and its answer
+/undo         forget the pictures that wait, or else the last turn and its answer
 /save PATH    the conversation as JSON: messages, pictures by their paths
 /clear        begin anew
 /quit         leave (as does Ctrl-D); Ctrl-C ends an answer"""
@@ -59,6 +59,10 @@ class Chat:
         work = {"/image": self._image, "/undo": self._undo, "/save": self._save, "/clear": self._clear}.get(
             name
         )
+        if name != "/help" and work is None:
+            return f"{name}: no such command\n{HELP}"
+        if name in ("/image", "/save") and not argument.strip():
+            raise UserError(f"{name}: give a path behind it")
         return HELP if work is None else work(argument.strip())
 
     def _image(self, path: str) -> str:
@@ -71,10 +75,13 @@ class Chat:
         return f"picture {len(self.pictures)}: {path}"
 
     def _undo(self, argument: str) -> str:
+        if self.pictures:
+            self.pictures = []
+            return "no picture waits"
         if not self.turns:
             return "there is no turn"
         del self.turns[-2:]
-        return f"{len(self.turns) // 2} turns are left"
+        return f"turns that are left: {len(self.turns) // 2}"
 
     def _clear(self, argument: str) -> str:
         self.turns, self.pictures = [], []
