@@ -11,6 +11,7 @@ from experiments.vlm.model import hf_config as hf
 from experiments.vlm.model.config import ProjectorConfig, VLMConfig
 from experiments.vlm.model.families import FAMILIES as WHOLES
 from experiments.vlm.model.families import family_of
+from experiments.vlm.model.families.family import as_processed
 from experiments.vlm.model.flavors import FLAVORS
 from experiments.vlm.model.towers import INSIDE, TOWERS
 from torchtitan.components.checkpoint_folder import find, find_initial, read_record
@@ -134,10 +135,13 @@ def _of_folders(folders: dict[str, Path], row: VLMConfig | None, flavor: str) ->
         whole = folders["projector"]
         file = read_config(whole)
         found["projector"], found["family"] = hf.projector_config(file), file.model_type
-        found["resize"] = WHOLES[file.model_type].resize(whole, hf.encoder_config(file))
+        images, tower = WHOLES[file.model_type], hf.encoder_config(file)
+        found["resize"], found["tiles"] = images.resize(whole, tower), images.tiles(whole, file, tower)
     for part, read in (("encoder", hf.encoder_config), ("decoder", hf.decoder_config)):
         if part in folders:
             found[part] = read(read_config(folders[part]))
+    if "encoder" in found:
+        found["encoder"] = as_processed(found["encoder"], folders["encoder"])
     if row is None:
         found.setdefault("projector", ProjectorConfig(found["decoder"].dim))
         return VLMConfig(**found)

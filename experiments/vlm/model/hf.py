@@ -25,7 +25,7 @@ LEFT_OVER = {
 }
 OF_PARTS = {
     "encoder": r"(model\.)?vision_tower\..*",
-    "projector": r"(model\.)?multi_modal_projector\..*",
+    "projector": r"(model\.)?(multi_modal_projector\..*|image_newline)",
     "decoder": r"((model\.)?language_model|lm_head)\..*",
 }
 
@@ -40,6 +40,8 @@ def part_rows(part: str, encoder: EncoderConfig | None, family: Family | None) -
         body = (TOWERS[family.tower(encoder)] if family else tower_of(encoder)).rows(encoder)
     places = (family.places if family else ALONE)[part]
     rows = [row for place in places for row in prefixed(body, place, part + ".")]
+    if family and part == "projector":
+        rows += [Row(name, "projector.newline") for name in family.newline]
     heads = (family.heads if family else ("",)) if part == "decoder" else ()
     return rows + [row for head in heads for row in prefixed(decoder.HEAD, head, "decoder.")]
 

@@ -3,15 +3,21 @@
     family.py    what a family says of itself
     lfm2_vl.py   our composition
     llava.py     LLaVA-1.5
+    llava_next.py, llava_onevision.py   of its kind, with tiles (tiled.py: what they have in common)
 
 Imports no torch.
 """
 
 from experiments.vlm.model.config import VLMConfig
-from experiments.vlm.model.families import lfm2_vl, llava
+from experiments.vlm.model.families import lfm2_vl, llava, llava_next, llava_onevision
 from experiments.vlm.model.families.family import Family
 
-FAMILIES = {lfm2_vl.WHOLE: lfm2_vl.FAMILY, "llava": llava.FAMILY}
+FAMILIES = {
+    lfm2_vl.WHOLE: lfm2_vl.FAMILY,
+    "llava": llava.FAMILY,
+    "llava_next": llava_next.FAMILY,
+    "llava_onevision": llava_onevision.FAMILY,
+}
 
 
 def family_of(config: VLMConfig) -> Family:

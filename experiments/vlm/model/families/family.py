@@ -2,17 +2,29 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from experiments.vlm.data.image_plan import ImagePlan
-from experiments.vlm.model.config import EncoderConfig, ProjectorConfig, Resize, VLMConfig
+from experiments.vlm.model.config import (
+    EncoderConfig,
+    ProjectorConfig,
+    Resample,
+    Resize,
+    TilesConfig,
+    VLMConfig,
+)
 from torchtitan.config.errors import ConfigError, require
 from torchtitan.models.decoder.flavors import DecoderConfig
 from torchtitan.models.hf.config_file import ConfigFile
 
-RESAMPLE = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers, which image processors say
+# Pillow's numbers, which image processors say
+RESAMPLE: dict[Resample, int] = {"bilinear": 2, "bicubic": 3}
+
+
+def _no_tiles(folder: Path, file: ConfigFile, encoder: EncoderConfig) -> TilesConfig:
+    return TilesConfig()
 
 
 @dataclass(frozen=True)
@@ -32,6 +44,9 @@ class Family:
     # part -> where it stands in files; the first is where it is written
     places: Mapping[str, tuple[str, ...]]
     heads: tuple[str, ...] = ("",)  # what stands there before lm_head
+    newline: tuple[str, ...] = ()  # what the vector behind a row of tiles is called there
+    # how images are cut, by a folder's config.json and its image processor
+    tiles: Callable[[Path, ConfigFile, EncoderConfig], TilesConfig] = _no_tiles
     marked: bool = True  # an image has a begin and an end among the tokens
     sizes: Mapping[str, VLMConfig] = field(default_factory=dict)  # flavors
 
@@ -52,3 +67,29 @@ def read_image_processor(folder: Path) -> ConfigFile | None:
     inner = values.get("image_processor", values)
     require(isinstance(inner, dict), f"{path}: image_processor: expected an object")
     return ConfigFile(inner, str(path))
+
+
+def as_processed(encoder: EncoderConfig, folder: Path) -> EncoderConfig:
+    """The tower with colours and kernel as the folder's image processor has them. Raises ConfigError for what
+    we have not.
+    """
+    file = read_image_processor(folder)
+    if file is None:
+        return encoder
+    for key in ("do_rescale", "do_normalize"):
+        file.refuse_all_but(key, True)
+    kernels = {number: kernel for kernel, number in RESAMPLE.items()}
+    resample = file.get("resample", RESAMPLE[encoder.resample])
+    known = ", ".join(f"{number} ({kernel})" for number, kernel in kernels.items())
+    require(resample in kernels, f"{file.where}: resample = {resample}: not supported here, only {known}")
+    mean, deviation = _colour(file, "image_mean", encoder.mean), _colour(file, "image_std", encoder.deviation)
+    return replace(encoder, mean=mean, deviation=deviation, resample=kernels[resample])
+
+
+def _colour(file: ConfigFile, key: str, default: tuple[float, ...]) -> tuple[float, ...]:
+    values = file.values.get(key)
+    if values is None:
+        return default
+    good = isinstance(values, list) and len(values) == 3 and all(type(v) in (int, float) for v in values)
+    require(good, f"{file.where}: {key} = {values!r}: expected three numbers, of red, green and blue")
+    return tuple(map(float, values))

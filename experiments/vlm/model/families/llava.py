@@ -20,19 +20,22 @@ CLIP, LARGE = "clip_vision_model", TOWERS["clip_vision_model"].sizes["clip-L"]
 DROPS_CLASS, KEEPS_CLASS = "default", "full"
 
 
-def encoder_config(file: ConfigFile) -> EncoderConfig:
-    """The tower, and which of its layers are read. Without a vision_config it is CLIP's large one."""
-    section = file.section("vision_config")
-    encoder = LARGE
+def encoder_config(
+    file: ConfigFile, default: EncoderConfig = LARGE, layer: int = -2, strategy: str = DROPS_CLASS
+) -> EncoderConfig:
+    """The tower, and which of its layers are read. Without a vision_config it is CLIP's large one, or the
+    `default` of another class, which has its own of the others too.
+    """
+    section, encoder = file.section("vision_config"), default
     if section.values:
-        encoder = read_encoder(section.of_kind(CLIP), among=(CLIP, FIXED))
-    strategy = file.get("vision_feature_select_strategy", DROPS_CLASS)
+        encoder = read_encoder(section.of_kind(model_type_of(default)), among=(CLIP, FIXED))
+    strategy = file.get("vision_feature_select_strategy", strategy)
     said = f"{file.where}: vision_feature_select_strategy = {strategy!r}"
     require(strategy in (DROPS_CLASS, KEEPS_CLASS), f"{said}: known are {DROPS_CLASS!r} and {KEEPS_CLASS!r}")
     first = f"{said} would drop a patch of this tower, which has no class token: only {KEEPS_CLASS!r} fits it"
     require(encoder.class_token or strategy == KEEPS_CLASS, first)
     layers = file.values.get("vision_feature_layer")
-    layers = [-2] if layers is None else layers if isinstance(layers, list) else [layers]
+    layers = [layer] if layers is None else layers if isinstance(layers, list) else [layers]
     listed = f"{file.where}: vision_feature_layer = {layers}: not layers of the {encoder.layers} of the tower"
     depths = [n for n in layers if type(n) is int and -encoder.layers <= n + 1 and n <= encoder.layers]
     require(bool(layers) and depths == layers, listed)
@@ -61,10 +64,8 @@ def resize(folder: Path, encoder: EncoderConfig) -> Resize:
     file = read_image_processor(folder)
     if file is None:
         return "padded"
-    crops, size = file.get("do_center_crop", True), _sides(file, "size")
-    sides = set((_sides(file, "crop_size") if crops else size).values())
-    other = f"{file.where}: squares of {sorted(sides)} pixels, but the tower takes {encoder.image_size}"
-    require(sides == {encoder.image_size}, other)
+    crops, size = file.get("do_center_crop", True), sides(file, "size")
+    require_sides(file, set((sides(file, "crop_size") if crops else size).values()), encoder)
     if file.get("do_pad", False):
         return "padded"
     if "shortest_edge" not in size:
@@ -73,12 +74,18 @@ def resize(folder: Path, encoder: EncoderConfig) -> Resize:
     return "cropped"
 
 
-def _sides(file: ConfigFile, key: str) -> dict[str, Any]:
+def require_sides(file: ConfigFile, found: set[Any], encoder: EncoderConfig) -> None:
+    """Raises ConfigError unless all squares that an image processor makes are of the tower's size."""
+    other = f"{file.where}: squares of {sorted(found)} pixels, but the tower takes {encoder.image_size}"
+    require(found == {encoder.image_size}, other)
+
+
+def sides(file: ConfigFile, key: str, default: int = 224) -> dict[str, Any]:
     """A size of the image processor; one number is that of a square, or of the shorter side."""
     value = file.values.get(key)
     if isinstance(value, dict):
         return {side: pixels for side, pixels in value.items() if pixels is not None}
-    return {"shortest_edge" if key == "size" else "height": 224 if value is None else value}
+    return {"shortest_edge" if key == "size" else "height": default if value is None else value}
 
 
 def require_llava(config: VLMConfig) -> None:
@@ -102,14 +109,15 @@ def write(config: VLMConfig, vocab_size: int, image_token_id: int) -> dict[str, 
         "text_config": decoder.hf_config(config.decoder, vocab_size),
         "image_token_index": image_token_id,
         "vision_feature_layer": layers if len(layers) > 1 else layers[0],
-        "vision_feature_select_strategy": _strategy(encoder),
+        "vision_feature_select_strategy": strategy_of(encoder),
         "projector_hidden_act": "gelu",
         "multimodal_projector_bias": config.projector.bias,
         "tie_word_embeddings": config.decoder.tied_embeddings,
     }
 
 
-def _strategy(encoder: EncoderConfig) -> str:
+def strategy_of(encoder: EncoderConfig) -> str:
+    """Whether the class token is read, in their word."""
     return DROPS_CLASS if encoder.class_token and not encoder.feature_extra else KEEPS_CLASS
 
 
@@ -140,7 +148,7 @@ def processor(config: VLMConfig, plan: ImagePlan) -> dict[str, Any]:
         "processor_class": "LlavaProcessor",
         "image_processor": image_processor,
         "patch_size": encoder.patch_size,
-        "vision_feature_select_strategy": _strategy(encoder),
+        "vision_feature_select_strategy": strategy_of(encoder),
         "num_additional_image_tokens": encoder.extra_cells,
     }
 

@@ -1,0 +1,61 @@
+"""LLaVA-NeXT (Liu et al., 2024) as LlavaNextForConditionalGeneration: the parts of LLaVA-1.5, and images as a
+whole and in tiles, whose rows end in a learned newline.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from experiments.vlm.data.image_plan import ImagePlan
+from experiments.vlm.model.config import ProjectorConfig, TilesConfig, VLMConfig
+from experiments.vlm.model.families import llava, tiled
+from torchtitan.models.decoder.flavors import DecoderConfig
+
+TILES = TilesConfig()
+
+
+def write(config: VLMConfig, vocab_size: int, image_token_id: int) -> dict[str, Any]:
+    """config.json. `vocab_size`: rows of the embedding, padding rows included."""
+    return llava.write(config, vocab_size, image_token_id) | {
+        "model_type": "llava_next",
+        "architectures": ["LlavaNextForConditionalGeneration"],
+        "image_grid_pinpoints": tiled.pinpoints(config),
+    }
+
+
+def processor(config: VLMConfig, plan: ImagePlan) -> dict[str, Any]:
+    """LlavaNextProcessor of a plan. Raises ConfigError for one without tiles."""
+    return {
+        "processor_class": "LlavaNextProcessor",
+        "image_processor": tiled.image_processor(config, plan, "LlavaNextImageProcessor"),
+        "patch_size": plan.patch_size,
+        "vision_feature_select_strategy": llava.strategy_of(config.encoder),
+        "num_additional_image_tokens": config.encoder.extra_cells,
+    }
+
+
+def _next(decoder: DecoderConfig) -> VLMConfig:
+    projector = ProjectorConfig(decoder.dim, False, 1, newline=True)
+    return VLMConfig(llava.LARGE, projector, decoder, "llava_next", "tiles", TILES)
+
+
+MISTRAL = DecoderConfig(
+    *(4096, 32, 32, 8, 128, 14336, 32064, 1000000.0),
+    norm_eps=1e-5,
+    context=32768,
+    model_type="mistral",
+)
+FAMILY = replace(
+    llava.FAMILY,
+    projector=tiled.projector_config,
+    resize=lambda folder, encoder: "tiles",
+    tiles=lambda folder, file, encoder: tiled.read_tiles(folder, file, encoder, TILES, 224, crops=True),
+    require=lambda config: tiled.require_tiled(config, TILES),
+    write=write,
+    processor=processor,
+    newline=("image_newline", "model.image_newline"),
+    sizes={
+        "llava-next-vicuna-7b": _next(llava.FAMILY.sizes["llava-1.5-7b"].decoder),
+        "llava-next-vicuna-13b": _next(llava.FAMILY.sizes["llava-1.5-13b"].decoder),
+        "llava-next-mistral-7b": _next(MISTRAL),
+    },
+)

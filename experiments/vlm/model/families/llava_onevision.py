@@ -1,0 +1,103 @@
+"""LLaVA-OneVision (Li et al., 2024) as LlavaOnevisionForConditionalGeneration: SigLIP without its last layer,
+two linear maps and a Qwen2. One image is cut into tiles, whose tokens are resized to about those of nine; of
+several each is a square. Videos are not ours.
+"""
+
+import itertools
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from experiments.vlm.data.image_plan import ImagePlan
+from experiments.vlm.model.config import EncoderConfig, ProjectorConfig, TilesConfig, VLMConfig
+from experiments.vlm.model.families import llava, tiled
+from experiments.vlm.model.towers import FIXED, TOWERS
+from torchtitan.config.errors import require
+from torchtitan.models.decoder import hf_config as decoder
+from torchtitan.models.decoder.flavors import DECODERS, DecoderConfig
+from torchtitan.models.hf.config_file import ConfigFile
+
+TILES = TilesConfig(tuple(itertools.product(range(1, 7), repeat=2)), most=9, alone=True)
+SIGLIP = replace(TOWERS[FIXED].sizes["siglip-so400m"], layers=26, feature_norm=False)
+LIMIT = "anyres_max_"
+
+
+def encoder_config(file: ConfigFile) -> EncoderConfig:
+    """The tower, and which of its layers are read."""
+    return llava.encoder_config(file, SIGLIP, -1, llava.KEEPS_CLASS)
+
+
+def decoder_config(file: ConfigFile) -> DecoderConfig:
+    """Sizes of the causal language model; tied where file or section says so."""
+    text, key = file.section("text_config").of_kind("qwen2"), "tie_word_embeddings"
+    return decoder.decoder_config(text, file.get(key, False) or text.get(key, False))
+
+
+def tiles(folder: Path, file: ConfigFile, encoder: EncoderConfig) -> TilesConfig:
+    """How an image is cut, and to how many tiles' tokens it is resized."""
+    ratio = file.get("vision_aspect_ratio", f"{LIMIT}{TILES.most}")
+    limit = re.fullmatch(LIMIT + r"([1-9]\d*)", ratio)
+    require(
+        limit is not None, f"{file.where}: vision_aspect_ratio = {ratio!r}: not supported here, only {LIMIT}N"
+    )
+    default = replace(TILES, most=int(ratio.removeprefix(LIMIT)))
+    return tiled.read_tiles(folder, file, encoder, default, 384, crops=False)
+
+
+def require_onevision(config: VLMConfig) -> None:
+    """Raises ConfigError where its class does not compute what the model does."""
+    require(not config.encoder.extra_cells, f"OneVision has no tower with a class token: {tiled.PARTS}")
+    tiled.require_tiled(config, TILES)
+
+
+def write(config: VLMConfig, vocab_size: int, image_token_id: int) -> dict[str, Any]:
+    """config.json. `vocab_size`: rows of the embedding, padding rows included."""
+    return llava.write(config, vocab_size, image_token_id) | {
+        "model_type": "llava_onevision",
+        "architectures": ["LlavaOnevisionForConditionalGeneration"],
+        "image_grid_pinpoints": tiled.pinpoints(config),
+        "vision_aspect_ratio": f"{LIMIT}{config.tiles.most}",
+    }
+
+
+def processor(config: VLMConfig, plan: ImagePlan) -> dict[str, Any]:
+    """LlavaOnevisionProcessor of a plan. Raises ConfigError for one without tiles."""
+    images = tiled.image_processor(config, plan, "LlavaOnevisionImageProcessor")
+    kept = {key: value for key, value in images.items() if key not in ("crop_size", "do_center_crop")}
+    frames = {key: value for key, value in kept.items() if key not in ("do_pad", "image_grid_pinpoints")}
+    return {
+        "processor_class": "LlavaOnevisionProcessor",
+        "image_processor": kept,
+        "video_processor": {
+            **{key: value for key, value in frames.items() if key != "image_processor_type"},
+            "video_processor_type": "LlavaOnevisionVideoProcessor",
+        },
+        "num_image_tokens": (plan.side // plan.patch_size) ** 2,
+        "vision_feature_select_strategy": llava.KEEPS_CLASS,
+        "vision_aspect_ratio": f"{LIMIT}{config.tiles.most}",
+    }
+
+
+def _onevision(qwen: str, rows: int) -> VLMConfig:
+    sizes = replace(DECODERS[qwen], vocab_size=rows)  # those of Qwen2 are those of Qwen2.5
+    projector = ProjectorConfig(sizes.dim, False, 1, newline=True)
+    return VLMConfig(SIGLIP, projector, sizes, "llava_onevision", "tiles", TILES)
+
+
+FAMILY = replace(
+    llava.FAMILY,
+    encoder=encoder_config,
+    projector=tiled.projector_config,
+    decoder=decoder_config,
+    resize=lambda folder, encoder: "tiles",
+    tiles=tiles,
+    require=require_onevision,
+    write=write,
+    processor=processor,
+    newline=("image_newline", "model.image_newline"),
+    sizes={
+        "llava-onevision-0.5b": _onevision("qwen2.5-0.5B", 152000),
+        "llava-onevision-7b": _onevision("qwen2.5-7B", 152128),
+    },
+)
