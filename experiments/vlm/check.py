@@ -117,15 +117,14 @@ def check_patches(job: VLMJobConfig, config: VLMConfig) -> None:
         wrong = f"data.{key} = {value} is not a multiple of data.spatial_merge_size squared ({square})"
         require(value % square == 0, f"{wrong}: use {fitting} or {fitting + square}")
     largest = f"data.max_patches_per_image = {d.max_patches_per_image}"
-    require(
-        d.max_patches_per_image <= d.patches_per_row,
-        f"{largest} is more than a row holds (data.patches_per_row = {d.patches_per_row})",
-    )
-    require(
-        plan.most_cells <= d.patches_per_row,
-        f"{largest} and {plan.extra_cells} cells of the encoder's class token and registers are more than a "
-        f"row holds (data.patches_per_row = {d.patches_per_row})",
-    )
+    row = f"a row holds (data.patches_per_row = {d.patches_per_row})"
+    if plan.resize == "native":
+        require(d.max_patches_per_image <= d.patches_per_row, f"{largest} is more than {row}")
+        extra = f"{plan.extra_cells} cells of the encoder's class token and registers"
+        require(plan.most_cells <= d.patches_per_row, f"{largest} and {extra} are more than {row}")
+    else:
+        made = f"data.resize = {plan.resize}: a square of {plan.side} pixels takes {plan.most_cells} patches"
+        require(plan.most_cells <= d.patches_per_row, f"{made}, more than {row}")
     require(
         not plan.extra_tokens or square == 1,
         "class token and registers are visual tokens here, which patches must not merge with: "
@@ -134,12 +133,14 @@ def check_patches(job: VLMJobConfig, config: VLMConfig) -> None:
     check_views(job, plan)
     smallest = f"data.min_patches_per_image = {d.min_patches_per_image}"
     require(d.min_patches_per_image <= d.max_patches_per_image, f"{smallest} is more than {largest}")
-    needed = plan.most_tokens
-    more = needed - d.max_patches_per_image // square  # begin, end and the like
+    needed, patches = plan.most_tokens, plan.most_cells - plan.extra_cells
+    more = needed - patches // square  # begin, end and the like
+    made = largest if plan.resize == "native" else f"a square of {plan.side} pixels"
     require(
         needed <= length,
-        f"{largest} makes {needed} tokens{' with begin and end of image' * plan.marked}, more than "
-        f"training.seq_len = {length}: use at most {max(0, length - more) * square}",
+        f"{made} makes {needed} tokens{' with begin and end of image' * plan.marked}, more than "
+        f"training.seq_len = {length}: use data.max_patches_per_image of at most "
+        f"{max(0, length - more) * square}",
     )
 
 

@@ -106,6 +106,8 @@ WRONG = [
     (["--data.spatial_merge_size", "3"], 1, "data.patches_per_row"),
     (["--data.patch_rows", "0"], 1, "data.patch_rows"),
     (["--training.seq_len", "256"], 1, "data.max_patches_per_image = 1024 makes 258 tokens"),
+    (["--model.flavor", "llava-1.5-7b", "--data.patches_per_row", "576"], 1, "336 pixels takes 577 patches"),
+    (["--model.flavor", "llava-1.5-7b", "--training.seq_len", "500"], 1, "336 pixels makes 576 tokens"),
     (["--data.packing_buffer_size", "0"], 1, "data.packing_buffer_size"),
     (["--data.num_workers", "-1"], 1, "data.num_workers"),
     (["--data.decode_threads", "0"], 1, "data.decode_threads"),

@@ -27,14 +27,14 @@ MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])
 DEVIATION = torch.tensor([0.26862954, 0.26130258, 0.27577711])
 
 
-def llava(**options):
+def llava(rows: int = 128, **options):
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     text = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4}
     return LlavaForConditionalGeneration(
         LlavaConfig(
             vision_config=CLIPVisionConfig(**WIDTHS, image_size=SIDE),
-            text_config=LlamaConfig(**text, vocab_size=128, rms_norm_eps=1e-5),
+            text_config=LlamaConfig(**text, vocab_size=rows, rms_norm_eps=1e-5),
             image_token_index=IMAGE_ID,
             **options,
         )
@@ -154,6 +154,7 @@ def test_a_folder_is_taken_at_its_word_about_images(tmp_path, values, expected):
             model_config(job)
         return
     plan = image_plan(job)
+    assert plan.most_cells == 17 and plan.most_tokens == 16
     assert (plan.resize, plan.side, plan.marked, plan.fill) == (expected, SIDE, False, (122, 116, 104))
     assert plan.layout(30, 400).tokens.tolist() == list(range(16))
     job.data.resize = "square"

@@ -51,13 +51,13 @@ class ImagePlan:
 
     @property
     def most_tokens(self) -> int:
-        """Of an image of max_patches, or of tiles as they are."""
+        """Of an image of max_patches, of a square, or of tiles as they are."""
         return PLANS[self.resize].most_tokens(self)
 
     @property
     def most_cells(self) -> int:
-        """Of a view of max_patches."""
-        return self.max_patches + self.extra_cells
+        """Of a view of max_patches, or of a square."""
+        return self.max_patches + self.extra_cells if self.resize == "native" else self.view_cells
 
     @property
     def view_cells(self) -> int:
@@ -167,7 +167,9 @@ class Plan(NamedTuple):
     """A rule for images."""
 
     layout: Callable[[ImagePlan, int, int, bool], Layout]  # arguments as those of ImagePlan.layout
-    most_tokens: Callable[[ImagePlan], int] = lambda plan: len(plan.tokens_of(plan.max_patches))
+    most_tokens: Callable[[ImagePlan], int] = lambda plan: len(
+        plan.tokens_of((plan.side // plan.patch_size) ** 2)
+    )
     most_views: Callable[[ImagePlan], int] = lambda plan: 1
 
 
@@ -177,7 +179,7 @@ def _most_tiled(plan: ImagePlan) -> int:
 
 
 PLANS: dict[Resize, Plan] = {
-    "native": Plan(native),
+    "native": Plan(native, lambda plan: len(plan.tokens_of(plan.max_patches))),
     "square": Plan(square),
     "padded": Plan(padded),
     "cropped": Plan(cropped),
