@@ -16,6 +16,7 @@ from experiments.vlm.data.loader import Loader
 from experiments.vlm.read_once import encoded_runs
 from experiments.vlm.shard_batch import shard_batch
 from tests.bad_samples import write_mixed
+from tests.reference import small_run  # noqa: F401 (its flavors)
 from tests.tiny_data import Characters, make_job, write_all
 from torchtitan.config.layout import degrees
 from torchtitan.distributed.collectives import agree_on_data, from_all_ranks
@@ -26,6 +27,10 @@ CPU = torch.device("cpu")
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2, rows divide": (2, {"tensor_parallel_degree": 2}),
     "tp2, all encode all": (2, {"tensor_parallel_degree": 2, "encoder_sharing": "off"}),
+    "tp2, heads, tiles with taps": (
+        2,
+        {"tensor_parallel_degree": 2, "encoder_tensor_parallel": True, "flavor": "small-onevision"},
+    ),
     "tp2, heads": (2, {"tensor_parallel_degree": 2, "encoder_tensor_parallel": True}),
     "cp2.fsdp2": (4, {"context_parallel_degree": 2}),
     "pp2.cp2": (4, {"pipeline_parallel_degree": 2, "context_parallel_degree": 2}),
@@ -39,14 +44,17 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
         },
     ),
 }
-QUICK = ("tp2, heads", "tp2.cp2.pp2")
+QUICK = ("tp2, heads, tiles with taps", "tp2.cp2.pp2")
+TILES = {"seq_len": 512, "patches_per_row": 96, "patch_rows": 4}
 
 
 def job_of(folder: Path, dump: Path, layout: dict[str, Any], **data: Any):
+    flavor = layout.get("flavor", "debugmodel")
+    data |= TILES if flavor != "debugmodel" else {}
     job = make_job(folder, dump, local_batch_size=4, global_batch_size=8, **data)
     job.data.sources.append(Source(name="bad", format="cc12m", path=str(folder / "bad")))
     for name, value in layout.items():
-        setattr(job.parallelism, name, value)
+        setattr(job.model if name == "flavor" else job.parallelism, name, value)
     return job
 
 

@@ -54,6 +54,8 @@ class Sizes:
     patch_size: int = 4
     merge: int = 2
     extra: int = 0  # class token and registers of each image
+    # as with tiles that were resized: an image's visual tokens are sums of four, and end in a newline
+    mixed: bool = False
 
     def cells(self, height: int, width: int) -> int:
         """Of a patch row, that a picture takes: its extra cells in whole groups of those that merge."""
@@ -76,6 +78,9 @@ def build_batch(slots: list[list[Document]], sizes: Sizes) -> dict[str, Tensor]:
         "grid_thw": torch.full((N, L, 3), -1, dtype=torch.int32),
         "visual_index": torch.full((B, S), -1, dtype=torch.int64),
     }
+    if sizes.mixed:
+        batch["visual_taps"] = torch.full((B, S, 4), -1, dtype=torch.int64)
+        batch["tap_weights"] = torch.zeros(B, S, 4)
     for b, documents in enumerate(slots):
         used, cursor = [0] * sizes.patch_rows, 0
         for d, document in enumerate(documents):
@@ -83,6 +88,8 @@ def build_batch(slots: list[list[Document]], sizes: Sizes) -> dict[str, Tensor]:
             for part in document:
                 if isinstance(part, Picture):
                     index = _place(part, b, used, batch, sizes)
+                    if sizes.mixed:
+                        index = _mix(index, slice(cursor + len(tokens), None), batch["visual_taps"][b], sizes)
                     tokens += [IMAGE_ID] * len(index)
                     visual += index
                 else:
@@ -94,6 +101,9 @@ def build_batch(slots: list[list[Document]], sizes: Sizes) -> dict[str, Tensor]:
             batch["visual_index"][b, span] = torch.tensor(visual)
             batch["positions"][b, span] = torch.arange(len(tokens), dtype=torch.int32)
             batch["document_ids"][b, span] = d
+            if sizes.mixed:
+                shown = batch["visual_index"][b, span] >= 0
+                batch["tap_weights"][b, span][shown] = torch.tensor(WEIGHTS)
             targets = [-100 if token == IMAGE_ID else token for token in tokens[1:]] + [-100]
             batch["labels"][b, span] = torch.tensor(targets)
             cursor = span.stop
@@ -120,6 +130,20 @@ def _place(picture: Picture, b: int, used: list[int], batch: dict[str, Tensor], 
     per_token = sizes.merge**2
     first = (row * sizes.patches_per_row + start) // per_token
     return list(range(first, first + height * width // per_token))
+
+
+WEIGHTS = (0.4, 0.3, 0.2, 0.1)  # of the taps of every visual token
+
+
+def _mix(index: list[int], behind: slice, taps: Tensor, sizes: Sizes) -> list[int]:
+    """Each token is a sum of its own and the next three of its image, in a circle, and a newline follows.
+
+    `behind`: where the image begins among the slot's tokens. Returns the first taps.
+    """
+    newline, count = sizes.patch_rows * sizes.patches_per_row // sizes.merge**2, len(index)
+    rows = [[index[(i + tap) % count] for tap in range(4)] for i in range(count)] + [[newline] * 4]
+    taps[behind][: len(rows)] = torch.tensor(rows)
+    return [row[0] for row in rows]
 
 
 def pad_for_transformers(pictures: list[Picture]) -> dict[str, torch.Tensor]:

@@ -18,10 +18,10 @@ from torch.distributed.tensor import DTensor
 from experiments.vlm.batch import Batch, Delivered
 from experiments.vlm.check import check_encoder, check_patches
 from experiments.vlm.config import Source, VLMJobConfig
-from experiments.vlm.model.config import EncoderConfig, ProjectorConfig, VLMConfig
+from experiments.vlm.model.config import EncoderConfig, ProjectorConfig, TilesConfig, VLMConfig
 from experiments.vlm.model.flavors import FLAVORS
 from experiments.vlm.model.towers import aimv2, clip, dinov3
-from experiments.vlm.model_config import model_config
+from experiments.vlm.model_config import model_config, plan_of
 from experiments.vlm.spec import SPEC
 from tests.reference.batches import Document, Picture, Sizes, build_batch, draw_picture
 from torchtitan.config.check import RANGES, check_pipeline, check_ranges, check_selective, check_sequence
@@ -60,6 +60,14 @@ FLAVORS.update(
 )
 LLAVA = dataclasses.replace(TOWERS["clip"], image_size=16)
 FLAVORS["small-llava"] = VLMConfig(LLAVA, ProjectorConfig(64, False, 1), DECODER, "llava", "padded")
+FLAVORS["small-onevision"] = VLMConfig(
+    dataclasses.replace(ENCODER, image_size=16),
+    ProjectorConfig(64, False, 1, newline=True),
+    DECODERS["qwen2"],
+    "llava_onevision",
+    "tiles",
+    TilesConfig(((1, 2), (2, 1), (2, 2)), most=1, alone=True),
+)
 FLAVORS.update(
     {f"small-{name}": VLMConfig(ENCODER, ProjectorConfig(48), decoder) for name, decoder in DECODERS.items()}
 )
@@ -124,7 +132,7 @@ def draw_slot(seed: int, sizes: Sizes, text_only: bool) -> list[Document]:
                 draw_picture(height, width, sizes.patch_size, draw.randrange(10**6)),
                 [draw.randrange(4, VOCAB)],
             ]
-            needed += height * width // sizes.merge**2 + 1
+            needed += height * width // sizes.merge**2 + 1 + sizes.mixed
         if tokens + needed > sizes.seq_len:
             return documents
         tokens += needed
@@ -186,7 +194,8 @@ class DrawnLoader:
         data, model = job.data, model_config(job)
         rows = job.training.seq_len, data.patches_per_row, data.patch_rows
         encoder = model.encoder
-        self.sizes = Sizes(*rows, encoder.patch_size, model.projector.merge_size, encoder.extra_cells)
+        merge, mixed = model.projector.merge_size, plan_of(model, job).mixes
+        self.sizes = Sizes(*rows, encoder.patch_size, merge, encoder.extra_cells, mixed)
         self.total = resolve_batch(job, int(os.environ.get("WORLD_SIZE", "1"))).global_
         each = self.total // ranks
         self.mine = list(range(rank * each, (rank + 1) * each))

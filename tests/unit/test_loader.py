@@ -7,11 +7,13 @@ import json
 from collections import Counter
 
 import pytest
+import torch
 import torchdata.nodes
 from torchdata.nodes.types import Stateful
 
 from experiments.vlm.config import Source
 from experiments.vlm.data.loader import Loader, Step
+from tests.reference import small_run  # noqa: F401 (its flavors)
 from tests.tiny_data import Characters, make_job, write_all
 
 STEPS = 6
@@ -105,6 +107,24 @@ def killed_again_and_again(data, tmp_path, **options) -> Hashes:
 
 def test_a_run_killed_again_and_again_at_other_sizes_is_exact(data, expected, tmp_path):
     assert killed_again_and_again(data, tmp_path) == expected
+
+
+TILED = {"flavor": "small-onevision", "seq_len": 512, "patches_per_row": 96, "patch_rows": 4}
+
+
+@pytest.mark.parametrize("options", [{"num_workers": 1}, {"ranks": 2, "local_batch_size": 1}])
+def test_nor_do_batches_of_tiles_and_their_taps(data, tmp_path, options):
+    whole = open_loader(data, tmp_path, global_batch_size=2, local_batch_size=2, **TILED)
+    tensors = next(whole).batches[0].tensors
+    assert (tensors["visual_taps"] >= 0).sum() > 400 and tensors["tap_weights"].dtype == torch.float32
+    whole.close()
+    one = run(open_loader(data, tmp_path, global_batch_size=2, local_batch_size=2, **TILED), 3)
+    given = {"local_batch_size": 2} | options
+    parts = [
+        run(open_loader(data, tmp_path, rank, global_batch_size=2, **TILED | given), 3)
+        for rank in range(options.get("ranks", 1))
+    ]
+    assert [{k: v for part in parts for k, v in part[step].items()} for step in range(3)] == one
 
 
 def test_so_is_one_whose_images_are_padded_squares_with_class_tokens(data, tmp_path):
