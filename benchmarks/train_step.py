@@ -66,7 +66,7 @@ WORDS = [
     "of",
     "a",
 ]
-SHARDS, PHOTOS, WARM_UP = 4, 400, 5
+SHARDS, PHOTOS, WARM_UP = 4, 240, 5
 SHORTEST, LONGEST = 96, 1400  # pixels of a side
 
 

@@ -59,33 +59,15 @@ def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
     return count, torch.argsort(blocks.int(), dim=-1, descending=True, stable=True).int()
 
 
-def _allow_shapes() -> None:
-    """Those of both towers in training, in validation, and in every width that answers are read in; the
-    default of 8 would leave the last of them to eager kernels.
-    """
-    torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
-
-
-@functools.cache
-def _compiled_blocks():
-    _allow_shapes()
-    return torch.compile(_block_tensors, dynamic=False)
-
-
-def _block_tensors(mask: Mask) -> tuple[Tensor, ...]:
-    partly, whole = _blocks(mask)
-    return *_ordered(partly), *_ordered(whole)
-
-
 def block_mask(mask: Mask) -> BlockMask:
-    """The mask as FlexAttention takes it, built on the mask's own device without a synchronisation."""
-    build = _compiled_blocks() if mask.segments.is_cuda and mask.predicate is None else _block_tensors
-    partly_count, partly, whole_count, whole = build(mask)
+    """The mask as FlexAttention takes it, built on the mask's own device without a synchronisation.
+
+    Not compiled: of a sort over a hundred blocks Triton makes a kernel that ptxas needs minutes for.
+    """
+    partly, whole = _blocks(mask)
     return BlockMask.from_kv_blocks(
-        partly_count,
-        partly,
-        whole_count,
-        whole,
+        *_ordered(partly),
+        *_ordered(whole),
         BLOCK_SIZE=BLOCK,
         mask_mod=_mask_mod(mask),
         seq_lengths=(mask.segments.shape[1], mask.keys().shape[1]),
@@ -107,7 +89,9 @@ def _mask_mod(mask: Mask):
 
 @functools.cache
 def _compiled_flex():
-    _allow_shapes()
+    # The shapes of both towers in training, in validation, and in every width that answers are read in; the
+    # default of 8 would leave the last of them to eager kernels.
+    torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
     return torch.compile(flex_attention, dynamic=False)
 
 
