@@ -263,6 +263,17 @@ def test_a_source_of_another_format_is_told_which_would_fit(tmp_path, format, na
     assert "that were tried is good" in message and hint in message and "\n" not in message
 
 
+@pytest.mark.parametrize("format", ["webdataset", "cc12m", "llava"])
+def test_a_tar_whose_images_and_texts_share_no_key_is_told_so(tmp_path, format):
+    members = [(f"00{n}_{k}.png", jpeg(8, 8)) for n in range(5) for k in range(2)]
+    members += [(f"00{n}.txt", b"a cat") for n in range(5)]
+    write_tar(tmp_path / "a.tar", sorted(members))
+    job = make_job(tmp_path, tmp_path / "out")
+    job.data.sources = [Source(format=format, path=str(tmp_path / "a.tar"))]
+    with pytest.raises(DataError, match="00\\d_0.png is one by itself.*call the images of KEY.txt KEY.0.png"):
+        Loader(job, Characters())
+
+
 def test_parquet_of_another_format_is_told_though_its_columns_are_not_read(tmp_path):
     pq.write_table(pa.table({"conversations": [LLAVA["conversations"]] * 3}), tmp_path / "a.parquet")
     job = make_job(tmp_path, tmp_path / "out")

@@ -95,11 +95,11 @@ def check_bad_fraction(tally: Tally, allowed: float) -> None:
         read = bad + entry["counts"].get("read", 0)
         if allowed < 1 and read >= JUDGED_FROM and bad > allowed * read:
             worst = max(kinds, key=lambda reason: kinds[reason]["count"])
+            one = kinds[worst]["examples"][0]
             raise DataError(
                 f"source {source}: {bad} of {read} samples are bad ({bad / read:.1%}), more than "
-                f"data.max_bad_fraction = {allowed}; "
-                f"most of them: {meaning(worst)}, as {kinds[worst]['examples'][0]}. See data_report.json and "
-                "rejects/"
+                f"data.max_bad_fraction = {allowed}; most of them: {meaning(worst)}, as shard "
+                f"{one['shard']}, sample {one['key']} ({one['detail']}). See data_report.json and rejects/"
             )
 
 

@@ -19,6 +19,8 @@ TELLING = ("caption", "description", "text", "alt", "title", "prompt")  # of wha
 
 def hint(records: Sequence[Record], source: Source) -> str:
     """The format, or the columns, that would fit most of these records; empty where nothing would."""
+    if apart := _keys_apart(records):
+        return apart
     absent = [name for name in vars(source.columns).values() if name and not any(name in r for r in records)]
     if records and absent:
         return f"its records have no column {absent[0]}, but {_fields(records[0])}: correct columns"
@@ -38,6 +40,22 @@ def hint(records: Sequence[Record], source: Source) -> str:
     if image and (text := _text_column(records)):
         return f"{unknown}: {_setting('captions', image, text)}"
     return f"{unknown}: say which are meant with columns = {{image = ..., text = ...}}, or add a format"
+
+
+def _keys_apart(records: Sequence[Record]) -> str:
+    """Of tars in which no sample has an image and a text, since their members share no key."""
+    images = [
+        [value for name, value in record.items() if isinstance(value, Member) and is_image_name(name)]
+        for record in records
+    ]
+    both = any(len(found) < len(record) for found, record in zip(images, records, strict=True) if found)
+    if both or all(images) or not any(images):
+        return ""
+    (image, *_), *_ = filter(None, images)
+    return (
+        f"no sample has an image and a text: {image.name} is one by itself, since a sample is the members "
+        f"that share what stands before the first dot; call the images of KEY.txt KEY.0.{image.kind}, ..."
+    )
 
 
 def _setting(format: str, image: str | None, text: str) -> str:
