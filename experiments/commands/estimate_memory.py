@@ -13,12 +13,10 @@ from experiments.__main__ import CONFIG_CLASSES
 from experiments.vlm.check import check_estimated
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.estimate import Estimate, estimate, estimates
-from experiments.vlm.vocabulary import rows_of
-from torchtitan.components.tokenizer import load_tokenizer
+from experiments.vlm.vocabulary import planned_rows
 from torchtitan.config.check import check_options
 from torchtitan.config.layout import Degrees, degrees
 from torchtitan.config.parse import parse_script
-from torchtitan.config.shipped import shipped
 from torchtitan.tools.hardware import GIB
 
 
@@ -44,19 +42,6 @@ LIMITS = {
     "max_replicate": ">= 1",
     "rows": ">= 0",
 }
-
-
-def _vocabulary(job: VLMJobConfig) -> int:
-    tokenizer = (
-        load_tokenizer(job.model.tokenizer_path) if shipped(job.model.tokenizer_path).exists() else None
-    )
-    rows = rows_of(job, tokenizer)
-    if tokenizer is None:
-        print(
-            f"model.tokenizer_path = {job.model.tokenizer_path} is not here: vocabulary of {rows} as "
-            "published"
-        )
-    return rows
 
 
 def _print_estimate(e: Estimate) -> None:
@@ -101,7 +86,7 @@ def main(argv: Sequence[str]) -> int:
     assert isinstance(job, VLMJobConfig)
     check_options(options, LIMITS)
     check_estimated(job)
-    vocab_size = _vocabulary(job)
+    vocab_size = planned_rows(job)
     _print_estimate(estimate(job, degrees(job.parallelism, options.world_size), vocab_size))
     if options.rows:
         most = Degrees(

@@ -94,7 +94,8 @@ def asks_for_many(options: Sequence[str]) -> bool:
 def save_runs(tables: dict[str, Any], argv: Sequence[str]) -> bool:
     """Checkpoints are on where neither the file nor the command line says a word. True: they were off."""
     section = tables.setdefault("checkpoint", {})
-    said = {"--checkpoint.enable", "--checkpoint.no_enable"} & {token.partition("=")[0] for token in argv}
+    given = {token.partition("=")[0].replace("-", "_") for token in argv}  # --checkpoint.no-enable as well
+    said = {"__checkpoint.enable", "__checkpoint.no_enable"} & given
     if said or not isinstance(section, dict) or "enable" in section:
         return False
     section["enable"] = True

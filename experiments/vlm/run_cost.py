@@ -6,10 +6,9 @@ import torch
 
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.estimate import estimate
-from experiments.vlm.vocabulary import open_tokenizer, rows_of
+from experiments.vlm.vocabulary import planned_rows
 from torchtitan.config.job import JobConfig
 from torchtitan.config.layout import degrees
-from torchtitan.config.shipped import shipped
 from torchtitan.tools.hardware import GIB
 
 
@@ -25,9 +24,7 @@ class Cost:
 def cost_of(job: JobConfig, ranks: int) -> Cost:
     """Raises ConfigError for what does not fit together. Without the tokenizer: as published."""
     assert isinstance(job, VLMJobConfig)
-    here = shipped(job.model.tokenizer_path).exists()
-    rows = rows_of(job, open_tokenizer(job) if here else None)
-    found = estimate(job, degrees(job.parallelism, ranks), rows, torch.cuda.is_available())
+    found = estimate(job, degrees(job.parallelism, ranks), planned_rows(job), torch.cuda.is_available())
     steps = job.training.steps
     tokens = steps * found.batch.global_ * job.training.seq_len
     return Cost(tokens, found.memory.total / GIB, steps * found.flops)

@@ -3,6 +3,7 @@
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.model_config import model_config
 from torchtitan.components.tokenizer import Tokenizer, load_tokenizer
+from torchtitan.config.shipped import shipped
 from torchtitan.tools.logging import warn_once
 
 # Share of the published rows below which a tokenizer is hardly the model's own; theirs have 0.99 and more.
@@ -12,6 +13,15 @@ FEW = 0.9
 def rows_of(job: VLMJobConfig, tokenizer: Tokenizer | None) -> int:
     """Published embeddings have rows beyond the tokenizer's ids (Qwen); one with more ids enlarges them."""
     return max(model_config(job).decoder.vocab_size, tokenizer.vocab_size if tokenizer else 0)
+
+
+def planned_rows(job: VLMJobConfig) -> int:
+    """For estimates: as published, which is said, where the tokenizer is not here."""
+    if shipped(job.model.tokenizer_path).exists():
+        return rows_of(job, open_tokenizer(job))
+    rows = rows_of(job, None)
+    warn_once(f"model.tokenizer_path = {job.model.tokenizer_path} is not here: {rows} rows as published")
+    return rows
 
 
 def open_tokenizer(job: VLMJobConfig) -> Tokenizer:

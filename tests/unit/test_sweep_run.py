@@ -271,6 +271,13 @@ def test_an_array_of_slurm_runs_what_is_not_finished(tmp_path, monkeypatch):
     assert starts(out / "lr=1.0")[0]["NGPU"] == "1"
 
 
+@pytest.mark.parametrize("off", ["--checkpoint.no_enable", "--checkpoint.no-enable"])
+def test_checkpoints_are_on_unless_the_command_line_says_otherwise_however_it_is_spelled(off):
+    tables = {}
+    assert sweep.save_runs(tables, []) and tables["checkpoint"] == {"enable": True}
+    assert not sweep.save_runs({}, [off])
+
+
 def test_a_dry_run_lists_the_runs_with_what_they_cost_and_starts_none(tmp_path, capsys, monkeypatch):
     from experiments.vlm.run_cost import cost_of
 

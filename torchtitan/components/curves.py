@@ -5,14 +5,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torchtitan.components.sinks import read_history
+from torchtitan.components.run_record import HELD_OUT, RunRecord, read_run
 
 CURVES = "curves.png"
 COLUMNS = (3, 4)
 DECADES = 4  # of a logarithmic axis: what is lower is cut off, as the last steps of a decay are
 WIDTH, HEIGHT = 4.6, 3.4  # inches of a panel
-HELD_OUT = ", held out"
-History = list[dict[str, float]]
+ALSO_HELD_OUT = ", held out"
 
 
 @dataclass(frozen=True)
@@ -32,24 +31,23 @@ def draw_curves(folder: Path, occupancy: Sequence[str], groups: Sequence[str]) -
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    history = read_history(folder)
-    panels = [panel for panel in panels_of(history, occupancy, groups) if panel.series]
+    run = read_run(folder)
+    panels = [panel for panel in panels_of(run.keys, occupancy, groups) if panel.series]
     rows, columns = _grid(max(1, len(panels)))
     size = WIDTH * columns, HEIGHT * rows
     figure, axes = pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.remove()
     for axis, panel in zip(axes.flat, panels, strict=False):
-        _draw(axis, panel, history)
+        _draw(axis, panel, run)
     path = folder / CURVES
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return path
 
 
-def panels_of(history: History, occupancy: Sequence[str], groups: Sequence[str]) -> list[Panel]:
-    """Each with the series that the history has; one without any is empty."""
-    known = dict.fromkeys(name for record in history for name in record)
+def panels_of(known: Sequence[str], occupancy: Sequence[str], groups: Sequence[str]) -> list[Panel]:
+    """Each with the series among the figures of a run that are known; one without any is empty."""
 
     def there(series: Mapping[str, str]) -> dict[str, str]:
         return {name: label for name, label in series.items() if name in known}
@@ -61,7 +59,7 @@ def panels_of(history: History, occupancy: Sequence[str], groups: Sequence[str])
 
     rates = {name: name for name in known if name.split("/")[0] in ("lr", "muon_lr")}
     exact = {"validate/exact": "all", **{f"validate/{group}": group for group in groups}}
-    held_out = sources("validate/loss/", HELD_OUT)
+    held_out = sources("validate/loss/", ALSO_HELD_OUT)
     return [
         Panel("loss, nats a token", there({"loss": "training", "validate/loss": "held out"}), log=True),
         Panel("loss by source", sources("loss/") | held_out, log=True),
@@ -81,19 +79,20 @@ def _grid(panels: int) -> tuple[int, int]:
     return math.ceil(panels / columns), columns
 
 
-def _draw(axis, panel: Panel, history: History) -> None:
+def _draw(axis, panel: Panel, run: RunRecord) -> None:
     axis.set_title(panel.title)
     axis.set_xlabel("step")
     axis.grid(alpha=0.3)
     colours: dict[str, str] = {}  # a source has one, held out too
     for name, label in panel.series.items():
-        points = [(record["step"], record[name]) for record in history if name in record]
+        steps, values = run.values(name)
         axis.plot(
-            *zip(*points, strict=True),
+            steps,
+            values,
             label=label,
-            color=colours.setdefault(label.removesuffix(HELD_OUT), f"C{len(colours)}"),
-            linestyle="--" if name.startswith("validate/") else "-",
-            marker="o" if len(points) < 50 else None,
+            color=colours.setdefault(label.removesuffix(ALSO_HELD_OUT), f"C{len(colours)}"),
+            linestyle="--" if name.startswith(HELD_OUT) else "-",
+            marker="o" if len(steps) < 50 else None,
             markersize=3,
         )
     if panel.log:

@@ -100,6 +100,14 @@ def probe_lazily(read: Callable[[int], bytes], size: int) -> tuple[int, int]:
     return probe(head)
 
 
+def shrunk(height: int, width: int, max_side: int) -> tuple[int, int]:
+    """Height and width of at most `max_side` (0: any), never enlarged, never less than a pixel."""
+    scale = max_side / max(height, width) if max_side else 1.0
+    if scale >= 1:
+        return height, width
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
 def decode_views(data: bytes, layout: Layout, plan: ImagePlan) -> list[np.ndarray]:
     """`decode_view` of each view of an image; a picture of which several are parts is made once.
 

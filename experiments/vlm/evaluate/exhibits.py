@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from experiments.vlm.data.document import Picture
-from experiments.vlm.data.image import decode, probe
+from experiments.vlm.data.image import decode, probe, shrunk
 from experiments.vlm.evaluate.tasks import Question
 from torchtitan.components.sinks import Exhibit
 
@@ -18,11 +18,7 @@ MOST_LETTERS = 600  # of one text in the picture; a caption has all of it
 
 def thumbnail(picture: Picture) -> Image.Image:
     """At most LONGER_SIDE pixels a side."""
-    height, width = probe(picture.data)
-    shrink = max(1.0, max(height, width) / LONGER_SIDE)
-    return Image.fromarray(
-        decode(picture.data, max(1, round(height / shrink)), max(1, round(width / shrink)))
-    )
+    return Image.fromarray(decode(picture.data, *shrunk(*probe(picture.data), LONGER_SIDE)))
 
 
 def said(question: Question, line: dict[str, Any]) -> str:

@@ -19,7 +19,7 @@ from PIL import Image as PILImage
 from experiments.vlm.data.document import ImageValue
 from experiments.vlm.data.formats.image_values import is_address, name_of, plain_value
 from experiments.vlm.data.formats.record_shard import ImageFolder
-from experiments.vlm.data.image import decode, probe
+from experiments.vlm.data.image import decode, probe, shrunk
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.prepare.dedup import hash_of
 from experiments.vlm.prepare.folder import appearing, read_array, write_array, write_json
@@ -209,14 +209,6 @@ def looks_whole(data: bytes) -> bool:
     except Rejected:
         return False
     return True
-
-
-def shrunk(height: int, width: int, max_side: int) -> tuple[int, int]:
-    """Never enlarged, never less than a pixel."""
-    scale = max_side / max(height, width) if max_side else 1.0
-    if scale >= 1:
-        return height, width
-    return max(1, round(height * scale)), max(1, round(width * scale))
 
 
 def encoded(data: bytes, size: tuple[int, int], wanted: str, quality: int) -> bytes:
