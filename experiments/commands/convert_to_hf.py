@@ -16,6 +16,7 @@ from typing import Literal
 
 from experiments.__main__ import CONFIG_CLASSES
 from experiments.vlm.config import VLMJobConfig
+from experiments.vlm.model.families import llava_original
 from experiments.vlm.model.towers import TOWERS
 from experiments.vlm.model_config import model_config
 from experiments.vlm.saved_model import use_checkpoint, with_saved
@@ -26,7 +27,8 @@ from torchtitan.models.decoder.hf_config import FAMILIES
 from torchtitan.tools.disk import require_writable
 from torchtitan.tools.logging import init_logger
 
-WRITTEN = f"""all       Lfm2VlForConditionalGeneration, with one of the decoders below, and its processor
+WRITTEN = f"""all       Lfm2VlForConditionalGeneration, LlavaForConditionalGeneration (with --layout original
+          LlavaLlamaForCausalLM), LlavaNext- and LlavaOnevision-, each with its processor
 encoder   {", ".join(tower.architecture for tower in TOWERS.values())}, without pooling head
 decoder   {", ".join(family.architecture for family in FAMILIES.values())}, with its tokenizer"""
 
@@ -38,6 +40,10 @@ class Options:
     checkpoint: str = ""  # step-N of the job's checkpoints, or the path of one; empty: the latest
     out: str = ""  # a folder that is not there yet
     part: Literal["all", "encoder", "decoder"] = "all"  # what is written
+    # of LLaVA-1.5: as transformers has it, or as its authors save it, for their scripts
+    layout: Literal["transformers", "original"] = "transformers"
+    # with --layout original: the name of the tower in config.json; empty: as one of its size was published
+    vision_tower: str = ""
     # of the weights; stored: as in the checkpoint, float32 after training
     dtype: Literal["stored", "float32", "bfloat16", "float16"] = "stored"
     # of a checkpoint with [lora]: in the weights of the base, left out, or alone, as a folder for peft
@@ -58,6 +64,7 @@ def main(argv: Sequence[str]) -> int:
     check_options(options, {"shard_gb": "> 0"})
     out = Path(options.out)
     require(not out.exists(), f"--out = {out}: is there already; give another folder, or delete it")
+    check_layout(options, out)
     checkpoint = use_checkpoint(job, options.checkpoint)
     require_writable(out.absolute().parent, "--out")
     # Half a folder never bears the name of a whole one.
@@ -68,11 +75,24 @@ def main(argv: Sequence[str]) -> int:
         shutil.move(half, out)
     alone = options.adapters == "only"
     print(f"{out}: {'adapters' if alone else options.part} of {checkpoint}")
+    if options.layout == "original":
+        return 0
     opened = f"PeftModel.from_pretrained(base, {str(out)!r})" if alone else None
     print(f"open it: {opened or f'{OPENED[options.part]}.from_pretrained({str(out)!r})'}")
     return 0
 
 
+def check_layout(options: Options, out: Path) -> None:
+    """Raises ConfigError where LLaVA's own layout cannot be what is asked for."""
+    original = options.layout == "original"
+    require(original or not options.vision_tower, "--vision_tower needs --layout original")
+    whole = "--layout original: is of the whole model with adapters merged: leave --part and --adapters"
+    require(not original or (options.part == "all" and options.adapters == "merge"), whole)
+    named = f"--out = {out}: LLaVA's scripts take a folder for a LLaVA where its name has 'llava' in it"
+    require(not original or "llava" in out.name.lower(), named)
+
+
+LAYOUTS = {"transformers": "", "original": llava_original.MODEL_TYPE}
 OPENED = {
     "all": "AutoModelForImageTextToText",
     "encoder": "AutoModel",
@@ -100,6 +120,8 @@ def write(job: VLMJobConfig, checkpoint: Path, folder: Path, options: Options) -
         dtype=dtype,
         shard_gb=options.shard_gb,
         merge_adapters=options.adapters == "merge",
+        layout=LAYOUTS[options.layout],
+        vision_tower=options.vision_tower,
     )
     files, size = list(folder.glob("*.safetensors")), sum(tensor.size for tensor in made.tensors.values())
     print(f"{len(made.tensors)} tensors, {size:,} bytes in {len(files)} files")

@@ -4,6 +4,7 @@ Stock transformers opens it without custom code.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,18 +12,20 @@ import torch
 
 from experiments.vlm.adapter import require_rank
 from experiments.vlm.config import PARTS, VLMJobConfig
-from experiments.vlm.model import hf_config as sizes
 from experiments.vlm.model.config import VLMConfig
-from experiments.vlm.model.families import family_of
+from experiments.vlm.model.families import FAMILIES, family_of, llava_original
+from experiments.vlm.model.families.family import Family
 from experiments.vlm.model.hf import part_rows
 from experiments.vlm.model.towers import tower_of, write_encoder
 from experiments.vlm.model.vlm import VLM
 from experiments.vlm.model_config import model_config
 from experiments.vlm.processor import write_language, write_processor
+from experiments.vlm.vocabulary import rows_before_image
 from torchtitan.components.checkpoint_read import require_sizes
 from torchtitan.components.tokenizer import load_tokenizer
 from torchtitan.components.weights import shapes_of
 from torchtitan.config.errors import require
+from torchtitan.models import weight_names
 from torchtitan.models.decoder import hf_config as decoder
 from torchtitan.models.hf.config_file import CONFIG
 from torchtitan.models.hf.export import SHARD_GB, Export
@@ -30,6 +33,7 @@ from torchtitan.tools.logging import warn_once
 
 Part = Literal["all", "encoder", "decoder"]
 TABLE = "decoder.tok_embeddings.weight"
+TABLES = (TABLE, "decoder.output.weight")
 
 
 def export(
@@ -43,24 +47,39 @@ def export(
     dtype: torch.dtype | None = None,
     shard_gb: float = SHARD_GB,
     merge_adapters: bool = True,
+    layout: str = "",
+    vision_tower: str = "",
 ) -> Export:
     """Write `part` of a checkpoint of the job into `folder`, which is there; each rank some of the files.
 
     dtype: of the weights; None: as stored, which is float32 after training. Adapters are merged or left out.
+    layout: a family that a whole model is written as; empty: its own. vision_tower: what LLaVA's own layout
+    calls the tower; empty: what one of its size was called.
+
     Raises ConfigError where the checkpoint cannot be read, is of another model, or no processor does what the
     job does.
     """
     config = model_config(job)
     parts = PARTS if part == "all" else (part,)
-    family = family_of(config) if part == "all" else None
+    family = (FAMILIES[layout] if layout else family_of(config)) if part == "all" else None
     rows = [row for name in parts for row in part_rows(name, config.encoder, family)]
+    if family and not family.image_row:
+        kept = weight_names.Part(first=0, last=rows_before_image(job))
+        rows = [row._replace(ours_part=kept) if row.ours in TABLES else row for row in rows]
     scale = job.lora.alpha / max(1, job.lora.rank) if merge_adapters else None
     made = Export(checkpoint, parts, rows, dtype, scale)
     if merge_adapters:
         require_rank(job.lora, made.adapters, checkpoint)
     _require_model(config, made, parts)
     if rank == 0:
-        _write_settings(job, config, made, folder, part)
+        values = _write_settings(job, config, made, folder, family, part)
+        if vision_tower:
+            values[llava_original.TOWER] = vision_tower
+        unnamed = "no tower of this size was published: say with --vision_tower how config.json names it"
+        require(values.get(llava_original.TOWER, "") is not None, unnamed)
+        name = str(made.dtype).removeprefix("torch.")
+        values |= {"dtype": name, "torch_dtype": name}  # both spellings, for older releases
+        (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     made.write(folder, shard_gb, rank, ranks)
     return made
 
@@ -80,25 +99,24 @@ def _require_model(config: VLMConfig, made: Export, parts: tuple[str, ...]) -> N
     )
 
 
-def _write_settings(job: VLMJobConfig, config: VLMConfig, made: Export, folder: Path, part: Part) -> None:
-    """config.json, and what turns images and conversations into inputs."""
-    values: dict[str, Any]
+def _write_settings(
+    job: VLMJobConfig, config: VLMConfig, made: Export, folder: Path, family: Family | None, part: Part
+) -> dict[str, Any]:
+    """What turns images and conversations into inputs. Returns what config.json says."""
     if part == "encoder":
-        values = {"architectures": [tower_of(config.encoder).architecture]} | write_encoder(config.encoder)
-    else:
-        rows, tokenizer = made.stored[TABLE].shape[0], load_tokenizer(job.model.tokenizer_path)
-        if tokenizer.vocab_size > rows:
-            ids = f"model.tokenizer_path = {job.model.tokenizer_path} has {tokenizer.vocab_size:,} ids"
-            warn_once(f"{ids}, the model {rows:,} rows: some stand for nothing; is it the model's own?")
-        ends = {"eos_token_id": tokenizer.eos_id, "bos_token_id": tokenizer.bos_id}
-        if part == "all":
-            write_processor(job, folder)
-            values = sizes.vlm_hf_config(config, rows, tokenizer.image_id)
-            values["text_config"] |= ends
-        else:
-            write_language(job, folder)
-            values = {"architectures": [decoder.architecture_of(config.decoder)]}
-            values |= decoder.hf_config(config.decoder, rows) | ends
-    name = str(made.dtype).removeprefix("torch.")
-    written = values | {"dtype": name, "torch_dtype": name}  # both spellings, for older releases
-    (folder / CONFIG).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+        return {"architectures": [tower_of(config.encoder).architecture]} | write_encoder(config.encoder)
+    stored, tokenizer = made.stored[TABLE].shape[0], load_tokenizer(job.model.tokenizer_path)
+    if tokenizer.vocab_size > stored:
+        ids = f"model.tokenizer_path = {job.model.tokenizer_path} has {tokenizer.vocab_size:,} ids"
+        warn_once(f"{ids}, the model {stored:,} rows: some stand for nothing; is it the model's own?")
+    ends = {"eos_token_id": tokenizer.eos_id, "bos_token_id": tokenizer.bos_id}
+    if family is None:
+        write_language(job, folder)
+        alone: dict[str, Any] = {"architectures": [decoder.architecture_of(config.decoder)]}
+        return alone | decoder.hf_config(config.decoder, stored) | ends
+    write_processor(job, folder, family)
+    as_read = replace(config, resize=job.data.resize or config.resize)
+    rows = stored if family.image_row else min(stored, rows_before_image(job) or stored)
+    values = family.write(as_read, rows, tokenizer.image_id)
+    values.get("text_config", values).update(ends)
+    return values

@@ -7,7 +7,7 @@ from torch import nn
 
 from experiments.vlm.adapter import adapter_source
 from experiments.vlm.config import PARTS, VLMJobConfig
-from experiments.vlm.model.families import FAMILIES
+from experiments.vlm.model.families import family_in
 from experiments.vlm.model.hf import left_over, part_rows
 from experiments.vlm.model.hf_config import decoder_config, encoder_config
 from experiments.vlm.model.vlm import VLM
@@ -74,7 +74,7 @@ def as_checkpoint(job: VLMJobConfig, tokenizer: Tokenizer | None, folder: Path) 
 def source_of(folder: Path, parts: list[str], tied: bool) -> Source:
     """What is taken of a folder. `tied`: the output layer is the embedding."""
     file = read_config(folder)
-    family = FAMILIES.get(file.model_type)
+    family = family_in(file)
     vocab_size = decoder_config(file).vocab_size if "decoder" in parts else 0
     encoder = encoder_config(file) if "encoder" in parts else None
     return Source(

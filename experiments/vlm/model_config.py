@@ -10,10 +10,10 @@ from experiments.vlm.data.image_plan import ImagePlan
 from experiments.vlm.model import hf_config as hf
 from experiments.vlm.model.config import ProjectorConfig, VLMConfig
 from experiments.vlm.model.families import FAMILIES as WHOLES
-from experiments.vlm.model.families import family_of
+from experiments.vlm.model.families import family_in, family_of, kind_of
 from experiments.vlm.model.families.family import as_processed
 from experiments.vlm.model.flavors import FLAVORS
-from experiments.vlm.model.towers import INSIDE, TOWERS
+from experiments.vlm.model.towers import INSIDE, TOWERS, model_type_of
 from torchtitan.components.checkpoint_folder import find, find_initial, read_record
 from torchtitan.config.errors import ConfigError, did_you_mean, require
 from torchtitan.config.table import from_table
@@ -111,6 +111,8 @@ def part_folders(job: VLMJobConfig) -> dict[str, Path]:
         key = f"checkpoint.initial_load_path = {whole}"
         require(bool(left), f"{key}: nothing of it is used, since its parts have folders of their own")
         folders |= dict.fromkeys(left, whole)
+    if (tower := folders.get("encoder")) and (family := family_in(read_config(tower))):
+        folders["encoder"] = family.tower_weights(tower)
     return folders
 
 
@@ -118,7 +120,7 @@ def parts_in(folder: Path) -> tuple[str, ...]:
     """The parts that a Hugging Face folder holds, by its config.json. Raises ConfigError for none of ours."""
     file = read_config(folder)
     kind = file.model_type
-    if kind in WHOLES:
+    if kind_of(file):
         return PARTS
     towers = (*TOWERS, *INSIDE)
     known = ", ".join([*WHOLES, *towers, *FAMILIES])
@@ -134,14 +136,23 @@ def _of_folders(folders: dict[str, Path], row: VLMConfig | None, flavor: str) ->
     if "projector" in folders:
         whole = folders["projector"]
         file = read_config(whole)
-        found["projector"], found["family"] = hf.projector_config(file), file.model_type
-        images, tower = WHOLES[file.model_type], hf.encoder_config(file)
+        kind, tower = kind_of(file), hf.encoder_config(file)
+        images = WHOLES[kind]
+        found["projector"], found["family"] = hf.projector_config(file), images.read_as or kind
         found["resize"], found["tiles"] = images.resize(whole, tower), images.tiles(whole, file, tower)
     for part, read in (("encoder", hf.encoder_config), ("decoder", hf.decoder_config)):
         if part in folders:
             found[part] = read(read_config(folders[part]))
     if "encoder" in found:
         found["encoder"] = as_processed(found["encoder"], folders["encoder"])
+        if "projector" in folders and model_type_of(tower) == model_type_of(found["encoder"]):
+            # What is read of a tower is the whole model's word, wherever its weights come from.
+            found["encoder"] = replace(
+                found["encoder"],
+                feature_layers=tower.feature_layers,
+                feature_norm=tower.feature_norm,
+                feature_extra=tower.feature_extra,
+            )
     if row is None:
         found.setdefault("projector", ProjectorConfig(found["decoder"].dim))
         return VLMConfig(**found)

@@ -14,7 +14,7 @@ from typing import Any
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.data.chat_template import ChatTemplate, ends_of, load_chat_template
 from experiments.vlm.model.families import family_of
-from experiments.vlm.model.families.family import read_image_processor
+from experiments.vlm.model.families.family import Family, read_image_processor
 from experiments.vlm.model_config import model_config, plan_of
 from torchtitan.components.tokenizer import SpecialTokenizer, load_tokenizer
 from torchtitan.components.tokenizer_files import write_json, write_tokenizer
@@ -49,19 +49,23 @@ def write_language(job: VLMJobConfig, folder: Path) -> None:
     write_json(folder / "generation_config.json", generation_config(template, tokenizer))
 
 
-def write_processor(job: VLMJobConfig, folder: Path) -> None:
-    """Raises ConfigError as `write_language` does, and where no processor makes images as the job does."""
-    config = processor_config(job)
+def write_processor(job: VLMJobConfig, folder: Path, family: Family | None = None) -> None:
+    """Raises ConfigError as `write_language` does, and where no processor makes images as the job does.
+    `family`: see processor_config.
+    """
+    config = processor_config(job, family)
     write_language(job, folder)
-    write_json(folder / "processor_config.json", config)
+    if config:
+        write_json(folder / "processor_config.json", config)
 
 
-def processor_config(job: VLMJobConfig) -> dict[str, Any]:
-    """Of a processor that makes images as the job does. Raises ConfigError where there is none, and where no
-    class of transformers computes what its model does.
+def processor_config(job: VLMJobConfig, family: Family | None = None) -> dict[str, Any]:
+    """Of a processor that makes images as the job does; empty: its folder needs none. `family`: one that the
+    model is written as; None: its own. Raises ConfigError where there is none, and where that family's class
+    does not compute what the model does.
     """
     model = model_config(job)
-    family = family_of(model)
+    family = family or family_of(model)
     family.require(model)
     return family.processor(model, plan_of(model, job))
 

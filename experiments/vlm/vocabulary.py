@@ -1,7 +1,9 @@
 """Rows of the token embedding: as published with the flavor, or more where the tokenizer has more ids."""
 
 from experiments.vlm.config import VLMJobConfig
+from experiments.vlm.data.chat_template import ends_of, load_chat_template
 from experiments.vlm.model_config import model_config
+from experiments.vlm.processor import template_of
 from torchtitan.components.tokenizer import Tokenizer, load_tokenizer
 from torchtitan.config.shipped import shipped
 from torchtitan.tools.logging import warn_once
@@ -22,6 +24,15 @@ def planned_rows(job: VLMJobConfig) -> int:
     rows = rows_of(job, None)
     warn_once(f"model.tokenizer_path = {job.model.tokenizer_path} is not here: {rows} rows as published")
     return rows
+
+
+def rows_before_image(job: VLMJobConfig) -> int | None:
+    """How many rows of a table stand before that of an image, where none behind it is read for anything else;
+    None: some are.
+    """
+    tokenizer, template = load_tokenizer(job.model.tokenizer_path), load_chat_template(template_of(job))
+    read = [tokenizer.backend.rows - 1, tokenizer.bos_id or 0, *ends_of(tokenizer, template)]
+    return tokenizer.image_id if max(read) < tokenizer.image_id else None
 
 
 def open_tokenizer(job: VLMJobConfig) -> Tokenizer:

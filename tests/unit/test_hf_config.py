@@ -8,6 +8,7 @@ import pytest
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.model import hf_config as vlm
 from experiments.vlm.model.config import ProjectorConfig, VLMConfig
+from experiments.vlm.model.families import family_of
 from experiments.vlm.model.flavors import ENCODERS, FLAVORS
 from experiments.vlm.model.towers import write_encoder
 from experiments.vlm.model_config import model_config
@@ -82,7 +83,7 @@ def test_a_published_row_is_what_its_config_says():
     read = decoder.decoder_config(ConfigFile(theirs(row), "theirs"))
     assert replace(read, model_type="") == row
     whole = FLAVORS["so400m-qwen3-0.6B"]
-    written = vlm.vlm_hf_config(whole, whole.decoder.vocab_size, 7)
+    written = family_of(whole).write(whole, whole.decoder.vocab_size, 7)
     read = vlm.vlm_config(ConfigFile(json.loads(json.dumps(written)), "written"))
     assert replace(read, decoder=replace(read.decoder, model_type="")) == whole
 
@@ -105,7 +106,7 @@ def test_the_whole_model_is_read_as_transformers_writes_it():
     from transformers import Lfm2VlConfig
 
     config = VLMConfig(ENCODER, ProjectorConfig(56, layer_norm=False, merge_size=3), QWEN3)
-    written = vlm.vlm_hf_config(config, 96, image_token_id=5)
+    written = family_of(config).write(config, 96, 5)
     theirs = Lfm2VlConfig(**{key: value for key, value in written.items() if key != "model_type"})
     read = vlm.vlm_config(ConfigFile(theirs.to_dict(), "theirs"))
     assert read == replace(config, decoder=replace(QWEN3, model_type="qwen3"))

@@ -47,7 +47,7 @@ class Part(NamedTuple):
     def rows(self, size: int) -> range:
         """Which rows of a tensor of `size` rows."""
         if self.first is not None:
-            return range(self.first, size if self.last is None else self.last)
+            return range(self.first, size if self.last is None else min(self.last, size))
         return range(self.number * size // self.of, (self.number + 1) * size // self.of)
 
 

@@ -11,22 +11,16 @@ from experiments.vlm.model.towers import TOWERS, tower_of
 from torchtitan.models.decoder import hf as decoder
 from torchtitan.models.weight_names import Row, prefixed
 
-PROJECTOR = [
-    Row("layer_norm.*", "norm.*"),
-    Row("linear_1.*", "linear_1.*"),
-    Row("linear_2.*", "linear_2.*"),
-]
 # Where a part stands in files of its own; the first is where it is written.
 ALONE = {"encoder": ("", "vision_model."), "projector": (), "decoder": ("model.", "")}
-BODIES = {"projector": PROJECTOR, "decoder": decoder.BODY}
 # What a part has in files besides, and why nothing is lost by it; of encoders their towers say it.
 LEFT_OVER = {
     "decoder": {r".*\.rotary_emb\.inv_freq": "rotary frequencies, which are computed"},
 }
 OF_PARTS = {
     "encoder": r"(model\.)?vision_tower\..*",
-    "projector": r"(model\.)?(multi_modal_projector\..*|image_newline)",
-    "decoder": r"((model\.)?language_model|lm_head)\..*",
+    "projector": r"(model\.)?(multi_modal_projector\..*|mm_projector\..*|image_newline)",
+    "decoder": r"((model\.)?language_model|lm_head|model\.(embed_tokens|layers|norm))\..*",
 }
 
 
@@ -34,11 +28,7 @@ def part_rows(part: str, encoder: EncoderConfig | None, family: Family | None) -
     """Of one part, under its name in our model. `family`: of the whole model whose files they are; None: of
     the part's own. `encoder`: needed for that part alone.
     """
-    if part != "encoder" or encoder is None:
-        body = BODIES[part]
-    else:
-        body = (TOWERS[family.tower(encoder)] if family else tower_of(encoder)).rows(encoder)
-    places = (family.places if family else ALONE)[part]
+    places, body = (family.places if family else ALONE)[part], _body(part, encoder, family)
     rows = [row for place in places for row in prefixed(body, place, part + ".")]
     if family and part == "projector":
         rows += [Row(name, "projector.newline") for name in family.newline]
@@ -46,12 +36,21 @@ def part_rows(part: str, encoder: EncoderConfig | None, family: Family | None) -
     return rows + [row for head in heads for row in prefixed(decoder.HEAD, head, "decoder.")]
 
 
+def _body(part: str, encoder: EncoderConfig | None, family: Family | None) -> Iterable[Row]:
+    if part == "decoder":
+        return decoder.BODY
+    if part == "projector":
+        return family.projector_rows if family else ()
+    assert encoder is not None
+    return (TOWERS[family.tower(encoder)] if family else tower_of(encoder)).rows(encoder)
+
+
 def left_over(parts: Iterable[str], encoder: EncoderConfig | None) -> dict[str, str]:
     """What a file of which these parts are taken has besides: pattern -> why those tensors are no loss."""
     taken = set(parts)
     reasons = {pattern: why for part in sorted(taken) for pattern, why in LEFT_OVER.get(part, {}).items()}
     if encoder is not None and "encoder" in taken:
-        anywhere = r"(model\.)?(vision_tower\.)?(vision_model\.)?"
+        anywhere = r"(model\.)?(vision_tower\.){0,2}(vision_model\.)?"
         reasons |= {anywhere + name: why for name, why in tower_of(encoder).left_over.items()}
     others = {
         pattern: f"of its {part}, which is not taken from it"

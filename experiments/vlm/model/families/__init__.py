@@ -3,18 +3,21 @@
     family.py    what a family says of itself
     lfm2_vl.py   our composition
     llava.py     LLaVA-1.5
+    llava_original.py   the same as its authors save it
     llava_next.py, llava_onevision.py   of its kind, with tiles (tiled.py: what they have in common)
 
 Imports no torch.
 """
 
 from experiments.vlm.model.config import VLMConfig
-from experiments.vlm.model.families import lfm2_vl, llava, llava_next, llava_onevision
+from experiments.vlm.model.families import lfm2_vl, llava, llava_next, llava_onevision, llava_original
 from experiments.vlm.model.families.family import Family
+from torchtitan.models.hf.config_file import ConfigFile
 
 FAMILIES = {
     lfm2_vl.WHOLE: lfm2_vl.FAMILY,
     "llava": llava.FAMILY,
+    llava_original.MODEL_TYPE: llava_original.FAMILY,
     "llava_next": llava_next.FAMILY,
     "llava_onevision": llava_onevision.FAMILY,
 }
@@ -23,3 +26,15 @@ FAMILIES = {
 def family_of(config: VLMConfig) -> Family:
     """The one that a model is of."""
     return FAMILIES[config.family]
+
+
+def kind_of(file: ConfigFile) -> str:
+    """The name of the family that a config.json is of; empty: of none."""
+    if llava_original.is_original(file):
+        return llava_original.MODEL_TYPE
+    return file.model_type if file.model_type in FAMILIES else ""
+
+
+def family_in(file: ConfigFile) -> Family | None:
+    """The family that a config.json is of."""
+    return FAMILIES.get(kind_of(file))

@@ -1,7 +1,7 @@
 """What a class of whole vision-language models says of itself. Imports no torch."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,13 @@ from experiments.vlm.model.config import (
 from torchtitan.config.errors import ConfigError, require
 from torchtitan.models.decoder.flavors import DecoderConfig
 from torchtitan.models.hf.config_file import ConfigFile
+from torchtitan.models.weight_names import Row
 
+PROJECTOR = (
+    Row("layer_norm.*", "norm.*"),
+    Row("linear_1.*", "linear_1.*"),
+    Row("linear_2.*", "linear_2.*"),
+)
 # Pillow's numbers, which image processors say
 RESAMPLE: dict[Resample, int] = {"bilinear": 2, "bicubic": 3}
 
@@ -47,6 +53,11 @@ class Family:
     newline: tuple[str, ...] = ()  # what the vector behind a row of tiles is called there
     # how images are cut, by a folder's config.json and its image processor
     tiles: Callable[[Path, ConfigFile, EncoderConfig], TilesConfig] = _no_tiles
+    projector_rows: Sequence[Row] = PROJECTOR  # names of its weights
+    # where the tower's weights are, by the folder of the whole; raises ConfigError where they are not here
+    tower_weights: Callable[[Path], Path] = lambda folder: folder
+    read_as: str = ""  # the family of the models that its files hold; empty: itself
+    image_row: bool = True  # an image has a row of the embedding
     marked: bool = True  # an image has a begin and an end among the tokens
     sizes: Mapping[str, VLMConfig] = field(default_factory=dict)  # flavors
 
