@@ -74,7 +74,7 @@ def prices_of(job: VLMJobConfig, tokenizer: Tokenizer) -> Prices:
 def the_job_itself(job: VLMJobConfig, plan: ImagePlan) -> Case | None:
     """How the job packs now; None where its largest image would fit no slot."""
     budget = Budget(job.training.seq_len, job.data.patch_rows, job.data.patches_per_row)
-    fits = plan.most_cells <= budget.patches_per_row and plan.most_tokens <= budget.seq_len
+    fits = budget.holds(plan.most_tokens, plan.largest)
     return Case(budget, job.data.packing_buffer_size) if fits else None
 
 
@@ -128,7 +128,7 @@ def main(argv: Sequence[str]) -> int:
         make_setup(job, tokenizer, "train", 1), options.samples, deadline.share(READING), say
     )
     require(bool(stream.documents), "no good sample was found")
-    data = Data(stream, prices, plan.merge_size, plan.most_cells)
+    data = Data(stream, prices, plan.merge_size, sum(plan.largest))
     now = the_job_itself(job, plan)
     buffers = options.buffers or [job.data.packing_buffer_size, 4 * job.data.packing_buffer_size]
     with closing(Trials(data, deadline, min(available_cores(), PROCESSES), say)) as trials:

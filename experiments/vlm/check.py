@@ -146,16 +146,16 @@ def check_patches(job: VLMJobConfig, config: VLMConfig) -> None:
 
 def check_views(job: VLMJobConfig, plan: ImagePlan) -> None:
     """A slot has room for an image of as many views and tokens as there can be."""
-    d, key = job.data, f"data.resize = {plan.resize}"
-    if plan.most_views == 1:
+    d, key, views = job.data, f"data.resize = {plan.resize}", plan.largest
+    if len(views) == 1:
         return
-    cells, most = plan.view_cells, plan.most_tokens
-    rows = -(-plan.most_views // max(1, d.patches_per_row // cells))
+    cells, most = views[0], plan.most_tokens
+    rows = -(-len(views) // (d.patches_per_row // cells))
     require(
         rows <= d.patch_rows,
-        f"{key}: an image has up to {plan.most_views} views of {cells} patches, which patch_rows = "
+        f"{key}: an image has up to {len(views)} views of {cells} patches, which patch_rows = "
         f"{d.patch_rows} of data.patches_per_row = {d.patches_per_row} do not hold: use patch_rows = {rows}, "
-        f"or rows of {plan.most_views * cells}",
+        f"or rows of {sum(views)}",
     )
     require(not plan.extra_tokens, f"{key}: class token and registers cannot be visual tokens of tiles")
     length = job.training.seq_len

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.vlm.config import VLMJobConfig
+from experiments.vlm.model_config import image_plan
 from experiments.vlm.processor import read_image_limits
 from torchtitan.components.checkpoint_folder import RECORD, complete_steps, read_record
 from torchtitan.components.saved_config import NEWEST
@@ -11,6 +12,7 @@ from torchtitan.config.errors import require
 from torchtitan.config.parse import config_file, last_value, split_options
 from torchtitan.tools.hub import get_it
 
+SAID = 1024  # tokens beside the largest image
 IMAGE_LIMITS = ("data.max_patches_per_image", "data.min_patches_per_image")
 
 
@@ -23,8 +25,8 @@ def with_saved(argv: Sequence[str]) -> list[str]:
 
 
 def use_hf_folder(job: VLMJobConfig, folder: str, argv: Sequence[str]) -> None:
-    """The job's model is from now on that of a Hugging Face folder, and so are the limits of its images where
-    `argv` sets none. Raises ConfigError.
+    """The job's model is from now on that of a Hugging Face folder, and so are the limits of its images, and
+    room for these, where `argv` sets none. Raises ConfigError.
     """
     missing = f"--hf = {folder}: no such folder (looked from {Path.cwd()}); {get_it(Path(folder))}"
     require(Path(folder).is_dir(), missing)
@@ -34,6 +36,21 @@ def use_hf_folder(job: VLMJobConfig, folder: str, argv: Sequence[str]) -> None:
     given = split_options(argv)
     if all(last_value(given, limit) is None for limit in IMAGE_LIMITS):
         read_image_limits(Path(folder), job)
+    make_room(job, given)
+
+
+def make_room(job: VLMJobConfig, given: Sequence[list[str]]) -> None:
+    """For the largest image of a model that cuts images into tiles, one a patch row, and for what is said of
+    it, where the options that are `given` say nothing of that.
+    """
+    plan = image_plan(job)
+    if len(plan.largest) == 1:
+        return
+    rows = ("data.patches_per_row", "data.patch_rows")
+    if all(last_value(given, option) is None for option in rows):
+        job.data.patches_per_row, job.data.patch_rows = plan.most_cells, len(plan.largest)
+    if last_value(given, "training.seq_len") is None:
+        job.training.seq_len = max(job.training.seq_len, plan.most_tokens + SAID)
 
 
 def use_checkpoint(job: VLMJobConfig, name: str) -> Path:

@@ -25,18 +25,18 @@ from tests.tiny_data import Characters
 SIDE = 16  # pixels a tile: 4 x 4 patches of 4
 IMAGE_ID = Characters().image_id
 TEXT = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4}
-TEXT |= {"num_key_value_heads": 2, "head_dim": 12, "vocab_size": 272}
+TEXT |= {"num_key_value_heads": 2, "head_dim": 12}
 GRIDS = [[1, 2], [2, 1], [2, 2], [3, 1], [1, 3]]
 PROCESSOR = {"size": {"height": SIDE, "width": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
 
 
-def tiled_model(kind: str, decoder: str = "", **options: Any) -> nn.Module:
-    """kind: next, onevision; decoder: the model_type of another than its usual one."""
+def tiled_model(kind: str, decoder: str = "", rows: int = 272, **options: Any) -> nn.Module:
+    """kind: next, onevision; decoder: the model_type of another than its usual one; rows: its words."""
     import transformers as t
 
     text = t.AutoConfig.for_model(
         decoder or {"next": "llama", "onevision": "qwen2"}[kind],
-        **TEXT,
+        **TEXT | {"vocab_size": rows},
         **({"sliding_window": None} if decoder == "mistral" else {}),
     )
     shared = {"text_config": text, "image_token_index": IMAGE_ID}

@@ -8,9 +8,11 @@ import torch.nn.functional as F
 from PIL import Image
 
 from experiments.vlm.batch import BatchShape
-from experiments.vlm.config import PARTS
+from experiments.vlm.check import check_model
+from experiments.vlm.config import PARTS, VLMJobConfig
 from experiments.vlm.data import document
 from experiments.vlm.data.packing import Budget
+from experiments.vlm.generate.answering import prompter_of
 from experiments.vlm.generate.forward import CachedVLM
 from experiments.vlm.generate.prompt import Picture, Prompter
 from experiments.vlm.model import hf_config
@@ -20,6 +22,7 @@ from experiments.vlm.model.hf import part_rows
 from experiments.vlm.model.vlm import VLM
 from experiments.vlm.model_config import image_plan, model_config
 from experiments.vlm.processor import processor_config
+from experiments.vlm.saved_model import use_hf_folder
 from tests.reference.hf_folders import save, state_of
 from tests.reference.tiled_models import (
     GRIDS,
@@ -31,7 +34,7 @@ from tests.reference.tiled_models import (
     slot,
     tiled_model,
 )
-from tests.samples import noise
+from tests.samples import encoded, noise
 from tests.tiny_data import Characters
 from tests.unit.test_hf_export import assert_same, command
 from tests.unit.test_hf_import import job_of, load
@@ -230,3 +233,16 @@ def test_greedy_answers_are_those_of_transformers(tmp_path, kind):
             **inputs, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0
         )
         assert ended[number] == made[0, sample.length - 1 :].tolist()
+
+
+def test_a_folder_brings_room_for_its_largest_image_where_no_option_says_otherwise(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(tiled_model("next").config.to_dict()))
+    job, asked = VLMJobConfig(), VLMJobConfig()
+    use_hf_folder(job, str(tmp_path), [])
+    check_model(job)
+    assert (job.data.patches_per_row, job.data.patch_rows) == (17, 5)
+    use_hf_folder(asked, str(tmp_path), ["--data.patch_rows", "1", "--training.seq_len=64"])
+    assert (asked.data.patches_per_row, asked.data.patch_rows, asked.training.seq_len) == (1024, 1, 2048)
+    make, shown = prompter_of(job, Characters(), "", 2000), Picture(encoded(noise(30, 40), "PNG"))
+    rows = [len(make.beginning(["a", *[shown] * count]).grid_thw) for count in (0, 1, 4)]
+    assert rows == [1, 5, 20]

@@ -81,6 +81,7 @@ def test_the_saved_configuration_holds_where_none_is_named(tmp_path):
 def test_a_folder_sets_the_limits_of_images_where_the_command_line_does_not(tmp_path, monkeypatch, spelled):
     read = []
     monkeypatch.setattr(saved_model, "read_image_limits", lambda folder, job: read.append(folder))
+    monkeypatch.setattr(saved_model, "make_room", lambda job, given: None)
     use_hf_folder(VLMJobConfig(), str(tmp_path), [spelled, "64"])
     use_hf_folder(VLMJobConfig(), str(tmp_path), [f"{spelled}=64"])
     assert not read

@@ -85,7 +85,7 @@ def test_an_image_has_the_tokens_that_the_processor_counts(plan):
     for size in sizes(3000):
         layout = plan.layout(*size)
         assert len(layout.tokens) == count(size) <= most, size
-        assert len(layout.views) <= plan.most_views
+        assert len(layout.views) <= len(plan.largest)
         assert layout.tokens.max() < sum(view.cells for view in layout.views)
 
 

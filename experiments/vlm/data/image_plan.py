@@ -57,17 +57,13 @@ class ImagePlan:
     @property
     def most_cells(self) -> int:
         """Of a view of max_patches, or of a square."""
-        return self.max_patches + self.extra_cells if self.resize == "native" else self.view_cells
+        native = self.resize == "native"
+        return (self.max_patches if native else (self.side // self.patch_size) ** 2) + self.extra_cells
 
     @property
-    def view_cells(self) -> int:
-        """Of a view that is a square."""
-        return (self.side // self.patch_size) ** 2 + self.extra_cells
-
-    @property
-    def most_views(self) -> int:
-        """Of an image, all of the same size where there are several."""
-        return PLANS[self.resize].most_views(self)
+    def largest(self) -> list[int]:
+        """Cells of each view of an image that has as many as there can be."""
+        return [self.most_cells] * PLANS[self.resize].most_views(self)
 
     @property
     def mixes(self) -> bool:

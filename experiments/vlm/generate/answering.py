@@ -21,6 +21,8 @@ from torchtitan.generation.kv_cache import KVCache
 from torchtitan.loaded_model import open_model
 from torchtitan.spec import TrainSpec
 
+IMAGES = 16  # of tiles, that a prompt may have however few a slot of training holds
+
 
 @dataclass(frozen=True)
 class Answering:
@@ -59,8 +61,11 @@ def open_answering(
 def prompter_of(job: VLMJobConfig, tokenizer: Tokenizer, chat_template: str, places: int) -> Prompter:
     """Arguments as those of `open_answering`. Raises UserError."""
     template: ChatTemplate | None = load_chat_template(chat_template) if chat_template else None
-    budget = Budget(places, job.data.patch_rows, job.data.patches_per_row)
-    return Prompter(tokenizer, image_plan(job), budget, places, template)
+    plan, rows = image_plan(job), job.data.patch_rows
+    if len(plan.largest) > 1:
+        rows = max(rows, IMAGES * len(plan.largest))
+    budget = Budget(places, rows, job.data.patches_per_row)
+    return Prompter(tokenizer, plan, budget, places, template)
 
 
 def answering_of(

@@ -78,8 +78,8 @@ class CachedVLM:
         return F.pad(rows_NLX, (0, 0, 0, 0, 0, short), value=FIELDS[name].padding).chunk(ranks)[rank]
 
     def _none(self, width: int) -> Tensors:
-        """Those of a prompt without images."""
-        shape = replace(self.shape, seq_len=width)
+        """Those of a prompt without images, which the encoder sees as a row of padding."""
+        shape = replace(self.shape, seq_len=width, patch_rows=1)
         return {
             name: torch.full(shape.of(name), FIELDS[name].padding, dtype=getattr(torch, FIELDS[name].dtype))
             for name in ("pixel_values", "grid_thw", *PLACING)

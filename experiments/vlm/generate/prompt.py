@@ -103,7 +103,9 @@ class Prompter:
         most_tokens: int,
         template: ChatTemplate | None = None,
     ):
-        """`budget`: patch rows of a prompt; `template`: None where the model knows no conversations."""
+        """`budget`: of a prompt, which gets only the patch rows that its images need; `template`: None where
+        the model knows no conversations.
+        """
         self.tokenizer = tokenizer
         self.plan = plan
         self.budget = budget
@@ -192,8 +194,10 @@ class Prompter:
                 f"fit {self.budget.patch_rows} x {self.budget.patches_per_row} (data.patch_rows, "
                 "data.patches_per_row): use fewer or smaller ones"
             )
-        rows, per_row = self.budget.patch_rows, self.budget.patches_per_row
-        shape = BatchShape(1, sample.length, rows, per_row, self.plan.patch_size, self.plan.mixes)
+        # Rows behind those that are used would be encoded for nothing.
+        rows = 1 + max((row for row, _ in places), default=0)
+        per_row, plan = self.budget.patches_per_row, self.plan
+        shape = BatchShape(1, sample.length, rows, per_row, plan.patch_size, plan.mixes)
         fields = {name: np.empty(shape.of(name), field.dtype) for name, field in shape.fields.items()}
         views = {name: array[0] if FIELDS[name].dims[0] == "B" else array for name, array in fields.items()}
         packed = Packed(Reference(0, 0, 0), Origin("prompt", "", "", caption=False), sample, places)
