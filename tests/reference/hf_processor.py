@@ -7,7 +7,7 @@ import transformers; its decoders do not, so images are given as Pillow opens th
     python -m tests.reference.hf_processor TORCHVISION REQUESTS.json OUT.npz
 
 REQUESTS.json: a list of [folder, {"messages": [...], **options of apply_chat_template}]. OUT.npz has for
-number n `ids_n` [tokens], and where there are images `sizes_n` [images, 2] in patches and `pixels_n`
+number n `ids_n` [tokens], and of images of their own size `sizes_n` [images, 2] in patches and `pixels_n`
 [images, L, D]. With the option "answer", a number of tokens, AutoModelForImageTextToText opens the folder
 too: `logits_n` [tokens, V] of the prompt, and `answer_n`, what it says greedily.
 """
@@ -74,7 +74,7 @@ def main(torchvision: str, asked: str, answer: str) -> None:
         options |= {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
         inputs = processor(folder).apply_chat_template(messages, **options)
         found[f"ids_{number}"] = np.array(inputs["input_ids"]).reshape(-1)
-        if "pixel_values" in inputs:
+        if "spatial_shapes" in inputs:
             found[f"pixels_{number}"] = np.stack([np.asarray(pixels) for pixels in inputs["pixel_values"]])
             found[f"sizes_{number}"] = np.array(inputs["spatial_shapes"])
         if answering:

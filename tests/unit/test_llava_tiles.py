@@ -7,12 +7,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from experiments.notebook import load_job
 from experiments.vlm.batch import BatchShape
 from experiments.vlm.check import check_model
 from experiments.vlm.config import PARTS, VLMJobConfig
 from experiments.vlm.data import document
 from experiments.vlm.data.packing import Budget
-from experiments.vlm.generate.answering import prompter_of
+from experiments.vlm.generate.answering import open_answering, prompter_of
 from experiments.vlm.generate.forward import CachedVLM
 from experiments.vlm.generate.prompt import Picture, Prompter
 from experiments.vlm.model import hf_config
@@ -23,6 +24,8 @@ from experiments.vlm.model.vlm import VLM
 from experiments.vlm.model_config import image_plan, model_config
 from experiments.vlm.processor import processor_config
 from experiments.vlm.saved_model import use_hf_folder
+from experiments.vlm.spec import SPEC
+from tests.reference import hf_processor
 from tests.reference.hf_folders import save, state_of
 from tests.reference.tiled_models import (
     GRIDS,
@@ -38,6 +41,7 @@ from tests.samples import encoded, noise
 from tests.tiny_data import Characters
 from tests.unit.test_hf_export import assert_same, command
 from tests.unit.test_hf_import import job_of, load
+from tests.unit.test_processor import write_tokenizer_json
 from torchtitan.config.errors import ConfigError
 from torchtitan.generation.engine import Engine, Request
 from torchtitan.generation.kv_cache import KVCache
@@ -246,3 +250,53 @@ def test_a_folder_brings_room_for_its_largest_image_where_no_option_says_otherwi
     make, shown = prompter_of(job, Characters(), "", 2000), Picture(encoded(noise(30, 40), "PNG"))
     rows = [len(make.beginning(["a", *[shown] * count]).grid_thw) for count in (0, 1, 4)]
     assert rows == [1, 5, 20]
+
+
+@pytest.mark.slow
+def test_a_onevision_folder_of_ours_answers_in_transformers_as_here(tmp_path):
+    """With its own processor, which needs torchvision: ids and greedy answers of none, one and many images,
+    which are squares of their own size, since else a level of a pixel can change a word.
+    """
+    tokenizer, images = write_tokenizer_json(tmp_path / "tokenizer"), []
+    plain = json.loads((tokenizer / "tokenizer.json").read_text()) | {
+        "post_processor": None
+    }  # as Qwen2 has it
+    (tokenizer / "tokenizer.json").write_text(json.dumps(plain))
+    for seed in range(3):
+        images.append(tmp_path / f"{seed}.png")
+        Image.fromarray(noise(SIDE, SIDE, seed=seed)).save(images[-1])
+    save(tiled_model("onevision", rows=1024), tmp_path / "there")
+    (tmp_path / "job.toml").write_text(JOB.format(tokenizer))
+    command("from_hf", "--hf", tmp_path / "there", "--out", tmp_path / "checkpoint")
+    job = "--job.config_file", tmp_path / "job.toml", "--checkpoint", tmp_path / "checkpoint"
+    command("to_hf", *job, "--out", tmp_path / "exported")
+    contents = [["What is 2 + 2?"], [images[0], "What is it?"], ["Between ", *images, "?"]]
+    options = {"add_generation_prompt": True, "answer": 12}
+    asked = [(str(tmp_path / "exported"), {"messages": talk(content), **options}) for content in contents]
+    answers = hf_processor.processed(asked, tmp_path)
+    ours = load_job(str(tmp_path / "exported"), "--training.mixed_precision_param", "float32")
+    template = str(tmp_path / "exported" / "chat_template.jinja")
+    answering = open_answering(ours, SPEC, None, template, 1, 1200)
+    for content, answer in zip(contents, answers, strict=True):
+        parts = [part if isinstance(part, str) else Picture(part.read_bytes()) for part in content]
+        prompt = answering.prompter.prompt([("user", parts)])
+        assert prompt.ids == answer["ids"].tolist()
+        (ended,) = [e for e in answering.engine.answer([Request(0, prompt, max_tokens=12)]) if e.answer.ended]
+        assert ended.answer.ids == answer["answer"].tolist()[: len(ended.answer.ids)] and ended.answer.ids
+
+
+JOB = """[model]
+tokenizer_path = "{}"
+[[data.sources]]
+format = "messages"
+path = "nowhere"
+chat_template = "chatml"
+"""
+
+
+def talk(content: list) -> list[dict]:
+    items = [
+        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "path": str(part)}
+        for part in content
+    ]
+    return [{"role": "user", "content": items}]
