@@ -12,7 +12,7 @@ from pathlib import Path
 from experiments.vlm.config import Source, VLMJobConfig
 from experiments.vlm.data.chat_template import BUILT_IN as CHAT_TEMPLATES
 from experiments.vlm.data.formats import FORMATS
-from experiments.vlm.data.image_plan import ImagePlan
+from experiments.vlm.data.image_plan import PLANS, ImagePlan
 from experiments.vlm.data.sources.permission import denied
 from experiments.vlm.evaluate.tasks import parse_tasks
 from experiments.vlm.model.config import EncoderConfig, VLMConfig
@@ -36,6 +36,7 @@ RANGES = {
     "data.patch_rows": ">= 1",
     "data.max_patches_per_image": ">= 1",
     "data.min_patches_per_image": ">= 1",
+    "data.max_tiles_per_image": ">= 1",
     "data.patch_size": ">= 1",
     "data.spatial_merge_size": ">= 1",
     "data.packing_buffer_size": ">= 1",
@@ -59,7 +60,8 @@ def choices() -> dict[str, str]:
     decoders = [name for name in DECODERS if name != "debug"]
     pairs = f"ENCODER-DECODER, of the encoders {', '.join(ENCODERS)} and the decoders {', '.join(decoders)}"
     whole = ", ".join(name for family in FAMILIES.values() for name in family.sizes)
-    return {"model": f"Flavors: debugmodel, {whole}, or {pairs}.", "data": formats, "validation": formats}
+    flavors, plans = f"Flavors: debugmodel, {whole}, or {pairs}.", f"Image plans: {', '.join(PLANS)}."
+    return {"model": flavors, "data": f"{formats} {plans}", "validation": formats}
 
 
 def check_vlm(job: VLMJobConfig, world_size: int) -> None:
@@ -147,6 +149,8 @@ def check_patches(job: VLMJobConfig, config: VLMConfig) -> None:
 def check_views(job: VLMJobConfig, plan: ImagePlan) -> None:
     """A slot has room for an image of as many views and tokens as there can be."""
     d, key, views = job.data, f"data.resize = {plan.resize}", plan.largest
+    tiles = "data.max_tiles_per_image"
+    require(plan.resize == "tiles" or d.max_tiles_per_image is None, f"{tiles}: {key} makes none: unset it")
     if len(views) == 1:
         return
     cells, most = views[0], plan.most_tokens
@@ -155,12 +159,12 @@ def check_views(job: VLMJobConfig, plan: ImagePlan) -> None:
         rows <= d.patch_rows,
         f"{key}: an image has up to {len(views)} views of {cells} patches, which patch_rows = "
         f"{d.patch_rows} of data.patches_per_row = {d.patches_per_row} do not hold: use patch_rows = {rows}, "
-        f"or rows of {sum(views)}",
+        f"or rows of {sum(views)}, or lower {tiles}",
     )
     require(not plan.extra_tokens, f"{key}: class token and registers cannot be visual tokens of tiles")
     length = job.training.seq_len
     long = f"{key}: an image has up to {most} tokens, more than training.seq_len = {length}"
-    require(most <= length, f"{long}: use {most} or more, or lower data.max_patches_per_image")
+    require(most <= length, f"{long}: use {most} or more, or lower {tiles}")
 
 
 def check_encoder(job: VLMJobConfig, encoder: EncoderConfig, sizes: Degrees) -> None:

@@ -57,7 +57,8 @@ class Data:
     # of the encoder's mean colour; cropped: the middle square; tiles: squeezed, and beside that cut into
     # several squares; unset: as the model takes them. A square is of the encoder's own size, or of
     # max_patches_per_image where that is less
-    resize: Literal["native", "square", "padded", "cropped", "tiles"] | None = None
+    resize: str | None = None
+    max_tiles_per_image: int | None = None  # beside the view of all of it; unset: as the model takes them
     packing_buffer_size: int = 256  # samples read ahead for each slot, of which those that fit are taken
     # a document longer than a slot is cut into pieces, cut short, or left out
     long_documents: Literal["split", "truncate", "drop"] = "split"

@@ -1,14 +1,15 @@
 """Which model a job trains: one answer for checks, estimates, training and scripts. Imports no torch."""
 
 import dataclasses
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from experiments.vlm.config import PARTS, VLMJobConfig
-from experiments.vlm.data.image_plan import ImagePlan
+from experiments.vlm.data.image_plan import PLANS, ImagePlan
 from experiments.vlm.model import hf_config as hf
-from experiments.vlm.model.config import ProjectorConfig, VLMConfig
+from experiments.vlm.model.config import ProjectorConfig, TilesConfig, VLMConfig
 from experiments.vlm.model.families import FAMILIES as WHOLES
 from experiments.vlm.model.families import family_in, family_of, kind_of
 from experiments.vlm.model.families.family import as_processed
@@ -53,12 +54,14 @@ def image_plan(job: VLMJobConfig) -> ImagePlan:
 def plan_of(config: VLMConfig, job: VLMJobConfig) -> ImagePlan:
     """The same, of a model that is known."""
     data, encoder = job.data, config.encoder
+    resize = data.resize or config.resize
+    require(resize in PLANS, f"data.resize = {resize}: no such image plan{did_you_mean(resize, PLANS)}")
     return ImagePlan(
         encoder.patch_size,
         config.projector.merge_size,
         data.min_patches_per_image,
         data.max_patches_per_image,
-        data.resize or config.resize,
+        resize,
         encoder.extra_cells,
         encoder.feature_extra,
         encoder.image_size,
@@ -200,4 +203,16 @@ def _with_patches(config: VLMConfig, job: VLMJobConfig, merges: bool) -> VLMConf
         config = replace(config, projector=replace(config.projector, merge_size=asked))
     if data.resize == "tiles" and not merges:
         config = replace(config, projector=replace(config.projector, newline=True))
+    if data.max_tiles_per_image is not None:
+        config = replace(config, tiles=_fewer_tiles(config.tiles, data.max_tiles_per_image))
     return config
+
+
+def _fewer_tiles(tiles: TilesConfig, most: int) -> TilesConfig:
+    counts = [math.prod(grid) for grid in tiles.grids]
+    none = (
+        f"data.max_tiles_per_image = {most}: the smallest grid has {min(counts)} tiles: use so many at least"
+    )
+    require(min(counts) <= most, none)
+    kept = (grid for grid, count in zip(tiles.grids, counts, strict=True) if count <= most)
+    return replace(tiles, grids=tuple(kept))

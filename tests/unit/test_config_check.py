@@ -113,7 +113,7 @@ WRONG = [
     (["--data.decode_threads", "0"], 1, "data.decode_threads"),
     (["--data.max_bad_fraction", "0"], 1, "data.max_bad_fraction"),
     (["--data.url_timeout_s", "0"], 1, "data.url_timeout_s"),
-    (["--data.resize", "pad"], 1, "data.resize"),
+    (["--data.resize", "pad"], 1, "data.resize = pad: no such image plan; did you mean padded?"),
     (
         ["--training.dataset", "obelisk"],
         1,

@@ -106,7 +106,7 @@ def test_what_does_not_change_the_order_may_change(data, saved, tmp_path, option
 
 COUNTING = {
     Data: "weight_by epochs patches_per_row patch_rows max_patches_per_image min_patches_per_image "
-    "patch_size spatial_merge_size resize packing_buffer_size long_documents",
+    "patch_size spatial_merge_size resize max_tiles_per_image packing_buffer_size long_documents",
     Source: "format weight shuffle shuffle_buffer repeat chat_template",
 }
 

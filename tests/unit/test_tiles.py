@@ -2,26 +2,33 @@
 
 import dataclasses
 import itertools
+import re
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from experiments.vlm import model_config
 from experiments.vlm.batch import OPTIONAL
-from experiments.vlm.check import check_patches
+from experiments.vlm.check import check_model, check_patches
 from experiments.vlm.config import VLMJobConfig
+from experiments.vlm.data import image_plan as image_plan_module
 from experiments.vlm.data.image import decode_views
 from experiments.vlm.data.image_layout import BEGIN, END, NEWLINE
 from experiments.vlm.data.image_plan import ImagePlan
+from experiments.vlm.data.loader import Loader
 from experiments.vlm.data.packing import Budget
 from experiments.vlm.generate.prompt import Picture, Prompter
 from experiments.vlm.model.config import EncoderConfig, ProjectorConfig, TilesConfig, VLMConfig
+from experiments.vlm.model.flavors import FLAVORS
+from experiments.vlm.model_config import image_plan
 from tests.reference.images import patchify
 from tests.reference.models import QWEN3
 from tests.samples import encoded, noise, photographs, psnr
-from tests.tiny_data import Characters
+from tests.tiny_data import Characters, make_job, write_captions
 from torchtitan.config.errors import ConfigError
 
 ALL = tuple(itertools.product(range(1, 7), repeat=2))
@@ -208,3 +215,34 @@ def test_a_slot_holds_tiles_in_several_rows_and_says_which_of_them_each_token_is
         expected.append(packed_by(kind, plan, features, image.shape[:2], torch.full(table.shape[1:], -7.0)))
     assert (found - torch.cat(expected)).abs().max() < 1e-3
     assert len(np.unique(np.nonzero(prompt.grid_thw[..., 0] == 0)[0])) > 1
+
+
+def test_fewer_tiles_leave_out_the_larger_grids(tmp_path):
+    job = VLMJobConfig()
+    job.model.flavor, job.data.max_tiles_per_image, job.training.seq_len = "llava-onevision-0.5b", 2, 4096
+    job.data.patches_per_row, job.data.patch_rows = 2187, 1
+    assert image_plan(job).cut.grids == ((1, 1), (1, 2), (2, 1))
+    check_model(job)
+    job.model.flavor, job.data.max_tiles_per_image = "llava-next-vicuna-7b", 1
+    with pytest.raises(ConfigError, match="max_tiles_per_image = 1: the smallest grid has 2 tiles"):
+        image_plan(job)
+    job.data.max_tiles_per_image, job.data.resize = 2, "padded"
+    with pytest.raises(ConfigError, match="max_tiles_per_image: data.resize = padded makes none: unset it"):
+        check_model(job)
+
+
+def test_the_plan_of_the_guide_makes_batches_by_a_function_and_a_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(image_plan_module, "PLANS", plans := dict(image_plan_module.PLANS))
+    monkeypatch.setattr(model_config, "PLANS", plans)
+    guide = (Path(__file__).parents[2] / "docs/extending.md").read_text().partition("## An image plan")[2]
+    exec(re.search(r"```python\n(.*?)```", guide, re.DOTALL)[1], {})
+    write_captions(tmp_path / "data" / "captions")
+    job = make_job(tmp_path / "data", tmp_path, resize="halves")
+    job.data.sources = job.data.sources[:1]
+    check_patches(job, FLAVORS["debugmodel"])
+    loader = Loader(job, Characters())
+    tensors, samples = (batch := next(loader).batches[0]).tensors, batch.samples
+    loader.close()
+    images = sum(len(sample.image_sizes) for sample in samples)
+    assert images > 3 and (tensors["visual_index"] >= 0).sum() == 2 * 16 * images
+    assert ((tensors["grid_thw"] == 0).all(-1)).sum() == 2 * images

@@ -19,7 +19,7 @@ import numpy as np
 
 from experiments.vlm.data import tiles
 from experiments.vlm.data.image_layout import BEGIN, END, NEWLINE, Canvas, Layout, View
-from experiments.vlm.model.config import Resample, Resize, TilesConfig
+from experiments.vlm.model.config import Resample, TilesConfig
 
 # What bounds the memory of squares made of endless images, where no one can see a difference.
 MOST_SQUARES = 16  # of a cropped one no more squares in a row are resized
@@ -34,7 +34,7 @@ class ImagePlan:
     merge_size: int = 2  # patches a side of a visual token
     min_patches: int = 4
     max_patches: int = 1024  # a multiple of merge_size squared
-    resize: Resize = "native"
+    resize: str = "native"  # a row of PLANS
     extra: int = 0  # class token and registers, which an image has in the encoder besides its patches
     extra_tokens: bool = False  # they become visual tokens too, the first of the image
     image_size: int | None = None  # pixels a side that the encoder was made for, of squares
@@ -174,7 +174,7 @@ def _most_tiled(plan: ImagePlan) -> int:
     return tiles.most_tokens(s, plan.cut, plan.newline) + 2 * plan.marked
 
 
-PLANS: dict[Resize, Plan] = {
+PLANS: dict[str, Plan] = {
     "native": Plan(native, lambda plan: len(plan.tokens_of(plan.max_patches))),
     "square": Plan(square),
     "padded": Plan(padded),

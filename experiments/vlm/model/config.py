@@ -11,7 +11,6 @@ from torchtitan.models.decoder.flavors import DecoderConfig
 
 Activation = Literal["gelu_pytorch_tanh", "gelu", "quick_gelu", "silu"]  # names of transformers
 Resample = Literal["bilinear", "bicubic"]  # both antialiased
-Resize = Literal["native", "square", "padded", "cropped", "tiles"]  # see data/image_plan.py
 
 
 @dataclass(frozen=True)
@@ -102,5 +101,5 @@ class VLMConfig:
     projector: ProjectorConfig
     decoder: DecoderConfig
     family: str = "lfm2_vl"  # its class in transformers (families/)
-    resize: Resize = "native"  # how its images are made to fit, where data.resize is unset
+    resize: str = "native"  # its image plan (data/image_plan.py), where data.resize is unset
     tiles: TilesConfig = TilesConfig()

@@ -61,7 +61,7 @@ def _section(number: int, slot: SlotView, shape: BatchShape, merge: int, tokeniz
 <canvas id="tokens-{number}"></canvas>
 <h3>The patches: {shape.patch_rows} x {shape.patches_per_row}, each in its mean colour, underlined in that of
 its image</h3>{strips}
-<h3>Its {len(slot.images)} images, put together again from the patches</h3>
+<h3>Its {slot.image_count} images, put together again from the patches</h3>
 <div class="gallery">{figures}</div>
 <h3>What the model reads</h3>
 {"".join(_document(slot, sample, tokenizer) for sample in slot.samples)}</section>"""

@@ -52,7 +52,7 @@ def _draw_slot(part: FigureBase, slot: SlotView, shape: BatchShape, tokenizer: T
         f"{slot.name}: {slot.token_occupancy:.1%} of {shape.seq_len} tokens, "
         f"{slot.patch_occupancy:.1%} of "
         f"{shape.patch_rows} x {shape.patches_per_row} patches, {len(slot.samples)} documents, "
-        f"{len(slot.images)} images",
+        f"{slot.image_count} images",
         fontsize=11,
     )
     rows = part.add_gridspec(4, 1, height_ratios=[2, 1.2, 3, 1.4])

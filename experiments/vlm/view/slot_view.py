@@ -49,13 +49,18 @@ class SlotView:
     document_ids: np.ndarray  # int32 [S]
     visual_index: np.ndarray  # int64 [S]
     patch_rows: list[np.ndarray]  # float [L, 3] each: the mean colour of each patch, NaN where there is none
-    images: list[ImageView]
+    images: list[ImageView]  # each view of one, where an image has several
     samples: list[Delivered]
 
     @property
     def name(self) -> str:
         """For titles."""
         return f"step {self.step}, slot {self.slot}" if self.step else f"slot {self.slot}"
+
+    @property
+    def image_count(self) -> int:
+        """Images of its samples."""
+        return sum(len(sample.image_sizes) for sample in self.samples)
 
     @property
     def token_occupancy(self) -> float:

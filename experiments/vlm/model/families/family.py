@@ -11,7 +11,6 @@ from experiments.vlm.model.config import (
     EncoderConfig,
     ProjectorConfig,
     Resample,
-    Resize,
     TilesConfig,
     VLMConfig,
 )
@@ -40,7 +39,7 @@ class Family:
     encoder: Callable[[ConfigFile], EncoderConfig]
     projector: Callable[[ConfigFile], ProjectorConfig]
     decoder: Callable[[ConfigFile], DecoderConfig]
-    resize: Callable[[Path, EncoderConfig], Resize]  # how a folder's images are made to fit
+    resize: Callable[[Path, EncoderConfig], str]  # how a folder's images are made to fit
     require: Callable[[VLMConfig], None]  # raises ConfigError for a model that its class does not compute
     # config.json of a model that it computes: of its rows of the embedding, and the id of an image
     write: Callable[[VLMConfig, int, int], dict[str, Any]]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.vlm.data.image_plan import ImagePlan
-from experiments.vlm.model.config import EncoderConfig, ProjectorConfig, Resize, VLMConfig
+from experiments.vlm.model.config import EncoderConfig, ProjectorConfig, VLMConfig
 from experiments.vlm.model.families.family import RESAMPLE, Family, read_image_processor
 from experiments.vlm.model.towers import FIXED, TOWERS, clip, model_type_of, read_encoder, write_encoder
 from torchtitan.config.errors import require
@@ -57,7 +57,7 @@ def decoder_config(file: ConfigFile) -> DecoderConfig:
     return decoder.decoder_config(text, file.get("tie_word_embeddings", tied))
 
 
-def resize(folder: Path, encoder: EncoderConfig) -> Resize:
+def resize(folder: Path, encoder: EncoderConfig) -> str:
     """What its image processor does; padded where it has none, as the model was trained. Raises ConfigError
     where that makes images of another size than the tower takes.
     """

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.vlm.data.image_plan import ImagePlan
-from experiments.vlm.model.config import EncoderConfig, ProjectorConfig, Resize, VLMConfig
+from experiments.vlm.model.config import EncoderConfig, ProjectorConfig, VLMConfig
 from experiments.vlm.model.families import llava
 from experiments.vlm.model.towers import read_encoder
 from torchtitan.config.errors import ConfigError, require
@@ -93,7 +93,7 @@ def decoder_config(file: ConfigFile) -> DecoderConfig:
     return decoder.decoder_config(ConfigFile(values, file.where), file.get("tie_word_embeddings", False))
 
 
-def resize(folder: Path, encoder: EncoderConfig) -> Resize:
+def resize(folder: Path, encoder: EncoderConfig) -> str:
     """Padded, or cropped by the processor of CLIP."""
     file = read_config(folder)
     ratio = file.get("image_aspect_ratio", "square")
