@@ -27,6 +27,7 @@ COMMANDS = {  # name: (module of this package, what it does)
     "download": ("download_hf_assets", "fetch weights and tokenizer of a model from the Hugging Face hub"),
     "to_hf": ("convert_to_hf", "write a checkpoint as a folder that transformers opens"),
     "from_hf": ("convert_from_hf", "make a checkpoint of Hugging Face folders"),
+    "from_torch": ("convert_from_torch", "make a Hugging Face folder of Megatron's files, or of pickles"),
     "prepare": ("prepare_data", "make shards, with the images inside, from records that name their images"),
 }
 USAGE = "\n".join(

@@ -28,7 +28,8 @@ from torchtitan.config.errors import require
 from torchtitan.models import weight_names
 from torchtitan.models.decoder import hf_config as decoder
 from torchtitan.models.hf.config_file import CONFIG
-from torchtitan.models.hf.export import SHARD_GB, Export
+from torchtitan.models.hf.export import Export
+from torchtitan.models.hf.writing import SHARD_GB
 from torchtitan.tools.logging import warn_once
 
 Part = Literal["all", "encoder", "decoder"]

@@ -110,7 +110,12 @@ def test_every_spelling_of_its_names_is_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "count"), [("llava-1.5-7b", 7_063_427_072), ("llava-1.5-13b", 13_351_494_656)]
+    ("name", "count"),
+    [
+        ("llava-1.5-7b", 7_063_427_072),
+        ("llava-1.5-13b", 13_351_494_656),
+        ("megatron-mistral-7b", 303_507_456 + 4096 * 14336 + 14336 * 1024 + 7_241_732_096),
+    ],
 )
 def test_flavors_have_the_published_parameters_and_are_what_a_sparse_file_says(name, count):
     config = FLAVORS[name]

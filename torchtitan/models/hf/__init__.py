@@ -8,6 +8,8 @@ tensors            rows of tensors, read by the ranks that need them
 source             folders as the source of a model's weights
 checkpoint         folders as a training checkpoint
 export             a training checkpoint as a folder
+torch_files        files of torch.save, opened for their tensors alone
+writing            tensors as the files of a folder
 
 The first three import no torch.
 

@@ -44,10 +44,10 @@ def _nothing(folder: Path) -> str:
     pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
     if not pickles:
         return f"{folder}: holds no *.safetensors; {get_it(folder)}"
-    how = "AutoModel.from_pretrained(FOLDER).save_pretrained(OTHER)"
+    how = f"torchtitan-vlm from_torch --torch {folder} --out OTHER"
     return (
         f"{folder}/{pickles[0]}: a pickle can run code when it is opened, and no part of it can be read "
-        f"alone, so only safetensors are taken: fetch those, or write them with transformers: {how}"
+        f"alone, so only safetensors are taken: fetch those, or make them of its tensors: {how}"
     )
 
 

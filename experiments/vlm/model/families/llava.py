@@ -44,10 +44,11 @@ def encoder_config(
 
 
 def projector_config(file: ConfigFile) -> ProjectorConfig:
-    """As wide as the decoder."""
+    """As wide as the decoder; Megatron's has a width of its own, which the class of transformers has not."""
     file.refuse_all_but("projector_hidden_act", "gelu")
     bias = file.get("multimodal_projector_bias", True)
-    return ProjectorConfig(decoder_config(file).dim, False, 1, bias=bias)
+    width = file.size("projector_hidden_size", decoder_config(file).dim)
+    return ProjectorConfig(width, False, 1, bias=bias)
 
 
 def decoder_config(file: ConfigFile) -> DecoderConfig:
@@ -164,6 +165,20 @@ def _llava(dim: int, layers: int, heads: int, mlp_dim: int) -> VLMConfig:
     return VLMConfig(LARGE, ProjectorConfig(dim, False, 1), vicuna, "llava", "padded")
 
 
+# As Megatron trains it: the last layer of CLIP, and a projector of a width of its own without biases.
+MISTRAL = VLMConfig(
+    replace(LARGE, feature_layers=(-1,)),
+    ProjectorConfig(14336, False, 1, bias=False),
+    DecoderConfig(
+        *(4096, 32, 32, 8, 128, 14336, 32000, 1000000.0),
+        tied_embeddings=False,
+        norm_eps=1e-5,
+        context=32768,
+        model_type="mistral",
+    ),
+    "llava",
+    "padded",
+)
 FAMILY = Family(
     encoder_config,
     projector_config,
@@ -186,6 +201,7 @@ FAMILY = Family(
     sizes={
         "llava-1.5-7b": _llava(4096, 32, 32, 11008),
         "llava-1.5-13b": _llava(5120, 40, 40, 13824),
+        "megatron-mistral-7b": MISTRAL,
         # In the small, for CPUs: 8 x 8 patches of 14 pixels.
         "llava-debug": VLMConfig(
             EncoderConfig(128, 4, 4, 512, 14, 8, 1e-5, 112, **clip.KIND, activation="quick_gelu"),

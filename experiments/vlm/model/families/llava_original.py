@@ -11,7 +11,8 @@ from typing import Any
 
 from experiments.vlm.data.image_plan import ImagePlan
 from experiments.vlm.model.config import EncoderConfig, ProjectorConfig, VLMConfig
-from experiments.vlm.model.families import llava
+from experiments.vlm.model.families.llava import CLIP, LARGE, require_llava
+from experiments.vlm.model.families.llava import FAMILY as LLAVA
 from experiments.vlm.model.towers import read_encoder
 from torchtitan.config.errors import ConfigError, require
 from torchtitan.models.decoder import hf_config as decoder
@@ -22,8 +23,8 @@ from torchtitan.models.weight_names import Row
 
 MODEL_TYPE, TOWER = "llava_llama", "mm_vision_tower"
 NAMES = {
-    "openai/clip-vit-large-patch14-336": llava.LARGE,
-    "openai/clip-vit-large-patch14": replace(llava.LARGE, image_size=224, position_grid=16),
+    "openai/clip-vit-large-patch14-336": LARGE,
+    "openai/clip-vit-large-patch14": replace(LARGE, image_size=224, position_grid=16),
 }
 FEATURES = {"patch": False, "cls_patch": True}  # word -> whether the class token is read
 INSIDE = "model.vision_tower."
@@ -65,7 +66,7 @@ def encoder_config(file: ConfigFile) -> EncoderConfig:
     known = {Path(each).name: sizes for each, sizes in NAMES.items()}
     unknown = f"{file.where}: {TOWER} = {name}: no such folder, and none of {', '.join(known)}"
     require(folder is not None or Path(name).name in known, unknown)
-    encoder = read_encoder(read_config(folder), (llava.CLIP, "clip")) if folder else known[Path(name).name]
+    encoder = read_encoder(read_config(folder), (CLIP, "clip")) if folder else known[Path(name).name]
     word = file.get("mm_vision_select_feature", "patch")
     listed = f"{file.where}: mm_vision_select_feature = {word!r}: known are {', '.join(FEATURES)}"
     require(word in FEATURES, listed)
@@ -112,13 +113,13 @@ def require_original(config: VLMConfig) -> None:
     elif not config.projector.bias or config.projector.linears < 2:
         kinds = "such a projector"
     require(not kinds, f"LLaVA's authors have no layout for {kinds}: write that of transformers")
-    llava.require_llava(replace(config, projector=replace(config.projector, linears=2)))
+    require_llava(replace(config, projector=replace(config.projector, linears=2)))
 
 
 def write(config: VLMConfig, vocab_size: int, image_token_id: int) -> dict[str, Any]:
     """config.json; the tower is named as one of that size was published, if it was."""
     encoder, words = config.encoder, {kept: word for word, kept in FEATURES.items()}
-    plain = replace(encoder, feature_layers=llava.LARGE.feature_layers, feature_extra=False)
+    plain = replace(encoder, feature_layers=LARGE.feature_layers, feature_extra=False)
     return {
         **decoder.hf_config(config.decoder, vocab_size),
         "model_type": MODEL_TYPE,
@@ -140,12 +141,12 @@ def processor(config: VLMConfig, plan: ImagePlan) -> dict[str, Any]:
     """None: it is that of the tower. Raises ConfigError for a plan that their scripts do not have."""
     if plan.resize not in ("padded", "cropped"):
         raise ConfigError(f"data.resize = {plan.resize}: LLaVA's scripts have padded and cropped squares")
-    llava.processor(config, plan)  # raises for squares of another size
+    LLAVA.processor(config, plan)  # raises for squares of another size
     return {}
 
 
 FAMILY = replace(
-    llava.FAMILY,
+    LLAVA,
     encoder=encoder_config,
     projector=projector_config,
     decoder=decoder_config,
