@@ -79,8 +79,8 @@ def documents() -> list[Document]:
     return [Document(str(number), each) for number, each in enumerate(parts)]
 
 
-def samples(plan: ImagePlan, given: Sequence[Document]) -> list[Sample]:
-    return [make_sample(document, Characters(), plan) for document in given]
+def samples(plan: ImagePlan, given: Sequence[Document], tokenizer: Any = None) -> list[Sample]:
+    return [make_sample(document, tokenizer or Characters(), plan) for document in given]
 
 
 def slot(plan: ImagePlan, given: Sequence[Sample], budget: Budget) -> dict[str, Tensor]:

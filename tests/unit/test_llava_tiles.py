@@ -1,13 +1,15 @@
 """LLaVA-NeXT and LLaVA-OneVision: the logits and gradients of transformers, its folders in and out."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from experiments.notebook import load_job
+from experiments.__main__ import main as train
+from experiments.notebook import load_job, open_model
 from experiments.vlm.batch import BatchShape
 from experiments.vlm.check import check_model
 from experiments.vlm.config import PARTS, VLMJobConfig
@@ -42,6 +44,7 @@ from tests.tiny_data import Characters
 from tests.unit.test_hf_export import assert_same, command
 from tests.unit.test_hf_import import job_of, load
 from tests.unit.test_processor import write_tokenizer_json
+from torchtitan.components.tokenizer import load_tokenizer
 from torchtitan.config.errors import ConfigError
 from torchtitan.generation.engine import Engine, Request
 from torchtitan.generation.kv_cache import KVCache
@@ -50,6 +53,7 @@ from torchtitan.models.weight_names import read, to_ours
 
 BUDGET = Budget(700, 5, 110)
 KINDS = ["next", "onevision"]
+SHIPPED = str(Path(__file__).parents[2] / "assets/tokenizer")
 
 
 @pytest.mark.parametrize(
@@ -300,3 +304,54 @@ def talk(content: list) -> list[dict]:
         for part in content
     ]
     return [{"role": "user", "content": items}]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_three_steps_from_a_folder_make_a_folder_that_transformers_computes_alike(tmp_path, kind):
+    from transformers import AutoModelForImageTextToText
+
+    save(tiled_model(kind, rows=1024), tmp_path / "there")
+    (tmp_path / "job.toml").write_text(TRAINED.format(tokenizer=SHIPPED, folder=tmp_path))
+    assert train(["--job.config_file", str(tmp_path / "job.toml")]) == 0
+    (exported,) = (tmp_path / "run" / "hf").iterdir()
+    job = load_job(str(tmp_path / "run"))
+    ours, plan, tokenizer = open_model(job), image_plan(job), load_tokenizer(SHIPPED)
+    newlines = [state_of(folder)["image_newline"] for folder in (tmp_path / "there", exported)]
+    assert (newlines[1] - newlines[0]).abs().max() > 1e-3
+    theirs = AutoModelForImageTextToText.from_pretrained(exported).eval()
+    for sample in samples(plan, documents(), tokenizer):
+        batch = slot(plan, [sample], BUDGET)
+        del batch["labels"]
+        with torch.no_grad():
+            found = ours(**batch)[0, : sample.length]
+            expected = theirs(**as_transformers(sample, plan, ours.config.encoder)).logits[0]
+        assert (found - expected).abs().max() < 1e-3
+
+
+TRAINED = """[job]
+dump_folder = "{folder}/run"
+[model]
+tokenizer_path = "{tokenizer}"
+[optimizer]
+lr = 1e-2
+[lr_scheduler]
+warmup_steps = 0
+[training]
+steps = 3
+seq_len = 256
+local_batch_size = 1
+mixed_precision_param = "float32"
+[data]
+patches_per_row = 51
+patch_rows = 5
+[[data.sources]]
+format = "cc12m"
+path = "embedded:captions/heldout"
+[metrics]
+save_plot = false
+[checkpoint]
+enable = true
+initial_load_in_hf = true
+initial_load_path = "{folder}/there"
+last_save_in_hf = true
+"""
