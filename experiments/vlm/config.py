@@ -7,6 +7,7 @@ from typing import Literal
 
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.job import ActivationCheckpoint, Checkpoint, JobConfig, Parallelism, Validation
+from torchtitan.config.recomputation import Recomputation
 
 FIRST = "data.sources.0."
 PARTS = ("encoder", "projector", "decoder")  # of the model
@@ -101,6 +102,14 @@ class VLMActivationCheckpoint(ActivationCheckpoint):
     """Which activations of each tower are recomputed in backward instead of kept."""
 
     encoder_mode: Literal["none", "selective", "full"] = "none"  # as mode, in the encoder
+    encoder_full_layers: int = 0  # as full_layers, in the encoder
+    encoder_selective_layers: int = 0  # as selective_layers, in the encoder
+
+    @property
+    def encoder(self) -> Recomputation:
+        """Of the encoder's layers."""
+        layers = self.encoder_full_layers, self.encoder_selective_layers
+        return Recomputation(self.encoder_mode, self.selective_ac_option, *layers)
 
 
 @dataclass

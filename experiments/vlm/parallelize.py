@@ -22,13 +22,10 @@ def parallelize_vlm(model: VLM, mesh: Mesh, job: VLMJobConfig) -> None:
     """
     split_decoder(model, mesh, job)
     split_encoder(model, mesh, job)
-    towers = [
-        (model.decoder, job.activation_checkpoint.mode),
-        (model.encoder, job.activation_checkpoint.encoder_mode),
-    ]
-    for tower, mode in towers:
+    ac = job.activation_checkpoint
+    for tower, recomputation in ((model.decoder, ac.decoder), (model.encoder, ac.encoder)):
         if tower is not None:
-            apply_activation_checkpoint(tower.layers, mode, job.activation_checkpoint.selective_ac_option)
+            apply_activation_checkpoint(tower.layers, recomputation)
             if job.compile.enable:
                 apply_compile(tower.layers)
     heads = job.parallelism.encoder_tensor_parallel

@@ -2,7 +2,7 @@
 
 The share is made by what splits and checkpoints the model that trains, so nothing of a tower is said here but
 where its units are. Of layers that are alike one is run: alike in what trains, in what backward computes, and
-in being checkpointed. The first of a tower is like no other, since others hold its input too.
+in what it keeps for that. The first of a tower is like no other, since others hold its input too.
 """
 
 import dataclasses
@@ -28,7 +28,8 @@ from torchtitan.components.freezing import choose_trained
 from torchtitan.components.lora import adapt
 from torchtitan.components.optimizer import moments, sent_for_updates
 from torchtitan.config.layout import Degrees
-from torchtitan.distributed.activation_checkpoint import apply_activation_checkpoint, is_checkpointed
+from torchtitan.config.recomputation import Recomputation
+from torchtitan.distributed.activation_checkpoint import apply_activation_checkpoint
 from torchtitan.distributed.estimate import Unit
 from torchtitan.distributed.footprint import Footprint, footprints, fuse_norms
 from torchtitan.distributed.fsdp import Sharding
@@ -76,27 +77,27 @@ class RankShare:
         """Drop the others. Returns which layer is run in the place of each, by full names."""
         ac, like = self._job.activation_checkpoint, {}
         assert model.encoder is not None
-        towers: list[tuple[str, VisionEncoder | Decoder, str, Callable[[str], str]]] = [
-            ("encoder", model.encoder, ac.encoder_mode, model.encoder.role),
-            ("decoder", model.decoder, ac.mode, lambda number: ""),
+        towers: list[tuple[str, VisionEncoder | Decoder, Recomputation, Callable[[str], str]]] = [
+            ("encoder", model.encoder, ac.encoder, model.encoder.role),
+            ("decoder", model.decoder, ac.decoder, lambda number: ""),
         ]
-        for tower_name, tower, mode, role in towers:
+        for tower_name, tower, recomputation, role in towers:
             first_of: dict[Any, str] = {}
             for number, layer in tower.layers.items():
                 name = f"{tower_name}.layers.{number}"
                 trained = tuple(parameter.requires_grad for parameter in layer.parameters())
-                checkpointed = is_checkpointed(number, mode, ac.selective_ac_option)
-                kind = number == "0", role(number), trained, self._backward[name].inputs, checkpointed
+                kept = recomputation.kept(number)
+                kind = number == "0", role(number), trained, self._backward[name].inputs, kept
                 like[name] = first_of.setdefault(kind, name)
-            kept = [name.rpartition(".")[2] for name in first_of.values()]
-            tower.layers = nn.ModuleDict({number: tower.layers[number] for number in kept})
+            numbers = [name.rpartition(".")[2] for name in first_of.values()]
+            tower.layers = nn.ModuleDict({number: tower.layers[number] for number in numbers})
         return like
 
     def _run(self, model: VLM, mesh: Mesh, batch: dict[str, Tensor], on_gpu: bool) -> dict[str, Footprint]:
         ac = self._job.activation_checkpoint
         assert model.encoder is not None
-        for tower, mode in ((model.encoder, ac.encoder_mode), (model.decoder, ac.mode)):
-            apply_activation_checkpoint(tower.layers, mode, ac.selective_ac_option)
+        apply_activation_checkpoint(model.encoder.layers, ac.encoder)
+        apply_activation_checkpoint(model.decoder.layers, ac.decoder)
         if on_gpu:
             fuse_norms(model)
         spans = {name: model.get_submodule(name) for name in _span_names(model)}

@@ -7,7 +7,7 @@ from experiments.vlm.model.vlm import VLM
 from experiments.vlm.sharing import rows_a_forward, sharers
 from torchtitan.components.flops import backward_of, forward_flops, product_flops, total_of
 from torchtitan.config.layout import Degrees
-from torchtitan.distributed.activation_checkpoint import is_checkpointed
+from torchtitan.config.recomputation import Recomputation
 from torchtitan.distributed.stages import Split, number_of_stages, split_evenly
 
 
@@ -43,9 +43,10 @@ def stage_costs(model: VLM, job: VLMJobConfig, sizes: Degrees) -> tuple[list[flo
     def cost(part: str) -> float:
         return total_of(part, products)
 
-    def costs(tower: str, layers: Iterable[str], mode: str) -> list[float]:
+    def costs(tower: str, layers: Iterable[str], recomputation: Recomputation) -> list[float]:
         names = [f"{tower}.layers.{number}" for number in layers]
-        again = [computed_again(number, mode, ac.selective_ac_option) for number in layers]
+        # products are computed again where only inputs are kept
+        again = [recomputation.kept(number) == "inputs" for number in layers]
         # What has no backward computes nothing again.
         return [
             cost(name) + (cost(name) > total_of(name, forward)) * total_of(name, forward) * repeats
@@ -53,9 +54,9 @@ def stage_costs(model: VLM, job: VLMJobConfig, sizes: Degrees) -> tuple[list[flo
         ]
 
     running = [number for number in model.encoder.layers if int(number) < model.encoder.depth]
-    encoder = cost("encoder.embedding") + sum(costs("encoder", running, ac.encoder_mode))
+    encoder = cost("encoder.embedding") + sum(costs("encoder", running, ac.encoder))
     visual = cost("projector") / model.projector.merged
-    decoder = costs("decoder", model.decoder.layers, ac.mode)
+    decoder = costs("decoder", model.decoder.layers, ac.decoder)
     return [tokens * each for each in decoder], patches * (encoder + visual), tokens * cost("decoder.output")
 
 
@@ -71,8 +72,3 @@ def sends_back(model: VLM, split: Split, schedule: str) -> list[bool]:
     later = [split.of(stage) for stage in range(1, split.stages)]
     firsts = [f"decoder.layers.{layers.start}" if layers else "decoder.norm" for layers in later]
     return [False, *(wants[first].inputs for first in firsts)]
-
-
-def computed_again(layer: str, mode: str, option: str) -> bool:
-    """Whether backward computes the matrix products of a layer again: not where it keeps them."""
-    return is_checkpointed(layer, mode, option) and not (mode == "selective" and option == "op")

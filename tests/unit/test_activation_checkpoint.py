@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.reference.batches import Sizes, build_batch, example_slots
 from tests.reference.models import small_vlm
+from torchtitan.config.recomputation import Recomputation
 from torchtitan.distributed.activation_checkpoint import apply_activation_checkpoint
 
 BATCH = build_batch(example_slots(2), Sizes(seq_len=64, patches_per_row=96))
@@ -26,11 +27,11 @@ class Calls(TorchDispatchMode):
         return operator(*args, **(kwargs or {}))
 
 
-def run(decoder: tuple[str, str], encoder: tuple[str, str]) -> tuple[Counter[str], dict[str, torch.Tensor]]:
+def run(decoder: tuple, encoder: tuple) -> tuple[Counter[str], dict[str, torch.Tensor]]:
     """Operator calls of a forward and backward, and the gradients by the plain model's names."""
     model = copy.deepcopy(MODEL)
-    apply_activation_checkpoint(model.decoder.layers, *decoder)
-    apply_activation_checkpoint(model.encoder.layers, *encoder)
+    apply_activation_checkpoint(model.decoder.layers, Recomputation(*decoder))
+    apply_activation_checkpoint(model.encoder.layers, Recomputation(*encoder))
     with Calls() as calls:
         model(**BATCH).sum().backward()
     names = (
@@ -50,13 +51,15 @@ NONE = ("none", "op")
         (("full", "op"), ("full", "op"), 4 * LAYERS),
         (("selective", "op"), ("selective", "op"), 2 * LAYERS),
         (("selective", "2"), NONE, 2 * LAYERS + 1),
+        (("none", "op", 1), ("none", "op", 0, 1), 2 * LAYERS + 1),
+        (("none", "op", 1, 1), ("none", "op", 2), 2 * LAYERS + 3),
     ],
 )
 def test_recomputed_work_and_equal_gradients(decoder, encoder, attentions):
     plain_calls, plain = run(NONE, NONE)
     calls, gradients = run(decoder, encoder)
     assert calls["torchtitan.segment_attention.default"] == attentions
-    if "full" not in (decoder[0], encoder[0]) and decoder[1] == "op":
+    if attentions == 2 * LAYERS:
         assert calls["aten.mm.default"] == plain_calls["aten.mm.default"], "matrix products are kept"
     assert gradients.keys() == plain.keys()
     # The same operations on the same numbers: not a digit may differ.

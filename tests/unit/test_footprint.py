@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from experiments.vlm.model.config import EncoderConfig
 from experiments.vlm.model.vit import EncoderBlock
 from tests.reference.live_memory import LiveMemory
+from torchtitan.config.recomputation import Recomputation
 from torchtitan.distributed.activation_checkpoint import apply_activation_checkpoint
 from torchtitan.distributed.footprint import Footprint, footprints, fuse_norms
 from torchtitan.layers import rope
@@ -75,7 +76,7 @@ def seen(
 ) -> Footprint:
     """Of the second of three blocks: the first one's input is held by its caller."""
     blocks, rest = blocks_of(make, 3, dtype, trains, "meta"), rest_of_arguments(make, "meta")
-    apply_activation_checkpoint(blocks, mode, "op")
+    apply_activation_checkpoint(blocks, Recomputation(mode))
     if on_gpu:
         fuse_norms(blocks)
     x = torch.randn(SLOTS, LENGTH, DIM, dtype=dtype, device="meta", requires_grad=True)
@@ -133,7 +134,7 @@ def test_a_checkpointed_block_keeps_what_stays_alive(make, mode):
     alive = []
     for count in (2, 3):
         blocks, rest = blocks_of(make, count, torch.float32, True, "cpu"), rest_of_arguments(make, "cpu")
-        apply_activation_checkpoint(blocks, mode, "op")
+        apply_activation_checkpoint(blocks, Recomputation(mode))
         x = torch.randn(SLOTS, LENGTH, DIM, requires_grad=True)
         with LiveMemory() as memory:
             out = run(blocks, x, rest)

@@ -14,6 +14,7 @@ from torchtitan.components.freezing import freeze
 from torchtitan.components.lora import adapt
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.job import LoRA
+from torchtitan.config.recomputation import Recomputation
 from torchtitan.distributed.activation_checkpoint import apply_activation_checkpoint
 from torchtitan.distributed.process_group import close_process_group, open_process_group
 from torchtitan.layers.lora import is_adapters, merged
@@ -98,7 +99,7 @@ def test_dropout_is_drawn_in_training_alone_and_the_same_again_in_recomputation(
     model = adapted(LoRA(rank=4, dropout=0.5, patterns=["decoder"]))
     randomise(model)
     recomputing = copy.deepcopy(model)
-    apply_activation_checkpoint(recomputing.decoder.layers, "full", "op")
+    apply_activation_checkpoint(recomputing.decoder.layers, Recomputation("full"))
     found = []
     for each in (model, recomputing):
         torch.manual_seed(0)

@@ -9,6 +9,8 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Literal
 
+from torchtitan.config.recomputation import Recomputation
+
 
 @dataclass
 class Job:
@@ -206,6 +208,16 @@ class ActivationCheckpoint:
     mode: Literal["none", "selective", "full"] = "none"
     # "op": keep matmuls and attention; an integer n: recompute every n-th layer
     selective_ac_option: str = "op"
+    full_layers: int = 0  # with mode = none: so many layers of the decoder, the first ones, as full
+    selective_layers: int = 0  # and so many after them as selective with "op"
+    # choose these numbers of layers in every tower: the least recomputation whose estimated peak on a GPU is
+    # this; 0: as they are given
+    memory_budget_gib: float = 0.0
+
+    @property
+    def decoder(self) -> Recomputation:
+        """Of the decoder's layers."""
+        return Recomputation(self.mode, self.selective_ac_option, self.full_layers, self.selective_layers)
 
 
 @dataclass

@@ -12,6 +12,8 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
+from torchtitan.config.recomputation import Recomputation
+
 aten, c10d = torch.ops.aten, torch.ops._c10d_functional
 
 # Gathers are here too: without them context parallel would send keys and values once more in backward.
@@ -40,25 +42,15 @@ def _keep_expensive(expensive: set, context, operator, *args, **kwargs) -> Check
     return CheckpointPolicy.MUST_SAVE if operator in expensive else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def apply_activation_checkpoint(blocks: nn.ModuleDict, mode: str, option: str) -> None:
-    """`mode`: none, selective or full; `option`: "op" or the n of every n-th block.
-
-    Before compile and FSDP.
-    """
-    if mode == "none":
-        return
+def apply_activation_checkpoint(blocks: nn.ModuleDict, recomputation: Recomputation) -> None:
+    """Before compile and FSDP."""
     # The generators' state need not be kept where nothing random happens.
     random = any(isinstance(module, nn.Dropout) and module.p > 0 for module in blocks.modules())
-    wrap = partial(checkpoint_wrapper, preserve_rng_state=random)
-    if mode == "selective" and option == "op":
-        policy = partial(_keep_expensive, _expensive_operators())
-        wrap = partial(wrap, context_fn=partial(create_selective_checkpoint_contexts, policy))
-    for name, block in list(blocks.items()):
-        if is_checkpointed(name, mode, option):
-            blocks[name] = wrap(block)
-
-
-def is_checkpointed(name: str, mode: str, option: str) -> bool:
-    """`name` of a block: its number in the whole tower, so that every layout chooses the same."""
-    every = int(option) if mode == "selective" and option != "op" else 1
-    return mode != "none" and int(name) % every == 0
+    keep_inputs = partial(checkpoint_wrapper, preserve_rng_state=random)
+    policy = partial(_keep_expensive, _expensive_operators())
+    contexts = partial(create_selective_checkpoint_contexts, policy)
+    wrappers = {"inputs": keep_inputs, "expensive": partial(keep_inputs, context_fn=contexts)}
+    for number, block in list(blocks.items()):
+        kept = recomputation.kept(number)
+        if kept != "all":
+            blocks[number] = wrappers[kept](block)
