@@ -71,6 +71,7 @@ def build(job: JobConfig, spec: TrainSpec, device: torch.device) -> Run:
     sizes = resolve_batch(job, world_size)
     mesh = build_mesh(degrees(job.parallelism, world_size), device)
     tokenizer = spec.load_tokenizer(job)
+    spec.fit_memory(job, mesh.degrees, tokenizer)
     share = mesh.data.get_local_rank(), mesh.data.size()
     tasks = wait_together(lambda: spec.open_tasks(job, tokenizer, *share))
     model = spec.build_model(job, tokenizer)

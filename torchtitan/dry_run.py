@@ -34,6 +34,7 @@ def dry_run(job: JobConfig, spec: TrainSpec) -> None:
     fit_warmup(job.lr_scheduler, job.training.steps)
     path, missing = shipped(job.model.tokenizer_path), spec.missing_data(job)
     tokenizer = spec.load_tokenizer(job) if path.exists() else None
+    spec.fit_memory(job, layout, tokenizer)
     model = spec.build_model(job, tokenizer)
     choose_trained(model, job.training)
     token_rows = rows_of(job.training.trainable_tokens, tokenizer) if tokenizer else ()

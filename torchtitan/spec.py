@@ -55,6 +55,8 @@ class TrainSpec:
     export: Callable[[Any, Path, Path, int, int], object]
     # (job, layout, tokenizer or None, on a GPU?): bytes of a rank at the peak
     memory: Callable[[Any, Degrees, Any, bool], Memory]
+    # (job, layout, tokenizer): write into the job what its memory budget chooses; raises ConfigError
+    fit_memory: Callable[[Any, Degrees, Any], None]
     parallelize: Callable[[Any, Mesh, Any], None]  # (model, mesh, job): in place
     # (model, mesh, job): in place of parallelize
     pipeline: Callable[[Any, Mesh, Any], ForwardBackward] | None

@@ -31,6 +31,8 @@ from torchtitan.models.decoder.flavors import DECODERS
 from torchtitan.models.hf.folder import read_tensors
 
 RANGES = {
+    "activation_checkpoint.encoder_full_layers": ">= 0",
+    "activation_checkpoint.encoder_selective_layers": ">= 0",
     "data.epochs": ">= 0",
     "data.patches_per_row": ">= 1",
     "data.patch_rows": ">= 1",
@@ -95,7 +97,22 @@ def check_model(job: VLMJobConfig) -> VLMConfig:
     check_ranges(job, RANGES)
     config = model_config(job)
     check_patches(job, config)
+    check_recomputation(job, config)
     return config
+
+
+def check_recomputation(job: VLMJobConfig, config: VLMConfig) -> None:
+    """No more layers are recomputed than a tower runs."""
+    ac, runs = job.activation_checkpoint, max(config.encoder.feature_depths)
+    for tower, prefix, of, layers in (
+        ("encoder", "encoder_", ac.encoder, runs),
+        ("decoder", "", ac.decoder, config.decoder.layers),
+    ):
+        require(
+            of.until <= layers,
+            f"activation_checkpoint.{prefix}full_layers and {prefix}selective_layers = {of.full_layers} and "
+            f"{of.selective_layers}: more than the {layers} layers that the {tower} runs",
+        )
 
 
 def check_weights(job: VLMJobConfig) -> None:

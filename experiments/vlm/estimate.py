@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from experiments.vlm.check import check_encoder
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.flops import Work, flops_of_work
+from experiments.vlm.memory_budget import MODES, MixedShare, uniform, within_budget
 from experiments.vlm.model_config import model_config
 from experiments.vlm.rank_share import RankShare, build_on_meta
 from experiments.vlm.stages import sends_back, split_layers
@@ -37,6 +38,7 @@ from torchtitan.models.decoder.check import check_decoder
 class Estimate:
     """What a layout needs."""
 
+    job: VLMJobConfig  # fitted to the layout and to its memory budget
     sizes: Degrees
     batch: BatchSizes
     memory: Memory  # of the rank of a pipeline that needs most
@@ -63,14 +65,15 @@ class _Shares:
         self.config, self._vocab_size, self._on_gpu = model_config(job), vocab_size, on_gpu
         self.model = build_on_meta(job, self.config, vocab_size)
         self.flops = flops_of_work(self.model)
-        self._found: dict[tuple[int, ...], RankShare] = {}
+        self._found: dict[tuple, RankShare] = {}
 
     def of(self, job: VLMJobConfig, sizes: Degrees, slots: int) -> RankShare:
-        """`job` may differ from the first one in its layout and batch.
+        """`job` may differ from the first one in its layout, batch and recomputation.
 
         How FSDP divides a share is no matter.
         """
-        key = (sizes.cp, sizes.tp, slots)
+        ac = job.activation_checkpoint
+        key = (sizes.cp, sizes.tp, slots, ac.encoder, ac.decoder)
         if key not in self._found:
             self._found[key] = RankShare(job, self.config, self._vocab_size, sizes, slots, self._on_gpu)
         return self._found[key]
@@ -100,21 +103,50 @@ def _estimate(job: VLMJobConfig, sizes: Degrees, shares: _Shares) -> Estimate:
     check_decoder(shares.config.decoder, job, sizes, job.parallelism.pipeline_parallel_encoder_stage)
     batch = resolve_batch(job, sizes.dp * sizes.cp * sizes.tp * sizes.pp)
     slots = job.parallelism.pipeline_parallel_microbatch_size if sizes.pp > 1 else batch.local
-    share, split = shares.of(job, sizes, slots), Split(shares.config.decoder.layers, ())
+    if job.activation_checkpoint.memory_budget_gib:
+        job = _within_budget(job, sizes, shares, batch, slots)
+    memory, sent, rank = _worst(job, sizes, shares, batch, slots, shares.of(job, sizes, slots))
+    return Estimate(job, sizes, batch, memory, rank, shares.flops(work_of_step(job, batch)), sent, notes)
+
+
+def _within_budget(
+    job: VLMJobConfig, sizes: Degrees, shares: _Shares, batch: BatchSizes, slots: int
+) -> VLMJobConfig:
+    ways = {kept: shares.of(uniform(job, kept), sizes, slots) for kept in MODES}
+
+    share = MixedShare(ways)
+
+    def peak(candidate: VLMJobConfig) -> float:
+        ac = candidate.activation_checkpoint
+        share.recomputed = {"encoder": ac.encoder, "decoder": ac.decoder}
+        return _worst(candidate, sizes, shares, batch, slots, share)[0].total
+
+    return within_budget(job, shares.model, ways, sizes, peak)
+
+
+def _worst(
+    job: VLMJobConfig,
+    sizes: Degrees,
+    shares: _Shares,
+    batch: BatchSizes,
+    slots: int,
+    share: RankShare | MixedShare,
+) -> tuple[Memory, dict[str, float], int]:
+    """Of the rank of a pipeline that needs most, and which that is."""
+    split = Split(shares.config.decoder.layers, ())
     if sizes.pp > 1:
         split = split_layers(shares.model, job, sizes)
     back = sends_back(shares.model, split, job.parallelism.pipeline_parallel_schedule)
     ranks = [_of_rank(job, sizes, batch, share, slots, split, back, rank) for rank in range(sizes.pp)]
     worst = max(range(sizes.pp), key=lambda rank: ranks[rank][0].total)
-    memory, sent = ranks[worst]
-    return Estimate(sizes, batch, memory, worst, shares.flops(work_of_step(job, batch)), sent, notes)
+    return *ranks[worst], worst
 
 
 def _of_rank(
     job: VLMJobConfig,
     sizes: Degrees,
     batch: BatchSizes,
-    share: RankShare,
+    share: RankShare | MixedShare,
     slots: int,
     split: Split,
     back: list[bool],

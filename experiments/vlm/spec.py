@@ -1,5 +1,7 @@
 """What the vision-language experiment brings to the trainer."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -31,6 +33,8 @@ from torchtitan.distributed.estimate import Memory
 from torchtitan.distributed.mesh import Mesh
 from torchtitan.layers.attention import resolve_backend
 from torchtitan.spec import TrainSpec
+from torchtitan.tools.hardware import GIB
+from torchtitan.tools.logging import logger
 
 THIN = 3  # an image is thin when one side is at least this many times the other
 
@@ -48,6 +52,21 @@ def build_vlm(job: VLMJobConfig, tokenizer: Tokenizer | None) -> VLM:
 def memory(job: VLMJobConfig, layout: Degrees, tokenizer: Tokenizer | None, on_gpu: bool) -> Memory:
     """Bytes of a rank at the peak."""
     return estimate(job, layout, rows_of(job, tokenizer), on_gpu).memory
+
+
+def fit_memory(job: VLMJobConfig, layout: Degrees, tokenizer: Tokenizer | None) -> None:
+    """Choose which layers are recomputed, where the job has a memory budget. Raises ConfigError."""
+    if not job.activation_checkpoint.memory_budget_gib:
+        return
+    fitted = estimate(job, layout, rows_of(job, tokenizer))
+    chosen, budget = fitted.job.activation_checkpoint, job.activation_checkpoint.memory_budget_gib
+    job.activation_checkpoint = replace(chosen, memory_budget_gib=budget)
+    towers = ", ".join(
+        f"{name} {of.full_layers} layers full and {of.selective_layers} selective"
+        for name, of in (("encoder", chosen.encoder), ("decoder", chosen.decoder))
+    )
+    peak = fitted.memory.total / GIB
+    logger.info(f"recomputed for a memory budget of {budget:g} GiB: {towers}; estimated peak {peak:.1f} GiB")
 
 
 def loss(model: torch.nn.Module, tensors: Tensors) -> Tensor:
@@ -88,6 +107,7 @@ SPEC = TrainSpec(
     export=export,
     build_model=build_vlm,
     memory=memory,
+    fit_memory=fit_memory,
     parallelize=parallelize_vlm,
     pipeline=pipeline_vlm,
     build_loader=Loader,

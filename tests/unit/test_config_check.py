@@ -213,6 +213,7 @@ WRONG = [
     ),
 ]
 ZERO_BUBBLE = [*PP2, *FLAVOR_1B, P + "pipeline_parallel_schedule", "ZBVZeroBubble"]
+AC = "--activation_checkpoint."
 WRONG += [
     ([*ZERO_BUBBLE, P + "fsdp_reshard_after_forward", "always"], 2, "parallelism.fsdp_reshard_after_forward"),
     ([*ZERO_BUBBLE, "--compile.enable"], 2, "compile.enable"),
@@ -222,6 +223,23 @@ WRONG += [
         2,
         "activation_checkpoint.encoder_mode",
     ),
+    (
+        [*ZERO_BUBBLE, "--activation_checkpoint.selective_layers", "1"],
+        2,
+        "activation_checkpoint.selective_layers",
+    ),
+    ([AC + "mode", "full", AC + "full_layers", "2"], 1, "activation_checkpoint.full_layers = 2"),
+    (
+        [AC + "encoder_mode", "full", AC + "memory_budget_gib", "70"],
+        1,
+        "activation_checkpoint.memory_budget_gib = 70",
+    ),
+    (
+        [AC + "encoder_full_layers", "3", AC + "encoder_selective_layers", "4"],
+        1,
+        "the 4 layers that the encoder",
+    ),
+    ([AC + "full_layers", "-1"], 1, "activation_checkpoint.full_layers"),
 ]
 
 

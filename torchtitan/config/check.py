@@ -55,6 +55,9 @@ RANGES = {
     "checkpoint.interval": ">= 1",
     "checkpoint.load_step": "-1 or >= 0",
     "checkpoint.keep_latest_k": ">= 0",
+    "activation_checkpoint.full_layers": ">= 0",
+    "activation_checkpoint.selective_layers": ">= 0",
+    "activation_checkpoint.memory_budget_gib": ">= 0",
     "comm.init_timeout_seconds": ">= 1",
     "comm.train_timeout_seconds": ">= 1",
     "comm.trace_buf_size": ">= 0",
@@ -216,14 +219,31 @@ def check_loading(job: JobConfig) -> None:
 
 
 def check_selective(job: JobConfig) -> None:
-    """`selective_ac_option` is "op" or a whole number."""
-    option = job.activation_checkpoint.selective_ac_option
+    """`selective_ac_option` is "op" or a whole number; numbers of layers and a budget go with no mode."""
+    ac = job.activation_checkpoint
+    option = ac.selective_ac_option
     valid = option == "op" or (option.isdecimal() and int(option) >= 1)
     require(
         valid,
         f'activation_checkpoint.selective_ac_option = {option}: must be "op" or a whole number >= 1, as a '
         "text",
     )
+    # an experiment's other towers have options of their own, PREFIX_full_layers beside PREFIX_mode
+    for layers in (field.name for field in fields(ac) if field.name.endswith("_layers")):
+        prefix = layers.removesuffix("full_layers").removesuffix("selective_layers")
+        number, mode = getattr(ac, layers), getattr(ac, f"{prefix}mode")
+        speaks = f"activation_checkpoint.{layers} = {number}"
+        require(
+            not number or mode == "none",
+            f"{speaks} says of which layers activation_checkpoint.{prefix}mode = {mode} is to hold for all: "
+            f"leave {prefix}mode at none, or {layers} at 0",
+        )
+    for mode in (field.name for field in fields(ac) if field.name.endswith("mode")):
+        require(
+            not ac.memory_budget_gib or getattr(ac, mode) == "none",
+            f"activation_checkpoint.memory_budget_gib = {ac.memory_budget_gib:g} chooses what every layer "
+            f"keeps: leave {mode} at none",
+        )
 
 
 def check_patterns(job: JobConfig) -> None:
@@ -345,3 +365,5 @@ def check_zero_bubble(job: JobConfig) -> None:
             getattr(ac, key) != "selective",
             f"{name} cannot run with activation_checkpoint.{key} = selective: use full or none",
         )
+    for key in (field.name for field in fields(ac) if field.name.endswith("selective_layers")):
+        require(not getattr(ac, key), f"{name} cannot run with activation_checkpoint.{key}: use full_layers")

@@ -2,6 +2,7 @@
 
 from typing import Literal, NamedTuple
 
+Mode = Literal["none", "selective", "full"]
 Kept = Literal["all", "expensive", "inputs"]
 
 
