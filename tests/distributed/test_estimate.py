@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from experiments.vlm.estimate import estimate
-from experiments.vlm.model.config import EncoderConfig, ProjectorConfig, VLMConfig
+from experiments.vlm.model.config import EncoderConfig, ProjectorConfig, TilesConfig, VLMConfig
 from experiments.vlm.model.flavors import FLAVORS
 from experiments.vlm.model.towers import dinov3
 from tests.distributed.pool import Pool
@@ -32,6 +32,14 @@ FLAVORS["estimated-dinov3"] = VLMConfig(
     EncoderConfig(128, 6, 4, 512, 4, **dinov3.KIND, **dinov3.PLAIN, gated_mlp=True, feature_layers=(1, -3)),
     ProjectorConfig(96),
     DECODER,
+)
+FLAVORS["estimated-tiles"] = VLMConfig(
+    dataclasses.replace(ENCODER, image_size=32),
+    ProjectorConfig(128, False, 1, newline=True),
+    DECODER,
+    "llava_onevision",
+    "tiles",
+    TilesConfig(((1, 2), (2, 1)), most=1, alone=True),
 )
 SIZES = {
     "model.flavor": "estimated",
@@ -119,6 +127,8 @@ FURTHER = [
     layout("fsdp2, muon", 2, slots=2, optimizer="Muon"),
     layout("fsdp2, tied", 2, slots=2, model="estimated-tied"),
     layout("fsdp2, dinov3, layers behind the feature", 2, slots=2, model="estimated-dinov3"),
+    layout("tiles, newlines and sums", 1, slots=2, model="estimated-tiles"),
+    layout("tp2, tiles, newlines and sums", 2, slots=2, tp=2, model="estimated-tiles"),
     layout("tp2, dinov3, frozen encoder", 2, slots=2, tp=2, model="estimated-dinov3", freeze=["encoder"]),
 ]
 

@@ -127,11 +127,15 @@ def test_nor_do_batches_of_tiles_and_their_taps(data, tmp_path, options):
     assert [{k: v for part in parts for k, v in part[step].items()} for step in range(3)] == one
 
 
-def test_so_is_one_whose_images_are_padded_squares_with_class_tokens(data, tmp_path):
-    llava = {"flavor": "llava-debug", "patches_per_row": 195}
-    expected = run(open_loader(data, tmp_path, global_batch_size=8, **llava))
+@pytest.mark.parametrize(
+    "options",
+    [{"flavor": "llava-debug", "patches_per_row": 195}, TILED],
+    ids=["padded, class token", "tiles"],
+)
+def test_so_is_one_whose_images_are_squares(data, tmp_path, options):
+    expected = run(open_loader(data, tmp_path, global_batch_size=8, **options))
     assert all(len(set(step.values())) == 8 for step in expected)
-    assert killed_again_and_again(data, tmp_path, **llava) == expected
+    assert killed_again_and_again(data, tmp_path, **options) == expected
 
 
 def test_a_run_with_workers_resumes_without_them(data, expected, tmp_path):
