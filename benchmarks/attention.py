@@ -7,15 +7,19 @@ in the same run: by segments on CPU, by flex on GPU (which has no segment kernel
 CPU). Expected: a dense mask computes rows * rows pairs, where each segment's length squared is all that is
 needed (half of it where causal), so "at most" is the ratio of the pairs. Long segments should come near half
 of it, one document of the whole row gain nothing but its causal half. On GPU flex skips whole blocks of 128
-alone, so that shorter segments win less.
+alone, so that shorter segments win less; there rows as long as those that are trained are added, and
+torch's kernels for segments of variable length beside it (results/2026-11-28-gpu.md).
 
 A prediction that was wrong: images of 16 patches were to be slower by segments, since gathering them costs as
 much as attending. They are 4 times faster: equal lengths share one call, and its cost is paid once.
 """
 
 import argparse
+import inspect
+import itertools
 import json
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -43,6 +47,21 @@ CASES = [
     Case("images of 20 to 300 patches", [20, 300, 77, 150, 40, 220, 96, 121], False, 6, 6, 64),
     Case("4 documents of 1024 tokens", [1024] * 4, True, 8, 2, 64),
     Case("1 document of 1024 tokens", [1024], True, 8, 2, 64),
+]
+
+
+def drawn(total: int, shortest: int, longest: int) -> list[int]:
+    """Lengths that fill a row."""
+    draw, lengths = random.Random(0), []
+    while (left := total - sum(lengths)) > 0:
+        lengths.append(min(draw.randint(shortest, longest), left))
+    return lengths
+
+
+GPU_CASES = [
+    Case("so400m: images of 14336 patches", drawn(14336, 64, 1024), False, 16, 16, 72),
+    Case("3B: documents of 8192 tokens", drawn(8192, 100, 800), True, 24, 8, 128),
+    Case("3B: 1 document of 8192 tokens", [8192], True, 24, 8, 128),
 ]
 
 
@@ -91,6 +110,27 @@ def measure(case: Case, backend: str, dense: bool, device: str, seconds: float) 
     return median_ms(step, seconds, torch.cuda.synchronize if device == "cuda" else lambda: None)
 
 
+def measure_varlen(case: Case, seconds: float) -> float:
+    """As `measure`, by torch's kernels for segments that lie one after the other; on GPU alone."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    ends = torch.tensor([0, *itertools.accumulate(case.lengths)], dtype=torch.int32, device="cuda")
+    longest, total = max(case.lengths), sum(case.lengths)
+    q, k, v = (
+        torch.randn(total, h, case.width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        for h in (case.heads, case.kv_heads, case.kv_heads)
+    )
+    grad, window = torch.randn_like(q), (-1, 0) if case.causal else (-1, -1)
+    # from torch 2.13 on it has to be said that heads share keys
+    shared = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+    def step() -> None:
+        out = varlen_attn(q, k, v, ends, ends, longest, longest, window_size=window, **shared)
+        torch.autograd.grad(out, (q, k, v), grad)
+
+    return median_ms(step, seconds, torch.cuda.synchronize)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -109,19 +149,16 @@ def main() -> None:
     print(f"attention, forward + backward, {hardware}, torch {torch.__version__}")
     print(f"{'case':32}{'dense ms':>10}{other + ' ms':>13}{'ratio':>8}{'at most':>9}")
     rows = []
-    for case in CASES:
+    for case in CASES + GPU_CASES * (device == "cuda"):
         dense = measure(case, "sdpa", True, device, options.seconds)
         ours = measure(case, "flex" if device == "cuda" else "sdpa", False, device, options.seconds)
         most = sum(case.lengths) ** 2 / sum(length**2 for length in case.lengths) * (2 if case.causal else 1)
         print(f"{case.name:32}{dense:10.2f}{ours:13.2f}{dense / ours:8.1f}{most:9.1f}")
-        rows.append(
-            {
-                "case": case.name,
-                "dense_ms": round(dense, 3),
-                f"{other}_ms": round(ours, 3),
-                "ratio": round(dense / ours, 2),
-            }
-        )
+        row = {"case": case.name, "dense_ms": dense, f"{other}_ms": ours, "ratio": dense / ours}
+        if device == "cuda":
+            row["varlen_ms"] = measure_varlen(case, options.seconds)
+            print(f"{'variable length':45}{row['varlen_ms']:13.2f}")
+        rows.append({name: round(x, 3) if isinstance(x, float) else x for name, x in row.items()})
     print(
         json.dumps({"benchmark": "attention", "hardware": hardware, "torch": torch.__version__, "rows": rows})
     )

@@ -36,16 +36,18 @@ class Stopwatch:
     def __init__(self, model: nn.Module, device: torch.device):
         self.device = device
         self.events: list[tuple[str, torch.cuda.Event | float]] = []
-        encoder, decoder = model.encoder, model.decoder
-        layers = list(decoder.layers.values())
-        encoder.register_forward_pre_hook(lambda *_: self.ends("copy"))
-        self._after(encoder, "encoder", "projector")
+        model.encoder.register_forward_pre_hook(lambda *_: self.ends("copy"))
+        self._after(model.encoder, "encoder", "projector")
         self._after(model.projector, "projector", "embeddings")
-        layers[0].register_forward_pre_hook(
-            lambda _, inputs: (self._passing(inputs[0], "embeddings", "decoder"), *inputs[1:])
+        # not of its layers, whose hooks would be compiled with them
+        self._before(model.decoder, "embeddings", "decoder")
+        self._before(model.decoder.norm, "decoder", "output layer")
+        model.decoder.register_forward_hook(lambda *_: self.ends("output layer"))
+
+    def _before(self, module: nn.Module, forward: str, backward: str) -> None:
+        module.register_forward_pre_hook(
+            lambda _, inputs: (self._passing(inputs[0], forward, backward), *inputs[1:])
         )
-        self._after(layers[-1], "decoder", "output layer")
-        decoder.register_forward_hook(lambda *_: self.ends("output layer"))
 
     def _after(self, module: nn.Module, forward: str, backward: str) -> None:
         module.register_forward_hook(lambda _, __, result: self._passing(result, forward, backward))

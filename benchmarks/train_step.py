@@ -165,7 +165,8 @@ def waits_and_recompiles(trainer: Trainer) -> tuple[int, int]:
         trainer.train_step()
         if torch.cuda.is_available():
             torch.cuda.set_sync_debug_mode("default")
-    waits = [warning for warning in caught if "synchroniz" in str(warning.message)]
+    # besides them, the mode itself says that it is a prototype
+    waits = [warning for warning in caught if "called a synchronizing" in str(warning.message)]
     for warning in waits:
         print(f"  waits: {warning.filename}:{warning.lineno}")
     return len(waits), torch._dynamo.utils.counters["stats"]["unique_graphs"] - compiled
@@ -210,6 +211,7 @@ def one_way(options: argparse.Namespace, way: str, given: list[str], folder: Pat
         synchronise()
         row: dict[str, Any] = {"way": way, "start_s": time.perf_counter() - began}
         row |= rates(trainer, options.steps)
+        print(f"  {way}: {row['step_s']:.3f} s a step, MFU {row['mfu']}", flush=True)  # should the rest fail
         waits, recompiles = waits_and_recompiles(trainer)
         row |= {"waits": waits, "recompiles": recompiles}
         if way != "graphed":

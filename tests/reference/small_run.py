@@ -71,6 +71,12 @@ FLAVORS["small-onevision"] = VLMConfig(
 FLAVORS.update(
     {f"small-{name}": VLMConfig(ENCODER, ProjectorConfig(48), decoder) for name, decoder in DECODERS.items()}
 )
+# Heads of 16 values, which FlexAttention's kernels want.
+FLAVORS["small-wide"] = VLMConfig(
+    dataclasses.replace(ENCODER, dim=64),
+    ProjectorConfig(64),
+    dataclasses.replace(DECODERS["qwen3"], head_dim=16),
+)
 
 
 class Tokenizer:

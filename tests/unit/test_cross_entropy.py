@@ -8,7 +8,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.reference.live_memory import LiveMemory
 from tests.reference.ranks import on_two_ranks
-from torchtitan.layers.cross_entropy import add_up, cross_entropy_sum, token_scores
+from torchtitan.layers.cross_entropy import (
+    _Chunk,
+    _softmax_minus_one_hot,
+    _sum_of_exponentials,
+    add_up,
+    cross_entropy_sum,
+    token_scores,
+)
 
 T, D, V = 45, 24, 70
 
@@ -26,6 +33,16 @@ def problem(
 
 def all_at_once(h: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy((h @ weight.T).float(), labels, ignore_index=-100, reduction="sum")
+
+
+def test_what_a_gpu_computes_twice_is_what_a_cpu_computes_in_place():
+    h, weight, labels = problem()
+    with torch.no_grad():
+        chunk, logits = _Chunk(h, weight, labels, None), h @ weight.T
+    assert torch.equal(_sum_of_exponentials(logits, chunk.highest_T), chunk.sum_T)
+    scale = torch.where(chunk.valid_T, 1.0 / chunk.sum_T, 0.0)
+    twice = _softmax_minus_one_hot(logits, chunk.highest_T, scale, chunk.column_T1, chunk.here_T)
+    assert (twice - chunk.dlogits_TV()).abs().max() < 1e-7
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 45, 1000])

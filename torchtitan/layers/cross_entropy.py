@@ -12,11 +12,30 @@ the same pass.
 Letters: T tokens, D width, V vocabulary (this rank's share), G sources.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+def _sum_of_exponentials(logits_TV: Tensor, highest_T: Tensor) -> Tensor:
+    return (logits_TV.float() - highest_T[:, None]).exp().sum(-1)
+
+
+def _softmax_minus_one_hot(
+    logits_TV: Tensor, highest_T: Tensor, scale_T: Tensor, column_T1: Tensor, here_T: Tensor
+) -> Tensor:
+    """In the dtype of the logits."""
+    d_TV = (logits_TV.float() - highest_T[:, None]).exp() * scale_T[:, None]
+    is_label_TV = torch.arange(d_TV.shape[1], device=d_TV.device) == column_T1
+    return torch.where(is_label_TV & here_T[:, None], d_TV - 1.0, d_TV).to(logits_TV.dtype)
+
+
+@functools.cache
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return torch.compile(function, dynamic=False)
 
 
 class _Chunk:
@@ -33,7 +52,10 @@ class _Chunk:
         ranked: bool = False,
     ):
         self.group = group
-        self.logits_TV = (h_TD @ weight_VD.T).float()
+        product_TV = h_TD @ weight_VD.T
+        self.logits_TV = product_TV if product_TV.is_cuda else product_TV.float()
+        self.dtype = product_TV.dtype
+        del product_TV
         self.labels_T, self.valid_T = labels_T, labels_T >= 0
         first = dist.get_rank(group) * weight_VD.shape[0] if group else 0
         # A label of another rank's columns, or none, must not index out of range: it reads column 0 and is
@@ -41,13 +63,20 @@ class _Chunk:
         local_T = labels_T - first
         self.here_T = self.valid_T & (local_T >= 0) & (local_T < weight_VD.shape[0])
         self.column_T1 = local_T.where(self.here_T, 0)[:, None]
-        self.highest_T = self._reduce(self.logits_TV.amax(-1), dist.ReduceOp.MAX)
+        self.highest_T = self._reduce(self.logits_TV.amax(-1).float(), dist.ReduceOp.MAX)
         self.best_T = self._first_highest(first) if ranked else None
-        # In place: a second copy of the logits is what this file exists to avoid.
-        label_T = self.logits_TV.gather(-1, self.column_T1)[:, 0]
+        label_T = self.logits_TV.gather(-1, self.column_T1)[:, 0].float()
         self.label_T = self._reduce(label_T.where(self.here_T, 0.0))
+        self.sum_T = self._reduce(self._sum_T())
+
+    def _sum_T(self) -> Tensor:
+        """On GPU reading and writing is what costs: exponentials are made twice there, and never stored. On
+        CPU they are made once, in place: a second copy of the logits is what this file exists to avoid.
+        """
+        if self.logits_TV.is_cuda:
+            return _compiled(_sum_of_exponentials)(self.logits_TV, self.highest_T)
         self.exp_TV = self.logits_TV.sub_(self.highest_T[:, None]).exp_()
-        self.sum_T = self._reduce(self.exp_TV.sum(-1))
+        return self.exp_TV.sum(-1)
 
     def _reduce(self, x: Tensor, op=dist.ReduceOp.SUM) -> Tensor:
         if self.group:
@@ -74,10 +103,22 @@ class _Chunk:
         return self.valid_T & (self.labels_T == self.best_T)
 
     def dlogits_TV(self) -> Tensor:
-        """Softmax minus one-hot, in place of the exponentials; zero where no loss is due."""
+        """Softmax minus one-hot, in the dtype of the logits; zero where no loss is due."""
         scale_T = torch.where(self.valid_T, 1.0 / self.sum_T, 0.0)
+        if self.logits_TV.is_cuda:
+            places = self.column_T1, self.here_T
+            return _compiled(_softmax_minus_one_hot)(self.logits_TV, self.highest_T, scale_T, *places)
         d_TV = self.exp_TV.mul_(scale_T[:, None])
-        return d_TV.scatter_add_(-1, self.column_T1, -self.here_T.float()[:, None])
+        d_TV.scatter_add_(-1, self.column_T1, -self.here_T.float()[:, None])
+        return d_TV.to(self.dtype)
+
+
+def _add_product(sum_VD: Tensor, d_VT: Tensor, h_TD: Tensor) -> None:
+    """In place, and unrounded where cuBLAS adds a product of bfloat16 to float32."""
+    if h_TD.is_cuda and h_TD.dtype != sum_VD.dtype:
+        torch.addmm(sum_VD, d_VT, h_TD, out_dtype=sum_VD.dtype, out=sum_VD)
+    else:
+        sum_VD += d_VT @ h_TD
 
 
 class _CrossEntropySum(torch.autograd.Function):
@@ -98,14 +139,14 @@ class _CrossEntropySum(torch.autograd.Function):
             loss += nll_T.sum()
             if sources:
                 each_G += sums_by_source(nll_T, source_ids_T[part], sources)
-            d_TV = piece.dlogits_TV().to(h_TD.dtype) if dh_TD is not None or dw_VD is not None else None
+            d_TV = piece.dlogits_TV() if dh_TD is not None or dw_VD is not None else None
             del piece  # or the next chunk's logits would exist along with these
             if d_TV is None:
                 continue
             if dh_TD is not None:
                 torch.mm(d_TV, weight_VD, out=dh_TD[part])
             if dw_VD is not None:
-                dw_VD += d_TV.T @ h_TD[part]
+                _add_product(dw_VD, d_TV.T, h_TD[part])
             del d_TV
         ctx.save_for_backward(dh_TD, dw_VD)
         ctx.weight_dtype = weight_VD.dtype
