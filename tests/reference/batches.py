@@ -87,9 +87,7 @@ def build_batch(slots: list[list[Document]], sizes: Sizes) -> dict[str, Tensor]:
             tokens, visual = [], []
             for part in document:
                 if isinstance(part, Picture):
-                    index = _place(part, b, used, batch, sizes)
-                    if sizes.mixed:
-                        index = _mix(index, slice(cursor + len(tokens), None), batch["visual_taps"][b], sizes)
+                    index = _place(part, b, used, cursor + len(tokens), batch, sizes)
                     tokens += [IMAGE_ID] * len(index)
                     visual += index
                 else:
@@ -101,9 +99,6 @@ def build_batch(slots: list[list[Document]], sizes: Sizes) -> dict[str, Tensor]:
             batch["visual_index"][b, span] = torch.tensor(visual)
             batch["positions"][b, span] = torch.arange(len(tokens), dtype=torch.int32)
             batch["document_ids"][b, span] = d
-            if sizes.mixed:
-                shown = batch["visual_index"][b, span] >= 0
-                batch["tap_weights"][b, span][shown] = torch.tensor(WEIGHTS)
             targets = [-100 if token == IMAGE_ID else token for token in tokens[1:]] + [-100]
             batch["labels"][b, span] = torch.tensor(targets)
             cursor = span.stop
@@ -116,8 +111,10 @@ def pack_pictures(rows: list[list[Picture]], sizes: Sizes) -> tuple[Tensor, Tens
     return batch["pixel_values"], batch["grid_thw"]
 
 
-def _place(picture: Picture, b: int, used: list[int], batch: dict[str, Tensor], sizes: Sizes) -> list[int]:
-    """Write the patches; return the indices of their visual tokens in the slot."""
+def _place(
+    picture: Picture, b: int, used: list[int], at: int, batch: dict[str, Tensor], sizes: Sizes
+) -> list[int]:
+    """Write the patches; return the indices of their visual tokens in the slot. `at`: its first token."""
     height, width = picture.size
     row = next(r for r, n in enumerate(used) if n + sizes.cells(height, width) <= sizes.patches_per_row)
     start, n = used[row], b * sizes.patch_rows + row
@@ -129,20 +126,22 @@ def _place(picture: Picture, b: int, used: list[int], batch: dict[str, Tensor], 
     used[row] += sizes.cells(height, width)
     per_token = sizes.merge**2
     first = (row * sizes.patches_per_row + start) // per_token
-    return list(range(first, first + height * width // per_token))
+    index = list(range(first, first + height * width // per_token))
+    return _mix(index, slice(at, None), b, batch, sizes) if sizes.mixed else index
 
 
 WEIGHTS = (0.4, 0.3, 0.2, 0.1)  # of the taps of every visual token
 
 
-def _mix(index: list[int], behind: slice, taps: Tensor, sizes: Sizes) -> list[int]:
+def _mix(index: list[int], behind: slice, b: int, batch: dict[str, Tensor], sizes: Sizes) -> list[int]:
     """Each token is a sum of its own and the next three of its image, in a circle, and a newline follows.
 
     `behind`: where the image begins among the slot's tokens. Returns the first taps.
     """
     newline, count = sizes.patch_rows * sizes.patches_per_row // sizes.merge**2, len(index)
     rows = [[index[(i + tap) % count] for tap in range(4)] for i in range(count)] + [[newline] * 4]
-    taps[behind][: len(rows)] = torch.tensor(rows)
+    batch["visual_taps"][b, behind][: len(rows)] = torch.tensor(rows)
+    batch["tap_weights"][b, behind][: len(rows)] = torch.tensor(WEIGHTS)
     return [row[0] for row in rows]
 
 

@@ -7,7 +7,16 @@ from typing import Any
 
 from experiments.vlm.data.image_plan import ImagePlan
 from experiments.vlm.model.config import ProjectorConfig, TilesConfig, VLMConfig
-from experiments.vlm.model.families import llava, tiled
+from experiments.vlm.model.families.llava import FAMILY as LLAVA
+from experiments.vlm.model.families.llava import LARGE, strategy_of
+from experiments.vlm.model.families.llava import write as write_llava
+from experiments.vlm.model.families.tiled import (
+    image_processor,
+    pinpoints,
+    projector_config,
+    read_tiles,
+    require_tiled,
+)
 from torchtitan.models.decoder.flavors import DecoderConfig
 
 TILES = TilesConfig()
@@ -15,10 +24,10 @@ TILES = TilesConfig()
 
 def write(config: VLMConfig, vocab_size: int, image_token_id: int) -> dict[str, Any]:
     """config.json. `vocab_size`: rows of the embedding, padding rows included."""
-    return llava.write(config, vocab_size, image_token_id) | {
+    return write_llava(config, vocab_size, image_token_id) | {
         "model_type": "llava_next",
         "architectures": ["LlavaNextForConditionalGeneration"],
-        "image_grid_pinpoints": tiled.pinpoints(config),
+        "image_grid_pinpoints": pinpoints(config),
     }
 
 
@@ -26,16 +35,16 @@ def processor(config: VLMConfig, plan: ImagePlan) -> dict[str, Any]:
     """LlavaNextProcessor of a plan. Raises ConfigError for one without tiles."""
     return {
         "processor_class": "LlavaNextProcessor",
-        "image_processor": tiled.image_processor(config, plan, "LlavaNextImageProcessor"),
+        "image_processor": image_processor(config, plan, "LlavaNextImageProcessor"),
         "patch_size": plan.patch_size,
-        "vision_feature_select_strategy": llava.strategy_of(config.encoder),
+        "vision_feature_select_strategy": strategy_of(config.encoder),
         "num_additional_image_tokens": config.encoder.extra_cells,
     }
 
 
 def _next(decoder: DecoderConfig) -> VLMConfig:
     projector = ProjectorConfig(decoder.dim, False, 1, newline=True)
-    return VLMConfig(llava.LARGE, projector, decoder, "llava_next", "tiles", TILES)
+    return VLMConfig(LARGE, projector, decoder, "llava_next", "tiles", TILES)
 
 
 MISTRAL = DecoderConfig(
@@ -45,17 +54,17 @@ MISTRAL = DecoderConfig(
     model_type="mistral",
 )
 FAMILY = replace(
-    llava.FAMILY,
-    projector=tiled.projector_config,
+    LLAVA,
+    projector=projector_config,
     resize=lambda folder, encoder: "tiles",
-    tiles=lambda folder, file, encoder: tiled.read_tiles(folder, file, encoder, TILES, 224, crops=True),
-    require=lambda config: tiled.require_tiled(config, TILES),
+    tiles=lambda folder, file, encoder: read_tiles(folder, file, encoder, TILES, 224, crops=True),
+    require=lambda config: require_tiled(config, TILES),
     write=write,
     processor=processor,
     newline=("image_newline", "model.image_newline"),
     sizes={
-        "llava-next-vicuna-7b": _next(llava.FAMILY.sizes["llava-1.5-7b"].decoder),
-        "llava-next-vicuna-13b": _next(llava.FAMILY.sizes["llava-1.5-13b"].decoder),
+        "llava-next-vicuna-7b": _next(LLAVA.sizes["llava-1.5-7b"].decoder),
+        "llava-next-vicuna-13b": _next(LLAVA.sizes["llava-1.5-13b"].decoder),
         "llava-next-mistral-7b": _next(MISTRAL),
     },
 )

@@ -11,7 +11,18 @@ from typing import Any
 
 from experiments.vlm.data.image_plan import ImagePlan
 from experiments.vlm.model.config import EncoderConfig, ProjectorConfig, TilesConfig, VLMConfig
-from experiments.vlm.model.families import llava, tiled
+from experiments.vlm.model.families.llava import FAMILY as LLAVA
+from experiments.vlm.model.families.llava import KEEPS_CLASS
+from experiments.vlm.model.families.llava import encoder_config as read_tower
+from experiments.vlm.model.families.llava import write as write_llava
+from experiments.vlm.model.families.tiled import (
+    PARTS,
+    image_processor,
+    pinpoints,
+    projector_config,
+    read_tiles,
+    require_tiled,
+)
 from experiments.vlm.model.towers import FIXED, TOWERS
 from torchtitan.config.errors import require
 from torchtitan.models.decoder import hf_config as decoder
@@ -25,7 +36,7 @@ LIMIT = "anyres_max_"
 
 def encoder_config(file: ConfigFile) -> EncoderConfig:
     """The tower, and which of its layers are read."""
-    return llava.encoder_config(file, SIGLIP, -1, llava.KEEPS_CLASS)
+    return read_tower(file, SIGLIP, -1, KEEPS_CLASS)
 
 
 def decoder_config(file: ConfigFile) -> DecoderConfig:
@@ -42,28 +53,28 @@ def tiles(folder: Path, file: ConfigFile, encoder: EncoderConfig) -> TilesConfig
         limit is not None, f"{file.where}: vision_aspect_ratio = {ratio!r}: not supported here, only {LIMIT}N"
     )
     default = replace(TILES, most=int(ratio.removeprefix(LIMIT)))
-    return tiled.read_tiles(folder, file, encoder, default, 384, crops=False)
+    return read_tiles(folder, file, encoder, default, 384, crops=False)
 
 
 def require_onevision(config: VLMConfig) -> None:
     """Raises ConfigError where its class does not compute what the model does."""
-    require(not config.encoder.extra_cells, f"OneVision has no tower with a class token: {tiled.PARTS}")
-    tiled.require_tiled(config, TILES)
+    require(not config.encoder.extra_cells, f"OneVision has no tower with a class token: {PARTS}")
+    require_tiled(config, TILES)
 
 
 def write(config: VLMConfig, vocab_size: int, image_token_id: int) -> dict[str, Any]:
     """config.json. `vocab_size`: rows of the embedding, padding rows included."""
-    return llava.write(config, vocab_size, image_token_id) | {
+    return write_llava(config, vocab_size, image_token_id) | {
         "model_type": "llava_onevision",
         "architectures": ["LlavaOnevisionForConditionalGeneration"],
-        "image_grid_pinpoints": tiled.pinpoints(config),
+        "image_grid_pinpoints": pinpoints(config),
         "vision_aspect_ratio": f"{LIMIT}{config.tiles.most}",
     }
 
 
 def processor(config: VLMConfig, plan: ImagePlan) -> dict[str, Any]:
     """LlavaOnevisionProcessor of a plan. Raises ConfigError for one without tiles."""
-    images = tiled.image_processor(config, plan, "LlavaOnevisionImageProcessor")
+    images = image_processor(config, plan, "LlavaOnevisionImageProcessor")
     kept = {key: value for key, value in images.items() if key not in ("crop_size", "do_center_crop")}
     frames = {key: value for key, value in kept.items() if key not in ("do_pad", "image_grid_pinpoints")}
     return {
@@ -74,7 +85,7 @@ def processor(config: VLMConfig, plan: ImagePlan) -> dict[str, Any]:
             "video_processor_type": "LlavaOnevisionVideoProcessor",
         },
         "num_image_tokens": (plan.side // plan.patch_size) ** 2,
-        "vision_feature_select_strategy": llava.KEEPS_CLASS,
+        "vision_feature_select_strategy": KEEPS_CLASS,
         "vision_aspect_ratio": f"{LIMIT}{config.tiles.most}",
     }
 
@@ -86,9 +97,9 @@ def _onevision(qwen: str, rows: int) -> VLMConfig:
 
 
 FAMILY = replace(
-    llava.FAMILY,
+    LLAVA,
     encoder=encoder_config,
-    projector=tiled.projector_config,
+    projector=projector_config,
     decoder=decoder_config,
     resize=lambda folder, encoder: "tiles",
     tiles=tiles,

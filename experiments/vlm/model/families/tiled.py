@@ -8,8 +8,9 @@ from typing import Any
 
 from experiments.vlm.data.image_plan import ImagePlan
 from experiments.vlm.model.config import EncoderConfig, ProjectorConfig, TilesConfig, VLMConfig
-from experiments.vlm.model.families import llava
 from experiments.vlm.model.families.family import RESAMPLE, read_image_processor
+from experiments.vlm.model.families.llava import projector_config as read_projector
+from experiments.vlm.model.families.llava import require_llava, require_sides, sides
 from torchtitan.config.errors import require
 from torchtitan.models.hf.config_file import ConfigFile
 
@@ -18,7 +19,7 @@ PARTS = "export its parts alone (--part)"
 
 def projector_config(file: ConfigFile) -> ProjectorConfig:
     """LLaVA's, with a newline."""
-    return replace(llava.projector_config(file), newline=True)
+    return replace(read_projector(file), newline=True)
 
 
 def read_tiles(
@@ -30,10 +31,10 @@ def read_tiles(
     made = replace(default, grids=_grids(file, encoder, default))
     processor = read_image_processor(folder)
     if processor is not None:
-        found = {*llava.sides(processor, "size", size).values()}
+        found = {*sides(processor, "size", size).values()}
         if processor.get("do_center_crop", crops):
-            found |= {*llava.sides(processor, "crop_size", size).values()}
-        llava.require_sides(processor, found, encoder)
+            found |= {*sides(processor, "crop_size", size).values()}
+        require_sides(processor, found, encoder)
         cut = _grids(processor, encoder, default)
         other = f"{processor.where}: image_grid_pinpoints are not those of {file.where}: correct one of them"
         require(cut == made.grids, other)
@@ -62,7 +63,7 @@ def require_tiled(config: VLMConfig, tiles: TilesConfig) -> None:
     require(
         config.projector.newline, f"{config.family} ends rows of tiles by a newline, this model not: {PARTS}"
     )
-    llava.require_llava(replace(config, projector=replace(config.projector, newline=False)))
+    require_llava(replace(config, projector=replace(config.projector, newline=False)))
     same = config.tiles.alone == tiles.alone and (config.tiles.most is None) == (tiles.most is None)
     require(same, f"{config.family} cuts images otherwise than this model: {PARTS}")
 
