@@ -73,6 +73,7 @@ _RESAMPLE = {
     "bilinear": torch.ops.aten._upsample_bilinear2d_aa,
     "bicubic": torch.ops.aten._upsample_bicubic2d_aa,
 }
+_PILLOW = {"bilinear": PILImage.Resampling.BILINEAR, "bicubic": PILImage.Resampling.BICUBIC}
 
 
 def probe(data: bytes) -> tuple[int, int]:
@@ -127,11 +128,10 @@ def decode_view(data: bytes, view: View, plan: ImagePlan) -> np.ndarray:
 
 def _picture(data: bytes, view: View, plan: ImagePlan) -> np.ndarray:
     """That a view is a part of."""
-    if view.middle:
-        whole = decode(data, *probe(data))
-        top, left = ((side - kept) // 2 for side, kept in zip(whole.shape[:2], view.middle, strict=True))
-        part = np.ascontiguousarray(whole[top : top + view.middle[0], left : left + view.middle[1]])
-        pixels = _resize(part, view.middle, view.size, plan.resample)
+    if view.box:  # of torch's kernels none takes a part that begins between two pixels
+        whole, (top, left, bottom, right) = PILImage.fromarray(decode(data, *probe(data))), view.box
+        box, kernel = (left, top, right, bottom), _PILLOW[plan.resample]
+        pixels = np.asarray(whole.resize(view.size[::-1], kernel, box))
     else:
         pixels = decode(data, *view.size, plan.resample)
     if view.canvas is None:

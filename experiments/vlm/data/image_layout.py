@@ -33,14 +33,15 @@ class View:
     w: int
     cells: int  # places of a patch row: the patches, and behind them those of the encoder's class token
     size: tuple[int, int]  # (height, width) in pixels that the image is resized to
-    middle: tuple[int, int] | None = None  # rows and columns that are taken of it before
+    # (top, left, bottom, right), in its pixels, of what is resized so; None: all of it
+    box: tuple[float, float, float, float] | None = None
     canvas: Canvas | None = None  # what it is put on then
     corner: tuple[int, int] = (0, 0)  # first row and column of the h x w patches that are taken of all that
 
     @property
     def picture(self) -> tuple[object, ...]:
         """Equal in views that are parts of one picture."""
-        return self.size, self.middle, self.canvas
+        return self.size, self.box, self.canvas
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from experiments.vlm.data.image_layout import BEGIN, END, NEWLINE, Canvas, Layou
 from experiments.vlm.model.config import Resample, TilesConfig
 
 # What bounds the memory of squares made of endless images, where no one can see a difference.
-MOST_SQUARES = 16  # of a cropped one no more squares in a row are resized
+MOST_SQUARES = 16  # of a cropped one no more squares in a row are resized, of which one is kept
 LONGEST = 1 << 15  # a padded one is made no longer
 
 
@@ -141,12 +141,14 @@ def padded(plan: ImagePlan, height: int, width: int, alone: bool) -> Layout:
 def cropped(plan: ImagePlan, height: int, width: int, alone: bool) -> Layout:
     """The middle of a square that its longer side leaves."""
     short, long, side = *sorted((height, width)), plan.side
-    used = min(long, short * MOST_SQUARES)
-    middle = None if used == long else (min(height, used), min(width, used))
-    whole = int(side * used / short)
+    whole = int(side * long / short)
     size = (side, whole) if height == short else (whole, side)
-    corner = (size[0] - side) // 2, (size[1] - side) // 2
-    return plan.single(height, width, size, middle=middle, corner=corner)
+    top, left = (size[0] - side) // 2, (size[1] - side) // 2
+    if long <= short * MOST_SQUARES:
+        return plan.single(height, width, size, corner=(top, left))
+    down, across = height / size[0], width / size[1]
+    box = top * down, left * across, (top + side) * down, (left + side) * across
+    return plan.single(height, width, (side, side), box=box)
 
 
 def tiled(plan: ImagePlan, height: int, width: int, alone: bool) -> Layout:
