@@ -118,7 +118,7 @@ def main(argv: Sequence[str]) -> int:
     seq_lens = [length for length in seq_lens if length >= plan.most_tokens]
     require(
         bool(seq_lens),
-        f"--seq_lens: none holds the largest image, data.max_patches_per_image = {plan.max_patches}",
+        f"--seq_lens: none holds the largest image, of {plan.max_patches} patches",
     )
     deadline = Deadline(options.seconds or math.inf)
     say = Progress(deadline)

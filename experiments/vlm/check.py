@@ -38,6 +38,7 @@ RANGES = {
     "data.patch_rows": ">= 1",
     "data.max_patches_per_image": ">= 1",
     "data.min_patches_per_image": ">= 1",
+    **{f"data.{m}_{unit}_per_image": ">= 1" for m in ("max", "min") for unit in ("pixels", "tokens")},
     "data.max_tiles_per_image": ">= 1",
     "data.patch_size": ">= 1",
     "data.spatial_merge_size": ">= 1",
@@ -135,10 +136,12 @@ def check_patches(job: VLMJobConfig, config: VLMConfig) -> None:
         fitting = max(1, value // square) * square
         wrong = f"data.{key} = {value} is not a multiple of data.spatial_merge_size squared ({square})"
         require(value % square == 0, f"{wrong}: use {fitting} or {fitting + square}")
-    largest = f"data.max_patches_per_image = {d.max_patches_per_image}"
+    check_limits(job, plan)
+    option, most, _ = d.image_limit("max")
+    largest = f"{option} = {most}"
     row = f"a row holds (data.patches_per_row = {d.patches_per_row})"
     if plan.resize == "native":
-        require(d.max_patches_per_image <= d.patches_per_row, f"{largest} is more than {row}")
+        require(plan.max_patches <= d.patches_per_row, f"{largest} is more than {row}")
         extra = f"{plan.extra_cells} cells of the encoder's class token and registers"
         require(plan.most_cells <= d.patches_per_row, f"{largest} and {extra} are more than {row}")
     else:
@@ -150,8 +153,6 @@ def check_patches(job: VLMJobConfig, config: VLMConfig) -> None:
         "data.spatial_merge_size must be 1",
     )
     check_views(job, plan)
-    smallest = f"data.min_patches_per_image = {d.min_patches_per_image}"
-    require(d.min_patches_per_image <= d.max_patches_per_image, f"{smallest} is more than {largest}")
     needed, patches = plan.most_tokens, plan.most_cells - plan.extra_cells
     more = needed - patches // square  # begin, end and the like
     made = largest if plan.resize == "native" else f"a square of {plan.side} pixels"
@@ -161,6 +162,19 @@ def check_patches(job: VLMJobConfig, config: VLMConfig) -> None:
         f"training.seq_len = {length}: use data.max_patches_per_image of at most "
         f"{max(0, length - more) * square}",
     )
+
+
+def check_limits(job: VLMJobConfig, plan: ImagePlan) -> None:
+    """The least and the most of an image are said once each, hold a visual token, and are in order."""
+    (low, least, _), (high, most, _) = (job.data.image_limit(which) for which in ("min", "max"))
+    for which in ("min", "max"):
+        pixels, tokens = (f"{which}_{unit}_per_image" for unit in ("pixels", "tokens"))
+        both = getattr(job.data, pixels) is not None and getattr(job.data, tokens) is not None
+        require(not both, f"data.{pixels} and data.{tokens} say the same: give one of them")
+    side = plan.patch_size * plan.merge_size
+    small = f"{high} = {most}: less than a visual token, which is {side} x {side} pixels"
+    require(plan.max_patches > 0, small)
+    require(plan.limits[0] <= plan.limits[1], f"{low} = {least} is more than {high} = {most}")
 
 
 def check_views(job: VLMJobConfig, plan: ImagePlan) -> None:

@@ -51,6 +51,11 @@ class Data:
     patch_rows: int = 1  # rows of L patches that hold the images of a slot
     max_patches_per_image: int = 1024  # no image, or no tile of one, gets more patches than this
     min_patches_per_image: int = 4  # smaller images are enlarged to about this many
+    # the same limits in pixels or in visual tokens, in place of those in patches
+    max_pixels_per_image: int | None = None
+    min_pixels_per_image: int | None = None
+    max_tokens_per_image: int | None = None
+    min_tokens_per_image: int | None = None
     patch_size: int | None = None  # side of a patch in pixels; unset: as the model takes them
     # m: m * m patches become one visual token; unset: as the model merges them (2 where its projector is new)
     spatial_merge_size: int | None = None
@@ -84,6 +89,14 @@ class Data:
     new_shards_freq: int = 1000  # steps between looks for shards that may join; 0: at starts alone
     # resume although the data or their configuration changed; their order starts anew
     resume_changed_data: bool = False
+
+    def image_limit(self, which: Literal["min", "max"]) -> tuple[str, int, str]:
+        """The least or the most of an image: the option that says it, how many, and of what."""
+        for unit in ("pixels", "tokens", "patches"):
+            name = f"{which}_{unit}_per_image"
+            if (value := getattr(self, name)) is not None:
+                return f"data.{name}", value, unit
+        raise AssertionError("patches have a default")
 
 
 @dataclass

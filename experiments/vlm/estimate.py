@@ -14,7 +14,7 @@ from experiments.vlm.check import check_encoder
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.flops import Work, flops_of_work
 from experiments.vlm.memory_budget import MODES, MixedShare, uniform, within_budget
-from experiments.vlm.model_config import model_config
+from experiments.vlm.model_config import image_plan, model_config
 from experiments.vlm.rank_share import RankShare, build_on_meta
 from experiments.vlm.stages import sends_back, split_layers
 from torchtitan.config.check import check_pipeline, check_sequence
@@ -222,6 +222,6 @@ def slots_for_stages(job: VLMJobConfig, pp: int) -> int:
 
 def work_of_step(job: VLMJobConfig, batch: BatchSizes) -> Work:
     """With every slot full, of one document and of images as large as allowed."""
-    d, length = job.data, job.training.seq_len
+    d, length, largest = job.data, job.training.seq_len, image_plan(job).max_patches
     patches, tokens = batch.global_ * d.patch_rows * d.patches_per_row, batch.global_ * length
-    return Work(patches, tokens, patches * d.max_patches_per_image, tokens * (length + 1) // 2)
+    return Work(patches, tokens, patches * largest, tokens * (length + 1) // 2)

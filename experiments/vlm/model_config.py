@@ -56,11 +56,15 @@ def plan_of(config: VLMConfig, job: VLMJobConfig) -> ImagePlan:
     data, encoder = job.data, config.encoder
     resize = data.resize or config.resize
     require(resize in PLANS, f"data.resize = {resize}: no such image plan{did_you_mean(resize, PLANS)}")
+    patch, merged = encoder.patch_size**2, config.projector.merge_size**2
+    pixels = {"pixels": 1, "tokens": patch * merged, "patches": patch}
+    limits = data.image_limit("min"), data.image_limit("max")
+    least, most = (count * pixels[unit] for _, count, unit in limits)
     return ImagePlan(
         encoder.patch_size,
         config.projector.merge_size,
-        data.min_patches_per_image,
-        data.max_patches_per_image,
+        -(-least // patch),
+        most // patch // merged * merged,
         resize,
         encoder.extra_cells,
         encoder.feature_extra,
@@ -70,6 +74,7 @@ def plan_of(config: VLMConfig, job: VLMJobConfig) -> ImagePlan:
         family_of(config).marked,
         config.projector.newline,
         config.tiles,
+        (least, most),
     )
 
 

@@ -83,6 +83,8 @@ def read_image_limits(folder: Path, job: VLMJobConfig) -> None:
     if all(isinstance(value, int | float) and value > 0 for value in (least, most, merge)):
         smallest, largest = round(least * merge**2), round(most * merge**2)
         job.data.min_patches_per_image, job.data.max_patches_per_image = smallest, largest
+        job.data.min_pixels_per_image = job.data.max_pixels_per_image = None
+        job.data.min_tokens_per_image = job.data.max_tokens_per_image = None
         job.data.patches_per_row = max(job.data.patches_per_row, largest)
 
 

@@ -13,7 +13,9 @@ from torchtitan.config.parse import config_file, last_value, split_options
 from torchtitan.tools.hub import get_it
 
 SAID = 1024  # tokens beside the largest image
-IMAGE_LIMITS = ("data.max_patches_per_image", "data.min_patches_per_image")
+IMAGE_LIMITS = [
+    f"data.{which}_{unit}_per_image" for which in ("max", "min") for unit in ("patches", "pixels", "tokens")
+]
 
 
 def with_saved(argv: Sequence[str]) -> list[str]:

@@ -1,14 +1,17 @@
 """Image plans: against the image processors of transformers, and an image of several views in a batch."""
 
 import io
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from experiments.vlm.batch import FIELDS, BatchShape
+from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.data.collate import Collator
 from experiments.vlm.data.document import Document, Text
 from experiments.vlm.data.document import Image as Reference
@@ -19,9 +22,12 @@ from experiments.vlm.data.packing import Budget, place
 from experiments.vlm.data.sample import make_sample
 from experiments.vlm.data.slot import Origin, Packed, SlotPlan
 from experiments.vlm.data.sources.reader import Reference as Where
+from experiments.vlm.model.config import EncoderConfig, ProjectorConfig, VLMConfig
+from experiments.vlm.model_config import plan_of as plan_of_job
 from tests.reference.images import patchify
 from tests.samples import encoded, noise, photographs, psnr
 from tests.tiny_data import Characters
+from torchtitan.models.decoder.flavors import DECODERS
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 FILL = (122, 116, 104)
@@ -113,14 +119,57 @@ def test_endless_images_take_little_memory_and_keep_their_middle():
 
 @pytest.mark.parametrize("resize", ["square", "padded", "cropped"])
 def test_squares_have_as_many_tokens_as_the_encoders_own_whatever_the_image(resize):
-    """LlavaProcessor counts (336 / 14)^2, and 1 where the class token is kept."""
+    """LlavaProcessor's own count, with the class token and without."""
+    from transformers import LlavaProcessor
+
     random = np.random.default_rng(0)
     shape = {"patch_size": 14, "merge_size": 1, "resize": resize, "image_size": 336, "marked": False}
     plain, kept = ImagePlan(**shape, extra=1), ImagePlan(**shape, extra=1, extra_tokens=True)
-    for size in np.exp(random.uniform(0, np.log(20_000), (3000, 2))).astype(int).tolist():
-        assert plain.layout(*size).tokens.tolist() == list(range(576))
+    sizes = [[1, 1], *np.exp(random.uniform(0, np.log(20_000), (3000, 2))).astype(int).tolist()]
+    theirs = SimpleNamespace(
+        image_processor=processor_of("padded", 336),
+        patch_size=14,
+        num_additional_image_tokens=1,
+        vision_feature_select_strategy="default",
+        _merge_kwargs=lambda **kwargs: {"images_kwargs": {}},
+    )
+    counts = LlavaProcessor._get_num_multimodal_tokens(theirs, sizes).num_image_tokens
+    theirs.vision_feature_select_strategy = "full"
+    assert set(LlavaProcessor._get_num_multimodal_tokens(theirs, sizes).num_image_tokens) == {577}
+    for size, count in zip(sizes, counts, strict=True):
+        assert plain.layout(*size).tokens.tolist() == list(range(count))
         layout = kept.layout(*size)
         assert layout.tokens.tolist() == [576, *range(576)] and layout.cells == 577
+
+
+@pytest.mark.parametrize(("patch", "merge"), [(14, 2), (16, 2), (16, 1)])
+def test_limits_in_pixels_are_those_of_a_processor_that_has_them_and_of_tokens_as_many_patches(patch, merge):
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+    job, encoder = VLMJobConfig(), EncoderConfig(64, 1, 4, 64, patch)
+    config = VLMConfig(encoder, ProjectorConfig(64, merge_size=merge), DECODERS["debug"])
+    job.data.min_pixels_per_image, job.data.max_pixels_per_image = 5_000, 300_000
+    plan, random = plan_of_job(config, job), np.random.default_rng(0)
+    sizes = np.exp(random.uniform(0, np.log(4000), (3000, 2))).astype(int).tolist()
+    compared = 0
+    for height, width in [(1, 1), *sizes]:
+        thin = 2 * min(height, width) <= patch * merge  # theirs rounds such a side to nothing at first
+        if thin or max(height, width) > 200 * min(height, width):  # or refuses it
+            continue
+        expected = smart_resize(height, width, patch * merge, 5_000, 300_000)
+        if math.prod(expected) <= 300_000:  # theirs may pass its own maximum
+            h, w = plan.grid(height, width)
+            assert (h * patch, w * patch) == expected
+            compared += 1
+    assert compared > 1_000
+    job.data.min_pixels_per_image = job.data.max_pixels_per_image = None
+    job.data.min_tokens_per_image, job.data.max_tokens_per_image = 4, 256
+    tokens = plan_of_job(config, job)
+    job.data.min_tokens_per_image = job.data.max_tokens_per_image = None
+    job.data.min_patches_per_image, job.data.max_patches_per_image = 4 * merge**2, 256 * merge**2
+    assert tokens == plan_of_job(config, job)
+    counts = [tokens.layout(*size).visual_tokens for size in sizes]
+    assert min(counts) >= 4 and 250 < max(counts) <= 256
 
 
 @pytest.mark.parametrize(

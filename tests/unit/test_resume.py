@@ -106,6 +106,7 @@ def test_what_does_not_change_the_order_may_change(data, saved, tmp_path, option
 
 COUNTING = {
     Data: "weight_by epochs patches_per_row patch_rows max_patches_per_image min_patches_per_image "
+    "max_pixels_per_image min_pixels_per_image max_tokens_per_image min_tokens_per_image "
     "patch_size spatial_merge_size resize max_tiles_per_image packing_buffer_size long_documents",
     Source: "format weight shuffle shuffle_buffer repeat chat_template",
 }
@@ -138,6 +139,11 @@ def test_another_tokenizer_is_a_change(data, saved, tmp_path):
 def test_a_missing_slot_is_told(data, saved, tmp_path):
     with pytest.raises(ConfigError, match="no state of slot 1"):
         resume(make_job(data, tmp_path), {"slot_000000": saved["slot_000000"]})
+
+
+def test_an_option_that_is_unset_is_none_that_came():
+    assert differences({"a": 1}, {"a": 1, "b": None}) == differences({"b": None}, {}) == []
+    assert differences({}, {"b": 2}) == ["b was not set and is 2"]
 
 
 def test_differences_name_what_came_and_went():

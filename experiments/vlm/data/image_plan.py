@@ -43,6 +43,13 @@ class ImagePlan:
     marked: bool = True  # its tokens stand between a begin and an end
     newline: bool = False  # rows of tiles end in one, and so does what has a single view
     cut: TilesConfig = TilesConfig()  # how tiles are cut
+    pixels: tuple[int, int] | None = None  # least and most of an image, where these are no whole patches
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        """Least and most pixels of an image of its own size."""
+        patch = self.patch_size**2
+        return self.pixels or (self.min_patches * patch, self.max_patches * patch)
 
     @property
     def extra_cells(self) -> int:
@@ -93,7 +100,7 @@ class ImagePlan:
         if self.resize != "native":
             return self.side // self.patch_size, self.side // self.patch_size
         f = self.patch_size * merge
-        most, least = (patches * self.patch_size**2 for patches in (self.max_patches, self.min_patches))
+        least, most = self.limits
         h, w = (max(1, round(side / f)) for side in (height, width))
         if h * w * f * f > most:
             shrink = math.sqrt(height * width / most)

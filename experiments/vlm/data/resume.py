@@ -115,5 +115,7 @@ def refuse(changes: Sequence[str]) -> ConfigError:
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What changed, for people: "data.epochs was 1 and is 2"."""
+    # An option that is unset is one that an older checkpoint does not know.
+    before, now = ({k: v for k, v in facts.items() if v is not None} for facts in (before, now))
     names = [name for name in before | now if before.get(name, MISSING) != now.get(name, MISSING)]
     return [f"{name} was {before.get(name, MISSING)} and is {now.get(name, MISSING)}" for name in names]

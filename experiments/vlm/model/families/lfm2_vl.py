@@ -77,7 +77,7 @@ def processor(config: VLMConfig, plan: ImagePlan) -> dict[str, Any]:
     """
     square = f"data.resize = {plan.resize}: no processor of transformers that fits the whole model does so"
     require(plan.resize == "native", f"{square}: export its parts alone")
-    merged = plan.merge_size**2
+    least, most = (pixels / (plan.merge_size * plan.patch_size) ** 2 for pixels in plan.limits)
     image_processor = {
         "image_processor_type": "Lfm2VlImageProcessor",
         "do_image_splitting": False,
@@ -91,8 +91,8 @@ def processor(config: VLMConfig, plan: ImagePlan) -> dict[str, Any]:
         "do_pad": True,
         "encoder_patch_size": plan.patch_size,
         "downsample_factor": plan.merge_size,
-        "min_image_tokens": _whole(plan.min_patches / merged),
-        "max_image_tokens": _whole(plan.max_patches / merged),
+        "min_image_tokens": _whole(least),
+        "max_image_tokens": _whole(most),
     }
     return {"processor_class": "Lfm2VlProcessor", "image_processor": image_processor}
 
