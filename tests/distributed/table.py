@@ -155,6 +155,7 @@ ON_TWO = [
         sharing="on",
     ),
     layout("pp2, onevision", 2, model="small-onevision", pp=2),
+    layout("pp2, onevision, encoder stage", 2, model="small-onevision", pp=2, encoder_stage=True),
 ]
 ON_FOUR = [
     layout("replicate2.fsdp2", 4, replicate=2),
@@ -162,6 +163,7 @@ ON_FOUR = [
     layout("replicate2.fsdp2, dinov3", 4, model="small-dinov3", replicate=2),
     layout("cp2.pp2, llava", 4, model="small-llava", cp=2, pp=2),
     layout("cp2.pp2, onevision", 4, model="small-onevision", cp=2, pp=2),
+    layout("replicate2.fsdp2, onevision", 4, model="small-onevision", replicate=2),
     layout(
         "tp2.cp2, onevision, compile",
         4,
