@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from einops import rearrange
 
 from experiments.vlm.config import PARTS
@@ -18,9 +19,10 @@ from tests.reference.batches import IMAGE_ID, Picture, Sizes, build_batch, draw_
 from tests.reference.hf_folders import WIDTHS, save, state_of
 from tests.unit.test_hf_export import assert_same, command
 from tests.unit.test_hf_import import job_of, load
+from torchtitan.components.train_state import as_record
 from torchtitan.config.errors import ConfigError
 from torchtitan.models.hf.config_file import ConfigFile
-from torchtitan.models.weight_names import to_ours
+from torchtitan.models.weight_names import read, to_ours
 
 SIDE = 16  # pixels: 4 x 4 patches of 4
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])
@@ -80,6 +82,57 @@ def test_documents_beside_each_other_have_the_logits_that_transformers_gives_eac
         expected = theirs.eval()(**as_transformers(document)).logits[0]
         assert (logits[start : start + len(expected)] - expected).abs().max() < 1e-3
         start += len(expected)
+
+
+def loss_of(theirs) -> torch.Tensor:
+    """Summed over the documents, each alone, and over what our batches have as targets."""
+    total = torch.zeros(())
+    for document in documents():
+        inputs = as_transformers(document)
+        targets = inputs["input_ids"][0, 1:]
+        logits = theirs(**inputs).logits[0, :-1]
+        wanted = torch.where(targets == IMAGE_ID, -100, targets)
+        total = total + torch.nn.functional.cross_entropy(logits, wanted, reduction="sum")
+    return total
+
+
+def assert_alike(found: dict, expected: dict, bound: float) -> None:
+    assert found.keys() == expected.keys()
+    largest = max(float(tensor.abs().max()) for tensor in expected.values())
+    for name, tensor in expected.items():
+        scale = max(float(tensor.abs().max()), 1e-3 * largest)
+        assert (found[name] - tensor).abs().max() < bound * scale, name
+
+
+def test_three_steps_have_the_gradients_and_weights_of_transformers_which_opens_what_they_made(tmp_path):
+    theirs = llava().eval()
+    save(theirs, tmp_path / "there")
+    ours, rate = load(job_of(path=tmp_path / "there")), 1e-3
+    batch = build_batch([documents()], Sizes(seq_len=110, patches_per_row=70, merge=1, extra=1))
+    rows = [row for part in PARTS for row in part_rows(part, ours.config.encoder, FAMILIES["llava"])]
+    for _ in range(3):
+        ours(**batch).sum().backward()
+        loss_of(theirs).backward()
+        here, there = (
+            {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+            for model in (ours, theirs)
+        )
+        assert_alike(here, read(there, rows).named, 1e-3)
+        for model in (ours, theirs):
+            torch.optim.SGD(model.parameters(), lr=rate).step()
+            model.zero_grad()
+    step = tmp_path / "step-3"
+    weights = dict(ours.named_parameters())
+    assert_alike(weights, read(dict(theirs.named_parameters()), rows).named, 1e-4)
+    step.mkdir()
+    dcp.save({f"model.{n}": p.detach() for n, p in weights.items()}, checkpoint_id=str(step), no_dist=True)
+    record = {"step": 3, "model_only": True, "model": as_record(ours.config)}
+    (step / "train_state.json").write_text(json.dumps(record))
+    command("to_hf", "--checkpoint", step, "--out", tmp_path / "back")
+    opened = type(theirs).from_pretrained(tmp_path / "back").eval()
+    opened.config.image_token_id = opened.model.config.image_token_id = IMAGE_ID  # the tests' own
+    with torch.no_grad():
+        assert abs(float(loss_of(opened) - ours(**batch).sum())) < 1e-2
 
 
 def test_a_folder_goes_in_and_out_bit_for_bit(tmp_path):
