@@ -49,7 +49,11 @@ def converse(chat: Any) -> None:
     """Lines of standard input to answers on standard output, until it ends."""
     while True:
         print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
+        try:
+            line = sys.stdin.readline()
+        except KeyboardInterrupt:  # meant for an answer that has just ended
+            print("\n/quit or Ctrl-D leaves", file=sys.stderr)
+            continue
         if not line or line.strip() == "/quit":
             return
         line = line.strip()

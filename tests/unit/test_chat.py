@@ -2,6 +2,9 @@
 
 import io
 import json
+import os
+import signal
+from types import SimpleNamespace
 
 from experiments.commands.chat import converse
 from experiments.vlm.generate.answering import Answering
@@ -70,3 +73,26 @@ def test_a_model_that_knows_no_conversations_is_asked_each_turn_alone(monkeypatc
     converse(talk)
     said = capsys.readouterr().out
     assert said[: len(said) // 2] * 2 == said and len(talk.turns) == 4
+
+
+def test_an_interrupt_at_the_prompt_loses_no_conversation(monkeypatch, capsys):
+    lines = iter(["Who?\n", KeyboardInterrupt(), "/undo\n", ""])
+
+    def readline() -> str:
+        line = next(lines)
+        if isinstance(line, KeyboardInterrupt):
+            raise line
+        return line
+
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(readline=readline))
+    converse(chat())
+    assert "/quit or Ctrl-D leaves\n> turns that are left: 0" in capsys.readouterr().err
+
+
+def test_an_interrupt_ends_an_answer_and_keeps_what_was_said():
+    before, talk = signal.getsignal(signal.SIGINT), chat()
+    pieces = talk.say("Who?")
+    next(pieces)
+    os.kill(os.getpid(), signal.SIGINT)
+    assert len(list(pieces)) <= 2 and len(talk.turns) == 2  # of five that were to come
+    assert signal.getsignal(signal.SIGINT) is before
