@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from torchtitan.config.errors import require
-from torchtitan.models.hf.torch_files import open_torch
+from torchtitan.models.hf.torch_files import open_torch, require_kind
 
 FILE = "model_optim_rng.pt"
 # Modules that are cut -> the dimension of their weights. A bias is cut with rows alone.
@@ -53,6 +53,8 @@ class Ranks:
         known = {name: value for name, value in table.items() if not IGNORED.fullmatch(name)}
         other = [name for name, value in known.items() if not isinstance(value, Tensor)]
         require(not other, f"{path}: {other[:1]} is no tensor")
+        for name, tensor in known.items():
+            require_kind(path, name, tensor)
         return known
 
     def dimension(self, name: str) -> int | None:

@@ -256,7 +256,8 @@ def test_a_folder_of_pickles_becomes_one_of_safetensors(models, tmp_path):
     source = tmp_path / "in"
     source.mkdir()
     for number, part in enumerate((names[:20], names[20:])):
-        torch.save({name: state[name] for name in part}, source / f"pytorch_model-{number}.bin")
+        held, path = {name: state[name] for name in part}, source / f"pytorch_model-{number}.bin"
+        torch.save(held, path, _use_new_zipfile_serialization=bool(number))  # and as torch before 1.6 did
     (source / "config.json").write_bytes((tmp_path / "clip" / "config.json").read_bytes())
     split = ["--shard_gb", "1e-5"]
     assert main(["from_torch", "--torch", str(source), "--out", str(tmp_path / "out"), *split]) == 0
@@ -264,3 +265,6 @@ def test_a_folder_of_pickles_becomes_one_of_safetensors(models, tmp_path):
     assert set(index) == set(state) and len(set(index.values())) > 2
     again = type(models.clip).from_pretrained(tmp_path / "out").state_dict()
     assert all(torch.equal(again[name], tensor) for name, tensor in models.clip.state_dict().items())
+    torch.save({"a": torch.ones(2, dtype=torch.complex64)}, source / "other.pt")
+    with pytest.raises(ConfigError, match="other.pt: a is of torch.complex64, which is no kind of weight"):
+        from_torch(["--torch", str(source), "--out", str(tmp_path / "again")])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from torchtitan.config.errors import ConfigError, require
 from torchtitan.models.hf.folder import PICKLES
-from torchtitan.models.hf.writing import Made
+from torchtitan.models.hf.writing import DTYPES, Made
 
 HOW = "save its tensors alone where it comes from: torch.save({'model': STATE_DICT}, PATH)"
 
@@ -39,6 +39,14 @@ def open_torch(path: Path) -> dict[str, Any]:
     return held
 
 
+def require_kind(path: Path, name: str, tensor: Tensor) -> None:
+    """Raises ConfigError for a tensor that safetensors cannot hold."""
+    known = ", ".join(sorted(DTYPES.values()))
+    strange = tensor.is_sparse or tensor.dtype not in DTYPES
+    kind = f"sparse {tensor.dtype}" if tensor.is_sparse else tensor.dtype
+    require(not strange, f"{path}: {name} is of {kind}, which is no kind of weight here; known: {known}")
+
+
 def read_pickles(folder: Path) -> tuple[dict[str, Made], list[Path]]:
     """The tensors of a folder's *.bin, *.pt, *.pth or *.ckpt, of an index where there is one, and the other
     files. Raises ConfigError as open_torch does, and where there are none or a name is there twice.
@@ -57,6 +65,7 @@ def read_pickles(folder: Path) -> tuple[dict[str, Made], list[Path]]:
         for name, tensor in held.items():
             if isinstance(tensor, Tensor):
                 require(name not in made, f"{path}: {name} is in another file, too")
+                require_kind(path, name, tensor)
                 made[name] = Made(tuple(tensor.shape), tensor.dtype, partial(list, [tensor]))
     require(bool(made), f"{files[0]}: holds no tensors by name")
     others = (*PICKLES, "*.index.json", "*.h5", "*.msgpack", "*.safetensors")
