@@ -1,6 +1,6 @@
 """Make a Hugging Face folder of files of torch.save, which runs and other commands do not open.
 
-    torchtitan-vlm from_torch --torch mistral_clip/iter_0000001 --out assets/mistral-clip
+    torchtitan-vlm from_torch --torch mistral_clip_tp4 --out assets/mistral-clip
     torchtitan-vlm from_torch --torch assets/vicuna-7b-v1.5 --out assets/vicuna-7b
 
 The first is what Megatron trains, CLIP, a projector and Mistral or one of the towers alone, at any tensor
@@ -27,7 +27,7 @@ from torchtitan.tools.logging import init_logger
 class Options:
     """Which folder, and where to."""
 
-    torch: str = ""  # Megatron's folder of mp_rank_..., or one with a config.json and *.bin
+    torch: str = ""  # Megatron's folder (of iter_..., or of mp_rank_...), or one with a config.json and *.bin
     out: str = ""  # a folder that is not there yet
     encoder_head_dim: int = 64  # of Megatron's CLIP: width of a head, which no shape says
     decoder_head_dim: int = 128  # of Megatron's Mistral: the same
@@ -63,7 +63,7 @@ def write(source: Path, folder: Path, options: Options) -> str:
     from torchtitan.models.hf.torch_files import read_pickles
     from torchtitan.models.hf.writing import write_folder
 
-    if any(source.glob("mp_rank_*")):
+    if any(source.glob("mp_rank_*")) or any(source.glob("iter_*/mp_rank_*")):
         heads = megatron.Heads(options.encoder_head_dim, options.decoder_head_dim)
         read = megatron.read(source, heads, options.rope_theta)
         tensors, held = read.tensors, f"{', '.join(read.parts)} of Megatron"

@@ -32,9 +32,13 @@ class Ranks:
     """The state dicts of all ranks, and their tensors as they are with one."""
 
     def __init__(self, folder: Path):
-        """Raises ConfigError where files are missing, damaged, or not of one model."""
+        """Of the last step in a folder of several. Raises ConfigError where files are missing, damaged, or of
+        different models.
+        """
+        steps = sorted(path for path in folder.glob("iter_*") if path.is_dir())
+        folder = steps[-1] if steps else folder
         places = sorted(path.parent.name for path in folder.glob(f"mp_rank_*/{FILE}"))
-        require(bool(places), f"{folder}: holds no mp_rank_00/{FILE}; name the folder iter_... itself")
+        require(bool(places), f"{folder}: holds no mp_rank_00/{FILE}")
         expected = [f"mp_rank_{number:02d}" for number in range(len(places))]
         parts = f"{folder}: has {', '.join(places)}, not {', '.join(expected)}: a rank is missing, or it is"
         require(places == expected, f"{parts} cut by layers too: write it with pipeline parallel 1")
@@ -47,9 +51,9 @@ class Ranks:
 
     @staticmethod
     def _open(path: Path) -> dict[str, Tensor]:
-        held = open_torch(path).get("model")
-        table = held if isinstance(held, Mapping) else {}
-        require(bool(table), f"{path}: has no table `model`")
+        held = open_torch(path)
+        table = held.get("model", held)
+        require(isinstance(table, Mapping) and bool(table), f"{path}: has no table `model`")
         known = {name: value for name, value in table.items() if not IGNORED.fullmatch(name)}
         other = [name for name, value in known.items() if not isinstance(value, Tensor)]
         require(not other, f"{path}: {other[:1]} is no tensor")

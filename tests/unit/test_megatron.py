@@ -164,7 +164,11 @@ def test_the_weights_are_those_of_transformers_at_any_degree(models, tmp_path, r
 
 @torch.no_grad()
 def test_the_logits_are_those_of_the_parts_one_after_the_other(models, tmp_path):
-    write(tmp_path / "in", combined(models, 2, False), 2)
+    write(tmp_path / "in" / "iter_0000001", combined(models, 2, False), 2)
+    with pytest.raises(
+        ConfigError, match="a folder of Megatron: torchtitan-vlm from_torch --torch .*/in --out"
+    ):
+        load(job_of(path=tmp_path / "in"))
     assert main(["from_torch", "--torch", str(tmp_path / "in"), "--out", str(tmp_path / "out"), *HEADS]) == 0
     ours = load(job_of(path=tmp_path / "out"))
     assert ours.config.projector.hidden_dim == PROJECTOR and not ours.config.projector.bias

@@ -78,8 +78,10 @@ def read_config(folder: Path) -> ConfigFile:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        beside = f"a Hugging Face folder has a {CONFIG} beside its weights"
-        raise ConfigError(f"{path}: {error.strerror}: {beside}; {get_it(path)}") from None
+        beside = f"a Hugging Face folder has a {CONFIG} beside its weights; {get_it(path)}"
+        if any(folder.glob("mp_rank_*")) or any(folder.glob("iter_*/mp_rank_*")):
+            beside = f"a folder of Megatron: torchtitan-vlm from_torch --torch {folder} --out OTHER makes one"
+        raise ConfigError(f"{path}: {error.strerror}: {beside}") from None
     except ValueError as error:
         raise ConfigError(f"{path}: is not JSON ({error}): fetch it again") from None
     require(isinstance(values, dict), f"{path}: expected an object, with model_type and sizes")
