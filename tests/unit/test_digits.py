@@ -43,6 +43,13 @@ def test_no_digit_is_both_shown_in_training_and_held_out():
     assert (TRAINING, len(load_digits()[1])) == (1300, 1797)
 
 
+def test_what_blind_guessing_gets_of_held_out_documents_is_well_below_two_percent():
+    """It knows how many digits there are, by the size of the picture, and says always the same ones."""
+    for heldout, least, most in ((False, 1.0, 3.0), (True, 0.2, 0.8)):
+        counts = [len(strips[asked].digits) for strips, asked in documents(4000, heldout)]
+        assert least < 100 * np.mean([0.12**count for count in counts]) < most
+
+
 def test_strips_hold_one_to_twelve_digits_and_reach_from_12_to_1_to_1_to_12():
     rng = random.Random(0)
     strips = [random_strip(rng, False) for _ in range(2000)]

@@ -26,7 +26,7 @@ from torchtitan.config.errors import ConfigError
 from torchtitan.tools.logging import logger
 
 REPOSITORY = Path(__file__).parents[3]
-VERSION = "3d71c6a09f"  # of what is drawn: any other letters after a change
+VERSION = "5b20e8f41c"  # of what is drawn: any other letters after a change
 
 
 def ensure(name: str, cache: str = "", seed: int = 0) -> Path:

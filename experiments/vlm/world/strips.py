@@ -2,7 +2,8 @@
 
 A picture holds 1 to 12 digits: in a row, in a column, or in a grid that is read row by row; from 12:1 to
 1:12. A document shows one picture and asks for it ("picture:"), or 2 to 4 and asks for one of them ("second
-picture:"). The answer is its digits in order, "4 0 7".
+picture:"). The answer is its digits in order, "4 0 7". Of one digit held-out pictures are rare: blind, it is
+guessed too often for a control.
 """
 
 import math
@@ -15,6 +16,7 @@ from experiments.vlm.world.digits import ink, load_digits, pick_digits
 
 GRIDS = [(rows, columns) for rows in range(2, 7) for columns in range(2, 7) if rows * columns <= 12]
 LONGEST = 12  # digits in a row or column
+SINGLES_KEPT = 0.3  # of held-out pictures of one digit; the others have more
 CELL = (26.0, 38.0)  # pixels
 ORDINALS = ("first", "second", "third", "fourth")
 
@@ -38,6 +40,8 @@ def random_strip(rng: random.Random, heldout: bool, longest: int = LONGEST) -> S
     """Of at most so many digits, all of that split."""
     grids = [(rows, columns) for rows, columns in GRIDS if rows * columns <= longest]
     count = rng.randint(1, longest)
+    if heldout and count == 1 and rng.random() > SINGLES_KEPT:
+        count = rng.randint(2, longest)
     kinds = [(1, count), (1, count), (count, 1)] + ([rng.choice(grids)] if grids else [])
     rows, columns = rng.choice(kinds)
     cell = round(CELL[0] * (CELL[1] / CELL[0]) ** rng.random(), 2)
