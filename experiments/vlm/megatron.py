@@ -183,7 +183,7 @@ def decoder_config(sizes: Sizes, head: int, rope_theta: float) -> dict[str, Any]
         "rope_theta": rope_theta,
         "sliding_window": None,
         "max_position_embeddings": 32768,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": f"{sizes.prefix}output_layer.weight" not in sizes.ranks.states[0],
     }
 
 

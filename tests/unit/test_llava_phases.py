@@ -107,7 +107,7 @@ def test_both_run_from_one_command_each_and_transformers_says_what_we_say(tmp_pa
     exact = ["--max_tokens", "12", "--training.mixed_precision_param", "float32"]
     assert main(["generate", "--hf", hf, *asked, *exact]) == 0
     processor = AutoProcessor.from_pretrained(hf)
-    content = [{"type": "image", "path": picture}, {"type": "text", "text": f"\n{question}"}]
+    content = [{"type": "image", "path": picture}, {"type": "text", "text": question}]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}],
         **{"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"},

@@ -195,6 +195,14 @@ def test_a_part_alone_is_a_folder_of_its_class(models, tmp_path, files, part):
         assert "post_layernorm" in name or torch.equal(again.state_dict()[name], tensor), name
 
 
+def test_a_decoder_whose_output_layer_is_its_embedding_says_so(models, tmp_path):
+    tensors = mistral_files(models, 2, False)
+    del tensors["output_layer.weight"]
+    write(tmp_path / "in", tensors, 2)
+    assert main(["from_torch", "--torch", str(tmp_path / "in"), "--out", str(tmp_path / "out"), *HEADS]) == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"]
+
+
 def test_without_a_projector_it_is_made_anew(models, tmp_path):
     write(tmp_path / "in", combined(models, 1, False, projector=False), 1)
     assert main(["from_torch", "--torch", str(tmp_path / "in"), "--out", str(tmp_path / "out"), *HEADS]) == 0
