@@ -34,8 +34,8 @@ from experiments.vlm.data.document import Picture
 from experiments.vlm.generate.answering import Answering, open_answering
 from experiments.vlm.generate.prompt import Prompt
 from experiments.vlm.model.config import EncoderConfig, ProjectorConfig, VLMConfig
+from experiments.vlm.model.families import family_of
 from experiments.vlm.model.flavors import FLAVORS
-from experiments.vlm.model.hf_config import vlm_hf_config
 from experiments.vlm.spec import SPEC
 from torchtitan.components.tokenizer import load_tokenizer
 from torchtitan.generation.engine import Request
@@ -62,7 +62,7 @@ def write_folder(config: VLMConfig, folder: Path, device: str) -> None:
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     tokenizer = load_tokenizer(TOKENIZER)
-    values = vlm_hf_config(config, config.decoder.vocab_size, tokenizer.image_id)
+    values = family_of(config).write(config, config.decoder.vocab_size, tokenizer.image_id)
     (folder / "config.json").write_text(json.dumps(values))
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder))
