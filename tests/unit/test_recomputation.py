@@ -7,7 +7,7 @@ import pytest
 
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.estimate import estimate
-from experiments.vlm.memory_budget import with_options
+from experiments.vlm.recomputation import with_options
 from tests.reference.small_run import CPU, SMALL, VOCAB, job_of
 from torchtitan.build import build
 from torchtitan.config.errors import ConfigError
