@@ -34,6 +34,7 @@ WORKS = [
     Work("step-3B", 150, f"{STEP} --flavor so400m-llama3.2-3B --slots 2 --accumulation 2 --ways compiled"),
     Work("encoder", 90, "benchmarks.encoder --seconds 1"),
     Work("step-1B", 180, f"{STEP} --flavor so400m-llama3.2-1B --slots 4 --accumulation 2"),
+    Work("others-1B", 90, f"{STEP} --slots 1 --accumulation 2 --ways transformers"),
     Work("graphs", 90, "pytest tests/gpu/test_cuda_graph.py -x -q --tb=short"),
     Work("estimates", 90, "pytest tests/gpu/test_estimate.py -s -q --tb=short"),
     Work("model", 120, "pytest tests/gpu/test_model.py -q --tb=short"),

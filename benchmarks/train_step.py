@@ -1,7 +1,7 @@
 """Where do the seconds of a training step go, and what share of the GPU's peak is useful work?
 
     python -m benchmarks.train_step [--flavor so400m-llama3.2-1B] [--slots 2] [--accumulation 4] [--steps 8]
-                                    [--ways eager compiled graphed] [--photos FOLDER] [--kernels]
+                                    [--ways eager compiled graphed transformers] [--photos FOLDER] [--kernels]
                                     [--section.field VALUE ...]
 
 The trainer itself, with its loader, on packed slots of S = 8192 tokens: photographs of many sizes, cut from
@@ -10,7 +10,8 @@ In one run: useful MFU (encoder on patches, decoder on tokens; padding and recom
 rates, occupancies and peak memory; the seconds of each part, from events on the device, and the share of the
 peak that encoder, decoder and output layer reach in theirs; recompilations and synchronisations of a step.
 Where the whole step is one CUDA graph, parts cannot be told apart. `--kernels`: launches and time by kind of
-kernel, of one step under the profiler.
+kernel, of one step under the profiler. `transformers`: a step of its model of the same sizes on the same
+documents, padded, made ready beforehand (transformers_step.py).
 
 Two lines at the end: a table for people, one JSON line for others.
 """
@@ -18,6 +19,7 @@ Two lines at the end: a table for people, one JSON line for others.
 import argparse
 import gc
 import io
+import itertools
 import json
 import math
 import random
@@ -34,6 +36,7 @@ from PIL import Image
 
 from benchmarks.kernels import profiled
 from benchmarks.stopwatch import Stopwatch
+from benchmarks.transformers_step import Steps, model_of, unpacked
 from experiments.__main__ import checked_job
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.flops import Work, flops_of_work, image_pairs
@@ -42,7 +45,7 @@ from torchtitan.build import build
 from torchtitan.components.flops import causal_pairs, product_flops
 from torchtitan.components.loader import Tensors
 from torchtitan.distributed.process_group import close_process_group, open_process_group
-from torchtitan.tools.hardware import peak_flops
+from torchtitan.tools.hardware import peak_flops, peak_memory_gib
 from torchtitan.train import Trainer
 
 ROOT = Path(__file__).parents[1]
@@ -66,7 +69,8 @@ WORDS = [
     "of",
     "a",
 ]
-SHARDS, PHOTOS, WARM_UP = 4, 240, 5
+SHARDS, PHOTOS = 4, 240
+WARM_UP, OF_OTHERS = 5, 2  # steps before those that are timed
 SHORTEST, LONGEST = 96, 1400  # pixels of a side
 
 
@@ -227,15 +231,51 @@ def one_way(options: argparse.Namespace, way: str, given: list[str], folder: Pat
     return row
 
 
+def of_transformers(options: argparse.Namespace, given: list[str], folder: Path) -> dict[str, Any]:
+    """The same rates of a step of transformers."""
+    job = job_of(options, "eager", given, folder)
+    tokenizer, config = SPEC.load_tokenizer(job), SPEC.model_config(job)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    flops, merged = PartFlops(SPEC.build_model(job, tokenizer)), config.projector.merge_size**2
+    place = {"rank": 0, "ranks": 1, "split": "train", "control": None, "agree": None, "group": None}
+    loader = SPEC.build_loader(job, tokenizer, **place)
+    batches = [step.batches for step in itertools.islice(loader, OF_OTHERS + options.steps)]
+    arguments = [[unpacked(batch.tensors, merged) for batch in step] for step in batches]
+    loader.close()
+    take = Steps(model_of(config, tokenizer.image_id, device), job.optimizer.lr)
+    for step in arguments[:OF_OTHERS]:
+        take(step)
+    synchronise()
+    started = time.perf_counter()
+    for step in arguments[OF_OTHERS:]:
+        take(step)
+    synchronise()
+    seconds, peak = time.perf_counter() - started, peak_flops(device)
+    timed = [batch for step in batches[OF_OTHERS:] for batch in step]
+    done = sum(map(flops, timed)) / seconds
+    counted = {name: sum(batch.counts[name] for batch in timed) / seconds for name in ("tokens", "images")}
+    return {
+        "way": "transformers",
+        "step_s": seconds / options.steps,
+        "mfu": 100 * done / peak if peak else None,
+        "tps": counted["tokens"],
+        "images/s": counted["images"],
+        "memory": peak_memory_gib(device),
+    }
+
+
 def shown(row: dict[str, Any]) -> str:
     mfu = "n/a" if row["mfu"] is None else f"{row['mfu']:.1f} %"
     lines = [
         f"{row['way']}: {row['step_s']:.3f} s a step, MFU {mfu}, {row['tps']:,.0f} tokens/s, "
-        f"{row['images/s']:.0f} images/s, {row['memory']:.1f} GiB, data_wait {row['data_wait']:.1f} %, "
-        f"tokens {row['tokens']:.0f} %, patches {row['patches']:.0f} %, {row['waits']} waits, "
-        f"{row['recompiles']} recompiles, {row.get('launches', 'n/a')} launches, "
-        f"ready in {row['start_s']:.0f} s"
+        f"{row['images/s']:.0f} images/s, {row['memory']:.1f} GiB"
     ]
+    if "waits" in row:
+        lines.append(
+            f"    data_wait {row['data_wait']:.1f} %, tokens {row['tokens']:.0f} %, patches "
+            f"{row['patches']:.0f} %, {row['waits']} waits, {row['recompiles']} recompiles, "
+            f"{row.get('launches', 'n/a')} launches, ready in {row['start_s']:.0f} s"
+        )
     total = sum(row.get("parts", {}).values())
     for part, seconds in row.get("parts", {}).items():
         reached = row.get("part_mfu", {}).get(part)
@@ -254,7 +294,7 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=2, help="of a forward")
     parser.add_argument("--accumulation", type=int, default=4, help="forwards of a step")
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--ways", nargs="+", choices=[*WAYS, "transformers"], default=list(WAYS))
     parser.add_argument("--photos", type=Path, default=ROOT / "tests/photographs")
     parser.add_argument("--kernels", action="store_true", help="one step under the profiler")
     options, given = parser.parse_known_args()
@@ -262,7 +302,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_shards(Path(folder), options.photos)
         for way in options.ways:
-            rows.append(one_way(options, way, given, Path(folder)))
+            if way == "transformers":
+                rows.append(of_transformers(options, given, Path(folder)))
+            else:
+                rows.append(one_way(options, way, given, Path(folder)))
             print(shown(rows[-1]), flush=True)
             torch._dynamo.reset()
             gc.collect()
