@@ -51,10 +51,13 @@ class Data:
     patch_rows: int = 1  # rows of L patches that hold the images of a slot
     max_patches_per_image: int = 1024  # no image, or no tile of one, gets more patches than this
     min_patches_per_image: int = 4  # smaller images are enlarged to about this many
-    # the same limits in pixels or in visual tokens, in place of those in patches
+    # the largest image in pixels, in place of max_patches_per_image
     max_pixels_per_image: int | None = None
+    # the smallest in pixels, in place of min_patches_per_image
     min_pixels_per_image: int | None = None
+    # the largest in visual tokens, in place of max_patches_per_image
     max_tokens_per_image: int | None = None
+    # the smallest in visual tokens, in place of min_patches_per_image
     min_tokens_per_image: int | None = None
     patch_size: int | None = None  # side of a patch in pixels; unset: as the model takes them
     # m: m * m patches become one visual token; unset: as the model merges them (2 where its projector is new)
