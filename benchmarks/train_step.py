@@ -23,7 +23,6 @@ import itertools
 import json
 import math
 import random
-import tarfile
 import tempfile
 import time
 import warnings
@@ -41,6 +40,7 @@ from experiments.__main__ import checked_job
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.flops import Work, flops_of_work, image_pairs
 from experiments.vlm.spec import SPEC
+from tests.samples import write_tar
 from torchtitan.build import build
 from torchtitan.components.flops import causal_pairs, product_flops
 from torchtitan.components.loader import Tensors
@@ -92,13 +92,12 @@ def write_shards(folder: Path, photos: Path) -> None:
     opened = [Image.open(path).convert("RGB") for path in sorted(photos.glob("*.[jp][pn]g"))]
     draw = random.Random(0)
     for shard in range(SHARDS):
-        with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
-            for number in range(PHOTOS // SHARDS):
-                caption = " ".join(draw.choices(WORDS, k=draw.randint(20, 300))).encode()
-                for ending, content in (("jpg", cut_photo(opened, draw)), ("txt", caption)):
-                    member = tarfile.TarInfo(f"{shard:05d}{number:04d}.{ending}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
+        members = []
+        for number in range(PHOTOS // SHARDS):
+            caption = " ".join(draw.choices(WORDS, k=draw.randint(20, 300))).encode()
+            name = f"{shard:05d}{number:04d}"
+            members += [(f"{name}.jpg", cut_photo(opened, draw)), (f"{name}.txt", caption)]
+        write_tar(folder / f"{shard:05d}.tar", members)
 
 
 def job_of(options: argparse.Namespace, way: str, given: list[str], folder: Path) -> VLMJobConfig:

@@ -113,7 +113,6 @@ def _within_budget(
     job: VLMJobConfig, sizes: Degrees, shares: _Shares, batch: BatchSizes, slots: int
 ) -> VLMJobConfig:
     ways = {kept: shares.of(uniform(job, kept), sizes, slots) for kept in MODES}
-
     share = MixedShare(ways)
 
     def peak(candidate: VLMJobConfig) -> float:

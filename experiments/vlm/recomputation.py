@@ -14,7 +14,7 @@ from functools import cache
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.model.vlm import VLM
 from experiments.vlm.rank_share import RankShare
-from experiments.vlm.sharing import sharers
+from experiments.vlm.sharing import rows_of_a_rank
 from torchtitan.components.flops import forward_flops, total_of
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.layout import Degrees
@@ -82,11 +82,7 @@ def with_options(job: VLMJobConfig, encoder: Options, decoder: Options) -> VLMJo
 def towers(model: VLM, job: VLMJobConfig, sizes: Degrees) -> tuple[Tower, Tower]:
     """Encoder and decoder. `model`: whole, on the meta device."""
     assert model.encoder is not None
-    forward, slots = forward_flops(model), job.training.local_batch_size
-    tokens = slots * job.training.seq_len / (sizes.cp * sizes.tp)
-    patches = slots * job.data.patch_rows * job.data.patches_per_row / sharers(job, sizes)
-    if job.parallelism.encoder_tensor_parallel:
-        patches /= sizes.tp
+    forward, (tokens, patches) = forward_flops(model), rows_of_a_rank(job, sizes)
     of_layer = {name: total_of(f"{name}.layers.0", forward) for name in ("encoder", "decoder")}
     return (
         Tower("encoder", model.encoder.depth, of_layer["encoder"] * patches),

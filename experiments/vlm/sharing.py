@@ -15,6 +15,17 @@ def rows_a_forward(job: VLMJobConfig, sizes: Degrees) -> int:
     return slots * job.data.patch_rows
 
 
+def rows_of_a_rank(job: VLMJobConfig, sizes: Degrees) -> tuple[float, float]:
+    """Of its matrices in one forward: tokens of the decoder's, patches of the encoder's (with its heads split
+    over ranks, patches that cost as much).
+    """
+    rows, d, length = rows_a_forward(job, sizes), job.data, job.training.seq_len
+    patches = rows * d.patches_per_row / sharers(job, sizes)
+    if job.parallelism.encoder_tensor_parallel:
+        patches /= sizes.tp
+    return rows / d.patch_rows * length / (sizes.cp * sizes.tp), patches
+
+
 def sharers(job: VLMJobConfig, sizes: Degrees) -> int:
     """How many ranks of a group encode each its share of the rows; 1 where the rows do not divide."""
     p = job.parallelism

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.model.vlm import VLM
-from experiments.vlm.sharing import rows_a_forward, sharers
+from experiments.vlm.sharing import rows_of_a_rank
 from torchtitan.components.flops import backward_of, forward_flops, product_flops, total_of
 from torchtitan.config.layout import Degrees
 from torchtitan.config.recomputation import Recomputation
@@ -35,10 +35,7 @@ def stage_costs(model: VLM, job: VLMJobConfig, sizes: Degrees) -> tuple[list[flo
     """
     assert model.encoder is not None and model.projector is not None
     forward, products, ac = forward_flops(model), product_flops(model), job.activation_checkpoint
-    tokens = job.parallelism.pipeline_parallel_microbatch_size * job.training.seq_len / (sizes.cp * sizes.tp)
-    patches = rows_a_forward(job, sizes) * job.data.patches_per_row / sharers(job, sizes)
-    if job.parallelism.encoder_tensor_parallel:
-        patches /= sizes.tp
+    tokens, patches = rows_of_a_rank(job, sizes)
 
     def cost(part: str) -> float:
         return total_of(part, products)

@@ -16,6 +16,14 @@ def save(model: nn.Module, folder: Path, dtype: torch.dtype = torch.float32, **o
     return folder
 
 
+def write_job(path: Path, tokenizer: object, format: str = "llava", template: str = "vicuna_v1") -> None:
+    """A job that says how a folder's model is talked to; its data are never read."""
+    path.write_text(
+        f'[model]\ntokenizer_path = "{tokenizer}"\n'
+        f'[[data.sources]]\nformat = "{format}"\npath = "nowhere"\nchat_template = "{template}"\n'
+    )
+
+
 def decoder_model(config: DecoderConfig) -> nn.Module:
     from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 

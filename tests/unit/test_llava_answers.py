@@ -10,19 +10,12 @@ import pytest
 from PIL import Image
 
 from experiments.commands import main
-from tests.reference.hf_folders import save
+from tests.reference.hf_folders import save, write_job
 from tests.reference.tiled_models import tiled_model
 from tests.samples import noise, write_jsonl
 from tests.unit.test_llava import SIDE, llava
 
 SHIPPED = Path(__file__).parents[2] / "assets/tokenizer"
-JOB = """[model]
-tokenizer_path = "{}"
-[[data.sources]]
-format = "llava"
-path = "nowhere"
-chat_template = "vicuna_v1"
-"""
 TOKENS = 10
 EXACT = ["--training.mixed_precision_param", "float32"]
 QUESTIONS = [
@@ -43,7 +36,7 @@ def exported(request, tmp_path_factory) -> Path:
     save(
         {"llava": llava, "llava_next": partial(tiled_model, "next")}[request.param](rows=1024), at / "theirs"
     )
-    (at / "job.toml").write_text(JOB.format(SHIPPED))
+    write_job(at / "job.toml", SHIPPED)
     assert main(["from_hf", "--hf", str(at / "theirs"), "--out", str(at / "checkpoint")]) == 0
     job = ["--job.config_file", str(at / "job.toml"), "--checkpoint", str(at / "checkpoint")]
     assert main(["to_hf", *job, "--out", str(at / "hf")]) == 0

@@ -17,7 +17,7 @@ from experiments.vlm.model.flavors import FLAVORS
 from experiments.vlm.model.hf import part_rows
 from experiments.vlm.model.vlm import VLM
 from experiments.vlm.model_config import image_plan, model_config
-from tests.reference.hf_folders import save, state_of
+from tests.reference.hf_folders import save, state_of, write_job
 from tests.unit.test_hf_import import job_of, load
 from tests.unit.test_llava import llava
 from torchtitan.components.tokenizer import load_tokenizer
@@ -70,13 +70,6 @@ NORMED = [
 ]
 TOWER = ["class_embedding", "patch_embedding.weight", "position_embedding.weight"]
 TOWER = [f"embeddings.{name}" for name in TOWER] + [f"{name}.{kind}" for name in NORMED for kind in KINDS]
-JOB = """[model]
-tokenizer_path = "{}"
-[[data.sources]]
-format = "llava"
-path = "nowhere"
-chat_template = "vicuna_v1"
-"""
 
 
 def original_name(name: str) -> str:
@@ -127,7 +120,7 @@ def test_it_is_the_model_that_transformers_has(folders, name):
 
 
 def test_it_goes_in_and_out_bit_for_bit(folders, tmp_path):
-    (tmp_path / "job.toml").write_text(JOB.format("assets/tokenizer"))
+    write_job(tmp_path / "job.toml", "assets/tokenizer")
     job = ["--job.config_file", str(tmp_path / "job.toml"), "--checkpoint", str(tmp_path / "checkpoint")]
     source, back = folders["llava trained"], tmp_path / "my-llava"
     assert main(["from_hf", "--hf", str(source), "--out", str(tmp_path / "checkpoint")]) == 0
@@ -143,7 +136,7 @@ def test_it_goes_in_and_out_bit_for_bit(folders, tmp_path):
 def test_the_image_has_no_row_there(tmp_path):
     """Nor what stands behind it, where nothing of that is read for anything else."""
     save(llava(rows=1024), tmp_path / "hf")
-    (tmp_path / "job.toml").write_text(JOB.format("assets/tokenizer"))
+    write_job(tmp_path / "job.toml", "assets/tokenizer")
     job = ["--job.config_file", str(tmp_path / "job.toml"), "--checkpoint", str(tmp_path / "checkpoint")]
     assert main(["from_hf", "--hf", str(tmp_path / "hf"), "--out", str(tmp_path / "checkpoint")]) == 0
     named = ["--layout", "original", "--vision_tower", "openai/clip-vit-large-patch14-336"]

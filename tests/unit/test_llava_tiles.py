@@ -28,7 +28,7 @@ from experiments.vlm.processor import processor_config
 from experiments.vlm.saved_model import use_hf_folder
 from experiments.vlm.spec import SPEC
 from tests.reference import hf_processor
-from tests.reference.hf_folders import save, state_of
+from tests.reference.hf_folders import save, state_of, write_job
 from tests.reference.tiled_models import (
     GRIDS,
     PROCESSOR,
@@ -270,7 +270,7 @@ def test_a_onevision_folder_of_ours_answers_in_transformers_as_here(tmp_path):
         images.append(tmp_path / f"{seed}.png")
         Image.fromarray(noise(SIDE, SIDE, seed=seed)).save(images[-1])
     save(tiled_model("onevision", rows=1024), tmp_path / "there")
-    (tmp_path / "job.toml").write_text(JOB.format(tokenizer))
+    write_job(tmp_path / "job.toml", tokenizer, "messages", "chatml")
     command("from_hf", "--hf", tmp_path / "there", "--out", tmp_path / "checkpoint")
     job = "--job.config_file", tmp_path / "job.toml", "--checkpoint", tmp_path / "checkpoint"
     command("to_hf", *job, "--out", tmp_path / "exported")
@@ -287,15 +287,6 @@ def test_a_onevision_folder_of_ours_answers_in_transformers_as_here(tmp_path):
         assert prompt.ids == answer["ids"].tolist()
         (ended,) = [e for e in answering.engine.answer([Request(0, prompt, max_tokens=12)]) if e.answer.ended]
         assert ended.answer.ids == answer["answer"].tolist()[: len(ended.answer.ids)] and ended.answer.ids
-
-
-JOB = """[model]
-tokenizer_path = "{}"
-[[data.sources]]
-format = "messages"
-path = "nowhere"
-chat_template = "chatml"
-"""
 
 
 def talk(content: list) -> list[dict]:

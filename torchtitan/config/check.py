@@ -16,7 +16,7 @@ from typing import Any
 
 from torchtitan.config.devices import visible_gpus
 from torchtitan.config.errors import ConfigError, did_you_mean, require
-from torchtitan.config.job import JobConfig
+from torchtitan.config.job import ActivationCheckpoint, JobConfig
 from torchtitan.config.layout import BALANCE_BLOCKS, STAGES_PER_RANK, Degrees, degrees, resolve_batch
 from torchtitan.config.shipped import shipped
 from torchtitan.tools.hub import get_it
@@ -228,22 +228,26 @@ def check_selective(job: JobConfig) -> None:
         f'activation_checkpoint.selective_ac_option = {option}: must be "op" or a whole number >= 1, as a '
         "text",
     )
-    # an experiment's other towers have options of their own, PREFIX_full_layers beside PREFIX_mode
-    for layers in (field.name for field in fields(ac) if field.name.endswith("_layers")):
+    for layers, number in _of_all_towers(ac, "_layers").items():
         prefix = layers.removesuffix("full_layers").removesuffix("selective_layers")
-        number, mode = getattr(ac, layers), getattr(ac, f"{prefix}mode")
+        mode = getattr(ac, f"{prefix}mode")
         speaks = f"activation_checkpoint.{layers} = {number}"
         require(
             not number or mode == "none",
             f"{speaks} says of which layers activation_checkpoint.{prefix}mode = {mode} is to hold for all: "
             f"leave {prefix}mode at none, or {layers} at 0",
         )
-    for mode in (field.name for field in fields(ac) if field.name.endswith("mode")):
+    for key, mode in _of_all_towers(ac, "mode").items():
         require(
-            not ac.memory_budget_gib or getattr(ac, mode) == "none",
+            not ac.memory_budget_gib or mode == "none",
             f"activation_checkpoint.memory_budget_gib = {ac.memory_budget_gib:g} chooses what every layer "
-            f"keeps: leave {mode} at none",
+            f"keeps: leave {key} at none",
         )
+
+
+def _of_all_towers(ac: ActivationCheckpoint, ending: str) -> dict[str, Any]:
+    """Options by name. An experiment's other towers have their own, PREFIX_full_layers beside PREFIX_mode."""
+    return {field.name: getattr(ac, field.name) for field in fields(ac) if field.name.endswith(ending)}
 
 
 def check_patterns(job: JobConfig) -> None:
@@ -359,11 +363,10 @@ def check_zero_bubble(job: JobConfig) -> None:
         f"{name} gives wrong gradients with parallelism.fsdp_reshard_after_forward = always: use never",
     )
     require(not job.compile.enable, f"{name} may give wrong gradients with compile.enable: switch one off")
-    # an experiment's other towers have a mode of their own
-    for key in (field.name for field in fields(ac) if field.name.endswith("mode")):
+    for key, mode in _of_all_towers(ac, "mode").items():
         require(
-            getattr(ac, key) != "selective",
+            mode != "selective",
             f"{name} cannot run with activation_checkpoint.{key} = selective: use full or none",
         )
-    for key in (field.name for field in fields(ac) if field.name.endswith("selective_layers")):
-        require(not getattr(ac, key), f"{name} cannot run with activation_checkpoint.{key}: use full_layers")
+    for key, number in _of_all_towers(ac, "selective_layers").items():
+        require(not number, f"{name} cannot run with activation_checkpoint.{key}: use full_layers")

@@ -52,10 +52,10 @@ class _Chunk:
         ranked: bool = False,
     ):
         self.group = group
-        product_TV = h_TD @ weight_VD.T
-        self.logits_TV = product_TV if product_TV.is_cuda else product_TV.float()
-        self.dtype = product_TV.dtype
-        del product_TV
+        self.dtype = h_TD.dtype
+        self.logits_TV = h_TD @ weight_VD.T
+        if not self.logits_TV.is_cuda:
+            self.logits_TV = self.logits_TV.float()
         self.labels_T, self.valid_T = labels_T, labels_T >= 0
         first = dist.get_rank(group) * weight_VD.shape[0] if group else 0
         # A label of another rank's columns, or none, must not index out of range: it reads column 0 and is
