@@ -9,9 +9,10 @@ calls the kernel's backward itself.
 Letters: B batch rows, Q queries, K keys, H heads, G key-value heads, E width of a head.
 """
 
+import functools
 import math
 from collections import defaultdict
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +28,14 @@ class _Call(NamedTuple):
     queries: Tensor  # int64 [C, q]
     keys: Tensor  # int64 [C, k]
     causal: bool  # queries and keys are the same rows: the kernel's own causal mask serves
-    mask: Tensor | None  # float32 [1, 1, q, k] of 0 and -inf, where causality is not the kernel's
+    first: int  # where causality is not the kernel's, query i sees `first + i` keys; else 0
+
+    def mask(self, like: Tensor) -> Tensor | None:
+        """[1, 1, q, k] of 0 and -inf in the dtype of `like`, for the kernel."""
+        if not self.first:
+            return None
+        queries, keys = self.queries.shape[1], self.keys.shape[1]
+        return like.new_full((queries, keys), -math.inf).triu(self.first)[None, None]
 
 
 def _segments_of(seg: np.ndarray, rows: np.ndarray) -> dict[tuple[int, int], np.ndarray]:
@@ -59,10 +67,20 @@ def _causal_runs(queries: np.ndarray, keys: np.ndarray, q_rows: np.ndarray, k_ro
 
 
 def _plan(q_seg: Tensor, k_seg: Tensor, q_row: Tensor, k_row: Tensor, causal: bool) -> list[_Call]:
-    q_rows, k_rows = q_row.numpy(), k_row.numpy()
-    key_places = _segments_of(k_seg.numpy(), k_rows)
+    arrays = (x.numpy() for x in (q_seg, k_seg, q_row, k_row))
+    return _plan_of(*((x.shape, x.dtype.str, x.tobytes()) for x in arrays), causal)
+
+
+@functools.lru_cache(maxsize=8)  # every layer of a tower asks for the same, forward and backward
+def _plan_of(*described: Any) -> list[_Call]:
+    """Of segments and rows as (shape, dtype, bytes), and whether the mask is causal."""
+    *arrays, causal = described
+    q_segments, k_segments, q_rows, k_rows = (
+        np.frombuffer(data, dtype).reshape(shape) for shape, dtype, data in arrays
+    )
+    key_places = _segments_of(k_segments, k_rows)
     groups = defaultdict(list)
-    for segment, queries in _segments_of(q_seg.numpy(), q_rows).items():
+    for segment, queries in _segments_of(q_segments, q_rows).items():
         keys = key_places.get(segment)
         if keys is None:
             continue
@@ -79,12 +97,11 @@ def _call(members: list[tuple[np.ndarray, np.ndarray]], causal: bool, first: int
     keys = torch.from_numpy(np.stack([k for _, k in members]))
     q, k = queries.shape[1], keys.shape[1]
     if not causal or q == 1:
-        return _Call(queries, keys, False, None)
+        return _Call(queries, keys, False, 0)
     if q == k and first == 1:
-        return _Call(queries, keys, True, None)
-    # Within a run rows are consecutive and so are the keys it ends on: query i sees `first + i` keys.
-    mask = torch.full((q, k), -math.inf).triu(first)[None, None]
-    return _Call(queries, keys, False, mask)
+        return _Call(queries, keys, True, 0)
+    # Within a run rows are consecutive, and so are the keys that it ends on.
+    return _Call(queries, keys, False, first)
 
 
 def _pick(x_BSHE: Tensor, places: Tensor) -> Tensor:
@@ -104,15 +121,14 @@ def _gather(x_BSHE: Tensor, places: Tensor, heads: int) -> Tensor:
 def _attend(call: _Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """One call: (out [C, H, q, E], logsumexp [C, H, q])."""
     heads, kv_heads = q.shape[2], k.shape[2]
-    if heads != kv_heads and not call.causal and call.mask is None:
+    if heads != kv_heads and not call.causal and not call.first:
         # Every query sees all keys, so heads that share keys are further queries, and no key is copied.
         groups_CGqE = _pick(q, call.queries).unflatten(1, (kv_heads, -1)).flatten(2, 3)
         args = groups_CGqE, _pick(k, call.keys), _pick(v, call.keys)
         o, log = aten._scaled_dot_product_flash_attention_for_cpu(*args, 0.0, False)
         return tuple(x.unflatten(2, (heads // kv_heads, -1)).flatten(1, 2) for x in (o, log))
-    mask = None if call.mask is None else call.mask.to(q.dtype)
     args = _gather(q, call.queries, heads), _gather(k, call.keys, heads), _gather(v, call.keys, heads)
-    return aten._scaled_dot_product_flash_attention_for_cpu(*args, 0.0, call.causal, attn_mask=mask)
+    return aten._scaled_dot_product_flash_attention_for_cpu(*args, 0.0, call.causal, attn_mask=call.mask(q))
 
 
 @torch.library.custom_op("torchtitan::segment_attention", mutates_args=())
@@ -150,7 +166,6 @@ def _segment_attention_backward(
     heads = q.shape[2]
     dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
     for call in _plan(q_seg, k_seg, q_row, k_row, causal):
-        mask = None if call.mask is None else call.mask.to(q.dtype)
         at_q, at_k = call.queries, call.keys
         grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
             *(
@@ -160,7 +175,7 @@ def _segment_attention_backward(
             lse.view(-1, heads)[at_q].transpose(1, 2).contiguous(),
             0.0,
             call.causal,
-            attn_mask=mask,
+            attn_mask=call.mask(q),
         )
         dq.view(-1, *dq.shape[2:])[at_q] = grads[0].transpose(1, 2)
         for whole, part in ((dk, grads[1]), (dv, grads[2])):
