@@ -31,7 +31,7 @@ from torchtitan.config.layout import Degrees
 from torchtitan.config.recomputation import Recomputation
 from torchtitan.distributed.activation_checkpoint import apply_activation_checkpoint
 from torchtitan.distributed.estimate import Unit
-from torchtitan.distributed.footprint import Footprint, footprints, fuse_norms
+from torchtitan.distributed.footprint import Footprint, as_one_kernel, footprints, fuse_norms
 from torchtitan.distributed.fsdp import Sharding
 from torchtitan.distributed.mesh import Mesh, imagine_mesh
 from torchtitan.models.decoder.model import Decoder
@@ -100,6 +100,8 @@ class RankShare:
         apply_activation_checkpoint(model.decoder.layers, ac.decoder)
         if on_gpu:
             fuse_norms(model)
+            if model.decoder.output is not None:
+                model.decoder.output.fuse = as_one_kernel
         spans = {name: model.get_submodule(name) for name in _span_names(model)}
         world: Any = mesh.world
         return footprints(spans, lambda: model(**batch), [*model.parameters(), *batch.values()], world.ranks)

@@ -14,12 +14,12 @@ from experiments.vlm.model.vit import EncoderBlock
 from tests.reference.live_memory import LiveMemory
 from torchtitan.config.recomputation import Recomputation
 from torchtitan.distributed.activation_checkpoint import apply_activation_checkpoint
-from torchtitan.distributed.footprint import Footprint, footprints, fuse_norms
+from torchtitan.distributed.footprint import Footprint, as_one_kernel, footprints, fuse_norms
 from torchtitan.layers import rope
 from torchtitan.layers.attention import prepare_mask
 from torchtitan.layers.masks import Mask
 from torchtitan.models.decoder.flavors import DecoderConfig
-from torchtitan.models.decoder.model import Block
+from torchtitan.models.decoder.model import Block, LMHead
 
 SLOTS, LENGTH, DIM = 2, 128, 64
 DECODER = DecoderConfig(DIM, 1, 8, 4, 8, 192, 128, 1e4)
@@ -168,3 +168,16 @@ def test_a_norm_of_one_kernel_keeps_its_input_alone():
     # Two norms: on CPU copies in float32 before and after the division; else the input, of which one is the
     # block's own.
     assert plain.kept - fused.kept == 2 * 2 * 4 * width - 2 * 2 * width
+
+
+def test_a_loss_of_fused_passes_holds_the_logits_and_their_gradients_once_each():
+    vocabulary, chunk = 4096, 64
+    with torch.device("meta"):
+        head = LMHead(DIM, vocabulary, chunk).bfloat16()
+        x, labels = torch.randn(SLOTS, LENGTH, DIM).bfloat16().requires_grad_(), torch.zeros(SLOTS, LENGTH)
+    head.fuse = as_one_kernel
+    there = [*head.parameters(), x, labels]
+    found = footprints({"output": head}, lambda: head(x, labels.long()), there, {})["output"]
+    # Both in bfloat16; numbers a token aside, what stays (gradients: of the weights in float32) is `kept`.
+    assert found.forward == pytest.approx(2 * 2 * chunk * vocabulary, rel=0.01)
+    assert found.kept == pytest.approx(4 * vocabulary * DIM + x.nbytes, rel=0.01)

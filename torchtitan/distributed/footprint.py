@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 c10d = torch.ops._c10d_functional
@@ -174,6 +174,17 @@ class _FusedNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         x, weight, _ = ctx.saved_tensors
         return torch.empty_like(x), torch.empty_like(weight)
+
+
+def as_one_kernel(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """On the meta device: what lies between the arguments and the result is never seen."""
+
+    def kernel(*args: Tensor) -> Tensor:
+        with _disable_current_modes():
+            result = function(*args)
+        return torch.empty_like(result)
+
+    return kernel
 
 
 def fuse_norms(model: nn.Module) -> None:

@@ -33,9 +33,17 @@ def _softmax_minus_one_hot(
     return torch.where(is_label_TV & here_T[:, None], d_TV - 1.0, d_TV).to(logits_TV.dtype)
 
 
+# A pass over the logits -> the same as one kernel, so that nothing between its input and result is stored.
+Fuse = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
+
+
 @functools.cache
 def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return torch.compile(function, dynamic=False)
+
+
+def _fuse_of(x: Tensor) -> Fuse | None:
+    return _compiled if x.is_cuda else None
 
 
 class _Chunk:
@@ -49,12 +57,13 @@ class _Chunk:
         weight_VD: Tensor,
         labels_T: Tensor,
         group: dist.ProcessGroup | None,
+        fuse: Fuse | None,
         ranked: bool = False,
     ):
-        self.group = group
+        self.group, self.fuse = group, fuse
         self.dtype = h_TD.dtype
         self.logits_TV = h_TD @ weight_VD.T
-        if not self.logits_TV.is_cuda:
+        if fuse is None:
             self.logits_TV = self.logits_TV.float()
         self.labels_T, self.valid_T = labels_T, labels_T >= 0
         first = dist.get_rank(group) * weight_VD.shape[0] if group else 0
@@ -73,8 +82,8 @@ class _Chunk:
         """On GPU reading and writing is what costs: exponentials are made twice there, and never stored. On
         CPU they are made once, in place: a second copy of the logits is what this file exists to avoid.
         """
-        if self.logits_TV.is_cuda:
-            return _compiled(_sum_of_exponentials)(self.logits_TV, self.highest_T)
+        if self.fuse:
+            return self.fuse(_sum_of_exponentials)(self.logits_TV, self.highest_T)
         self.exp_TV = self.logits_TV.sub_(self.highest_T[:, None]).exp_()
         return self.exp_TV.sum(-1)
 
@@ -105,17 +114,17 @@ class _Chunk:
     def dlogits_TV(self) -> Tensor:
         """Softmax minus one-hot, in the dtype of the logits; zero where no loss is due."""
         scale_T = torch.where(self.valid_T, 1.0 / self.sum_T, 0.0)
-        if self.logits_TV.is_cuda:
+        if self.fuse:
             places = self.column_T1, self.here_T
-            return _compiled(_softmax_minus_one_hot)(self.logits_TV, self.highest_T, scale_T, *places)
+            return self.fuse(_softmax_minus_one_hot)(self.logits_TV, self.highest_T, scale_T, *places)
         d_TV = self.exp_TV.mul_(scale_T[:, None])
         d_TV.scatter_add_(-1, self.column_T1, -self.here_T.float()[:, None])
         return d_TV.to(self.dtype)
 
 
-def _add_product(sum_VD: Tensor, d_VT: Tensor, h_TD: Tensor) -> None:
+def _add_product(sum_VD: Tensor, d_VT: Tensor, h_TD: Tensor, fused: bool) -> None:
     """In place, and unrounded where cuBLAS adds a product of bfloat16 to float32."""
-    if h_TD.is_cuda and h_TD.dtype != sum_VD.dtype:
+    if fused and h_TD.dtype != sum_VD.dtype:
         torch.addmm(sum_VD, d_VT, h_TD, out_dtype=sum_VD.dtype, out=sum_VD)
     else:
         sum_VD += d_VT @ h_TD
@@ -123,7 +132,7 @@ def _add_product(sum_VD: Tensor, d_VT: Tensor, h_TD: Tensor) -> None:
 
 class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h_TD, weight_VD, labels_T, chunk, group, keep_grads, source_ids_T, sources):
+    def forward(ctx, h_TD, weight_VD, labels_T, chunk, group, fuse, keep_grads, source_ids_T, sources):
         loss = h_TD.new_zeros(1, dtype=torch.float32)
         each_G = h_TD.new_zeros(sources, dtype=torch.float32)
         dh_TD = torch.empty_like(h_TD) if keep_grads and ctx.needs_input_grad[0] else None
@@ -134,7 +143,7 @@ class _CrossEntropySum(torch.autograd.Function):
         )
         for start in range(0, h_TD.shape[0], chunk):
             part = slice(start, start + chunk)
-            piece = _Chunk(h_TD[part], weight_VD, labels_T[part], group)
+            piece = _Chunk(h_TD[part], weight_VD, labels_T[part], group, fuse)
             nll_T = piece.nll_T()
             loss += nll_T.sum()
             if sources:
@@ -146,7 +155,7 @@ class _CrossEntropySum(torch.autograd.Function):
             if dh_TD is not None:
                 torch.mm(d_TV, weight_VD, out=dh_TD[part])
             if dw_VD is not None:
-                _add_product(dw_VD, d_TV.T, h_TD[part])
+                _add_product(dw_VD, d_TV.T, h_TD[part], fuse is not None)
             del d_TV
         ctx.save_for_backward(dh_TD, dw_VD)
         ctx.weight_dtype = weight_VD.dtype
@@ -158,7 +167,7 @@ class _CrossEntropySum(torch.autograd.Function):
         grad = grad[:1]  # the sources' parts are told, not trained on
         dh_TD = None if dh_TD is None else dh_TD * grad.to(dh_TD.dtype)
         dw_VD = None if dw_VD is None else (dw_VD * grad).to(ctx.weight_dtype)
-        return dh_TD, dw_VD, *(None,) * 6
+        return dh_TD, dw_VD, *(None,) * 7
 
 
 def cross_entropy_sum(
@@ -169,15 +178,18 @@ def cross_entropy_sum(
     group: dist.ProcessGroup | None = None,
     source_ids_T: Tensor | None = None,
     sources: int = 0,
+    fuse: Fuse | None = None,
 ) -> Tensor:
     """Sum over labels >= 0 of -log softmax(h @ weight.T)[label], then what each source has of it, float32
     [1 + sources]; `chunk` tokens' logits exist at a time. The first alone has a gradient.
 
     With `group`, `weight_VD` is this rank's share of the rows and the gradient of `h_TD` is this rank's part
-    of a sum.
+    of a sum. `fuse`: default on a GPU torch.compile, elsewhere none.
     """
     keep_grads = torch.is_grad_enabled()
-    return _CrossEntropySum.apply(h_TD, weight_VD, labels_T, chunk, group, keep_grads, source_ids_T, sources)
+    fuse = fuse or _fuse_of(h_TD)
+    places = labels_T, chunk, group, fuse, keep_grads, source_ids_T, sources
+    return _CrossEntropySum.apply(h_TD, weight_VD, *places)
 
 
 def sums_by_source(nll_T: Tensor, source_ids_T: Tensor, sources: int) -> Tensor:
@@ -202,9 +214,8 @@ def token_scores(
     (the first of several that are equally likely); 0 where there is none."""
     scores = []
     for start in range(0, h_TD.shape[0], chunk):
-        piece = _Chunk(
-            h_TD[start : start + chunk], weight_VD, labels_T[start : start + chunk], group, ranked=True
-        )
+        part = slice(start, start + chunk)
+        piece = _Chunk(h_TD[part], weight_VD, labels_T[part], group, _fuse_of(h_TD), ranked=True)
         scores.append(torch.stack((piece.nll_T(), piece.correct_T().float()), -1))
         del piece
     return torch.cat(scores)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from torchtitan.layers import rope
 from torchtitan.layers.attention import InnerAttention, prepare_mask
-from torchtitan.layers.cross_entropy import cross_entropy_sum, token_scores, whole_vocabulary
+from torchtitan.layers.cross_entropy import Fuse, cross_entropy_sum, token_scores, whole_vocabulary
 from torchtitan.layers.init import Fill, constant, fan_in
 from torchtitan.layers.masks import Mask
 from torchtitan.models.decoder.flavors import DecoderConfig
@@ -86,13 +86,14 @@ class LMHead(nn.Linear):
     """The output layer.
 
     Given labels it returns the loss, in chunks, and what each of `sources` has of it; `vocab_group` is set
-    where tensor parallel splits its rows.
+    where tensor parallel splits its rows, `fuse` where the loss shall not be made as the device makes it.
     """
 
     def __init__(self, dim: int, vocab_size: int, chunk: int, sources: int = 0):
         super().__init__(dim, vocab_size, bias=False)
         self.chunk, self.sources = chunk, sources
         self.vocab_group = None
+        self.fuse: Fuse | None = None
 
     def forward(
         self,
@@ -110,9 +111,9 @@ class LMHead(nn.Linear):
         args = h_BSD.flatten(0, 1), weight, labels_BS.flatten(), self.chunk, self.vocab_group
         if per_token:
             return token_scores(*args).unflatten(0, labels_BS.shape)
-        if source_ids_BS is None:
-            return cross_entropy_sum(*args)
-        return cross_entropy_sum(*args, source_ids_BS.flatten(), self.sources)
+        source_ids_T = None if source_ids_BS is None else source_ids_BS.flatten()
+        sources = 0 if source_ids_BS is None else self.sources
+        return cross_entropy_sum(*args, source_ids_T, sources, self.fuse)
 
 
 class Decoder(nn.Module):
