@@ -38,7 +38,7 @@ from torchtitan.sweep.places import Place, gpus_of, places
 from torchtitan.sweep.results import columns, figure, read_results, table, write_csv
 from torchtitan.sweep.run import Sweeper
 from torchtitan.sweep.slurm import write_array
-from torchtitan.sweep.space import combinations
+from torchtitan.sweep.space import Space, combinations
 from torchtitan.sweep.status import JOB, LOG, require_same_job, status_of
 from torchtitan.tools.disk import require_writable, write_whole
 from torchtitan.tools.error_line import report_line
@@ -60,12 +60,13 @@ def main(argv: Sequence[str]) -> int:
     swept = tables.pop(SWEEP, {})
     defaults = with_settings(settings_of(swept))
     options = run_script(Options, own, __doc__ or "", defaults, "torchtitan-vlm sweep")
+    space = space_of(swept, options)
     if options.dry_run:
         rest.append(DRY_RUN)
     saved_by_us = save_runs(tables, rest)
-    found, out = find_members(tables, rest, swept, options)
+    found, out = find_members(tables, rest, space, options)
     if options.report:
-        return show(found, out, options)
+        return show(found, space, out, options.metric)
     where = find_places(options)
     ranks = int(where[0]["NGPU"])
     check_members(found, lambda job: EXPERIMENTS[job.model.name].check(job, ranks))
@@ -80,7 +81,7 @@ def main(argv: Sequence[str]) -> int:
         logger.info("checkpoint.enable is on, so that what is cut goes on (--checkpoint.no_enable: off)")
     if options.slurm:
         return write_script([*rest, *own], found, out, options)
-    return train(found, out, options, where)
+    return train(found, space, out, options, where)
 
 
 def asks_for_many(options: Sequence[str]) -> bool:
@@ -103,7 +104,7 @@ def save_runs(tables: dict[str, Any], argv: Sequence[str]) -> bool:
 
 
 def find_members(
-    tables: dict[str, Any], rest: Sequence[str], swept: dict[str, Any], options: Options
+    tables: dict[str, Any], rest: Sequence[str], space: Space, options: Options
 ) -> tuple[list[Member], Path]:
     """The runs, or the one that --index names, and the folder that holds theirs. Raises ConfigError."""
 
@@ -115,7 +116,7 @@ def find_members(
     out = Path(options.out or base.job.dump_folder)
     a_run = f"{out} is the folder of a run itself; give another --out"
     require(not (out / NEWEST).exists(), a_run)
-    assignments = combinations(space_of(swept, options), option_types(type(base), base), base.debug.seed)
+    assignments = combinations(space, option_types(type(base), base), base.debug.seed)
     last = len(assignments) - 1
     require(options.index <= last, f"--index = {options.index}: the runs are 0 to {last}")
     return members(assignments, out, parse, options.index), out
@@ -176,7 +177,7 @@ def write_script(given: Sequence[str], found: Sequence[Member], out: Path, optio
     return 0
 
 
-def train(found: Sequence[Member], out: Path, options: Options, where: Sequence[Place]) -> int:
+def train(found: Sequence[Member], space: Space, out: Path, options: Options, where: Sequence[Place]) -> int:
     """Start what is not finished, then show what came of all. Returns the exit code."""
     there = [status_of(member).state for member in found]
     logger.info(f"{out}: {len(found)} runs, {there.count('finished')} of them finished, {len(where)} at once")
@@ -189,17 +190,17 @@ def train(found: Sequence[Member], out: Path, options: Options, where: Sequence[
         report_line(f"stopped by {stopped_by.name}: {done}; the same command goes on")
         return exit_code(stopped_by)
     if options.index < 0:
-        show(found, out, options)
+        show(found, space, out, options.metric)
     for name, status in missing.items():
         report_line(f"{name}: {status}; see {out / name / LOG}")
     return 1 if missing else 0
 
 
-def show(found: Sequence[Member], out: Path, options: Options) -> int:
+def show(found: Sequence[Member], space: Space, out: Path, metric: str) -> int:
     """Table, sweep.csv and picture of what there is."""
     from torchtitan.sweep.picture import draw
 
-    results = read_results(found, options.metric)
+    results = read_results(found, space.axes, metric)
     if all(not run.record.history for run in results.runs):
         print(f"{out}: no run has a figure yet")
         return 0

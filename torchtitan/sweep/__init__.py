@@ -8,5 +8,6 @@ places    GPUs or cores for runs beside each other
 run       starts them, stops them
 slurm     an array script in place of that
 results   the figures of all runs: a table, sweep.csv
-picture   sweep.png
+picture   sweep.png: curves, and
+panels    the panels below them, one for each swept option
 """

@@ -11,7 +11,7 @@ from typing import Any
 from torchtitan.components.run_record import HELD_OUT_LOSS, RunRecord, place_of_best, read_run
 from torchtitan.config.errors import did_you_mean, require
 from torchtitan.sweep.members import Member, short_keys, shown
-from torchtitan.sweep.space import SEED
+from torchtitan.sweep.space import SEED, Axis
 from torchtitan.sweep.status import Status, status_of
 from torchtitan.tools.disk import write_whole
 
@@ -30,9 +30,10 @@ class Result:
 
 @dataclass(frozen=True)
 class Results:
-    """All runs, and the figure that says which is best."""
+    """All runs, what was swept, and the figure that says which run is best."""
 
     runs: list[Result]
+    axes: list[Axis]
     metric: str
 
     @property
@@ -45,16 +46,16 @@ class Results:
     @property
     def keys(self) -> dict[str, str]:
         """Swept option -> how it is called in tables and pictures."""
-        return short_keys(dict.fromkeys(key for run in self.runs for key in run.member.settings))
+        return short_keys(key for axis in self.axes for key in axis)
 
 
-def read_results(found: Sequence[Member], metric: str = "") -> Results:
+def read_results(found: Sequence[Member], axes: list[Axis], metric: str = "") -> Results:
     """Of all folders. Raises ConfigError where no run has the figure `metric`, though some have others."""
     runs = [Result(member, status_of(member), read_run(member.folder)) for member in found]
     known = list(dict.fromkeys(key for run in runs for key in run.record.keys))
     there = not metric or not known or metric in known
     require(there, f"sweep.metric = {metric}: no run has it{did_you_mean(metric, known)}")
-    return Results(runs, metric or (HELD_OUT_LOSS if HELD_OUT_LOSS in known else LOSS))
+    return Results(runs, axes, metric or (HELD_OUT_LOSS if HELD_OUT_LOSS in known else LOSS))
 
 
 def write_csv(results: Results, folder: Path) -> Path:

@@ -16,6 +16,7 @@ from torchtitan.config.parse import closest
 from torchtitan.config.table import convert
 
 Assignment = dict[str, Any]  # option -> value
+Axis = tuple[str, ...]  # options whose values go together, or one
 SEED = "debug.seed"
 DIGITS = 4  # of a number that is drawn, so that it can be read and typed
 TRIES = 100  # draws for each that is asked for, where many are alike
@@ -47,6 +48,12 @@ class Space:
     draws: int
     draw_seed: int
     seeds: int  # 0: as the job has it
+
+    @property
+    def axes(self) -> list[Axis]:
+        """Each is crossed with the others, but for what is drawn together. In the order of an assignment."""
+        alone = [(key,) for key in (*self.random, *([SEED] if self.seeds else []))]
+        return [*((key,) for key in self.grid), *map(tuple, self.zipped), *alone]
 
 
 def combinations(space: Space, known: Mapping[str, Any], first_seed: int) -> list[Assignment]:
