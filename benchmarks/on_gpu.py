@@ -39,10 +39,13 @@ WORKS = [
     Work("estimates", 90, "pytest tests/gpu/test_estimate.py -s -q --tb=short"),
     Work("model", 120, "pytest tests/gpu/test_model.py -q --tb=short"),
     Work("losses", 240, "pytest tests/gpu/test_losses.py -q --tb=short"),
+    Work("fp8", 90, "pytest tests/gpu/test_float8.py -q --tb=short"),
     Work("throughput", 120, "pytest tests/gpu/test_throughput.py -s -q --tb=short"),
     Work("attention", 60, "benchmarks.attention --seconds 0.3"),
     Work("generation", 120, "benchmarks.generation --flavor so400m-llama3.2-1B"),
     Work("step-base-1B", 180, f"{STEP} --flavor base-llama3.2-1B --slots 4 --accumulation 2"),
+    Work("fp8-step-3B", 150, f"{STEP} --flavor so400m-llama3.2-3B --slots 2 --ways compiled fp8"),
+    Work("fp8-losses", 400, "benchmarks.float8 --training.mixed_precision_param bfloat16 --compile.enable"),
 ]
 
 

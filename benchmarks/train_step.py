@@ -1,8 +1,8 @@
 """Where do the seconds of a training step go, and what share of the GPU's peak is useful work?
 
     python -m benchmarks.train_step [--flavor so400m-llama3.2-1B] [--slots 2] [--accumulation 4] [--steps 8]
-                                    [--ways eager compiled graphed transformers] [--photos FOLDER] [--kernels]
-                                    [--section.field VALUE ...]
+                                    [--ways eager compiled graphed fp8 transformers] [--photos FOLDER]
+                                    [--kernels] [--section.field VALUE ...]
 
 The trainer itself, with its loader, on packed slots of S = 8192 tokens: photographs of many sizes, cut from
 those of FOLDER with a fixed seed, each with a caption of 20 to 300 words. Further options are the job's.
@@ -53,7 +53,9 @@ WAYS = {
     "eager": [],
     "compiled": ["--compile.enable"],
     "graphed": ["--compile.enable", "--compile.cuda_graphs"],
+    "fp8": ["--compile.enable", "--float8.enable"],
 }
+USUAL = ["eager", "compiled", "graphed"]
 WORDS = [
     "one",
     "two",
@@ -293,7 +295,7 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=2, help="of a forward")
     parser.add_argument("--accumulation", type=int, default=4, help="forwards of a step")
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--ways", nargs="+", choices=[*WAYS, "transformers"], default=list(WAYS))
+    parser.add_argument("--ways", nargs="+", choices=[*WAYS, "transformers"], default=USUAL)
     parser.add_argument("--photos", type=Path, default=ROOT / "tests/photographs")
     parser.add_argument("--kernels", action="store_true", help="one step under the profiler")
     options, given = parser.parse_known_args()

@@ -15,6 +15,7 @@ from torch import nn
 
 from torchtitan.components.checkpoint import Checkpointer
 from torchtitan.components.checkpoint_folder import find, read_record
+from torchtitan.components.float8 import log_float8, require_device
 from torchtitan.components.forward_backward import ForwardBackward
 from torchtitan.components.freezing import choose_trained, rows_of
 from torchtitan.components.loader import Batch, Loader, Tensors, to_device
@@ -66,6 +67,7 @@ class Run:
 def build(job: JobConfig, spec: TrainSpec, device: torch.device) -> Run:
     """In this order: what is cheap and may be wrong first, what a checkpoint fills before it is loaded."""
     folder, world_size = Path(job.job.dump_folder), dist.get_world_size()
+    require_device(job.float8, device)
     _seed_generators(job)
     resolve_options(job)
     sizes = resolve_batch(job, world_size)
@@ -81,6 +83,7 @@ def build(job: JobConfig, spec: TrainSpec, device: torch.device) -> Run:
     source = None if own_checkpoint(job) else spec.initial_weights(job, shapes_of(model))
     flops = spec.flops(job, model)
     log_sizes(model, spec, sizes)
+    log_float8(model, job.float8)
     require_room(held_gib(model, job, mesh.degrees), job, device)
     open_loader = loader_of(job, spec, tokenizer, mesh)
     loader, held_out = open_loader("train", None), partial(open_loader, "validation")

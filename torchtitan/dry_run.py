@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from torchtitan.build import log_sizes
+from torchtitan.components.float8 import log_float8, require_device
 from torchtitan.components.freezing import choose_trained, rows_of
 from torchtitan.components.lr_scheduler import fit_warmup
 from torchtitan.components.parameter_groups import settings
@@ -29,6 +30,7 @@ def dry_run(job: JobConfig, spec: TrainSpec) -> None:
     Without the tokenizer's file the sizes are those of the published vocabulary; without it or data, no batch
     is read.
     """
+    require_device(job.float8, _device())
     ranks = world_size()
     sizes, layout = resolve_batch(job, ranks), degrees(job.parallelism, ranks)
     fit_warmup(job.lr_scheduler, job.training.steps)
@@ -40,6 +42,7 @@ def dry_run(job: JobConfig, spec: TrainSpec) -> None:
     token_rows = rows_of(job.training.trainable_tokens, tokenizer) if tokenizer else ()
     settings(model, job.optimizer, token_rows)  # every pattern matches something
     log_sizes(model, spec, sizes)
+    log_float8(model, job.float8)
     _log_weights(job, spec, model)
     _log_run(job, layout, sizes)
     log_memory(job, spec, layout, tokenizer, held_gib(model, job, layout))
@@ -52,6 +55,10 @@ def dry_run(job: JobConfig, spec: TrainSpec) -> None:
         spec.open_tasks(job, tokenizer, 0, 1)  # every record can be asked
         log_batch(job, spec, layout, tokenizer, model)
     logger.info("dry run: nothing was trained")
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _log_weights(job: JobConfig, spec: TrainSpec, model: nn.Module) -> None:
@@ -70,7 +77,7 @@ def _log_run(job: JobConfig, layout: Degrees, sizes: BatchSizes) -> None:
 
 def log_memory(job: JobConfig, spec: TrainSpec, layout: Degrees, tokenizer: Any, held: float) -> None:
     """`held`: GiB of a rank. What the peak leaves out is said in torchtitan/distributed/estimate.py."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device()
     peak, there = spec.memory(job, layout, tokenizer, device.type == "cuda"), memory_gib(device)
     logger.info(f"weights, gradients and {job.optimizer.name} state: {held:.2f} GiB a rank")
     logger.info(f"peak memory: {peak.total / GIB:.2f} GiB of tensors a rank, in {peak.where}")

@@ -3,6 +3,7 @@
 Training, conversion and generation share it; nothing here optimizes, loads data or keeps time.
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 from torchtitan.components.forward_backward import ForwardBackward, Plain
 from torchtitan.components.weights import CheckpointSource, WeightSource, fill, shapes_of, to_empty
 from torchtitan.config.errors import ConfigError
-from torchtitan.config.job import JobConfig
+from torchtitan.config.job import Float8, JobConfig
 from torchtitan.distributed.mesh import Mesh
 from torchtitan.spec import TrainSpec
 
@@ -46,7 +47,8 @@ def open_plain_model(
 def _model_and_source(
     job: JobConfig, spec: TrainSpec, tokenizer: Any, checkpoint: Path | None
 ) -> tuple[Any, WeightSource | None]:
-    model = spec.build_model(job, tokenizer)
+    # Weights know nothing of fp8, and answers, exports and other machines need none.
+    model = spec.build_model(dataclasses.replace(job, float8=Float8()), tokenizer)
     shapes = shapes_of(model)
     return model, CheckpointSource(checkpoint, shapes) if checkpoint else spec.initial_weights(job, shapes)
 

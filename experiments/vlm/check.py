@@ -25,6 +25,7 @@ from torchtitan.components.checkpoint_folder import find
 from torchtitan.config.check import RANGES as JOB_RANGES
 from torchtitan.config.check import check, check_patterns, check_ranges, check_selective, is_allowed
 from torchtitan.config.errors import did_you_mean, require
+from torchtitan.config.float8 import check_torchao
 from torchtitan.config.layout import Degrees, degrees
 from torchtitan.models.decoder.check import check_decoder
 from torchtitan.models.decoder.flavors import DECODERS
@@ -88,6 +89,7 @@ def check_estimated(job: VLMJobConfig) -> None:
     and the layout is checked there.
     """
     check_ranges(job, JOB_RANGES)
+    check_torchao(job)
     check_selective(job)
     check_patterns(job)
     check_model(job)

@@ -22,7 +22,8 @@ from experiments.vlm.model.vlm import VLM
 from experiments.vlm.model_config import plan_of
 from experiments.vlm.parallelize import split_decoder, split_encoder
 from experiments.vlm.shard_batch import shard_batch
-from experiments.vlm.sharing import sharers
+from experiments.vlm.sharing import part_shares, sharers
+from torchtitan.components.float8 import convert
 from torchtitan.components.flops import backward_of
 from torchtitan.components.freezing import choose_trained
 from torchtitan.components.lora import adapt
@@ -42,6 +43,7 @@ def build_on_meta(job: VLMJobConfig, config: VLMConfig, vocab_size: int) -> VLM:
     with torch.device("meta"):
         model = VLM(config, vocab_size, "sdpa", job.training.loss_chunk_tokens)
         adapt(model, job.lora)
+        convert(model, job.float8, part_shares(job, config.projector))
     choose_trained(model, job.training)
     return model
 

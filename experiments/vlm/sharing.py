@@ -4,6 +4,8 @@ Imports no torch.
 """
 
 from experiments.vlm.config import VLMJobConfig
+from experiments.vlm.model.config import ProjectorConfig
+from torchtitan.config.float8 import Share
 from torchtitan.config.layout import Degrees
 
 
@@ -31,3 +33,18 @@ def sharers(job: VLMJobConfig, sizes: Degrees) -> int:
     p = job.parallelism
     ranks = sizes.cp * (1 if p.encoder_tensor_parallel else sizes.tp)
     return ranks if p.encoder_sharing != "off" and rows_a_forward(job, sizes) % ranks == 0 else 1
+
+
+def part_shares(job: VLMJobConfig, projector: ProjectorConfig) -> dict[str, Share]:
+    """What a rank has of each part's products in a forward."""
+    p = job.parallelism
+    sizes = Degrees(1, 1, p.context_parallel_degree, p.tensor_parallel_degree, p.pipeline_parallel_degree)
+    rows = rows_a_forward(job, sizes)
+    patches = rows // sharers(job, sizes) * job.data.patches_per_row
+    # Tensor parallel gathers the sequence before it multiplies.
+    tokens = rows // job.data.patch_rows * job.training.seq_len // sizes.cp
+    return {
+        "encoder": Share(patches, sizes.tp if p.encoder_tensor_parallel else 1),
+        "projector": Share(patches // projector.merge_size**2),
+        "decoder": Share(tokens, sizes.tp),
+    }

@@ -22,7 +22,9 @@ from experiments.vlm.model_config import model_config
 from experiments.vlm.parallelize import parallelize_vlm
 from experiments.vlm.pipeline import pipeline_vlm
 from experiments.vlm.shard_batch import shard_batch, whole_slots
+from experiments.vlm.sharing import part_shares
 from experiments.vlm.vocabulary import open_tokenizer, rows_of
+from torchtitan.components.float8 import convert
 from torchtitan.components.loader import Tensors
 from torchtitan.components.lora import adapt
 from torchtitan.components.metrics import Counts
@@ -41,11 +43,13 @@ THIN = 3  # an image is thin when one side is at least this many times the other
 
 def build_vlm(job: VLMJobConfig, tokenizer: Tokenizer | None) -> VLM:
     """On the meta device."""
+    config = model_config(job)
     backend = resolve_backend(job.model.attention_backend, "cuda" if torch.cuda.is_available() else "cpu")
     with torch.device("meta"):
         chunk, sources = job.training.loss_chunk_tokens, len(sources_of(job, "train"))
-        model = VLM(model_config(job), rows_of(job, tokenizer), backend, chunk, sources)
+        model = VLM(config, rows_of(job, tokenizer), backend, chunk, sources)
         adapt(model, job.lora)
+        convert(model, job.float8, part_shares(job, config.projector))
     return model
 
 

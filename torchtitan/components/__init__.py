@@ -1,6 +1,6 @@
 """The parts of a run. Those of a TOML section bear its name; build.py puts them together, train.py uses them.
 
-step         forward_backward, freezing, lora, optimizer (parameter_groups, muon, row_adamw),
+step         forward_backward, freezing, lora, float8, optimizer (parameter_groups, muon, row_adamw),
              lr_scheduler, cuda_graph
 data         loader (what the trainer asks of one), tokenizer, tokenizer_files, epochs, data_report
 figures      metrics (what a step measures), sinks (metrics.jsonl, TensorBoard, wandb), curves, flops,

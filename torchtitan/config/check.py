@@ -16,6 +16,7 @@ from typing import Any
 
 from torchtitan.config.devices import visible_gpus
 from torchtitan.config.errors import ConfigError, did_you_mean, require
+from torchtitan.config.float8 import check_float8
 from torchtitan.config.job import ActivationCheckpoint, JobConfig
 from torchtitan.config.layout import BALANCE_BLOCKS, STAGES_PER_RANK, Degrees, degrees, resolve_batch
 from torchtitan.config.shipped import shipped
@@ -84,6 +85,7 @@ def check(job: JobConfig, world_size: int) -> None:
     check_paths(job)
     check_devices(job)
     check_cuda_graphs(job)
+    check_float8(job)
     check_loading(job)
     check_selective(job)
     check_patterns(job)
@@ -157,6 +159,7 @@ def check_devices(job: JobConfig) -> None:
     needs_gpu = {
         "parallelism.enable_async_tensor_parallel": p.enable_async_tensor_parallel,
         "compile.cuda_graphs": job.compile.cuda_graphs,
+        "float8.enable without float8.emulate": job.float8.enable and not job.float8.emulate,
         "profiling.enable_memory_snapshot": job.profiling.enable_memory_snapshot,
         "training.enable_cpu_offload": job.training.enable_cpu_offload,
         "model.attention_backend = flex (no backward on CPU; use auto or sdpa)": (
@@ -263,6 +266,9 @@ def check_patterns(job: JobConfig) -> None:
     require(bool(job.lora.patterns), "lora.patterns is empty: name the parts or maps that get adapters")
     for pattern in job.lora.patterns:
         check_pattern("lora.patterns", pattern)
+    require(bool(job.float8.patterns), "float8.patterns is empty: name the parts or maps that compute in fp8")
+    for pattern in job.float8.patterns:
+        check_pattern("float8.patterns", pattern)
     names = [group.name or group.pattern for group in job.optimizer.groups]
     for number, group in enumerate(job.optimizer.groups):
         key = f"optimizer.groups[{number}]"

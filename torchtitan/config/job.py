@@ -155,6 +155,22 @@ class LoRA:
 
 
 @dataclass
+class Float8:
+    """Linear maps that compute in fp8 numbers, by torchao; weights stay what they are."""
+
+    enable: bool = False  # needs the extra fp8, and a GPU of compute capability 8.9 or more
+    # rowwise: all three products of a map in fp8, each row of a factor with a scale of its own;
+    # rowwise_with_gw_hp: the gradient of the weight in training.mixed_precision_param
+    recipe_name: Literal["rowwise", "rowwise_with_gw_hp"] = "rowwise"
+    # the linear maps: parts, or regular expressions that are looked for in the names of modules (decoder,
+    # encoder\.layers.*fc[12]$); those whose sizes are no multiples of 16 are named in the log and left out
+    patterns: list[str] = field(default_factory=lambda: ["decoder"])
+    # of these, maps with one of these texts in their names do not; the output layer cannot
+    filter_fqns: list[str] = field(default_factory=lambda: ["output"])
+    emulate: bool = False  # fp8 numbers but float32 products: slow, on any device, for tests and comparisons
+
+
+@dataclass
 class Parallelism:
     """How the model and its data are split over the ranks."""
 
@@ -270,6 +286,7 @@ class JobConfig:
     lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
     training: Training = field(default_factory=Training)
     lora: LoRA = field(default_factory=LoRA)
+    float8: Float8 = field(default_factory=Float8)
     parallelism: Parallelism = field(default_factory=Parallelism)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)

@@ -89,6 +89,9 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(
         self, operator: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
+        if any(hasattr(kind, "__tensor_flatten__") for kind in types):
+            # Numbers of fp8 and their scales as one tensor: what it makes of the two comes here next.
+            return NotImplemented
         out = operator(*args, **(kwargs or {}))
         for leaf in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(leaf, Tensor):
