@@ -132,6 +132,14 @@ ON_TWO = [
     layout("cp2, llava", 2, model="small-llava", cp=2),
     layout("pp2, llava, frozen encoder", 2, model="small-llava", pp=2, freeze=["encoder"]),
     layout("pp2, llava, encoder stage", 2, model="small-llava", pp=2, encoder_stage=True),
+    layout(
+        "fsdp2, llava-next, full checkpointing", 2, model="small-llava-next", ac="full", encoder_ac="full"
+    ),
+    layout("tp2, llava-next, encoder heads", 2, model="small-llava-next", tp=2, heads=True),
+    layout("tp2, llava-next, shared encoder", 2, model="small-llava-next", tp=2, slots=2, sharing="on"),
+    layout("cp2, llava-next, 2 rows a slot", 2, model="small-llava-next", cp=2, rows=2, sharing="on"),
+    layout("pp2, llava-next", 2, model="small-llava-next", pp=2),
+    layout("pp2, llava-next, encoder stage", 2, model="small-llava-next", pp=2, encoder_stage=True),
     layout("fsdp2, onevision", 2, model="small-onevision"),
     layout(
         "fsdp2, onevision, full checkpointing, muon",
@@ -162,6 +170,7 @@ ON_FOUR = [
     layout("replicate2.fsdp2, llava", 4, model="small-llava", replicate=2),
     layout("replicate2.fsdp2, dinov3", 4, model="small-dinov3", replicate=2),
     layout("cp2.pp2, llava", 4, model="small-llava", cp=2, pp=2),
+    layout("replicate2.fsdp2, llava-next", 4, model="small-llava-next", replicate=2),
     layout("cp2.pp2, onevision", 4, model="small-onevision", cp=2, pp=2),
     layout("replicate2.fsdp2, onevision", 4, model="small-onevision", replicate=2),
     layout(

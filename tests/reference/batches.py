@@ -54,8 +54,8 @@ class Sizes:
     patch_size: int = 4
     merge: int = 2
     extra: int = 0  # class token and registers of each image
-    # as with tiles that were resized: an image's visual tokens are sums of four, and end in a newline
-    mixed: bool = False
+    newline: bool = False  # as with tiles: an image's visual tokens end in one
+    mixed: bool = False  # as with tiles that were resized: each of its visual tokens is a sum of four
 
     def cells(self, height: int, width: int) -> int:
         """Of a patch row, that a picture takes: its extra cells in whole groups of those that merge."""
@@ -127,22 +127,20 @@ def _place(
     per_token = sizes.merge**2
     first = (row * sizes.patches_per_row + start) // per_token
     index = list(range(first, first + height * width // per_token))
-    return _mix(index, slice(at, None), b, batch, sizes) if sizes.mixed else index
+    ends = [sizes.patch_rows * sizes.patches_per_row // per_token] * sizes.newline
+    if sizes.mixed:
+        span = slice(at, at + len(index) + len(ends))
+        batch["visual_taps"][b, span] = torch.tensor(_taps(index) + [[end] * 4 for end in ends])
+        batch["tap_weights"][b, span] = torch.tensor(WEIGHTS)
+    return index + ends
 
 
 WEIGHTS = (0.4, 0.3, 0.2, 0.1)  # of the taps of every visual token
 
 
-def _mix(index: list[int], behind: slice, b: int, batch: dict[str, Tensor], sizes: Sizes) -> list[int]:
-    """Each token is a sum of its own and the next three of its image, in a circle, and a newline follows.
-
-    `behind`: where the image begins among the slot's tokens. Returns the first taps.
-    """
-    newline, count = sizes.patch_rows * sizes.patches_per_row // sizes.merge**2, len(index)
-    rows = [[index[(i + tap) % count] for tap in range(4)] for i in range(count)] + [[newline] * 4]
-    batch["visual_taps"][b, behind][: len(rows)] = torch.tensor(rows)
-    batch["tap_weights"][b, behind][: len(rows)] = torch.tensor(WEIGHTS)
-    return [row[0] for row in rows]
+def _taps(index: list[int]) -> list[list[int]]:
+    """Of each token its own and the next three of its image, in a circle."""
+    return [[index[(i + tap) % len(index)] for tap in range(4)] for i in range(len(index))]
 
 
 def pad_for_transformers(pictures: list[Picture]) -> dict[str, torch.Tensor]:

@@ -60,13 +60,16 @@ FLAVORS.update(
 )
 LLAVA = dataclasses.replace(TOWERS["clip"], image_size=16)
 FLAVORS["small-llava"] = VLMConfig(LLAVA, ProjectorConfig(64, False, 1), DECODER, "llava", "padded")
+GRIDS = ((1, 2), (2, 1), (2, 2))
+LINED = ProjectorConfig(64, False, 1, newline=True)
+FLAVORS["small-llava-next"] = VLMConfig(LLAVA, LINED, DECODER, "llava_next", "tiles", TilesConfig(GRIDS[:2]))
 FLAVORS["small-onevision"] = VLMConfig(
     dataclasses.replace(ENCODER, image_size=16),
-    ProjectorConfig(64, False, 1, newline=True),
+    LINED,
     DECODERS["qwen2"],
     "llava_onevision",
     "tiles",
-    TilesConfig(((1, 2), (2, 1), (2, 2)), most=1, alone=True),
+    TilesConfig(GRIDS, most=1, alone=True),
 )
 FLAVORS.update(
     {f"small-{name}": VLMConfig(ENCODER, ProjectorConfig(48), decoder) for name, decoder in DECODERS.items()}
@@ -138,7 +141,7 @@ def draw_slot(seed: int, sizes: Sizes, text_only: bool) -> list[Document]:
                 draw_picture(height, width, sizes.patch_size, draw.randrange(10**6)),
                 [draw.randrange(4, VOCAB)],
             ]
-            needed += height * width // sizes.merge**2 + 1 + sizes.mixed
+            needed += height * width // sizes.merge**2 + 1 + sizes.newline
         if tokens + needed > sizes.seq_len:
             return documents
         tokens += needed
@@ -200,8 +203,9 @@ class DrawnLoader:
         data, model = job.data, model_config(job)
         rows = job.training.seq_len, data.patches_per_row, data.patch_rows
         encoder = model.encoder
-        merge, mixed = model.projector.merge_size, plan_of(model, job).mixes
-        self.sizes = Sizes(*rows, encoder.patch_size, merge, encoder.extra_cells, mixed)
+        merge, newline = model.projector.merge_size, model.projector.newline
+        mixed = plan_of(model, job).mixes
+        self.sizes = Sizes(*rows, encoder.patch_size, merge, encoder.extra_cells, newline, mixed)
         self.total = resolve_batch(job, int(os.environ.get("WORLD_SIZE", "1"))).global_
         each = self.total // ranks
         self.mine = list(range(rank * each, (rank + 1) * each))
