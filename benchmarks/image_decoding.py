@@ -145,7 +145,7 @@ def compare_scaling(rounds: int) -> dict:
     images = [encode_jpeg(draw_photo(3000, 4000, seed), quality=92) for seed in range(4)]
     shrinking = rates({"shrunk": ours}, images, 1, rounds)["shrunk"]
     quality = decibels(ours, images)
-    chosen, image_module.jpeg_factor = image_module.jpeg_factor, lambda size, target: 1
+    chosen, image_module.jpeg_factor = image_module.jpeg_factor, lambda size, target, kernel: 1
     try:
         whole = rates({"whole": ours}, images, 1, rounds)["whole"]
     finally:

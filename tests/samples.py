@@ -61,3 +61,12 @@ def photographs() -> dict[str, Image.Image]:
     """Real ones, RGB, by the names of their files (tests/photographs/README.md)."""
     files = sorted(Path(__file__).with_name("photographs").glob("*.jpg"))
     return {file.stem: Image.open(file).convert("RGB") for file in files}
+
+
+def mosaic(photo: Image.Image, height: int, width: int) -> Image.Image:
+    """A photograph again and again: as sharp as a large one, and with as many high frequencies."""
+    tiled = Image.new("RGB", (width, height))
+    for top in range(0, height, photo.height):
+        for left in range(0, width, photo.width):
+            tiled.paste(photo, (left, top))
+    return tiled

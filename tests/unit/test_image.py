@@ -17,7 +17,7 @@ from PIL import Image
 from experiments.vlm.data import image as image_module
 from experiments.vlm.data.image import ImagePlan, decode, jpeg_factor, probe, probe_lazily, write_patches
 from tests.reference.images import patchify, size_rule
-from tests.samples import encoded, jpeg, noise, photographs, psnr
+from tests.samples import encoded, jpeg, mosaic, noise, photographs, psnr
 
 SIDES = st.integers(1, 30_000)
 PLANS = st.builds(
@@ -117,11 +117,8 @@ def test_small_jpegs_are_shrunk_only_where_50_decibels_remain(target):
 
 
 def test_large_jpegs_are_shrunk_and_stay_above_40_decibels():
-    # the most high frequencies; tiled, so that they are those of a sharp large photograph
     photo = photographs()["astronaut"]
-    tiled = Image.new("RGB", (photo.width * 7 - 3, photo.height * 7 - 3))
-    for place in range(49):
-        tiled.paste(photo, (place % 7 * photo.width, place // 7 * photo.height))
+    tiled = mosaic(photo, photo.height * 7 - 3, photo.width * 7 - 3)
     data = encoded(tiled, quality=90)
     assert jpeg_factor((tiled.height, tiled.width), (416, 608)) == 2
     assert psnr(decode(data, 416, 608), in_pillow(data, 416, 608)) > 40

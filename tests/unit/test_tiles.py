@@ -1,6 +1,7 @@
 """Tiles against transformers: counts, pixels, and which visual tokens, or sums of them, come in turn."""
 
 import dataclasses
+import io
 import itertools
 import re
 import types
@@ -27,7 +28,7 @@ from experiments.vlm.model.flavors import FLAVORS
 from experiments.vlm.model_config import image_plan
 from tests.reference.images import patchify
 from tests.reference.models import QWEN3
-from tests.samples import encoded, noise, photographs, psnr
+from tests.samples import encoded, mosaic, noise, photographs, psnr
 from tests.tiny_data import Characters, make_job, write_captions
 from torchtitan.config.errors import ConfigError
 
@@ -124,6 +125,13 @@ def test_photographs_are_the_processors_to_50_decibels_and_mostly_to_65(kind):
     for photo in photographs().values():
         found += pixels_of(plan, (photo.height, photo.width), encoded(photo, "PNG"), [photo])
     assert min(found) > 50 and np.median(found) > 65
+
+
+def test_photographs_of_six_megapixels_are_the_processors_too():
+    """Their decoder could shrink them, which costs 20 decibels."""
+    data = encoded(mosaic(photographs()["astronaut"], 2000, 3001), quality=90)
+    found = pixels_of(NEXT, (2000, 3001), data, [Image.open(io.BytesIO(data)).convert("RGB")])
+    assert min(found) > 65
 
 
 def test_of_several_images_in_a_document_each_is_padded_with_the_mean():
