@@ -49,9 +49,9 @@ DECODING_BYTES = 1 << 30  # of the images that the threads of a process decode a
 COUNTED_PIXELS = 1_000_000  # from here on an image counts for that
 # Pillow at its peak, as measured; of the fast JPEG decoder `_decode_jpeg` says what it takes
 BYTES_A_PIXEL = {"other": 8, "JPEG": 10, "MPO": 10, "AVIF": 10, "WEBP": 17, "JPEG2000": 20}
-# Kernels for which speed counts more than the last bit, down to 50 dB: whole rows are added up first, which leaves
-# fewer for the slow pass (a third faster than at once), and JPEGs may be shrunk by their decoder. The others do
-# as Pillow does, which goes along rows first and rounds in between: 72 dB to it, not 57.
+# Kernels for which speed counts more than the last bit, down to 50 dB: whole rows are added up first, which
+# leaves fewer for the slow pass (a third faster than at once), and JPEGs may be shrunk by their decoder. The
+# others do as Pillow does, which goes along rows first and rounds in between: 72 dB to it, not 57.
 FAST = ("bilinear",)
 PROGRESSIVE = b"\xff\xc2"  # the marker of a JPEG whose coefficients the decoder holds, 6 bytes a pixel
 
@@ -281,8 +281,8 @@ def jpeg_factor(size: tuple[int, int], target: tuple[int, int], kernel: Resample
     """By which power of two the decoder may shrink in the DCT domain: 1, 2, 4 or 8.
 
     The margin is what is left to the antialiased resize. Seen on photographs at their true resolution: four
-    times the target keeps at least 50 dB PSNR to Pillow's resize of the whole image, twice at least 44 dB. For
-    kernels that are not of FAST it shrinks nothing.
+    times the target keeps at least 50 dB PSNR to Pillow's resize of the whole image, twice at least 44 dB.
+    For kernels that are not of FAST it shrinks nothing.
     """
     if kernel not in FAST:
         return 1
