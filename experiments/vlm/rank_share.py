@@ -66,7 +66,7 @@ class RankShare:
         split_decoder(model, mesh, _quiet(job, sizes))
         split_encoder(model, mesh, _quiet(job, sizes))
         self._parameters = dict(model.named_parameters())
-        batch = _batch_of(job, mesh, slots, plan_of(config, job))
+        batch = meta_batch(job, mesh, slots, plan_of(config, job))
         self.batch_bytes = sum(tensor.numel() * tensor.element_size() for tensor in batch.values())
         tokens = slots * job.training.seq_len / (sizes.cp * sizes.tp)
         # what goes from stage to stage
@@ -186,7 +186,7 @@ def _span_names(model: VLM) -> list[str]:
     return [*encoder, "projector", "decoder.tok_embeddings", *decoder, "decoder.norm"]
 
 
-def _batch_of(job: VLMJobConfig, mesh: Mesh, slots: int, plan: ImagePlan) -> dict[str, Tensor]:
+def meta_batch(job: VLMJobConfig, mesh: Mesh, slots: int, plan: ImagePlan) -> dict[str, Tensor]:
     """This rank's arguments of the model, on the meta device."""
     d = job.data
     rows = d.patch_rows, d.patches_per_row
