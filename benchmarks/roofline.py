@@ -221,16 +221,12 @@ def work_of_data(job: VLMJobConfig) -> Work:
     tokenizer = SPEC.load_tokenizer(job)
     place = {"rank": 0, "ranks": 1, "split": "train", "control": None, "agree": None, "group": None}
     loader = SPEC.build_loader(job, tokenizer, **place)
-    batches = [batch for step in itertools.islice(loader, STEPS_OF_DATA) for batch in step.batches]
-    works = [
-        (
-            batch.counts["patches"],
-            batch.counts["tokens"],
-            image_pairs(batch.tensors["grid_thw"]),
-            causal_pairs(batch.tensors["positions"], batch.tensors["document_ids"]),
-        )
-        for batch in batches
-    ]
+    works = []
+    for step in itertools.islice(loader, STEPS_OF_DATA):
+        for batch in step.batches:  # now: the loader writes the next step into the same memory
+            tensors, counts = batch.tensors, batch.counts
+            pairs = causal_pairs(tensors["positions"], tensors["document_ids"])
+            works.append((counts["patches"], counts["tokens"], image_pairs(tensors["grid_thw"]), pairs))
     loader.close()
     return Work(*(sum(column) // len(works) for column in zip(*works, strict=True)))
 

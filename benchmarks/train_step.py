@@ -240,8 +240,12 @@ def of_transformers(options: argparse.Namespace, given: list[str], folder: Path)
     flops, merged = PartFlops(SPEC.build_model(job, tokenizer)), config.projector.merge_size**2
     place = {"rank": 0, "ranks": 1, "split": "train", "control": None, "agree": None, "group": None}
     loader = SPEC.build_loader(job, tokenizer, **place)
-    batches = [step.batches for step in itertools.islice(loader, OF_OTHERS + options.steps)]
-    arguments = [[unpacked(batch.tensors, merged) for batch in step] for step in batches]
+    arguments, done, counts = [], [], []
+    for step in itertools.islice(loader, OF_OTHERS + options.steps):
+        # Now: the loader writes the next step into the same memory.
+        arguments.append([unpacked(batch.tensors, merged) for batch in step.batches])
+        done.append(sum(map(flops, step.batches)))
+        counts.append([batch.counts for batch in step.batches])
     loader.close()
     take = Steps(model_of(config, tokenizer.image_id, device), job.optimizer.lr)
     for step in arguments[:OF_OTHERS]:
@@ -252,13 +256,12 @@ def of_transformers(options: argparse.Namespace, given: list[str], folder: Path)
         take(step)
     synchronise()
     seconds, peak = time.perf_counter() - started, peak_flops(device)
-    timed = [batch for step in batches[OF_OTHERS:] for batch in step]
-    done = sum(map(flops, timed)) / seconds
-    counted = {name: sum(batch.counts[name] for batch in timed) / seconds for name in ("tokens", "images")}
+    timed = [each for step in counts[OF_OTHERS:] for each in step]
+    counted = {name: sum(each[name] for each in timed) / seconds for name in ("tokens", "images")}
     return {
         "way": "transformers",
         "step_s": seconds / options.steps,
-        "mfu": 100 * done / peak if peak else None,
+        "mfu": 100 * sum(done[OF_OTHERS:]) / seconds / peak if peak else None,
         "tps": counted["tokens"],
         "images/s": counted["images"],
         "memory": peak_memory_gib(device),
