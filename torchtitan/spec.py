@@ -53,7 +53,7 @@ class TrainSpec:
     initial_weights: Callable[[Any, Sizes], WeightSource | None]
     # (job, checkpoint, folder, rank, ranks): the share of a rank in the checkpoint as a Hugging Face folder
     export: Callable[[Any, Path, Path, int, int], object]
-    # (job, layout, tokenizer or None, on a GPU?): bytes of a rank at the peak
+    # (job, layout, tokenizer or None, on a GPU?): bytes of a rank at the peak; after fit_memory
     memory: Callable[[Any, Degrees, Any, bool], Memory]
     # (job, layout, tokenizer): write into the job what its memory budget chooses; raises ConfigError
     fit_memory: Callable[[Any, Degrees, Any], None]

@@ -19,6 +19,7 @@ COMMANDS = {  # name: (module of this package, what it does)
     "compare": ("compare_runs", "runs beside each other: options that differ, and all curves"),
     "inspect": ("inspect_batch", "show packed batches as the model gets them"),
     "advise": ("advise_packing", "which S, L, rows and buffer waste least on a job's data"),
+    "tune": ("tune", "which slots, L, chunk and recomputation train a job fastest here"),
     "estimate": ("estimate_memory", "what a job needs on each rank, and which layouts fit"),
     "generate": ("generate", "answer a prompt with images, or a file of them"),
     "evaluate": ("evaluate", "how good a model is at captions, questions, choices and held-out documents"),

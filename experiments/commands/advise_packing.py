@@ -23,7 +23,16 @@ from experiments.vlm.data.setup import make_setup
 from experiments.vlm.flops import Work, flops_of_work
 from experiments.vlm.model_config import image_plan, model_config
 from experiments.vlm.spec import build_vlm
-from experiments.vlm.view.packing_advice import Data, Deadline, Trials, best_of, read_documents, search
+from experiments.vlm.view.packing_advice import (
+    Data,
+    Deadline,
+    Say,
+    Trials,
+    best_of,
+    read_documents,
+    search,
+    silent,
+)
 from experiments.vlm.view.packing_simulation import Case, Occupancy, Prices
 from torchtitan.components.freezing import choose_trained
 from torchtitan.components.tokenizer import Tokenizer, load_tokenizer
@@ -69,6 +78,21 @@ def prices_of(job: VLMJobConfig, tokenizer: Tokenizer) -> Prices:
     choose_trained(model, job.training)
     flops, merged = flops_of_work(model), model_config(job).projector.merge_size ** 2
     return Prices(token=flops(Work(0, 1, 0, 0)), patch=flops(Work(merged, 0, 0, 0)) / merged)
+
+
+def read_data(
+    job: VLMJobConfig,
+    tokenizer: Tokenizer,
+    plan: ImagePlan,
+    samples: int,
+    deadline: Deadline,
+    say: Say = silent,
+) -> Data:
+    """Documents of the job, and what they cost its model. Raises ConfigError where there are none."""
+    prices, setup = prices_of(job, tokenizer), make_setup(job, tokenizer, "train", 1)
+    stream = read_documents(setup, samples, deadline.share(READING), say)
+    require(bool(stream.documents), "no good sample was found")
+    return Data(stream, prices, plan.merge_size, sum(plan.largest))
 
 
 def the_job_itself(job: VLMJobConfig, plan: ImagePlan) -> Case | None:
@@ -123,12 +147,7 @@ def main(argv: Sequence[str]) -> int:
     deadline = Deadline(options.seconds or math.inf)
     say = Progress(deadline)
     tokenizer = load_tokenizer(job.model.tokenizer_path)
-    prices = prices_of(job, tokenizer)
-    stream = read_documents(
-        make_setup(job, tokenizer, "train", 1), options.samples, deadline.share(READING), say
-    )
-    require(bool(stream.documents), "no good sample was found")
-    data = Data(stream, prices, plan.merge_size, sum(plan.largest))
+    data = read_data(job, tokenizer, plan, options.samples, deadline, say)
     now = the_job_itself(job, plan)
     buffers = options.buffers or [job.data.packing_buffer_size, 4 * job.data.packing_buffer_size]
     with closing(Trials(data, deadline, min(available_cores(), PROCESSES), say)) as trials:
@@ -141,6 +160,6 @@ def main(argv: Sequence[str]) -> int:
     if options.out:
         from experiments.vlm.view.advice_picture import draw_advice
 
-        draw_advice(stream.documents, seen, options.out)
+        draw_advice(data.stream.documents, seen, options.out)
         print(f"\npicture: {options.out}")
     return 0

@@ -32,6 +32,7 @@ from torchtitan.distributed.estimate import (
 from torchtitan.distributed.fsdp import Sharding
 from torchtitan.distributed.stages import Split, stages_of_rank
 from torchtitan.models.decoder.check import check_decoder
+from torchtitan.tools.hardware import GIB
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,10 @@ class Estimate:
         return sum(self.sent.values()) * self.ranks / self.batch.global_
 
 
-class _Shares:
-    """The whole model of a job, and the rank shares of its layouts as far as they were asked for."""
+class Shares:
+    """The whole model of a job, and the shares of a rank as far as they were asked for. Estimates of the same
+    model share them.
+    """
 
     def __init__(self, job: VLMJobConfig, vocab_size: int, on_gpu: bool):
         self.config, self._vocab_size, self._on_gpu = model_config(job), vocab_size, on_gpu
@@ -68,12 +71,11 @@ class _Shares:
         self._found: dict[tuple, RankShare] = {}
 
     def of(self, job: VLMJobConfig, sizes: Degrees, slots: int) -> RankShare:
-        """`job` may differ from the first one in its layout, batch and recomputation.
-
-        How FSDP divides a share is no matter.
+        """`job` may differ from the first one in its layout, batch, patches of a row, loss chunk and
+        recomputation. How FSDP divides a share is no matter.
         """
-        ac = job.activation_checkpoint
-        key = (sizes.cp, sizes.tp, slots, ac.encoder, ac.decoder)
+        ac, row, chunk = job.activation_checkpoint, job.data.patches_per_row, job.training.loss_chunk_tokens
+        key = (sizes.cp, sizes.tp, slots, row, chunk, ac.encoder, ac.decoder)
         if key not in self._found:
             self._found[key] = RankShare(job, self.config, self._vocab_size, sizes, slots, self._on_gpu)
         return self._found[key]
@@ -84,18 +86,19 @@ def estimate(job: VLMJobConfig, sizes: Degrees, vocab_size: int, on_gpu: bool = 
 
     On CPU a norm keeps more, and Muon exchanges float32.
     """
-    return _estimate(job, sizes, _Shares(job, vocab_size, on_gpu))
+    return estimate_with(Shares(job, vocab_size, on_gpu), job, sizes)
 
 
 def estimates(job: VLMJobConfig, world_size: int, vocab_size: int, most: Degrees) -> Iterator[Estimate]:
     """Estimates of every layout of `world_size` ranks that can run, with at most `most` in each dimension."""
-    shares = _Shares(job, vocab_size, on_gpu=True)
+    shares = Shares(job, vocab_size, on_gpu=True)
     for sizes in factorisations(world_size, most):
         with contextlib.suppress(ConfigError):
-            yield _estimate(with_degrees(job, sizes), sizes, shares)
+            yield estimate_with(shares, with_degrees(job, sizes), sizes)
 
 
-def _estimate(job: VLMJobConfig, sizes: Degrees, shares: _Shares) -> Estimate:
+def estimate_with(shares: Shares, job: VLMJobConfig, sizes: Degrees) -> Estimate:
+    """As `estimate`, of one job of many."""
     job, notes = fit_batch(job, sizes)
     check_sequence(job, sizes)
     check_pipeline(job, sizes)
@@ -104,29 +107,36 @@ def _estimate(job: VLMJobConfig, sizes: Degrees, shares: _Shares) -> Estimate:
     batch = resolve_batch(job, sizes.dp * sizes.cp * sizes.tp * sizes.pp)
     slots = job.parallelism.pipeline_parallel_microbatch_size if sizes.pp > 1 else batch.local
     if job.activation_checkpoint.memory_budget_gib:
-        job = _within_budget(job, sizes, shares, batch, slots)
-    memory, sent, rank = _worst(job, sizes, shares, batch, slots, shares.of(job, sizes, slots))
+        job, share = _within_budget(job, sizes, shares, batch, slots)
+    else:
+        share = shares.of(job, sizes, slots)
+    memory, sent, rank = _worst(job, sizes, shares, batch, slots, share)
     return Estimate(job, sizes, batch, memory, rank, shares.flops(work_of_step(job, batch)), sent, notes)
 
 
 def _within_budget(
-    job: VLMJobConfig, sizes: Degrees, shares: _Shares, batch: BatchSizes, slots: int
-) -> VLMJobConfig:
+    job: VLMJobConfig, sizes: Degrees, shares: Shares, batch: BatchSizes, slots: int
+) -> tuple[VLMJobConfig, RankShare | MixedShare]:
+    """The job as it is recomputed, and its share."""
+    free, budget = uniform(job, "all"), job.activation_checkpoint.memory_budget_gib * GIB
+    if _worst(free, sizes, shares, batch, slots, whole := shares.of(free, sizes, slots))[0].total <= budget:
+        return free, whole
     ways = {kept: shares.of(uniform(job, kept), sizes, slots) for kept in MODES}
     share = MixedShare(ways)
 
     def peak(candidate: VLMJobConfig) -> float:
-        ac = candidate.activation_checkpoint
-        share.recomputed = {"encoder": ac.encoder, "decoder": ac.decoder}
+        share.keep_as(candidate)
         return _worst(candidate, sizes, shares, batch, slots, share)[0].total
 
-    return within_budget(job, shares.model, ways, sizes, peak)
+    chosen = within_budget(job, shares.model, ways, sizes, peak)
+    share.keep_as(chosen)
+    return chosen, share
 
 
 def _worst(
     job: VLMJobConfig,
     sizes: Degrees,
-    shares: _Shares,
+    shares: Shares,
     batch: BatchSizes,
     slots: int,
     share: RankShare | MixedShare,

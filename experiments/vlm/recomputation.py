@@ -44,7 +44,7 @@ class Tower:
 
 
 class MixedShare:
-    """A rank's share whose layers keep as `recomputed` says, from shares that keep alike in all layers."""
+    """A rank's share whose layers keep as `keep_as` says, from shares that keep alike in all layers."""
 
     def __init__(self, shares: Mapping[Kept, RankShare]):
         share = shares["all"]
@@ -53,6 +53,11 @@ class MixedShare:
         self.recomputed: dict[str, Recomputation] = {}  # by tower
         self._units = cache(lambda *stage: [list(each.units(*stage)) for each in shares.values()])
         self._ways = list(shares)
+
+    def keep_as(self, job: VLMJobConfig) -> None:
+        """From now on."""
+        ac = job.activation_checkpoint
+        self.recomputed = {"encoder": ac.encoder, "decoder": ac.decoder}
 
     def units(self, sizes: Degrees, layers: range, first: bool, last: bool) -> Iterator[Unit]:
         """As RankShare.units."""

@@ -54,8 +54,11 @@ def build_vlm(job: VLMJobConfig, tokenizer: Tokenizer | None) -> VLM:
 
 
 def memory(job: VLMJobConfig, layout: Degrees, tokenizer: Tokenizer | None, on_gpu: bool) -> Memory:
-    """Bytes of a rank at the peak."""
-    return estimate(job, layout, rows_of(job, tokenizer), on_gpu).memory
+    """Bytes of a rank at the peak, with the layers that `fit_memory` chose where there is a memory budget."""
+    chosen = replace(job.activation_checkpoint, memory_budget_gib=0.0)
+    return estimate(
+        replace(job, activation_checkpoint=chosen), layout, rows_of(job, tokenizer), on_gpu
+    ).memory
 
 
 def fit_memory(job: VLMJobConfig, layout: Degrees, tokenizer: Tokenizer | None) -> None:

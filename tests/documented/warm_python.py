@@ -28,6 +28,7 @@ IMPORTED = ("torch.distributed.fsdp", "torch.distributed.checkpoint", "torch.opt
 SHORTER = {
     "experiments": ["--training.steps", "2", "--validation.steps", "1", "--metrics.no_enable_tensorboard"],
     "advise": ["--samples", "200"],
+    "tune": ["--minutes", "0.5", "--job.dry_run"],
     "advise_packing": ["--samples", "200"],
 }
 PROGRAMS: dict[str, list[str]] = {

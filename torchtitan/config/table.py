@@ -78,21 +78,22 @@ def to_table(record: Any, key: str, leave_out: tuple[str, ...] = ()) -> str:
         if isinstance(value, list) and value and dataclasses.is_dataclass(value[0]):
             tables += [to_table(item, f"[{_join(key, name)}]") for item in value]
         else:
-            lines.append(f"{name} = {_literal(value)}")
+            lines.append(f"{name} = {literal(value)}")
     return "\n".join(lines) + "\n" + "".join("\n" + table for table in tables)
 
 
-def _literal(value: Any) -> str:
+def literal(value: Any) -> str:
+    """A value as TOML writes it."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
         # TOML's basic strings; DEL is no JSON escape
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if dataclasses.is_dataclass(value):
-        fields = (f"{name} = {_literal(inner)}" for name, inner in vars(value).items() if inner is not None)
+        fields = (f"{name} = {literal(inner)}" for name, inner in vars(value).items() if inner is not None)
         return "{" + ", ".join(fields) + "}"
     if isinstance(value, list):
-        return "[" + ", ".join(map(_literal, value)) + "]"
+        return "[" + ", ".join(map(literal, value)) + "]"
     return repr(value)
 
 

@@ -6,6 +6,7 @@ Where the sweep itself is killed, they get SIGTERM from the kernel, save and sto
 
 import contextlib
 import ctypes
+import math
 import os
 import signal
 import subprocess
@@ -26,6 +27,8 @@ from torchtitan.tools.logging import logger
 
 POLL_S = 0.05
 TELL_S = 60.0  # between two lines about the runs that go on
+# What runs get when the time is over, and how long after that: they are asked to stop, then interrupted.
+ENDING = ((0.0, signal.SIGTERM), (15.0, signal.SIGINT))
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Variables of whoever starts the sweep that would make a run another one.
 NOT_FOR_RUNS = ("CONFIG_FILE", "DRY_RUN", "WANDB_NAME", "WANDB_RUN_ID")
@@ -44,7 +47,10 @@ class Running:
 
 
 class Sweeper:
-    """The runs `wanted`, in `places`. `command`: a job file -> what trains it; `group`: of wandb."""
+    """The runs `wanted`, in `places`. `command`: a job file -> what trains it; `group`: of wandb.
+
+    `deadline`: on the clock of time.monotonic, when what still runs is stopped, as SIGTERM would.
+    """
 
     def __init__(
         self,
@@ -52,9 +58,10 @@ class Sweeper:
         places: Sequence[Place],
         command: Callable[[Path], list[str]],
         group: str,
+        deadline: float = math.inf,
     ):
         self.waiting, self.free = list(wanted), list(places)
-        self.command, self.group = command, group
+        self.command, self.group, self.deadline = command, group, deadline
         self.running: list[Running] = []
         self.left_to_others: set[str] = set()  # told about once
         self.signals: list[int] = []
@@ -66,6 +73,7 @@ class Sweeper:
             while self.running or (self.waiting and not self.signals):
                 self._reap()
                 self._fill()
+                self._end_in_time()
                 if time.monotonic() - told > TELL_S:
                     told = time.monotonic()
                     self._tell()
@@ -83,7 +91,13 @@ class Sweeper:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _forward(self, number: int, frame: FrameType | None) -> None:
+    def _end_in_time(self) -> None:
+        if len(self.signals) < len(ENDING):
+            after_s, number = ENDING[len(self.signals)]
+            if time.monotonic() > self.deadline + after_s:
+                self._forward(number)
+
+    def _forward(self, number: int, frame: FrameType | None = None) -> None:
         """The first asks to save and stop, the second interrupts; the third ends the runs at once."""
         self.signals.append(number)
         for one in self.running:

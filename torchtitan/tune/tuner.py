@@ -1,0 +1,139 @@
+"""Measures what a search proposes, until it has no more to propose or the time is over. Imports no torch."""
+
+import statistics
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Generic, Protocol, TypeVar
+
+from torchtitan.config.errors import require
+from torchtitan.config.job import JobConfig
+from torchtitan.sweep.members import Member, names
+from torchtitan.sweep.space import Assignment
+from torchtitan.tools.logging import logger
+from torchtitan.tune.report import Report, Row, write
+from torchtitan.tune.search import Change, climb
+from torchtitan.tune.trial import Trial, ended_trial, read_trial, require_same_job, short_run
+
+OWN = "the_job"  # folder of the job as it is
+
+C = TypeVar("C", bound=Hashable)
+
+
+class Space(Protocol[C]):
+    """What can be changed of a job, and what is known of a candidate without running it."""
+
+    @property
+    def own(self) -> C:
+        """The job as it is."""
+        ...
+
+    @property
+    def changes(self) -> Sequence[Change[C]]:
+        """What may gain most first."""
+        ...
+
+    def job_of(self, candidate: C) -> JobConfig:
+        """The whole job."""
+        ...
+
+    def settings(self, candidate: C) -> Assignment:
+        """Option -> value, where it differs from the job."""
+        ...
+
+    def shown(self, candidate: C) -> dict[str, str]:
+        """For a table: column -> text."""
+        ...
+
+    def peak_gib(self, candidate: C) -> float:
+        """Memory of a rank, by the plan."""
+        ...
+
+    def did_fit(self, candidate: C) -> None:
+        """It ran."""
+        ...
+
+    def did_not_fit(self, candidate: C) -> None:
+        """No more that is as large is to be proposed."""
+        ...
+
+
+@dataclass
+class Tuner(Generic[C]):
+    """Short runs of the candidates of a space, each in a folder of `report.folder`."""
+
+    space: Space[C]
+    report: Report  # gets a row for each
+    gib: float  # of a rank
+    records: int  # that count, of each run
+    log_freq: int  # steps of a record
+    start: Callable[[Member], None]  # run it until it ends, or the time is over
+    left_s: Callable[[], float]  # seconds until then
+    took: list[float] = field(default_factory=list)  # seconds of those that were measured
+
+    def tune(self) -> bool:
+        """Whether the search came to its end; else the time was over first.
+
+        The first candidate, the job as it is, is always run; another one only where there is as much time
+        left as they took so far. Raises UserError where the job as it is fails for another reason than
+        memory.
+        """
+        proposals = climb(self.space.own, self.space.changes)
+        candidate = next(proposals)
+        while True:
+            trial = self.known(candidate)
+            if trial is None:
+                if self.took and self.left_s() < statistics.median(self.took):
+                    return False
+                trial = self.measure(candidate)
+            self.keep(candidate, trial)
+            if trial.state == "cut":
+                return False
+            try:
+                candidate = proposals.send(trial.rate)
+            except StopIteration:
+                return True
+
+    def known(self, candidate: C) -> Trial | None:
+        """What is known without a run: from an earlier one, or from the plan. Raises ConfigError where the
+        folder is of another job.
+        """
+        member = self.member(candidate)
+        require_same_job(member)
+        if (found := read_trial(member)) is not None:
+            return found
+        peak = self.space.peak_gib(candidate)
+        too_large = Trial("too large", f"planned: {peak:.1f} GiB of the {self.gib:.1f} that there are")
+        return too_large if peak > self.gib else None
+
+    def measure(self, candidate: C) -> Trial:
+        """Run it."""
+        member = self.member(candidate)
+        self.start(member)
+        return ended_trial(member)
+
+    def member(self, candidate: C) -> Member:
+        """Its short run, in a folder that is named by what differs from the job."""
+        settings = self.space.settings(candidate)
+        name = names([settings])[0] if settings else OWN
+        job = short_run(self.space.job_of(candidate), self.records, self.log_freq)
+        job.job.dump_folder = str(Path(self.report.folder) / name)
+        return Member(len(self.report.rows), name, settings, job)
+
+    def keep(self, candidate: C, trial: Trial) -> None:
+        """In the report, its files, and the log."""
+        settings, rows = self.space.settings(candidate), self.report.rows
+        require(bool(rows) or trial.state != "failed", f"the job as it is does not run: {trial.why}")
+        if trial.state == "measured":
+            self.took.append(trial.seconds)
+            self.space.did_fit(candidate)
+        elif trial.state == "too large":
+            self.space.did_not_fit(candidate)
+        row = Row(settings, self.space.shown(candidate), self.space.peak_gib(candidate), trial)
+        rows.append(row)
+        write(self.report)
+        name, ratio = names([settings])[0] if settings else "the job as it is", self.report.ratio(row)
+        told = f"{trial.state}: {trial.why}"
+        if trial.rate is not None:
+            told = f"{trial.rate:.4g} useful TFLOP/s"
+        logger.info(f"{name}: {told}{f', {ratio:.3f} times the job' if ratio and settings else ''}")
