@@ -8,6 +8,8 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parents[2]
 PAGES = [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md")]
 PAGES = [page for page in PAGES if page.is_file()] + sorted((REPOSITORY / "docs").glob("*.md"))
+# Half of the time of all; test_training_commands.py runs them, test_commands.py the others.
+TRAINING = {"machines.md", "running.md", "stages.md", "start.md", "sweeps.md"}
 # Why a block is not run; `<!-- needs: REASON -->` stands above it. Its options are looked at.
 REASONS = {
     "a GPU": "there is none here",

@@ -2,7 +2,8 @@
 
 `Server` starts that process and writes `python` and `torchtitan-vlm` into a folder, to be the first of PATH.
 They are small clients: they hand over arguments, environment, working directory and standard streams, and end
-as their program ends. What shell scripts, launchers and `os.execv(sys.executable, ...)` start is warm too.
+as their program ends. What shell scripts, launchers, multiprocessing and `os.execv(sys.executable, ...)`
+start is warm too.
 
 A program that is started with LOOK_ONLY in its environment ends where its options are found to be good.
 """
@@ -16,6 +17,8 @@ import socket
 import subprocess
 import sys
 import traceback
+from collections.abc import Sequence
+from multiprocessing import util
 from pathlib import Path
 
 from tests.documented import look_only
@@ -26,10 +29,13 @@ IMPORTED = ("torch.distributed.fsdp", "torch.distributed.checkpoint", "torch.opt
             "matplotlib.figure", "torchtitan.train", "pyarrow.parquet", "tensorboard")  # fmt: skip
 # Options that make a program end soon; they win, since they come last.
 SHORTER = {
-    "experiments": ["--training.steps", "2", "--validation.steps", "1", "--metrics.no_enable_tensorboard"],
-    "advise": ["--samples", "200"],
+    "experiments": [
+        *("--training.steps", "2", "--validation.steps", "1"),
+        *("--metrics.no_enable_tensorboard", "--metrics.no_save_plot"),
+    ],
+    "advise": ["--samples", "200", "--seconds", "5"],
     "tune": ["--minutes", "0.5", "--job.dry_run"],
-    "advise_packing": ["--samples", "200"],
+    "advise_packing": ["--samples", "200", "--seconds", "5"],
 }
 PROGRAMS: dict[str, list[str]] = {
     "python": [],
@@ -117,12 +123,33 @@ def _attend(client: socket.socket, python: str) -> None:
         os.environ.clear()
         os.environ.update(variable.split("=", 1) for variable in variables)
         sys.executable = python
+        util.spawnv_passfds = _spawn_warm
         os._exit(_program(argv))
     for stream_ in streams:
         os.close(stream_)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     client.sendall(bytes([code if code >= 0 else 128 - code]))
     os._exit(0)
+
+
+def _spawn_warm(path: object, argv: Sequence[object], kept: Sequence[int]) -> int:
+    """In place of multiprocessing's own, which starts `python -c CODE` with these files open, and returns its
+    number: a server that forks readers would import torch for 3 s each time.
+    """
+    if number := os.fork():
+        return number
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, signal.SIG_DFL)
+    first = 3
+    for file in [*sorted(kept), os.sysconf("SC_OPEN_MAX")]:
+        os.closerange(first, file)
+        first = file + 1
+    try:
+        exec(str(argv[-1]), {"__name__": "__main__"})
+    except Exception:
+        traceback.print_exc()
+    finally:  # by SystemExit too, which is not for the program that was forked
+        os._exit(0)
 
 
 def _program(argv: list[str]) -> int:
