@@ -22,8 +22,10 @@ def install() -> None:
     """In this process, which is about to run a program of ours."""
     import experiments.__main__ as trainer
     from torchtitan.config import parse
+    from torchtitan.sweep.run import Sweeper
 
     trainer.ready_job = lambda argv, world_size: _job(argv)  # of the launcher
+    Sweeper.run = _then_end(lambda sweeper: None)  # every run's options were checked
     parse.parse_script = _then_end(parse.parse_script)
     parse.tyro = SimpleNamespace(cli=tyro.cli, conf=tyro.conf)
     tyro.cli = _then_end(tyro.cli)

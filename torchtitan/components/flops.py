@@ -76,7 +76,8 @@ def attention_passes(model: nn.Module) -> dict[str, int]:
 
 def total_of(part: str, counted: dict[str, int]) -> int:
     """What was counted in the module `part` and all inside it."""
-    return sum(count for name, count in counted.items() if f"{name}.".startswith(f"{part}."))
+    inside = f"{part}."
+    return sum(count for name, count in counted.items() if name == part or name.startswith(inside))
 
 
 def causal_pairs(positions_BS: Tensor, document_ids_BS: Tensor) -> int:
