@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments.vlm import estimate as estimating
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.estimate import estimate
 from experiments.vlm.recomputation import with_options
@@ -111,3 +112,19 @@ def test_a_run_within_a_budget_loses_what_one_without_loses_and_keeps_what_was_c
     kept = read_toml(str(tmp_path / "within" / "config.toml"))["activation_checkpoint"]
     assert kept["memory_budget_gib"] == budget
     assert sum(value for name, value in kept.items() if name.endswith("layers")) > 0
+
+
+def test_what_was_chosen_is_not_sought_again_for_its_peak(monkeypatch):
+    asked = job()
+    most, least = (peak(with_options(job(), *pair)) for pair in (((0, 0), (0, 0)), ((2, 0), (4, 0))))
+    asked.activation_checkpoint.memory_budget_gib = (most + least) / 2 / GIB
+    SMALL.fit_memory(asked, ONE, None)
+    monkeypatch.setattr(estimating, "within_budget", lambda *_: pytest.fail("it is sought again"))
+    assert least < SMALL.memory(asked, ONE, None, True).total <= (most + least) / 2
+    assert asked.activation_checkpoint.memory_budget_gib > 0
+
+
+def test_a_budget_that_holds_everything_needs_no_search(monkeypatch):
+    monkeypatch.setattr(estimating, "within_budget", lambda *_: pytest.fail("there is nothing to seek"))
+    ac = chosen(1.0).activation_checkpoint
+    assert (ac.encoder.until, ac.decoder.until) == (0, 0)

@@ -274,17 +274,16 @@ class Doubling:
 class Trainer:
     """Takes ten seconds a run, on the clock that it turns itself."""
 
-    def __init__(self, until_s: float):
+    def __init__(self, until_s: float, **speeds: float):
         self.left_s, self.started = until_s, []
+        self.speeds = {int(run[1:]): speed for run, speed in speeds.items()}  # of the machine, by run
 
     def __call__(self, member: Member) -> None:
         slots = member.job.training.local_batch_size
         self.started.append(slots)
         begin(member)
-        lines = [
-            {"step": n, "tflops": float(slots), "memory": 1.0, "step_s": 1.0, "tps": 1.0}
-            for n in range(1, 12)
-        ]
+        work = slots * self.speeds.get(len(self.started), 1.0)
+        lines = [{"step": n, "tflops": work, "memory": 1.0, "step_s": 1.0, "tps": 1.0} for n in range(1, 12)]
         (member.folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
         self.left_s -= 10
         write_record(member.folder, 0 if self.left_s >= 0 else 143, 10.0)
@@ -296,14 +295,26 @@ def tuned(out: Path, trainer: Trainer, gib: float = 99.0) -> tuple[Tuner, bool]:
 
 
 def test_nothing_is_started_that_would_not_end_in_time_and_a_longer_time_goes_on(tmp_path):
-    first = Trainer(35)
+    first = Trainer(55)
     tuner, came_to_its_end = tuned(tmp_path, first)
-    assert (first.started, came_to_its_end) == ([1, 2, 4], False)
-    second = Trainer(35)
+    assert (first.started, came_to_its_end) == ([1, 2, 4, 1, 4], False)
+    second = Trainer(55)
     tuner, _ = tuned(tmp_path, second)
-    assert second.started == [8, 16, 32]
+    assert second.started == [8, 16, 32, 32]  # the job was run twice before
     assert [row.trial.rate for row in tuner.report.rows] == [1, 2, 4, 8, 16, 32]
     assert tuner.report.best is tuner.report.rows[-1]
+
+
+def test_a_machine_that_was_slow_for_the_job_alone_makes_no_candidate_best(tmp_path):
+    trainer = Trainer(1000, _1=0.1, _2=0.05)
+    tuner, _ = tuned(tmp_path, trainer, gib=2.0)
+    assert trainer.started == [1, 2]  # both as slow: nothing to confirm
+    trainer = Trainer(1000, _1=0.1, _2=0.5, _4=0.06)
+    tuner, came_to_its_end = tuned(tmp_path / "b", trainer, gib=2.0)
+    assert trainer.started == [1, 2, 1, 2] and came_to_its_end
+    own, other = tuner.report.rows[:2]
+    assert other.trial.rate > own.trial.rate and (own.runs, other.runs) == (2, 2)
+    assert tuner.report.best is own
 
 
 def test_a_run_that_is_cut_by_the_end_of_the_time_gives_no_figure_and_is_run_again(tmp_path):
@@ -319,7 +330,7 @@ def test_a_run_that_is_cut_by_the_end_of_the_time_gives_no_figure_and_is_run_aga
 def test_what_needs_more_than_there_is_by_the_plan_is_not_started(tmp_path):
     trainer = Trainer(1000)
     tuner, _ = tuned(tmp_path, trainer, gib=20.0)
-    assert trainer.started == [1, 2, 4, 8, 16] and min(tuner.space.too_large) == 32
+    assert trainer.started == [1, 2, 4, 8, 16, 1, 16] and min(tuner.space.too_large) == 32
 
 
 def test_the_figures_of_another_machine_or_job_are_refused(tmp_path):
@@ -405,7 +416,10 @@ def test_the_command_ends_with_a_table_files_and_lines_that_make_the_best_job(st
     assert (best["B"], best["L"], best["useful_tflops"], best["x_the_job"]) == ("4", "956", 6.0, 2.0)
     with (out / "tune.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["state"] for row in rows].count("too large") == 1 and len(rows) == len(names)
+    assert [row["state"] for row in rows].count("too large") == 1 and len(rows) == len(names) - 2
+    assert (
+        names[-2:] == ["the_job,again", "patches_per_row=956,local_batch_size=4,again"] and best["runs"] == 2
+    )
     assert "out of memory" in said and "2.00 times its useful work a second" in said
     assert "the trainer waits for data 7 % of its time: raise data.num_workers first" in said
     (starred,) = [line.split() for line in said.splitlines() if line.strip().startswith("*")]

@@ -27,6 +27,7 @@ class Row:
     shown: Mapping[str, str]  # column -> what it sets there
     planned_gib: float
     trial: Trial
+    runs: int = 1  # that the trial is of
 
 
 @dataclass
@@ -95,6 +96,11 @@ def verdict(report: Report) -> str:
         ratio = report.ratio(best)
         gain = "which does not run itself" if ratio is None else f"{ratio:.2f} times its useful work a second"
         told.append(f"number {report.rows.index(best)} of {tried} is best: the job with these lines, {gain}")
+        if own.trial.work and best.runs == 1:
+            once = (
+                "it and the job were measured once each: what differs between runs may be more than the gain"
+            )
+            told.append(f"{once}; the same command measures both again")
     waits = best.trial.figures.get("data_wait", 0.0)
     if waits > WAITS:
         told.append(f"the trainer waits for data {waits:.0f} % of its time: raise data.num_workers first")
@@ -142,6 +148,6 @@ def _record(report: Report, row: Row) -> dict[str, Any]:
     record: dict[str, Any] = {**row.shown, "state": trial.state, "why": trial.why}
     low, high = trial.middle if trial.work else ("", "")
     ratio = report.ratio(row)
-    record |= {"seconds": trial.seconds, "planned_gib": round(row.planned_gib, 3)}
+    record |= {"runs": row.runs, "seconds": trial.seconds, "planned_gib": round(row.planned_gib, 3)}
     record |= {"useful_tflops": trial.rate if trial.work else "", "lower_quarter": low, "upper_quarter": high}
     return record | {"x_the_job": "" if ratio is None else ratio} | trial.figures

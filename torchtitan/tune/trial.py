@@ -55,6 +55,13 @@ class Trial:
         low, _, high = statistics.quantiles(self.work, n=4, method="inclusive")
         return low, high
 
+    def with_another(self, run: "Trial") -> "Trial":
+        """Both runs of a candidate together: what is not alike between runs widens the middle half."""
+        both = self.figures.keys() & run.figures.keys()
+        figures = {name: (self.figures[name] + run.figures[name]) / 2 for name in sorted(both)}
+        figures[MEMORY] = max(self.figures[MEMORY], run.figures[MEMORY])
+        return Trial("measured", "", self.work + run.work, figures, self.seconds + run.seconds)
+
     def is_faster(self, than: "Trial") -> bool:
         """By more than steps differ: even the quarter of its slower records is above theirs."""
         return self.middle[0] > than.middle[1]

@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
@@ -15,7 +15,7 @@ from torchtitan.tune.report import Report, Row, write
 from torchtitan.tune.search import Change, climb
 from torchtitan.tune.trial import Trial, ended_trial, read_trial, require_same_job, short_run
 
-OWN = "the_job"  # folder of the job as it is
+OWN, AGAIN = "the_job", ",again"  # folder of the job as it is; ending of the folder of a second run
 
 C = TypeVar("C", bound=Hashable)
 
@@ -69,21 +69,27 @@ class Tuner(Generic[C]):
     log_freq: int  # steps of a record
     start: Callable[[Member], None]  # run it until it ends, or the time is over
     left_s: Callable[[], float]  # seconds until then
+    candidates: list[C] = field(default_factory=list)  # of the rows
     took: list[float] = field(default_factory=list)  # seconds of those that were measured
 
     def tune(self) -> bool:
         """Whether the search came to its end; else the time was over first.
 
         The first candidate, the job as it is, is always run; another one only where there is as much time
-        left as they took so far. Raises UserError where the job as it is fails for another reason than
-        memory.
+        left as they took so far, and to run the best and the job once more. Raises UserError where the job
+        as it is fails for another reason than memory.
         """
+        came_to_its_end = self.search()
+        return self.confirm() and came_to_its_end
+
+    def search(self) -> bool:
+        """Measure what is proposed. Whether it came to its end."""
         proposals = climb(self.space.own, self.space.changes)
         candidate = next(proposals)
         while True:
             trial = self.known(candidate)
             if trial is None:
-                if self.took and self.left_s() < statistics.median(self.took):
+                if not self.has_time(1 if self.unconfirmed() is None else 3):
                     return False
                 trial = self.measure(candidate)
             self.keep(candidate, trial)
@@ -93,6 +99,42 @@ class Tuner(Generic[C]):
                 candidate = proposals.send(trial.rate)
             except StopIteration:
                 return True
+
+    def has_time(self, runs: int) -> bool:
+        """For so many, as long as they took so far; the first has."""
+        return not self.took or self.left_s() >= runs * statistics.median(self.took)
+
+    def unconfirmed(self) -> int | None:
+        """Which row is best and was run once, where the job as it is, too, has a figure."""
+        rows, best = self.report.rows, self.report.best
+        if best is None or best is rows[0] or best.runs > 1 or not rows[0].trial.work:
+            return None
+        return rows.index(best)
+
+    def confirm(self) -> bool:
+        """Run the best once more, and the job: a machine is not as fast at all times, which the steps of one
+        run do not show. Whether there was time.
+        """
+        while (best := self.unconfirmed()) is not None:
+            for place in (0, best):
+                if self.report.rows[place].runs == 1 and not self.again(place):
+                    return False
+        return True
+
+    def again(self, place: int) -> bool:
+        """The candidate of this row once more. Whether it was measured."""
+        row = self.report.rows[place]
+        member = self.member(self.candidates[place], AGAIN)
+        require_same_job(member)
+        if (trial := read_trial(member)) is None:
+            if not self.has_time(1):
+                return False
+            self.start(member)
+            trial = ended_trial(member)
+        if trial.state == "measured":
+            self.report.rows[place] = replace(row, trial=row.trial.with_another(trial), runs=2)
+            write(self.report)
+        return trial.state == "measured"
 
     def known(self, candidate: C) -> Trial | None:
         """What is known without a run: from an earlier one, or from the plan. Raises ConfigError where the
@@ -112,10 +154,10 @@ class Tuner(Generic[C]):
         self.start(member)
         return ended_trial(member)
 
-    def member(self, candidate: C) -> Member:
+    def member(self, candidate: C, ending: str = "") -> Member:
         """Its short run, in a folder that is named by what differs from the job."""
         settings = self.space.settings(candidate)
-        name = names([settings])[0] if settings else OWN
+        name = (names([settings])[0] if settings else OWN) + ending
         job = short_run(self.space.job_of(candidate), self.records, self.log_freq)
         job.job.dump_folder = str(Path(self.report.folder) / name)
         return Member(len(self.report.rows), name, settings, job)
@@ -131,6 +173,7 @@ class Tuner(Generic[C]):
             self.space.did_not_fit(candidate)
         row = Row(settings, self.space.shown(candidate), self.space.peak_gib(candidate), trial)
         rows.append(row)
+        self.candidates.append(candidate)
         write(self.report)
         name, ratio = names([settings])[0] if settings else "the job as it is", self.report.ratio(row)
         told = f"{trial.state}: {trial.why}"
