@@ -10,6 +10,7 @@ is not run. It ends with a table, the lines for the TOML, and the whole job in b
 goes on where it was stopped. --job.dry_run lists what would be tried around the job, and runs nothing.
 """
 
+import json
 import math
 import os
 from collections.abc import Sequence
@@ -51,7 +52,7 @@ from torchtitan.tools.signals import Ended, resumable
 from torchtitan.tune.report import Report, require_same_machine, table, toml_lines, verdict
 from torchtitan.tune.tuner import Tuner
 
-BEST = "best.toml"
+BEST, LENGTHS = "best.toml", "lengths.json"
 UNSEEN_GIB, SHARE = 2.0, 0.95  # of a device: what the planner does not see, and how far it is trusted
 ADVICE_S, ADVICE_SHARE, SAMPLES = 20.0, 0.1, 5000  # the adviser's: seconds, share of the time, documents
 # A record takes about so long on a GPU: between two the host may run ahead, as it does in training.
@@ -97,11 +98,11 @@ def main(argv: Sequence[str]) -> int:
         out, f"{place['NGPU']} x {machine.name}", [n for n, of in BATCH_METRICS.items() if of.capacity]
     )
     if job.job.dry_run:
-        return list_candidates(find_space(job, place, machine, deadline)[0])
+        return list_candidates(find_space(job, place, machine, deadline, out)[0])
     require_writable(out, "--out")
     require_same_machine(report)
     with locked(out / "lock", f"{out}: another process tunes there; give another --out"):
-        space, flops = find_space(job, place, machine, deadline)
+        space, flops = find_space(job, place, machine, deadline, out)
 
         def start(member: Member) -> None:
             stopped = Sweeper([member], [place], train_command, out.resolve().name, deadline.end).run()
@@ -142,7 +143,9 @@ def _machine() -> Machine:
     return Machine(name, memory_gib(device), peak_flops(device), on_gpu)
 
 
-def find_space(job: VLMJobConfig, place: Place, machine: Machine, deadline: Deadline) -> tuple[Space, float]:
+def find_space(
+    job: VLMJobConfig, place: Place, machine: Machine, deadline: Deadline, out: Path
+) -> tuple[Space, float]:
     """What may be tried, and the FLOPs of the job's full step on a rank. Raises ConfigError."""
     ranks, tokenizer = int(place["NGPU"]), open_tokenizer(job)
     limit = SHARE * max(0.0, machine.gib - UNSEEN_GIB)
@@ -152,9 +155,16 @@ def find_space(job: VLMJobConfig, place: Place, machine: Machine, deadline: Dead
         f"{ranks} x {machine.name}: {machine.gib:.1f} GiB a rank, of which the planner may fill {limit:.1f}; "
         f"{own.batch.global_} slots a step, whatever the candidate"
     )
-    costs = costs_of_lengths(job, tokenizer, min(ADVICE_S, deadline.share(ADVICE_SHARE).left_s()))
-    merge, length = image_plan(job).merge_size, job.data.patches_per_row
-    lengths = promising(costs, length, merge, machine.on_gpu)
+    # With more or less time the adviser may find others, and a search that goes on would begin anew.
+    file = out / LENGTHS
+    if file.is_file():
+        lengths = json.loads(file.read_text())
+    else:
+        seconds = min(ADVICE_S, deadline.share(ADVICE_SHARE).left_s())
+        costs, merge = costs_of_lengths(job, tokenizer, seconds), image_plan(job).merge_size
+        lengths = promising(costs, job.data.patches_per_row, merge, machine.on_gpu)
+    if not job.job.dry_run:
+        write_whole(file, json.dumps(lengths) + "\n")
     return Space(job, ranks, lengths, planner, machine.on_gpu), own.flops / ranks
 
 

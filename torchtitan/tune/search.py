@@ -15,25 +15,30 @@ def climb(start: C, changes: Sequence[Change[C]]) -> Generator[C, float | None, 
     A direction is followed while each of its candidates is better than all before, or does not run. The
     changes are gone through again until a whole round finds nothing better.
     """
-    known: dict[C, float | None] = {}
-    best, highest = start, (yield start)
-    known[start] = highest
-    again = True
+    known, best, again = {start: (yield start)}, start, True
     while again:
         again = False
         for change in changes:
-            for direction in change(best):
-                improved = False
-                for candidate in direction:
-                    if candidate == best:
-                        continue
-                    if candidate not in known:
-                        known[candidate] = yield candidate
-                    value = known[candidate]
-                    if value is None:
-                        continue
-                    if highest is not None and value <= highest:
-                        break
-                    best, highest, improved, again = candidate, value, True, True
-                if improved:
-                    break
+            better = yield from _follow(best, change(best), known)
+            again |= better != best
+            best = better
+
+
+def _follow(
+    best: C, directions: Iterable[Iterable[C]], known: dict[C, float | None]
+) -> Generator[C, float | None, C]:
+    """What the first direction that leads to something better leads to; else `best`."""
+    before = best
+    for direction in directions:
+        for candidate in direction:
+            if candidate not in known:
+                known[candidate] = yield candidate
+            value, highest = known[candidate], known[best]
+            if value is None or candidate == best:
+                continue
+            if highest is not None and value <= highest:
+                break
+            best = candidate
+        if best != before:
+            break
+    return best
