@@ -231,6 +231,7 @@ def tell(report: Report, space: Space) -> None:
         least = min(left_out.values())
         print(f"{len(left_out)} more need {least:.2f} GiB and more by the plan, which may fill {limit:.2f}")
     print(verdict(report))
+    (report.folder / BEST).unlink(missing_ok=True)  # of another best, before the search went on
     if best.settings:
         print(f"\n{toml_lines(best.settings)}\n")
         write_whole(report.folder / BEST, to_toml(with_settings(space.job, best.settings)))
