@@ -186,6 +186,16 @@ def test_where_the_time_is_over_the_answer_is_from_what_was_tried(data, tmp_path
     assert seen and len(trials.seen) < 8
 
 
+def test_the_job_as_it_is_is_tried_however_little_time_there_is_and_whoever_ends_first():
+    class Backwards(Trials):
+        def _occupancies(self, cases):
+            yield from super()._occupancies(cases[::-1])
+
+    stream, job = Stream([[(20, 0), (27, 100)], [(63, 0)]], [0, 0]), Case(Budget(256, 1, 600), 16)
+    trials = Backwards(Data(stream, Prices(1.0, 0.3), 2, 100), Deadline(0.0))
+    assert search(trials, [256], [1], [16], job)[0].budget == job.budget
+
+
 def test_processes_find_what_one_finds():
     data = Data(Stream([[(20, 0), (27, 100)], [(63, 0)]], [0, 0]), Prices(1.0, 0.3), 2, 100)
     cases = [Case(Budget(256, 1, length), 16) for length in (100, 200)]

@@ -191,6 +191,7 @@ def search(
         for seq_len, count in product(seq_lens, rows)
     ]
     first = [job] if job else []
+    trials.run(first)  # alone: of several at a time another may be the only one that is done in time
     wanted = {kind: first_lengths(kind.budget.patches_per_row, data) for kind in kinds}
     while wanted and trials.run([*first, *in_turn(wanted)]):
         wanted = {kind: lengths for kind in wanted if (lengths := next_lengths(trials.of(kind), data.length))}
