@@ -255,14 +255,16 @@ def _tower(kept: Recomputation) -> str:
 
 
 def promising(costs: Mapping[int, float], own: int, merge: int, on_gpu: bool) -> list[int]:
-    """L to try, the best first. `costs`: FLOPs of a useful token at each L that was tried, `own` among them.
+    """L to try, the best first. `costs`: FLOPs of a useful token at each L that was tried; where the time did
+    not suffice for `own`, all may be better.
 
     Few that cost less than the job's own, none like another; on a GPU also the best in whole blocks.
     """
     found: list[int] = []
+    most = CHEAPER * costs.get(own, math.inf)
     for length in sorted(costs, key=costs.__getitem__):
         apart = all(max(length, other) / min(length, other) >= APART for other in found)
-        if costs[length] < CHEAPER * costs[own] and apart and len(found) < FEW:
+        if length != own and costs[length] < most and apart and len(found) < FEW:
             found.append(length)
     best = (found or [own])[0]
     whole = -(-best // math.lcm(BLOCK, merge**2)) * math.lcm(BLOCK, merge**2)

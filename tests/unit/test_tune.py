@@ -194,6 +194,7 @@ def test_lengths_that_are_tried_cost_less_and_differ():
     assert promising(costs, 1200, 2, on_gpu=False) == [1000, 2000, 800]
     assert promising(costs, 1200, 2, on_gpu=True) == [1000, 2000, 800, 1024]
     assert promising(costs, 1000, 2, on_gpu=False) == []
+    assert promising({900: 2.0, 800: 1.0}, 1000, 2, on_gpu=False) == [800, 900]
     assert promising({1152: 1.0}, 1152, 3, on_gpu=True) == []
 
 
