@@ -41,6 +41,7 @@ def test_files_that_pages_name_are_there(page):
         "torchtitan/layers",
         "torchtitan/models/hf",
         "torchtitan/sweep",
+        "torchtitan/tune",
     ],
 )
 def test_a_rooms_front_door_names_every_file(room):
