@@ -45,6 +45,9 @@ TASK = {
     "tokens": "training.trainable_tokens",
     "lora": "lora.rank",
     "adapted": "lora.patterns",
+    "fp8": "float8.enable",
+    "emulate": "float8.emulate",
+    "in_fp8": "float8.patterns",
 }
 BOUND = 1e-5  # float32 sums in another order; seen: below 4e-6
 WEIGHT_BOUND = 1e-4  # after the last step: a thirtieth of what AdamW moves a weight in one; seen: below 2e-5

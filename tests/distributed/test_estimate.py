@@ -123,6 +123,7 @@ FURTHER = [
     layout("fsdp2, frozen by half", 2, slots=2, freeze=["encoder", "projector", "tok_emb", "layers.[0-2]"]),
     layout("tp2, lora", 2, slots=2, tp=2, lora=4, adapted=["layers"]),
     layout("fsdp2, lora", 2, slots=2, lora=16, freeze=["encoder", "projector"]),
+    layout("fsdp2, fp8", 2, slots=2, fp8=True, emulate=True, in_fp8=["encoder", "decoder"]),
     layout("pp2, frozen by pattern", 2, slots=4, pp=2, freeze=FREEZE),
     layout("fsdp2, muon", 2, slots=2, optimizer="Muon"),
     layout("fsdp2, tied", 2, slots=2, model="estimated-tied"),
