@@ -206,7 +206,7 @@ def peak(names: str, folder: Path) -> Figures:
     image.decode(_encoded(_small(), "PNG"), 32, 32)
     image.KEPT_PIXELS = 0
     if hasattr(image, "_memory"):  # one at a time, as it would be at a larger size
-        image._memory = image.MemoryBudget(1)
+        image._memory = image.DecodingMemory(1)
     Path("/proc/self/clear_refs").write_text("5")
     before = _memory("VmHWM")
     with ThreadPoolExecutor(4) as pool:

@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.train_step import ROOT, job_of, write_shards
-from experiments.vlm import vocabulary
+from experiments.vlm import embedding_rows
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.flops import Work, flops_of_work, image_pairs
 from experiments.vlm.model.vlm import VLM
@@ -310,7 +310,7 @@ def main() -> None:
         write_shards(Path(folder), options.photos)
         job = job_of(options, "compiled", given, Path(folder))
         work = work_of_data(job)
-        vocab = vocabulary.rows_of(job, SPEC.load_tokenizer(job))
+        vocab = embedding_rows.rows_of(job, SPEC.load_tokenizer(job))
     model = build_on_meta(job, SPEC.model_config(job), vocab).to(
         getattr(torch, job.training.mixed_precision_param)
     )

@@ -12,6 +12,7 @@ from experiments.vlm.data.batch_metrics import BATCH_METRICS, written_names
 from experiments.vlm.data.controls import CONTROLS
 from experiments.vlm.data.loader import Loader
 from experiments.vlm.data.setup import sources_of
+from experiments.vlm.embedding_rows import open_tokenizer, rows_of
 from experiments.vlm.estimate import estimate
 from experiments.vlm.evaluate.training_tasks import open_tasks
 from experiments.vlm.export import export
@@ -23,7 +24,6 @@ from experiments.vlm.parallelize import parallelize_vlm
 from experiments.vlm.pipeline import pipeline_vlm
 from experiments.vlm.shard_batch import shard_batch, whole_slots
 from experiments.vlm.sharing import part_shares
-from experiments.vlm.vocabulary import open_tokenizer, rows_of
 from torchtitan.components.float8 import convert
 from torchtitan.components.loader import Tensors
 from torchtitan.components.lora import adapt

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 import pytest
 
 from experiments.__main__ import checked_job
-from experiments.vlm import vocabulary
+from experiments.vlm import embedding_rows
+from experiments.vlm.embedding_rows import rows_of
 from experiments.vlm.estimate import estimate
 from experiments.vlm.spec import SPEC
-from experiments.vlm.vocabulary import rows_of
 from torchtitan import dry_run as looked
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.layout import degrees
@@ -95,16 +95,16 @@ def test_training_needs_the_tokenizer():
     ],
 )
 def test_a_tokenizer_that_is_hardly_the_models_is_told(ids, line, caplog, monkeypatch):
-    monkeypatch.setattr(vocabulary, "load_tokenizer", lambda path: SimpleNamespace(vocab_size=ids))
+    monkeypatch.setattr(embedding_rows, "load_tokenizer", lambda path: SimpleNamespace(vocab_size=ids))
     job = checked_job([*JOB, "--job.dry_run"], 1)
     with caplog.at_level("INFO", logger="torchtitan"):
-        vocabulary.open_tokenizer(job)
+        embedding_rows.open_tokenizer(job)
     assert not caplog.messages if line is None else line in caplog.messages[0]
-    assert vocabulary.rows_of(job, SimpleNamespace(vocab_size=ids)) == max(ids, 128256)
+    assert embedding_rows.rows_of(job, SimpleNamespace(vocab_size=ids)) == max(ids, 128256)
 
 
 def test_the_debug_model_takes_the_tokenizer_of_the_repository_without_a_word(caplog):
     job = checked_job(["--job.config_file", "train_configs/vlm_debug.toml"], 1)
     with caplog.at_level("INFO", logger="torchtitan"):
-        tokenizer = vocabulary.open_tokenizer(job)
-    assert not caplog.messages and vocabulary.rows_of(job, tokenizer) == tokenizer.vocab_size == 1024
+        tokenizer = embedding_rows.open_tokenizer(job)
+    assert not caplog.messages and embedding_rows.rows_of(job, tokenizer) == tokenizer.vocab_size == 1024

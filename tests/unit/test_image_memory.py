@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from experiments.vlm.data import rgb
+from experiments.vlm.data.decoding_memory import DecodingMemory
 from experiments.vlm.data.image import decode
-from experiments.vlm.data.memory_budget import MemoryBudget
 from tests.samples import encoded, noise
 
 SIDE = 3000  # 9 megapixels
@@ -24,7 +24,7 @@ import re, sys
 from concurrent.futures import ThreadPoolExecutor
 from experiments.vlm.data import image
 from experiments.vlm.data.rejects import Rejected
-from experiments.vlm.data.memory_budget import MemoryBudget
+from experiments.vlm.data.decoding_memory import DecodingMemory
 
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
@@ -36,7 +36,7 @@ def decode(path):
         pass
 
 decode(sys.argv[3])
-image.KEPT_PIXELS, image._memory = 0, MemoryBudget(int(sys.argv[2]))
+image.KEPT_PIXELS, image._memory = 0, DecodingMemory(int(sys.argv[2]))
 open("/proc/self/clear_refs", "w").write("5")
 before = peak()
 with ThreadPoolExecutor(int(sys.argv[1])) as pool:
@@ -137,7 +137,7 @@ def test_strips_see_what_pillow_sees():
 
 
 def test_room_is_never_overrun_and_what_is_too_large_for_it_is_alone():
-    room, lock, held, most = MemoryBudget(10), threading.Lock(), [], []
+    room, lock, held, most = DecodingMemory(10), threading.Lock(), [], []
 
     def work(wanted: int) -> None:
         with room.hold(wanted):

@@ -50,7 +50,8 @@ def test_one_step_is_the_step_by_hand_for_each_group(kind):
         )
         rows, gradient = parameter.shape[0], parameter.grad
         if kind == "Muon" and parameter.ndim == 2 and not name.startswith(model.ADAMW_ONLY):
-            step = muon_lr * max(1, rows / parameter.shape[1]) ** 0.5 * orthogonalise(gradient, torch.float32)
+            (direction,) = orthogonalise(gradient[None], torch.float32)
+            step = muon_lr * max(1, rows / parameter.shape[1]) ** 0.5 * direction
             expected = before[name] * (1 - muon_lr * decay) - step
         else:
             # The first step of AdamW is the sign of the gradient, but for eps.

@@ -12,8 +12,8 @@ import pytest
 from experiments.vlm.evaluate.metrics import METRICS, TOKENIZED, bootstrap_interval, tokenize
 from experiments.vlm.evaluate.metrics.meteor import missing as missing_for_meteor
 from experiments.vlm.evaluate.metrics.mmmu import parse_choice, parse_open
-from experiments.vlm.evaluate.scoring import score as score_of
-from experiments.vlm.evaluate.scoring import summarise
+from experiments.vlm.evaluate.task_scores import score as score_of
+from experiments.vlm.evaluate.task_scores import summarise
 from experiments.vlm.evaluate.tasks import TASKS
 from torchtitan.config.errors import UserError
 

@@ -22,7 +22,7 @@ RUN: who plans and fills; the steps are the same whichever process does (`next(L
     loader       the steps of a rank as the trainer takes them
 
 Alongside: image (sizes for PLAN, decoding for FILL; jpeg_header: sizes of the usual ones, faster;
-rgb: what Pillow loads as RGB; memory_budget: for large ones), rejects, reject_log and report (what is not
+rgb: what Pillow loads as RGB; decoding_memory: for large ones), rejects, reject_log and report (what is not
 used, and why), controls (validation with spoilt images), resume (the state of slots in a checkpoint),
 storage/ (outages, copies, addresses). RUN imports FILL, and FILL imports PLAN, never the reverse.
 What comes out, with an example: experiments/vlm/batch.py.

@@ -33,10 +33,10 @@ from PIL import ExifTags
 from PIL import Image as PILImage
 
 from experiments.vlm.batch import EXTRA, FIELDS
+from experiments.vlm.data.decoding_memory import DecodingMemory
 from experiments.vlm.data.image_layout import Layout, View
 from experiments.vlm.data.image_plan import ImagePlan
 from experiments.vlm.data.jpeg_header import plain_jpeg_size
-from experiments.vlm.data.memory_budget import MemoryBudget
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.rgb import Rgb
 from experiments.vlm.model.config import Resample
@@ -68,7 +68,7 @@ OPENED_FORMATS = sorted(
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 _buffers = threading.local()
-_memory = MemoryBudget(DECODING_BYTES)
+_memory = DecodingMemory(DECODING_BYTES)
 # torch.nn.functional.interpolate(antialias=True), with scales of one's own
 _RESAMPLE = {
     "bilinear": torch.ops.aten._upsample_bilinear2d_aa,

@@ -6,7 +6,7 @@ asking        records -> prompts, and what the model said to each
 tasks         how a question is worded, how it is answered and what is counted, as rows
 questions     records that ask and know the answer
 likelihood    how likely the model finds a choice, or a document
-scoring       answers -> figures; metrics: what they score against those of people
+task_scores   answers -> figures; metrics: what they score against those of people
 results_page  pictures, questions, answers and scores
 lmms_requests what lmms-eval asks, answered (experiments/commands/lmms_plugin.py)
 """

@@ -18,7 +18,7 @@ from experiments.vlm.config import Data
 from experiments.vlm.evaluate.asking import DIGITS, Asking, Line
 from experiments.vlm.evaluate.questions import Questions
 from experiments.vlm.evaluate.results_page import results_page
-from experiments.vlm.evaluate.scoring import score, summarise
+from experiments.vlm.evaluate.task_scores import score, summarise
 from experiments.vlm.evaluate.tasks import Task
 from experiments.vlm.generate.answer import AnswerFile
 from experiments.vlm.generate.answering import Answering

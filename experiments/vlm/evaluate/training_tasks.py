@@ -17,7 +17,7 @@ from experiments.vlm.evaluate.asking import Asking, Line
 from experiments.vlm.evaluate.evaluation import write_results
 from experiments.vlm.evaluate.exhibits import exhibit
 from experiments.vlm.evaluate.questions import Questions
-from experiments.vlm.evaluate.scoring import score
+from experiments.vlm.evaluate.task_scores import score
 from experiments.vlm.evaluate.tasks import TASKS, Asked, Question, parse_tasks
 from experiments.vlm.generate.answering import answering_of, prompter_of
 from experiments.vlm.generate.layout import lent, share_in_training

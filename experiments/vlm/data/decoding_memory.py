@@ -5,7 +5,7 @@ import threading
 from collections.abc import Iterator
 
 
-class MemoryBudget:
+class DecodingMemory:
     """`limit_bytes` that threads share. One that wants more than that waits until it is alone, and those that
     come after it wait behind it.
     """
