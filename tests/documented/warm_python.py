@@ -9,6 +9,7 @@ A program that is started with LOOK_ONLY in its environment ends where its optio
 """
 
 import atexit
+import gc
 import importlib
 import os
 import runpy
@@ -144,6 +145,7 @@ def _spawn_warm(path: object, argv: Sequence[object], kept: Sequence[int]) -> in
     for file in [*sorted(kept), os.sysconf("SC_OPEN_MAX")]:
         os.closerange(first, file)
         first = file + 1
+    gc.freeze()  # what the parent had open is not collected here: its numbers are those of other files now
     try:
         exec(str(argv[-1]), {"__name__": "__main__"})
     except Exception:
