@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.train_step import ROOT, job_of, write_shards
+from benchmarks.train_step import add_job_arguments, batches_of, job_of, write_shards
 from experiments.vlm import embedding_rows
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.flops import Work, flops_of_work, image_pairs
@@ -188,13 +188,14 @@ def kernels_of_forward(job: VLMJobConfig, model: VLM, work: Work) -> list[Kernel
     apply_activation_checkpoint(model.decoder.layers, job.activation_checkpoint.decoder)
     fuse_norms(model)
     encoder, decoder = config.encoder, config.decoder
-    shapes = {
-        (job.data.patches_per_row, encoder.heads, encoder.dim // encoder.heads): 4
-        * encoder.dim
-        * work.image_pairs,
-        (length, decoder.heads, decoder.head_dim): 4 * decoder.heads * decoder.head_dim * work.causal_pairs,
-    }
-    recorder = Recorder(shapes)
+    of_encoder = job.data.patches_per_row, encoder.heads, encoder.dim // encoder.heads
+    of_decoder = length, decoder.heads, decoder.head_dim
+    recorder = Recorder(
+        {
+            of_encoder: 4 * encoder.dim * work.image_pairs,
+            of_decoder: 4 * decoder.heads * decoder.head_dim * work.causal_pairs,
+        }
+    )
     model.decoder.output.fuse = recorder.fuse
     one = imagine_mesh(Degrees(1, 1, 1, 1, 1))
     batch = meta_batch(job, one, job.training.local_batch_size, plan_of(config, job))
@@ -216,18 +217,13 @@ def rows_of_weights(job: VLMJobConfig, model: VLM, bandwidth: float) -> list[Row
     return [Row(kind, 0, 0.0, size, size / bandwidth) for kind, size in sizes.items()]
 
 
-def work_of_data(job: VLMJobConfig) -> Work:
+def work_of_data(job: VLMJobConfig, tokenizer: Any) -> Work:
     """Of a forward, as a mean over some steps of the job's own data."""
-    tokenizer = SPEC.load_tokenizer(job)
-    place = {"rank": 0, "ranks": 1, "split": "train", "control": None, "agree": None, "group": None}
-    loader = SPEC.build_loader(job, tokenizer, **place)
     works = []
-    for step in itertools.islice(loader, STEPS_OF_DATA):
-        for batch in step.batches:  # now: the loader writes the next step into the same memory
-            tensors, counts = batch.tensors, batch.counts
-            pairs = causal_pairs(tensors["positions"], tensors["document_ids"])
-            works.append((counts["patches"], counts["tokens"], image_pairs(tensors["grid_thw"]), pairs))
-    loader.close()
+    for batch in itertools.chain.from_iterable(batches_of(job, tokenizer, STEPS_OF_DATA)):
+        tensors, counts = batch.tensors, batch.counts
+        pairs = causal_pairs(tensors["positions"], tensors["document_ids"])
+        works.append((counts["patches"], counts["tokens"], image_pairs(tensors["grid_thw"]), pairs))
     return Work(*(sum(column) // len(works) for column in zip(*works, strict=True)))
 
 
@@ -296,11 +292,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--flavor", default="so400m-llama3.2-3B")
-    parser.add_argument("--slots", type=int, default=2, help="of a forward")
-    parser.add_argument("--accumulation", type=int, default=2, help="forwards of a step")
+    add_job_arguments(parser, "so400m-llama3.2-3B", accumulation=2)
     parser.add_argument("--gpu", choices=list(BANDWIDTH), default="H200")
-    parser.add_argument("--photos", type=Path, default=ROOT / "tests/photographs")
     parser.add_argument("--seen", type=Path, help="output of benchmarks.train_step --kernels")
     parser.add_argument("--out", type=Path, default=Path("outputs/roofline"))
     options, given = parser.parse_known_args()
@@ -309,11 +302,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_shards(Path(folder), options.photos)
         job = job_of(options, "compiled", given, Path(folder))
-        work = work_of_data(job)
-        vocab = embedding_rows.rows_of(job, SPEC.load_tokenizer(job))
-    model = build_on_meta(job, SPEC.model_config(job), vocab).to(
-        getattr(torch, job.training.mixed_precision_param)
-    )
+        tokenizer = SPEC.load_tokenizer(job)
+        work = work_of_data(job, tokenizer)
+    vocab, dtype = embedding_rows.rows_of(job, tokenizer), Sharding.of(job).param_dtype
+    model = build_on_meta(job, SPEC.model_config(job), vocab).to(dtype)
     useful = flops_of_work(model)(work) * options.accumulation
     rows = rows_of(kernels_of_forward(job, model, work), peak, bandwidth, options.accumulation)
     rows += rows_of_weights(job, model, bandwidth)

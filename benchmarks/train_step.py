@@ -26,7 +26,8 @@ import random
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,14 @@ def write_shards(folder: Path, photos: Path) -> None:
         write_tar(folder / f"{shard:05d}.tar", members)
 
 
+def add_job_arguments(parser: argparse.ArgumentParser, flavor: str, accumulation: int) -> None:
+    """What `job_of` and `write_shards` ask for, with these defaults."""
+    parser.add_argument("--flavor", default=flavor)
+    parser.add_argument("--slots", type=int, default=2, help="of a forward")
+    parser.add_argument("--accumulation", type=int, default=accumulation, help="forwards of a step")
+    parser.add_argument("--photos", type=Path, default=ROOT / "tests/photographs")
+
+
 def job_of(options: argparse.Namespace, way: str, given: list[str], folder: Path) -> VLMJobConfig:
     slots = str(options.slots)
     argv = [
@@ -118,6 +127,16 @@ def job_of(options: argparse.Namespace, way: str, given: list[str], folder: Path
     job = checked_job(argv, 1)
     assert isinstance(job, VLMJobConfig)
     return job
+
+
+def batches_of(job: VLMJobConfig, tokenizer: Any, steps: int) -> Iterator[list[Any]]:
+    """The batches of each of a rank's first steps. They hold until the next: the loader writes that into the
+    same memory.
+    """
+    place = {"rank": 0, "ranks": 1, "split": "train", "control": None, "agree": None, "group": None}
+    with closing(SPEC.build_loader(job, tokenizer, **place)) as loader:
+        for step in itertools.islice(loader, steps):
+            yield step.batches
 
 
 class TimedTrainer(Trainer):
@@ -238,15 +257,11 @@ def of_transformers(options: argparse.Namespace, given: list[str], folder: Path)
     tokenizer, config = SPEC.load_tokenizer(job), SPEC.model_config(job)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     flops, merged = PartFlops(SPEC.build_model(job, tokenizer)), config.projector.merge_size**2
-    place = {"rank": 0, "ranks": 1, "split": "train", "control": None, "agree": None, "group": None}
-    loader = SPEC.build_loader(job, tokenizer, **place)
     arguments, done, counts = [], [], []
-    for step in itertools.islice(loader, OF_OTHERS + options.steps):
-        # Now: the loader writes the next step into the same memory.
-        arguments.append([unpacked(batch.tensors, merged) for batch in step.batches])
-        done.append(sum(map(flops, step.batches)))
-        counts.append([batch.counts for batch in step.batches])
-    loader.close()
+    for batches in batches_of(job, tokenizer, OF_OTHERS + options.steps):
+        arguments.append([unpacked(batch.tensors, merged) for batch in batches])
+        done.append(sum(map(flops, batches)))
+        counts.append([batch.counts for batch in batches])
     take = Steps(model_of(config, tokenizer.image_id, device), job.optimizer.lr)
     for step in arguments[:OF_OTHERS]:
         take(step)
@@ -294,12 +309,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--flavor", default="so400m-llama3.2-1B")
-    parser.add_argument("--slots", type=int, default=2, help="of a forward")
-    parser.add_argument("--accumulation", type=int, default=4, help="forwards of a step")
+    add_job_arguments(parser, "so400m-llama3.2-1B", accumulation=4)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--ways", nargs="+", choices=[*WAYS, "transformers"], default=USUAL)
-    parser.add_argument("--photos", type=Path, default=ROOT / "tests/photographs")
     parser.add_argument("--kernels", action="store_true", help="one step under the profiler")
     options, given = parser.parse_known_args()
     rows, hardware = [], torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"

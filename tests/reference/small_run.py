@@ -9,6 +9,7 @@ import dataclasses
 import os
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,10 +25,13 @@ from experiments.vlm.model.towers import aimv2, clip, dinov3
 from experiments.vlm.model_config import model_config, plan_of
 from experiments.vlm.spec import SPEC
 from tests.reference.batches import Document, Picture, Sizes, build_batch, draw_picture
+from torchtitan.build import build
 from torchtitan.config.check import RANGES, check_pipeline, check_ranges, check_selective, check_sequence
 from torchtitan.config.layout import degrees, resolve_batch
+from torchtitan.distributed.process_group import close_process_group, open_process_group
 from torchtitan.models.decoder.check import check_decoder
 from torchtitan.models.decoder.flavors import DecoderConfig
+from torchtitan.train import Trainer
 
 VOCAB = 128
 SLOTS, SEQ_LEN, PATCHES = 8, 64, 96
@@ -120,6 +124,20 @@ def job_of(changes: dict[str, Any], folder: str) -> VLMJobConfig:
         assert hasattr(getattr(job, section), field), key
         setattr(getattr(job, section), field, value)
     return job
+
+
+def weights_of(folder: Path, until: int, **changes: Any) -> dict[str, Tensor]:
+    """The whole weights of a run of one process in `folder`, to step `until`; it ends with a checkpoint."""
+    job = job_of({"checkpoint.enable": True, **changes}, str(folder))
+    try:
+        trainer = Trainer(build(job, SMALL, open_process_group(job.comm, folder)))
+        while trainer.state.step < until:
+            trainer.train_step()
+        trainer.save()
+        trainer.close()
+        return {name: whole(weight) for name, weight in trainer.state.model().items()}
+    finally:
+        close_process_group()
 
 
 def draw_slot(seed: int, sizes: Sizes, text_only: bool) -> list[Document]:

@@ -13,9 +13,8 @@ from experiments.vlm.spec import build_vlm
 from tests.reference import fp8
 from tests.reference.batches import Sizes, build_batch, example_slots
 from tests.reference.models import randomise, small_vlm
-from tests.reference.small_run import CPU, SMALL, VOCAB, Tokenizer, job_of, whole
+from tests.reference.small_run import CPU, SMALL, VOCAB, Tokenizer, job_of, weights_of
 from tests.reference.wrong_jobs import DATA, PP2, TP2, P, told
-from torchtitan.build import build
 from torchtitan.components.float8 import Share, convert, log_float8, require_device
 from torchtitan.components.lora import adapt
 from torchtitan.config.errors import ConfigError
@@ -24,9 +23,7 @@ from torchtitan.config.layout import Degrees
 from torchtitan.config.recomputation import Recomputation
 from torchtitan.distributed.activation_checkpoint import apply_activation_checkpoint
 from torchtitan.distributed.compile import apply_compile
-from torchtitan.distributed.process_group import close_process_group, open_process_group
 from torchtitan.loaded_model import open_plain_model
-from torchtitan.train import Trainer
 
 RECIPES = ("rowwise", "rowwise_with_gw_hp")
 BATCH = build_batch(example_slots(2), Sizes(seq_len=64, patches_per_row=96))
@@ -268,21 +265,8 @@ def test_compiled_blocks_find_the_same_gradients():
         assert (found[name] - gradient).norm() < 3e-2 * gradient.norm() + 1e-2, name
 
 
-FP8 = {"float8.enable": True, "float8.emulate": True, "float8.patterns": ALL, "data.patches_per_row": 128}
-
-
-def weights_of(folder, until: int, **changes) -> dict[str, torch.Tensor]:
-    """Of a run to step `until` that ends with a checkpoint."""
-    job = job_of({"data.patches_per_row": 128, "checkpoint.enable": True, **changes}, str(folder))
-    try:
-        trainer = Trainer(build(job, SMALL, open_process_group(job.comm, folder)))
-        while trainer.state.step < until:
-            trainer.train_step()
-        trainer.save()
-        trainer.close()
-        return {name: whole(weight) for name, weight in trainer.state.model().items()}
-    finally:
-        close_process_group()
+WIDE = {"data.patches_per_row": 128}
+FP8 = WIDE | {"float8.enable": True, "float8.emulate": True, "float8.patterns": ALL}
 
 
 def test_a_run_goes_on_from_its_checkpoint_with_and_without_fp8(tmp_path):
@@ -293,7 +277,7 @@ def test_a_run_goes_on_from_its_checkpoint_with_and_without_fp8(tmp_path):
 
     start = {"checkpoint.initial_load_path": str(tmp_path / "run" / "checkpoint" / "step-1")}
     with_it = weights_of(tmp_path / "with", 0, **start, **FP8)
-    without = weights_of(tmp_path / "without", 0, **start)
+    without = weights_of(tmp_path / "without", 0, **start, **WIDE)
     assert all(torch.equal(first[name], with_it[name]) for name in first)
     assert all(torch.equal(first[name], without[name]) for name in first)
 

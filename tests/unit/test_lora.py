@@ -8,17 +8,14 @@ from torch import nn
 
 from tests.reference.batches import Sizes, build_batch, example_slots
 from tests.reference.models import QWEN2, QWEN3, randomise, small_vlm
-from tests.reference.small_run import SMALL, job_of, whole
-from torchtitan.build import build
+from tests.reference.small_run import weights_of
 from torchtitan.components.freezing import freeze
 from torchtitan.components.lora import adapt
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.job import LoRA
 from torchtitan.config.recomputation import Recomputation
 from torchtitan.distributed.activation_checkpoint import apply_activation_checkpoint
-from torchtitan.distributed.process_group import close_process_group, open_process_group
 from torchtitan.layers.lora import is_adapters, merged
-from torchtitan.train import Trainer
 
 BATCH = build_batch(example_slots(2), Sizes(seq_len=64, patches_per_row=96))
 UNLABELLED = {name: tensor for name, tensor in BATCH.items() if name != "labels"}
@@ -123,20 +120,6 @@ def test_the_output_layer_and_tables_are_no_maps_to_adapt():
 def test_a_pattern_without_a_map_is_an_error(pattern):
     with pytest.raises(ConfigError, match=f"lora.patterns = {pattern}: no linear map is called so"):
         adapt(small_vlm(), LoRA(rank=2, patterns=["encoder", pattern]))
-
-
-def weights_of(folder, until: int, **changes) -> dict[str, torch.Tensor]:
-    """Of a run to step `until` that ends with a checkpoint."""
-    job = job_of({"checkpoint.enable": True, **changes}, str(folder))
-    try:
-        trainer = Trainer(build(job, SMALL, open_process_group(job.comm, folder)))
-        while trainer.state.step < until:
-            trainer.train_step()
-        trainer.save()
-        trainer.close()
-        return {name: whole(weight) for name, weight in trainer.state.model().items()}
-    finally:
-        close_process_group()
 
 
 def test_adapters_start_beside_a_checkpoint_of_the_base_go_on_and_are_not_dropped(tmp_path):

@@ -129,7 +129,7 @@ def ran_out_of_memory(folder: Path, why: str) -> bool:
     return bool(OUT_OF_MEMORY.search(text)) or "killed by SIGKILL" in text
 
 
-def require_same_job(member: Member) -> None:
+def require_very_job(member: Member) -> None:
     """Its folder is new, or of this very job. Raises ConfigError."""
     path = member.folder / JOB
     if path.is_file():

@@ -13,7 +13,7 @@ from torchtitan.sweep.space import Assignment
 from torchtitan.tools.logging import logger
 from torchtitan.tune.report import Report, Row, write
 from torchtitan.tune.search import Change, climb
-from torchtitan.tune.trial import Trial, ended_trial, read_trial, require_same_job, short_run
+from torchtitan.tune.trial import Trial, ended_trial, read_trial, require_very_job, short_run
 
 OWN, AGAIN = "the_job", ",again"  # folder of the job as it is; ending of the folder of a second run
 
@@ -125,7 +125,7 @@ class Tuner(Generic[C]):
         """The candidate of this row once more. Whether it was measured."""
         row = self.report.rows[place]
         member = self.member(self.candidates[place], AGAIN)
-        require_same_job(member)
+        require_very_job(member)
         if (trial := read_trial(member)) is None:
             if not self.has_time(1):
                 return False
@@ -141,7 +141,7 @@ class Tuner(Generic[C]):
         folder is of another job.
         """
         member = self.member(candidate)
-        require_same_job(member)
+        require_very_job(member)
         if (found := read_trial(member)) is not None:
             return found
         peak = self.space.peak_gib(candidate)
