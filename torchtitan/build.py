@@ -20,10 +20,10 @@ from torchtitan.components.forward_backward import ForwardBackward
 from torchtitan.components.freezing import choose_trained, rows_of
 from torchtitan.components.loader import Batch, Loader, Tensors, to_device
 from torchtitan.components.lr_scheduler import Schedule, fit_warmup
+from torchtitan.components.memory_check import held_gib, require_room
 from torchtitan.components.metrics import Counts, MetricsMeter, Reporter
 from torchtitan.components.optimizer import Optimizers
 from torchtitan.components.parameter_groups import settings
-from torchtitan.components.room import held_gib, require_room
 from torchtitan.components.saved_config import save_config
 from torchtitan.components.train_state import TrainState
 from torchtitan.components.validation import Tasks, Validator

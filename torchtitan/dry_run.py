@@ -11,8 +11,8 @@ from torchtitan.build import log_sizes
 from torchtitan.components.float8 import log_float8, require_device
 from torchtitan.components.freezing import choose_trained, rows_of
 from torchtitan.components.lr_scheduler import fit_warmup
+from torchtitan.components.memory_check import held_gib
 from torchtitan.components.parameter_groups import settings
-from torchtitan.components.room import held_gib
 from torchtitan.components.weights import shapes_of
 from torchtitan.config.job import JobConfig
 from torchtitan.config.layout import BatchSizes, Degrees, degrees, resolve_batch

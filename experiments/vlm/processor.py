@@ -16,7 +16,8 @@ from experiments.vlm.data.chat_template import ChatTemplate, ends_of, load_chat_
 from experiments.vlm.model.families import family_of
 from experiments.vlm.model.families.family import Family, read_image_processor
 from experiments.vlm.model_config import model_config, plan_of
-from torchtitan.components.tokenizer import SpecialTokenizer, load_tokenizer
+from torchtitan.components.special_tokens import SpecialTokenizer
+from torchtitan.components.tokenizer import load_tokenizer
 from torchtitan.components.tokenizer_files import write_json, write_tokenizer
 from torchtitan.tools.logging import warn_once
 

@@ -15,7 +15,8 @@ from tokenizers import Tokenizer as HFTokenizer
 from experiments.vlm.world.caption import describe
 from experiments.vlm.world.scene import GLYPHS, sees_scene
 from tests.reference import bpe
-from torchtitan.components.tokenizer import LLAMA3_SPLIT, LONGEST_RUN, ROLES, load_tokenizer
+from torchtitan.components.special_tokens import LONGEST_RUN, ROLES
+from torchtitan.components.tokenizer import LLAMA3_SPLIT, load_tokenizer
 from torchtitan.config.errors import ConfigError
 
 SHIPPED = Path(__file__).parents[2] / "assets/tokenizer"

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.reference import bpe
-from torchtitan.components.tokenizer import LLAMA3_SPLIT, ROLES, load_tokenizer
+from torchtitan.components.special_tokens import ROLES
+from torchtitan.components.tokenizer import LLAMA3_SPLIT, load_tokenizer
 from torchtitan.components.tokenizer_files import write_tokenizer
 
 REPOSITORY = Path(__file__).parents[2]

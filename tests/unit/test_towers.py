@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.model.config import EncoderConfig, ProjectorConfig, VLMConfig
-from experiments.vlm.model.embedding import normalised
 from experiments.vlm.model.families.lfm2_vl import require_lfm2_vl
 from experiments.vlm.model.flavors import ENCODERS
+from experiments.vlm.model.patch_embedding import normalised
 from experiments.vlm.model.towers import TOWERS, dinov3, read_encoder, tower_of, write_encoder
 from experiments.vlm.model.vit import VisionEncoder
 from experiments.vlm.processor import processor_config

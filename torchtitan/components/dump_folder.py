@@ -15,7 +15,6 @@ from torchtitan.components.checkpoint_folder import complete_steps, find, read_r
 from torchtitan.components.curves import CURVES
 from torchtitan.components.data_report import REPORT
 from torchtitan.components.hf_save import FOLDER as HF_FOLDER
-from torchtitan.components.numbered import next_number
 from torchtitan.components.run_record import HELD_OUT
 from torchtitan.components.saved_config import LAUNCHES, NEWEST, Change, changes, learnt, read_config
 from torchtitan.components.sinks import HISTORY, WANDB_ID, read_history
@@ -24,6 +23,7 @@ from torchtitan.components.validation import TASKS_FOLDER
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.job import JobConfig
 from torchtitan.distributed.process_group import TRACES
+from torchtitan.tools.disk import next_number
 from torchtitan.tools.logging import logger
 
 PREVIOUS = "previous"

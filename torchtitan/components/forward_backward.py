@@ -1,4 +1,7 @@
-"""How a microbatch passes through the model: plainly here, as a pipeline's schedule elsewhere."""
+"""How a microbatch passes through the model: plainly here, as a pipeline's schedule elsewhere.
+
+The loss is a sum here. `scale`, one over the loss tokens of the whole step, comes from `Trainer.train_step`.
+"""
 
 from collections.abc import Callable
 from typing import Protocol

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from torchtitan.components.tokenizer import SpecialTokenizer
+from torchtitan.components.special_tokens import SpecialTokenizer
 from torchtitan.config.errors import ConfigError, did_you_mean, require
 from torchtitan.config.job import Training
 from torchtitan.layers.lora import is_adapters

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torchtitan.components.numbered import next_number
 from torchtitan.config.job import JobConfig
 from torchtitan.config.parse import to_toml
+from torchtitan.tools.disk import next_number
 from torchtitan.tools.logging import logger
 
 NEWEST, LAUNCHES = "config.toml", "launches"

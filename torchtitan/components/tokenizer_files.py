@@ -17,10 +17,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from torchtitan.components.special_tokens import ROLES, SpecialTokenizer
 from torchtitan.components.tokenizer import (
     LLAMA3_SPLIT,
-    ROLES,
-    SpecialTokenizer,
     find_file,
     is_special,
     load_tokenizer,

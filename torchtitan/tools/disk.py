@@ -1,6 +1,7 @@
-"""Whether a folder can be written to, and what to say when a disk is full."""
+"""Whether a folder can be written to, what to say when a disk is full, and names that count up."""
 
 import errno
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -25,6 +26,12 @@ def write_whole(path: Path, text: str) -> None:
     unfinished = path.with_suffix(".tmp")
     unfinished.write_text(text, encoding="utf-8")
     unfinished.replace(path)
+
+
+def next_number(folder: Path) -> int:
+    """One more than the largest number that a name in `folder` begins with; 1 where there is none."""
+    numbers = [int(match[0]) for path in folder.glob("*") if (match := re.match(r"\d+", path.name))]
+    return max(numbers, default=0) + 1
 
 
 def is_full(error: BaseException) -> bool:

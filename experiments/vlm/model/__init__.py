@@ -1,7 +1,7 @@
 """The model: vision encoder -> projector -> places among the token embeddings -> decoder. Mathematics alone.
 
-vlm         the whole: projector, placing, composition
-vit         the encoder, on packed rows of patches; embedding: what its first layer reads
+vlm         the whole: projector, visual tokens placed among the text, composition
+vit         the encoder, on packed rows of patches; patch_embedding: what its first layer reads
 positions   where patches are: learned tables, resized to every image, waves, angles
 config      sizes and kinds of the parts, as data
 towers/     families of encoders: their words for sizes, their names of weights

@@ -4,9 +4,9 @@ and by the switches of its configuration the towers of CLIP, AIMv2, DINOv3 and t
 In: uint8 patches [N, L, C] and their coordinates. Out: features [N, L, D].
 
 Unusual here: a row holds many images of any size, and attention stays inside each image, its class token and
-registers included; raw uint8 patches come in and are normalised on the device (embedding.py); positions are
-resized for all images at once (positions.py). Pooling heads of published models are left out, since a VLM
-reads the patches. What lies behind the feature that is read does not run, and does not train.
+registers included; raw uint8 patches come in and are normalised on the device (patch_embedding.py); positions
+are resized for all images at once (positions.py). Pooling heads of published models are left out, since a VLM
+reads the patches. Layers behind the feature that is read do not run, and do not train.
 
 Letters: N rows, L patches, C values a patch (p * p * 3), D width, H heads, E width of a head.
 """
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experiments.vlm.model.config import EncoderConfig
-from experiments.vlm.model.embedding import PatchEmbedding, make_norm
+from experiments.vlm.model.patch_embedding import PatchEmbedding, make_norm
 from experiments.vlm.model.positions import axial_angles, fill_with_waves, image_ids, is_extra
 from torchtitan.layers.attention import InnerAttention, prepare_mask
 from torchtitan.layers.init import Fill, constant, fan_in

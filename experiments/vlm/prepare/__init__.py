@@ -9,4 +9,5 @@ dedup       1. hashes of URLs, and which are repeated
 collect     2. fetches (data/storage/client; journal: what came), judges and encodes (images)
 shard       3. the tar file (records: its members) and the account of it
 folder      where all of that lies
+progress    how far a run is; stop: the wish to end, by a signal or the parent's death
 """

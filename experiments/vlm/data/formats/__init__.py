@@ -2,8 +2,17 @@
 
     parse(record) -> Draft      a record holds what JSON and tables can; raises Rejected for another shape
 
-The same function reads records of tars (tar_shard), and of JSON, TSV, parquet, Arrow and text files
-(record_files), in training (shard.open_shard) and in data preparation. Imports no torch.
+The same function reads records of tars and of other files, in training and in data preparation.
+
+formats       captions, conversation (what llava, messages and finevision share), mmc4, obelics, text
+image_values  what a record may hold in place of an image
+shard         an opened shard of either kind; hint: what to set where no record of a source is good
+tars          tar_shard; tar_index (samples by number), tar_search (where they lie), tar_header;
+              tar_images (which images a record means), tiff_pages
+other files   record_shard (images too); record_files: JSON and TSV (json_index), parquet and Arrow (tables,
+              row_groups), text; lru_cache: what stays parsed or decoded
+
+Imports no torch.
 """
 
 from collections.abc import Callable, Mapping

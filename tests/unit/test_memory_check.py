@@ -8,7 +8,7 @@ from torch import nn
 
 from tests.reference.small_run import CPU, SMALL, Tokenizer, job_of
 from torchtitan.build import build
-from torchtitan.components import room
+from torchtitan.components import memory_check
 from torchtitan.components.freezing import choose_trained
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.layout import Degrees
@@ -49,15 +49,15 @@ def test_a_rank_holds_what_is_counted(changes, tmp_path):
     job = job_of(changes, str(tmp_path))
     model = SMALL.build_model(job, Tokenizer())
     choose_trained(model, job.training)
-    counted = room.held_gib(model, job, ALONE)
+    counted = memory_check.held_gib(model, job, ALONE)
     assert counted * GIB == pytest.approx(bytes_after_a_step(job, tmp_path))
-    assert room.held_gib(model, job, Degrees(2, 4, 1, 2, 1)) == pytest.approx(counted / 8), (
+    assert memory_check.held_gib(model, job, Degrees(2, 4, 1, 2, 1)) == pytest.approx(counted / 8), (
         "copies share nothing"
     )
 
 
 def test_a_model_that_cannot_fit_is_told_before_it_gets_storage(tmp_path, monkeypatch):
-    monkeypatch.setattr(room, "memory_gib", lambda device: 1e-4)
+    monkeypatch.setattr(memory_check, "memory_gib", lambda device: 1e-4)
     monkeypatch.setattr(nn.Module, "to_empty", lambda *_, **__: pytest.fail("it was built"))
     job = job_of({}, str(tmp_path))
     with pytest.raises(
@@ -69,9 +69,9 @@ def test_a_model_that_cannot_fit_is_told_before_it_gets_storage(tmp_path, monkey
 
 @pytest.mark.parametrize(("held", "warned"), [(0.5, False), (0.9, True)])
 def test_a_model_that_leaves_little_room_is_told(held, warned, monkeypatch, caplog, tmp_path):
-    monkeypatch.setattr(room, "memory_gib", lambda device: 1.0)
+    monkeypatch.setattr(memory_check, "memory_gib", lambda device: 1.0)
     with caplog.at_level("INFO", logger="torchtitan"):
-        room.require_room(held, job_of({}, str(tmp_path)), CPU)
+        memory_check.require_room(held, job_of({}, str(tmp_path)), CPU)
     assert ("nearly fills this machine" in caplog.text) is warned
 
 
