@@ -10,7 +10,7 @@ from benchmarks.turns import Counts
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.data import image as image_module
 from experiments.vlm.data.collate import Collator
-from experiments.vlm.data.good_sample import Search
+from experiments.vlm.data.good_sample import GoodSampleSearch
 from experiments.vlm.data.image import decode, probe, write_patches
 from experiments.vlm.data.setup import make_setup, shape_of
 from experiments.vlm.data.shared_memory import Buffers, slot_views
@@ -25,7 +25,7 @@ class Stages:
         self.images, self.data = images, job.data
         setup = make_setup(job, load_tokenizer(tokenizer), "train", 1)
         self.cache = ShardCache(setup.open_shard, 64, Patience(setup.storage_timeout_s))
-        check_source = Search(setup.settings, setup.tokenizer, self.cache).require
+        check_source = GoodSampleSearch(setup.settings, setup.tokenizer, self.cache).require
         self.slot = Slot(0, setup.settings, setup.tokenizer, self.cache, check_source)
         self.collator = Collator(self.cache, setup.settings.plan, setup.tokenizer.pad_id)
         shape = shape_of(setup.settings, 1)

@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def answer(options: Options, job: VLMJobConfig, asked: list[tasks.Asked]) -> dict[str, Any]:
+def answer(options: Options, job: VLMJobConfig, asked: list[tasks.TaskFile]) -> dict[str, Any]:
     """The summary, on the first rank. Raises UserError. Imports torch."""
     from experiments.vlm.data.controls import CONTROLS
     from experiments.vlm.evaluate.evaluation import Evaluation, evaluate
@@ -95,7 +95,7 @@ def answer(options: Options, job: VLMJobConfig, asked: list[tasks.Asked]) -> dic
         close_process_group()
 
 
-def asked_tasks(options: Options) -> list[tasks.Asked]:
+def asked_tasks(options: Options) -> list[tasks.TaskFile]:
     """Those of --task, whose files are there. Raises ConfigError."""
     require(bool(options.task), "no task: give --task NAME=FILE (--list says which there are)")
     require(bool(options.out), "nowhere to write: give --out FOLDER")

@@ -134,7 +134,7 @@ def main(argv: Sequence[str]) -> int:
 def answer_prompt(options: Options, job: VLMJobConfig) -> None:
     """To standard output. Raises UserError. Imports torch, as the next does."""
     from experiments.vlm.data.document import Picture
-    from experiments.vlm.generate.answer import answer_one
+    from experiments.vlm.generate.answer_file import answer_one
     from torchtitan.distributed.process_group import close_process_group
 
     answering = open_model(options, job, 1, options.max_tokens)
@@ -148,7 +148,7 @@ def answer_prompt(options: Options, job: VLMJobConfig) -> None:
 def answer_records(options: Options, job: VLMJobConfig) -> None:
     """Those of --input, to --out. Raises UserError."""
     from experiments.vlm.data.formats.record_shard import ImageValues, folder_of
-    from experiments.vlm.generate.answer import AnswerFile, answer_file
+    from experiments.vlm.generate.answer_file import AnswerFile, answer_file
     from torchtitan.distributed.process_group import close_process_group
 
     answering = open_model(options, job, options.sequences, options.max_tokens)

@@ -37,13 +37,13 @@ def main(argv: Sequence[str]) -> int:
     require(0 <= options.port < 1 << 16, f"--port = {options.port}: must be from 0 to 65535")
     # Only now, since they import torch.
     from experiments.vlm.generate.prompt import ONE_TURN
-    from experiments.vlm.generate.server import Limits, Server
+    from experiments.vlm.generate.server import RequestLimits, Server
     from experiments.vlm.generate.service import Service
     from torchtitan.distributed.process_group import close_process_group, world_size
 
     require(world_size() == 1, "serve runs in one process: give it one GPU, or use generate with several")
     answering = open_model(options, job, options.sequences, options.max_tokens, reuse=True)
-    limits = Limits(options.max_body_mb << 20, options.max_tokens)
+    limits = RequestLimits(options.max_body_mb << 20, options.max_tokens)
     name = Path(options.hf or job.job.dump_folder).resolve().name
     try:
         server = Server((options.host, options.port), Service(answering), name, limits)

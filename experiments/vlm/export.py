@@ -32,7 +32,7 @@ from torchtitan.models.hf.export import Export
 from torchtitan.models.hf.writing import SHARD_GB
 from torchtitan.tools.logging import warn_once
 
-Part = Literal["all", "encoder", "decoder"]
+ExportPart = Literal["all", "encoder", "decoder"]
 TABLE = "decoder.tok_embeddings.weight"
 TABLES = (TABLE, "decoder.output.weight")
 
@@ -44,7 +44,7 @@ def export(
     rank: int = 0,
     ranks: int = 1,
     *,
-    part: Part = "all",
+    part: ExportPart = "all",
     dtype: torch.dtype | None = None,
     shard_gb: float = SHARD_GB,
     merge_adapters: bool = True,
@@ -101,7 +101,7 @@ def _require_model(config: VLMConfig, made: Export, parts: tuple[str, ...]) -> N
 
 
 def _write_settings(
-    job: VLMJobConfig, config: VLMConfig, made: Export, folder: Path, family: Family | None, part: Part
+    job: VLMJobConfig, config: VLMConfig, made: Export, folder: Path, family: Family | None, part: ExportPart
 ) -> dict[str, Any]:
     """What turns images and conversations into inputs. Returns what config.json says."""
     if part == "encoder":

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.vlm.megatron_ranks import Ranks
+from experiments.vlm.megatron_ranks import MegatronRanks
 from torchtitan.config.errors import ConfigError, require
 from torchtitan.models.hf.writing import Made
 from torchtitan.models.weight_names import Part, Piece, Row, Transform, prefixed, to_ours
@@ -43,7 +43,7 @@ class Heads:
 
 
 @dataclass(frozen=True)
-class Read:
+class FolderContent:
     """A folder: which parts it holds, what config.json says of them, and their tensors."""
 
     parts: tuple[str, ...]
@@ -117,10 +117,10 @@ def decoder_rows(head: int, shared: int) -> list[Row]:
 PROJECTOR = [*_both("linear_fc1.", "linear_1"), *_both("linear_fc2.", "linear_2")]
 
 
-class Sizes:
+class PartSizes:
     """Of one part, by the shapes of its tensors."""
 
-    def __init__(self, ranks: Ranks, prefix: str):
+    def __init__(self, ranks: MegatronRanks, prefix: str):
         self.ranks, self.prefix = ranks, prefix
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -148,7 +148,7 @@ class Sizes:
         return q, kv
 
 
-def encoder_config(sizes: Sizes, head: int) -> dict[str, Any]:
+def encoder_config(sizes: PartSizes, head: int) -> dict[str, Any]:
     """Of a CLIPVisionModel."""
     dim, _, patch, _ = sizes.shape("conv1.weight")
     heads, _ = sizes.heads(head, "--encoder_head_dim")
@@ -166,7 +166,7 @@ def encoder_config(sizes: Sizes, head: int) -> dict[str, Any]:
     }
 
 
-def decoder_config(sizes: Sizes, head: int, rope_theta: float) -> dict[str, Any]:
+def decoder_config(sizes: PartSizes, head: int, rope_theta: float) -> dict[str, Any]:
     """Of a MistralForCausalLM without a window."""
     rows, dim = sizes.shape("embedding.word_embeddings.weight")
     heads, kv_heads = sizes.heads(head, "--decoder_head_dim")
@@ -187,7 +187,7 @@ def decoder_config(sizes: Sizes, head: int, rope_theta: float) -> dict[str, Any]
     }
 
 
-def projector_config(sizes: Sizes | None, decoder: Mapping[str, Any]) -> dict[str, Any]:
+def projector_config(sizes: PartSizes | None, decoder: Mapping[str, Any]) -> dict[str, Any]:
     """Of LLaVA's; as Megatron makes it anew where there is none."""
     if sizes is None:
         return {"projector_hidden_size": decoder["intermediate_size"], "multimodal_projector_bias": False}
@@ -195,15 +195,15 @@ def projector_config(sizes: Sizes | None, decoder: Mapping[str, Any]) -> dict[st
     return {"projector_hidden_size": sizes.shape("linear_fc1.weight")[0], "multimodal_projector_bias": bias}
 
 
-def read(folder: Path, heads: Heads, rope_theta: float) -> Read:
+def read(folder: Path, heads: Heads, rope_theta: float) -> FolderContent:
     """What the files of all ranks hold. Raises ConfigError where that is not what stands above."""
-    ranks = Ranks(folder)
+    ranks = MegatronRanks(folder)
     names = ranks.states[0]
     found = {part: prefix for part, prefix in PREFIXES.items() if any(n.startswith(prefix) for n in names)}
     found = found or {part: "" for part, name in ALONE.items() if name in names}
     nothing = f"{folder}: neither vision_model. and language_model. nor the names of CLIP or Mistral alone"
     require("encoder" in found or "decoder" in found, nothing)
-    sizes = {part: Sizes(ranks, prefix) for part, prefix in found.items()}
+    sizes = {part: PartSizes(ranks, prefix) for part, prefix in found.items()}
     rows, parts = {"projector": PROJECTOR}, {}
     if "encoder" in found:
         rows["encoder"] = encoder_rows(heads.encoder)
@@ -219,8 +219,8 @@ def read(folder: Path, heads: Heads, rope_theta: float) -> Read:
         tensors |= _last_norm(HF["encoder"] if whole else "", parts["encoder"]["hidden_size"])
     if not whole:
         ((part, config),) = parts.items()
-        return Read((part,), config | {"architectures": [CLASSES[part]]}, tensors)
-    return Read(
+        return FolderContent((part,), config | {"architectures": [CLASSES[part]]}, tensors)
+    return FolderContent(
         tuple(found), _whole(parts, projector_config(sizes.get("projector"), parts["decoder"])), tensors
     )
 
@@ -237,7 +237,7 @@ def _whole(parts: Mapping[str, dict[str, Any]], projector: dict[str, Any]) -> di
     }
 
 
-def _made(ranks: Ranks, rows: list[Row]) -> dict[str, Made]:
+def _made(ranks: MegatronRanks, rows: list[Row]) -> dict[str, Made]:
     counts = {name: (ranks.shape(name) or (1,))[0] for name in ranks.states[0]}
     try:
         pieces = to_ours(counts, rows)
@@ -255,7 +255,7 @@ def _made(ranks: Ranks, rows: list[Row]) -> dict[str, Made]:
     return made
 
 
-def _rows(ranks: Ranks, piece: Piece) -> list[Tensor]:
+def _rows(ranks: MegatronRanks, piece: Piece) -> list[Tensor]:
     gated = piece.source.endswith("linear_fc1.weight") and len(piece.rows) < ranks.shape(piece.source)[0]
     whole = ranks.whole(piece.source, halves=gated)
     return [piece.transform(whole[piece.rows.start : piece.rows.stop])]

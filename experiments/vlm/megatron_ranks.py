@@ -28,7 +28,7 @@ CUT = {
 IGNORED = re.compile(r".*(_extra_state|position_ids|inv_freq)")  # what is computed, or kept for 8-bit numbers
 
 
-class Ranks:
+class MegatronRanks:
     """The state dicts of all ranks, and their tensors as they are with one."""
 
     def __init__(self, folder: Path):

@@ -20,7 +20,7 @@ from experiments.vlm.encoder_parallel import own_rows
 from torchtitan.distributed.mesh import Mesh
 from torchtitan.distributed.slot_group import SlotGroup
 
-Run = tuple[int, int]  # patch rows [start, end) of a batch
+RowRange = tuple[int, int]  # patch rows [start, end) of a batch
 
 
 class ReadOnce:
@@ -63,7 +63,7 @@ class ReadOnce:
         }
 
 
-def encoded_runs(job: VLMJobConfig, mesh: Mesh, shape: BatchShape) -> list[Run]:
+def encoded_runs(job: VLMJobConfig, mesh: Mesh, shape: BatchShape) -> list[RowRange]:
     """The patch rows of a batch that this rank encodes."""
     if mesh.rank("pp") > 0:
         return []
@@ -71,12 +71,12 @@ def encoded_runs(job: VLMJobConfig, mesh: Mesh, shape: BatchShape) -> list[Run]:
     return list(_runs(own_rows(rows, job, mesh).tolist()))
 
 
-def _runs(rows: list[int]) -> Iterator[Run]:
+def _runs(rows: list[int]) -> Iterator[RowRange]:
     """Neighbours together."""
     for _, run in itertools.groupby(enumerate(rows), key=lambda pair: pair[1] - pair[0]):
         members = [row for _, row in run]
         yield members[0], members[-1] + 1
 
 
-def _rows(pixels: Sequence[Tensor], runs: Sequence[Run]) -> list[Tensor]:
+def _rows(pixels: Sequence[Tensor], runs: Sequence[RowRange]) -> list[Tensor]:
     return [tensor[start:end] for tensor in pixels for start, end in runs]

@@ -26,18 +26,18 @@ from torchtitan.tools.hardware import GIB
 FLOPS_A_BYTE = 0.6 * 989e12 / 3.35e12
 PASSES = 3  # over what was dropped
 MODES: dict[Kept, Mode] = {"all": "none", "expensive": "selective", "inputs": "full"}
-Options = tuple[int, int]  # full_layers and selective_layers of a tower
+LayerCounts = tuple[int, int]  # full_layers and selective_layers of a tower
 
 
 @dataclass(frozen=True)
-class Tower:
+class TowerCost:
     """One tower of a rank."""
 
     name: str
     layers: int
     flops: float  # of one layer's forward, of what this rank has of a forward's rows
 
-    def options(self, selective: bool) -> list[Options]:
+    def options(self, selective: bool) -> list[LayerCounts]:
         """From the least recomputation to the most."""
         some = [(0, number) for number in range(self.layers + 1)] if selective else [(0, 0)]
         return some + [(number, (self.layers - number) * selective) for number in range(1, self.layers + 1)]
@@ -74,7 +74,7 @@ def uniform(job: VLMJobConfig, kept: Kept) -> VLMJobConfig:
     return job
 
 
-def with_options(job: VLMJobConfig, encoder: Options, decoder: Options) -> VLMJobConfig:
+def with_options(job: VLMJobConfig, encoder: LayerCounts, decoder: LayerCounts) -> VLMJobConfig:
     """The job with these layers recomputed, and no budget."""
     job = deepcopy(job)
     ac = job.activation_checkpoint
@@ -84,14 +84,14 @@ def with_options(job: VLMJobConfig, encoder: Options, decoder: Options) -> VLMJo
     return job
 
 
-def towers(model: VLM, job: VLMJobConfig, sizes: Degrees) -> tuple[Tower, Tower]:
+def towers(model: VLM, job: VLMJobConfig, sizes: Degrees) -> tuple[TowerCost, TowerCost]:
     """Encoder and decoder. `model`: whole, on the meta device."""
     assert model.encoder is not None
     forward, (tokens, patches) = forward_flops(model), rows_of_a_rank(job, sizes)
     of_layer = {name: total_of(f"{name}.layers.0", forward) for name in ("encoder", "decoder")}
     return (
-        Tower("encoder", model.encoder.depth, of_layer["encoder"] * patches),
-        Tower("decoder", model.config.decoder.layers, of_layer["decoder"] * tokens),
+        TowerCost("encoder", model.encoder.depth, of_layer["encoder"] * patches),
+        TowerCost("decoder", model.config.decoder.layers, of_layer["decoder"] * tokens),
     )
 
 
@@ -130,14 +130,14 @@ def within_budget(
 
 def _costs(
     shares: Mapping[Kept, RankShare], sizes: Degrees, layers: int
-) -> Callable[[Tower, Options], float]:
+) -> Callable[[TowerCost, LayerCounts], float]:
     """What recomputing costs, in FLOPs that take as long."""
     kept = {
         way: {unit.name: unit.use.kept for unit in share.units(sizes, range(layers), True, True)}
         for way, share in shares.items()
     }
 
-    def cost(tower: Tower, options: Options) -> float:
+    def cost(tower: TowerCost, options: LayerCounts) -> float:
         last = f"{tower.name} layer {tower.layers - 1}"  # the first is like no other
         dropped = {way: max(0.0, kept["all"][last] - kept[way][last]) for way in shares}
         full, selective = options

@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from experiments.vlm.generate.answering import Answering
-from experiments.vlm.generate.server import Limits, Server
+from experiments.vlm.generate.server import RequestLimits, Server
 from experiments.vlm.generate.service import Service
 from tests.unit.test_generate import PLAN, engine, picture, prompter
 from torchtitan.generation.engine import Request
@@ -18,7 +18,7 @@ from torchtitan.generation.engine import Request
 @pytest.fixture(scope="module")
 def server():
     service = Service(Answering(engine(3, reuse=True), prompter(), None))
-    running = Server(("127.0.0.1", 0), service, "tiny", Limits(1 << 18, 8))
+    running = Server(("127.0.0.1", 0), service, "tiny", RequestLimits(1 << 18, 8))
     threading.Thread(target=running.serve_forever, daemon=True).start()
     yield running
     running.shutdown()
@@ -100,7 +100,7 @@ def test_fields_that_ask_for_nothing_change_nothing(server):
 
 def test_a_model_without_a_chat_template_says_that_it_takes_one_turn():
     service = Service(Answering(engine(1), prompter(template=None), None))
-    running = Server(("127.0.0.1", 0), service, "tiny", Limits(1 << 18, 8))
+    running = Server(("127.0.0.1", 0), service, "tiny", RequestLimits(1 << 18, 8))
     threading.Thread(target=running.serve_forever, daemon=True).start()
     connection = http.client.HTTPConnection("127.0.0.1", running.server_port)
     connection.request("GET", "/v1/models")

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 
-class Share:
+class HeldRows:
     """Which of a table's few rows a rank holds, and where."""
 
     def __init__(self, table: Tensor, rows: Sequence[int]):
@@ -63,10 +63,10 @@ class RowAdamW(torch.optim.Optimizer):
 
     def __init__(self, groups: list[dict], betas: tuple[float, float], eps: float):
         super().__init__(groups, {"betas": betas, "eps": eps})
-        self.shares: dict[nn.Parameter, Share] = {}
+        self.shares: dict[nn.Parameter, HeldRows] = {}
         for group in self.param_groups:
             rows = group.pop("rows")
-            self.shares |= {table: Share(table, rows) for table in group["params"]}
+            self.shares |= {table: HeldRows(table, rows) for table in group["params"]}
 
     @torch.no_grad()
     def drop_other_gradients(self) -> None:

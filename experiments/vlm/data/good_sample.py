@@ -29,7 +29,7 @@ UNREADABLE = 64  # shards
 UNREACHED = 64  # records whose address does not answer: each may take data.url_timeout_s
 
 
-class Search:
+class GoodSampleSearch:
     """Looks into the sources of a run for good samples; not thread-safe."""
 
     def __init__(
@@ -116,7 +116,7 @@ def require_good_samples(
 
     Begins with the shard that this slot reads first.
     """
-    search = Search(settings, tokenizer, ShardCache(open_shard, 1, patience), hint)
+    search = GoodSampleSearch(settings, tokenizer, ShardCache(open_shard, 1, patience), hint)
     for source, deal in enumerate(settings.deals):
         unit = deal.unit(slot, 0)
         search.require(source, unit.shard if unit else 0)

@@ -168,8 +168,8 @@ def tiled(plan: ImagePlan, height: int, width: int, alone: bool) -> Layout:
     return replace(made, tokens=marked)
 
 
-class Plan(NamedTuple):
-    """A rule for images."""
+class PlanKind(NamedTuple):
+    """One way to plan images: a row of PLANS."""
 
     layout: Callable[[ImagePlan, int, int, bool], Layout]  # arguments as those of ImagePlan.layout
     most_tokens: Callable[[ImagePlan], int] = lambda plan: len(
@@ -183,12 +183,12 @@ def _most_tiled(plan: ImagePlan) -> int:
     return tiles.most_tokens(s, plan.cut, plan.newline) + 2 * plan.marked
 
 
-PLANS: dict[str, Plan] = {
-    "native": Plan(native, lambda plan: len(plan.tokens_of(plan.max_patches))),
-    "square": Plan(square),
-    "padded": Plan(padded),
-    "cropped": Plan(cropped),
-    "tiles": Plan(tiled, _most_tiled, lambda plan: 1 + max(math.prod(grid) for grid in plan.cut.grids)),
+PLANS: dict[str, PlanKind] = {
+    "native": PlanKind(native, lambda plan: len(plan.tokens_of(plan.max_patches))),
+    "square": PlanKind(square),
+    "padded": PlanKind(padded),
+    "cropped": PlanKind(cropped),
+    "tiles": PlanKind(tiled, _most_tiled, lambda plan: 1 + max(math.prod(grid) for grid in plan.cut.grids)),
 }
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from experiments.vlm.data.batch_metrics import Views
 from experiments.vlm.data.collate import Collator, FilledSlot
-from experiments.vlm.data.good_sample import Search
+from experiments.vlm.data.good_sample import GoodSampleSearch
 from experiments.vlm.data.rejects import Reject
 from experiments.vlm.data.report import Tally
 from experiments.vlm.data.resume import SlotState
@@ -46,7 +46,7 @@ class Producer:
         )
         self.pool = ThreadPoolExecutor(setup.decode_threads, "decode") if setup.decode_threads > 1 else None
         self.collator = Collator(self.cache, settings.plan, setup.tokenizer.pad_id, self.pool)
-        check_source = Search(settings, setup.tokenizer, self.cache, setup.hint).require
+        check_source = GoodSampleSearch(settings, setup.tokenizer, self.cache, setup.hint).require
         self.slots = [Slot(number, settings, setup.tokenizer, self.cache, check_source) for number in slots]
         self.tallies = {number: Tally() for number in slots}  # of what was delivered
         for slot in self.slots:  # all of them at one time

@@ -17,22 +17,15 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
 from experiments.vlm.data.document import BOS, EOS, Document, Image, Part, Special, Text, encode_texts
 from experiments.vlm.data.image_layout import BEGIN, END, Layout
+from experiments.vlm.data.image_plan import ImagePlan
 from experiments.vlm.data.split import Outline
 from torchtitan.components.tokenizer import Tokenizer
-
-
-class Plan(Protocol):
-    """The part of ImagePlan that planning needs."""
-
-    def layout(self, height: int, width: int, alone: bool) -> Layout:
-        """What becomes of an image of that many pixels. `alone`: it is the only one of its document."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -90,7 +83,7 @@ class Atom(NamedTuple):
     image: PlannedImage | None = None  # as if it began at token 0
 
 
-def make_sample(document: Document, tokenizer: Tokenizer, plan: Plan) -> Sample:
+def make_sample(document: Document, tokenizer: Tokenizer, plan: ImagePlan) -> Sample:
     """The whole document, however long."""
     atoms = list(encode(document, tokenizer, plan))
     starts = list(itertools.accumulate((len(atom.tokens) for atom in atoms[:-1]), initial=0))
@@ -104,7 +97,7 @@ def make_sample(document: Document, tokenizer: Tokenizer, plan: Plan) -> Sample:
     )
 
 
-def encode(document: Document, tokenizer: Tokenizer, plan: Plan) -> Iterator[Atom]:
+def encode(document: Document, tokenizer: Tokenizer, plan: ImagePlan) -> Iterator[Atom]:
     """The parts as tokens; bos and eos are atoms of their own."""
     if tokenizer.bos_id is not None and not document.conversation:
         yield Atom([tokenizer.bos_id], [False])

@@ -31,7 +31,7 @@ class Unasked(UserError):
     """A record cannot be asked, and the others can: an image cannot be read, or it is too long."""
 
 
-class Records(Protocol):
+class QuestionSet(Protocol):
     """Where records come from: a file (questions.py), or memory."""
 
     path: str
@@ -45,7 +45,7 @@ class Records(Protocol):
 class Asking:
     """One task over records. Raises UserError that names the record, Unasked where only that one is lost."""
 
-    def __init__(self, task: Task, records: Records, prompter: Prompter):
+    def __init__(self, task: Task, records: QuestionSet, prompter: Prompter):
         self.task = task
         self.records = records
         self.prompter = prompter

@@ -20,7 +20,7 @@ from experiments.vlm.evaluate.questions import Questions
 from experiments.vlm.evaluate.results_page import results_page
 from experiments.vlm.evaluate.task_scores import score, summarise
 from experiments.vlm.evaluate.tasks import Task
-from experiments.vlm.generate.answer import AnswerFile
+from experiments.vlm.generate.answer_file import AnswerFile
 from experiments.vlm.generate.answering import Answering
 from torchtitan.config.errors import UserError
 from torchtitan.tools.disk import write_whole

@@ -9,12 +9,14 @@ from string import Template
 from typing import Any
 
 from experiments.vlm.data.document import Picture
-from experiments.vlm.evaluate.asking import Records
+from experiments.vlm.evaluate.asking import QuestionSet
 from experiments.vlm.evaluate.exhibits import thumbnail
 from experiments.vlm.evaluate.tasks import Question, Task
 
 
-def results_page(name: str, task: Task, questions: Records, lines: list[dict[str, Any]], limit: int) -> str:
+def results_page(
+    name: str, task: Task, questions: QuestionSet, lines: list[dict[str, Any]], limit: int
+) -> str:
     """At most `limit` records, spread evenly from the worst to the best by the task's first metric."""
     first = next((name for line in lines for name in line["scores"]), "")
     worst_last = task.way == "read"  # a high perplexity is bad

@@ -92,7 +92,7 @@ TASKS = {
 }
 
 
-class Asked(NamedTuple):
+class TaskFile(NamedTuple):
     """A task over a file."""
 
     label: str  # the task's name, and the file's where a task has several
@@ -100,7 +100,7 @@ class Asked(NamedTuple):
     path: str
 
 
-def parse_tasks(given: Sequence[str], key: str) -> list[Asked]:
+def parse_tasks(given: Sequence[str], key: str) -> list[TaskFile]:
     """NAME=FILE of each. `key`: begins an error, before what was given. Raises ConfigError."""
     asked = []
     for each in given:
@@ -108,7 +108,7 @@ def parse_tasks(given: Sequence[str], key: str) -> list[Asked]:
         require(bool(mark and path), f"{key}{each}: must be NAME=FILE")
         require(name in TASKS, f"{key}{each}: no such task{did_you_mean(name, TASKS)}")
         twice = sum(other.startswith(name + "=") for other in given) > 1
-        asked.append(Asked(f"{name}-{Path(path).stem}" if twice else name, name, path))
+        asked.append(TaskFile(f"{name}-{Path(path).stem}" if twice else name, name, path))
     labels = [each.label for each in asked]
     require(len(set(labels)) == len(labels), f"{key.rstrip()} two files of one task have one name")
     return asked

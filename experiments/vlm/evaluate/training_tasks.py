@@ -18,7 +18,7 @@ from experiments.vlm.evaluate.evaluation import write_results
 from experiments.vlm.evaluate.exhibits import exhibit
 from experiments.vlm.evaluate.questions import Questions
 from experiments.vlm.evaluate.task_scores import score
-from experiments.vlm.evaluate.tasks import TASKS, Asked, Question, parse_tasks
+from experiments.vlm.evaluate.tasks import TASKS, Question, TaskFile, parse_tasks
 from experiments.vlm.generate.answering import answering_of, prompter_of
 from experiments.vlm.generate.layout import lent, share_in_training
 from experiments.vlm.processor import spoken_template
@@ -86,7 +86,7 @@ class TrainingTasks:
     def _mine(self, count: int) -> range:
         return range(self.rank, count, self.ranks)
 
-    def _open(self, asked: Asked) -> Asking:
+    def _open(self, asked: TaskFile) -> Asking:
         task, limit = TASKS[asked.name], self.job.validation.task_records
         questions = Questions(asked.path, self.job.data, documents=task.way == "read")
         require(len(questions) > 0, f"{asked.path}: holds no record")

@@ -16,7 +16,7 @@ from experiments.vlm.generate.prompt import Prompt
 from torchtitan.components.loader import Tensors
 
 
-class Part(NamedTuple):
+class RankSlice(NamedTuple):
     """What this rank has of something that is divided evenly, in order."""
 
     rank: int
@@ -26,11 +26,11 @@ class Part(NamedTuple):
 class Share(NamedTuple):
     """What this rank has of a call."""
 
-    tokens: Part  # of each sequence, between blocks
-    rows: Part  # of patches, in the encoder
+    tokens: RankSlice  # of each sequence, between blocks
+    rows: RankSlice  # of patches, in the encoder
 
 
-WHOLE = Share(Part(0, 1), Part(0, 1))
+WHOLE = Share(RankSlice(0, 1), RankSlice(0, 1))
 
 
 class CachedVLM:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.encoder_parallel import sharing_mesh
-from experiments.vlm.generate.forward import Part, Share
+from experiments.vlm.generate.forward import RankSlice, Share
 from experiments.vlm.model.vlm import VLM
 from experiments.vlm.parallelize import apply_fsdp
 from experiments.vlm.sharing import sharers
@@ -86,7 +86,7 @@ def share_in_training(mesh: Mesh, job: VLMJobConfig) -> Share:
     """What a rank has of a call where the model is laid out for training."""
     ranks = sharers(job, mesh.degrees)
     row = sharing_mesh(job, mesh).get_local_rank() if ranks > 1 else 0
-    return Share(Part(mesh.rank("tp"), mesh.degrees.tp), Part(row, ranks))
+    return Share(RankSlice(mesh.rank("tp"), mesh.degrees.tp), RankSlice(row, ranks))
 
 
 def agreement(mesh: Mesh) -> Callable[[list[int]], list[int]]:

@@ -79,7 +79,7 @@ Turns = Sequence[tuple[str, Sequence[str | Picture]]]  # (role, texts and images
 ONE_TURN = "this model was trained without conversations and answers one turn at a time"
 
 
-class _Held:
+class _HeldPictures:
     """Images in memory, where a collator looks for an opened shard; their locators are their numbers."""
 
     def __init__(self, pictures: Sequence[Picture]):
@@ -201,7 +201,7 @@ class Prompter:
         fields = {name: np.empty(shape.of(name), field.dtype) for name, field in shape.fields.items()}
         views = {name: array[0] if FIELDS[name].dims[0] == "B" else array for name, array in fields.items()}
         packed = Packed(Reference(0, 0, 0), Origin("prompt", "", "", caption=False), sample, places)
-        collator = Collator(_Held(pictures), self.plan, self.tokenizer.pad_id)
+        collator = Collator(_HeldPictures(pictures), self.plan, self.tokenizer.pad_id)
         filled = collator.start(SlotPlan(0, [packed]), views)()
         for reject in filled.rejects:
             raise UserError(_unreadable(pictures[reject.image or 0], reject.reason, reject.detail))

@@ -26,7 +26,7 @@ from typing import Any
 from experiments.vlm.data.image import probe
 from experiments.vlm.data.rejects import Rejected, meaning
 from experiments.vlm.generate import openai
-from experiments.vlm.generate.service import Failed, Service
+from experiments.vlm.generate.service import EngineFailed, Service
 from torchtitan import __version__
 from torchtitan.config.errors import UserError
 from torchtitan.generation.engine import Request
@@ -39,7 +39,7 @@ AT_A_TIME = 64  # connections; further ones are answered with 503
 
 
 @dataclass(frozen=True)
-class Limits:
+class RequestLimits:
     """What one request may cost."""
 
     body_bytes: int
@@ -51,7 +51,7 @@ class Server(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, address: tuple[str, int], service: Service, name: str, limits: Limits):
+    def __init__(self, address: tuple[str, int], service: Service, name: str, limits: RequestLimits):
         """`name`: what the model is called. Raises OSError where the port is taken."""
         super().__init__(address, Handler)
         self.service = service
@@ -107,7 +107,7 @@ class Handler(BaseHTTPRequestHandler):
                 work(body)
         except UserError as error:
             self._json(HTTPStatus.BAD_REQUEST, openai.failure(str(error)))
-        except Failed:
+        except EngineFailed:
             self._json(HTTPStatus.INTERNAL_SERVER_ERROR, openai.failure("the model failed", "server_error"))
         except (ConnectionError, TimeoutError):
             self.close_connection = True  # who asked is gone

@@ -10,7 +10,7 @@ from torchtitan.generation.engine import Answer, Event, Request
 from torchtitan.tools.logging import logger
 
 
-class Failed(Exception):
+class EngineFailed(Exception):
     """The engine failed while it answered: a fault of the program, whose traceback is in the log."""
 
 
@@ -30,7 +30,7 @@ class Service:
     def ask(self, request: Request) -> Generator[Event, None, None]:
         """The pieces of an answer as they come. Who stops early is waited for no longer.
 
-        The request's own number counts for its draws alone. Raises Failed.
+        The request's own number counts for its draws alone. Raises EngineFailed.
         """
         pieces: queue.Queue[Event | None] = queue.Queue()
         with self._lock:
@@ -43,7 +43,7 @@ class Service:
             while True:
                 event = pieces.get()
                 if event is None:
-                    raise Failed
+                    raise EngineFailed
                 answer = event.answer
                 yield event
                 if answer.ended:

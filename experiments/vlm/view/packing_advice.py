@@ -19,7 +19,7 @@ from dataclasses import replace
 from itertools import product, zip_longest
 from typing import NamedTuple
 
-from experiments.vlm.data.good_sample import Search
+from experiments.vlm.data.good_sample import GoodSampleSearch
 from experiments.vlm.data.packing import Budget
 from experiments.vlm.data.sample import Sample
 from experiments.vlm.data.setup import Setup
@@ -74,7 +74,9 @@ def read_documents(setup: Setup, limit: int, deadline: Deadline | None = None, s
     deals = tuple(replace(deal, slots=1) for deal in setup.settings.deals)
     settings = replace(setup.settings, deals=deals, budget=Budget(UNLIMITED, 1, UNLIMITED))
     cache = ShardCache(setup.open_shard, 64, Patience(setup.storage_timeout_s))
-    slot = Slot(0, settings, setup.tokenizer, cache, Search(settings, setup.tokenizer, cache).require)
+    slot = Slot(
+        0, settings, setup.tokenizer, cache, GoodSampleSearch(settings, setup.tokenizer, cache).require
+    )
     documents: list[SizedDocument] = []
     sources: list[int] = []
     for entry in iter(slot.draw, None):

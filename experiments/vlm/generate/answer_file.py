@@ -20,7 +20,7 @@ from torchtitan.generation.engine import Answer, Request
 from torchtitan.tools.logging import logger
 
 Ask = Callable[[int, Prompt], Request]  # of the number of a sample
-Asked = tuple[int, Any, dict[str, Any]]  # number and id of a record, and the record
+NumberedRecord = tuple[int, Any, dict[str, Any]]  # number and id of a record, and the record
 
 
 def answer_one(answering: Answering, content: list[str | Picture], ask: Ask) -> None:
@@ -89,7 +89,7 @@ def answer_file(answering: Answering, path: Path, out: AnswerFile, images: Image
 
 
 def _requests(
-    records: list[Asked],
+    records: list[NumberedRecord],
     answering: Answering,
     out: AnswerFile,
     images: ImageValues,
@@ -114,7 +114,7 @@ def as_line(answer: Answer) -> dict[str, Any]:
     return {"text": answer.text.given, "ended": answer.ended, "logprob": round(sum(answer.logprobs), 4)}
 
 
-def read_records(path: Path) -> list[Asked]:
+def read_records(path: Path) -> list[NumberedRecord]:
     """(number, id, record) of each line. Raises ConfigError for a line that is no record, or an id twice."""
     records = [(number, line.get("id", number), line) for number, line in enumerate(_lines(path))]
     seen: set[Any] = set()
