@@ -1,9 +1,7 @@
-"""Ranks for tests. Importing torch takes seconds, so they are forked from one server that has imported
-everything.
+"""Ranks for tests.
 
-Each task gets fresh ranks: process groups, meshes and what PyTorch remembers of them do not outlive it. The
-server itself never runs an operation, since a fork copies no threads. A rank that fails ends the others,
-which would wait for it for ever.
+Each task gets fresh ranks: process groups, meshes and what PyTorch remembers of them do not outlive it. A
+rank that fails ends the others, which would wait for it for ever.
 """
 
 import logging
@@ -17,13 +15,7 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-PRELOAD = [
-    "torch",
-    "torch._dynamo",
-    "torch.distributed.pipelining",
-    "torch.distributed.checkpoint",
-    "tests.distributed.layouts",
-]
+from tests.fork_server import Process
 
 
 class RankFailed(AssertionError):
@@ -66,18 +58,16 @@ class Pool:
     def __init__(self, timeout_s: float = 240) -> None:
         """`timeout_s`: of a collective; a busy machine may need more."""
         self.timeout_s = timeout_s
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(PRELOAD)
 
     def run(self, ranks: int, function: Callable, *arguments: Any) -> list[Any]:
         """What `function(*arguments)` returned on each of `ranks` ranks. Raises RankFailed."""
         with tempfile.TemporaryDirectory() as folder:
             answers, processes = [], []
             for rank in range(ranks):
-                ours, theirs = self._context.Pipe(duplex=False)
+                ours, theirs = multiprocessing.Pipe(duplex=False)
                 store = os.path.join(folder, "store")
                 processes.append(
-                    self._context.Process(
+                    Process(
                         target=_run,
                         args=(rank, ranks, store, self.timeout_s, theirs, function, arguments),
                         daemon=True,

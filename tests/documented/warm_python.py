@@ -27,7 +27,8 @@ from tests.documented.look_only import FOREIGN
 
 REPOSITORY = Path(__file__).parents[2]
 IMPORTED = ("torch.distributed.fsdp", "torch.distributed.checkpoint", "torch.optim", "experiments.vlm.spec",
-            "matplotlib.figure", "torchtitan.train", "pyarrow.parquet", "tensorboard")  # fmt: skip
+            "matplotlib.figure", "torchtitan.train", "pyarrow.parquet", "tensorboard", "typeguard",
+            "torchtitan.sweep.run", "tests.frozen_heap")  # fmt: skip
 # Options that make a program end soon; they win, since they come last.
 SHORTER = {
     "experiments": [

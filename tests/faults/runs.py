@@ -1,22 +1,18 @@
 """Runs that end badly, in processes of their own, and what they left."""
 
 import contextlib
-import multiprocessing
 import os
 import resource
 import sys
 import tempfile
 from collections.abc import Iterator
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from tests.faults import accident
+from tests.fork_server import Process
 from tests.reference.small_run import job_of
 from torchtitan.components.sinks import read_history
 from torchtitan.config.parse import to_toml
-
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "tests.faults.accident"])
 
 JOB = {
     "training.local_batch_size": 2,
@@ -53,7 +49,7 @@ def train(folder: Path, *options: str, **environment: str) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     with options_of(folder) as job:
         arguments = [*job, *options], environment, str(folder / "log.txt")
-        process: BaseProcess = _context.Process(target=_main, args=arguments)
+        process = Process(target=_main, args=arguments)
         process.start()
         process.join(120)
     assert process.exitcode is not None, "the run hangs"
