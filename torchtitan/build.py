@@ -154,8 +154,7 @@ def resolve_global_batch(job: JobConfig) -> None:
     if asked not in (-1, saved):
         raise ConfigError(
             f"training.global_batch_size = {asked}: {path} was made with {saved}; keep it, or start the data "
-            "anew with "
-            "checkpoint.exclude_from_loading = ['data']"
+            "anew with checkpoint.exclude_from_loading = ['data']"
         )
     job.training.global_batch_size = saved
 

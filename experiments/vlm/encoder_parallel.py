@@ -52,9 +52,8 @@ def apply_sharing(projector: nn.Module, job: VLMJobConfig, mesh: Mesh) -> None:
     elif p.encoder_sharing == "auto" and group.size() > 1:
         logger.info(
             f"parallelism.encoder_sharing = auto: {rows_a_forward(job, mesh.degrees)} patch rows a forward "
-            "do not divide among "
-            f"{group.size()} ranks, so each of them encodes all; more slots a forward, or data.patch_rows, "
-            "would share the work"
+            f"do not divide among {group.size()} ranks, so each of them encodes all; more slots a forward, "
+            "or data.patch_rows, would share the work"
         )
 
 

@@ -183,11 +183,11 @@ def test_little_room_is_told_at_the_start(tmp_path, monkeypatch):
     fill(monkeypatch, tmp_path, 1000)
     told = []
     monkeypatch.setattr(file_cache_module, "warn_once", told.append)
-    FileCache(tmp_path, 10**9).tell_free()
+    FileCache(tmp_path, 10**9).warn_if_small()
     assert told == [
         f"data.cache_gb = 1, but {tmp_path} has room for 0.0041 GB: that is what copies will take at most"
     ]
-    FileCache(tmp_path, 10**6).tell_free()
+    FileCache(tmp_path, 10**6).warn_if_small()
     assert len(told) == 1
 
 
@@ -199,7 +199,7 @@ def test_free_space_is_looked_at_where_shards_are_copied(tmp_path, monkeypatch, 
     job = make_job(tmp_path, tmp_path / "out")
     job.data.sources = [Source(name="texts", format="text", path=str(tmp_path / "data"))]
     told = []
-    monkeypatch.setattr(FileCache, "tell_free", lambda self: told.append(self.folder))
+    monkeypatch.setattr(FileCache, "warn_if_small", lambda self: told.append(self.folder))
     Loader(job, Characters()).close()
     assert len(told) == asked
 

@@ -114,7 +114,7 @@ def test_a_second_image_beside_the_one_of_the_caption_is_told(shard, other):
     document, lost = shard(("0.jpg", jpeg()), (f"0.{other}", b"?"), ("0.txt", b"A cat.")).read(0)
     assert len(document.parts) == 2
     assert [(reject.reason, reject.image) for reject in lost] == [("image_unplaced", 1)]
-    assert lost[0].detail == f"{other} is one more image, beside jpg"
+    assert lost[0].detail == f"{other} is one more image, besides jpg"
 
 
 @pytest.mark.parametrize(

@@ -127,8 +127,7 @@ class Checkpointer:
         if own and read_record(own)["model_only"]:
             raise ConfigError(
                 f"{own} holds the weights alone (checkpoint.last_save_model_only), so this run cannot go on "
-                "from it: "
-                f"give another job.dump_folder with checkpoint.initial_load_path = {own}, or "
+                f"from it: give another job.dump_folder with checkpoint.initial_load_path = {own}, or "
                 "checkpoint.load_step"
             )
         if own:

@@ -69,8 +69,7 @@ def is_finished(job: JobConfig, step: int, changed: list[Change]) -> bool:
     if step > steps:
         raise ConfigError(
             f"training.steps = {steps}: {folder} has a checkpoint of step {step}; ask for more steps, go "
-            "back "
-            f"with --checkpoint.load_step, or give another job.dump_folder"
+            "back with --checkpoint.load_step, or give another job.dump_folder"
         )
     if step < steps:
         return False
@@ -105,8 +104,8 @@ def refuse_another_run(job: JobConfig, own: Path, changed: list[Change]) -> None
     if "train_state" in without:
         raise ConfigError(
             f"checkpoint.exclude_from_loading = train_state: {own} is of this dump folder, and its steps "
-            "would "
-            f"be counted from 0 again; give another job.dump_folder with --checkpoint.initial_load_path {own}"
+            "would be counted from 0 again; give another job.dump_folder with "
+            f"--checkpoint.initial_load_path {own}"
         )
     kept = {"model.name", "model.flavor"} | ({"optimizer.name"} - {f"{part}.name" for part in without})
     for change in changed:

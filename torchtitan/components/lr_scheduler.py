@@ -47,8 +47,8 @@ def fit_warmup(options: LRScheduler, steps: int) -> None:
     if options.warmup_steps > steps:
         warn_once(
             f"lr_scheduler.warmup_steps = {options.warmup_steps} is more than training.steps = {steps}: cut "
-            "to "
-            f"{steps}, so that the peak learning rate comes with the last step; ask for fewer to train at it"
+            f"to {steps}, so that the peak learning rate comes with the last step; ask for fewer to train "
+            "at it"
         )
         options.warmup_steps = steps
 

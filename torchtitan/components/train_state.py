@@ -152,6 +152,5 @@ def _check_position(names: list[str], stored: Sizes) -> None:
     if missing:
         raise ConfigError(
             f"the checkpoint has no position for {missing[0]}: keep training.global_batch_size, or start the "
-            "data anew "
-            "with checkpoint.exclude_from_loading = ['data']"
+            "data anew with checkpoint.exclude_from_loading = ['data']"
         )

@@ -179,7 +179,7 @@ class _Row:
         return packed.sample.tokens[index], index
 
     def _visual(self, packed: Packed, good: list[int]) -> dict[str, np.ndarray]:
-        """Of each token the fields that say which visual tokens it is made of."""
+        """The fields that say which visual tokens each token is made of."""
         t, placed = len(packed.sample.tokens), packed.placed()
         found = {
             name: np.full((t, *self.views[name].shape[1:]), FIELDS[name].padding, FIELDS[name].dtype)
@@ -202,7 +202,7 @@ class _Row:
         return found
 
     def _in_table(self, numbers: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Rows of the slot's visual table for `numbers` as in Layout.tokens. `rows`: of the image's own."""
+        """Rows of the slot's visual table for `numbers` as in Layout.tokens. `rows`: the image's own."""
         padding, newline = FIELDS["visual_index"].padding, self.rows * self.length // self.merge
         others = np.where(numbers == NEWLINE, newline, padding)
         return np.where(numbers >= 0, rows[np.maximum(numbers, 0)], others)

@@ -85,7 +85,7 @@ class Turn:
 
 @dataclass
 class Draft:
-    """What a format makes of a record; of a conversation the turns, whose parts a chat template makes."""
+    """What a format makes of a record. A conversation has turns, whose parts a chat template makes."""
 
     parts: list[Text | Special | ImageValue]
     caption: bool = False  # as in Document

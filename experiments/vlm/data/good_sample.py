@@ -23,9 +23,9 @@ from experiments.vlm.data.storage.patience import Patience
 from torchtitan.components.tokenizer import Tokenizer
 from torchtitan.config.errors import DataError
 
-SHARDS = 8  # that are looked into, spread over all of them
-RECORDS = 1000  # that are tried in these together, spread over each
-UNREADABLE = 64  # shards
+SHARDS = 8  # looked into, spread over all of them
+RECORDS = 1000  # tried in these together, spread over each
+UNREADABLE = 64  # shards tried, where none can be opened
 UNREACHED = 64  # records whose address does not answer: each may take data.url_timeout_s
 
 
@@ -62,7 +62,7 @@ class GoodSampleSearch:
         raise DataError(complaint(deal.name, len(deal.shards), found, hint))
 
     def _tried(self, source: int, first: int) -> Iterator[Reject | None]:
-        """For each record and shard that is tried what is wrong with it; None for a good record."""
+        """What is wrong with each record and shard that is tried; None for a good record."""
         deal, looked_into = self.settings.deals[source], 0
         for number in dict.fromkeys([first, *spread(len(deal.shards), UNREADABLE)]):
             path = deal.shards[number]

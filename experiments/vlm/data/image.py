@@ -45,9 +45,9 @@ HEAD_BYTES = 1 << 16  # enough for the header of nearly every JPEG
 # a decoding thread keeps a buffer for images up to here; larger ones allocate their own
 KEPT_PIXELS = 16_000_000
 LARGE_PIXELS = 6_000_000  # a JPEG from here on may lose a little quality to scaled decoding
-DECODING_BYTES = 1 << 30  # of the images that the threads of a process decode at a time
-COUNTED_PIXELS = 1_000_000  # from here on an image counts for that
-# Pillow at its peak, as measured; of the fast JPEG decoder `_decode_jpeg` says what it takes
+DECODING_BYTES = 1 << 30  # held at most by the images that the threads of a process are decoding
+COUNTED_PIXELS = 1_000_000  # smaller images do not count for that
+# Pillow at its peak, as measured; what the fast JPEG decoder takes: `_memory_for_jpeg`
 BYTES_A_PIXEL = {"other": 8, "JPEG": 10, "MPO": 10, "AVIF": 10, "WEBP": 17, "JPEG2000": 20}
 # Kernels for which speed counts more than the last bit, down to 50 dB: whole rows are added up first, which
 # leaves fewer for the slow pass (a third faster than at once), and JPEGs may be shrunk by their decoder. The
@@ -56,15 +56,15 @@ FAST = ("bilinear",)
 PROGRESSIVE = b"\xff\xc2"  # the marker of a JPEG whose coefficients the decoder holds, 6 bytes a pixel
 
 PILImage.init()
-# Above 32 MB malloc gives a block back to the system when it is freed; of smaller ones each thread that ever
-# decoded a large image would keep as many as that took.
+# malloc gives blocks above 32 MB back to the system when they are freed; a thread that ever decoded a large
+# image would keep all the smaller ones that it took.
 PILImage.core.set_block_size(64 << 20)
 # The usual ones first, since some plugins find out by trying. EPS would start an external program
 # (Ghostscript) on a dataset's bytes.
 OPENED_FORMATS = sorted(
     set(PILImage.ID) - {"EPS"}, key=lambda name: (name not in ("JPEG", "PNG", "WEBP", "GIF"), name)
 )
-# of broken metadata and large images: they are rejected or fine
+# warnings about broken metadata and large images, which are rejected or fine
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 _buffers = threading.local()
@@ -88,9 +88,7 @@ def probe(data: bytes) -> tuple[int, int]:
 
 
 def probe_lazily(read: Callable[[int], bytes], size: int) -> tuple[int, int]:
-    """`probe` for an image of `size` bytes whose first n come from `read(n)`: the header of a JPEG needs not
-    all of them.
-    """
+    """`probe` of an image of `size` bytes, whose first n bytes `read(n)` gives: a JPEG needs only some."""
     head = read(min(size, HEAD_BYTES))
     if len(head) < size:
         if head.startswith(b"\xff\xd8"):
@@ -128,8 +126,8 @@ def decode_view(data: bytes, view: View, plan: ImagePlan) -> np.ndarray:
 
 
 def _picture(data: bytes, view: View, plan: ImagePlan) -> np.ndarray:
-    """That a view is a part of."""
-    if view.box:  # of torch's kernels none takes a part that begins between two pixels
+    """The picture that a view is a part of. Raises Rejected."""
+    if view.box:  # no kernel of torch takes a part that begins between two pixels
         whole, (top, left, bottom, right) = PILImage.fromarray(decode(data, *probe(data))), view.box
         box, kernel = (left, top, right, bottom), _PILLOW[plan.resample]
         pixels = np.asarray(whole.resize(view.size[::-1], kernel, box))
@@ -282,7 +280,7 @@ def jpeg_factor(size: tuple[int, int], target: tuple[int, int], kernel: Resample
 
     The margin is what is left to the antialiased resize. Seen on photographs at their true resolution: four
     times the target keeps at least 50 dB PSNR to Pillow's resize of the whole image, twice at least 44 dB.
-    For kernels that are not of FAST it shrinks nothing.
+    Kernels outside FAST shrink nothing.
     """
     if kernel not in FAST:
         return 1

@@ -1,7 +1,7 @@
-"""What an image becomes: pictures for the encoder, and among the tokens visual ones, its marks and newlines.
+"""What an image becomes: pictures for the encoder; visual tokens, marks and newlines among the tokens.
 
-An image may have several views; each lies inside one patch row, and where one is lost, the image is. Which it
-has is said by its plan (image_plan.py). Imports no torch.
+An image may have several views, which its plan chooses (image_plan.py). Each lies inside one patch row; an
+image that loses one is lost. Imports no torch.
 """
 
 from collections.abc import Callable
@@ -53,7 +53,7 @@ class Layout:
 
     views: tuple[View, ...]
     tokens: np.ndarray
-    # of which visual tokens its last ones are weighted sums; made when asked for, being ten times as large
+    # which visual tokens its last ones are weighted sums of; made on demand, being ten times as large
     mix: Callable[[], Taps] | None = None
 
     @property
@@ -67,7 +67,7 @@ class Layout:
         return int(np.count_nonzero(self.tokens >= 0))
 
     def taps(self) -> Taps:
-        """For each of its tokens; one that is no sum has its own number, with weight 1."""
+        """The taps of each of its tokens; a token that is no sum has its own number, with weight 1."""
         numbers = np.repeat(self.tokens[:, None], TAPS, 1)
         weights = np.zeros(numbers.shape, np.float32)
         weights[:, 0] = 1

@@ -4,7 +4,7 @@
     square    squeezed to a square
     padded    put in the middle of a filled square as long as its longer side, then resized
     cropped   its shorter side is as long as a square's, and of the longer one the middle is taken
-    tiles     squeezed to a square, and beside that cut into several (tiles.py)
+    tiles     squeezed to a square, and also cut into several (tiles.py)
 
 Nobody else knows how many cells or tokens an image has. Imports no torch.
 """
@@ -21,9 +21,9 @@ from experiments.vlm.data import tiles
 from experiments.vlm.data.image_layout import BEGIN, END, NEWLINE, Canvas, Layout, View
 from experiments.vlm.model.config import Resample, TilesConfig
 
-# What bounds the memory of squares made of endless images, where no one can see a difference.
-MOST_SQUARES = 16  # of a cropped one no more squares in a row are resized, of which one is kept
-LONGEST = 1 << 15  # a padded one is made no longer
+# Bounds of the memory that extremely long images take, where no one can see a difference.
+MOST_SQUARES = 16  # a cropped image is resized to no more squares in a row, of which one is kept
+LONGEST = 1 << 15  # pixels: a padded image is made no longer
 
 
 @dataclass(frozen=True)
@@ -58,18 +58,18 @@ class ImagePlan:
 
     @property
     def most_tokens(self) -> int:
-        """Of an image of max_patches, of a square, or of tiles as they are."""
+        """The most tokens of an image: of one of max_patches, of a square, or of tiles."""
         return PLANS[self.resize].most_tokens(self)
 
     @property
     def most_cells(self) -> int:
-        """Of a view of max_patches, or of a square."""
+        """The most cells of a view: of one of max_patches, or of a square."""
         native = self.resize == "native"
         return (self.max_patches if native else (self.side // self.patch_size) ** 2) + self.extra_cells
 
     @property
     def largest(self) -> list[int]:
-        """Cells of each view of an image that has as many as there can be."""
+        """Cells of each view of an image that has as many views as there can be."""
         return [self.most_cells] * PLANS[self.resize].most_views(self)
 
     @property
@@ -87,7 +87,7 @@ class ImagePlan:
         return cells // self.merge_size * self.merge_size * self.patch_size
 
     def layout(self, height: int, width: int, alone: bool = True) -> Layout:
-        """Of an image of that many pixels. `alone`: it is the only one of its document."""
+        """What an image of that many pixels becomes. `alone`: it is the only one of its document."""
         return PLANS[self.resize].layout(self, height, width, alone)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
@@ -118,7 +118,7 @@ class ImagePlan:
         return Layout((View(h, w, h * w + self.extra_cells, size, **how),), self.tokens_of(h * w))
 
     def tokens_of(self, patches: int) -> np.ndarray:
-        """As in Layout, of one view of so many patches."""
+        """Tokens, as in Layout, of one view of so many patches."""
         extra = self.extra if self.extra_tokens else 0
         return _tokens(patches // self.merge_size**2, extra, self.marked, self.newline)
 
@@ -146,7 +146,7 @@ def padded(plan: ImagePlan, height: int, width: int, alone: bool) -> Layout:
 
 
 def cropped(plan: ImagePlan, height: int, width: int, alone: bool) -> Layout:
-    """The middle of a square that its longer side leaves."""
+    """Resized until its shorter side is a square's; the middle of the longer one is kept."""
     short, long, side = *sorted((height, width)), plan.side
     whole = int(side * long / short)
     size = (side, whole) if height == short else (whole, side)

@@ -34,7 +34,7 @@ class TemplateFile:
     # special tokens; others with a spelling of their own, such as <think>, are text to the tokenizer
     control: tuple[str, ...]
     variables: dict[str, str] = field(default_factory=dict)  # bos_token and the like
-    answers_alone: bool = False  # of what others say it shows the images
+    answers_alone: bool = False  # it shows what the assistant says, and only the images of other turns
 
 
 class GenerationBlock(jinja2.ext.Extension):
@@ -68,9 +68,9 @@ def read_template(path: Path) -> TemplateFile:
     Raises ConfigError.
     """
     try:
-        config = _beside(path, "tokenizer_config.json")
+        config = _read_next_to(path, "tokenizer_config.json")
         source = _template_of(config, path) if path.suffix == ".json" else path.read_text()
-        special = _special_tokens(config, _beside(path, "tokenizer.json"))
+        special = _special_tokens(config, _read_next_to(path, "tokenizer.json"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"chat_template = {path}: {error}") from error
     variables = {
@@ -81,7 +81,7 @@ def read_template(path: Path) -> TemplateFile:
     return TemplateFile(source, tuple(dict.fromkeys(control)), variables)
 
 
-def _beside(path: Path, name: str) -> dict[str, Any]:
+def _read_next_to(path: Path, name: str) -> dict[str, Any]:
     """That file of the template's folder, or the template's own where it bears the settings itself."""
     file = path if path.suffix == ".json" and name == "tokenizer_config.json" else path.with_name(name)
     if not file.is_file():

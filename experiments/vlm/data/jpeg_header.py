@@ -2,8 +2,8 @@
 times as long.
 
 Pillow stays the judge: a size is given only where every segment is one that Pillow is known to accept, and
-nothing in it (EXIF, XMP, several pictures, four colours) could turn the image or change how it is read. It
-says nothing of all others.
+nothing in it (EXIF, XMP, several pictures, four colours) could turn the image or change how it is read. All
+others give None.
 """
 
 from PIL import Image as PILImage

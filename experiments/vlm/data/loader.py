@@ -38,7 +38,7 @@ from experiments.vlm.data.resume import (
     save_states,
     slot_key,
 )
-from experiments.vlm.data.setup import Setup, Split, dealing, make_setup, order_facts, shape_of
+from experiments.vlm.data.setup import Setup, Split, make_setup, order_facts, shape_of, with_deals
 from experiments.vlm.data.sources.listing import Continued, go_on, to_text
 from experiments.vlm.data.sources.shards import needs_copy
 from experiments.vlm.data.storage.fetch import about_failures
@@ -79,8 +79,9 @@ class Step:
 
 
 class Loader:
-    """Steps for rank `rank` of `ranks` data-parallel ranks. With the document that batch.py shows, S = L =
-    16:
+    """Steps for rank `rank` of `ranks` data-parallel ranks.
+
+    With the document that batch.py shows, and S = L = 16:
 
     >>> loader = Loader(job, tokenizer)
     >>> batch = next(loader).batches[0]
@@ -130,7 +131,7 @@ class Loader:
         self.reads = self.group is None or self.group.leads
         if split == "train":
             if any(needs_copy(deal.shards[0]) for deal in self.setup.settings.deals):
-                file_cache(job.data).tell_free()
+                file_cache(job.data).warn_if_small()
             setups = [self.setup]
             if job.validation.enable:
                 shards = shards_of(job, "validation", self.ranks)
@@ -193,10 +194,8 @@ class Loader:
         if not self.may_end and not has_data:
             raise DataError(
                 f"slots {self.slots.start} to {self.slots.stop - 1} get no good sample of "
-                f"{', '.join(self.names)}, ever: "
-                "the sources have fewer than slots, and without shuffling each slot reads the same ones; set "
-                "shuffle, "
-                "or lower training.global_batch_size"
+                f"{', '.join(self.names)}, ever: the sources have fewer samples than slots, and without "
+                "shuffling each slot reads the same ones; set shuffle, or lower training.global_batch_size"
             )
         self.states = {step.filled.slot: step.state for step in steps}
         state = partial(save_states, self.states, self.facts, self.shards)
@@ -227,7 +226,7 @@ class Loader:
             return
         for line in continued.joined:
             logger.info(line)
-        self._use(dealing(self.setup, continued.now))
+        self._use(with_deals(self.setup, continued.now))
         self.states = {slot: entries[slot]["slot"] for slot in self.slots}
 
     def _use(self, setup: Setup) -> None:
@@ -253,7 +252,7 @@ class Loader:
             logger.info(line)
         if continued.now != deals:
             self.close()
-            self._use(dealing(self.setup, continued.now))
+            self._use(with_deals(self.setup, continued.now))
 
     def _go_on(self, entries: Mapping[int, dict[str, Any]], furthest: list[int]) -> Continued:
         deals = self.setup.settings.deals
@@ -278,7 +277,7 @@ class Loader:
 
     def _changes(self, entries: Mapping[int, dict[str, Any]], continued: Continued) -> list[str]:
         """What has changed, for this rank's slots or others'."""
-        setup = dealing(self.setup, continued.then)
+        setup = with_deals(self.setup, continued.then)
         changes = continued.changes + changes_of(entries, self.slots, order_facts(self.job, setup))
         patience = Patience(self.job.data.storage_timeout_s)
         slots = self.slots if self.reads and not changes else range(0)

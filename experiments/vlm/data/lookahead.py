@@ -133,7 +133,7 @@ class LookAhead(Generic[Payload]):
             patches += entry.patches
 
     def take(self) -> list[Taken[Payload]]:
-        """Who shares the next row, in the order in which they waited; nobody if nobody waits."""
+        """What shares the next row, in the order of waiting; empty where nothing waits."""
         self.plans += 1
         if not self.entries:
             return []
@@ -219,9 +219,9 @@ class _Row:
             ):
                 return
             entry, end = self.entries[i], self.ends.get(i, self.entries[i].start)
-            beside = tuple(self.images) if self.budget.patch_rows > 1 else ()
+            in_slot = tuple(self.images) if self.budget.patch_rows > 1 else ()
             reached = self.splitter.reach(
-                entry.outline, end, self.tokens_left, self.patches_left, beside, entry.start
+                entry.outline, end, self.tokens_left, self.patches_left, in_slot, entry.start
             )
             if reached > end:
                 self._take(i, reached)

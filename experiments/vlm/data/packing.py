@@ -8,10 +8,9 @@ rows. The oldest waiting sample always goes in, so none waits for more slots tha
 it. The others are found by a few randomised tries, of which the fullest is kept:
 
     1. a base: the oldest, then samples in turn from two queues, those with more patches per token than the
-    slot and
-       those with fewer, whichever side lags behind. Both sides stay in step, and what keeps waiting stays
-       like the stream itself. A long text throws a slot out of step: samples that make up for most of it
-       follow, no second one
+       slot and those with fewer, whichever side lags behind. Both sides stay in step, and what keeps waiting
+       stays like the stream itself. A long text throws a slot out of step: samples that make up for most of
+       it follow, no second one
     2. stop while about two samples' room is left
     3. fill it with the best pair (or single) of all that fit, by brute force over thousands of pairs at once
 
@@ -30,7 +29,7 @@ PATIENCE = 5  # tries in a row that find nothing better end the search
 HOLES = (2.0, 1.5, 2.5, 1.0, 3.0)
 CANDIDATES = 128  # of the samples that still fit, those that are paired with each other
 FAR_BEHIND = 1.3  # how far what is left of a slot may differ from the whole of it in patches per token
-LOST = 2.0  # and from where on hardly a sample could make up for it
+LOST = 2.0  # beyond this, hardly any sample could make up for it
 STEEPEST_OF = 32  # samples, among which the one is found that makes up for it
 SKEW = 1.25  # how far a single slot may differ in patches per token from all that waits
 GOOD_ENOUGH = 0.002  # stop trying when the wasted shares of both sides add up to less
@@ -200,8 +199,8 @@ class _Tries:
         return chosen, left
 
     def _behind(self, tokens: int, patches: int) -> float:
-        """How many times as full the tokens are as the patches, of what can be filled, where so much is left;
-        above 1: patches lag.
+        """How full the tokens are relative to the patches, among what can be filled, when this much is left;
+        above 1 patches lag.
         """
         usable_tokens, usable_patches = tokens - self.spare_tokens, patches - self.spare_patches
         if usable_patches <= 0:

@@ -1,6 +1,6 @@
 """What the ranks of a job come to know together: one lists the shards for all, and for the whole run.
 
-A file that arrives meanwhile would else be on the list of some ranks alone, and a hub would be asked by each.
+Otherwise a file that arrives meanwhile would be on the lists of some ranks only, and each would ask the hub.
 """
 
 import weakref
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class Ranks:
-    """`together`: all ranks call the same; else, and where there is one, this rank decides for itself."""
+    """`together`: all ranks make the same calls; else, and where there is one, each decides alone."""
 
     def __init__(self, together: bool):
         self.together = together and dist.is_initialized() and dist.get_world_size() > 1

@@ -1,7 +1,7 @@
 """`rejects/RANK.jsonl`: a line for each rejected sample, image or shard, each once in a run whatever was
 restarted.
 
-`rejects/.RANK.index` beside it has 16 bytes a line, so that a run that goes on need not parse them again. It
+`rejects/.RANK.index` next to it has 16 bytes a line, so that a resumed run need not parse the lines again. It
 may be deleted, and may lag behind the lines.
 """
 

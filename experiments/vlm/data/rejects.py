@@ -1,8 +1,7 @@
 """What is wrong with a sample, an image or a shard: one exception, one fixed list of reasons.
 
-A reader raises `Rejected` for a record that gives no document, and hands back a list of them for the images
-that a document lost and still makes sense without. Whoever reads counts them by reason; nothing here stops a
-run.
+A reader raises `Rejected` for a record that gives no document, and returns a list of them for the images that
+a document lost and still makes sense without. Its caller counts them by reason; nothing here stops a run.
 """
 
 from dataclasses import asdict, dataclass

@@ -4,8 +4,8 @@
     slot_000000    has "shards" too: those of each source in their order, see sources/listing
 
 Everywhere else a state is plain values: numbers, lists and dicts. They become text here, and only when a
-checkpoint is made.
-Which rank or worker runs the slot is no part of it, so a run goes on with any number of either.
+checkpoint is made. Which rank or worker runs the slot is no part of it, so a run goes on with any number of
+either.
 """
 
 import json

@@ -136,7 +136,7 @@ def encode_text(texts: list[Text], tokenizer: Tokenizer) -> Atom:
 
 
 def encode_image(image: Image, tokenizer: Tokenizer, layout: Layout, number: int) -> Atom:
-    """What stands for it, none of it a target. `number`: among its document's images."""
+    """The tokens that stand for an image, none of them a target. `number`: among its document's images."""
     ids = np.full(len(layout.tokens), tokenizer.image_id)
     ids[layout.tokens == BEGIN] = tokenizer.begin_image_id
     ids[layout.tokens == END] = tokenizer.end_image_id
@@ -144,7 +144,7 @@ def encode_image(image: Image, tokenizer: Tokenizer, layout: Layout, number: int
 
 
 def encode_special(part: Special, tokenizer: Tokenizer) -> Atom:
-    """One that is known; the bos of a tokenizer without one is no token."""
+    """A special token that the tokenizer knows; no token for a bos that it does not have."""
     own = {BOS: tokenizer.bos_id, EOS: tokenizer.eos_id}
     id = own[part.spelling] if part.spelling in own else tokenizer.special_id(part.spelling)
     return Atom([], []) if id is None else Atom([id], [part.loss])

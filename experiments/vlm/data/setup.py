@@ -102,8 +102,8 @@ def make_setup(
     )
 
 
-def dealing(setup: Setup, deals: Sequence[Deal]) -> Setup:
-    """With other deals of the same sources."""
+def with_deals(setup: Setup, deals: Sequence[Deal]) -> Setup:
+    """The setup with other deals of the same sources."""
     return replace(setup, settings=replace(setup.settings, deals=tuple(deals)))
 
 

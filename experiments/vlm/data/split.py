@@ -117,16 +117,16 @@ class Splitter:
         start: int,
         tokens: int,
         patches: int,
-        beside: tuple[int, ...] = (),
+        in_slot: tuple[int, ...] = (),
         begun: int | None = None,
     ) -> int:
         """How far a piece from `start` gets with so many tokens and patches left in the slot: its end,
         `start` for none.
 
-        `beside`: patches of each view that the slot holds already (for slots of several rows). `begun`:
+        `in_slot`: patches of each view that the slot holds already (for slots of several rows). `begun`:
         where the piece really begins, if it is one that is made longer.
         """
-        end = self._end_of_room(outline, start, tokens, patches, beside)
+        end = self._end_of_room(outline, start, tokens, patches, in_slot)
         if end == outline.length:
             return end
         if outline.length - end < self.shortest:
@@ -156,7 +156,7 @@ class Splitter:
         return end if end > start else self._end_of_room(outline, start, budget.seq_len, budget.patches)
 
     def _end_of_room(
-        self, outline: Outline, start: int, tokens: int, patches: int, beside: tuple[int, ...] = ()
+        self, outline: Outline, start: int, tokens: int, patches: int, in_slot: tuple[int, ...] = ()
     ) -> int:
         first = outline.image_at(start)
         allowed = (
@@ -164,7 +164,7 @@ class Splitter:
         )
         if self.budget.patch_rows > 1:
             while (
-                allowed > first and place([*beside, *outline.of_views(first, allowed)], self.budget) is None
+                allowed > first and place([*in_slot, *outline.of_views(first, allowed)], self.budget) is None
             ):
                 allowed -= 1
         stop = int(outline.starts[allowed]) if allowed < len(outline.starts) else outline.length

@@ -1,4 +1,4 @@
-"""Tiles: an image squeezed into a square, and beside it the same image cut into squares of that size (AnyRes;
+"""Tiles: an image squeezed into a square, and the same image cut into squares of that size (AnyRes;
 LLaVA-NeXT, Liu et al., 2024; LLaVA-OneVision, Li et al., 2024).
 
     views    the whole | the image, as large as the best of some grids of tiles lets it be, in the middle of
@@ -7,7 +7,7 @@ LLaVA-NeXT, Liu et al., 2024; LLaVA-OneVision, Li et al., 2024).
              black border, row by row, a newline behind each row
 
 Where a limit is given and the joined tokens are well above it, they are resized bilinearly: each is then a
-weighted sum of four. Numbers, orders and roundings are those of transformers, whose models we read.
+weighted sum of four. Numbers, orders and roundings are those of transformers.
 """
 
 import functools
@@ -24,8 +24,8 @@ FAR_ABOVE = 1.1  # how many times as long and wide as allowed joined tokens must
 
 
 def tiled(whole: View, merged: int, config: TilesConfig, newline: bool, height: int, width: int) -> Layout:
-    """Of an image of that many pixels. `whole`: the view of all of it; `merged`: patches of a visual token;
-    `newline`: rows of tiles end in one.
+    """The layout of an image of that many pixels. `whole`: the view of all of it; `merged`: patches of a
+    visual token; `newline`: rows of tiles end in one.
     """
     side, s = whole.size[0], math.isqrt(whole.h * whole.w // merged)
     grid = best_grid(height, width, side, config.grids)
@@ -38,7 +38,7 @@ def tiled(whole: View, merged: int, config: TilesConfig, newline: bool, height: 
 
 
 def best_grid(height: int, width: int, side: int, grids: tuple[tuple[int, ...], ...]) -> tuple[int, int]:
-    """(rows, columns) of the grid that shows most of the image's pixels, and of these wastes the least."""
+    """(rows, columns) of the grid that shows most of the image's pixels, and wastes least among those."""
 
     def worth(grid: tuple[int, ...]) -> tuple[int, int]:
         scale = min(grid[1] * side / width, grid[0] * side / height)
@@ -50,7 +50,7 @@ def best_grid(height: int, width: int, side: int, grids: tuple[tuple[int, ...], 
 
 
 def most_tokens(s: int, config: TilesConfig, newline: bool) -> int:
-    """That an image can have, with s * s of them a tile."""
+    """The most tokens that an image can have, with s * s a tile."""
     return s * s + max(
         _count(h, w, s, config, newline)
         for rows, columns in config.grids

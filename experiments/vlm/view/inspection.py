@@ -39,9 +39,8 @@ class Seen:
         )
         return (
             f"{self.steps} steps, {self.slots} slots: tokens {c['tokens'] / max(1, self.tokens):.1%}, "
-            "patches "
-            f"{c['patches'] / max(1, self.patches):.1%}, {c['images']} images, {c['loss_tokens']} tokens "
-            f"with loss; {mixture}{bad}"
+            f"patches {c['patches'] / max(1, self.patches):.1%}, {c['images']} images, {c['loss_tokens']} "
+            f"tokens with loss; {mixture}{bad}"
         )
 
 

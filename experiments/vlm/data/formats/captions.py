@@ -84,8 +84,8 @@ def image_field(record: Mapping[str, Any]) -> str | None:
 
 
 def _left_out(record: Mapping[str, Any], used: Sequence[str]) -> list[Rejected]:
-    """Images that a sample has besides. Samples that differ only after the first dot (a.1.jpg, a.2.jpg) are
-    one in a tar, of which one is kept.
+    """The sample's images that are not used. Samples that differ only after the first dot (a.1.jpg, a.2.jpg)
+    are one in a tar, and its first image is kept.
     """
     others = [
         name for name in record if name not in used and is_image_name(name) and record[name] is not None
@@ -98,7 +98,7 @@ def _left_out(record: Mapping[str, Any], used: Sequence[str]) -> list[Rejected]:
     return [
         Rejected(
             "image_unplaced",
-            f"{name} {own if split_name(name)[0] in captioned else f'is one more image, beside {used[0]}'}",
+            f"{name} {own if split_name(name)[0] in captioned else f'is one more image, besides {used[0]}'}",
             image=number,
         )
         for number, name in enumerate(others, len(used))

@@ -1,4 +1,4 @@
-"""What a source should say of itself, where none of its records is good: for people, in a line."""
+"""What to set for a source, where none of its records is good: one line for people."""
 
 import contextlib
 from collections import Counter
@@ -14,7 +14,7 @@ from experiments.vlm.data.rejects import Rejected
 
 SHOWN = 8  # fields
 CONVERSATIONS = ("messages", "llava", "finevision")
-TELLING = ("caption", "description", "text", "alt", "title", "prompt")  # of what a caption may be called
+CAPTION_WORDS = ("caption", "description", "text", "alt", "title", "prompt")  # in the names of captions
 
 
 def hint(records: Sequence[Record], source: Source) -> str:
@@ -43,7 +43,7 @@ def hint(records: Sequence[Record], source: Source) -> str:
 
 
 def _keys_apart(records: Sequence[Record]) -> str:
-    """Of tars in which no sample has an image and a text, since their members share no key."""
+    """A hint for tars in which no sample has both an image and a text, since their members share no key."""
     images = [
         [value for name, value in record.items() if isinstance(value, Member) and is_image_name(name)]
         for record in records
@@ -112,11 +112,11 @@ def _is_image(value: Any) -> bool:
 
 
 def _text_column(records: Sequence[Record]) -> str | None:
-    """Of the columns of texts one that is called like a caption, else the one with most to say."""
+    """The column of texts that is called like a caption, else the one with the longest texts."""
     sizes = {
         name: sum(len(record[name]) for record in records)
         for name in records[0]
         if all(isinstance(r.get(name), str) and not _is_image(r[name]) for r in records)
     }
-    telling = [name for name in sizes if any(word in name.lower() for word in TELLING)]
-    return max(telling or sizes, key=lambda name: sizes[name], default=None)
+    likely = [name for name in sizes if any(word in name.lower() for word in CAPTION_WORDS)]
+    return max(likely or sizes, key=lambda name: sizes[name], default=None)

@@ -46,7 +46,7 @@ def held_image(item: dict[str, Any]) -> Any:
 def is_address(value: str) -> bool:
     """Whether a plain value is an address; else it is a path.
 
-    Which addresses are fetched, the client says.
+    The client decides which addresses are fetched.
     """
     return "://" in value[:12]
 

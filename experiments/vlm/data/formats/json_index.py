@@ -1,6 +1,6 @@
 """Pieces of an open file by position: lines, and the items of a JSON list. Found once, read again with pread.
 
-Memory: 16 bytes a piece; of files above SCAN_BYTES in the cache folder, mapped by all processes.
+Memory: 16 bytes a piece; for files above SCAN_BYTES in the cache folder, mapped by all processes.
 """
 
 import json

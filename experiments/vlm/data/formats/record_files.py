@@ -1,8 +1,8 @@
 """Files of records, opened for random access: JSON lines, a JSON list, TSV, parquet, Arrow, lines of text.
 
 The first bytes of a file say what it is, or its name where they cannot (TSV, text). A file that ends early
-gives the records that are whole, and a reject for its tail. Memory: what json_index.py says of text, and of
-parquet what row_groups.py says.
+gives the records that are whole, and a reject for its tail. Memory: see json_index.py for text, and
+row_groups.py for parquet.
 """
 
 import itertools
@@ -26,7 +26,7 @@ from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.storage.file_cache import FileCache
 
 PARSED_BYTES = 16 << 20  # of lines that stay parsed in a process; the last one whatever its size
-# of a TSV, by where its first address stands
+# columns of a TSV without a head line, by which of them holds addresses
 UNNAMED_COLUMNS = {0: ["url", "caption"], 1: ["caption", "url"]}
 
 

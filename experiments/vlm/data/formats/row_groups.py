@@ -3,8 +3,8 @@
 Decoded groups stay in memory while all of them together take at most ROW_GROUP_BYTES of the process (and
 always the one in use). Those of a larger file are decoded once for all processes of the machine: written to
 the cache folder as Arrow, and mapped from there, since slots read a shard at many places at once, and a group
-of a gigabyte would else be decoded for every few samples. So is one of a smaller file that is wanted again
-after others took its place. A group that is damaged is decoded once.
+of a gigabyte would otherwise be decoded for every few samples. The same goes for one of a smaller file that
+is wanted again after others took its place. A group that is damaged is decoded once.
 """
 
 import itertools

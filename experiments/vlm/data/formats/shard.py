@@ -16,8 +16,8 @@ from experiments.vlm.data.formats.tar_shard import TarShard, is_tar
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.storage.file_cache import file_cache
 
-FIRST = 20  # records that tell what format they are of
-PIECES, PIECE_BYTES = 16, 1 << 16  # of a file that are looked at to tell it from another
+FIRST = 20  # records that show which format they have
+PIECES, PIECE_BYTES = 16, 1 << 16  # of a file, read to tell it from another
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Shard(Protocol):
     """`read` and `load` may be called from several threads."""
 
     rejects: list[Rejected]  # what is wrong with the shard as a whole, such as a tail that is cut off
-    checksum: int  # of what tells its records apart, wherever the file lies: another one, other records
+    checksum: int  # of its records, wherever the file lies: another checksum, other records
 
     def __len__(self) -> int:
         """Records, good or bad."""

@@ -8,8 +8,8 @@ A damaged tar loses only what is damaged. Where a header should be and none is, 
     zeros, where no tar ends      a hole: what stood there is counted as lost
     `cat a.tar b.tar`             both are read, also where the first is cut off
 
-So a sample is missing only where a header or the data of one of its members is. Of joined tars with damage,
-samples of the same key stay apart: the text of one would get the image of the other.
+So a sample is missing only where a header or the data of one of its members is. In joined tars with damage,
+samples of the same key stay apart, or the text of one would get the image of the other.
 """
 
 import os
@@ -216,7 +216,7 @@ class _Search:
         return stop
 
     def _end_of_zeros(self, start: int) -> int:
-        """Of blocks of zeros: where the first begins that has another byte."""
+        """Where the first block begins that holds more than zeros."""
         while start < self._size:
             block = os.pread(self._file, SCAN_BYTES, start)
             if (place := len(block) - len(block.lstrip(b"\0"))) < len(block):

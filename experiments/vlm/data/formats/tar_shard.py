@@ -116,7 +116,7 @@ class TarShard:
 
 
 def _locator(image: ImageValue, index: int) -> tuple[int, ...]:
-    """Offset and size of a member; of a page where its tags are, too. Of bytes in the record, where in it."""
+    """Offset and size of a member; of a page also its tags; of bytes in a record, their place in it."""
     found = image.value
     if isinstance(found, memoryview):
         return IN_RECORD, index, image.position

@@ -29,7 +29,7 @@ PARTS: dict[Split, tuple[str, ...]] = {"train": ("train",), "validation": ("val"
 
 
 def of_split(files: Sequence[str], shards: Sequence[str], split: Split) -> list[str]:
-    """Of shards in `files` those of a split, where a folder among them says so.
+    """The shards that belong to a split, as folders among `files` say; shards outside such folders all do.
 
     Raises ConfigError where it has none, or says it in another way.
     """
@@ -43,7 +43,7 @@ def of_split(files: Sequence[str], shards: Sequence[str], split: Split) -> list[
 
 
 def of_split_above(folder: str, shards: list[str], split: Split) -> list[str]:
-    """Of shards in a local folder those of the split of a folder that it is in."""
+    """The shards of a local folder that belong to the split of a folder above it; all where none says."""
     for parent in Path(folder).absolute().parents[:LEVELS]:
         for name in FILES:
             if Local().kind(f"{parent}{name}") == FILE:
@@ -53,8 +53,8 @@ def of_split_above(folder: str, shards: list[str], split: Split) -> list[str]:
 
 
 def excluded_keys(shard: str, folders: Sequence[str]) -> frozenset[str]:
-    """Keys of samples of a shard that the folder above it excludes. Of a remote one, looked for no higher
-    than the one of `folders` that it was listed in: elsewhere, asking may not be allowed.
+    """Keys of samples of a shard that the folder above it excludes. For a remote shard, the search goes no
+    higher than the one of `folders` that it was listed in: asking elsewhere may not be allowed.
 
     Raises OSError where the storage does not answer.
     """

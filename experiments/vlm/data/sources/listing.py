@@ -16,7 +16,7 @@ from pathlib import PurePosixPath
 
 from experiments.vlm.data.sources.order import Deal
 
-TOLD = 3  # names of shards in a line
+NAMED = 3  # shards in a line
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def _as_it_was(deal: Deal, shards: Sequence[str], joins: Sequence[Sequence[int]]
     if not gone and len(set(found)) == len(found):
         return replace(deal, shards=tuple(found), joins=tuple((epoch, count) for epoch, count in joins)), []
     if not are_unique and Counter(map(_name, shards)) == Counter(map(_name, deal.shards)):
-        return deal, []  # they lie elsewhere, under names that are not theirs alone: the order tells
+        return deal, []  # they lie elsewhere, under names that are not theirs alone: their order decides
     return deal, [f"source {deal.name} has lost {_named(gone)}"]
 
 
@@ -105,5 +105,5 @@ def _name(path: str) -> str:
 
 
 def _named(shards: Sequence[str]) -> str:
-    some = ", ".join(map(_name, shards[:TOLD])) + (", ..." if len(shards) > TOLD else "")
+    some = ", ".join(map(_name, shards[:NAMED])) + (", ..." if len(shards) > NAMED else "")
     return f"{len(shards):,} shard{'s' if len(shards) > 1 else ''} ({some})"

@@ -148,7 +148,7 @@ class Deal:
         return unit.epoch if unit else self.epochs or 0
 
     def passes(self, slot: int, number: int) -> float:
-        """Which part of a pass over the source the slot's first so many units are: over all slots, epochs."""
+        """How much of a pass over the source the slot's first `number` units are; over all slots, epochs."""
         whole, pieces = self.last_round
         if self.epochs is not None and number > whole:
             count = whole + (number - whole) / pieces

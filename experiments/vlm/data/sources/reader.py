@@ -130,7 +130,7 @@ class SourceReader:
         return ReadDocument(document, path, lost)
 
     def hold(self, waiting: Sequence[int]) -> None:
-        """Know of each unit in hand what it holds. `waiting`: the unit of each record that was read and not
+        """Learn what each unit in hand holds. `waiting`: the unit of each record that was read and not
         delivered yet.
 
         Where a shard is dealt in parts, that counts for all units of the present epoch and the one before,
@@ -191,7 +191,7 @@ class SourceReader:
         return self._order[1]
 
     def make_reject(self, reference: Reference, rejected: Rejected) -> Reject:
-        """That a record is not used, under its key where the shard still knows it."""
+        """The reject of a record, under its key where the shard still knows it."""
         unit = self.deal.unit(self.slot, reference.unit)
         assert unit is not None
         try:

@@ -1,7 +1,7 @@
 """Open shards of all sources of a process, opened before they are needed, and again after an outage.
 
-use      whoever reads from a shard: it is opened if it is not, and waited for while its storage is away
-ahead    whoever knows what is read next: opened in a thread, many at a time
+use      read from a shard: opened if it is not, and waited for while its storage is away
+ahead    open a shard that is read soon: in a thread, many at a time
 """
 
 import contextlib
@@ -78,7 +78,7 @@ class ShardCache:
     def ahead(self, source: int, path: str) -> None:
         """Open a shard that will be used soon, in a thread; `use` waits for it.
 
-        Not where its copy has no room beside what is being read.
+        Skipped where its copy has no room next to what is being read.
         """
         future, is_new = self._future((source, path))
         if is_new:

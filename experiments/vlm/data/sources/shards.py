@@ -6,7 +6,7 @@
     data/cc12m                          a folder: the files below it whose suffix the format knows; where
                                         Megatron Energon has prepared it, those of the split (energon.py)
     s3://bucket/cc12m/*.tar             any of these where fsspec reaches it: s3, gs, http(s) ...
-    hf://datasets/ORG/NAME              a data set of the Hugging Face hub: of its splits the train split
+    hf://datasets/ORG/NAME              a data set of the Hugging Face hub: its train split
     embedded:captions/train             drawn on first use, see experiments/vlm/world
 
 Remote and compressed shards (.gz, .tgz, .zst, .bz2, .zip) are copied into the cache folder, so that every
@@ -90,7 +90,7 @@ def _others(path: str, format: str, data: Data) -> str:
 
 
 def match_files(path: str, suffixes: tuple[str, ...], split: Split | None = None) -> list[str]:
-    """The files that a path with braces and globs means; of folders those with these suffixes, packed or not,
+    """The files that a path with braces and globs means; in folders those with these suffixes, packed or not,
     and of the split where they have some.
     """
     return [file for pattern in _expand(path) for file in _match(pattern, suffixes, split)]
@@ -231,14 +231,13 @@ def _unlisted(pattern: str, error: Exception) -> str:
         return f"cannot be listed ({why}); a private or gated data set needs HF_TOKEN"
     return (
         f"the Hugging Face hub could not be reached ({why}): check the network, HF_ENDPOINT, and HF_TOKEN "
-        "for a "
-        "private or gated data set; or download it first (hf download NAME --repo-type dataset), and give "
-        "the folder"
+        "for a private or gated data set; or download it first (hf download NAME --repo-type dataset), and "
+        "give the folder"
     )
 
 
 def _of_folder(files: list[str], folder: str, suffixes: tuple[str, ...], split: Split | None) -> list[str]:
-    """Those that are shards. Beside tars, other files are notes about them; hidden ones do not count."""
+    """The files that are shards. Next to tars, other files are notes about them; hidden ones do not count."""
     visible = [file for file in files if "/." not in file.removeprefix(folder.rstrip("/"))]
     found = {
         file: suffix

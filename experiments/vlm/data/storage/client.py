@@ -46,7 +46,7 @@ class Stopped(Exception):
 
 
 class Failed(Rejected):
-    """A URL that cannot be had, by reason. `again`: a later try may succeed, not before `after_s` seconds."""
+    """A URL that could not be fetched. `again`: a later try may succeed, not before `after_s` seconds."""
 
     def __init__(self, reason: str, detail: str = "", again: bool = False, after_s: float = 0.0) -> None:
         super().__init__(reason, detail)

@@ -3,8 +3,8 @@
 The client is that of data preparation (client.py): http(s) only, a few redirects at most, no private
 addresses. Here an image has a few seconds in all, and one try.
 
-The first outcome is the outcome. Bytes are kept in the file cache, and that an address did not answer in its
-folder `failed`, so a sample that is read again, by another rank or a run that goes on, is the same one. This
+The first outcome is the outcome. Bytes are kept in the file cache, and notes on addresses that did not answer
+in its folder `failed`, so a sample that is read again, by another rank or a resumed run, is the same. This
 holds as long as they share that folder, file locks in it work, and nothing had to be thrown out of it. To ask
 again what failed, delete `failed`, or change data.url_timeout_s.
 
@@ -130,10 +130,8 @@ def about_failures(data: Data) -> str:
     folder = file_cache(data).folder
     return (
         "images by address: what did not answer stays left out for all ranks and later runs that share "
-        f"{folder}; "
-        "batches may differ where machines do not share it, or where data.cache_gb is too small for all "
-        "images; "
-        f"delete {folder / 'failed'} to ask again"
+        f"{folder}; batches may differ where machines do not share it, or where data.cache_gb is too small "
+        f"for all images; delete {folder / 'failed'} to ask again"
     )
 
 

@@ -1,10 +1,10 @@
 """A folder of copies that may be thrown away: remote and packed shards, row groups, indices, fetched images.
 
 Files are named by a hash of where they came from, appear under their name only when complete, and are made
-once for all processes of the machine. Whoever reads from a file holds it, by a shared lock on it; so what is
-on the disk is what the folder lists, files that are open and files that are being written too. When all of
-them together exceed the limit, or the disk is full, those that nobody holds go, the longest unused first, and
-then what this process can do without (`Holder`). Imports no torch.
+once for all processes of the machine. A reader holds its file by a shared lock on it; so what is on the disk
+is what the folder lists, files that are open and files that are being written too. When all of them together
+exceed the limit, or the disk is full, those that nobody holds go, the longest unused first, and then what
+this process can do without (`Holder`). Imports no torch.
 """
 
 import contextlib
@@ -34,11 +34,11 @@ no_hurry: ContextVar[bool] = ContextVar("no_hurry", default=False)
 
 
 class NoRoom(Exception):
-    """In `no_hurry`, the cache is full of what is being read: who can wait does without the file."""
+    """In `no_hurry`, the cache is full of what is being read: what can wait does without the file."""
 
 
 class Holder(Protocol):
-    """Whoever holds files that it can get again."""
+    """What holds files that it can get again."""
 
     def let_go(self) -> bool:
         """Let go of what was unused for longest; False where there is nothing."""
@@ -92,7 +92,7 @@ class FileCache:
             return _hold(path) or self._make(path, make)
 
     def get(self, origin: str, make: Callable[[Path], None], suffix: str = "") -> Path:
-        """As `hold`, for one who reads the file at once: it may be thrown out at any time."""
+        """As `hold`, for a caller that reads the file at once: it may be thrown out at any time."""
         with closing(self.hold(origin, make, suffix)) as held:
             return held.path
 
@@ -123,8 +123,8 @@ class FileCache:
                 with copy.open("ab") as file:
                     file.truncate(size)
 
-    def tell_free(self) -> None:
-        """Say so, once, where the disk has less room than the cache may take."""
+    def warn_if_small(self) -> None:
+        """Warn, once, where the disk has less room than the cache may take."""
         self.folder.mkdir(parents=True, exist_ok=True)
         held, free = sum(kept.bytes for kept in self._kept()), shutil.disk_usage(self.folder).free
         if held + free < self.limit_bytes:
@@ -260,7 +260,7 @@ def _new_file(folder: Path) -> Held:
 
 
 def _delete(path: Path) -> bool:
-    """Unless somebody holds it, or writes it or something beside it."""
+    """Unless somebody holds it, or writes it or a file derived from it."""
     owner = path
     if path.name.startswith(UNFINISHED):
         owner = path.with_name(UNFINISHED + path.name.removeprefix(UNFINISHED).partition(".")[0])

@@ -5,7 +5,8 @@
     away         all else: EIO, timeouts, 5xx, 429, too many open       tried again with growing pauses, then
                  files, credentials                                     StorageError, which stops the run
 
-Whoever waits goes on where it was, so an outage changes neither samples nor their order. Imports no torch.
+A reader that waited goes on where it was, so an outage changes neither samples nor their order. Imports no
+torch.
 """
 
 import errno
@@ -145,8 +146,8 @@ _inside: ContextVar[Patience | None] = ContextVar("inside", default=None)
 
 
 def insist(what: str, attempt: Callable[[], T]) -> T:
-    """A piece of what somebody insists on, that need not be got again with all the others: a record of twenty
-    images would never be got whole from storage that fails one time in ten.
+    """One piece of an attempt that is tried again, by itself: a record of twenty images would never be read
+    whole from storage that fails one time in ten.
     """
     patience = _inside.get()
     return attempt() if patience is None else patience.insist(what, attempt)

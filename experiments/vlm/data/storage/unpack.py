@@ -1,8 +1,8 @@
-"""A packed file (.gz, .tgz, .bz2, .zst, .zip) to one that can seek; of a damaged one all that can be had.
+"""A packed file (.gz, .tgz, .bz2, .zst, .zip) to one that can seek; as much as possible of a damaged one.
 
 Where a stream cannot be unpacked any further, all bytes before that are kept, and it goes on where the next
 stream begins, if the file is several that were joined (`cat a.gz b.gz`). A .zip must hold one file. What is
-wrong is noted beside the copy, since the copy itself may look whole: `damage_of`.
+wrong is noted next to the copy, since the copy itself may look whole: `damage_of`.
 """
 
 import bz2
