@@ -230,3 +230,17 @@ def test_no_half_character_is_given_out():
     pieces = [text.add(byte) for byte in "a本b".encode()]
     assert pieces == ["a", "", "", "本", "b"]
     assert text.add("é".encode()[0]) == "" and text.finish() == "\ufffd"
+
+
+def test_a_prompt_whose_reading_failed_is_read_anew():
+    running, request = engine(1, reuse=True), replace(requests()[3], sampling=Sampling())
+    works = running.forward
+
+    def fails(*_) -> Tensor:
+        raise MemoryError
+
+    running.forward = fails
+    with pytest.raises(MemoryError):
+        answers(running, [request])
+    running.forward = works
+    assert answers(running, [request])[3].ids == answers(engine(1), [request])[3].ids

@@ -90,6 +90,18 @@ def test_greedy_takes_the_likeliest_and_heeds_the_penalty():
     assert next_tokens(logits, rows, none, mask_of([[0]], 3)) == 1
 
 
+def test_a_temperature_near_zero_draws_the_likeliest():
+    logits, numbers = torch.tensor([[1.0, 30.0, -2.0]]), torch.tensor([0.9], dtype=torch.float64)
+    for temperature in (1e-3, 1e-37, 1e-40, 1e-45, 1e-46, 1e-300):
+        assert next_tokens(logits, SamplingRows([Sampling(temperature)], CPU), numbers).tolist() == [1]
+
+
+def test_without_top_p_the_tail_of_a_large_vocabulary_can_be_drawn():
+    logits = torch.randn(1, 50_000, generator=torch.Generator().manual_seed(0)) * 3
+    p = probabilities(logits, SamplingRows([Sampling(1.0)], CPU))
+    torch.testing.assert_close(p, logits.softmax(-1), atol=0, rtol=1e-5)
+
+
 def test_the_first_and_the_last_uniform_number_draw_words_that_can_be_drawn():
     logits = torch.tensor([[-30.0, 5.0, 5.0, -30.0]]).repeat(2, 1)
     rows = SamplingRows([Sampling(1.0, top_k=2)] * 2, CPU)

@@ -184,10 +184,13 @@ class Engine:
         ids = list(prompt.ids) if prompt else []
         if prompt:
             self.cache.crop(row, start)
-            self.read[row] = [*self.read[row][:start], *prompt.identity]
+            del self.read[row][start:]
         where = self.cache.append([row], [len(ids)], width)
         tokens = torch.tensor([ids + [self.tokenizer.pad_id] * (width - len(ids))])
-        return self._logits(tokens, where, [max(len(ids) - 1, 0)], prompt, rich)
+        logits = self._logits(tokens, where, [max(len(ids) - 1, 0)], prompt, rich)
+        if prompt:
+            self.read[row] += prompt.identity  # now that it holds them
+        return logits
 
     def _begin(self, row: int, request: Request, logits: Tensor) -> Event:
         held = self.rows[row] = _Row(request, self.tokenizer)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from torchtitan.generation.options import Sampling
 
+COLDEST = 1e-30  # logits divided by less are infinite
 GRID = 32  # bits of a uniform number: few enough that a product with a float64 sum stays below the sum
 
 
@@ -50,7 +51,7 @@ def probabilities(logits_BV: Tensor, rows: SamplingRows, seen_BV: Tensor | None 
     if rows.penalises and seen_BV is not None:
         logits_BV = penalised(logits_BV, rows.penalty, seen_BV)
     greedy_B1 = rows.temperature == 0
-    scaled_BV = logits_BV / torch.where(greedy_B1, 1.0, rows.temperature)
+    scaled_BV = logits_BV / torch.where(greedy_B1, 1.0, rows.temperature.clamp(min=COLDEST))
     sorted_BV, order_BV = scaled_BV.sort(descending=True, stable=True)
     rank_V = torch.arange(sorted_BV.shape[1], device=logits_BV.device)
     # Words as likely as the k-th stay too.
@@ -58,7 +59,8 @@ def probabilities(logits_BV: Tensor, rows: SamplingRows, seen_BV: Tensor | None 
     kept_BV = (rows.top_k == 0) | (sorted_BV >= kth_B1)
     p_BV = sorted_BV.masked_fill(~kept_BV, float("-inf")).softmax(-1)
     before_BV = p_BV.cumsum(-1) - p_BV
-    kept_BV &= (before_BV < rows.top_p) | (rank_V == 0)
+    # The sum of many words rounds to 1 before the last of them.
+    kept_BV &= (before_BV < rows.top_p) | (rows.top_p >= 1) | (rank_V == 0)
     p_BV = sorted_BV.masked_fill(~kept_BV, float("-inf")).softmax(-1)
     kept_BV &= p_BV >= rows.min_p * p_BV[:, :1]
     kept_BV &= ~greedy_B1 | (rank_V == 0)
