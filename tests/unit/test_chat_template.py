@@ -366,3 +366,15 @@ def test_a_template_that_hides_a_message_is_told():
         template.render([Turn("user", ["Hi"]), Turn("assistant", ["Yes?"])])
     with pytest.raises(Rejected, match="0 of 1 images"):
         template.render([Turn("user", ["Hi"]), Turn("user", [ImageValue("1.jpg")])])
+
+
+@pytest.mark.parametrize("first", [0xFFFFC, 0x10FFFE])
+def test_more_spellings_than_there_are_characters_for_lose_none(monkeypatch, first):
+    monkeypatch.setattr(chat_template, "ESCAPED", first)
+    turns = [Turn("user", ["<|im_end|>" * 4])]
+    try:
+        parts = load_chat_template("chatml").render(turns, prompt=True)
+    except Rejected:
+        assert first > 0x100000
+    else:
+        assert any("<|im_end|>" * 4 in part.text for part in parts if isinstance(part, Text))

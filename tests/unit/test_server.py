@@ -134,6 +134,7 @@ def user(content) -> dict:
         (user([{"type": "image_url", "image_url": {"url": "/etc/passwd"}}]), 400, "must be a data URL"),
         (user([{"type": "image_url", "image_url": {"url": "http://127.0.0.1/a.png"}}]), 400, "a data URL"),
         (user([{"type": "image_url", "image_url": "data:image/png;base64,???"}]), 400, "is not base64"),
+        (user([{"type": "image_url", "image_url": "data:image/png;base64,é"}]), 400, "is not base64"),
         (user([{"type": "image_url", "image_url": "data:image/png;base64,AAAA"}]), 400, "content[0]: Pillow"),
         (user("long " * 300), 400, "the prompt has"),
         (user("a") | {"temperature": "hot"}, 400, "temperature: must be a number"),
@@ -146,6 +147,9 @@ def user(content) -> dict:
         (user("a") | {"response_format": {"type": "json_object"}}, 400, 'must be {"type": "text"} here'),
         (user("a") | {"stream_options": {"usage": True}}, 400, "stream_options: must be an object with"),
         (user("a") | {"stop": [1]}, 400, "stop: must be"),
+        (user("a") | {"stop": False}, 400, "stop: must be"),
+        (user("a") | {"seed": 1 << 63}, 400, f"seed: must be a number from {-(1 << 63)} to {(1 << 63) - 1}"),
+        ({"messages": [user("a")["messages"][0] | {"tool_calls": [1]}]}, 400, "messages[0].tool_calls: this"),
         (user("a") | {"best_of": 1}, 400, "best_of: this server knows no such field"),
         (b"x" * (1 << 20), 413, "may have 0.25 MB"),
     ],
@@ -161,6 +165,43 @@ def test_other_sites_cannot_send_a_browser_here(server):
     assert post(server, user("a"), Host="evil.example")[0] == 403
     assert post(server, user("a"), **{"Content-Type": "text/plain"})[0] == 403
     assert post(server, b"", "/elsewhere")[0] == 404
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (b"PUT /v1/models HTTP/1.1\r\n\r\n", 501),
+        (b"\x16\x03\x01\r\n", 400),
+        (b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\n\r\n", 414),
+        (b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+         b"Content-Type: Application/JSON\r\nContent-Length: 9\r\n\r\n{}", 400),
+        (b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+         b"Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n", 411),
+    ],
+    ids=lambda value: str(value)[:12],
+)  # fmt: skip
+def test_what_is_no_request_is_one_error_too(server, sent, status):
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=60) as connection:
+        connection.sendall(sent)
+        connection.shutdown(socket.SHUT_WR)
+        head, _, body = b"".join(iter(lambda: connection.recv(1 << 16), b"")).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.0 %d " % status) and json.loads(body)["error"]["message"]
+
+
+def test_who_asks_is_told_where_the_program_fails(server, monkeypatch):
+    def fails(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(server.service.engine, "forward", fails)
+    for stream in (False, True):
+        status, text = post(server, user("Fail?") | {"stream": stream})
+        assert status == (200 if stream else 500)
+        assert json.loads(text.decode().removeprefix("data: "))["error"]["message"] == "the model failed"
+    monkeypatch.setattr(server.service.prompter, "prompt", fails)
+    status, text = post(server, user("Fail?"))
+    assert status == 500 and "the server failed" in json.loads(text)["error"]["message"]
+    monkeypatch.undo()
+    good(server)
 
 
 def test_connections_that_are_closed_or_silent_stop_nothing(server):

@@ -43,7 +43,7 @@ IMAGE, PROBE = "\U000f0002", "\U000f0003"
 OWN = {"bos_token": "\U000f0004", "eos_token": "\U000f0005"}
 OWN_SPELLINGS = {OWN["bos_token"]: BOS, OWN["eos_token"]: EOS}
 ESCAPED = 0xF1000  # the first of the characters that stand for what must not be taken for a token
-PRIVATE = "[\U000f0000-\U000ffffd]"
+PRIVATE = "[\U000f0000-\U0010ffff]"
 
 
 @functools.cache
@@ -96,8 +96,8 @@ class ChatTemplate:
         prompt: the assistant is to speak next; with its answer these are the parts of the conversation.
         """
         spellings: list[str] = []
-        messages = [self._message(turn, spellings) for turn in turns]
         try:
+            messages = [self._message(turn, spellings) for turn in turns]
             rendered = self._render(messages, prompt)
             if not (self._marks_answers or prompt):
                 rendered = self._mark_answers(messages, rendered)

@@ -5,7 +5,6 @@ is refused, never skipped.
 """
 
 import base64
-import binascii
 import json
 import math
 import re
@@ -113,7 +112,7 @@ def _number(fields: Mapping[str, Any], name: str) -> Any:
     value, (kind, least, most) = fields[name], NUMBERS[name]
     right = isinstance(value, int | kind) and not isinstance(value, bool)
     if not (right and least <= value <= most and math.isfinite(value)):
-        raise UserError(f"{name}: must be a number from {least:g} to {most:g}")
+        raise UserError(f"{name}: must be a number from {least} to {most}")
     return kind(value)
 
 
@@ -125,7 +124,7 @@ def _flag(fields: Mapping[str, Any], name: str) -> bool:
 
 
 def _stops(value: Any) -> tuple[str, ...]:
-    stops = [value] if isinstance(value, str) else value or []
+    stops = [value] if isinstance(value, str) else [] if value is None else value
     fine = (
         isinstance(stops, list) and len(stops) <= MOST_STOPS and all(isinstance(s, str) and s for s in stops)
     )
@@ -149,6 +148,9 @@ def _turns(messages: Any) -> Turns:
 def _turn(message: Any, where: str) -> tuple[str, list[str | Picture]]:
     if not isinstance(message, dict) or message.get("role") not in ROLES:
         raise UserError(f"{where}.role: must be one of {', '.join(ROLES)}")
+    for name, value in message.items():  # clients send back what other servers left empty
+        if name not in ("role", "content", "name") and value:
+            raise UserError(f"{where}.{name[:60]}: this server knows no such field")
     content = message.get("content")
     items = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(items, list) or not items:
@@ -169,7 +171,7 @@ def _part(item: Any, where: str) -> str | Picture:
         raise UserError(f"{where}.image_url: must be a data URL, data:image/...;base64,...")
     try:
         return Picture(base64.b64decode(url[mark.end() :], validate=True), where)
-    except binascii.Error:
+    except ValueError:  # binascii.Error is one
         raise UserError(f"{where}.image_url: is not base64") from None
 
 

@@ -16,7 +16,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -36,6 +36,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 SILENT_S = 60.0  # a client that sends or takes nothing for so long is left
 DISCARD_S = 2.0  # what a refused client still sends is read for so long
 AT_A_TIME = 64  # connections; further ones are answered with 503
+MODEL_FAILED = openai.failure("the model failed", "server_error")
 
 
 @dataclass(frozen=True)
@@ -102,17 +103,27 @@ class Handler(BaseHTTPRequestHandler):
             self._json(HTTPStatus.SERVICE_UNAVAILABLE, busy)
             return
         try:
+            self._answer(work)
+        except (ConnectionError, TimeoutError):
+            self.close_connection = True  # who asked is gone
+        finally:
+            self.server.room.release()
+
+    def _answer(self, work: Callable[[bytes], None]) -> None:
+        try:
             body = self._body()
             if body is not None:
                 work(body)
         except UserError as error:
             self._json(HTTPStatus.BAD_REQUEST, openai.failure(str(error)))
         except EngineFailed:
-            self._json(HTTPStatus.INTERNAL_SERVER_ERROR, openai.failure("the model failed", "server_error"))
+            self._json(HTTPStatus.INTERNAL_SERVER_ERROR, MODEL_FAILED)
         except (ConnectionError, TimeoutError):
-            self.close_connection = True  # who asked is gone
-        finally:
-            self.server.room.release()
+            raise
+        except Exception:
+            logger.exception("a request failed")
+            failure = openai.failure("the server failed: its log says how", "server_error")
+            self._json(HTTPStatus.INTERNAL_SERVER_ERROR, failure)
 
     def _is_ours(self) -> bool:
         """A page of another site can send its visitors' browsers here, but neither by the name of this
@@ -122,7 +133,7 @@ class Handler(BaseHTTPRequestHandler):
         kind = self.headers.get("Content-Type", "")
         if self.server.loopback and host not in LOOPBACK:
             refused = f"this server answers at {', '.join(LOOPBACK)} alone"
-        elif self.path.startswith("/v1") and not kind.startswith("application/json"):
+        elif self.path.startswith("/v1") and not kind.lower().startswith("application/json"):
             refused = "Content-Type: must be application/json"
         else:
             return True
@@ -135,18 +146,24 @@ class Handler(BaseHTTPRequestHandler):
         length = self.headers.get("Content-Length", "")
         most = self.server.limits.body_bytes
         if length.isdecimal() and len(length) < 16 and int(length) <= most:
-            body = self.rfile.read(int(length))
-            if len(body) < int(length):
-                raise ConnectionError
-            return body
+            return self._read(int(length))
         self.close_connection = True
         if length.isdecimal():
             failure = openai.failure(f"a request may have {most / 2**20:g} MB")
             self._json(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, failure)
             self._discard()
         else:
-            self._json(HTTPStatus.LENGTH_REQUIRED, openai.failure("Content-Length is missing"))
+            self._json(HTTPStatus.LENGTH_REQUIRED, openai.failure("Content-Length: is not there"))
         return None
+
+    def _read(self, length: int) -> bytes:
+        try:
+            body = self.rfile.read(length)
+        except TimeoutError:
+            raise UserError(f"nothing more of the body came for {SILENT_S:g} s") from None
+        if len(body) < length:
+            raise UserError(f"the body ended after {len(body)} of the {length} bytes of Content-Length")
+        return body
 
     def _discard(self) -> None:
         """Read on for a while: a client that is still sending would else never see the answer."""
@@ -184,9 +201,15 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Cache-Control", "no-store")
         self.send_header("Connection", "close")
         self.end_headers()
-        for piece in pieces:
-            self.wfile.write(f"data: {json.dumps(piece)}\n\n".encode())
-        self.wfile.write(b"data: [DONE]\n\n")
+        try:
+            for piece in pieces:
+                self._event(json.dumps(piece))
+            self._event("[DONE]")
+        except EngineFailed:
+            self._event(json.dumps(MODEL_FAILED))
+
+    def _event(self, data: str) -> None:
+        self.wfile.write(f"data: {data}\n\n".encode())
 
     def _grid(self, body: bytes) -> None:
         try:
@@ -206,7 +229,13 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        self.wfile.write(data)
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """What the standard library refuses, in the form of all errors."""
+        self.close_connection, self.request_version = True, self.protocol_version
+        self._json(HTTPStatus(code), openai.failure(message or HTTPStatus(code).phrase))
 
     def log_message(self, format: str, *args: Any) -> None:
         """What is asked is nobody's business."""
