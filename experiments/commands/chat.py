@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from experiments.commands.generate import AnswerOptions, ModelOptions, model_job, open_model
+from experiments.commands.generate import AnswerOptions, ModelOptions, any_terminal, model_job, open_model
 from torchtitan.config.check import check_options
 from torchtitan.config.errors import UserError, require
 from torchtitan.tools.logging import init_logger
@@ -26,6 +26,7 @@ class Options(ModelOptions, AnswerOptions):
 def main(argv: Sequence[str]) -> int:
     """The command. Raises UserError."""
     init_logger(sys.stderr)
+    any_terminal()
     options, job = model_job(argv, Options, __doc__ or "")
     check_options(options, {"max_tokens": ">= 1"})
     # Only now, since they import torch.
@@ -51,18 +52,16 @@ def converse(chat: Any) -> None:
         print("> ", end="", file=sys.stderr, flush=True)
         try:
             line = sys.stdin.readline()
-        except KeyboardInterrupt:  # meant for an answer that has just ended
-            print("\n/quit or Ctrl-D leaves", file=sys.stderr)
-            continue
-        if not line or line.strip() == "/quit":
-            return
-        line = line.strip()
-        try:
+            if not line or line.strip() == "/quit":
+                return
+            line = line.strip()
             if line.startswith("/"):
                 print(chat.command(line), file=sys.stderr)
             elif line or chat.pictures:
                 for piece in chat.say(line):
                     print(piece, end="", flush=True)
                 print(flush=True)
+        except KeyboardInterrupt:  # meant for an answer that has just ended, or not yet begun
+            print("\n/quit or Ctrl-D leaves", file=sys.stderr)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)

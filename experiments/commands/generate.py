@@ -11,6 +11,7 @@ its number will not do; of --out {"id", "text", "ended", "logprob"} or {"id", "e
 already is not asked again.
 """
 
+import io
 import json
 import sys
 from collections.abc import Sequence
@@ -76,6 +77,13 @@ class Options(ModelOptions, AnswerOptions):
     sequences: int = 8  # answered beside each other
 
 
+def any_terminal() -> None:
+    """What the encoding of standard input or output does not know ends nothing."""
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
+
+
 Chosen = TypeVar("Chosen", bound=ModelOptions)
 
 
@@ -119,6 +127,7 @@ def open_model(
 def main(argv: Sequence[str]) -> int:
     """The command. Raises UserError."""
     init_logger(sys.stderr)
+    any_terminal()
     options, job = model_job(argv, Options, __doc__ or "")
     check(options)
     if not options.input:

@@ -6,10 +6,13 @@ import os
 import signal
 from types import SimpleNamespace
 
+import pytest
+
 from experiments.commands.chat import converse
 from experiments.vlm.generate.answering import Answering
 from experiments.vlm.generate.chat import Chat
 from tests.unit.test_generate import engine, picture, prompter
+from torchtitan.config.errors import UserError
 from torchtitan.generation.engine import Request
 
 
@@ -65,6 +68,21 @@ def test_undo_takes_waiting_pictures_back_first_and_a_wrong_command_is_told(tmp_
     err = capsys.readouterr().err
     assert talk.turns[0] == ("user", ["Who?"]) and len(talk.turns) == 2 and not talk.pictures
     assert "/imag: no such command" in err and "error: /save: give a path" in err
+
+
+@pytest.mark.parametrize("path", ["~nobody-is-called-so/a.png", "a\0b"])
+def test_a_path_that_cannot_be_is_told_and_the_conversation_goes_on(path):
+    for command in ("/image", "/save"):
+        with pytest.raises(UserError, match=f"{command} {path}: (No such file|embedded null)"):
+            chat().command(f"{command} {path}")
+
+
+def test_what_was_typed_in_another_encoding_can_be_saved(tmp_path):
+    talk = chat()
+    talk.turns = [("user", ["caf\udce9, 日本"]), ("assistant", ["."])]
+    talk.command(f"/save {tmp_path}/said.json")
+    saved = json.loads((tmp_path / "said.json").read_bytes())
+    assert saved["messages"][0]["content"] == [{"type": "text", "text": "caf\udce9, 日本"}]
 
 
 def test_a_model_that_knows_no_conversations_is_asked_each_turn_alone(monkeypatch, capsys):

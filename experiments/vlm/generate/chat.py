@@ -1,6 +1,7 @@
 """A conversation in a terminal: its turns, and what a line beginning with / does to them."""
 
 import json
+import os
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -67,9 +68,9 @@ class Chat:
 
     def _image(self, path: str) -> str:
         try:
-            picture = Picture(Path(path).expanduser().read_bytes(), path)
-        except OSError as error:
-            raise UserError(f"/image {path}: {error.strerror}") from None
+            picture = Picture(Path(os.path.expanduser(path)).read_bytes(), path)
+        except (OSError, ValueError) as error:  # a name that no file can have
+            raise UserError(f"/image {path}: {_why(error)}") from None
         self.answering.prompter.prompt([("user", [*self.pictures, picture])])  # it can be read
         self.pictures.append(picture)
         return f"picture {len(self.pictures)}: {path}"
@@ -91,13 +92,17 @@ class Chat:
         messages = [
             {"role": role, "content": [_item(part) for part in content]} for role, content in self.turns
         ]
+        text = json.dumps({"messages": messages}, ensure_ascii=False, indent=1)
         try:
-            Path(path).expanduser().write_text(
-                json.dumps({"messages": messages}, ensure_ascii=False, indent=1)
-            )
-        except OSError as error:
-            raise UserError(f"/save {path}: {error.strerror}") from None
+            # Of what was no text when it was typed the escape of JSON is left.
+            Path(os.path.expanduser(path)).write_bytes(text.encode(errors="backslashreplace"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"/save {path}: {_why(error)}") from None
         return f"{len(messages)} messages in {path}"
+
+
+def _why(error: OSError | ValueError) -> str:
+    return getattr(error, "strerror", None) or str(error)
 
 
 def _item(part: str | Picture) -> dict[str, str]:
