@@ -16,7 +16,7 @@ from experiments.vlm.data.setup import make_setup, shape_of
 from experiments.vlm.data.shared_memory import Buffers, slot_views
 from experiments.vlm.data.slot import Packed, Slot
 from experiments.vlm.data.sources.shard_cache import ShardCache
-from experiments.vlm.data.storage.patience import Patience
+from experiments.vlm.data.storage.outages import Retry
 from torchtitan.components.tokenizer import load_tokenizer
 
 
@@ -24,7 +24,7 @@ class Stages:
     def __init__(self, job: VLMJobConfig, tokenizer: str, images: int):
         self.images, self.data = images, job.data
         setup = make_setup(job, load_tokenizer(tokenizer), "train", 1)
-        self.cache = ShardCache(setup.open_shard, 64, Patience(setup.storage_timeout_s))
+        self.cache = ShardCache(setup.open_shard, 64, Retry(setup.storage_timeout_s))
         check_source = GoodSampleSearch(setup.settings, setup.tokenizer, self.cache).require
         self.slot = Slot(0, setup.settings, setup.tokenizer, self.cache, check_source)
         self.collator = Collator(self.cache, setup.settings.plan, setup.tokenizer.pad_id)

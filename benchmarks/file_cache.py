@@ -27,7 +27,7 @@ from experiments.vlm.config import Data, Source
 from experiments.vlm.data.formats.shard import Shard
 from experiments.vlm.data.sources.shard_cache import ShardCache
 from experiments.vlm.data.sources.shards import list_shards, open_shard
-from experiments.vlm.data.storage.patience import Patience
+from experiments.vlm.data.storage.outages import Retry
 
 MEMBER = 1 << 20
 
@@ -48,7 +48,7 @@ def read_all(source: Path, data: Data, seed: int) -> None:
     """Raises AssertionError where a key is not that of its shard."""
     paths = list_shards(f"file://{source}", "cc12m", data)
     random.Random(seed).shuffle(paths)
-    cache = ShardCache(partial(_open, data), 100, Patience(0))
+    cache = ShardCache(partial(_open, data), 100, Retry(0))
     for path, following in zip(paths, [*paths[1:], paths[0]], strict=True):
         cache.ahead(0, following)
         keys = cache.use(0, path, lambda shard: [shard.key(record) for record in range(len(shard))])

@@ -50,7 +50,7 @@ from experiments.vlm.data.shared_memory import Buffers, slot_views
 from experiments.vlm.data.sources.order import Deal
 from experiments.vlm.data.sources.reader import SourceReader
 from experiments.vlm.data.sources.shard_cache import ShardCache
-from experiments.vlm.data.storage.patience import Patience
+from experiments.vlm.data.storage.outages import Retry
 from torchtitan.components.tokenizer import load_tokenizer
 
 TOKENIZER = str(Path(__file__).parent.parent / "assets/tokenizer")
@@ -115,7 +115,7 @@ def measure(data: Path, slots: int, latency_s: float, steps: int, scale: float) 
     with tempfile.TemporaryDirectory() as folder:
         setup = make_setup(job_of(data, folder, slots), load_tokenizer(TOKENIZER), "train", slots)
         began = time.perf_counter()
-        cache = ShardCache(setup.open_shard, 3 * slots, Patience(600))
+        cache = ShardCache(setup.open_shard, 3 * slots, Retry(600))
         readers = [SourceReader(0, setup.settings.deals[0], slot, cache) for slot in range(slots)]
         for reader in readers:
             reader.open_ahead(0)

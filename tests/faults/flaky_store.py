@@ -18,8 +18,8 @@ from typing import Any
 import fsspec
 from fsspec.spec import AbstractFileSystem
 
-from experiments.vlm.data.storage import patience
-from experiments.vlm.data.storage.patience import Patience
+from experiments.vlm.data.storage import outages
+from experiments.vlm.data.storage.outages import Retry
 
 
 class Busy(Exception):
@@ -75,8 +75,8 @@ class Store:
     def serving(self, monkeypatch) -> Iterator["Store"]:
         """While it serves flaky:// and its clock is that of who waits."""
         with monkeypatch.context() as patched:
-            patched.setattr(patience, "clock", lambda: self.now)
-            patched.setattr(Patience, "rest", lambda _, seconds: self.rest(seconds))
+            patched.setattr(outages, "clock", lambda: self.now)
+            patched.setattr(Retry, "rest", lambda _, seconds: self.rest(seconds))
             patched.setattr(FlakyFileSystem, "store", self, raising=False)
             yield self
 

@@ -12,7 +12,7 @@ from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.sources.energon import of_split
 from experiments.vlm.data.sources.shards import match_files, open_shard
 from experiments.vlm.data.storage import remote
-from experiments.vlm.data.storage.patience import Away
+from experiments.vlm.data.storage.outages import Away
 
 SILENCE = -1
 

@@ -19,7 +19,7 @@ from experiments.vlm.data.loader import Loader
 from experiments.vlm.data.sources.shard_cache import ShardCache
 from experiments.vlm.data.sources.shards import open_shard
 from experiments.vlm.data.storage.file_cache import FileCache
-from experiments.vlm.data.storage.patience import Patience
+from experiments.vlm.data.storage.outages import Retry
 from tests.faults.flaky_store import ERRORS, KINDS, FlakyFileSystem, Store
 from tests.samples import jpeg
 from tests.tiny_data import Characters, make_job, write_captions, write_documents
@@ -192,7 +192,7 @@ def test_images_that_lie_beside_their_records_are_waited_for_too(tmp_path, monke
     (tmp_path / "d" / "a.jsonl").write_text(json.dumps(record))
     data, source = Data(cache_folder=str(tmp_path / "cache")), Source(format="obelics")
     with Store(tmp_path, (kind,), seed=1).serving(monkeypatch) as store:
-        cache = ShardCache(lambda _, path: open_shard(path, source, data), 1, Patience(600))
+        cache = ShardCache(lambda _, path: open_shard(path, source, data), 1, Retry(600))
         document, lost = cache.use(0, "flaky://d/a.jsonl", lambda shard: shard.read(0))
         loaded = [
             cache.use(0, "flaky://d/a.jsonl", lambda shard, part=part: shard.load(part))

@@ -20,7 +20,7 @@ from experiments.vlm.data.sources.shard_cache import ShardCache
 from experiments.vlm.data.sources.shards import open_shard
 from experiments.vlm.data.storage import file_cache as file_cache_module
 from experiments.vlm.data.storage.file_cache import FileCache, NoRoom, file_cache, no_hurry
-from experiments.vlm.data.storage.patience import Patience
+from experiments.vlm.data.storage.outages import Retry
 from tests.tiny_data import Characters, make_job
 from torchtitan.config.errors import StorageError
 
@@ -232,7 +232,7 @@ def peak_of(folder, monkeypatch):
 def test_shards_that_are_open_stay_within_the_limit(tmp_path, remote, monkeypatch):
     data = Data(cache_folder=str(tmp_path), cache_gb=7 * BLOCK / 1e9)
     peaks = peak_of(tmp_path / "copies", monkeypatch)
-    cache = ShardCache(lambda _, path: open_shard(path, Source(format="text"), data), 100, Patience(0))
+    cache = ShardCache(lambda _, path: open_shard(path, Source(format="text"), data), 100, Retry(0))
     for _ in range(2):
         for path in remote:
             assert cache.use(0, path, lambda shard: shard.read(0)[0].parts[0].text[0]) == "x"
@@ -242,7 +242,7 @@ def test_shards_that_are_open_stay_within_the_limit(tmp_path, remote, monkeypatc
 
 def test_a_shard_opened_ahead_takes_no_room_of_one_in_use(tmp_path, remote):
     data = Data(cache_folder=str(tmp_path), cache_gb=7 * BLOCK / 1e9)
-    cache = ShardCache(lambda _, path: open_shard(path, Source(format="text"), data), 100, Patience(0))
+    cache = ShardCache(lambda _, path: open_shard(path, Source(format="text"), data), 100, Retry(0))
     for path in remote[:3]:
         cache.use(0, path, len)
     cache.ahead(0, remote[3])
@@ -275,7 +275,7 @@ def test_a_cache_on_a_full_disk_stops_the_run_with_one_line(tmp_path, remote, mo
         "make_room",
         lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")),
     )
-    cache = ShardCache(lambda _, path: open_shard(path, Source(format="text"), data), 100, Patience(600))
+    cache = ShardCache(lambda _, path: open_shard(path, Source(format="text"), data), 100, Retry(600))
     with pytest.raises(
         StorageError, match=r"^memory:///0.jsonl: OSError: \[Errno 28\] No space left"
     ) as error:
@@ -285,7 +285,7 @@ def test_a_cache_on_a_full_disk_stops_the_run_with_one_line(tmp_path, remote, mo
 
 def test_a_cache_folder_that_is_deleted_is_filled_again(tmp_path, remote):
     data = Data(cache_folder=str(tmp_path))
-    cache = ShardCache(lambda _, path: open_shard(path, Source(format="text"), data), 1, Patience(600))
+    cache = ShardCache(lambda _, path: open_shard(path, Source(format="text"), data), 1, Retry(600))
     assert cache.use(0, remote[0], len) == 1
     shutil.rmtree(tmp_path / "copies")
     assert [cache.use(0, path, len) for path in (remote[1], remote[0])] == [1, 1]

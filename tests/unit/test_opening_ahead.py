@@ -13,7 +13,7 @@ from experiments.vlm.data.slot import Slot
 from experiments.vlm.data.sources.order import Deal
 from experiments.vlm.data.sources.reader import SourceReader
 from experiments.vlm.data.sources.shard_cache import ShardCache
-from experiments.vlm.data.storage.patience import Patience
+from experiments.vlm.data.storage.outages import Retry
 from tests.samples import jpeg, write_tar
 from tests.tiny_data import Characters, make_job, write_all, write_captions
 
@@ -53,7 +53,7 @@ class Shards:
 
 def test_the_next_shard_is_opened_while_one_is_read():
     shards = Shards()
-    cache = ShardCache(shards.open, 8, Patience(0))
+    cache = ShardCache(shards.open, 8, Retry(0))
     deal = Deal("s", tuple(f"{n}.tar" for n in range(6)), 2, seed=0, epochs=1)
     reader, rejects = SourceReader(0, deal, 1, cache), []
 
@@ -97,7 +97,7 @@ def test_where_a_run_goes_on_the_shards_of_samples_that_wait_are_opened_at_one_t
     states, setup = dict(loader.states), loader.setup
     loader.close()
     asked: list[tuple[int, str]] = []
-    cache = ShardCache(setup.open_shard, 1, Patience(0))
+    cache = ShardCache(setup.open_shard, 1, Retry(0))
     cache.ahead = lambda source, path: asked.append((source, path))  # type: ignore[method-assign]
     for number, state in states.items():
         slot = Slot(number, setup.settings, Characters(), cache, lambda source: None)

@@ -19,7 +19,7 @@ from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.sources import shards
 from experiments.vlm.data.sources.shards import list_shards, open_shard
 from experiments.vlm.data.storage import unpack
-from experiments.vlm.data.storage.patience import Away
+from experiments.vlm.data.storage.outages import Away
 from tests.samples import jpeg, write_tar
 from torchtitan.config.errors import ConfigError, StorageError
 

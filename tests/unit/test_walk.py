@@ -10,7 +10,7 @@ import pytest
 from experiments.vlm.config import Data
 from experiments.vlm.data.sources.shards import list_shards
 from experiments.vlm.data.sources.walk import local_files, local_glob
-from experiments.vlm.data.storage.patience import Patience
+from experiments.vlm.data.storage.outages import Retry
 from tests.faults.flaky_store import FlakyFileSystem, Store
 from torchtitan.config.errors import ConfigError, StorageError
 
@@ -69,7 +69,7 @@ def test_a_folder_that_does_not_answer_is_asked_again(tree, tmp_path, monkeypatc
     data, path = Data(cache_folder=str(tmp_path / "cache")), os.path.join(tree, pattern)
     expected = list_shards(path, "cc12m", data)
     rests = []
-    monkeypatch.setattr(Patience, "rest", lambda _, seconds: rests.append(seconds))
+    monkeypatch.setattr(Retry, "rest", lambda _, seconds: rests.append(seconds))
     with monkeypatch.context() as patched:
         failing(patched, name, 3, OSError(errno.EIO, "Input/output error"))
         assert list_shards(path, "cc12m", data) == expected and len(rests) == 3
@@ -106,6 +106,6 @@ def test_a_remote_folder_that_does_not_answer_is_asked_again(tmp_path, monkeypat
 
 @pytest.mark.parametrize("path", ["memory://nothing/*.tar", "memory://nothing/**", "unheard-of://x/*.tar"])
 def test_a_wrong_path_is_said_at_once(tmp_path, monkeypatch, path):
-    monkeypatch.setattr(Patience, "rest", lambda *_: pytest.fail("nobody waits for that"))
+    monkeypatch.setattr(Retry, "rest", lambda *_: pytest.fail("nobody waits for that"))
     with pytest.raises(ConfigError):
         list_shards(path, "cc12m", Data(cache_folder=str(tmp_path)))

@@ -19,7 +19,7 @@ from experiments.vlm.data.sample import make_sample
 from experiments.vlm.data.slot import SlotSettings
 from experiments.vlm.data.sources.shard_cache import OpenShard, ShardCache, guarded
 from experiments.vlm.data.split import Splitter
-from experiments.vlm.data.storage.patience import Patience
+from experiments.vlm.data.storage.outages import Retry
 from torchtitan.components.tokenizer import Tokenizer
 from torchtitan.config.errors import DataError
 
@@ -108,7 +108,7 @@ def require_good_samples(
     settings: SlotSettings,
     tokenizer: Tokenizer,
     open_shard: OpenShard,
-    patience: Patience,
+    retry: Retry,
     slot: int,
     hint: Callable[[int, str], str],
 ) -> None:
@@ -116,7 +116,7 @@ def require_good_samples(
 
     Begins with the shard that this slot reads first.
     """
-    search = GoodSampleSearch(settings, tokenizer, ShardCache(open_shard, 1, patience), hint)
+    search = GoodSampleSearch(settings, tokenizer, ShardCache(open_shard, 1, retry), hint)
     for source, deal in enumerate(settings.deals):
         unit = deal.unit(slot, 0)
         search.require(source, unit.shard if unit else 0)

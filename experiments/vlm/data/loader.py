@@ -43,7 +43,7 @@ from experiments.vlm.data.sources.listing import Continued, go_on, to_text
 from experiments.vlm.data.sources.shards import needs_copy
 from experiments.vlm.data.storage.fetch import about_failures
 from experiments.vlm.data.storage.file_cache import file_cache
-from experiments.vlm.data.storage.patience import Patience
+from experiments.vlm.data.storage.outages import Retry
 from experiments.vlm.read_once import ReadOnce
 from torchtitan.components.loader import Agree
 from torchtitan.components.tokenizer import Tokenizer
@@ -136,7 +136,7 @@ class Loader:
             if job.validation.enable:
                 shards = shards_of(job, "validation", self.ranks)
                 setups.append(make_setup(job, tokenizer, "validation", total, shards=shards))
-            self.ranks.patiently(lambda: self._require_good_samples(setups if self.reads else []))
+            self.ranks.wait_together(lambda: self._require_good_samples(setups if self.reads else []))
         # The controls show the samples of a validation again: what is wrong with them has been logged.
         folder = Path(job.job.dump_folder) / "rejects" if job.job.dump_folder else None
         self.log = RejectLog(folder, rank) if control is None else None
@@ -148,10 +148,10 @@ class Loader:
 
     def _require_good_samples(self, setups: list[Setup]) -> None:
         """Raises DataError for a source without."""
-        patience = Patience(self.job.data.storage_timeout_s)
+        retry = Retry(self.job.data.storage_timeout_s)
         for setup in setups:
             require_good_samples(
-                setup.settings, setup.tokenizer, setup.open_shard, patience, self.slots.start, setup.hint
+                setup.settings, setup.tokenizer, setup.open_shard, retry, self.slots.start, setup.hint
             )
 
     def __iter__(self) -> "Loader":
@@ -279,10 +279,10 @@ class Loader:
         """What has changed, for this rank's slots or others'."""
         setup = with_deals(self.setup, continued.then)
         changes = continued.changes + changes_of(entries, self.slots, order_facts(self.job, setup))
-        patience = Patience(self.job.data.storage_timeout_s)
+        retry = Retry(self.job.data.storage_timeout_s)
         slots = self.slots if self.reads and not changes else range(0)
-        changes += self.ranks.patiently(
-            lambda: changed_shards(entries, slots, continued.then, setup.open_shard, patience)
+        changes += self.ranks.wait_together(
+            lambda: changed_shards(entries, slots, continued.then, setup.open_shard, retry)
         )
         return list(dict.fromkeys(change for of_rank in self.ranks.from_all(changes) for change in of_rank))
 

@@ -17,7 +17,7 @@ from experiments.vlm.data.resume import SlotState
 from experiments.vlm.data.setup import Setup
 from experiments.vlm.data.slot import Slot, SlotPlan
 from experiments.vlm.data.sources.shard_cache import ShardCache
-from experiments.vlm.data.storage.patience import Patience
+from experiments.vlm.data.storage.outages import Retry
 
 SPARE_SHARDS = 32  # kept open besides three of each source for every slot: read, next, and still waited for
 
@@ -42,7 +42,7 @@ class Producer:
         self.cache = ShardCache(
             setup.open_shard,
             3 * len(slots) * len(settings.deals) + SPARE_SHARDS,
-            Patience(setup.storage_timeout_s),
+            Retry(setup.storage_timeout_s),
         )
         self.pool = ThreadPoolExecutor(setup.decode_threads, "decode") if setup.decode_threads > 1 else None
         self.collator = Collator(self.cache, settings.plan, setup.tokenizer.pad_id, self.pool)
@@ -72,7 +72,7 @@ class Producer:
 
     def stop(self) -> None:
         """Let a thread that waits for the storage go, with Stopped."""
-        self.cache.patience.end()
+        self.cache.retry.end()
 
     def close(self) -> None:
         """Ends the decoding threads and lets go of the shards."""

@@ -30,7 +30,7 @@ class Ranks:
         decided = wait_together(lambda: [decide()] if dist.get_rank() == 0 else [])
         return from_first_rank(lambda: decided[0])
 
-    def patiently(self, work: Callable[[], T]) -> T:
+    def wait_together(self, work: Callable[[], T]) -> T:
         """What `work` returns on this rank, however long the storage of any rank lets it wait."""
         return wait_together(work) if self.together else work()
 

@@ -18,7 +18,7 @@ from experiments.vlm.data.formats.shard import Shard
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.sources.order import Deal
 from experiments.vlm.data.sources.shard_cache import OpenShard
-from experiments.vlm.data.storage.patience import Patience
+from experiments.vlm.data.storage.outages import Retry
 from torchtitan.config.errors import ConfigError
 
 MISSING = "not set"
@@ -71,7 +71,7 @@ def changed_shards(
     slots: Iterable[int],
     deals: Sequence[Deal],
     open_shard: OpenShard,
-    patience: Patience,
+    retry: Retry,
 ) -> list[str]:
     """Shards in hand that hold other records than when the slots read them. One that cannot be opened is not
     among them: its records are rejected when they are read. Raises StorageError where the storage stays away.
@@ -81,7 +81,7 @@ def changed_shards(
         (source, number), before = item
         path = deals[source].shards[number]
         try:
-            now = patience.insist(f"shard {path}", lambda: _content(open_shard(source, path)))
+            now = retry.call(f"shard {path}", lambda: _content(open_shard(source, path)))
         except Rejected:
             return ""
         return "" if now == before else _rewritten(deals[source].name, path, before[0], now[0])

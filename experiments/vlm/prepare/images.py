@@ -25,7 +25,7 @@ from experiments.vlm.prepare.dedup import hash_of
 from experiments.vlm.prepare.folder import appearing, read_array, write_array, write_json
 from experiments.vlm.prepare.journal import Journal
 from experiments.vlm.prepare.progress import Advancing
-from experiments.vlm.prepare.shard_plan import PrepareJob, patience
+from experiments.vlm.prepare.shard_plan import PrepareJob, retry
 from experiments.vlm.prepare.stop import Stop
 
 IN_WORK = 64  # images that are read, judged and not yet written
@@ -147,7 +147,7 @@ def bring(image: ImageValue, journal: Journal, folder: ImageFolder, encoding: En
         return finish_image(bytes(value), encoding)
     if is_address(value):
         return finish_image(journal.read(value), encoding)
-    return finish_image(patience.insist(value, lambda: folder.read(value)), encoding)
+    return finish_image(retry.call(value, lambda: folder.read(value)), encoding)
 
 
 def store(work: Future[FinishedImage], file: IO[bytes]) -> ImageEntry:

@@ -22,12 +22,12 @@ from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.sources.shard_cache import guarded
 from experiments.vlm.data.sources.shards import hold_copy, match_files, suffix_of
 from experiments.vlm.data.storage.file_cache import FileCache
-from experiments.vlm.data.storage.patience import Patience
+from experiments.vlm.data.storage.outages import Retry
 from experiments.vlm.prepare.folder import Folder, read_json, write_json
 from experiments.vlm.prepare.options import Options
 from torchtitan.config.errors import ConfigError
 
-patience = Patience(Data.storage_timeout_s)  # of this process, with inputs that are away
+retry = Retry(Data.storage_timeout_s)  # of this process, with inputs that are away
 SUFFIXES = (*RECORD_FILES, ".txt")
 COPIES_BYTES = 50 << 30  # of unpacked inputs and row groups; the longest unused are made again
 # formats whose images may stand in many records, so that none is left out for being repeated
@@ -120,7 +120,7 @@ class PrepareJob:
 
 def _parsed(records: Records, index: int, parse: Callable[[Record], Draft]) -> Parsed | Rejected:
     try:
-        record = patience.insist(f"record {index}", lambda: guarded(records.get, index))
+        record = retry.call(f"record {index}", lambda: guarded(records.get, index))
         return Parsed(record, guarded(parse, record))
     except Rejected as rejected:
         return rejected
@@ -140,7 +140,7 @@ def open_input(file: str, copies: Path) -> Records:
     """Stays open in this process, for all its threads. Raises ConfigError."""
     cache = FileCache(copies, COPIES_BYTES)
     try:
-        return patience.insist(file, functools.partial(_open_records, file, cache))
+        return retry.call(file, functools.partial(_open_records, file, cache))
     except (OSError, EOFError, pa.ArrowException, Rejected) as error:
         raise ConfigError(f"--input {file} cannot be read: {error}") from error
 
@@ -224,6 +224,6 @@ def _readable(pieces: list[InputSpan], folder: Folder) -> Iterator[Record]:
         for index in range(piece.first, piece.first + piece.count):
             try:
                 records = open_input(piece.file, folder.inputs)
-                yield patience.insist(piece.file, functools.partial(guarded, records.get, index))
+                yield retry.call(piece.file, functools.partial(guarded, records.get, index))
             except Rejected:
                 continue

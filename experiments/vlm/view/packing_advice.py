@@ -25,7 +25,7 @@ from experiments.vlm.data.sample import Sample
 from experiments.vlm.data.setup import Setup
 from experiments.vlm.data.slot import Slot
 from experiments.vlm.data.sources.shard_cache import ShardCache
-from experiments.vlm.data.storage.patience import Patience
+from experiments.vlm.data.storage.outages import Retry
 from experiments.vlm.view.packing_simulation import (
     Case,
     Occupancy,
@@ -73,7 +73,7 @@ def read_documents(setup: Setup, limit: int, deadline: Deadline | None = None, s
     """
     deals = tuple(replace(deal, slots=1) for deal in setup.settings.deals)
     settings = replace(setup.settings, deals=deals, budget=Budget(UNLIMITED, 1, UNLIMITED))
-    cache = ShardCache(setup.open_shard, 64, Patience(setup.storage_timeout_s))
+    cache = ShardCache(setup.open_shard, 64, Retry(setup.storage_timeout_s))
     slot = Slot(
         0, settings, setup.tokenizer, cache, GoodSampleSearch(settings, setup.tokenizer, cache).require
     )

@@ -19,7 +19,7 @@ from experiments.vlm.data.formats.image_values import file_or_address, is_addres
 from experiments.vlm.data.formats.record_files import Records
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.storage.fetch import make_fetcher
-from experiments.vlm.data.storage.patience import Away, insist, is_away, remote
+from experiments.vlm.data.storage.outages import Away, is_away, remote, retried
 from experiments.vlm.data.storage.remote import is_file, open_file
 
 
@@ -56,7 +56,7 @@ class ImageFolder:
         """Whether there is such a file. Raises OSError where the storage does not answer."""
         try:
             path = self.path(value)
-            return insist(path, lambda: is_file(path) if self.remote else S_ISREG(os.stat(path).st_mode))
+            return retried(path, lambda: is_file(path) if self.remote else S_ISREG(os.stat(path).st_mode))
         except (Rejected, OSError, ValueError) as error:
             if is_away(error):
                 raise
@@ -76,7 +76,7 @@ class ImageFolder:
         """Raises Rejected, and OSError where the storage does not answer."""
         path = self.path(value)
         try:
-            return insist(path, lambda: _download(path) if self.remote else Path(path).read_bytes())
+            return retried(path, lambda: _download(path) if self.remote else Path(path).read_bytes())
         except (OSError, ValueError) as error:
             if is_away(error):
                 raise
@@ -126,7 +126,7 @@ class ImageValues:
                 )
 
         try:
-            return insist(path, look)
+            return retried(path, look)
         except (OSError, ValueError) as error:
             if is_away(error):
                 raise

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from experiments.vlm.data.formats.lru_cache import LRUCache
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.storage.file_cache import FileCache, origin_of
-from experiments.vlm.data.storage.patience import is_away
+from experiments.vlm.data.storage.outages import is_away
 
 ROW_GROUP_BYTES = 256 << 20
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 from experiments.vlm.data.formats.row_groups import RowGroups
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.storage.file_cache import FileCache
-from experiments.vlm.data.storage.patience import is_away
+from experiments.vlm.data.storage.outages import is_away
 
 
 class Numbers:

@@ -18,7 +18,7 @@ import yaml
 from braceexpand import braceexpand
 
 from experiments.vlm.data.sources.walk import FILE, Local
-from experiments.vlm.data.storage.patience import remote
+from experiments.vlm.data.storage.outages import remote
 from experiments.vlm.data.storage.remote import file_system, is_file, open_file
 from torchtitan.config.errors import ConfigError
 

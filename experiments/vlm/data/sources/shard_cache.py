@@ -19,7 +19,7 @@ from experiments.vlm.data.formats.shard import Shard
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.storage.client import Stopped
 from experiments.vlm.data.storage.file_cache import NoRoom, holders, no_hurry
-from experiments.vlm.data.storage.patience import Patience, is_away
+from experiments.vlm.data.storage.outages import Retry, is_away
 from torchtitan.config.errors import UserError
 from torchtitan.tools.logging import logger
 
@@ -50,10 +50,10 @@ class ShardCache:
     A shard that cannot be opened is remembered as well; where its storage is away, that is waited for.
     """
 
-    def __init__(self, open_shard: OpenShard, capacity: int, patience: Patience):
+    def __init__(self, open_shard: OpenShard, capacity: int, retry: Retry):
         self.open_shard = open_shard
         self.capacity = capacity
-        self.patience = patience
+        self.retry = retry
         self.kept: OrderedDict[Key, Future[Lease]] = OrderedDict()
         self.lock = threading.Lock()
         self.openers = ThreadPoolExecutor(OPENERS, "open")
@@ -73,7 +73,7 @@ class ShardCache:
                 self._forget((source, path), error)  # what was open may stay broken once the storage is back
                 raise
 
-        return self.patience.insist(path, attempt)
+        return self.retry.call(path, attempt)
 
     def ahead(self, source: int, path: str) -> None:
         """Open a shard that will be used soon, in a thread; `use` waits for it.
@@ -119,7 +119,7 @@ class ShardCache:
     def _unhurried(self, source: int, path: str) -> Shard:
         token = no_hurry.set(True)
         try:
-            return self.patience.insist(path, partial(guarded, self.open_shard, source, path))
+            return self.retry.call(path, partial(guarded, self.open_shard, source, path))
         finally:
             no_hurry.reset(token)
 
@@ -141,7 +141,7 @@ class ShardCache:
 def guarded(call: Callable, *args):
     """`call(*args)`, with every error as Rejected: a record that a reader stumbles over stops no run.
 
-    But an OSError of a storage that is away stays one, for Patience. Readers raise Rejected for what is wrong
+    But an OSError of a storage that is away stays one, for Retry. Readers raise Rejected for what is wrong
     with a record, so whatever else they raise is their own fault and says so.
     """
     try:

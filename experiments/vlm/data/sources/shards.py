@@ -42,7 +42,7 @@ from experiments.vlm.data.sources.walk import (
     remote_glob,
 )
 from experiments.vlm.data.storage.file_cache import FileCache, Held, file_cache, origin_of
-from experiments.vlm.data.storage.patience import Away, Patience, is_away, remote
+from experiments.vlm.data.storage.outages import Away, Retry, is_away, remote
 from experiments.vlm.data.storage.remote import file_system
 from experiments.vlm.data.storage.remote import open_file as open_remote
 from experiments.vlm.data.storage.unpack import damage_of, is_packed, note_damage, packing_of, unpack
@@ -64,7 +64,7 @@ def list_shards(path: str, format: str, data: Data, split: Split = "train") -> l
     Raises ConfigError where there is none, StorageError where the storage stays away.
     """
     suffixes, place = FORMATS[format].suffixes, _resolve(path, data)
-    found = Patience(data.storage_timeout_s).insist(path, lambda: match_files(place, suffixes, split))
+    found = Retry(data.storage_timeout_s).call(path, lambda: match_files(place, suffixes, split))
     if not found:
         raise ConfigError(
             f"{path}: no shard of format {format} ({', '.join(suffixes)}) there"

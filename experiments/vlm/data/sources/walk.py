@@ -14,7 +14,7 @@ from typing import Protocol
 from fsspec.asyn import AsyncFileSystem
 from fsspec.spec import AbstractFileSystem
 
-from experiments.vlm.data.storage.patience import is_away
+from experiments.vlm.data.storage.outages import is_away
 
 FILE, FOLDER, OTHER = "file", "directory", "other"  # as fsspec calls them
 

@@ -1,6 +1,6 @@
 """Bytes from elsewhere, for training and data preparation alike.
 
-patience    storage that is away is waited for; what is not there, or damaged, is a reject
+outages     storage that is away is waited for; what is not there, or damaged, is a reject
 remote      files of other machines, opened in one way
 file_cache  local copies of what is remote, packed or drawn, bounded in size
 unpack      a packed file to one that can seek, and what can be had of a damaged one

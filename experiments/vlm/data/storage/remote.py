@@ -1,6 +1,6 @@
 """Remote files by fsspec, opened here and nowhere else, so that each transfer may stall for equally long.
 
-What its clients raise: see `remote` of patience.py.
+What its clients raise: see `remote` of outages.py.
 """
 
 from typing import Any
@@ -9,7 +9,7 @@ import fsspec
 from fsspec.core import OpenFile
 from fsspec.spec import AbstractFileSystem
 
-from experiments.vlm.data.storage.patience import NOT_THERE, remote
+from experiments.vlm.data.storage.outages import NOT_THERE, remote
 
 STALLED_S = 20.0  # without one byte of a transfer
 

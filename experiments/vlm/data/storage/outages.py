@@ -79,7 +79,7 @@ def clock() -> float:
     return time.monotonic()
 
 
-class Patience:
+class Retry:
     """Tries again for `timeout_s` seconds; one for each process, and for all its threads."""
 
     def __init__(self, timeout_s: float):
@@ -88,7 +88,7 @@ class Patience:
         self.warned_at = float("-inf")
         self.lock = threading.Lock()
 
-    def insist(self, what: str, attempt: Callable[[], T]) -> T:
+    def call(self, what: str, attempt: Callable[[], T]) -> T:
         """What `attempt` returns, or raises where the storage is not to blame. `what`: a shard, for people.
 
         Raises StorageError where the storage stays away, or its disk is full.
@@ -142,15 +142,15 @@ class Patience:
         )
 
 
-_inside: ContextVar[Patience | None] = ContextVar("inside", default=None)
+_inside: ContextVar[Retry | None] = ContextVar("inside", default=None)
 
 
-def insist(what: str, attempt: Callable[[], T]) -> T:
+def retried(what: str, attempt: Callable[[], T]) -> T:
     """One piece of an attempt that is tried again, by itself: a record of twenty images would never be read
     whole from storage that fails one time in ten.
     """
-    patience = _inside.get()
-    return attempt() if patience is None else patience.insist(what, attempt)
+    retry = _inside.get()
+    return attempt() if retry is None else retry.call(what, attempt)
 
 
 def one_line(error: BaseException) -> str:

@@ -9,9 +9,9 @@ import pytest
 
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.sources.shard_cache import ShardCache, guarded
-from experiments.vlm.data.storage import patience
+from experiments.vlm.data.storage import outages
 from experiments.vlm.data.storage.client import Stopped
-from experiments.vlm.data.storage.patience import Away, Patience, is_away, remote
+from experiments.vlm.data.storage.outages import Away, Retry, is_away, remote
 from torchtitan.config.errors import StorageError
 
 
@@ -20,8 +20,8 @@ class Time:
 
     def __init__(self, monkeypatch):
         self.now, self.pauses = 1000.0, []
-        monkeypatch.setattr(patience, "clock", lambda: self.now)
-        monkeypatch.setattr(Patience, "rest", lambda _, seconds: self.rest(seconds))
+        monkeypatch.setattr(outages, "clock", lambda: self.now)
+        monkeypatch.setattr(Retry, "rest", lambda _, seconds: self.rest(seconds))
 
     def rest(self, seconds):
         self.pauses.append(seconds)
@@ -67,14 +67,14 @@ def failing(times, error):
 
 @pytest.mark.parametrize("error", OUTAGES, ids=lambda error: repr(error))
 def test_an_outage_is_waited_for_with_growing_pauses(time, error):
-    assert Patience(600).insist("a.tar", failing(8, error)) == 8
+    assert Retry(600).call("a.tar", failing(8, error)) == 8
     assert time.pauses[0] < 1 and min(time.pauses[5:7]) > 7 and max(time.pauses) <= 45
 
 
 @pytest.mark.parametrize("timeout_s", [0, 1, 600])
 def test_a_storage_that_stays_away_is_given_up_after_that_time_in_one_line(time, timeout_s):
     with pytest.raises(StorageError) as error:
-        Patience(timeout_s).insist("a.tar", failing(10**6, Away("503\nbusy")))
+        Retry(timeout_s).call("a.tar", failing(10**6, Away("503\nbusy")))
     assert time.now - 1000 == pytest.approx(timeout_s)
     assert str(error.value) == (
         f"a.tar: the storage has not answered for {timeout_s} s (data.storage_timeout_s = {timeout_s}): "
@@ -83,19 +83,19 @@ def test_a_storage_that_stays_away_is_given_up_after_that_time_in_one_line(time,
 
 
 def test_the_time_counts_from_the_first_failure_in_a_row(time):
-    waits = Patience(100)
+    waits = Retry(100)
     for _ in range(20):
-        assert waits.insist("a.tar", failing(6, OSError(errno.EIO, "")))
+        assert waits.call("a.tar", failing(6, OSError(errno.EIO, "")))
     assert time.now - 1000 > 200
 
 
 def test_an_outage_is_told_once_a_minute(time, caplog, monkeypatch):
     said = []
-    monkeypatch.setattr(patience.logger, "warning", said.append)
-    waits = Patience(600)
+    monkeypatch.setattr(outages.logger, "warning", said.append)
+    waits = Retry(600)
     for _ in range(2):
         with pytest.raises(StorageError):
-            waits.insist("a.tar", failing(10**6, OSError(errno.EIO, "Input/output error")))
+            waits.call("a.tar", failing(10**6, OSError(errno.EIO, "Input/output error")))
     assert 19 <= len(said) <= 21
     assert said[0] == (
         "a.tar: the storage does not answer (OSError: [Errno 5] Input/output error); tried again for another "
@@ -105,7 +105,7 @@ def test_an_outage_is_told_once_a_minute(time, caplog, monkeypatch):
 
 def test_a_full_disk_is_not_waited_for(time):
     with pytest.raises(StorageError, match=r"a.tar: OSError: \[Errno 28\]"):
-        Patience(600).insist("a.tar", failing(1, OSError(errno.ENOSPC, "No space left on device")))
+        Retry(600).call("a.tar", failing(1, OSError(errno.ENOSPC, "No space left on device")))
     assert not time.pauses
 
 
@@ -132,7 +132,7 @@ def missing(status):
 )
 def test_what_is_damaged_or_not_there_is_not_waited_for(time, attempt):
     with pytest.raises((OSError, zlib.error)) as error:
-        Patience(600).insist("a.tar", attempt)
+        Retry(600).call("a.tar", attempt)
     assert not isinstance(error.value, StorageError) and not time.pauses and not is_away(error.value)
     with pytest.raises(Rejected):
         guarded(attempt)
@@ -166,13 +166,13 @@ def test_a_shard_whose_file_went_stale_is_opened_anew(time):
         reads_until_stale = 2
 
     store = Store()
-    cache = ShardCache(lambda source, path: Opened(store), 2, Patience(600))
+    cache = ShardCache(lambda source, path: Opened(store), 2, Retry(600))
     assert [cache.use(0, "a.tar", lambda shard, i=i: shard.read(i)) for i in range(5)] == [0, 1, 2, 3, 4]
     assert store.opened == 1 + 3 + 1 and len(time.pauses) == 4
 
 
 def test_a_thread_that_waits_ends_when_nobody_waits_any_more():
-    waits = Patience(600)
+    waits = Retry(600)
     waits.end()
     with pytest.raises(Stopped):
-        waits.insist("a.tar", failing(10**6, OSError(errno.EIO, "")))
+        waits.call("a.tar", failing(10**6, OSError(errno.EIO, "")))
