@@ -2,6 +2,8 @@
 not allow.
 """
 
+import gc
+import gc
 import os
 import signal
 from collections.abc import Iterable, Iterator
@@ -96,3 +98,9 @@ def figures(monkeypatch) -> list:
 
     monkeypatch.setattr(Figure, "savefig", keep)
     return saved
+
+
+def pytest_collection_finish() -> None:
+    """What all tests share is not collected again by each run that a test makes."""
+    gc.collect()
+    gc.freeze()
