@@ -5,10 +5,9 @@
 
 A record is {"question", "image" or "images", "answers", "choices"} in JSONL, parquet, Arrow, TSV or a tar.
 --out gets a line for each record, summary.json with 95 % intervals and the versions of everything, and a page
-of pictures with questions, answers and scores. A run that was cut goes on; one that is done is told again.
-A file may be embedded:WORLD/SPLIT.
-A record with an image that cannot be read counts as answered with nothing; the summary says how many are.
-Several processes share the records:
+of pictures with questions, answers and scores. A run that was cut goes on; one that is done is shown again. A
+file may be embedded:WORLD/SPLIT. A record with an image that cannot be read counts as answered with nothing;
+the summary says how many are. Several processes share the records:
 
     python -m torchtitan.launch --processes 2 experiments.commands evaluate ...
 """
@@ -122,14 +121,14 @@ def versions() -> dict[str, str]:
 def table(summary: dict[str, Any]) -> str:
     """For the console."""
     lines = [f"{'task':24} {'metric':22} {'value':>9}   95 % interval   records"]
-    for task, told in summary["tasks"].items():
-        for metric, figure in told["metrics"].items():
+    for task, summary_of_task in summary["tasks"].items():
+        for metric, figure in summary_of_task["metrics"].items():
             interval = f"{figure['low']:.2f} ... {figure['high']:.2f}"
             lines.append(
                 f"{task:24} {metric:22} {figure['value']:9.2f}   {interval:15} {figure['records']:7}"
             )
-        lines += [f"{task:24} left out: {reason}" for reason in told["left_out"]]
-        if lost := told.get("not_asked"):
+        lines += [f"{task:24} left out: {reason}" for reason in summary_of_task["left_out"]]
+        if lost := summary_of_task.get("not_asked"):
             lines.append(
                 f"{task:24} not asked: {lost['records']} records, the first of them {lost['first'][0]}"
             )

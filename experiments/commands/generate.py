@@ -195,8 +195,8 @@ def require_same_options(options: Options, folder: str) -> None:
     others = [
         Change(name, before.get(name), value) for name, value in now.items() if before.get(name) != value
     ]
-    told = ", ".join(map(str, others))
-    require(not others, f"--out {options.out} has answers to other options: {told}; give another file")
+    listed = ", ".join(map(str, others))
+    require(not others, f"--out {options.out} has answers to other options: {listed}; give another file")
 
 
 def check(options: Options) -> None:

@@ -209,8 +209,8 @@ def show(found: Sequence[Member], space: Space, out: Path, metric: str) -> int:
     print(f"\nwritten: {', '.join(map(str, files))}")
     if results.best is not None:
         best = results.best
-        told = f"{results.metric} {figure(best.record.last(results.metric))}"
-        print(f"best: {best.member.name} ({told}); its job: {best.member.folder / JOB}")
+        best_value = f"{results.metric} {figure(best.record.last(results.metric))}"
+        print(f"best: {best.member.name} ({best_value}); its job: {best.member.folder / JOB}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Which slots, L, chunk and recomputation train a job fastest on this machine? Short runs of it tell.
+"""Which slots, L, chunk and recomputation train a job fastest on this machine? Short runs of it show.
 
     torchtitan-vlm tune --job.config_file vlm_debug --minutes 20
     NGPU=8 torchtitan-vlm tune --job.config_file job.toml --out tune
@@ -63,7 +63,7 @@ RECORD_S, USUAL_MFU, USUAL_FLOPS, MOST_STEPS = 0.5, 0.4, 100e12, 20
 class Options:
     """How long it may take, and how well each candidate is measured."""
 
-    minutes: float = 20.0  # for all together; then the best so far is told
+    minutes: float = 20.0  # for all together; then the best so far is shown
     # folder of the candidates and of what is written; empty: tune, in job.dump_folder
     out: str = ""
     # that count of each candidate: a record is a step, or several where steps are short
@@ -200,7 +200,7 @@ def list_candidates(space: Space) -> int:
 
 
 def run(tuner: Tuner, space: Space) -> int:
-    """Measure, and tell what is known, also where somebody ends it. Returns the exit code."""
+    """Measure, and show what is known, also where somebody ends it. Returns the exit code."""
     try:
         with resumable():
             came_to_its_end = tuner.tune()

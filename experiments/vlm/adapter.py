@@ -42,7 +42,7 @@ PLAIN = {
 
 
 def adapter_rows(config: VLMConfig) -> list[Row]:
-    """Names of the factors, from those of the maps that they stand beside."""
+    """Names of the factors, from those of the maps that they adapt."""
     rows = [row for part in PARTS for row in part_rows(part, config.encoder, family_of(config))]
     maps = dict.fromkeys((row.theirs.rpartition(".")[0], row.ours.rpartition(".")[0]) for row in rows)
     return [

@@ -39,8 +39,8 @@ A second document would begin at place 14 with document id 1 and position 0, its
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-IGNORE = -100  # a label where no loss is due
-TAPS = 4  # visual tokens of which one that was resized is a weighted sum
+IGNORE = -100  # the label of a token without loss
+TAPS = 4  # visual tokens in the weighted sum that a resized one is
 EXTRA = -2  # h and w of the cells of class token and registers
 
 
@@ -81,7 +81,7 @@ class BatchShape:
 
     @property
     def fields(self) -> dict[str, Field]:
-        """Those that a batch has, in the order of FIELDS."""
+        """The fields that a batch has, in the order of FIELDS."""
         return {name: field for name, field in FIELDS.items() if self.taps or name not in OPTIONAL}
 
     def of(self, name: str) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Where that lies which can be made again: embedded worlds, copies of shards, decoded row groups, fetched
+"""The folder of what can be made again: embedded worlds, copies of shards, decoded row groups, fetched
 images.
 """
 

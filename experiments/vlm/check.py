@@ -85,8 +85,8 @@ def check_vlm(job: VLMJobConfig, world_size: int) -> None:
 
 
 def check_estimated(job: VLMJobConfig) -> None:
-    """What a plan needs to be right (estimate.py): neither data nor devices,
-    and the layout is checked there.
+    """What an estimate (estimate.py) needs to be right: neither data nor devices; it checks the layout
+    itself.
     """
     check_ranges(job, JOB_RANGES)
     check_torchao(job)
@@ -105,7 +105,7 @@ def check_model(job: VLMJobConfig) -> VLMConfig:
 
 
 def check_recomputation(job: VLMJobConfig, config: VLMConfig) -> None:
-    """No more layers are recomputed than a tower runs."""
+    """A tower recomputes no more layers than it runs."""
     ac, runs = job.activation_checkpoint, max(config.encoder.feature_depths)
     for tower, prefix, of, layers in (
         ("encoder", "encoder_", ac.encoder, runs),
@@ -119,8 +119,8 @@ def check_recomputation(job: VLMJobConfig, config: VLMConfig) -> None:
 
 
 def check_weights(job: VLMJobConfig) -> None:
-    """Files of weights to start from are there and whole, by their headers. A dry run of a flavor, and a run
-    that goes on, do without.
+    """Files of weights to start from are there and whole, by their headers. Not needed by a dry run of a
+    flavor, nor by a resumed run.
     """
     goes_on = find(job.checkpoint, Path(job.job.dump_folder) / job.checkpoint.folder)
     if goes_on or (job.job.dry_run and job.model.flavor and missing_folders(job)):
@@ -167,7 +167,7 @@ def check_patches(job: VLMJobConfig, config: VLMConfig) -> None:
 
 
 def check_limits(job: VLMJobConfig, plan: ImagePlan) -> None:
-    """The least and the most of an image are said once each, hold a visual token, and are in order."""
+    """The least and the most of an image are each given once, hold a visual token, and are in order."""
     (low, least, _), (high, most, _) = (job.data.image_limit(which) for which in ("min", "max"))
     for which in ("min", "max"):
         pixels, tokens = (f"{which}_{unit}_per_image" for unit in ("pixels", "tokens"))
@@ -226,7 +226,7 @@ def check_encoder(job: VLMJobConfig, encoder: EncoderConfig, sizes: Degrees) -> 
 
 
 def check_sources(job: VLMJobConfig) -> None:
-    """Training data are named in one of two ways; all that will be read are there, but for a dry run.
+    """Training data are named in one of two ways, and all that will be read are there (a dry run needs none).
 
     Raises ConfigError.
     """
@@ -258,7 +258,8 @@ def check_sources(job: VLMJobConfig) -> None:
 
 
 def check_tasks(job: VLMJobConfig, sizes: Degrees) -> None:
-    """Tasks are known, and can be answered under this layout. What records lack is told when they are read.
+    """Tasks are known, and can be answered under this layout. What records lack is reported when they are
+    read.
 
     Raises ConfigError.
     """
@@ -272,7 +273,7 @@ def check_tasks(job: VLMJobConfig, sizes: Degrees) -> None:
 
 
 def paths_of(job: VLMJobConfig) -> dict[str, str]:
-    """Option -> the path of data that it names, of all that will be read."""
+    """Option -> the path that it names, of all data that will be read."""
     if job.training.dataset_path:
         paths = {"training.dataset_path": job.training.dataset_path}
     else:
@@ -329,7 +330,7 @@ def _check_format(name: str, key: str) -> None:
 def check_path(path: str, key: str, needed: bool = True) -> None:
     """It may be read, and at least one local file is there where data are `needed`. Raises ConfigError.
 
-    Which shards of a range are missing, and what is remote, is the reader's to say.
+    The reader finds out which shards of a range are missing, and what is remote.
     """
     if path.startswith("embedded:"):
         worlds = [f"embedded:{world}/{split}" for world in WORLDS for split in SPLITS]

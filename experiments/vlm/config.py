@@ -43,10 +43,10 @@ class Data:
     """How batches are made of the sources."""
 
     sources: list[Source] = field(default_factory=list)  # the mixture, [[data.sources]]
-    weight_by: Literal["samples", "tokens"] = "samples"  # of what a source's weight is a share
+    weight_by: Literal["samples", "tokens"] = "samples"  # what a source's weight is a share of
     epochs: int = 0  # end after every sample was delivered this many times; 0: training.steps alone decides
     # L, patches of a row; best at seq_len times the patches that the mixture has for each token, as
-    # scripts/advise_packing.py finds out
+    # scripts/advise_packing.py finds
     patches_per_row: int = 1024
     patch_rows: int = 1  # rows of L patches that hold the images of a slot
     max_patches_per_image: int = 1024  # no image, or no tile of one, gets more patches than this

@@ -8,7 +8,7 @@ from torchtitan.components.tokenizer import Tokenizer, load_tokenizer
 from torchtitan.config.shipped import shipped
 from torchtitan.tools.logging import warn_once
 
-# Share of the published rows below which a tokenizer is hardly the model's own; theirs have 0.99 and more.
+# Share of the published rows below which a tokenizer is hardly the model's own; own ones fill 0.99 and more.
 FEW = 0.9
 
 
@@ -18,7 +18,7 @@ def rows_of(job: VLMJobConfig, tokenizer: Tokenizer | None) -> int:
 
 
 def planned_rows(job: VLMJobConfig) -> int:
-    """For estimates: as published, which is said, where the tokenizer is not here."""
+    """For estimates; where the tokenizer is not here, as published, with a warning."""
     if shipped(job.model.tokenizer_path).exists():
         return rows_of(job, open_tokenizer(job))
     rows = rows_of(job, None)

@@ -60,8 +60,8 @@ class Estimate:
 
 
 class Shares:
-    """The whole model of a job, and the shares of a rank as far as they were asked for. Estimates of the same
-    model share them.
+    """The whole model of a job, and those shares of a rank that were asked for. Estimates of one model use
+    the same.
     """
 
     def __init__(self, job: VLMJobConfig, vocab_size: int, on_gpu: bool):
@@ -72,7 +72,7 @@ class Shares:
 
     def of(self, job: VLMJobConfig, sizes: Degrees, slots: int) -> RankShare:
         """`job` may differ from the first one in its layout, batch, patches of a row, loss chunk and
-        recomputation. How FSDP divides a share is no matter.
+        recomputation. How FSDP divides a share does not matter.
         """
         ac, row, chunk = job.activation_checkpoint, job.data.patches_per_row, job.training.loss_chunk_tokens
         key = (sizes.cp, sizes.tp, slots, row, chunk, ac.encoder, ac.decoder)
@@ -82,7 +82,8 @@ class Shares:
 
 
 def estimate(job: VLMJobConfig, sizes: Degrees, vocab_size: int, on_gpu: bool = True) -> Estimate:
-    """For one layout. Raises ConfigError where it cannot run, but never for the batch: that is made to fit.
+    """The estimate of one layout. Raises ConfigError where it cannot run, but never for the batch, which is
+    made to fit.
 
     On CPU a norm keeps more, and Muon exchanges float32.
     """
@@ -98,7 +99,7 @@ def estimates(job: VLMJobConfig, world_size: int, vocab_size: int, most: Degrees
 
 
 def estimate_with(shares: Shares, job: VLMJobConfig, sizes: Degrees) -> Estimate:
-    """As `estimate`, of one job of many."""
+    """As `estimate`, for one of several jobs with the same model."""
     job, notes = fit_batch(job, sizes)
     check_sequence(job, sizes)
     check_pipeline(job, sizes)
@@ -117,7 +118,7 @@ def estimate_with(shares: Shares, job: VLMJobConfig, sizes: Degrees) -> Estimate
 def _within_budget(
     job: VLMJobConfig, sizes: Degrees, shares: Shares, batch: BatchSizes, slots: int
 ) -> tuple[VLMJobConfig, RankShare | MixedShare]:
-    """The job as it is recomputed, and its share."""
+    """The job with the layers that it recomputes, and its share."""
     free, budget = uniform(job, "all"), job.activation_checkpoint.memory_budget_gib * GIB
     if _worst(free, sizes, shares, batch, slots, whole := shares.of(free, sizes, slots))[0].total <= budget:
         return free, whole
@@ -141,7 +142,7 @@ def _worst(
     slots: int,
     share: RankShare | MixedShare,
 ) -> tuple[Memory, dict[str, float], int]:
-    """Of the rank of a pipeline that needs most, and which that is."""
+    """Memory and traffic of the rank of a pipeline that needs most, and which rank that is."""
     split = Split(shares.config.decoder.layers, ())
     if sizes.pp > 1:
         split = split_layers(shares.model, job, sizes)
@@ -230,7 +231,7 @@ def slots_for_stages(job: VLMJobConfig, pp: int) -> int:
 
 
 def work_of_step(job: VLMJobConfig, batch: BatchSizes) -> Work:
-    """With every slot full, of one document and of images as large as allowed."""
+    """The work of a step whose slots are full, each of one document and of images as large as allowed."""
     d, length, largest = job.data, job.training.seq_len, image_plan(job).max_patches
     patches, tokens = batch.global_ * d.patch_rows * d.patches_per_row, batch.global_ * length
     return Work(patches, tokens, patches * largest, tokens * (length + 1) // 2)

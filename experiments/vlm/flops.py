@@ -32,7 +32,9 @@ def image_pairs(grid_thw_NL3: Tensor) -> int:
 
 
 def flops_of_work(model: VLM) -> Callable[[Work], int]:
-    """`model` may be on the meta device, and must be whole. What is frozen is read from its parameters."""
+    """Work -> FLOPs. `model` may be on the meta device, and must be whole; its parameters say what is
+    frozen.
+    """
     assert model.encoder is not None and model.projector is not None
     products, passes, decoder = product_flops(model), attention_passes(model), model.config.decoder
     encoder, running = model.config.encoder, [f"encoder.{name}" for name in model.encoder.running()]
@@ -52,14 +54,14 @@ def flops_of_work(model: VLM) -> Callable[[Work], int]:
 
 
 def count_flops(model: VLM) -> Callable[[Batch], int]:
-    """The work of a batch, without its padding."""
+    """Batch -> its FLOPs, without padding."""
     flops, has_extra = flops_of_work(model), model.config.encoder.extra_cells > 0
 
     def of_batch(batch: Batch) -> int:
         tensors, counts = batch.tensors, batch.counts
         grid_thw, causal = tensors["grid_thw"], causal_pairs(tensors["positions"], tensors["document_ids"])
         extra = int(is_extra(grid_thw).sum()) if has_extra else 0
-        patches = counts["patches"] - extra  # counted were all cells
+        patches = counts["patches"] - extra  # all cells were counted
         return flops(Work(patches, counts["tokens"], image_pairs(grid_thw), causal, extra))
 
     return of_batch

@@ -1,4 +1,4 @@
-"""The weights that a job starts from where they are those of Hugging Face folders."""
+"""The weights that a job starts from, where Hugging Face folders hold them."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ TABLE, OUTPUT = "decoder.tok_embeddings.weight", "decoder.output.weight"
 
 
 def initial_weights(job: VLMJobConfig, shapes: Sizes) -> FolderSource | None:
-    """Compared with the model, whose `shapes` those are; None where the job names no folder.
+    """Compared with the model's `shapes`; None where the job names no folder.
 
     Raises ConfigError that names tensor and file.
     """
@@ -72,7 +72,7 @@ def as_checkpoint(job: VLMJobConfig, tokenizer: Tokenizer | None, folder: Path) 
 
 
 def source_of(folder: Path, parts: list[str], tied: bool) -> Source:
-    """What is taken of a folder. `tied`: the output layer is the embedding."""
+    """What is taken from a folder. `tied`: the output layer is the embedding."""
     file = read_config(folder)
     family = family_in(file)
     vocab_size = decoder_config(file).vocab_size if "decoder" in parts else 0

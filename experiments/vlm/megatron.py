@@ -63,8 +63,8 @@ def _both(theirs: str, ours: str) -> list[Row]:
 
 
 def _layer(head: int, shared: int, attention_norm: str, mlp_norm: str) -> list[Row]:
-    """What layers of both towers have. Norms stand by themselves, or by Transformer Engine inside the map
-    that is behind them.
+    """What layers of both towers have. Norms are modules of their own, or, by Transformer Engine, inside the
+    map that follows them.
     """
     qkv, fc1 = "self_attention.linear_qkv.", "mlp.linear_fc1."
     rows = [
@@ -118,7 +118,7 @@ PROJECTOR = [*_both("linear_fc1.", "linear_1"), *_both("linear_fc2.", "linear_2"
 
 
 class PartSizes:
-    """Of one part, by the shapes of its tensors."""
+    """Sizes of one part, by the shapes of its tensors."""
 
     def __init__(self, ranks: MegatronRanks, prefix: str):
         self.ranks, self.prefix = ranks, prefix
@@ -136,7 +136,7 @@ class PartSizes:
         return len({found[1] for name in self.ranks.states[0] if (found := start.match(name))})
 
     def heads(self, head: int, option: str) -> tuple[int, int]:
-        """Of q, and of k. Raises ConfigError where heads are of another width."""
+        """Heads of q, and of k. Raises ConfigError where they are of another width."""
         attention = "decoder.layers.0.self_attention.linear_"
         columns, rows = self.shape(f"{attention}proj.weight")[1], self.shape(f"{attention}qkv.weight")[0]
         q, kv = columns // head, (rows - columns) // (2 * head)
@@ -149,7 +149,7 @@ class PartSizes:
 
 
 def encoder_config(sizes: PartSizes, head: int) -> dict[str, Any]:
-    """Of a CLIPVisionModel."""
+    """config.json of a CLIPVisionModel."""
     dim, _, patch, _ = sizes.shape("conv1.weight")
     heads, _ = sizes.heads(head, "--encoder_head_dim")
     side = math.isqrt(sizes.shape("position_embeddings.weight")[0] - 1)
@@ -167,7 +167,7 @@ def encoder_config(sizes: PartSizes, head: int) -> dict[str, Any]:
 
 
 def decoder_config(sizes: PartSizes, head: int, rope_theta: float) -> dict[str, Any]:
-    """Of a MistralForCausalLM without a window."""
+    """config.json of a MistralForCausalLM without a window."""
     rows, dim = sizes.shape("embedding.word_embeddings.weight")
     heads, kv_heads = sizes.heads(head, "--decoder_head_dim")
     return {
@@ -188,7 +188,7 @@ def decoder_config(sizes: PartSizes, head: int, rope_theta: float) -> dict[str, 
 
 
 def projector_config(sizes: PartSizes | None, decoder: Mapping[str, Any]) -> dict[str, Any]:
-    """Of LLaVA's; as Megatron makes it anew where there is none."""
+    """The projector's part of LLaVA's config.json; as Megatron makes a new one where there is none."""
     if sizes is None:
         return {"projector_hidden_size": decoder["intermediate_size"], "multimodal_projector_bias": False}
     bias = sizes.prefix + "linear_fc1.bias" in sizes.ranks.states[0]
@@ -196,7 +196,7 @@ def projector_config(sizes: PartSizes | None, decoder: Mapping[str, Any]) -> dic
 
 
 def read(folder: Path, heads: Heads, rope_theta: float) -> FolderContent:
-    """What the files of all ranks hold. Raises ConfigError where that is not what stands above."""
+    """What the files of all ranks hold. Raises ConfigError for anything but the models above."""
     ranks = MegatronRanks(folder)
     names = ranks.states[0]
     found = {part: prefix for part, prefix in PREFIXES.items() if any(n.startswith(prefix) for n in names)}
@@ -262,7 +262,7 @@ def _rows(ranks: MegatronRanks, piece: Piece) -> list[Tensor]:
 
 
 def _last_norm(prefix: str, dim: int) -> dict[str, Made]:
-    """Of the tower: not stored, and not read."""
+    """The tower's last norm, which is neither stored nor read."""
     return {
         f"{prefix}post_layernorm.weight": Made((dim,), torch.float32, lambda: [torch.ones(dim)]),
         f"{prefix}post_layernorm.bias": Made((dim,), torch.float32, lambda: [torch.zeros(dim)]),

@@ -1,7 +1,7 @@
 """The files of Megatron's tensor-parallel ranks, and their tensors as they are with one rank.
 
 A rank holds its rows of the maps into heads and MLP (gate above up, where it is gated), its columns of the
-maps out of them, and its rows of the vocabulary. What is not cut is in every file alike.
+maps out of them, and its rows of the vocabulary. What is not cut is the same in every file.
 """
 
 import re
@@ -32,8 +32,8 @@ class MegatronRanks:
     """The state dicts of all ranks, and their tensors as they are with one."""
 
     def __init__(self, folder: Path):
-        """Of the last step in a folder of several. Raises ConfigError where files are missing, damaged, or of
-        different models.
+        """Opens the last step of a folder of several. Raises ConfigError where files are missing, damaged, or
+        of different models.
         """
         steps = sorted(path for path in folder.glob("iter_*") if path.is_dir())
         folder = steps[-1] if steps else folder
@@ -62,21 +62,21 @@ class MegatronRanks:
         return known
 
     def dimension(self, name: str) -> int | None:
-        """Along which a tensor is cut; None: every rank has it whole."""
+        """The dimension along which a tensor is cut; None: every rank has it whole."""
         module, _, kind = name.rpartition(".")
         dim = CUT.get(module.rpartition(".")[2])
         return None if kind not in ("weight", "bias") or (dim == COLUMNS and kind == "bias") else dim
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of the whole."""
+        """Shape of the whole tensor."""
         shape, dim = list(self.states[0][name].shape), self.dimension(name)
         if dim is not None:
             shape[dim] *= len(self.states)
         return tuple(shape)
 
     def whole(self, name: str, halves: bool = False) -> Tensor:
-        """`halves`: each rank has rows of two maps, one above the other. Raises ConfigError where ranks have
-        different tensors that should be one.
+        """The whole tensor. `halves`: each rank has rows of two maps, one above the other. Raises ConfigError
+        where ranks differ in a tensor that is not cut.
         """
         each, dim = [state[name] for state in self.states], self.dimension(name)
         if dim is None:

@@ -23,12 +23,12 @@ from torchtitan.models.hf.config_file import read_config
 from torchtitan.tools.hub import get_it
 
 DEFAULT = "debugmodel"
-# What a row of sizes does not say of a decoder, or may have more of.
+# Fields of a decoder that a row of sizes leaves open, or of which a file may have more.
 OPEN = ("vocab_size", "context", "window", "model_type")
 
 
 def model_config(job: VLMJobConfig) -> VLMConfig:
-    """Of the checkpoint that the job goes on from, of model.flavor, or of what the job starts from.
+    """The model of the checkpoint that the job resumes, of model.flavor, or of what the job starts from.
 
     Raises ConfigError where there is no such model, where flavor and folders disagree, or where
     data.patch_size or data.spatial_merge_size is given and is not the model's.
@@ -52,7 +52,7 @@ def image_plan(job: VLMJobConfig) -> ImagePlan:
 
 
 def plan_of(config: VLMConfig, job: VLMJobConfig) -> ImagePlan:
-    """The same, of a model that is known."""
+    """The rule for images where the model is known."""
     data, encoder = job.data, config.encoder
     resize = data.resize or config.resize
     require(resize in PLANS, f"data.resize = {resize}: no such image plan{did_you_mean(resize, PLANS)}")
@@ -88,7 +88,7 @@ def named_folders(job: VLMJobConfig) -> dict[str, Path]:
 
 
 def missing_folders(job: VLMJobConfig) -> list[str]:
-    """A line for each of them that is not here."""
+    """A line for each named folder that is not here."""
     return [
         f"{option} = {folder}: no such folder (looked from {Path.cwd()}); {get_it(folder)}"
         for option, folder in named_folders(job).items()
@@ -125,7 +125,9 @@ def part_folders(job: VLMJobConfig) -> dict[str, Path]:
 
 
 def parts_in(folder: Path) -> tuple[str, ...]:
-    """The parts that a Hugging Face folder holds, by its config.json. Raises ConfigError for none of ours."""
+    """The parts that a Hugging Face folder holds, by its config.json. Raises ConfigError for an unknown
+    model.
+    """
     file = read_config(folder)
     kind = file.model_type
     if kind_of(file):
@@ -154,7 +156,7 @@ def _of_folders(folders: dict[str, Path], row: VLMConfig | None, flavor: str) ->
     if "encoder" in found:
         found["encoder"] = as_processed(found["encoder"], folders["encoder"])
         if "projector" in folders and model_type_of(tower) == model_type_of(found["encoder"]):
-            # What is read of a tower is the whole model's word, wherever its weights come from.
+            # The whole model decides which features of the tower are read, wherever its weights come from.
             found["encoder"] = replace(
                 found["encoder"],
                 feature_layers=tower.feature_layers,
@@ -191,8 +193,8 @@ def _recorded(checkpoint: Path | None) -> VLMConfig | None:
 
 
 def _with_patches(config: VLMConfig, job: VLMJobConfig, merges: bool) -> VLMConfig:
-    """`merges`: its projector has weights, made for its merge_size; else the job may choose one, and tiles
-    give it a newline.
+    """`merges`: its projector has weights, made for its merge_size; else the job may choose the size, and
+    tiles add a newline.
     """
     data, patch, merge = job.data, config.encoder.patch_size, config.projector.merge_size
     asked = data.spatial_merge_size

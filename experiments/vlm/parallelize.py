@@ -33,7 +33,7 @@ def parallelize_vlm(model: VLM, mesh: Mesh, job: VLMJobConfig) -> None:
 
 
 def split_decoder(model: VLM, mesh: Mesh, job: VLMJobConfig) -> None:
-    """Over the ranks that hold the same slots: tokens (cp), and heads and columns (tp)."""
+    """Split the decoder over the ranks that hold the same slots: tokens (cp), and heads and columns (tp)."""
     if mesh.degrees.cp > 1:
         apply_context_parallel(
             model.decoder.layers.values(), mesh["cp"], job.parallelism.context_parallel_method
@@ -45,7 +45,7 @@ def split_decoder(model: VLM, mesh: Mesh, job: VLMJobConfig) -> None:
 
 
 def split_encoder(model: VLM, mesh: Mesh, job: VLMJobConfig) -> None:
-    """Over the same ranks: patch rows or heads. Nothing where a stage has no encoder."""
+    """Split the encoder over the same ranks: patch rows or heads. Nothing where a stage has no encoder."""
     if model.encoder is None or model.projector is None:
         return
     if job.parallelism.encoder_tensor_parallel:
@@ -54,9 +54,9 @@ def split_encoder(model: VLM, mesh: Mesh, job: VLMJobConfig) -> None:
 
 
 def apply_fsdp(model: VLM, mesh: Mesh, vision: DeviceMesh, sharding: Sharding) -> None:
-    """A group for each block, for what a tower has besides its blocks, and for what is left. Encoder and
-    projector are sharded
-    over `vision`: mesh.py says why over `enc`; where their heads are split over tp, over `fsdp`."""
+    """A group for each block, for the rest of each tower, and for what is left. Encoder and projector are
+    sharded over `vision`: `enc` (mesh.py says why), or `fsdp` where their heads are split over tp.
+    """
     if model.encoder is not None:
         shard_blocks(model.encoder.layers.values(), vision, sharding)
         shard(model.encoder, vision, sharding)

@@ -3,8 +3,8 @@
     write_language(job, folder)    tokenizer, chat template and generation config: for the decoder alone
     write_processor(job, folder)   these and the processor's own (model/families), for the whole model
 
-AutoProcessor then gives the token ids and grids that the job trained on. Its pixels are equal where an image
-needs no resize, else within 50 dB. Imports no torch.
+AutoProcessor then gives the token ids and grids that the job trained on, and the same pixels where an image
+needs no resize; else they agree to 50 dB. Imports no torch.
 """
 
 import json
@@ -22,7 +22,7 @@ from torchtitan.components.tokenizer_files import write_json, write_tokenizer
 from torchtitan.tools.logging import warn_once
 
 SPOKEN = ("llava", "messages")  # formats that hold conversations alone
-# For a template that shows no images: each content in the form that it takes, images in their places.
+# For a template that shows no images: turns each content into the form that it takes, images in their places.
 FLATTEN = """{% set flat = namespace(messages=[]) -%}
 {%- for message in messages -%}
 {%- set said = namespace(text='') -%}
@@ -37,7 +37,7 @@ FLATTEN = """{% set flat = namespace(messages=[]) -%}
 
 
 def write_language(job: VLMJobConfig, folder: Path) -> None:
-    """Raises ConfigError for a tokenizer or a chat template that cannot be read."""
+    """Write tokenizer, chat template and generation config. Raises ConfigError where one cannot be read."""
     tokenizer, template = load_tokenizer(job.model.tokenizer_path), load_chat_template(template_of(job))
     named = {
         "image_token": tokenizer.image_id,
@@ -51,8 +51,8 @@ def write_language(job: VLMJobConfig, folder: Path) -> None:
 
 
 def write_processor(job: VLMJobConfig, folder: Path, family: Family | None = None) -> None:
-    """Raises ConfigError as `write_language` does, and where no processor makes images as the job does.
-    `family`: see processor_config.
+    """Write those and the processor's own config. Raises ConfigError as `write_language` does, and where no
+    processor makes images as the job does. `family`: see processor_config.
     """
     config = processor_config(job, family)
     write_language(job, folder)
@@ -61,9 +61,9 @@ def write_processor(job: VLMJobConfig, folder: Path, family: Family | None = Non
 
 
 def processor_config(job: VLMJobConfig, family: Family | None = None) -> dict[str, Any]:
-    """Of a processor that makes images as the job does; empty: its folder needs none. `family`: one that the
-    model is written as; None: its own. Raises ConfigError where there is none, and where that family's class
-    does not compute what the model does.
+    """The config of a processor that makes images as the job does; empty: its folder needs none. `family`:
+    the one that the model is written as; None: its own. Raises ConfigError where there is none, and where
+    that family's class does not compute what the model does.
     """
     model = model_config(job)
     family = family or family_of(model)
@@ -72,8 +72,8 @@ def processor_config(job: VLMJobConfig, family: Family | None = None) -> dict[st
 
 
 def read_image_limits(folder: Path, job: VLMJobConfig) -> None:
-    """Give the job the least and the most patches of an image that a folder's processor makes, if it says
-    so; a row of patches holds the largest. Raises ConfigError for a file that is no processor's.
+    """Give the job the least and the most patches of an image as a folder's processor has them, if it says; a
+    row of patches holds the largest. Raises ConfigError for a file that is no processor's.
     """
     file = read_image_processor(folder)
     if file is None:
@@ -106,8 +106,8 @@ def template_of(job: VLMJobConfig) -> str:
 
 
 def spoken_template(job: VLMJobConfig) -> str:
-    """That of the first source of conversations; empty: the job trains none, and its model answers a document
-    by going on with it.
+    """The chat template of the first source of conversations; empty: the job trains none, and its model
+    answers by continuing a document.
     """
     spoken = (source.chat_template for source in job.training_sources() if source.format in SPOKEN)
     return next(spoken, "")
@@ -116,8 +116,8 @@ def spoken_template(job: VLMJobConfig) -> str:
 def template_source(template: ChatTemplate, tokenizer: SpecialTokenizer) -> str:
     """The template, so that transformers renders what we train on.
 
-    An image is one image token, of which its processor makes begin, visual tokens and end. Special tokens are
-    those that the template's own files name.
+    An image is one image token, which its processor replaces by begin, visual tokens and end. Special tokens
+    are those that the template's own files name.
     """
     source, named = template.file.source, template.file.variables
     image, bos_id = tokenizer.spellings[tokenizer.image_id], tokenizer.bos_id

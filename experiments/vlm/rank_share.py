@@ -1,8 +1,9 @@
 """One rank's share of a VLM, run once on the meta device: what its units hold, keep and send.
 
-The share is made by what splits and checkpoints the model that trains, so nothing of a tower is said here but
-where its units are. Of layers that are alike one is run: alike in what trains, in what backward computes, and
-in what it keeps for that. The first of a tower is like no other, since others hold its input too.
+The share is made by the functions that split and checkpoint the model that trains; this file only adds where
+a tower's units are. Among layers that are alike only one is run: alike in what trains, in what backward
+computes, and in what it keeps for that. The first layer of a tower is like no other, since others hold its
+input too.
 """
 
 import dataclasses
@@ -39,7 +40,7 @@ from torchtitan.models.decoder.model import Decoder
 
 
 def build_on_meta(job: VLMJobConfig, config: VLMConfig, vocab_size: int) -> VLM:
-    """Frozen where the job freezes it."""
+    """The whole model on the meta device, frozen where the job freezes it."""
     with torch.device("meta"):
         model = VLM(config, vocab_size, "sdpa", job.training.loss_chunk_tokens)
         adapt(model, job.lora)
@@ -76,7 +77,7 @@ class RankShare:
         self._spans = self._run(model, mesh, batch, on_gpu)
 
     def _keep_one_of_each_kind(self, model: VLM) -> dict[str, str]:
-        """Drop the others. Returns which layer is run in the place of each, by full names."""
+        """Keep one layer of each kind. Returns which one is run in place of each layer, by full names."""
         ac, like = self._job.activation_checkpoint, {}
         assert model.encoder is not None
         towers: list[tuple[str, VisionEncoder | Decoder, Recomputation, Callable[[str], str]]] = [
@@ -155,7 +156,7 @@ class RankShare:
         tp: int,
         stays: bool = False,
     ) -> Unit:
-        """The parameters of `modules`, and what was seen of `span`; they are idle where that does not run."""
+        """The parameters of `modules`, and the footprint of `span`; they are idle where that does not run."""
         begin = tuple(f"{module}." for module in modules)
         own = {name: parameter for name, parameter in self._parameters.items() if name.startswith(begin)}
         backward = [wants for name, wants in self._backward.items() if f"{name}.".startswith(begin)]
@@ -204,7 +205,7 @@ def meta_batch(job: VLMJobConfig, mesh: Mesh, slots: int, plan: ImagePlan) -> di
 
 
 def _quiet(job: VLMJobConfig, sizes: Degrees) -> VLMJobConfig:
-    """The job without what only real ranks can do, and without what splitting would log of it."""
+    """The job without what only real ranks can do, and without what splitting would log."""
     parallelism = dataclasses.replace(job.parallelism, enable_async_tensor_parallel=False)
     if sharers(job, sizes) == 1:
         parallelism.encoder_sharing = "off"

@@ -1,11 +1,11 @@
-"""One rank of a group that holds the same slots reads and decodes, and hands out to the others what they use.
+"""In a group of ranks with the same slots, one reads and decodes, and hands out what the others use.
 
     tokens, labels, indices     to all of them
     pixel_values                to each rank of the first pipeline stage the patch rows that it encodes, its
                                 share or all of them; to later stages none. The other rows hold zeros there
 
-So each image is decoded once, whatever the layout, what becomes of one that fails is known to all, and
-rejects are written by one rank. Who encodes a row says encoder_parallel.py.
+So each image is decoded once, whatever the layout; all ranks agree on one that fails; and one rank writes the
+rejects. Which rank encodes a row: encoder_parallel.py.
 """
 
 import itertools

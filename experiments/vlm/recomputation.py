@@ -1,6 +1,6 @@
 """The least recomputation with which a job stays within activation_checkpoint.memory_budget_gib.
 
-What a layer keeps was seen for each way to keep (rank_share.py); any number of layers in each way is then
+What a layer keeps is measured for each way to keep (rank_share.py); any number of layers in each way is then
 put together from that. A tower goes from keeping all, by way of ever more layers that keep what is expensive,
 to ever more that keep their inputs alone. What is recomputed costs the products of those layers, and what
 they dropped is written once and read twice.
@@ -31,14 +31,14 @@ LayerCounts = tuple[int, int]  # full_layers and selective_layers of a tower
 
 @dataclass(frozen=True)
 class TowerCost:
-    """One tower of a rank."""
+    """What recomputing the layers of a tower costs on a rank."""
 
     name: str
     layers: int
     flops: float  # of one layer's forward, of what this rank has of a forward's rows
 
     def options(self, selective: bool) -> list[LayerCounts]:
-        """From the least recomputation to the most."""
+        """Counts of layers, from the least recomputation to the most."""
         some = [(0, number) for number in range(self.layers + 1)] if selective else [(0, 0)]
         return some + [(number, (self.layers - number) * selective) for number in range(1, self.layers + 1)]
 
@@ -55,7 +55,7 @@ class MixedShare:
         self._ways = list(shares)
 
     def keep_as(self, job: VLMJobConfig) -> None:
-        """From now on."""
+        """From now on, layers keep what this job keeps."""
         ac = job.activation_checkpoint
         self.recomputed = {"encoder": ac.encoder, "decoder": ac.decoder}
 
@@ -102,7 +102,7 @@ def within_budget(
     sizes: Degrees,
     peak: Callable[[VLMJobConfig], float],
 ) -> VLMJobConfig:
-    """The job whose layers are recomputed as the budget needs it. `peak`: bytes, of any such job.
+    """The job with the cheapest recomputation that stays within its budget. `peak`: bytes of such a job.
 
     Raises ConfigError where even the most recomputation takes more.
     """

@@ -1,4 +1,4 @@
-"""What a run costs, without running it, as a dry run and the estimate tell."""
+"""What a run costs, without running it, as a dry run and the estimate say."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ from torchtitan.tools.hardware import GIB
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a whole run."""
+    """The cost of a whole run."""
 
     tokens: int  # of its slots, padding and all
     peak_gib: float  # of tensors, of a rank

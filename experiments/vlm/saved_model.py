@@ -1,4 +1,4 @@
-"""The model of a run that is over, for what is done with it later. Imports no torch."""
+"""The model of a run that is over, for later use. Imports no torch."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from torchtitan.config.errors import require
 from torchtitan.config.parse import config_file, last_value, split_options
 from torchtitan.tools.hub import get_it
 
-SAID = 1024  # tokens beside the largest image
+SAID = 1024  # tokens besides the largest image
 IMAGE_LIMITS = [
     f"data.{which}_{unit}_per_image" for which in ("max", "min") for unit in ("patches", "pixels", "tokens")
 ]
@@ -27,8 +27,8 @@ def with_saved(argv: Sequence[str]) -> list[str]:
 
 
 def use_hf_folder(job: VLMJobConfig, folder: str, argv: Sequence[str]) -> None:
-    """The job's model is from now on that of a Hugging Face folder, and so are the limits of its images, and
-    room for these, where `argv` sets none. Raises ConfigError.
+    """Make a Hugging Face folder the source of the job's model, of the limits of its images, and of room for
+    them, where `argv` sets none. Raises ConfigError.
     """
     missing = f"--hf = {folder}: no such folder (looked from {Path.cwd()}); {get_it(Path(folder))}"
     require(Path(folder).is_dir(), missing)
@@ -42,8 +42,8 @@ def use_hf_folder(job: VLMJobConfig, folder: str, argv: Sequence[str]) -> None:
 
 
 def make_room(job: VLMJobConfig, given: Sequence[list[str]]) -> None:
-    """For the largest image of a model that cuts images into tiles, one a patch row, and for what is said of
-    it, where the options that are `given` say nothing of that.
+    """Make room for the largest image of a model that cuts images into tiles, one a patch row, and for text
+    about it, unless the `given` options set these.
     """
     plan = image_plan(job)
     if len(plan.largest) == 1:

@@ -1,5 +1,5 @@
-"""What a rank of a context- and tensor-parallel group keeps of a batch that the whole group holds. On the
-host, next to the loader.
+"""The part of a batch that a rank of a context- and tensor-parallel group keeps. On the host, right
+after the loader.
 
 S of the batch's tensors     cp: this rank's rows of each slot; what places visual tokens also tp, between
                              blocks
@@ -50,7 +50,7 @@ def _own_tokens(tensors: dict[str, Tensor], mesh: Mesh, job: VLMJobConfig) -> di
 
 
 def whole_slots(scores_BQ2: Tensor, tensors: dict[str, Tensor], mesh: Mesh) -> Tensor:
-    """What ranks found for their tokens -> [B, S, 2] in the order of the slots, on all of them.
+    """Scores of each rank's tokens -> [B, S, 2] in the order of the slots, on all ranks.
 
     `tensors`: what `shard_batch` gave.
     """

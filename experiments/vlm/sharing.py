@@ -18,8 +18,8 @@ def rows_a_forward(job: VLMJobConfig, sizes: Degrees) -> int:
 
 
 def rows_of_a_rank(job: VLMJobConfig, sizes: Degrees) -> tuple[float, float]:
-    """Of its matrices in one forward: tokens of the decoder's, patches of the encoder's (with its heads split
-    over ranks, patches that cost as much).
+    """Rows of a rank's matrices in one forward: tokens in the decoder, patches in the encoder (with its heads
+    split over ranks, the patches that would cost as much).
     """
     rows, d, length = rows_a_forward(job, sizes), job.data, job.training.seq_len
     patches = rows * d.patches_per_row / sharers(job, sizes)
@@ -36,7 +36,7 @@ def sharers(job: VLMJobConfig, sizes: Degrees) -> int:
 
 
 def part_shares(job: VLMJobConfig, projector: ProjectorConfig) -> dict[str, Share]:
-    """What a rank has of each part's products in a forward."""
+    """A rank's share of each part's products in a forward."""
     p = job.parallelism
     sizes = Degrees(1, 1, p.context_parallel_degree, p.tensor_parallel_degree, p.pipeline_parallel_degree)
     rows = rows_a_forward(job, sizes)

@@ -42,7 +42,7 @@ THIN = 3  # an image is thin when one side is at least this many times the other
 
 
 def build_vlm(job: VLMJobConfig, tokenizer: Tokenizer | None) -> VLM:
-    """On the meta device."""
+    """The whole model, on the meta device."""
     config = model_config(job)
     backend = resolve_backend(job.model.attention_backend, "cuda" if torch.cuda.is_available() else "cpu")
     with torch.device("meta"):

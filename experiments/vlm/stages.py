@@ -12,8 +12,7 @@ from torchtitan.distributed.stages import Split, number_of_stages, split_evenly
 
 
 def split_layers(model: VLM, job: VLMJobConfig, sizes: Degrees) -> Split:
-    """By parallelism.pipeline_parallel_split_points, else so that the slowest stage takes as little as it
-    can.
+    """By parallelism.pipeline_parallel_split_points, else so that the slowest stage is as fast as possible.
 
     `model` is whole, on any device, and frozen where the job freezes it.
     """
@@ -44,7 +43,7 @@ def stage_costs(model: VLM, job: VLMJobConfig, sizes: Degrees) -> tuple[list[flo
         names = [f"{tower}.layers.{number}" for number in layers]
         # products are computed again where only inputs are kept
         again = [recomputation.kept(number) == "inputs" for number in layers]
-        # What has no backward computes nothing again.
+        # A layer without a backward computes nothing again.
         return [
             cost(name) + (cost(name) > total_of(name, forward)) * total_of(name, forward) * repeats
             for name, repeats in zip(names, again, strict=True)
@@ -58,7 +57,7 @@ def stage_costs(model: VLM, job: VLMJobConfig, sizes: Degrees) -> tuple[list[flo
 
 
 def sends_back(model: VLM, split: Split, schedule: str) -> list[bool]:
-    """Of each stage, whether it sends a gradient back: where something trains in those before.
+    """Whether each stage sends a gradient back: where something trains in those before it.
 
     `model` is whole, and frozen where the job freezes it. Schedules that split backward find the gradients of
     weights on the way from an input that needs one, and lose them without an error where none does.

@@ -33,7 +33,7 @@ Directions = Iterator[Iterable[Candidate]]
 FEW, APART, CHEAPER = 3, 1.05, 0.998  # lengths: how many, how far from each other, and how much is a gain
 BLOCK = 128  # tokens or patches that a GPU's attention takes at a time
 LEAST_CHUNK = 256
-SMALLER = 0.9  # of what was planned for a candidate that did not fit: the most to plan from then on
+SMALLER = 0.9  # of the plan of a candidate that did not fit: the most to plan from then on
 
 
 def values(job: VLMJobConfig) -> Candidate:
@@ -56,7 +56,7 @@ def with_settings(job: VLMJobConfig, settings: Assignment) -> VLMJobConfig:
 
 
 class Planner:
-    """What candidates need of a device, and what of it may be planned for: `limit_gib`."""
+    """What candidates need of a device, and the most that may be planned for: `limit_gib`."""
 
     def __init__(self, job: VLMJobConfig, ranks: int, vocab_size: int, on_gpu: bool, limit_gib: float):
         self.job, self.limit_gib, self._ranks = job, limit_gib, ranks
@@ -108,13 +108,13 @@ class Planner:
             return values(job)
 
     def _estimate(self, job: VLMJobConfig, candidate: Candidate | None = None) -> Estimate:
-        """And keep the peak, as that of `candidate`; else of the job as it is fitted to its budget."""
+        """The estimate; keeps its peak as that of `candidate`, else of the job as fitted to its budget."""
         found = estimate_with(self._shares, job, self._sizes)
         self._peaks[candidate or values(found.job)] = found.memory.total / GIB
         return found
 
     def did_fit(self, candidate: Candidate) -> None:
-        """What needs no more by the plan goes on to be tried."""
+        """It ran: candidates that need no more by the plan go on to be tried."""
         self._ran_gib = max(self._ran_gib, self.peak_gib(candidate))
 
     def did_not_fit(self, candidate: Candidate) -> None:
@@ -143,7 +143,7 @@ class Space:
         yield self._kept(now)
 
     def length(self, now: Candidate) -> Directions:
-        """Each by itself: what the adviser found."""
+        """Each length that the adviser found, by itself."""
         for length in self._lengths:
             yield self._along(now, LENGTH, [length])
 
@@ -168,7 +168,7 @@ class Space:
             yield self._along(now, ATTENTION, [name])
 
     def job_of(self, candidate: Candidate) -> VLMJobConfig:
-        """The whole job."""
+        """The whole job of a candidate."""
         return with_values(self.job, candidate)
 
     def peak_gib(self, candidate: Candidate) -> float:
@@ -180,7 +180,7 @@ class Space:
         self.planner.did_fit(candidate)
 
     def did_not_fit(self, candidate: Candidate) -> None:
-        """No more that is as large by the plan is to be proposed."""
+        """It did not fit: nothing as large by the plan is proposed any more."""
         self.planner.did_not_fit(candidate)
 
     def settings(self, candidate: Candidate) -> Assignment:
@@ -189,10 +189,10 @@ class Space:
         return {key: value for key, value, own in both if value != own}
 
     def shown(self, candidate: Candidate) -> dict[str, str]:
-        """For a table."""
+        """A candidate's cells of a table."""
         job = with_values(self.job, candidate)
         training, ac = job.training, job.activation_checkpoint
-        kept = f"as {ac.memory_budget_gib:g} GiB ask" if ac.memory_budget_gib else _told(ac)
+        kept = f"as {ac.memory_budget_gib:g} GiB ask" if ac.memory_budget_gib else _described(ac)
         found: dict[str, Any] = {"B": training.local_batch_size, "L": job.data.patches_per_row}
         found |= {"chunk": training.loss_chunk_tokens, "recomputed": kept}
         found |= {"attention": job.model.attention_backend} if self._backends else {}
@@ -224,7 +224,7 @@ class Space:
             own = job.training.local_batch_size == of(self.own, SLOTS)[0]
             job.training.global_batch_size = of(self.own, STEP)[0] if own else self._step
             moved = values(job)
-            # What recomputes on purpose goes on doing so, where it fits.
+            # A candidate that recomputes on purpose keeps doing so, where it fits.
             if now != self.planner.least(now) and self.planner.fits(moved):
                 yield moved
             else:
@@ -232,17 +232,17 @@ class Space:
 
 
 def of(candidate: Candidate, *keys: str) -> list[Any]:
-    """Its values of some of KEYS."""
+    """A candidate's values of some of KEYS."""
     return [candidate[KEYS.index(key)] for key in keys]
 
 
 def recomputes_nothing(job: VLMJobConfig) -> bool:
-    """In neither tower."""
+    """Whether neither tower recomputes."""
     ac = job.activation_checkpoint
     return all(not of.until and of.mode == "none" for of in (ac.encoder, ac.decoder))
 
 
-def _told(ac: VLMActivationCheckpoint) -> str:
+def _described(ac: VLMActivationCheckpoint) -> str:
     encoder, decoder = _tower(ac.encoder), _tower(ac.decoder)
     return encoder if encoder == decoder else f"encoder {encoder}, decoder {decoder}"
 
@@ -255,10 +255,10 @@ def _tower(kept: Recomputation) -> str:
 
 
 def promising(costs: Mapping[int, float], own: int, merge: int, on_gpu: bool) -> list[int]:
-    """L to try, the best first. `costs`: FLOPs of a useful token at each L that was tried; where the time did
-    not suffice for `own`, all may be better.
+    """L to try, the best first. `costs`: FLOPs of a useful token at each L that was tried; where there was no
+    time for `own`, all may be better.
 
-    Few that cost less than the job's own, none like another; on a GPU also the best in whole blocks.
+    A few that cost less than the job's own, no two alike; on a GPU also the best in whole blocks.
     """
     found: list[int] = []
     most = CHEAPER * costs.get(own, math.inf)

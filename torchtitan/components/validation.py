@@ -87,8 +87,8 @@ class Validator:
             figures[group] = _ratio(100 * exact, of)
         figures["documents"] = documents
         for source, own in of_source.items():
-            told = _figures(own) | {"tokens": own["tokens"]}
-            figures |= {f"{name}/{source}": value for name, value in told.items()}
+            figures_of_source = _figures(own) | {"tokens": own["tokens"]}
+            figures |= {f"{name}/{source}": value for name, value in figures_of_source.items()}
         return figures
 
     def _count(self, batch: Batch, scores_BS2: np.ndarray, sums: dict[str, float]) -> None:

@@ -26,7 +26,7 @@ from torchtitan.tools.lock import take_lock
 from torchtitan.tools.logging import logger
 
 POLL_S = 0.05
-TELL_S = 60.0  # between two lines about the runs that go on
+REPORT_S = 60.0  # between two lines about the runs that go on
 # What runs get when the time is over, and how long after that: they are asked to stop, then interrupted.
 ENDING = ((0.0, signal.SIGTERM), (15.0, signal.SIGINT))
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -63,19 +63,19 @@ class Sweeper:
         self.waiting, self.free = list(wanted), list(places)
         self.command, self.group, self.deadline = command, group, deadline
         self.running: list[Running] = []
-        self.left_to_others: set[str] = set()  # told about once
+        self.left_to_others: set[str] = set()  # reported once
         self.signals: list[int] = []
 
     def run(self) -> signal.Signals | None:
         """Until all have ended. Returns the signal that stopped them, if one did."""
-        told = time.monotonic()
+        reported = time.monotonic()
         with self._watching():
             while self.running or (self.waiting and not self.signals):
                 self._reap()
                 self._fill()
                 self._end_in_time()
-                if time.monotonic() - told > TELL_S:
-                    told = time.monotonic()
+                if time.monotonic() - reported > REPORT_S:
+                    reported = time.monotonic()
                     self._tell()
                 time.sleep(POLL_S)
         return signal.Signals(self.signals[0]) if self.signals else None

@@ -126,9 +126,9 @@ def _values(key: str, given: Any, known: Mapping[str, Any]) -> list[Any]:
 def _together(group: Mapping[str, Any], known: Mapping[str, Any]) -> list[Assignment]:
     """Values of several options, the n-th of each at once."""
     columns = {key: _typed(key, given, known[key]) for key, given in group.items()}
-    told = ", ".join(f"{len(values)} of {key}" for key, values in columns.items())
+    given = ", ".join(f"{len(values)} of {key}" for key, values in columns.items())
     same = len({len(values) for values in columns.values()}) == 1
-    require(same, f"sweep.zip: expected as many values of each option, not {told or 'no option'}")
+    require(same, f"sweep.zip: expected as many values of each option, not {given or 'no option'}")
     rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     return _each_once(", ".join(columns), rows)
 

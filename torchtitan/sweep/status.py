@@ -78,8 +78,8 @@ def require_same_job(member: Member, changes_nothing: Callable[[str], bool]) -> 
         for change in learnt(_changes(member))
         if not (changes_nothing(change.option) or change.option == STEPS and change.now > change.before)
     ]
-    told = "; ".join(map(str, others))
-    require(not others, f"{member.folder} was begun with other options: {told}; give another --out")
+    listed = "; ".join(map(str, others))
+    require(not others, f"{member.folder} was begun with other options: {listed}; give another --out")
 
 
 def begin(member: Member) -> None:

@@ -63,8 +63,8 @@ def table(report: Report) -> str:
         mark = "*" if row is report.best else ""
         cells = [mark + str(number), *row.shown.values()]
         if not row.trial.work:
-            told = [row.trial.state, *[""] * (len(report.filled) + 5), f"{row.planned_gib:.2f}", ""]
-            rows.append([*cells, *told])
+            last = [row.trial.state, *[""] * (len(report.filled) + 5), f"{row.planned_gib:.2f}", ""]
+            rows.append([*cells, *last])
             continue
         f, (low, high), ratio = row.trial.figures, row.trial.middle, report.ratio(row)
         cells += [f"{f[name]:.1f}" if name in f else "" for name in (*report.filled, "data_wait")]
@@ -84,27 +84,27 @@ def verdict(report: Report) -> str:
     own, best = report.rows[0], report.best
     assert best is not None
     tried = f"{len(report.rows)} {'candidate' if len(report.rows) == 1 else 'candidates'}"
-    told = []
+    lines = []
     if best is own:
         fastest = max(report.rows, key=lambda row: row.trial.rate or 0.0)
         low, high = own.trial.middle
         noise = f"its own steps differ by {100 * (high - low) / (own.trial.rate or 1):.1f} %"
         none = f"keep the job as it is: of {tried} none is faster by more than steps differ ({noise})"
         close = f"; number {report.rows.index(fastest)} came nearest, and a larger --records tells more"
-        told.append(none + (close if fastest is not own else ""))
+        lines.append(none + (close if fastest is not own else ""))
     else:
         ratio = report.ratio(best)
         gain = "which does not run itself" if ratio is None else f"{ratio:.2f} times its useful work a second"
-        told.append(f"number {report.rows.index(best)} of {tried} is best: the job with these lines, {gain}")
+        lines.append(f"number {report.rows.index(best)} of {tried} is best: the job with these lines, {gain}")
         if own.trial.work and best.runs == 1:
             once = (
                 "it and the job were measured once each: what differs between runs may be more than the gain"
             )
-            told.append(f"{once}; the same command measures both again")
+            lines.append(f"{once}; the same command measures both again")
     waits = best.trial.figures.get("data_wait", 0.0)
     if waits > WAITS:
-        told.append(f"the trainer waits for data {waits:.0f} % of its time: raise data.num_workers first")
-    return "\n".join(told)
+        lines.append(f"the trainer waits for data {waits:.0f} % of its time: raise data.num_workers first")
+    return "\n".join(lines)
 
 
 def toml_lines(settings: Assignment) -> str:
@@ -139,8 +139,8 @@ def require_same_machine(report: Report) -> None:
     """What was measured on another machine tells nothing of this one. Raises ConfigError."""
     path = report.folder / NUMBERS
     before = json.loads(path.read_text())["machine"] if path.is_file() else report.machine
-    told = f"{report.folder} has what was measured on {before}, and this is {report.machine}"
-    require(before == report.machine, f"{told}; give another --out")
+    other = f"{report.folder} has what was measured on {before}, and this is {report.machine}"
+    require(before == report.machine, f"{other}; give another --out")
 
 
 def _record(report: Report, row: Row) -> dict[str, Any]:

@@ -133,5 +133,5 @@ def require_very_job(member: Member) -> None:
     """Its folder is new, or of this very job. Raises ConfigError."""
     path = member.folder / JOB
     if path.is_file():
-        told = "; ".join(map(str, changes(read_toml(str(path)), member.job)))
-        require(not told, f"{member.folder} is of another job: {told}; give another --out")
+        differences = "; ".join(map(str, changes(read_toml(str(path)), member.job)))
+        require(not differences, f"{member.folder} is of another job: {differences}; give another --out")

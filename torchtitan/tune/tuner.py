@@ -176,7 +176,7 @@ class Tuner(Generic[C]):
         self.candidates.append(candidate)
         write(self.report)
         name, ratio = names([settings])[0] if settings else "the job as it is", self.report.ratio(row)
-        told = f"{trial.state}: {trial.why}"
+        outcome = f"{trial.state}: {trial.why}"
         if trial.rate is not None:
-            told = f"{trial.rate:.4g} useful TFLOP/s"
-        logger.info(f"{name}: {told}{f', {ratio:.3f} times the job' if ratio and settings else ''}")
+            outcome = f"{trial.rate:.4g} useful TFLOP/s"
+        logger.info(f"{name}: {outcome}{f', {ratio:.3f} times the job' if ratio and settings else ''}")

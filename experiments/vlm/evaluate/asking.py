@@ -1,8 +1,8 @@
-"""Records of a task, asked: prompts, and what the model said to each as a line.
+"""Records of a task become prompts, and what the model said to each becomes a line.
 
 {"prediction": "...", "ended": "stop"}                 a task that writes an answer
-{"logprobs": [-1.2, -3.4], "tokens": [2, 3]}           that weighs each choice
-{"logprob": -56.7, "tokens": 20}                       that reads a document
+{"logprobs": [-1.2, -3.4], "tokens": [2, 3]}           one that weighs each choice
+{"logprob": -56.7, "tokens": 20}                       one that reads a document
 {"prediction": "", "error": "..."}, or with nothing    a record that cannot be asked: an image is unreadable,
 in the others' place                                   or it is too long
 """
@@ -19,8 +19,8 @@ from torchtitan.config.errors import UserError, require
 from torchtitan.generation.engine import Request
 
 Line = dict[str, Any]
-DIGITS = 4  # of log-probabilities: what layouts agree on
-NOTHING: dict[Way, Line] = {  # said
+DIGITS = 4  # of log-probabilities, in which all layouts agree
+NOTHING: dict[Way, Line] = {  # lines of a record that could not be asked
     "generate": {"prediction": ""},
     "choose": {"logprobs": [], "tokens": []},
     "read": {"logprob": 0.0, "tokens": 0},
@@ -43,7 +43,9 @@ class QuestionSet(Protocol):
 
 
 class Asking:
-    """One task over records. Raises UserError that names the record, Unasked where only that one is lost."""
+    """One task over records. Raises UserError that names the record; Unasked where only that record is
+    lost.
+    """
 
     def __init__(self, task: Task, records: QuestionSet, prompter: Prompter):
         self.task = task
@@ -85,7 +87,7 @@ class Asking:
 
     @contextmanager
     def _asking(self, question: Question) -> Iterator[None]:
-        """Making prompts of it."""
+        """Errors while prompts are made of it become Unasked."""
         try:
             if question.fault:
                 raise UserError(question.fault)
@@ -140,5 +142,5 @@ class Asking:
     def _follow(self, reader: Reader, number: int) -> Line:
         (prompt,) = self.prompts(number)
         logprobs = zip(reader.logprobs(prompt, 1), prompt.targets[1:], strict=True)
-        told = [logprob for logprob, is_target in logprobs if is_target]
-        return {"logprob": round(sum(told), DIGITS), "tokens": len(told)}
+        read = [logprob for logprob, is_target in logprobs if is_target]
+        return {"logprob": round(sum(read), DIGITS), "tokens": len(read)}

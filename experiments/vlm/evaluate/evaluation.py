@@ -1,4 +1,4 @@
-"""A model answers the questions of a task, record by record; ranks share them, and a killed run goes on.
+"""A model answers the questions of a task, record by record; ranks share them, and a killed run is resumed.
 
 OUT/NAME.part.jsonl   a line for each record as it ends
 OUT/NAME.jsonl        all of them in order with their scores, once the last has ended
@@ -52,7 +52,7 @@ class Evaluation:
         self.part = AnswerFile(out / f"{name}.part.jsonl", answering.mesh.leads, samples=1)
 
     def run(self) -> list[Line]:
-        """Lines of all records in order, on every rank: of this run, and of those before it."""
+        """Lines of all records in order, on every rank: of this run and of earlier ones."""
         if not self.path.exists():
             count, data = len(self.questions), self.answering.mesh.data
             left = [number for number in range(count) if self.part.left(number)]
@@ -78,16 +78,17 @@ class Evaluation:
 
 
 def finish(evaluation: Evaluation, lines: list[Line], page_limit: int) -> dict[str, Any]:
-    """Write the scores and the page of a task whose records all ended; what a summary says of it."""
-    told = write_results(evaluation.path, evaluation.name, evaluation.asking, lines, page_limit)
+    """Write the scores and the page of a task whose records all ended. Returns what a summary says of it."""
+    summary = write_results(evaluation.path, evaluation.name, evaluation.asking, lines, page_limit)
     evaluation.part.path.unlink(missing_ok=True)
-    return told
+    return summary
 
 
 def write_results(
     path: Path, name: str, asking: Asking, lines: list[Line], page_limit: int
 ) -> dict[str, Any]:
-    """Lines of all records with their scores to `path`, and the page beside it; what a summary says of them.
+    """Write lines of all records with their scores to `path`, and the page next to it. Returns what a summary
+    says of them.
 
     Raises UserError where they cannot be scored.
     """
@@ -100,9 +101,9 @@ def write_results(
     write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     page = results_page(name, task, records, lines, page_limit)
     path.with_suffix(".html").write_text(page, encoding="utf-8")
-    told = {"file": records.path, "metrics": summarise(scores), "left_out": left_out}
+    summary = {"file": records.path, "metrics": summarise(scores), "left_out": left_out}
     lost = [line["error"] for line in lines if "error" in line]
-    return told | ({"not_asked": {"records": len(lost), "first": lost[:SHOWN]}} if lost else {})
+    return summary | ({"not_asked": {"records": len(lost), "first": lost[:SHOWN]}} if lost else {})
 
 
 def evaluate(
@@ -117,9 +118,9 @@ def evaluate(
     found = {evaluation.name: evaluation.run() for evaluation in evaluations}
     if dist.get_rank() > 0:
         return {}
-    told = {each.name: finish(each, found[each.name], page_limit) for each in evaluations}
+    summaries = {each.name: finish(each, found[each.name], page_limit) for each in evaluations}
     before = json.loads(path.read_text()) if path.exists() else {"tasks": {}}
-    summary = {"about": about, "tasks": before["tasks"] | told}
+    summary = {"about": about, "tasks": before["tasks"] | summaries}
     write_whole(path, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     return summary
 

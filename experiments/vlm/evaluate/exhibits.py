@@ -1,4 +1,4 @@
-"""A record and what the model said to it as one picture: its images beside each other, the words below."""
+"""A record and what the model said to it as one picture: its images side by side, the words below."""
 
 import textwrap
 from typing import Any
@@ -25,12 +25,12 @@ def said(question: Question, line: dict[str, Any]) -> str:
     """The answer of a line, or the choice that it finds likeliest."""
     if "prediction" in line:
         return line["prediction"]
-    told = line["logprobs"]
-    return question.choices[told.index(max(told))] if told else ""
+    logprobs = line["logprobs"]
+    return question.choices[logprobs.index(max(logprobs))] if logprobs else ""
 
 
 def exhibit(name: str, question: Question, line: dict[str, Any]) -> Exhibit:
-    """`line`: of asking.py, of a task that says something."""
+    """`line`: see asking.py; of a task that writes or chooses."""
     asked = " ".join(part for part in question.content if isinstance(part, str)).strip()
     words = [
         f"{label}: {text}"

@@ -1,4 +1,4 @@
-"""How likely a model finds texts that are given, read through an engine's cache while it answers nothing."""
+"""How likely a model finds given texts, read through an engine's cache while it answers nothing."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ CHUNK = 256  # tokens a forward: each keeps the logits of so many
 
 
 class Likelihood(NamedTuple):
-    """Of one choice."""
+    """How likely one choice is."""
 
     logprob: float  # natural, of all its tokens together
     tokens: int
@@ -21,8 +21,8 @@ class Likelihood(NamedTuple):
 
 
 class Reader:
-    """Log-probabilities of a prompt's own tokens. Ranks that share the model make the same calls: whoever is
-    done `finish`es.
+    """Log-probabilities of a prompt's own tokens. Ranks that share the model make the same calls: a rank that
+    is done calls `finish`.
     """
 
     def __init__(self, answering: Answering):
@@ -32,7 +32,7 @@ class Reader:
         self.forward: Any = answering.engine.forward
 
     def logprobs(self, prompt: Prompt, begin: int, held: int = 0) -> list[float]:
-        """Natural, of the tokens from `begin` >= 1 on, each given all before it.
+        """Natural log-probabilities of the tokens from `begin` >= 1 on, each given all before it.
 
         held: tokens of the prompt that the first sequence of the cache holds already, below `begin`.
         """
@@ -40,7 +40,7 @@ class Reader:
 
     @torch.no_grad()
     def _read(self, prompt: Prompt, begin: int, held: int) -> list[tuple[float, bool]]:
-        """Of each of those tokens, and whether it is the likeliest."""
+        """The log-probability of each of those tokens, and whether it is the likeliest."""
         self.cache.crop(0, held)
         found: list[tuple[float, bool]] = []
         for start in range(held, len(prompt.ids), CHUNK):
@@ -48,7 +48,7 @@ class Reader:
         return found
 
     def _chunk(self, prompt: Prompt, start: int, begin: int) -> list[tuple[float, bool]]:
-        """Those of the tokens after each of a chunk's."""
+        """The same for the tokens that follow those of a chunk."""
         piece = prompt.rest(start, start + CHUNK)
         count, following = len(piece.ids), prompt.ids[start + 1 : start + CHUNK + 1]
         rich = bool(self.engine.agree([1, int(piece.rich)])[1])
@@ -56,9 +56,9 @@ class Reader:
         logprobs = logits[: len(following)].float().log_softmax(-1)
         ids = torch.tensor(following, dtype=torch.int64, device=logits.device)
         chosen, greedy = logprobs.gather(1, ids[:, None])[:, 0], logprobs.argmax(-1) == ids
-        told = torch.stack((chosen, greedy.to(chosen.dtype))).T.tolist()  # one copy from the device
-        assert len(told) in (count, count - 1)
-        return [(logprob, bool(top)) for logprob, top in told[max(0, begin - 1 - start) :]]
+        rows = torch.stack((chosen, greedy.to(chosen.dtype))).T.tolist()  # one copy from the device
+        assert len(rows) in (count, count - 1)
+        return [(logprob, bool(top)) for logprob, top in rows[max(0, begin - 1 - start) :]]
 
     def _call(self, piece: Prompt | None, rich: bool) -> torch.Tensor:
         """Logits [1, CHUNK or more, V] of a chunk; None: this rank has none and only runs along."""
@@ -78,15 +78,15 @@ class Reader:
             self._call(None, bool(rich))
 
     def choices(self, turns: Turns, choices: Sequence[str]) -> list[Likelihood]:
-        """Of each choice as the answer, without what ends it."""
+        """The likelihood of each choice as the answer, without what ends it."""
         asked = self.prompter.prompt(turns)
         found, held = [], 0
         for choice in choices:
             whole = self.prompter.answered(turns, choice)
             # A word boundary may fall elsewhere once the answer is there.
             begin = common_prefix(asked.ids, whole.ids)
-            told = self._read(whole, begin, min(held, begin - 1))
-            total, greedy = sum(logprob for logprob, _ in told), all(top for _, top in told)
-            found.append(Likelihood(total, len(told), greedy))
+            tokens = self._read(whole, begin, min(held, begin - 1))
+            total, greedy = sum(logprob for logprob, _ in tokens), all(top for _, top in tokens)
+            found.append(Likelihood(total, len(tokens), greedy))
             held = begin
         return found

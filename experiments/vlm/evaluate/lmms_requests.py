@@ -1,4 +1,4 @@
-"""What lmms-eval asks, answered. Imports nothing of it: its requests are known by their `args`, in order
+"""Answers to lmms-eval's requests. Imports nothing of it: its requests are known by their `args`, in order
 
     simple  generate    context, generation_kwargs, doc_to_visual, (several rounds: doc_to_text,) document
             likelihood  context, continuation, doc_to_visual, document
@@ -35,7 +35,7 @@ KNOWN = {
     "do_sample", "max_new_tokens", "min_p", "num_beams", "repetition_penalty", "seed", "temperature", "top_k",
     "top_p", "until",
 }  # fmt: skip
-Rounds = Generator[Turns, str, list[str]]  # each asks, and is sent what was said; in the end all that was
+Rounds = Generator[Turns, str, list[str]]  # yields what to ask, is sent the answer; returns all answers
 
 
 @dataclass
@@ -47,14 +47,14 @@ class Talk:
     rounds: Rounds
     options: Mapping[str, Any]  # generation_kwargs
     asked: int = 0
-    said: list[str] | None = field(default=None)  # once it is over
+    said: list[str] | None = field(default=None)  # all answers, once it is over
 
     def ask(self) -> Turns:
         """The first question."""
         return next(self.rounds)
 
     def hear(self, text: str) -> Turns | None:
-        """What is asked next, None where it is over."""
+        """The next question; None where it is over."""
         try:
             return self.rounds.send(text)
         except StopIteration as end:
@@ -82,7 +82,8 @@ class LmmsRequests:
         talks = []
         for key, request in enumerate(requests):
             name = _name(request.args)
-            times[name] = times.get(name, -1) + 1  # requests come again where answers are to be compared
+            # a request is repeated where its answers are to be compared
+            times[name] = times.get(name, -1) + 1
             options = request.args[2 if self.chat else 1] or {}
             talks.append(
                 Talk(key, f"{name} {times[name]}".strip(), self._rounds(request.args, several), options)
@@ -94,7 +95,7 @@ class LmmsRequests:
         return [talk.said or [] for talk in talks]
 
     def _run(self, talks: list[Talk]) -> None:
-        """Until all are over. The next round of one is asked while others are answered."""
+        """Run all to their end. The next round of one is asked while others are answered."""
         left: deque[tuple[Talk, Turns | None]] = deque((talk, None) for talk in talks)
         bar = tqdm(total=len(talks), unit="request", disable=None)
 
@@ -155,7 +156,7 @@ class LmmsRequests:
         return list(said)
 
     def losses(self, requests: Sequence[Any], by_token: bool) -> list[tuple[float, bool]]:
-        """Of each continuation its negative log-probability, and whether greedy decoding would give it.
+        """The negative log-probability of each continuation, and whether greedy decoding would give it.
 
         by_token: the mean over its tokens, as lmms-eval's own models have it; else the sum. Its metrics take
         the least loss as the choice.
@@ -165,11 +166,13 @@ class LmmsRequests:
         for _, group in itertools.groupby(requests, lambda request: (request.args[0], _name(request.args))):
             alike = [request.args for request in group]
             try:
-                told = reader.choices(self._context(alike[0]), [self._continuation(args) for args in alike])
+                likelihoods = reader.choices(
+                    self._context(alike[0]), [self._continuation(args) for args in alike]
+                )
             except UserError as error:
                 raise UserError(f"{_name(alike[0])}: {error}") from None
-            divisors = [choice.tokens if by_token else 1 for choice in told]
-            found += [(-c.logprob / max(1, n), c.greedy) for c, n in zip(told, divisors, strict=True)]
+            divisors = [choice.tokens if by_token else 1 for choice in likelihoods]
+            found += [(-c.logprob / max(1, n), c.greedy) for c, n in zip(likelihoods, divisors, strict=True)]
             bar.update(len(alike))
         reader.finish()
         bar.close()
@@ -181,7 +184,7 @@ class LmmsRequests:
 
     def _continuation(self, args: Sequence[Any]) -> str:
         text = args[1] if isinstance(args[1], str) else str(args[1](self._document(args)))
-        # Where an answer begins a chat template says: no further delimiter is due.
+        # A chat template says where an answer begins: no further delimiter is due.
         return text.lstrip() if self.answering.prompter.template else text
 
     def _document(self, args: Sequence[Any]) -> Any:
@@ -194,13 +197,13 @@ class LmmsRequests:
         return turns_of({"prompt": text, "images": shown}, self.images)
 
     def _messages(self, messages: list[dict[str, Any]]) -> Turns:
-        told = []
+        turns = []
         for message in messages:
             content = message["content"]
             if not isinstance(content, str):
                 content = [self._item(item) for item in content]
-            told.append({"role": message["role"], "content": content})
-        return turns_of({"messages": told}, self.images)
+            turns.append({"role": message["role"], "content": content})
+        return turns_of({"messages": turns}, self.images)
 
     def _item(self, item: dict[str, Any]) -> dict[str, Any]:
         if item.get("type") != "image":
@@ -233,15 +236,15 @@ def answer_options(kwargs: Mapping[str, Any], places: int) -> tuple[Sampling, in
 
 
 def notes(kwargs: Mapping[str, Any], places: int) -> list[str]:
-    """What of a task's generation_kwargs cannot be followed."""
+    """A line for each of a task's generation_kwargs that cannot be followed."""
     unknown = kwargs.keys() - KNOWN
-    told = [f"generation_kwargs.{name} = {kwargs[name]!r} changes nothing here" for name in unknown]
+    lines = [f"generation_kwargs.{name} = {kwargs[name]!r} changes nothing here" for name in unknown]
     if (kwargs.get("max_new_tokens") or 0) > places:
-        told.append(
+        lines.append(
             f"max_new_tokens = {kwargs['max_new_tokens']}: an answer ends earlier, where {places} tokens are "
             "full with its prompt; --model_args max_tokens=N makes room"
         )
-    return told
+    return lines
 
 
 def _sampling(kwargs: Mapping[str, Any]) -> Sampling:
@@ -257,7 +260,7 @@ def _sampling(kwargs: Mapping[str, Any]) -> Sampling:
 
 
 def _name(args: Sequence[Any]) -> str:
-    """Of the document that a request asks about."""
+    """The name of the document that a request asks about."""
     return f"{args[-2]}, document {args[-3]}" if len(args) > 2 else ""
 
 

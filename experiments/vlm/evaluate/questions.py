@@ -1,4 +1,4 @@
-"""Records that ask and know the answer: JSONL, parquet and every other file that training reads, and tars.
+"""Records with a question and its answer: JSONL, parquet and every other file that training reads, and tars.
 
 {"question": "...", "image": IMAGE or "images": [...], "answers": ["..."], "choices": ["...", ...]}
 
@@ -42,8 +42,8 @@ class Questions:
     """The records of one file, read one by one. Raises ConfigError where it cannot be opened."""
 
     def __init__(self, path: str, data: Data, documents: bool = False, control: str = ""):
-        """`documents`: whole documents without a question, to be read and not to be answered. `control`: one
-        of CONTROLS, or none.
+        """`documents`: the records are whole documents to be read, without a question. `control`: one of
+        CONTROLS, or none.
         """
         self.path = _only_file(path, data)
         self.documents = documents
@@ -65,13 +65,13 @@ class Questions:
         return len(self.shard)
 
     def read(self, number: int, pictures: bool = True) -> Question:
-        """Without `pictures` its texts alone, and no image is loaded.
+        """One record. Without `pictures` only its texts, and no image is loaded.
 
         Raises ConfigError that names the record, and what is wrong with it but for its images.
         """
         try:
             document, fault = self._document(number)
-            record = self.record  # that of another one, once its images are looked for
+            record = self.record  # kept: looking for another record's images (a control) replaces it
             names = (record[name] for name in IDS if record.get(name) is not None)
             id, asked = str(next(names, self.shard.key(number))), asked_of(record)
             question = Question(number, id, [asked], answers_of(record), choices_of(record), fault)
@@ -85,7 +85,7 @@ class Questions:
             return replace(question, fault=str(rejected))
 
     def _document(self, number: int) -> tuple[Document | None, str]:
-        """Or what is wrong with an image of it."""
+        """The document, or what is wrong with an image of it."""
         try:
             document, lost = self.shard.read(number)
             for rejected in lost:
@@ -115,7 +115,7 @@ class Questions:
         if self.documents:
             found = format_of(record) or ""
             return RECORD_FORMATS[found if found in ("obelics", "mmc4") else "captions"].parse(record)
-        # Of a tar the images are fields of their own: "png", or "0.png", "1.png" ...
+        # In a tar each image is a field of its own: "png", or "0.png", "1.png" ...
         held = {name: record[name] for name in record if name in messages.IMAGES or is_image_name(name)}
         turns = [{"role": "user", "content": asked_of(record)}, {"role": "assistant", "content": ""}]
         asked = messages.parse({**held, "messages": turns}).turns[0]
@@ -125,7 +125,7 @@ class Questions:
 
 
 def _only_file(path: str, data: Data) -> str:
-    """Of embedded:WORLD/SPLIT its file, drawn if it is not there yet."""
+    """The path itself, or the file of embedded:WORLD/SPLIT, drawn if it is not there yet."""
     if not path.startswith(EMBEDDED):
         return path
     files = sorted(ensure(path.removeprefix(EMBEDDED), data.cache_folder).iterdir())

@@ -39,8 +39,8 @@ def _record(question: Question, line: dict[str, Any]) -> str:
     scores = ", ".join(f"{name} {value:g}" for name, value in line["scores"].items())
     rows = [("question", asked), ("answers", " | ".join(question.answers))]
     if question.choices:
-        told = line.get("logprobs") or [""] * len(question.choices)
-        pairs = zip(question.choices, told, strict=True)
+        logprobs = line.get("logprobs") or [""] * len(question.choices)
+        pairs = zip(question.choices, logprobs, strict=True)
         rows.append(("choices", " | ".join(f"{choice} {value}".strip() for choice, value in pairs)))
     if "prediction" in line:
         rows.append(("prediction", line["prediction"]))

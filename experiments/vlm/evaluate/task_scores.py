@@ -15,9 +15,10 @@ Line = dict[str, Any]
 
 
 def score(task: Task, questions: list[Question], lines: list[Line]) -> tuple[dict[str, Score], list[str]]:
-    """By metric; and what could not be counted, with the reason. Raises UserError.
+    """Scores by metric, and metrics that could not be computed, with the reason. Raises UserError.
 
-    A record that could not be asked counts as one that was answered with nothing, a document as none.
+    A record that could not be asked counts as answered with nothing; a document that could not be read does
+    not count.
     """
     if task.way == "choose":
         return _choices(questions, lines), []
@@ -55,7 +56,9 @@ def _choices(questions: list[Question], lines: list[Line]) -> dict[str, Score]:
 
 
 def _documents(lines: list[Line]) -> dict[str, Score]:
-    """e to the mean negative log-probability of all tokens, and of each document's."""
+    """Perplexity, e to the mean negative log-probability: over all tokens, and over those of each
+    document.
+    """
     asked = ["error" not in line for line in lines]
     counts = np.array([(line["logprob"], line["tokens"]) for line in lines])
     found = counted_score(counts[asked], _perplexity)
@@ -70,9 +73,9 @@ def _perplexity(counts: np.ndarray) -> np.ndarray:
 
 def summarise(scores: dict[str, Score]) -> dict[str, Any]:
     """For a summary: each figure, its 95 % interval and the number of records."""
-    told = {}
+    figures = {}
     for name, found in scores.items():
         interval = bootstrap_interval(found)
-        told[name] = {"value": found.overall, "low": interval.low, "high": interval.high}
-        told[name]["records"] = sum(not math.isnan(one) for one in found.per_sample)
-    return told
+        figures[name] = {"value": found.overall, "low": interval.low, "high": interval.high}
+        figures[name]["records"] = sum(not math.isnan(one) for one in found.per_sample)
+    return figures

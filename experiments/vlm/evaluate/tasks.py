@@ -1,5 +1,5 @@
-"""Tasks: how a question is worded, how it is answered, and what is counted. A task is a row of TASKS.
-Every command checks names of tasks, so this reads no records and imports little.
+"""Tasks: how a question is worded, how it is answered, and which scores it gets. A task is a row of TASKS.
+Every command checks names of tasks, so this file reads no records and imports little.
 
 caption            a text about the picture, against those of people
 vqa, exact_match, anls, relaxed_accuracy    a short answer
@@ -48,8 +48,9 @@ class Task:
     max_tokens: int = 32
 
     def content(self, question: Question, converses: bool) -> list[str | Picture]:
-        """What the user says. A model that knows no conversations gets the record alone, and where it asks
-        nothing, its images as a caption follows them: without the line break that parts them from a question.
+        """What the user says. A model without conversations gets the record alone; a record without a
+        question its images alone, as a caption follows them: without the line break that separates them from
+        a question.
         """
         asked = any(isinstance(part, str) and part.strip() for part in question.content)
         shown = question.content

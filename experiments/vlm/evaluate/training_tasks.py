@@ -1,4 +1,4 @@
-"""Tasks of a run that trains: records that are in memory from its start, asked of the model as it stands.
+"""Tasks of a run that trains: the present model answers records that are in memory from the run's start.
 
 DUMP/tasks/step-N/NAME.jsonl, NAME.html    each record with its scores; the page (see evaluation.py)
 DUMP/tasks/step-N/summary.json             figures with their intervals
@@ -53,10 +53,10 @@ class HeldRecords:
 
 
 class TrainingTasks:
-    """Those of validation.tasks. Raises UserError for whatever would be wrong with them later."""
+    """The tasks of validation.tasks. Raises UserError at once for what would be wrong with them later."""
 
     def __init__(self, job: VLMJobConfig, tokenizer: Tokenizer, rank: int, ranks: int):
-        """`rank` of `ranks` that answer records of their own; the first scores those of all."""
+        """Each of `ranks` ranks answers records of its own; the first scores those of all."""
         self.job = job
         self.rank = rank
         self.ranks = ranks
@@ -100,25 +100,27 @@ class TrainingTasks:
         return asking
 
     def _judge(self, found: list[dict[str, list[Line]]], step: int) -> tuple[Values, list[Exhibit]]:
-        """From the lines of all ranks."""
+        """Figures and exhibits from the lines of all ranks."""
         folder = Path(self.job.job.dump_folder) / TASKS_FOLDER / f"step-{step}"
         folder.mkdir(parents=True, exist_ok=True)
         values: Values = {}
-        exhibits, told = [], {}
+        exhibits, summaries = [], {}
         for label, asking in self.tasks.items():
             lines = [line for rank in found for line in rank.get(label, [])]
             lines.sort(key=lambda line: line["id"])
-            told[label] = write_results(folder / f"{label}.jsonl", label, asking, lines, PAGE_LIMIT)
-            values |= {f"{label}/{name}": figure["value"] for name, figure in told[label]["metrics"].items()}
+            summaries[label] = write_results(folder / f"{label}.jsonl", label, asking, lines, PAGE_LIMIT)
+            values |= {
+                f"{label}/{name}": figure["value"] for name, figure in summaries[label]["metrics"].items()
+            }
             exhibits += self._exhibits(label, asking, lines)
             self._warn(
-                f"validation.tasks: {label} leaves out: {reason}" for reason in told[label]["left_out"]
+                f"validation.tasks: {label} leaves out: {reason}" for reason in summaries[label]["left_out"]
             )
-        write_whole(folder / "summary.json", json.dumps({"step": step, "tasks": told}, indent=1) + "\n")
+        write_whole(folder / "summary.json", json.dumps({"step": step, "tasks": summaries}, indent=1) + "\n")
         return values, exhibits
 
     def _warn(self, lines: Iterable[str]) -> None:
-        """Once in a run."""
+        """Warn of each line once in a run."""
         for line in lines:
             if line not in self.warned:
                 warn_once(line)

@@ -1,4 +1,4 @@
-"""What the command `generate` does: one answer that streams, or a file of them that can be gone on with."""
+"""What the command `generate` does: one answer that streams, or a file of them that a later run completes."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from torchtitan.config.errors import ConfigError, UserError
 from torchtitan.generation.engine import Answer, Request
 from torchtitan.tools.logging import logger
 
-Ask = Callable[[int, Prompt], Request]  # of the number of a sample
+Ask = Callable[[int, Prompt], Request]  # (number of a sample, its prompt)
 NumberedRecord = tuple[int, Any, dict[str, Any]]  # number and id of a record, and the record
 
 
@@ -37,9 +37,9 @@ class AnswerFile:
     """Answers as lines of JSON, each written whole as it ends; several ranks may append to one file."""
 
     def __init__(self, path: Path, writes: bool, samples: int):
-        """`writes`: whether this rank does. `samples`: answers to each record.
+        """`writes`: whether this rank writes. `samples`: answers to each record.
 
-        Raises ConfigError for a line that is none of ours.
+        Raises ConfigError for a line that is no answer.
         """
         self.path = path
         self.writes = writes

@@ -1,4 +1,4 @@
-"""From a job to an engine with a model that is filled, and a maker of prompts for it."""
+"""From a job to an engine with the model's weights loaded, and a maker of prompts for it."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from torchtitan.generation.kv_cache import KVCache
 from torchtitan.loaded_model import open_model
 from torchtitan.spec import TrainSpec
 
-IMAGES = 16  # of tiles, that a prompt may have however few a slot of training holds
+IMAGES = 16  # in tiles that a prompt may have, however few a slot of training holds
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,11 @@ def open_answering(
     places: int,
     reuse: bool = False,
 ) -> Answering:
-    """Fill the model and lay it out over the ranks that there are; a process group is opened.
+    """Build the model, lay it out over the ranks and load its weights; opens a process group.
 
     checkpoint: None where the job starts from a Hugging Face folder. chat_template: see load_chat_template;
-    empty: the model knows no conversations. sequences, places: of the cache. Raises UserError.
+    empty: the model was trained without conversations. sequences, places: sizes of the cache. Raises
+    UserError.
     """
     sizes = degrees(job.parallelism, world_size())
     check_layout(sizes)

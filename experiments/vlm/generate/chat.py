@@ -23,8 +23,8 @@ HELP = """/image PATH   a picture for the next turn; several are shown in their 
 
 @dataclass
 class Chat:
-    """`turns` end with an answer; `pictures` wait for the next question. A model that knows no conversations
-    is asked each turn alone.
+    """`turns` end with an answer; `pictures` wait for the next question. A model without conversations gets
+    each turn alone.
     """
 
     answering: Answering
@@ -55,7 +55,7 @@ class Chat:
         self.turns, self.pictures = [*turns, ("assistant", [said])], []
 
     def command(self, line: str) -> str:
-        """Do what a line with / asks for, and what to say of it. Raises UserError."""
+        """Do what a line with / asks for; returns what to print. Raises UserError."""
         name, _, argument = line.partition(" ")
         work = {"/image": self._image, "/undo": self._undo, "/save": self._save, "/clear": self._clear}.get(
             name

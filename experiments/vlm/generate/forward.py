@@ -1,7 +1,7 @@
 """The model with its cache, as an engine runs it (torchtitan/generation/engine.py).
 
-Laid out for answers each rank has all tokens and images of a call. Laid out for training the ranks of a group
-divide them: tokens between blocks (tensor parallel), patch rows inside the encoder.
+In a layout for answers each rank has all tokens and images of a call. In that of training the ranks of a
+group divide them: tokens between blocks (tensor parallel), patch rows inside the encoder.
 """
 
 from dataclasses import replace
@@ -61,7 +61,7 @@ class CachedVLM:
         return self.model(tokens, **where, **self._images(tokens, prompt, rich))
 
     def _images(self, tokens: Tensor, prompt: Prompt | None, rich: bool) -> Tensors:
-        """What the model reads beside the tokens, on their device."""
+        """What the model reads besides the tokens, on their device."""
         if not rich:
             return {}
         width = tokens.shape[1]
@@ -72,13 +72,13 @@ class CachedVLM:
         return {name: tensor.to(tokens.device) for name, tensor in own.items()}
 
     def _own_rows(self, name: str, rows_NLX: Tensor) -> Tensor:
-        """Further rows, of padding, stand behind those of the prompt where these do not divide."""
+        """This rank's rows of a prompt; rows of padding follow where those of the prompt do not divide."""
         rank, ranks = self.share.rows
         short = -len(rows_NLX) % ranks
         return F.pad(rows_NLX, (0, 0, 0, 0, 0, short), value=FIELDS[name].padding).chunk(ranks)[rank]
 
     def _none(self, width: int) -> Tensors:
-        """Those of a prompt without images, which the encoder sees as a row of padding."""
+        """The tensors of a prompt without images: the encoder sees one row of padding."""
         shape = replace(self.shape, seq_len=width, patch_rows=1)
         return {
             name: torch.full(shape.of(name), FIELDS[name].padding, dtype=getattr(torch, FIELDS[name].dtype))

@@ -24,7 +24,7 @@ from torchtitan.models.decoder.parallelize import apply_tensor_parallel
 
 
 def check_layout(sizes: Degrees) -> None:
-    """Raises ConfigError where one token at a time cannot be computed that way."""
+    """Raises ConfigError for a layout that cannot compute one token at a time."""
     for key, degree in (("context_parallel_degree", sizes.cp), ("pipeline_parallel_degree", sizes.pp)):
         require(
             degree == 1,
@@ -35,8 +35,8 @@ def check_layout(sizes: Degrees) -> None:
 def parallelize_for_answers(model: VLM, mesh: Mesh, job: VLMJobConfig) -> None:
     """Tensor parallel without splitting the sequence, compile, FSDP. Each rank encodes its images alone.
 
-    Parameters stay gathered after their first forward unless parallelism.fsdp_reshard_after_forward is
-    "always": else every token would gather them anew.
+    Parameters stay gathered after their first forward, so that not every token gathers them anew, unless
+    parallelism.fsdp_reshard_after_forward is "always".
     """
     check_layout(mesh.degrees)
     assert model.encoder is not None
@@ -52,7 +52,7 @@ def parallelize_for_answers(model: VLM, mesh: Mesh, job: VLMJobConfig) -> None:
 
 
 def attach_cache(model: VLM, mesh: Mesh, job: VLMJobConfig, sequences: int, places: int) -> KVCache:
-    """In the precision of training's activations; a rank holds the heads that it computes."""
+    """A cache in the precision of training's activations; a rank holds the heads that it computes."""
     decoder, cache = model.config.decoder, KVCache(sequences, places, mesh.device)
     dtype = getattr(torch, job.training.mixed_precision_param)
     kv_heads = decoder.kv_heads // mesh.degrees.tp
@@ -62,8 +62,8 @@ def attach_cache(model: VLM, mesh: Mesh, job: VLMJobConfig, sequences: int, plac
 
 @contextmanager
 def lent(model: VLM, mesh: Mesh, job: VLMJobConfig, sequences: int, places: int) -> Iterator[KVCache]:
-    """A model that trains, for answers: with a cache in the place of its attention, that of context parallel
-    too. Afterwards it is as it was.
+    """Lend a model that trains for answers: a cache takes the place of its attention, that of context
+    parallel too. Afterwards it is as it was.
 
     Answers come in more shapes than training has: nothing of it is compiled for them.
     """
@@ -83,7 +83,7 @@ def lent(model: VLM, mesh: Mesh, job: VLMJobConfig, sequences: int, places: int)
 
 
 def share_in_training(mesh: Mesh, job: VLMJobConfig) -> Share:
-    """What a rank has of a call where the model is laid out for training."""
+    """This rank's share of a call where the model is laid out for training."""
     ranks = sharers(job, mesh.degrees)
     row = sharing_mesh(job, mesh).get_local_rank() if ranks > 1 else 0
     return Share(RankSlice(mesh.rank("tp"), mesh.degrees.tp), RankSlice(row, ranks))

@@ -1,7 +1,7 @@
 """Requests and answers in the form of OpenAI's chat completions, so that existing clients work.
 
-Images come as data URLs alone: a request reads no file and no address of this machine. What is not understood
-is refused, never skipped.
+Images come only as data URLs: a request reads no file and no address of this machine. Fields that are not
+understood are refused, never skipped.
 """
 
 import base64
@@ -23,9 +23,9 @@ ROLES = ("system", "user", "assistant")
 MOST_IMAGES = 64
 MOST_STOPS = 4
 DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,")
-# What clients tell about themselves: nothing here depends on it.
+# What clients say about themselves: nothing here depends on it.
 NOTES = ("model", "user", "metadata", "store", "safety_identifier", "prompt_cache_key", "service_tier")
-NO_OP: dict[str, tuple[Any, ...]] = {  # what this server can do of what it does not do
+NO_OP: dict[str, tuple[Any, ...]] = {  # fields it does not support -> values that ask for nothing
     "n": (1,),
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
@@ -64,7 +64,9 @@ class Completion:
 
 
 def parse(body: bytes, max_tokens: int) -> Completion:
-    """`max_tokens`: where the request says none. Raises UserError that names the field."""
+    """`max_tokens`: the most, and what holds where the request says none. Raises UserError that names the
+    field.
+    """
     try:
         fields = json.loads(body, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
@@ -176,7 +178,7 @@ def _part(item: Any, where: str) -> str | Picture:
 
 
 def completion(id: str, model: str, answer: Answer, prompt_tokens: int, logprobs: bool) -> dict[str, Any]:
-    """The whole answer."""
+    """The whole answer as a completion."""
     choice: dict[str, Any] = {
         "index": 0,
         "message": {"role": "assistant", "content": answer.text.given},
@@ -192,7 +194,7 @@ def chunks(
     id: str, model: str, events: Iterator[Event], prompt_tokens: int, asked: Completion
 ) -> Iterator[dict[str, Any]]:
     """The pieces of an answer as they come."""
-    whole, told = _object(id, model, "chat.completion.chunk"), 0
+    whole, sent = _object(id, model, "chat.completion.chunk"), 0
     delta: dict[str, str] = {"role": "assistant"}
     for event in events:
         answer = event.answer
@@ -200,16 +202,16 @@ def chunks(
             delta |= {"content": event.text} if event.text else {}
             choice: dict[str, Any] = {"index": 0, "delta": delta, "finish_reason": answer.ended or None}
             if asked.logprobs:
-                choice["logprobs"] = {"content": _logprobs(answer, told)}
+                choice["logprobs"] = {"content": _logprobs(answer, sent)}
             yield whole | {"choices": [choice]}
-            delta, told = {}, len(answer.ids)
+            delta, sent = {}, len(answer.ids)
     if asked.stream_usage:
         yield whole | {"choices": [], "usage": _usage(answer, prompt_tokens)}
 
 
 def _usage(answer: Answer, prompt_tokens: int) -> dict[str, int]:
-    told = {"prompt_tokens": prompt_tokens, "completion_tokens": len(answer.ids)}
-    return told | {"total_tokens": sum(told.values())}
+    counts = {"prompt_tokens": prompt_tokens, "completion_tokens": len(answer.ids)}
+    return counts | {"total_tokens": sum(counts.values())}
 
 
 def _object(id: str, model: str, kind: str) -> dict[str, Any]:
@@ -224,5 +226,5 @@ def _logprobs(answer: Answer, first: int = 0) -> list[dict[str, Any]]:
 
 
 def failure(message: str, kind: str = "invalid_request_error") -> dict[str, Any]:
-    """An error."""
+    """An error in the form of OpenAI's."""
     return {"error": {"message": message, "type": kind, "param": None, "code": None}}

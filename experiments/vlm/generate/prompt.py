@@ -1,4 +1,4 @@
-"""What to answer, made as a training sample is made: parts, then tokens, then patches, without the end.
+"""A prompt, made as a training sample is made: parts, then tokens, then patches, without the end.
 
 In: turns of a conversation, or texts and images to go on from; images as bytes. Out: a Prompt, whose images
 are decoded, so that what cannot be read is refused before anything is computed.
@@ -35,10 +35,10 @@ class Prompt:
     """Tokens and the patches that they point at."""
 
     ids: list[int]
-    # as `ids`, but other numbers where an image is, by its content: equal where the model reads the same
+    # `ids`, with a number for an image's content in its places: equal where the model reads the same
     identity: list[int]
     targets: np.ndarray  # bool [t]: what training would have predicted
-    # Fields of the batch contract: where visual tokens go, [t] and more; and the patch rows that they are of
+    # Fields of the batch contract: where visual tokens go, [t] and more; and the patch rows they come from
     placing: dict[str, np.ndarray]
     pixel_values: np.ndarray  # uint8 [N, L, D]
     grid_thw: np.ndarray  # int32 [N, L, 3]
@@ -103,8 +103,8 @@ class Prompter:
         most_tokens: int,
         template: ChatTemplate | None = None,
     ):
-        """`budget`: of a prompt, which gets only the patch rows that its images need; `template`: None where
-        the model knows no conversations.
+        """`budget`: the most of a prompt, which gets only the patch rows that its images need; `template`:
+        None where the model was trained without conversations.
         """
         self.tokenizer = tokenizer
         self.plan = plan
@@ -113,7 +113,7 @@ class Prompter:
         self.template = template
 
     def conversation(self, turns: Turns) -> Prompt:
-        """The assistant is to speak next."""
+        """The prompt of a conversation in which the assistant is to speak next."""
         said, pictures = _numbered(turns)
         return self._prompt(self._render(said, prompt=True), pictures, conversation=True)
 
@@ -138,10 +138,10 @@ class Prompter:
         return whole.rest(0, -1)  # without its eos
 
     def document(self, parts: Sequence[str | Picture]) -> Prompt:
-        """The same with its end: nothing is to follow."""
+        """The same with its eos: nothing is to follow."""
         (turn,), pictures = _numbered([("", parts)])
-        told = [Text(part) if isinstance(part, str) else part for part in turn.content]
-        return self._prompt(told, pictures, conversation=False)
+        said = [Text(part) if isinstance(part, str) else part for part in turn.content]
+        return self._prompt(said, pictures, conversation=False)
 
     def _one_turn(self, turns: Turns) -> Sequence[str | Picture]:
         if len(turns) > 1:

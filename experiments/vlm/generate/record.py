@@ -27,7 +27,7 @@ def turns_of(record: Mapping[str, Any], images: ImageValues) -> Turns:
         asked = [{"role": "user", "content": record.get("prompt", "")}]
     elif not isinstance(asked, list) or not asked:
         raise UserError("messages is no list of messages")
-    # Training data end with an answer; here it is to come.
+    # Training data end with an answer; here one is added, and taken off again.
     whole = {**record, "messages": [*asked, {"role": "assistant", "content": ""}]}
     try:
         draft = messages.parse(whole)

@@ -1,4 +1,6 @@
-"""One engine for many who ask at any time: a thread runs it, and each asker gets the pieces of his answer."""
+"""One engine for many requests at any time: a thread runs it, and each caller gets the pieces of its
+answer.
+"""
 
 import queue
 import threading
@@ -15,7 +17,7 @@ class EngineFailed(Exception):
 
 
 class Service:
-    """Answers requests beside each other as they come. `close` ends its thread."""
+    """Answers requests in one batch as they come. `close` ends its thread."""
 
     def __init__(self, answering: Answering):
         self.prompter = answering.prompter
@@ -28,9 +30,9 @@ class Service:
         self._thread.start()
 
     def ask(self, request: Request) -> Generator[Event, None, None]:
-        """The pieces of an answer as they come. Who stops early is waited for no longer.
+        """The pieces of an answer as they come. Closing the iterator early cancels the answer.
 
-        The request's own number counts for its draws alone. Raises EngineFailed.
+        The request's own number decides only its draws. Raises EngineFailed.
         """
         pieces: queue.Queue[Event | None] = queue.Queue()
         with self._lock:

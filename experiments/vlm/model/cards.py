@@ -48,7 +48,7 @@ two moments in float32. Activations come on top: `scripts/estimate_memory.py` kn
 
 
 def page() -> str:
-    """All of it, in Markdown."""
+    """The whole page, in Markdown."""
     encoders = table(ENCODER_HEAD, map(encoder_row, ENCODERS))
     decoders = table(DECODER_HEAD, map(decoder_row, DECODERS))
     flavors = table(FLAVOR_HEAD, map(flavor_row, FLAVORS))
@@ -104,34 +104,34 @@ def flavor_row(name: str) -> Sequence[str]:
 
 
 def parameters(config: VLMConfig) -> tuple[int, int, int]:
-    """Of encoder, projector and decoder; the vocabulary as published."""
+    """Parameters of encoder, projector and decoder; the vocabulary as published."""
     projector = projector_parameters(config.projector, config.encoder.feature_dim, config.decoder.dim)
     return encoder_parameters(config.encoder), projector, decoder_parameters(config.decoder)
 
 
 @cache
 def encoder_parameters(config: EncoderConfig) -> int:
-    """Without a pooling head."""
+    """Parameters, without a pooling head."""
     with torch.device("meta"):
         return count(VisionEncoder(config, "sdpa"))
 
 
 @cache
 def projector_parameters(config: ProjectorConfig, encoder_dim: int, dim: int) -> int:
-    """Between an encoder and a decoder of these widths."""
+    """Parameters between an encoder and a decoder of these widths."""
     with torch.device("meta"):
         return count(Projector(config, encoder_dim, dim))
 
 
 @cache
 def decoder_parameters(config: DecoderConfig) -> int:
-    """With the vocabulary as published."""
+    """Parameters, with the vocabulary as published."""
     with torch.device("meta"):
         return count(Decoder(config, config.vocab_size, "sdpa", 1024))
 
 
 def count(module: nn.Module) -> int:
-    """Of all parameters, shared ones once."""
+    """Numbers in all parameters, shared ones once."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
@@ -146,6 +146,6 @@ def gigabytes(size: int) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """In Markdown."""
+    """A table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -1,7 +1,7 @@
 """Sizes and kinds of a vision-language model, part by part. Imports no torch.
 
-What differs between families of encoders is a switch here, in what order and how it is computed in vit.py,
-and which values a family has in its file of towers/.
+What differs between families of encoders is a switch here; vit.py computes it, and each file of towers/ has
+the values of a family.
 """
 
 from dataclasses import dataclass
@@ -27,17 +27,18 @@ class EncoderConfig:
     image_size: int | None = None  # pixels a side that its class takes, where that is one size; None: any
     # its class in transformers (towers/); empty: SigLIP2's, or SigLIP's where image_size is given
     model_type: str = ""
-    # pixels between 0 and 1, minus the mean, over the deviation: of red, green and blue
+    # of red, green and blue: pixels between 0 and 1, minus the mean, over the deviation
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     deviation: tuple[float, ...] = (0.5, 0.5, 0.5)
-    resample: Resample = "bilinear"  # its images are resized by it
+    resample: Resample = "bilinear"  # kernel that resizes its images
     patch_bias: bool = True
     # learned, in a table; sine and cosine of row and column; or turning queries and keys in every layer
     positions: Literal["table", "waves", "rotary"] = "table"
     rotary_theta: float = 100.0  # the longest wave is about so many times the side of an image
-    # a norm behind the embedding: of patches before they get positions, or of all that the first layer reads
+    # a norm behind the embedding: over patches before they get positions, or over all that the first layer
+    # reads
     embedding_norm: Literal["none", "patches", "all"] = "none"
-    class_token: bool = False  # with a place of its own, where positions are a table
+    class_token: bool = False  # with a position of its own, where positions are a table
     registers: int = 0
     mask_token: bool = False  # kept for export alone: images are masked in its own training
     norm: Literal["layer", "rms"] = "layer"
@@ -46,25 +47,26 @@ class EncoderConfig:
     activation: Activation = "gelu_pytorch_tanh"
     gated_mlp: bool = False
     layer_scale: bool = False  # a learned factor for each channel that attention and MLP add
-    # What is read of it: the stream after so many layers, counted from the end where negative (-1: after all,
-    # -2: all but one), several side by side. Layers behind the last of these are kept, and do not run.
+    # The features that are read: the stream after so many layers, counted from the end where negative (-1:
+    # after all, -2: all but one), several side by side. Layers behind the last of these are kept, and do not
+    # run.
     feature_layers: tuple[int, ...] = (-1,)
-    feature_norm: bool = True  # by the last norm
+    feature_norm: bool = True  # features go through the last norm
     feature_extra: bool = False  # class token and registers become visual tokens too
 
     @property
     def extra_cells(self) -> int:
-        """Class token and registers: what an image has in the encoder besides its patches."""
+        """Cells of an image besides its patches: class token and registers."""
         return self.class_token + self.registers
 
     @property
     def feature_depths(self) -> tuple[int, ...]:
-        """How many layers each feature has behind it."""
+        """After how many layers each feature is read."""
         return tuple(depth if depth >= 0 else self.layers + 1 + depth for depth in self.feature_layers)
 
     @property
     def feature_dim(self) -> int:
-        """Width of what it gives for a patch."""
+        """Width of the features of a patch."""
         return self.dim * len(self.feature_layers)
 
 
@@ -87,10 +89,10 @@ class ProjectorConfig:
 class TilesConfig:
     """How an image is cut into tiles, where it is (data/tiles.py)."""
 
-    # (rows, columns) that there may be; those of LLaVA-NeXT
+    # (rows, columns) to choose from; those of LLaVA-NeXT
     grids: tuple[tuple[int, ...], ...] = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
     most: int | None = None  # joined tiles are resized to about the tokens of so many; None: never
-    alone: bool = False  # of several images in a document each is padded instead
+    alone: bool = False  # only where an image is the only one of its document; else each is padded
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torchtitan.models.decoder.flavors import DECODERS
 
 
 def encoders() -> dict[str, EncoderConfig]:
-    """Of all families."""
+    """Sizes of the encoders of all families, by name."""
     return {name: sizes for tower in TOWERS.values() for name, sizes in tower.sizes.items()}
 
 

@@ -13,7 +13,7 @@ from torchtitan.models.weight_names import Row, prefixed
 
 # Where a part stands in files of its own; the first is where it is written.
 ALONE = {"encoder": ("", "vision_model."), "projector": (), "decoder": ("model.", "")}
-# What a part has in files besides, and why nothing is lost by it; of encoders their towers say it.
+# What files hold besides a part, and why nothing is lost by it; for encoders their towers say it.
 LEFT_OVER = {
     "decoder": {r".*\.rotary_emb\.inv_freq": "rotary frequencies, which are computed"},
 }
@@ -25,8 +25,8 @@ OF_PARTS = {
 
 
 def part_rows(part: str, encoder: EncoderConfig | None, family: Family | None) -> list[Row]:
-    """Of one part, under its name in our model. `family`: of the whole model whose files they are; None: of
-    the part's own. `encoder`: needed for that part alone.
+    """Rows of one part, under its name in our model. `family`: of the whole model whose files they are; None:
+    the part has files of its own. `encoder`: needed for that part alone.
     """
     places, body = (family.places if family else ALONE)[part], _body(part, encoder, family)
     rows = [row for place in places for row in prefixed(body, place, part + ".")]

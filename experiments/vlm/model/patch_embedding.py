@@ -16,14 +16,14 @@ NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 
 
 def make_norm(config: EncoderConfig) -> nn.Module:
-    """Of the encoder's kind, over its width."""
+    """A norm of the encoder's kind, over its width."""
     return NORMS[config.norm](config.dim, eps=config.norm_eps)
 
 
 class PatchEmbedding(nn.Module):
     """One linear map per patch, plus the position of its place in its image; learned vectors in extra cells.
 
-    In the order in which it computes: backward_of goes by that.
+    Its modules stand in the order in which they compute, which backward_of relies on.
     """
 
     def __init__(self, config: EncoderConfig):
@@ -57,7 +57,7 @@ class PatchEmbedding(nn.Module):
 
 
 class ExtraCells(nn.Module):
-    """Class token first, then registers. Where positions are a table, the class token has one of its own."""
+    """Class token first, then registers. Where positions are a table, the class token has its own."""
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
@@ -71,7 +71,7 @@ class ExtraCells(nn.Module):
         """[N, L, D] with the learned vectors in its extra cells, of which every image has all, in order."""
         extra_NL = is_extra(grid_thw_NL3)
         number_NL = (extra_NL.cumsum(-1) - 1) % self.count
-        # A product in place of a look-up: in backward that would add thousands of rows at few addresses.
+        # A product, not a look-up, whose backward would add thousands of rows at few addresses.
         is_number_NLE = number_NL[..., None] == torch.arange(self.count, device=x_NLD.device)
         learned_NLD = is_number_NLE.to(x_NLD.dtype) @ self._vectors().to(x_NLD.dtype)
         return torch.where(extra_NL[..., None], learned_NLD, x_NLD)

@@ -59,8 +59,8 @@ class EncoderAttention(nn.Module):
 
 
 class EncoderMLP(nn.Module):
-    """Two linear layers with an activation in between; gated, a third one beside the first goes through it
-    (Shazeer, 2020).
+    """Two linear layers with an activation in between. Gated: a third one, parallel to the first, goes
+    through the activation (Shazeer, 2020).
     """
 
     SAME_INPUT = ("gate", "fc1")
@@ -132,8 +132,8 @@ class VisionEncoder(nn.Module):
         return ["embedding", *layers, *(["norm"] if self.config.feature_norm else [])]
 
     def role(self, number: str) -> str:
-        """What sets a layer apart from others of its sizes: it does not run, or its result is one of several
-        features.
+        """What distinguishes a layer from others of its sizes: it does not run, or its result is one of
+        several features.
         """
         done = int(number) + 1
         if done > self.depth:

@@ -49,7 +49,7 @@ class Projector(nn.Module):
     def forward(self, x_NLD: Tensor) -> Tensor:
         """[N, L, encoder dim] -> [N, L / m^2, D]; with a newline one vector more, the same in every row.
 
-        It is written here since elsewhere a rank would hold a shard of it alone.
+        The newline is written here since elsewhere a rank would hold only a shard of it.
         """
         config, activation = self.config, vit.ACTIVATIONS[self.config.activation]
         x = self.norm(x_NLD) if config.norm_first else x_NLD
@@ -61,8 +61,8 @@ class Projector(nn.Module):
 
 
 def visual_table(visual_NVD: Tensor, slots: int, newline: bool) -> Tensor:
-    """What the projector gives for each patch row -> for each slot: its rows' vectors one after the other,
-    and a newline behind them.
+    """From the projector's vectors of each patch row to those of each slot: its rows one after the other, and
+    a newline behind them.
     """
     rows_BNVD = rearrange(visual_NVD, "(B n) v D -> B n v D", B=slots)
     if not newline:
@@ -99,8 +99,7 @@ def place_visual_tokens(
 class VLM(nn.Module):
     """Parts are `encoder`, `projector` and `decoder`. A pipeline stage holds some; what it lacks is None."""
 
-    # Tables: their rows are looked up or scored one by one: an optimizer of whole matrices has no business
-    # with them.
+    # Tables, whose rows are looked up or scored one by one: an optimizer of whole matrices does not fit them.
     ADAMW_ONLY = (
         *("decoder.tok_embeddings", "decoder.output"),
         *("encoder.embedding.positions", "encoder.embedding.cells"),
@@ -108,7 +107,7 @@ class VLM(nn.Module):
     TOKEN_TABLES = ("decoder.tok_embeddings.weight", "decoder.output.weight")
 
     def __init__(self, config: VLMConfig, vocab_size: int, backend: str, loss_chunk: int, sources: int = 0):
-        """`sources`: how many sources of data the loss is told apart by."""
+        """`sources`: of data, for each of which the loss is given too."""
         super().__init__()
         self.config = config
         self.encoder: vit.VisionEncoder | None = vit.VisionEncoder(config.encoder, backend)
@@ -175,7 +174,7 @@ class VLM(nn.Module):
         return self.decoder(h_BSD, positions, mask, labels, per_token, keep, source_ids)
 
     def tied_names(self) -> dict[str, str]:
-        """Parameter -> the one that it is."""
+        """Parameter -> the name that it is stored under, where two are one."""
         return (
             {"decoder.output.weight": "decoder.tok_embeddings.weight"}
             if self.config.decoder.tied_embeddings

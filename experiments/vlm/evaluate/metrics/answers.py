@@ -125,7 +125,7 @@ def _number(text: str) -> float | None:
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _NUMBERS = {word: str(n) for n, word in enumerate(_DIGITS)} | {"none": "0"}
-# Each is written so where one of its apostrophes, any one, was left out.
+# A word with any one of its apostrophes left out is written as listed here.
 _CONTRACTIONS = """
 ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd
 he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've

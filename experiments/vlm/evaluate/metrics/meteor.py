@@ -37,7 +37,7 @@ def _field(sentence: str) -> str:
 
 def _ask(program: subprocess.Popen[str], fields: list[str]) -> str:
     assert program.stdin
-    with suppress(BrokenPipeError):  # it has ended, as the empty answer tells
+    with suppress(BrokenPipeError):  # it has ended, as the empty answer shows
         program.stdin.write(" ||| ".join(fields) + "\n")
         program.stdin.flush()
     return _line(program)

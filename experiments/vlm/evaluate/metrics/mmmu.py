@@ -106,7 +106,7 @@ def _conclusion(line: str, indicators: Sequence[str]) -> str:
 
 
 def _normalise(text: str) -> list[str | float]:
-    """A number to two decimals, else lower case; a single letter beside a space, so that it stands alone."""
+    """A number to two decimals, else lower case; a single letter next to a space, so that it stands alone."""
     text = text.strip()
     try:
         return [round(float(text.replace(",", "")), 2)]

@@ -16,7 +16,7 @@ from experiments.vlm.evaluate.metrics.ptb_rules import SHAPE, rules
 
 PUNCTUATION = {*"'`.?!,:;-", "''", "``", "--", "...", "-LRB-", "-RRB-", "-LCB-", "-RCB-"}
 
-# What most text is, told without trying all rules: plain words before a space or line end, and a comma or a
+# Most text, recognised without trying all rules: plain words before a space or line end, and a comma or a
 # period behind them.
 _PLAIN = re.compile(
     r"(?!(?:cannot|gonna|wanna|gotta|lemme|gimme)\b)([A-Za-z]+)(?: |(?=\n|\Z))|([.,])(?=\n|\Z)|(,) ",

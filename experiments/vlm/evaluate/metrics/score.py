@@ -7,7 +7,7 @@ import numpy as np
 
 from torchtitan.config.errors import UserError
 
-References = Sequence[str] | Sequence[Sequence[str]]  # of each sample one text, or a list of them
+References = Sequence[str] | Sequence[Sequence[str]]  # for each sample one text, or a list of them
 
 
 @dataclass(frozen=True)

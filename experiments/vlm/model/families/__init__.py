@@ -1,10 +1,10 @@
-"""Whole models of other libraries: a file for each family, and a line here that tells it from its model_type.
+"""Whole models of other libraries: a file for each family, and a line here that finds it by its model_type.
 
     family.py    what a family says of itself
     lfm2_vl.py   our composition
     llava.py     LLaVA-1.5
     llava_original.py   the same as its authors save it
-    llava_next.py, llava_onevision.py   of its kind, with tiles (tiled.py: what they have in common)
+    llava_next.py, llava_onevision.py   the same with tiles (tiled.py: what they have in common)
 
 Imports no torch.
 """
@@ -24,17 +24,17 @@ FAMILIES = {
 
 
 def family_of(config: VLMConfig) -> Family:
-    """The one that a model is of."""
+    """The family of a model."""
     return FAMILIES[config.family]
 
 
 def kind_of(file: ConfigFile) -> str:
-    """The name of the family that a config.json is of; empty: of none."""
+    """The name of a config.json's family; empty where it is of none."""
     if llava_original.is_original(file):
         return llava_original.MODEL_TYPE
     return file.model_type if file.model_type in FAMILIES else ""
 
 
 def family_in(file: ConfigFile) -> Family | None:
-    """The family that a config.json is of."""
+    """The family of a config.json; None where it is of none."""
     return FAMILIES.get(kind_of(file))

@@ -41,11 +41,11 @@ class Family:
     decoder: Callable[[ConfigFile], DecoderConfig]
     resize: Callable[[Path, EncoderConfig], str]  # how a folder's images are made to fit
     require: Callable[[VLMConfig], None]  # raises ConfigError for a model that its class does not compute
-    # config.json of a model that it computes: of its rows of the embedding, and the id of an image
+    # (config, rows of the embedding, id of an image) -> config.json of a model that its class computes
     write: Callable[[VLMConfig, int, int], dict[str, Any]]
-    # processor_config.json of a plan; raises ConfigError where its processor does otherwise
+    # (config, plan) -> processor_config.json; raises ConfigError where its processor does otherwise
     processor: Callable[[VLMConfig, ImagePlan], dict[str, Any]]
-    tower: Callable[[EncoderConfig], str]  # model_type of the tower that its files name weights as
+    tower: Callable[[EncoderConfig], str]  # model_type of the tower whose names of weights its files use
     # part -> where it stands in files; the first is where it is written
     places: Mapping[str, tuple[str, ...]]
     heads: tuple[str, ...] = ("",)  # what stands there before lm_head
@@ -62,8 +62,8 @@ class Family:
 
 
 def read_image_processor(folder: Path) -> ConfigFile | None:
-    """What a folder's image processor is told; None where it has no file. Raises ConfigError for one that is
-    no processor's.
+    """The settings of a folder's image processor; None where it has no file. Raises ConfigError for a file
+    that is no processor's.
     """
     names = ("processor_config.json", "preprocessor_config.json")
     path = next((path for name in names if (path := folder / name).is_file()), None)

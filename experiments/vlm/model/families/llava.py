@@ -123,7 +123,7 @@ def strategy_of(encoder: EncoderConfig) -> str:
 
 
 def processor(config: VLMConfig, plan: ImagePlan) -> dict[str, Any]:
-    """LlavaProcessor of a plan. Raises ConfigError for images of their own size, or of another one."""
+    """LlavaProcessor of a plan. Raises ConfigError unless images are squares of the tower's size."""
     encoder, side = config.encoder, plan.side
     native = "data.resize = native: LLaVA's image processor makes squares: export the parts alone (--part)"
     require(plan.resize != "native", native)
@@ -165,7 +165,7 @@ def _llava(dim: int, layers: int, heads: int, mlp_dim: int) -> VLMConfig:
     return VLMConfig(LARGE, ProjectorConfig(dim, False, 1), vicuna, "llava", "padded")
 
 
-# As Megatron trains it: the last layer of CLIP, and a projector of a width of its own without biases.
+# As Megatron trains it: the last layer of CLIP, and a projector without biases and with a width of its own.
 MISTRAL = VLMConfig(
     replace(LARGE, feature_layers=(-1,)),
     ProjectorConfig(14336, False, 1, bias=False),
@@ -202,7 +202,7 @@ FAMILY = Family(
         "llava-1.5-7b": _llava(4096, 32, 32, 11008),
         "llava-1.5-13b": _llava(5120, 40, 40, 13824),
         "megatron-mistral-7b": MISTRAL,
-        # In the small, for CPUs: 8 x 8 patches of 14 pixels.
+        # A small one, for CPUs: 8 x 8 patches of 14 pixels.
         "llava-debug": VLMConfig(
             EncoderConfig(128, 4, 4, 512, 14, 8, 1e-5, 112, **clip.KIND, activation="quick_gelu"),
             ProjectorConfig(128, False, 1),

@@ -1,6 +1,6 @@
 """LLaVA-OneVision (Li et al., 2024) as LlavaOnevisionForConditionalGeneration: SigLIP without its last layer,
-two linear maps and a Qwen2. One image is cut into tiles, whose tokens are resized to about those of nine; of
-several each is a square. Videos are not ours.
+two linear maps and a Qwen2. An image alone is cut into tiles, whose tokens are resized to about those of
+nine; each of several is a square. Videos are not supported.
 """
 
 import itertools

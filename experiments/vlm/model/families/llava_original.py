@@ -1,7 +1,7 @@
 """LLaVA-1.5 as its authors save it (haotian-liu/LLaVA), for their scripts: the sizes of a Llama, the
 projector among its layers, and the name of a CLIP whose weights are there only where they were trained.
 
-It is read as LLaVA-1.5, and written where it is asked for. An image has no row of the embedding there.
+It is read as LLaVA-1.5, and written on request. An image has no row of the embedding there.
 """
 
 import re
@@ -40,15 +40,15 @@ def is_original(file: ConfigFile) -> bool:
 
 
 def tower_folder(file: ConfigFile) -> Path | None:
-    """The folder of CLIP that a config.json names, where it is here: from there, or from beside it."""
+    """The folder of CLIP that a config.json names, if it is here: as named, or next to the config.json."""
     name = file.get(TOWER, "")
     places = Path(name).expanduser(), Path(file.where).parent / name
     return next((path for path in places if name and (path / CONFIG).is_file()), None)
 
 
 def tower_weights(folder: Path) -> Path:
-    """The folder itself where the tower was trained, else the one that is named. Raises ConfigError where it
-    is neither here nor there.
+    """The folder itself where the tower was trained, else the one that is named. Raises ConfigError where
+    there is none.
     """
     if any(name.startswith(INSIDE) for name in read_tensors(folder)):
         return folder
@@ -61,7 +61,7 @@ def tower_weights(folder: Path) -> Path:
 
 
 def encoder_config(file: ConfigFile) -> EncoderConfig:
-    """The tower of the folder that is named, or else one that is known by its name."""
+    """The tower of the folder that is named, else the one known by that name."""
     name, folder = file.get(TOWER, ""), tower_folder(file)
     known = {Path(each).name: sizes for each, sizes in NAMES.items()}
     unknown = f"{file.where}: {TOWER} = {name}: no such folder, and none of {', '.join(known)}"

@@ -25,8 +25,8 @@ def projector_config(file: ConfigFile) -> ProjectorConfig:
 def read_tiles(
     folder: Path, file: ConfigFile, encoder: EncoderConfig, default: TilesConfig, size: int, crops: bool
 ) -> TilesConfig:
-    """How images are cut. `default`: by the class; `size`, `crops`: what its image processor makes where that
-    says nothing. Raises ConfigError where the processor and config.json differ.
+    """How images are cut. `default`, `size`, `crops`: of the class and of its image processor, where files
+    say nothing. Raises ConfigError where the processor and config.json differ.
     """
     made = replace(default, grids=_grids(file, encoder, default))
     processor = read_image_processor(folder)
@@ -69,7 +69,7 @@ def require_tiled(config: VLMConfig, tiles: TilesConfig) -> None:
 
 
 def image_processor(config: VLMConfig, plan: ImagePlan, kind: str) -> dict[str, Any]:
-    """What it is told. Raises ConfigError for a plan without tiles, or of another size."""
+    """Its settings. Raises ConfigError for a plan without tiles, or with tiles of another size."""
     side, size = plan.side, config.encoder.image_size
     other = f"data.resize = {plan.resize}: the image processor of {config.family} makes tiles: {PARTS}"
     require(plan.resize == "tiles", other)

@@ -1,4 +1,4 @@
-"""Encoders of other libraries: a file for each family, and a line here that tells it from its model_type.
+"""Encoders of other libraries: a file for each family, and a line here that finds it by its model_type.
 
     tower.py     what a family says of itself
     siglip.py    SigLIP2 of any size of image (NaFlex), SigLIP of one size
