@@ -3,7 +3,6 @@ not allow.
 """
 
 import gc
-import gc
 import os
 import signal
 from collections.abc import Iterable, Iterator
