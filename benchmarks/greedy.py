@@ -65,7 +65,7 @@ def generated(answers: Path) -> dict[str, bool]:
     """Whether each record was answered exactly, by the key of its sample. Raises UserError."""
     summary = json.loads((answers.parent / "summary.json").read_text(encoding="utf-8"))
     shard = Questions(summary["tasks"][answers.stem]["file"], Data()).shard
-    lines = map(json.loads, answers.read_text(encoding="utf-8").splitlines())
+    lines = map(json.loads, answers.read_bytes().splitlines())
     return {shard.key(line["id"]): line["scores"]["exact_match"] == 100.0 for line in lines}
 
 

@@ -41,7 +41,7 @@ def evaluate(run: str, out: Path, options: Sequence[str]) -> None:
 def read_answers(out: Path, label: str) -> Answers:
     """Of each record in order."""
     file = json.loads((out / "summary.json").read_text(encoding="utf-8"))["tasks"][label]["file"]
-    lines = map(json.loads, (out / f"{label}.jsonl").read_text(encoding="utf-8").splitlines())
+    lines = map(json.loads, (out / f"{label}.jsonl").read_bytes().splitlines())
     questions = Questions(file, Data())
     return [(line["prediction"], questions.read(line["id"], pictures=False).answers[0]) for line in lines]
 

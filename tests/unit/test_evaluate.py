@@ -223,8 +223,26 @@ def test_perplexity_is_that_of_the_targets_of_training(tmp_path):
 def test_answers_of_two_models_are_not_mixed(tmp_path):
     path = write(tmp_path, "jsonl")
     run(tmp_path, path, ["vqa"])
-    with pytest.raises(UserError, match="holds answers of tiny: give another --out"):
+    with pytest.raises(UserError, match="holds other answers: model was tiny and is another; give another"):
         evaluate([], tmp_path / "out", ABOUT | {"model": "another"}, 10)
+
+
+def test_answers_to_other_records_or_with_other_options_are_not_mixed(tmp_path):
+    first, second = write(tmp_path, "jsonl"), write(tmp_path, "parquet")
+    run(tmp_path, first, ["vqa"])
+    with pytest.raises(UserError, match="holds other answers: vqa was .*asked.jsonl, 5 .*asked.parquet, 5"):
+        run(tmp_path, second, ["vqa"])
+    run(tmp_path, second, ["anls"])
+    with open(first, "a") as file:
+        file.write(json.dumps(records()[0]) + "\n")
+    with pytest.raises(UserError, match="asked.jsonl, 5 records and is .*asked.jsonl, 6 records"):
+        run(tmp_path, first, ["vqa"])
+    for before, now in ((None, 64), (64, 16)):
+        about, out = ABOUT | {"options": {"data.max_pixels_per_image": before}}, tmp_path / f"{before}"
+        out.mkdir()
+        evaluate([], out, about, 10)
+        with pytest.raises(UserError, match=f"data.max_pixels_per_image was .* and is {now}"):
+            evaluate([], out, about | {"options": {"data.max_pixels_per_image": now}}, 10)
 
 
 @pytest.mark.parametrize(
@@ -242,11 +260,62 @@ def test_a_task_that_cannot_be_run_is_told(tmp_path, tasks, told):
         asked_tasks(Options(task=tasks, out=str(tmp_path)))
 
 
-def test_a_record_that_knows_no_answer_is_named(tmp_path):
+@pytest.mark.parametrize(
+    ("task", "record", "told"),
+    [
+        (
+            "multiple_choice",
+            {"answers": ["z"], "choices": ["x", "y"]},
+            "its answer 'z' is none of its 2 choic",
+        ),
+        ("multiple_choice", {"answers": ["x"], "choices": ["x", " "]}, "one of its choices is empty"),
+        ("vqa", {"answers": []}, "it has no answer"),
+        ("caption", {"answers": [None]}, "answers are no texts"),
+    ],
+)
+def test_a_record_that_knows_no_answer_is_named_before_any_is_asked(tmp_path, task, record, told):
+    path, good = tmp_path / "asked.jsonl", {"question": "a?", "answers": ["x"], "choices": ["x", "y"]}
+    write_jsonl(path, [good, {"question": "a?"} | record])
+    with pytest.raises(ConfigError, match=f"asked.jsonl, record 1: .*{told}"):
+        run(tmp_path, str(path), [task])
+    assert not list((tmp_path / "out").glob("*.part.jsonl"))
+
+
+def test_a_file_without_records_is_one_error(tmp_path):
+    (tmp_path / "asked.jsonl").touch()
+    with pytest.raises(ConfigError, match="asked.jsonl: holds no record"):
+        run(tmp_path, str(tmp_path / "asked.jsonl"), ["vqa"])
+
+
+@pytest.mark.parametrize(
+    ("choices", "answer", "right"),
+    [
+        ({"1": "cat", "2": "dog"}, "1", 0),
+        ({"1": "cat", "2": "dog"}, 2, 1),
+        ({str(number): f"{number}." for number in range(12)}, "10", 10),
+        ({"b": "cat", "c": "dog"}, "b", 0),
+        ({"A": "cat", "B": "dog"}, 1, 1),
+        (["cat", "dog"], "B", 1),
+        ([1, 2, 3], 2, 1),
+    ],
+    ids=str,
+)
+def test_the_name_that_a_record_gives_a_choice_is_the_choice(tmp_path, choices, answer, right):
     path = tmp_path / "asked.jsonl"
-    path.write_text(json.dumps({"question": "a?", "answers": ["z"], "choices": ["x", "y"]}) + "\n")
-    with pytest.raises(ConfigError, match="record 0: its answer 'z' is none of its 2 choices"):
-        run(tmp_path, str(path), ["multiple_choice"])
+    write_jsonl(path, [{"question": "a?", "choices": choices, "answers": [], "answer": answer}])
+    assert right_choice(Questions(str(path), Data(cache_folder=str(tmp_path / "cache"))).read(0)) == right
+
+
+def test_answers_may_hold_whatever_a_model_writes(tmp_path):
+    """Line ends of Unicode, and ids that are no text."""
+    path, out, said = tmp_path / "asked.jsonl", tmp_path / "out", "one\u2028two\x85 three"
+    out.mkdir()
+    write_jsonl(path, [{"question": "a?", "id": "\ud800", "answers": [said]}])
+    line = json.dumps({"id": 0, "prediction": said, "ended": "stop"}, ensure_ascii=False)
+    (out / "exact_match.part.jsonl").write_text(line + "\n", encoding="utf-8")
+    told = run(tmp_path, str(path), ["exact_match"])
+    assert told["tasks"]["exact_match"]["metrics"]["exact_match"]["value"] == 100
+    assert "<small>\\ud800</small>" in (out / "exact_match.html").read_text()
 
 
 def spoil(folder) -> None:

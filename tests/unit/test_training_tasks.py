@@ -137,7 +137,7 @@ def job_with(tmp_path, *tasks: str) -> VLMJobConfig:
     [
         ({"image": "cut.jpg"}, "vqa", "asked.jsonl, record 5: image: the image ends before its last row"),
         ({"image": "gone.jpg"}, "vqa", "asked.jsonl, record 5: .*gone.jpg"),
-        ({"answers": []}, "vqa", "asked.jsonl: vqa_accuracy: sample 5 has no reference"),
+        ({"answers": []}, "vqa", "asked.jsonl, record 5: it has no answer"),
         ({"choices": ["x"]}, "multiple_choice", "record 5: a choice needs two choices or more"),
         ({"answers": ["z"]}, "mmmu", "record 5: its answer 'z' is none of its 3 choices"),
         ({"question": "long " * 900}, "anls", r"record 5: the prompt has \d+ tokens"),

@@ -24,7 +24,8 @@ def require_writable(folder: Path, key: str) -> None:
 def write_whole(path: Path, text: str) -> None:
     """The file has all of `text` or is as it was, whenever the process is killed."""
     unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(text, encoding="utf-8")
+    # Half a pair of code units, which JSON may hold, is written as JSON escapes it.
+    unfinished.write_text(text, encoding="utf-8", errors="backslashreplace")
     unfinished.replace(path)
 
 

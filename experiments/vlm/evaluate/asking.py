@@ -65,12 +65,15 @@ class Asking:
             answered = [self.prompter.answered(turns, choice) for choice in choices]
             return [self.prompter.prompt(turns), *answered]
 
-    def question(self, number: int) -> Question:
-        """One record, with the choices that the task needs."""
-        question = self.records.read(number)
+    def question(self, number: int, pictures: bool = True) -> Question:
+        """One record, with the answers and choices that the task needs."""
+        question = self.records.read(number, pictures)
         try:
+            if self.task.way == "generate":
+                require(bool(question.answers), "it has no answer, so what is said cannot be scored")
             if self.task.way == "choose":
                 require(len(question.choices) > 1, "a choice needs two choices or more")
+                require(all(map(str.strip, question.choices)), "one of its choices is empty")
             if self.task.way == "choose" or self.task.lists_choices:
                 right_choice(question)
         except UserError as error:

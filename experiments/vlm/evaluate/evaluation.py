@@ -2,12 +2,14 @@
 
 OUT/NAME.part.jsonl   a line for each record as it ends
 OUT/NAME.jsonl        all of them in order with their scores, once the last has ended
+OUT/asked.json        what decides the answers: who goes on must ask the same
 OUT/summary.json      metrics with their intervals, and the versions of everything
 OUT/NAME.html         pictures, questions, answers and scores, the worst first
 """
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,8 @@ from experiments.vlm.evaluate.task_scores import score, summarise
 from experiments.vlm.evaluate.tasks import Task
 from experiments.vlm.generate.answer_file import AnswerFile
 from experiments.vlm.generate.answering import Answering
-from torchtitan.config.errors import UserError
+from torchtitan.components.saved_config import Change
+from torchtitan.config.errors import UserError, require
 from torchtitan.tools.disk import write_whole
 from torchtitan.tools.logging import logger
 
@@ -47,6 +50,7 @@ class Evaluation:
         self.task = task
         self.answering = answering
         self.questions = Questions(path, data, task.way == "read", control)
+        require(len(self.questions) > 0, f"{path}: holds no record")
         self.asking = Asking(task, self.questions, answering.prompter)
         self.path = out / f"{name}.jsonl"
         self.part = AnswerFile(out / f"{name}.part.jsonl", answering.mesh.leads, samples=1)
@@ -59,6 +63,8 @@ class Evaluation:
             logger.info(f"{self.name}: {count} records, {count - len(left)} of them answered before")
             dist.barrier()  # nobody writes before all have read what was there
             mine = left[data.get_local_rank() :: data.size()]
+            for number in mine:
+                self.asking.question(number, pictures=False)
             answered = self.asking.lines(self.answering, mine)
             for number, line in tqdm(answered, total=len(mine), unit="record", disable=None):
                 self.part.add(number, 0, line)
@@ -73,7 +79,7 @@ class Evaluation:
 
     def _all_lines(self) -> list[Line]:
         path = self.path if self.path.exists() else self.part.path
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [json.loads(line) for line in path.read_bytes().splitlines()]
         return sorted(lines, key=lambda line: line["id"])
 
 
@@ -100,7 +106,7 @@ def write_results(
         line["scores"] = {name: round(one, DIGITS) for name, one in each.items() if not math.isnan(one)}
     write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     page = results_page(name, task, records, lines, page_limit)
-    path.with_suffix(".html").write_text(page, encoding="utf-8")
+    path.with_suffix(".html").write_text(page, encoding="utf-8", errors="backslashreplace")
     summary = {"file": records.path, "metrics": summarise(scores), "left_out": left_out}
     lost = [line["error"] for line in lines if "error" in line]
     return summary | ({"not_asked": {"records": len(lost), "first": lost[:SHOWN]}} if lost else {})
@@ -111,10 +117,10 @@ def evaluate(
 ) -> dict[str, Any]:
     """Run all tasks; the first rank writes their files and returns the summary, the others an empty one.
 
-    Raises UserError where `out` holds the answers of another model.
+    Raises UserError where `out` holds answers of another model, with other options or to other records.
     """
     path = out / "summary.json"
-    _require_same_model(out / "model.json", about)
+    _require_same(out / "asked.json", about, {each.name: each.questions for each in evaluations})
     found = {evaluation.name: evaluation.run() for evaluation in evaluations}
     if dist.get_rank() > 0:
         return {}
@@ -125,12 +131,23 @@ def evaluate(
     return summary
 
 
-def _require_same_model(path: Path, about: dict[str, Any]) -> None:
-    """Answers of two models in one folder would be scored as those of one."""
+def _require_same(path: Path, about: dict[str, Any], questions: dict[str, Questions]) -> None:
+    """Answers of two models in one folder would be scored as those of one, and those to one file as those to
+    another. `questions`: by the name of their task.
+    """
+    model = {name: about.get(name) for name in ("model", "chat_template")} | about.get("options", {})
+    files = {name: f"{os.path.abspath(each.path)}, {len(each)} records" for name, each in questions.items()}
+    now = {"model": model, "files": files}
     dist.barrier()
-    before = json.loads(path.read_text()) if path.exists() else about
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else now
     dist.barrier()
-    if before["model"] != about["model"] or before["chat_template"] != about["chat_template"]:
-        raise UserError(f"{path.parent} holds answers of {before['model']}: give another --out")
+    others = [
+        Change(key, before[part][key], value)
+        for part in now
+        for key, value in now[part].items()
+        if key in before[part]
+    ]
+    told = ", ".join(str(each) for each in others if each.before != each.now)
+    require(not told, f"{path.parent} holds other answers: {told}; give another --out")
     if dist.get_rank() == 0:
-        path.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        write_whole(path, json.dumps(now | {"files": before["files"] | files}, indent=1) + "\n")

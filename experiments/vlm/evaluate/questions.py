@@ -74,7 +74,8 @@ class Questions:
             record = self.record  # kept: looking for another record's images (a control) replaces it
             names = (record[name] for name in IDS if record.get(name) is not None)
             id, asked = str(next(names, self.shard.key(number))), asked_of(record)
-            question = Question(number, id, [asked], answers_of(record), choices_of(record), fault)
+            called, choices = choices_of(record)
+            question = Question(number, id, [asked], answers_of(record), choices, called, fault)
         except Rejected as rejected:
             raise ConfigError(f"{self.path}, record {number}: {rejected}") from None
         if document is None:
@@ -141,7 +142,7 @@ def asked_of(record: Mapping[str, Any]) -> str:
 
 def answers_of(record: Mapping[str, Any]) -> list[str]:
     """Every right answer; [{"answer": "..."}, ...] of VQA as well. Raises Rejected for another shape."""
-    found: Any = next((record[name] for name in ANSWERS if record.get(name) is not None), [])
+    found: Any = next((record[name] for name in ANSWERS if record.get(name) not in (None, [])), [])
     listed = found if isinstance(found, list) else [found]
     texts = [item.get("answer") if isinstance(item, dict) else item for item in listed]
     if not all(isinstance(text, str | int | float) for text in texts):
@@ -149,13 +150,17 @@ def answers_of(record: Mapping[str, Any]) -> list[str]:
     return [str(text) for text in texts]
 
 
-def choices_of(record: Mapping[str, Any]) -> list[str]:
-    """The texts to choose from, in order; {"A": "...", ...} as well. Raises Rejected for another shape."""
+def choices_of(record: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """The texts to choose from, in order, with their names where it is {"A": "...", ...}. Raises Rejected for
+    another shape.
+    """
     found: Any = next((record[name] for name in CHOICES if record.get(name)), [])
+    names: list[str] = []
     if isinstance(found, dict):
-        found = [found[name] for name in sorted(found)]
+        names = sorted(found, key=lambda name: (len(name), name))  # "10" behind "9"
+        found = [found[name] for name in names]
     if not isinstance(found, list) or not all(isinstance(text, str | int | float) for text in found):
         raise Rejected("wrong_shape", "choices are no list of texts")
     if len(found) > len(LETTERS):
         raise Rejected("wrong_shape", f"{len(found)} choices, more than {len(LETTERS)}")
-    return [str(text) for text in found]
+    return names, [str(text) for text in found]

@@ -32,6 +32,7 @@ class Question:
     content: list[str | Picture]  # what is asked, pictures in their places
     answers: list[str]
     choices: list[str] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)  # of the choices, where the record has any
     fault: str = ""  # of an image that cannot be read: then `content` has the question alone
 
 
@@ -69,13 +70,15 @@ def named(question: Question) -> dict[str, str]:
 
 
 def right_choice(question: Question) -> int:
-    """Which choice is the answer: its text, its letter or its number from 0. Raises ConfigError."""
-    answer = question.answers[0] if question.answers else ""
-    numbers = [str(number) for number in range(len(question.choices))]
-    for names in (question.choices, list(LETTERS[: len(question.choices)]), numbers):
+    """Which choice is the answer: its text or its name, else, where it has none, its letter; or its number
+    from 0, where no names are numbers. Raises ConfigError.
+    """
+    answer, count = question.answers[0] if question.answers else "", len(question.choices)
+    numbers = [] if any(map(str.isdecimal, question.names)) else [str(number) for number in range(count)]
+    for names in (question.choices, question.names or list(LETTERS[:count]), numbers):
         if answer in names:
             return names.index(answer)
-    raise ConfigError(f"its answer {answer!r} is none of its {len(numbers)} choices")
+    raise ConfigError(f"its answer {answer!r} is none of its {count} choices")
 
 
 CAPTIONS = ("cider", "bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l")

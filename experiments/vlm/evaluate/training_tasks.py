@@ -6,7 +6,6 @@ DUMP/tasks/step-N/summary.json             figures with their intervals
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from experiments.vlm.evaluate.asking import Asking, Line
 from experiments.vlm.evaluate.evaluation import write_results
 from experiments.vlm.evaluate.exhibits import exhibit
 from experiments.vlm.evaluate.questions import Questions
-from experiments.vlm.evaluate.task_scores import score
 from experiments.vlm.evaluate.tasks import TASKS, Question, TaskFile, parse_tasks
 from experiments.vlm.generate.answering import answering_of, prompter_of
 from experiments.vlm.generate.layout import lent, share_in_training
@@ -26,7 +24,7 @@ from torchtitan.components.metrics import Values
 from torchtitan.components.sinks import Exhibit
 from torchtitan.components.tokenizer import Tokenizer
 from torchtitan.components.validation import TASKS_FOLDER
-from torchtitan.config.errors import UserError, require
+from torchtitan.config.errors import require
 from torchtitan.distributed.collectives import from_all_ranks, from_first_rank
 from torchtitan.distributed.mesh import Mesh
 from torchtitan.tools.disk import write_whole
@@ -95,8 +93,6 @@ class TrainingTasks:
         asking = Asking(task, HeldRecords(questions, count, numbers), self.prompter)
         for number in self._mine(count):
             asking.prompts(number)
-        if self.rank == 0 and task.way == "generate":
-            _require_scorable(asking)
         return asking
 
     def _judge(self, found: list[dict[str, list[Line]]], step: int) -> tuple[Values, list[Exhibit]]:
@@ -131,16 +127,6 @@ class TrainingTasks:
         most = 0 if asking.task.way == "read" else min(self.job.validation.task_pictures, len(lines))
         numbers = [place * len(lines) // most for place in range(most)]
         return [exhibit(f"{label}/{n}", asking.records.read(n), lines[n]) for n in numbers]
-
-
-def _require_scorable(asking: Asking) -> None:
-    """Raises UserError where the records' answers are not what the metrics take."""
-    records = asking.records
-    nothing: list[Line] = [{"prediction": ""}] * len(records)
-    try:
-        score(replace(asking.task, optional=()), [records.read(n) for n in range(len(records))], nothing)
-    except UserError as error:
-        raise type(error)(f"{records.path}: {error}") from None
 
 
 def open_tasks(job: VLMJobConfig, tokenizer: Tokenizer, rank: int, ranks: int) -> TrainingTasks | None:
