@@ -24,6 +24,7 @@ from experiments.commands.generate import ModelOptions, model_job, open_model, t
 from experiments.vlm.check import check_path
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.evaluate import tasks
+from experiments.vlm.saved_model import read_with
 from torchtitan.config.check import check_options
 from torchtitan.config.errors import require
 from torchtitan.tools.disk import require_writable
@@ -73,7 +74,8 @@ def answer(options: Options, job: VLMJobConfig, asked: list[tasks.TaskFile]) -> 
     out, most = Path(options.out), max(tasks.TASKS[name].max_tokens for _, name, _ in asked)
     answering = open_model(options, job, options.sequences, most)
     template = template_of(options, job) or None
-    about = {"model": job.checkpoint.initial_load_path, "chat_template": template} | versions()
+    about: dict[str, Any] = {"model": job.checkpoint.initial_load_path, "chat_template": template}
+    about |= {"options": read_with(job)} | versions()
     controls = ("", *(CONTROLS if options.controls else ()))
     try:
         evaluations = [

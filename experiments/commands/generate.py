@@ -25,7 +25,7 @@ from experiments.__main__ import CONFIG_CLASSES, load_spec
 from experiments.vlm.check import check_output
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.processor import spoken_template
-from experiments.vlm.saved_model import use_checkpoint, use_hf_folder, with_saved
+from experiments.vlm.saved_model import read_with, use_checkpoint, use_hf_folder, with_saved
 from torchtitan.components.saved_config import Change
 from torchtitan.config.check import check_options
 from torchtitan.config.errors import require
@@ -135,7 +135,9 @@ def main(argv: Sequence[str]) -> int:
         return 0
     busy = f"--out {options.out}: somebody is writing answers there; wait for it, or give another file"
     with locked(Path(options.out), busy), resumable():
-        require_same_options(options, job.job.dump_folder)
+        if not options.hf:  # the latest may be another when the command is given again
+            options.checkpoint = str(use_checkpoint(job, options.checkpoint))
+        require_same_options(options, job)
         answer_records(options, job)
     return 0
 
@@ -162,7 +164,7 @@ def answer_records(options: Options, job: VLMJobConfig) -> None:
 
     answering = open_model(options, job, options.sequences, options.max_tokens)
     try:
-        keep_options(options, job.job.dump_folder, answering.mesh.leads)
+        keep_options(options, job, answering.mesh.leads)
         out = AnswerFile(Path(options.out), answering.mesh.leads, options.samples)
         images = ImageValues(folder_of(options.input), job.data)
         answer_file(answering, Path(options.input), out, images, options.ask)
@@ -170,16 +172,17 @@ def answer_records(options: Options, job: VLMJobConfig) -> None:
         close_process_group()
 
 
-def asked_with(options: Options, folder: str) -> dict[str, Any]:
-    """What decides the answers in a file, but for its questions. `folder`: the job's."""
+def asked_with(options: Options, job: VLMJobConfig) -> dict[str, Any]:
+    """What decides the answers in a file, but for its questions."""
     free = ("prompt", "image", "input", "out", "sequences")
-    return {name: value for name, value in vars(options).items() if name not in free} | {"run": folder}
+    own = {name: value for name, value in vars(options).items() if name not in free}
+    return own | {"run": job.job.dump_folder} | read_with(job)
 
 
-def keep_options(options: Options, folder: str, writes: bool) -> None:
+def keep_options(options: Options, job: VLMJobConfig, writes: bool) -> None:
     """Beside --out, for who goes on with it."""
     if writes:
-        write_whole(options_file(options), json.dumps(asked_with(options, folder)))
+        write_whole(options_file(options), json.dumps(asked_with(options, job)))
 
 
 def options_file(options: Options) -> Path:
@@ -187,11 +190,11 @@ def options_file(options: Options) -> Path:
     return Path(options.out + ".options.json")
 
 
-def require_same_options(options: Options, folder: str) -> None:
+def require_same_options(options: Options, job: VLMJobConfig) -> None:
     """Answers to be gone on with were drawn as the others will be. Raises UserError."""
     if not (Path(options.out).is_file() and options_file(options).is_file()):
         return
-    before, now = json.loads(options_file(options).read_text()), asked_with(options, folder)
+    before, now = json.loads(options_file(options).read_text()), asked_with(options, job)
     others = [
         Change(name, before.get(name), value) for name, value in now.items() if before.get(name) != value
     ]
@@ -213,3 +216,5 @@ def check(options: Options) -> None:
     if options.input:
         require(Path(options.input).is_file(), f"--input {options.input}: no such file")
         check_output(options.out, "--out")
+        same = Path(options.out).exists() and Path(options.out).samefile(options.input)
+        require(not same, f"--out {options.out}: is the file of --input; name another")

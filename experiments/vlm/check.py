@@ -362,3 +362,4 @@ def check_output(path: str, key: str) -> None:
     """A file can be written there; an empty path asks for none."""
     folder = os.path.dirname(os.path.abspath(path))
     require(not path or os.path.isdir(folder), f"{key} = {path}: no such folder (looked from {os.getcwd()})")
+    require(not os.path.isdir(path), f"{key} = {path}: is a folder; name a file")

@@ -1,7 +1,9 @@
 """The model of a run that is over, for later use. Imports no torch."""
 
 from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.model_config import image_plan
@@ -12,6 +14,15 @@ from torchtitan.config.errors import require
 from torchtitan.config.parse import config_file, last_value, split_options
 from torchtitan.tools.hub import get_it
 
+# What else of a job decides what its model reads of a prompt, and in which precision.
+READ_WITH = (
+    "data.patch_size",
+    "data.spatial_merge_size",
+    "data.resize",
+    "data.max_tiles_per_image",
+    "training.seq_len",
+    "training.mixed_precision_param",
+)
 SAID = 1024  # tokens besides the largest image
 IMAGE_LIMITS = [
     f"data.{which}_{unit}_per_image" for which in ("max", "min") for unit in ("patches", "pixels", "tokens")
@@ -53,6 +64,11 @@ def make_room(job: VLMJobConfig, given: Sequence[list[str]]) -> None:
         job.data.patches_per_row, job.data.patch_rows = plan.most_cells, len(plan.largest)
     if last_value(given, "training.seq_len") is None:
         job.training.seq_len = max(job.training.seq_len, plan.most_tokens + SAID)
+
+
+def read_with(job: VLMJobConfig) -> dict[str, Any]:
+    """Options of a job on which answers of its model depend, by name."""
+    return {name: attrgetter(name)(job) for name in (*IMAGE_LIMITS, *READ_WITH)}
 
 
 def use_checkpoint(job: VLMJobConfig, name: str) -> Path:

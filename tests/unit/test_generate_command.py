@@ -7,7 +7,9 @@ import pytest
 
 from experiments.__main__ import main as train
 from experiments.commands import main
+from experiments.vlm.generate.answer_file import AnswerFile, read_records
 from tests.samples import jpeg, write_jsonl
+from torchtitan.config.errors import ConfigError
 
 SMALL = [
     "--training.dataset", "cc12m", "--training.dataset_path", "embedded:captions/train",
@@ -48,6 +50,7 @@ def test_a_file_is_answered_as_each_line_alone_and_gone_on_with(run, capsys):
         {"id": "b", "prompt": "", "images": ["b.jpg", "a.jpg"]},
         {"id": "gone", "images": ["c.jpg"]},
         {"prompt": "no image"},
+        {"id": "q", "question": "What?"},
     ]
     write_jsonl(run / "in.jsonl", asked)
     out = run / "out.jsonl"
@@ -63,8 +66,8 @@ def test_a_file_is_answered_as_each_line_alone_and_gone_on_with(run, capsys):
     ]
     assert generate(run, *command) == 0
     lines = {line["id"]: line for line in map(json.loads, out.read_text().splitlines())}
-    assert lines.keys() == {0, "b", "gone", 3} and capsys.readouterr().out == ""
-    assert "c.jpg" in lines["gone"]["error"]
+    assert lines.keys() == {0, "b", "gone", 3, "q"} and capsys.readouterr().out == ""
+    assert "c.jpg" in lines["gone"]["error"] and "question is not read" in lines["q"]["error"]
     # Who goes on must ask as before.
     assert generate(run, *command, "--max_tokens", "5") == 2
     told = capsys.readouterr().err
@@ -75,12 +78,68 @@ def test_a_file_is_answered_as_each_line_alone_and_gone_on_with(run, capsys):
     assert generate(run, *command, "--sequences", "1") == 0
     again = list(map(json.loads, out.read_text().splitlines()))
     assert json.dumps(again[0]) == json.dumps(json.loads(kept))
-    assert {line["id"]: line for line in again} == lines and len(again) == 4
+    assert {line["id"]: line for line in again} == lines and len(again) == 5
+
+
+def test_who_goes_on_asks_the_checkpoint_that_began(run, capsys):
+    write_jsonl(run / "two.jsonl", [{"prompt": "one"}, {"prompt": "two"}])
+    command = ["--input", str(run / "two.jsonl"), "--out", str(run / "two.out.jsonl")]
+    newest, away = run / "checkpoint" / "step-2", run / "away"
+    newest.rename(away)
+    assert generate(run, *command) == 0
+    away.rename(newest)
+    assert generate(run, *command) == 2
+    assert re.search("checkpoint was .*step-1 and is .*step-2", capsys.readouterr().err)
+    assert generate(run, *command, "--checkpoint", "step-1") == 0
+    assert generate(run, *command, "--checkpoint", "step-1", "--data.max_patches_per_image", "16") == 2
+    assert "data.max_patches_per_image was 64 and is 16" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        b"precious notes without a line end",
+        b'{"a": 1}\n',
+        b'{"id": 1, "prompt": "x"}\n{"id": 2, "pro',
+        b"x\n",
+    ],
+)
+def test_a_file_that_holds_no_answers_is_left_as_it_is(tmp_path, held):
+    path = tmp_path / "out.jsonl"
+    path.write_bytes(held)
+    with pytest.raises(ConfigError, match="out.jsonl"):
+        AnswerFile(path, True, 1)
+    assert path.read_bytes() == held
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ('{"id": [1]}', r"line 1: the id \[1\] is neither a text nor a number"),
+        ('{"id": NaN}', "line 1: the id nan is neither"),
+        ('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", "line 1: .*recursion"),
+        ('{"id": 1}\n{"id": 1}', "line 2: the id 1 is there twice"),
+    ],
+    ids=lambda value: value[:12],
+)
+def test_a_line_that_is_no_record_is_named(tmp_path, line, told):
+    (tmp_path / "in.jsonl").write_text(line)
+    with pytest.raises(ConfigError, match=told):
+        read_records(tmp_path / "in.jsonl")
+
+
+def test_an_id_that_is_half_a_character_is_kept(tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"id": "\\ud83d", "prompt": "a"}')
+    (_, id, _), out = *read_records(tmp_path / "in.jsonl"), AnswerFile(tmp_path / "out.jsonl", True, 1)
+    out.add(id, 0, {"text": "b"})
+    assert AnswerFile(tmp_path / "out.jsonl", True, 1).left(id) == []
 
 
 @pytest.mark.parametrize(
     ("options", "told"),
     [
+        (["--input", __file__, "--out", __file__], "is the file of --input"),
+        (["--input", __file__, "--out", "."], "is a folder"),
         ([], "nothing to answer"),
         (["--image", "nowhere.jpg"], "--image nowhere.jpg: no such file"),
         (["--prompt", "a", "--temperature", "-1"], "temperature = -1.0: must be >= 0"),

@@ -21,6 +21,7 @@ from torchtitan.tools.logging import logger
 
 Ask = Callable[[int, Prompt], Request]  # (number of a sample, its prompt)
 NumberedRecord = tuple[int, Any, dict[str, Any]]  # number and id of a record, and the record
+BEGINNING = b'{"id": '  # of a line
 
 
 def answer_one(answering: Answering, content: list[str | Picture], ask: Ask) -> None:
@@ -44,10 +45,11 @@ class AnswerFile:
         self.path = path
         self.writes = writes
         self.samples = samples
-        self.failed = 0
+        self.failed: set[Any] = set()  # ids
         self.done: set[tuple[Any, int]] = set()
         if path.exists():
-            _cut_torn_line(path)
+            whole = _require_ours(path)
+            os.truncate(path, whole)
             self.done = {(line["id"], line.get("sample", 0)) for line in _lines(path)}
 
     def left(self, id: Any) -> list[int]:
@@ -56,12 +58,13 @@ class AnswerFile:
 
     def add(self, id: Any, sample: int, values: dict[str, Any]) -> None:
         """One line, in one write."""
-        self.failed += "error" in values
+        if "error" in values:
+            self.failed.add(id)
         if self.writes:
             numbered = {"sample": sample} if self.samples > 1 else {}
             line = json.dumps({"id": id, **numbered, **values}, ensure_ascii=False) + "\n"
             file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-            os.write(file, line.encode())
+            os.write(file, line.encode(errors="backslashreplace"))  # half a pair of code units as JSON has it
             os.close(file)
 
 
@@ -84,7 +87,7 @@ def answer_file(answering: Answering, path: Path, out: AnswerFile, images: Image
     bar.close()
     if out.failed:
         logger.warning(
-            f"{out.failed} of {len(mine)} records could not be asked: see their lines in {out.path}"
+            f"{len(out.failed)} of {len(mine)} records could not be asked: see their lines in {out.path}"
         )
 
 
@@ -115,30 +118,43 @@ def as_line(answer: Answer) -> dict[str, Any]:
 
 
 def read_records(path: Path) -> list[NumberedRecord]:
-    """(number, id, record) of each line. Raises ConfigError for a line that is no record, or an id twice."""
+    """(number, id, record) of each line. Raises ConfigError for a line that is no record, or an id that is
+    none or there twice.
+    """
     records = [(number, line.get("id", number), line) for number, line in enumerate(_lines(path))]
     seen: set[Any] = set()
     for number, id, _ in records:
+        if not isinstance(id, str | int | float) or id != id:
+            raise ConfigError(f"{path}, line {number + 1}: the id {id!r} is neither a text nor a number")
         if id in seen:
             raise ConfigError(f"{path}, line {number + 1}: the id {id!r} is there twice")
         seen.add(id)
     return records
 
 
-def _cut_torn_line(path: Path) -> None:
-    """A kill may leave a line without its end."""
+def _require_ours(path: Path) -> int:
+    """Bytes of its whole lines: a kill may leave one without its end. Raises ConfigError for another file."""
     text = path.read_bytes()
-    os.truncate(path, text.rfind(b"\n") + 1)
+    whole = text.rfind(b"\n") + 1
+    torn = text[whole:]
+    if not (torn.startswith(BEGINNING) or BEGINNING.startswith(torn)):
+        raise ConfigError(f"{path}: is no file of answers; give another one")
+    for number, line in enumerate(_lines(path, whole)):
+        if "id" not in line or "prompt" in line or "messages" in line:
+            raise ConfigError(f"{path}, line {number + 1}: is no answer; give another file")
+    return whole
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Objects of a JSONL file. Raises ConfigError for a line that is none."""
+def _lines(path: Path, end: int | None = None) -> Iterator[dict[str, Any]]:
+    """Objects of a JSONL file, or of so many bytes of it. Raises ConfigError for a line that is none."""
     with open(path, "rb") as file:
         for number, line in enumerate(file):
+            if end is not None and file.tell() > end:
+                return
             try:
                 value = json.loads(line)
                 if not isinstance(value, dict):
                     raise ValueError("not an object")
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ConfigError(f"{path}, line {number + 1}: {error}") from None
             yield value

@@ -14,6 +14,8 @@ from experiments.vlm.data.rejects import Rejected, meaning
 from experiments.vlm.generate.prompt import Prompt, Prompter, Turns
 from torchtitan.config.errors import UserError
 
+NOT_READ = ("question", "query", "text", "conversations")  # that other records ask in
+
 
 def prompt_of(record: Mapping[str, Any], images: ImageValues, prompter: Prompter) -> Prompt:
     """Raises UserError that says what is wrong with the record, or names the image."""
@@ -24,6 +26,8 @@ def turns_of(record: Mapping[str, Any], images: ImageValues) -> Turns:
     """(role, texts and pictures) of each message. Raises UserError."""
     asked = record.get("messages")
     if asked is None:
+        if "prompt" not in record and (elsewhere := [name for name in NOT_READ if record.get(name)]):
+            raise UserError(f"{elsewhere[0]} is not read: what is asked stands in prompt or messages")
         asked = [{"role": "user", "content": record.get("prompt", "")}]
     elif not isinstance(asked, list) or not asked:
         raise UserError("messages is no list of messages")
