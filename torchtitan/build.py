@@ -65,7 +65,9 @@ class Run:
 
 
 def build(job: JobConfig, spec: TrainSpec, device: torch.device) -> Run:
-    """In this order: what is cheap and may be wrong first, what a checkpoint fills before it is loaded."""
+    """Build in this order: what is cheap and may be wrong first, what a checkpoint fills before it is
+    loaded.
+    """
     folder, world_size = Path(job.job.dump_folder), dist.get_world_size()
     require_device(job.float8, device)
     _seed_generators(job)
@@ -160,12 +162,12 @@ def resolve_global_batch(job: JobConfig) -> None:
 
 
 def own_checkpoint(job: JobConfig) -> Path | None:
-    """What the run goes on from, if anything."""
+    """The checkpoint that the run resumes from, if any."""
     return find(job.checkpoint, Path(job.job.dump_folder) / job.checkpoint.folder)
 
 
 def require_weights(job: JobConfig, spec: TrainSpec) -> None:
-    """Raises ConfigError where files of others that the run would start from do not fit its model.
+    """Raises ConfigError where published weights that the run would start from do not fit its model.
 
     Asked before the dump folder is touched.
     """
@@ -199,7 +201,7 @@ def to_rank_of(job: JobConfig, spec: TrainSpec, mesh: Mesh) -> Callable[[Batch],
 
 def require_one_job(job: JobConfig) -> None:
     """Machines are started one by one. Where options differ, groups of ranks would wait for each other until
-    the time is out.
+    they time out.
 
     The dump folder may differ. Raises ConfigError on every rank.
     """

@@ -1,5 +1,5 @@
-"""Look before training: the whole configuration is checked, the model built without storage, one batch read,
-sizes printed.
+"""A look before training: the whole configuration is checked, the model built without storage, one batch
+read, sizes printed.
 """
 
 from typing import Any
@@ -25,7 +25,7 @@ from torchtitan.tools.logging import logger, warn_once
 
 
 def dry_run(job: JobConfig, spec: TrainSpec) -> None:
-    """Every rank would do the same, so nobody else is asked. Raises ConfigError.
+    """Looks, in one process: every rank would do the same. Raises ConfigError.
 
     Without the tokenizer's file the sizes are those of the published vocabulary; without it or data, no batch
     is read.
@@ -62,7 +62,7 @@ def _device() -> torch.device:
 
 
 def _log_weights(job: JobConfig, spec: TrainSpec, model: nn.Module) -> None:
-    """What would be taken of files of others, where they are there. Raises ConfigError for misfits."""
+    """Log what would be taken from published weights, where they are here. Raises ConfigError for misfits."""
     source = spec.initial_weights(job, shapes_of(model))
     for line in source.report() if source else ():
         logger.info(line)

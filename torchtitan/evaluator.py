@@ -1,4 +1,4 @@
-"""What a run is judged by while it trains and at its end: held-out data, tasks, controls and curves."""
+"""Evaluation of a run while it trains and at its end: held-out data, tasks, controls and curves."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from torchtitan.tools.logging import logger
 
 
 class Evaluator:
-    """Judges the weights of the present step. All ranks call the same; each may raise StopAsked."""
+    """Evaluates the weights of the present step. All ranks make the same calls; each may raise StopAsked."""
 
     def __init__(self, run: Run):
         self.run, self.job = run, run.job
@@ -22,7 +22,7 @@ class Evaluator:
         return values
 
     def run_tasks(self) -> None:
-        """Figures and answers of this step, logged; nothing where there are no tasks."""
+        """Run tasks and log their figures and answers; nothing where there are none."""
         if self.run.tasks is None:
             return
         comm = self.job.comm
@@ -34,7 +34,7 @@ class Evaluator:
         self.run.reporter.tasks(self.run.state.step, values, exhibits)
 
     def judge(self, stopped: bool) -> None:
-        """At the end: held-out figures, tasks, curves and controls; of a stopped run the curves alone."""
+        """At the end: held-out figures, tasks, curves and controls; for a stopped run only the curves."""
         values = self.validate() if self.job.validation.enable and not stopped else None
         if not stopped:
             self.run_tasks()

@@ -3,8 +3,8 @@
     python -m torchtitan.launch --processes 2 experiments --job.config_file job.toml
     python -m torchtitan.launch --processes 8 --machines 4 --machine 0 --address first --port 29500 ...
 
-Ranks get the variables that torchrun would give them. What the user can mend is one line, however many ranks
-say it. A signal goes on to every rank, each in a session of its own, so that Ctrl-C in a terminal reaches it
+Ranks get the variables that torchrun would give them. A user's error is printed once, however many ranks have
+it. A signal goes on to every rank, each in a session of its own, so that Ctrl-C in a terminal reaches it
 once. Imports no torch.
 """
 
@@ -82,7 +82,7 @@ class Ranks:
                 process.send_signal(number)
 
     def wait(self) -> int:
-        """Until all have ended. Returns the exit code of the first that failed, or 128 + its signal."""
+        """Wait until all have ended. Returns the exit code of the first that failed, or 128 + its signal."""
         failed: int | None = None
         deadline = float("inf")
         while True:
@@ -98,7 +98,9 @@ class Ranks:
             time.sleep(POLL_S)
 
     def _failed(self) -> int | None:
-        """A local rank that failed; one that knows why before one that only lost the others."""
+        """A local rank that failed, if any; preferably one that knows why, not one that only lost the
+        others.
+        """
         failed = [local for local, process in enumerate(self.processes) if process.poll()]
         return min(failed, key=lambda local: not self._error(local), default=None)
 

@@ -1,4 +1,4 @@
-"""A model with its weights, from a job: built, laid out over ranks, given storage, filled.
+"""A model with its weights, from a job: built, laid out over ranks, given storage and values.
 
 Training, conversion and generation share it; nothing here optimizes, loads data or keeps time.
 """
@@ -54,7 +54,7 @@ def _model_and_source(
 
 
 def parallelize(model: nn.Module, mesh: Mesh, job: JobConfig, spec: TrainSpec) -> ForwardBackward:
-    """Still on the meta device."""
+    """Lay the model out over the ranks, while it is on the meta device."""
     if mesh.degrees.pp > 1:
         if spec.pipeline is None:
             raise ConfigError(
@@ -72,6 +72,6 @@ def give_weights(
     mesh: Mesh,
     source: WeightSource | None = None,
 ) -> None:
-    """Storage and values for this rank's shards alone. What `source` has not starts from the seed."""
+    """Give this rank's shards storage and values. What `source` lacks starts from the seed."""
     to_empty(forward_backward.parts, "cpu" if job.training.enable_cpu_offload else mesh.device)
     fill(forward_backward.parts, model.tied_names(), job.debug.seed, source)

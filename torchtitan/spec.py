@@ -1,4 +1,4 @@
-"""What a model brings to the trainer, which itself knows nothing of images, towers or what a token means."""
+"""What a model brings to the trainer, which knows nothing of images, towers or what a token means."""
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from torchtitan.distributed.mesh import Mesh
 
 
 class Model(Protocol):
-    """What the trainer asks of a model, besides its being an nn.Module."""
+    """What the trainer needs of a model, besides its being an nn.Module."""
 
     ADAMW_ONLY: tuple[str, ...]  # matrices that Muon leaves to AdamW, by the beginning of their names
 
@@ -40,7 +40,8 @@ class Model(Protocol):
 class TrainSpec:
     """The trainer divides a step's loss by the sum of its weights over all ranks and microbatches.
 
-    Those are a count of the batch, whole or not, that the host knows before the forward (Counts.loss_weight).
+    These weights are a count of the batch, an integer or not, that the host knows before the forward
+    (Counts.loss_weight).
     """
 
     name: str
@@ -49,7 +50,7 @@ class TrainSpec:
     # (job, tokenizer; None: as published): a Model, on the meta device
     build_model: Callable[[Any, Any], Any]
     model_config: Callable[[Any], Any]  # (job): a dataclass of sizes, stored with the weights
-    # (job, shapes of the whole model's weights): from the files of others, compared with those shapes
+    # (job, shapes of the whole model's weights): published weights, compared with those shapes
     initial_weights: Callable[[Any, Sizes], WeightSource | None]
     # (job, checkpoint, folder, rank, ranks): the share of a rank in the checkpoint as a Hugging Face folder
     export: Callable[[Any, Path, Path, int, int], object]
@@ -64,7 +65,9 @@ class TrainSpec:
     build_loader: Callable[..., Loader]
     # (job, tokenizer, rank, ranks): validation.tasks, whose records these ranks share; None: there are none
     open_tasks: Callable[[Any, Any, int, int], Tasks | None]
-    missing_data: Callable[[Any], list[str]]  # (job): a line for all data that are not on this machine
+    missing_data: Callable[
+        [Any], list[str]
+    ]  # (job): a line for each path of data that is not on this machine
     # (host tensors, mesh, job): the share of this rank of a CP group
     shard_batch: Callable[[Tensors, Mesh, Any], Tensors]
     # weighted sum over what this rank has of a batch, then what each source (Counts.sources) has of it;

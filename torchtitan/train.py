@@ -76,7 +76,7 @@ class Trainer:
             run.state.data = run.loader.state_dict()
 
     def train(self) -> None:
-        """Until the last step, the end of the data or a signal; then evaluate and save.
+        """Train until the last step, the end of the data or a signal; then evaluate and save.
 
         Raises on all ranks, once it has saved, the UserError that the loader ended with.
         """
@@ -146,9 +146,7 @@ class Trainer:
         return norm
 
     def sum_counts(self, step: Step | None) -> dict[str, float]:
-        """What all ranks' batches of this step hold together, and whether any rank wants to stop or has no
-        more data.
-        """
+        """The counts of this step over all ranks, and whether any rank wants to stop or has no more data."""
         own = dict.fromkeys([*self.run.counts.names, *self.epochs.names.values(), "slots", "flops"], 0.0)
         if step is not None and self.run.mesh.leads:
             for batch in step.batches:
@@ -162,7 +160,7 @@ class Trainer:
         return sum_over_hosts(own)
 
     def after_step(self) -> None:
-        """What is due every few steps; the last one is left to `finish`."""
+        """Do what is due every few steps; `finish` does it for the last one."""
         step = self.state.step
         if step == self.first_step:
             set_timeout(self.job.comm.train_timeout_seconds)
@@ -175,7 +173,7 @@ class Trainer:
             self.pause(step)
 
     def pause(self, step: int) -> None:
-        """Evaluate and save where that is due; the time it takes is not counted as training."""
+        """Evaluate and save where due; the time it takes is not counted as training."""
         started = time.perf_counter()
         if self.job.validation.enable and step % self.job.validation.freq == 0:
             self.evaluator.validate()
@@ -186,9 +184,9 @@ class Trainer:
         self.run.meter.leave_out(time.perf_counter() - started)
 
     def log(self) -> None:
-        """A line and a record of what happened since the last."""
+        """Write a line and a record of what happened since the last."""
         self.logged_step = self.state.step
-        # A rank of a tensor-parallel group has the whole loss of its tokens, as have its partners.
+        # Each rank of a tensor-parallel group has the whole loss of its tokens.
         loss = sum_over_ranks(self.loss) / self.run.mesh.degrees.tp
         values: Values = {"loss": loss.item(), "grad_norm": self.grad_norm.item()}
         printed, tallies = self.run.meter.read()
@@ -201,11 +199,11 @@ class Trainer:
 
     @property
     def wall_s(self) -> float:
-        """Seconds of all launches, up to the checkpoint that the next went on from."""
+        """Seconds of training, over all launches up to the checkpoints they were resumed from."""
         return time.perf_counter() - self.began
 
     def save(self, final: bool = False) -> None:
-        """A checkpoint, and the report of the data with it."""
+        """Save a checkpoint, and the report of the data with it."""
         self.state.wall_s = self.wall_s
         self.run.checkpointer.save(final)
         self.report_data()
@@ -217,12 +215,12 @@ class Trainer:
         )
 
     def log_rejected(self) -> None:
-        """Which data were not used, from the last report, where this rank has one."""
+        """Log which data were not used, from the last report, where this rank has one."""
         if self.data_report is not None and (line := self.run.loader.summary(self.data_report)):
             logger.info(line)
 
     def finish(self) -> None:
-        """After the last step, at the end of the data, or when asked to stop."""
+        """End the run: after the last step, at the end of the data, or when asked to stop."""
         if self.logged_step < self.state.step:
             self.log()
         early = self.state.step < self.job.training.steps
@@ -247,7 +245,7 @@ class Trainer:
             logger.info(f"stopped by {by} while the last step was evaluated; {self.saved()}")
 
     def save_in_hf(self) -> None:
-        """The last checkpoint, which is complete, as a Hugging Face folder too."""
+        """Write the last checkpoint, which is complete, as a Hugging Face folder too."""
         set_timeout(self.job.comm.init_timeout_seconds)  # one rank may write for longer than a step takes
         step = f"step-{self.state.step}"
         checkpoint = self.folder / self.job.checkpoint.folder / step
@@ -258,7 +256,7 @@ class Trainer:
         return next((number for number in WATCHED if any_rank(self.signals.received is number)), None)
 
     def saved(self) -> str:
-        """What is left of a run that ends early."""
+        """What was saved of a run that ends early, in words."""
         if not self.job.checkpoint.enable:
             return "nothing was saved, since checkpoint.enable is off"
         if self.state.step == 0:
@@ -266,7 +264,7 @@ class Trainer:
         return "the same command goes on from its checkpoint"
 
     def log_stopped(self, by: signal.Signals) -> None:
-        """Says which signal ended the run and what was saved. Waits for all ranks."""
+        """Log which signal ended the run and what was saved. Waits for all ranks."""
         logger.info(f"stopped by {by.name} after step {self.state.step}; {self.saved()}")
         # once a rank has ended with another code than 0, a launcher gives the others little time
         dist.barrier()
@@ -307,7 +305,7 @@ def main(job: JobConfig, spec: TrainSpec) -> int:
     try:
         trainer.train()
     except UserError:
-        raise  # on all ranks, and it says everything
+        raise  # raised on all ranks, and its message suffices
     except Exception as error:
         if dist.get_world_size() == 1 and is_full(error):
             raise  # nothing more can be written
@@ -324,7 +322,7 @@ def main(job: JobConfig, spec: TrainSpec) -> int:
 
 
 def failure(step: int, error: Exception) -> str:
-    """Where this rank failed, and what is known of the others, if there are any."""
+    """Where this rank failed, and what is known of the others, in words."""
     failed = f"failed in step {step}"
     return (
         failed if dist.get_world_size() == 1 else f"rank {dist.get_rank()} {failed}; {who_is_to_blame(error)}"

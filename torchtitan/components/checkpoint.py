@@ -111,7 +111,7 @@ class Checkpointer:
             _delete(self.folder / f"step-{old}")
 
     def wait(self) -> None:
-        """Until the checkpoint in the background, if any, is complete.
+        """Wait until the checkpoint in the background, if any, is complete.
 
         Raises CheckpointError as `save` does.
         """

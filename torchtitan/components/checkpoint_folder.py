@@ -63,7 +63,9 @@ def find(options: Checkpoint, folder: Path) -> Path | None:
 
 
 def find_initial(options: Checkpoint) -> Path | None:
-    """`initial_load_path`: a checkpoint, or a folder of them, of which the latest; no Hugging Face folder."""
+    """`initial_load_path`: a checkpoint, or the latest in a folder of them; None for a Hugging Face
+    folder.
+    """
     if not options.initial_load_path or options.initial_load_in_hf:
         return None
     path = Path(options.initial_load_path)

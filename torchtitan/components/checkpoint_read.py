@@ -1,4 +1,4 @@
-"""What a checkpoint holds, found without reading its tensors, and what is said where one cannot be read."""
+"""What a checkpoint holds, found without reading its tensors, and the error where it cannot be read."""
 
 import contextlib
 import warnings
@@ -19,7 +19,7 @@ from torchtitan.layers.lora import is_adapters
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 Failure = (OSError, CheckpointException)  # CheckpointException, of all ranks alike, is no Exception
-CUT_SHORT = "inline_container"  # in what torch says of a file that ends too early, written or read
+CUT_SHORT = "inline_container"  # in torch's error about a file that ends too early, written or read
 PREFIX = "model."  # of the weights' names
 Sizes = Mapping[str, tuple[int, ...]]  # of the tensors in a checkpoint, by name
 
@@ -46,7 +46,7 @@ def stored_tensors(path: Path) -> dict[str, Stored]:
 
 
 def stored_sizes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes alone. Raises Damaged."""
+    """The shapes of those tensors. Raises Damaged."""
     return {name: tensor.shape for name, tensor in stored_tensors(path).items()}
 
 

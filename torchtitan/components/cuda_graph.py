@@ -43,7 +43,7 @@ class GraphedStep:
         return self.step(self.inputs, self.scale)
 
     def _copy_in(self, microbatches: Iterable[Tensors], scale: float | Tensor) -> None:
-        """One after the other, since each holds until the next one is asked for."""
+        """Copy microbatches one after the other, since each holds only until the next is asked for."""
         number = -1
         for number, tensors in enumerate(microbatches):
             if self.calls == 0:
@@ -72,7 +72,7 @@ class Recorder:
         return result
 
     def record(self, work: Run) -> Run:
-        """Capturing runs nothing.
+        """Capture `work`, without running it. Returns what replays it.
 
         Gradients and activations get addresses in the graph's own memory, for good.
         """

@@ -1,4 +1,4 @@
-"""curves.png: what a run's metrics.jsonl says, over its steps. What was not measured has no panel."""
+"""curves.png: the figures of a run's metrics.jsonl over its steps. What was not measured has no panel."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -47,13 +47,13 @@ def draw_curves(folder: Path, occupancy: Sequence[str], groups: Sequence[str]) -
 
 
 def panels_of(known: Sequence[str], occupancy: Sequence[str], groups: Sequence[str]) -> list[Panel]:
-    """Each with the series among the figures of a run that are known; one without any is empty."""
+    """All panels, each with those of its series that are known figures; a panel without any is empty."""
 
     def there(series: Mapping[str, str]) -> dict[str, str]:
         return {name: label for name, label in series.items() if name in known}
 
     def sources(prefix: str, end: str = "") -> dict[str, str]:
-        """Of each source, where there are several."""
+        """A series for each source, where there are several."""
         found = {name: name.removeprefix(prefix) + end for name in known if name.startswith(prefix)}
         return found if len(found) > 1 else {}
 

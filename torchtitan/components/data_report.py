@@ -13,8 +13,8 @@ REPORT = "data_report.json"
 
 
 def merge(reports: list[Any]) -> Any:
-    """Numbers are added, mappings merged, lists joined; anything else is the same everywhere, so the first
-    speaks.
+    """Add numbers, merge mappings, join lists; anything else is the same everywhere, so the first is
+    taken.
     """
     if isinstance(reports[0], Mapping):
         keys = dict.fromkeys(key for report in reports for key in report)

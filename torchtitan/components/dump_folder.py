@@ -55,7 +55,7 @@ def begin(job: JobConfig) -> bool:
 
 
 def folders(job: JobConfig, saved: dict[str, Any] | None) -> set[str]:
-    """Those of this job and of the one before, which may have called them otherwise."""
+    """Folders of this job and of the one before, which may have named them otherwise."""
     names = set()
     for option in FOLDERS:
         section, field = option.split(".")
@@ -91,7 +91,7 @@ def lacks_its_last_figures(job: JobConfig, own: Path, step: int) -> bool:
         record["step"] == step and any(key.startswith(HELD_OUT) for key in record)
         for record in read_history(folder)
     )
-    # Weights alone cannot be gone on with (Checkpointer.load): `evaluate` looks at those.
+    # A run cannot resume from weights alone (Checkpointer.load): `evaluate` looks at those.
     missing = job.validation.enable and not there and not read_record(own)["model_only"]
     if missing:
         logger.info(f"{folder} has no held-out figures of step {step}: they are taken now")
@@ -99,7 +99,7 @@ def lacks_its_last_figures(job: JobConfig, own: Path, step: int) -> bool:
 
 
 def refuse_another_run(job: JobConfig, own: Path, changed: list[Change]) -> None:
-    """What a checkpoint cannot be gone on with."""
+    """Raises ConfigError for options with which no run can resume from this checkpoint."""
     without = job.checkpoint.exclude_from_loading
     if "train_state" in without:
         raise ConfigError(
@@ -123,8 +123,8 @@ def differ(before: str, now: str) -> bool:
 
 
 def refuse_checkpoints_of_others(job: JobConfig, saved: dict[str, Any] | None, folder: Path) -> None:
-    """A run that would not go on from the checkpoints of this folder must not share the folder with them
-    either.
+    """Raises ConfigError where this folder has checkpoints that the run would not resume from: it must not
+    share the folder with them.
     """
     for name in {
         job.checkpoint.folder,
@@ -139,7 +139,7 @@ def refuse_checkpoints_of_others(job: JobConfig, saved: dict[str, Any] | None, f
 
 
 def go_back(folder: Path, kept_by_step: Iterable[Path], step: int) -> None:
-    """checkpoint.load_step: what came after it, with its metrics, is from now on another run's."""
+    """checkpoint.load_step: set aside what came after it, with its metrics, as another run's."""
     later = [
         parent / f"step-{number}"
         for parent in kept_by_step

@@ -1,10 +1,10 @@
 """Which linear maps of a model compute in fp8 ([float8]), by torchao (https://github.com/pytorch/ao).
 
 A map y = x W^T and both products of its backward take numbers of 8 bits (e4m3: 4 of exponent, 3 of mantissa),
-each row of a factor scaled so that its largest number just fits. Weights, gradients and what lies between
-maps keep their dtypes and names, so layouts, checkpoints and files know nothing of it.
+each row of a factor scaled so that its largest number just fits. Weights, gradients and activations between
+maps keep their dtypes and names, so layouts, checkpoints and files are not affected.
 
-Unusual here: maps are chosen as adapters are ([lora]), and no map is left out without a word.
+Unusual here: maps are chosen as adapters are ([lora]), and no map is left out without a line in the log.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ def require_device(options: Float8, device: torch.device) -> None:
 def convert(model: nn.Module, options: Float8, shares: Mapping[str, Share]) -> None:
     """Let the chosen linear maps compute in fp8, in place, with the parameters that they have.
 
-    `model`: whole and plain, its adapters there. `shares`: of each part. Raises ConfigError where a pattern
+    `model`: whole and plain, with its adapters. `shares`: of each part. Raises ConfigError where a pattern
     finds no map, or one that cannot be converted.
     """
     if not options.enable:
@@ -59,7 +59,8 @@ def convert(model: nn.Module, options: Float8, shares: Mapping[str, Share]) -> N
     if options.recipe_name == "rowwise":
         for part in sorted({_part(name) for name in fitting}):
             _require_rows(part, shares[part].rows)
-    # It takes seconds to import, and is an extra. Kernels of it that do not load here are not those of fp8.
+    # Imported here: it takes seconds, and is an extra. Its kernels that may fail to load are not those of
+    # fp8.
     logging.getLogger("torchao").setLevel(logging.ERROR)
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
@@ -72,7 +73,7 @@ def convert(model: nn.Module, options: Float8, shares: Mapping[str, Share]) -> N
 
 
 def chosen_maps(model: nn.Module, options: Float8) -> dict[str, nn.Module]:
-    """Those that float8.patterns find and float8.filter_fqns do not, by name, whatever their sizes."""
+    """The maps that float8.patterns find and float8.filter_fqns do not, by name, whatever their sizes."""
     maps = {
         name: module
         for name, module in model.named_modules()
@@ -106,7 +107,7 @@ def _require_plain(name: str, module: nn.Module) -> None:
 
 
 def log_float8(model: nn.Module, options: Float8) -> None:
-    """Say what computes in fp8, and what was to and does not. `model`: converted."""
+    """Log what computes in fp8, and what was chosen and does not. `model`: converted."""
     if not options.enable:
         return
     from torchao.float8.float8_linear import Float8Linear
@@ -130,7 +131,7 @@ def _fits(module: nn.Module, share: Share) -> bool:
 
 
 def _sizes(maps: Mapping[str, nn.Module]) -> str:
-    """Alike layers in one."""
+    """Names and sizes, layers that are alike as one."""
     sizes = {
         re.sub(r"\.\d+\.", ".*.", name): tuple(m.get_parameter("weight").shape) for name, m in maps.items()
     }
@@ -138,7 +139,7 @@ def _sizes(maps: Mapping[str, nn.Module]) -> str:
 
 
 def _require_rows(part: str, rows: int) -> None:
-    """The gradient of a weight is a product over them."""
+    """Raises ConfigError for rows that do not divide: the gradient of a weight is a product over them."""
     require(
         rows % MULTIPLE == 0,
         f"float8.recipe_name = rowwise: a forward of the {part} has {rows} rows on a rank, not a multiple of "

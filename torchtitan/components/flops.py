@@ -42,7 +42,7 @@ def backward_of(model: nn.Module) -> dict[str, Backward]:
 
 
 def _visit(name: str, module: nn.Module, reads: bool, found: dict[str, Backward]) -> bool:
-    """`reads`: whether the input needs a gradient. Returns whether the output does."""
+    """`reads`: whether the input needs a gradient. Returns whether the output needs one."""
     trains = any(parameter.requires_grad for parameter in module.parameters(recurse=False))
     found[name] = Backward(weights=trains, inputs=reads)
     so_far = reads or trains
@@ -68,7 +68,7 @@ def product_flops(model: nn.Module) -> dict[str, int]:
 
 
 def attention_passes(model: nn.Module) -> dict[str, int]:
-    """Over the scores of each layer, by the name of its attention, forward included."""
+    """Passes over the scores of each layer, by the name of its attention, forward included."""
     backward = backward_of(model)
     names = [name for name, module in model.named_modules() if isinstance(module, InnerAttention)]
     return {name: backward[name].attention for name in names}

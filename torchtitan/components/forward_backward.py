@@ -22,8 +22,8 @@ class ForwardBackward(Protocol):
     parts: list[nn.Module]  # the model, or this rank's stages of it
 
     def __call__(self, tensors: Tensors, scale: float | Tensor, last: bool) -> Tensor:
-        """Add the gradients of `scale` times the summed loss, and return that sum and what each source has of
-        it, detached, float32 [1 + sources], on the device.
+        """Add the gradients of `scale` times the summed loss. Returns that sum and each source's part of it,
+        detached, float32 [1 + sources], on the device.
 
         A rank keeps its shard of the gradients between microbatches. A rank that computes no loss returns
         zero.
@@ -37,7 +37,7 @@ class ForwardBackward(Protocol):
         ...
 
     def copies(self) -> list[nn.Parameter]:
-        """Parameters that another stage holds too and accounts for: a weight that ties the ends of a pipeline
+        """Parameters that another stage holds too and counts: a weight that ties the ends of a pipeline
         together.
         """
         ...

@@ -1,8 +1,8 @@
 """Which parameters train: all but those that training.freeze names.
 
 A pattern is a regular expression that is looked for anywhere in a parameter's name, so the name of a part
-(`encoder`) is one too. Of frozen token tables a few rows may train (training.trainable_tokens): such a table
-has a gradient, which loses its other rows before anything is made of it (row_adamw.py).
+(`encoder`) is one too. A few rows of a frozen token table may train (training.trainable_tokens): such a table
+has a gradient, whose other rows are dropped before it is used (row_adamw.py).
 """
 
 import re
@@ -36,9 +36,7 @@ def matching(model: nn.Module, pattern: str, key: str) -> dict[str, nn.Parameter
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Take gradients from what the patterns match, adapters excepted. Raises ConfigError where one matches
-    nothing.
-    """
+    """Freeze what the patterns match, adapters excepted. Raises ConfigError where one matches nothing."""
     for pattern in patterns:
         for name, parameter in matching(model, pattern, "training.freeze").items():
             parameter.requires_grad_(parameter.requires_grad and is_adapters(name))

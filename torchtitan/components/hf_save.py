@@ -1,4 +1,4 @@
-"""The weights of a run's last step as a Hugging Face folder, written by all ranks beside each other."""
+"""The weights of a run's last step as a Hugging Face folder, which all ranks write together."""
 
 import shutil
 from collections.abc import Callable

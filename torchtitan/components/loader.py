@@ -10,9 +10,9 @@ Tensors = dict[str, Tensor]
 State = Mapping[str, bytes]
 
 
-# (whether this rank has data, its error): whether any rank has. Raises an error of any rank on all of them.
-# None in place of the first: it waits for its storage, and asks again soon; the others wait with it.
-# Where there are no others there is no `agree`.
+# (whether this rank has data, its error) -> whether any rank has. Raises an error of any rank on all of them.
+# None in place of the first: this rank waits for its storage and asks again soon; the others wait with it. A
+# single rank has no `agree`.
 Agree = Callable[..., bool]
 
 
@@ -40,7 +40,7 @@ class Step(Protocol):
         ...
 
     def once(self) -> Iterator[Batch]:
-        """The same, each of which holds until the next one is asked for: its memory is used again."""
+        """The same, where each holds until the next one is asked for: its memory is used again."""
         ...
 
     @property
@@ -54,7 +54,7 @@ class Loader(Protocol):
 
     `split` is train or validation; `control`, one of Scoring.controls, spoils the latter. `group`: the ranks
     that hold the same slots as this one, if others do (distributed/slot_group.py); one of them may read for
-    all. What it alone knows (state, report) the others leave empty.
+    all. Only that one knows the state and the report; the others leave them empty.
 
     It ends on every rank at the same step: `agree`, asked by all once a step, says whether any of them still
     has data. A UserError of one rank goes through it too, and so is raised by `next` on all of them alike.
@@ -91,7 +91,7 @@ class Loader(Protocol):
 
 
 def to_device(tensors: Tensors, device) -> Tensors:
-    """Without waiting, on the stream that uses them: on a GPU by way of pinned memory, if not there yet."""
+    """Copy to the device without waiting, on the stream that uses them; on a GPU from pinned memory."""
     if device.type == "cpu":
         return tensors
     return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in tensors.items()}

@@ -20,8 +20,8 @@ def adapt(model: nn.Module, options: LoRA) -> None:
     maps = {
         name: module
         for name, module in model.named_modules()
-        # Not what computes more than a map, such as an output layer with its loss; nor what never runs, which
-        # is frozen before anything else is.
+        # Excluded are layers that compute more than a map, such as an output layer with its loss, and layers
+        # that never run, which are frozen before anything else.
         if type(module) is nn.Linear and module.weight.requires_grad
     }
     chosen: dict[str, nn.Linear] = {}

@@ -43,7 +43,7 @@ def lr_factor(step: int, steps: int, options: LRScheduler) -> float:
 
 
 def fit_warmup(options: LRScheduler, steps: int) -> None:
-    """Cut a warm-up that would not end in this run, and say so. The peak is then that of the last step."""
+    """Cut a warm-up that would not end in this run, with a warning. The last step then has the peak."""
     if options.warmup_steps > steps:
         warn_once(
             f"lr_scheduler.warmup_steps = {options.warmup_steps} is more than training.steps = {steps}: cut "
@@ -62,7 +62,7 @@ class Schedule:
         self.factor = 0.0
 
     def advance(self) -> None:
-        """To the next step. `factor` is then its share of the peak learning rate."""
+        """Go to the next step. `factor` is then its share of the peak learning rate."""
         self.step += 1
         self.factor = lr_factor(self.step, self.steps, self.options)
         self.optimizers.scale_learning_rates(self.factor)

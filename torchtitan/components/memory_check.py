@@ -1,6 +1,6 @@
-"""Whether a job fits this machine, checked before it gets storage: by what a rank holds whatever it computes.
+"""Whether a job fits this machine, checked before it gets storage: by what a rank holds in any case.
 
-That is weights, gradients and optimizer state, all of them there when the optimizer steps. Activations come
+That is weights, gradients and optimizer state, all of which exist when the optimizer steps. Activations come
 on top.
 """
 
@@ -19,7 +19,7 @@ NEAR = 0.8  # share of the memory from which on activations may find no room
 
 
 def held_gib(model: Any, job: JobConfig, layout: Degrees) -> float:
-    """GiB of a rank, on the mean over its shards.
+    """GiB of a rank, as a mean over ranks.
 
     `model`: the whole Model (spec.py), on the meta device, frozen where it is to be.
     """
@@ -33,7 +33,7 @@ def held_gib(model: Any, job: JobConfig, layout: Degrees) -> float:
 
 
 def require_room(held: float, job: JobConfig, device: torch.device) -> None:
-    """`held`: GiB of a rank.
+    """`held`: GiB of a rank, from `held_gib`.
 
     Raises ConfigError where that is more than there is; warns where it is most of it.
     """

@@ -41,11 +41,12 @@ class Counts:
     """The numbers of a batch (Batch.counts) that the trainer adds up over ranks, by what it makes of each."""
 
     loss_weight: str  # what a step's summed loss is divided by, over all ranks
-    tokens: str  # what tps speaks of
+    tokens: str  # what tps counts
     capacity: Mapping[str, int]  # the most that a slot can hold of some; printed as occupancy
     rates: tuple[str, ...]  # printed per second
     tallies: tuple[str, ...]  # written to the sinks, and not printed
-    # of which a batch gives its epochs (Batch.epochs) and `loss_weight/SOURCE`, and the loss its parts
+    # sources of training: a batch has their epochs (Batch.epochs) and `loss_weight/SOURCE`, the loss their
+    # parts
     sources: tuple[str, ...]
     held_out: tuple[str, ...]  # sources of validation
 
@@ -56,7 +57,7 @@ class Counts:
 
 
 class MetricsMeter:
-    """What happened since the last line."""
+    """Adds up what happened since the last line."""
 
     def __init__(self, device: torch.device, ranks: int, counts: Counts):
         self.device, self.ranks, self.counts = device, ranks, counts
@@ -70,18 +71,18 @@ class MetricsMeter:
         self.started = time.perf_counter()
 
     def leave_out(self, seconds: float) -> None:
-        """Validation and checkpoints are no training: throughput speaks of the rest."""
+        """Leave out the time of validation and checkpoints: throughput is that of training."""
         self.started += seconds
 
     def add(self, totals: Mapping[str, float], data_s: float) -> None:
-        """`totals`: of one step, over all ranks: counts, "slots" and "flops"."""
+        """Add one step. `totals`: over all ranks, its counts, "slots" and "flops"."""
         for name, value in totals.items():
             self.totals[name] += value
         self.steps += 1
         self.data_s += data_s
 
     def read(self) -> tuple[Values, Values]:
-        """What is printed, and the tallies, which are only written; and begin anew.
+        """Returns what is printed, and the tallies, which are only written; begins a new interval.
 
         tps, tflops and mfu are per device, and count no padding; occupancy and data_wait are percentages.
         """
@@ -104,19 +105,19 @@ class MetricsMeter:
 
 
 class SourceLosses:
-    """What the tokens of each source lost since the last line; on the device until it is read."""
+    """The summed loss of each source's tokens since the last line; on the device until it is read."""
 
     def __init__(self, device: torch.device, counts: Counts):
         self.sources, self.weight = counts.sources, counts.loss_weight
         self.sums_G = torch.zeros(len(self.sources), device=device)
 
     def add(self, losses_G: Tensor) -> None:
-        """Of this rank in one step."""
+        """Add this rank's losses of one step."""
         self.sums_G += losses_G
 
     def read(self, tallies: Values, copies: int) -> Values:
-        """Nats a token of each source that had any, over all ranks, of which `copies` each have the same; and
-        begin anew. `tallies`: of the same steps.
+        """Nats a token of each source that had any, over all ranks, where `copies` ranks each hold the same;
+        begins anew. `tallies`: of the same steps.
         """
         sums = (sum_over_ranks(self.sums_G) / copies).tolist()
         self.sums_G.zero_()
@@ -152,7 +153,7 @@ class Reporter:
     """Console and sinks of one rank.
 
     All ranks hold the global numbers; those of LOG_RANK print, the first of them writes. A number is written
-    from the first time on that it is not zero, so that no chart is of zeros alone.
+    once it has been other than zero, so that no chart has only zeros.
     """
 
     def __init__(
@@ -182,9 +183,9 @@ class Reporter:
         self.keep("validate/", step, values)
 
     def tasks(self, step: int, values: Values, exhibits: Sequence[Exhibit]) -> None:
-        """A line and a record, under validate/TASK/METRIC, and what people look at, under validate/ too."""
+        """A line and a record, under validate/TASK/METRIC, and exhibits, under validate/ too."""
         logger.info("tasks " + format_line(step, values, (), self.colours, "{:.4g}"))
-        self.charts |= {f"validate/{name}" for name in values}  # here zero says something
+        self.charts |= {f"validate/{name}" for name in values}  # here zero is a result
         self.keep("validate/", step, values)
         for sink in self.sinks:
             sink.show(step, [replace(exhibit, name=f"validate/{exhibit.name}") for exhibit in exhibits])

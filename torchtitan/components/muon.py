@@ -2,9 +2,9 @@
 equally far.
 
 Unusual here: a matrix may be sharded in any way. Where its rows are divided over ranks (FSDP), each rank gets
-another of the matrices of one shape, whole, orthogonalises it and sends the rows back, so no work is done
-twice; where it is divided otherwise (tensor parallel), every rank gathers it. The Newton-Schulz steps
-themselves never communicate.
+a different one of the matrices of one shape, whole, orthogonalises it and sends the rows back, so no work is
+done twice; where they are divided otherwise (tensor parallel), every rank gathers them. The Newton-Schulz
+steps themselves never communicate.
 
 Letters: M matrices of one shape, R rows (out), C columns (in).
 """
@@ -20,7 +20,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic that pulls singular values to about 1 fastest
 STEPS = 5
-BATCH_NUMBERS = 1 << 24  # of matrices that are orthogonalised in one product: 64 MB in float32
+BATCH_NUMBERS = 1 << 24  # in the matrices that are orthogonalised in one product: 64 MB in float32
 
 
 def orthogonalise(update_MRC: Tensor, dtype: torch.dtype) -> Tensor:
@@ -102,8 +102,8 @@ def directions_apart(updates: list[Tensor], group: dist.ProcessGroup, dtype: tor
 
 
 def sent_for_directions(numbers: int, shards: int, tp: int) -> float:
-    """Numbers that a rank sends in a step, of whose matrices it holds `numbers` / `shards`, and `tp` - 1
-    ranks as many each.
+    """Numbers that a rank sends in a step, where it holds `numbers` / `shards` of the matrices, and each of
+    `tp` - 1 other ranks as many.
     """
     others = (shards - 1) / shards
     if tp == 1:

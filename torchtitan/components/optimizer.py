@@ -27,7 +27,7 @@ KERNELS: dict[str, dict[str, bool]] = {
 
 
 def trainable(part: nn.Module) -> list[Named]:
-    """Names are those of the plain model, whatever wraps its blocks."""
+    """Parameters that train, under their names in the plain model, whatever wraps its blocks."""
     return [
         (name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", ""), parameter)
         for name, parameter in part.named_parameters()
@@ -58,7 +58,7 @@ def sent_for_updates(
     tp: int,
     itemsize: int,
 ) -> float:
-    """Bytes that a rank sends in a step to update these parameters, its own before FSDP divides them over
+    """Bytes that a rank sends in a step to update these parameters, counted before FSDP divides them over
     `shards` ranks.
 
     `tp`: ranks of tensor parallel that hold the rest of each. `itemsize`: bytes of an element of an update.
@@ -87,7 +87,7 @@ def _muon_groups(named: list[Named], of: Mapping[str, Setting]) -> list[dict]:
 
 
 class Optimizers:
-    """The optimizers of each part that this rank holds, and the options that they were made with."""
+    """The optimizers of each part of the model that this rank holds, with the options of their making."""
 
     def __init__(
         self,
@@ -97,8 +97,9 @@ class Optimizers:
         adamw_only: tuple[str, ...],
         rates_on: torch.device | None = None,
     ):
-        """`of`: the setting of each parameter that trains, by name (parameter_groups.py). `rates_on`: a CUDA
-        graph is to hold the steps, so learning rates are tensors there, which it reads anew each time.
+        """`of`: the setting of each parameter that trains, by name (parameter_groups.py). `rates_on`: the
+        device of learning rates as tensors, which a CUDA graph of the steps reads anew each time; None: plain
+        numbers.
         """
         self.of_part = [
             _optimizers_of(trainable(part), options, of, adamw_only, rates_on is not None) for part in parts
@@ -118,7 +119,7 @@ class Optimizers:
         return (group for optimizer in self for group in optimizer.param_groups)
 
     def scale_learning_rates(self, factor: float) -> None:
-        """To `factor` times the peak that each group was made with."""
+        """Set the learning rate of each group to `factor` times its peak."""
         for group, made_with in zip(self._groups(), self._made_with, strict=True):
             kept, rate = group["lr"], made_with["lr"] * factor
             group.update(made_with, lr=kept.fill_(rate) if isinstance(kept, Tensor) else rate)

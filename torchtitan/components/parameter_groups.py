@@ -44,8 +44,8 @@ def setting_of(options: Optimizer, group: ParameterGroup | None = None) -> Setti
 
 
 def settings(model: Any, options: Optimizer, token_rows: tuple[int, ...] = ()) -> dict[str, Setting]:
-    """Of every parameter that trains, by name. `model`: a whole Model (spec.py), frozen where it is to be.
-    `token_rows`: of its token tables only these train.
+    """The setting of every parameter that trains, by name. `model`: a whole Model (spec.py), frozen where it
+    is to be. `token_rows`: the only rows of its token tables that train.
 
     Raises ConfigError where a group has none of them, or decays by layers where there are none.
     """

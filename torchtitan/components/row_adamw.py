@@ -1,8 +1,8 @@
 """AdamW for a few rows of a table; the others stay as they are, bit for bit.
 
 Unusual here: the table may be divided over ranks by its rows, in any way. Every rank gets the gradients of
-the few, keeps their moments, K rows of them, and moves those of its own share. They are not decayed, as the
-rows beside them are not.
+the few, keeps their moments, K rows of them, and moves those that it holds. They are not decayed, since the
+other rows are not either.
 
 Letters: K rows that train, D width.
 """
@@ -39,7 +39,7 @@ class HeldRows:
         return few_KD
 
     def add_(self, table: Tensor, few_KD: Tensor) -> None:
-        """To this rank's own of them."""
+        """Add to those of the few rows that this rank holds."""
         local = _local(table)
         local.index_add_(0, self.of_local, few_KD[self.of_few].to(local.dtype))
 
@@ -59,7 +59,7 @@ def _rows_held(table: Tensor) -> tuple[int, int, list[dist.ProcessGroup]]:
 
 
 class RowAdamW(torch.optim.Optimizer):
-    """Of each table's parameter group, `lr` and `rows`: the numbers of those that train."""
+    """A parameter group for each table has its `lr` and `rows`, the numbers of those that train."""
 
     def __init__(self, groups: list[dict], betas: tuple[float, float], eps: float):
         super().__init__(groups, {"betas": betas, "eps": eps})
@@ -70,7 +70,7 @@ class RowAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def drop_other_gradients(self) -> None:
-        """Those of the rows that stay: before the norm is taken."""
+        """Zero the gradients of the rows that do not train, before the norm is taken."""
         for table, share in self.shares.items():
             if table.grad is not None:
                 _local(table.grad).masked_fill_(share.others, 0)

@@ -1,4 +1,4 @@
-"""A run as its dump folder tells it: options of its newest launch, and its figures. Imports no torch."""
+"""A run as its dump folder records it: options of its newest launch, and its figures. Imports no torch."""
 
 import math
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ class RunRecord:
 
     @cached_property
     def step(self) -> int:
-        """The last of which there is a figure."""
+        """The last step with a figure."""
         return int(max((record["step"] for record in self.history), default=0))
 
     @cached_property
@@ -44,7 +44,7 @@ class RunRecord:
         return np.array(steps, dtype=np.float64), np.array(values, dtype=np.float64)
 
     def on_axis(self, steps: np.ndarray, axis: Axis) -> np.ndarray | None:
-        """Where steps lie on an axis; between two records in proportion. None where nothing tells."""
+        """Where steps lie on an axis; between two records in proportion. None where no record says."""
         if axis == "steps":
             return steps
         key, unit = PLACES[axis]
@@ -56,7 +56,7 @@ class RunRecord:
 
     @property
     def tokens_a_step(self) -> int:
-        """Of full slots; 0 where no configuration tells."""
+        """Tokens of a step with full slots; 0 where no configuration says."""
         training = self.config.get("training", {})
         return max(0, training.get("global_batch_size", 0)) * training.get("seq_len", 0)
 
@@ -76,24 +76,24 @@ class RunRecord:
 
 
 def read_run(folder: Path) -> RunRecord:
-    """What there is of it; a folder without anything gives an empty record."""
+    """The record of a dump folder; an empty one where there is nothing."""
     return RunRecord(folder, read_config(folder) or {}, read_history(folder))
 
 
 def lower_is_better(key: str) -> bool:
-    """Of a figure, by its name: losses and what they are made of, norms, and what a step takes."""
+    """Whether a figure of this name is better lower: losses and their parts, norms, and what a step takes."""
     return any(word in key for word in ("loss", "nll", "perplexity", "norm", "step_s", "wait", "memory"))
 
 
 def is_better(key: str, value: float, than: float) -> bool:
-    """A value that is no number is never better, and always worse."""
+    """Whether a value is better than another; one that is no number never is, and every number beats it."""
     if not math.isfinite(value) or not math.isfinite(than):
         return math.isfinite(value)
     return value < than if lower_is_better(key) else value > than
 
 
 def place_of_best(key: str, values: Sequence[float | None]) -> int | None:
-    """Of several values of a figure; None where none is a number."""
+    """The place of the best of several values of a figure; None where none is a number."""
     best, found = math.nan, None
     for place, value in enumerate(values):
         if value is not None and is_better(key, value, best):

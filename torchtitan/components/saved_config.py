@@ -76,7 +76,7 @@ def learnt(changed: list[Change]) -> list[Change]:
 
 
 def leaves(table: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Of tables: ("data.sources[0].weight", 2.0) and so on."""
+    """The values in nested tables by name: ("data.sources[0].weight", 2.0) and so on."""
     if isinstance(table, dict):
         for name, value in table.items():
             yield from leaves(value, f"{key}.{name}" if key else name)

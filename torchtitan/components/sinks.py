@@ -56,14 +56,14 @@ class History:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
     def show(self, step: int, exhibits: Sequence[Exhibit]) -> None:
-        """Nothing: who makes them keeps them in the dump folder too."""
+        """Nothing: the maker of exhibits keeps them in the dump folder too."""
 
     def close(self) -> None:
         """Nothing is open between two lines."""
 
 
 def read_history(folder: Path) -> list[dict[str, float]]:
-    """A line that was cut short when the run was killed is left out."""
+    """The records of metrics.jsonl, without a line that was cut short when the run was killed."""
     path = folder / HISTORY
     records = []
     for line in path.read_text().splitlines() if path.exists() else []:
@@ -145,7 +145,9 @@ class WandB:
 
 
 def open_sinks(job: JobConfig, first_step: int) -> list[Sink]:
-    """Those that the job asks for, the dump folder made. Raises ConfigError where wandb cannot be opened."""
+    """The sinks that the job asks for; makes the dump folder. Raises ConfigError where wandb cannot be
+    opened.
+    """
     folder = Path(job.job.dump_folder)
     folder.mkdir(parents=True, exist_ok=True)
     sinks: list[Sink] = [History(folder, first_step)]

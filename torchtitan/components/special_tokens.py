@@ -72,7 +72,7 @@ class SpecialTokenizer:
         `named`: role -> spelling, where the file says so; None where it says that there is none.
         """
         self.backend = backend
-        self.new_ids: set[int] = set()  # that the file gave to nothing: reserved ones and new rows
+        self.new_ids: set[int] = set()  # ids that the file gave to nothing: reserved ones and new rows
         self.specials = dict(specials)
         self.rows = max(backend.rows, max(specials.values(), default=-1) + 1)
         taken: set[int] = set()

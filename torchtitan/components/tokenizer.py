@@ -180,8 +180,8 @@ class TokenizersBackend:
 
 
 def is_special(token: Mapping[str, Any]) -> bool:
-    """Of an added token: <|...|> is, whatever its flag says; others that are not (<think>, runs of spaces)
-    belong to plain text.
+    """Whether an added token is special: <|...|> is, whatever its flag says; others without the flag
+    (<think>, runs of spaces) belong to plain text.
     """
     return token["special"] or bool(re.fullmatch(r"<\|.*\|>", token["content"]))
 

@@ -1,12 +1,12 @@
 """A tokenizer as the files that transformers opens, whichever file it came from. Imports no torch.
 
-    tokenizer.json            what a text becomes: of a tokenizer.json all that was published but truncation
-                              and padding; of tiktoken ranks the same merges, split by the same expression
+    tokenizer.json            how text is tokenised: a published tokenizer.json without truncation
+                              and padding; for tiktoken ranks the same merges, split by the same expression
     tokenizer_config.json     the class that takes tokenizer.json at its word, and which token has which role
     special_tokens_map.json   the same roles, for readers that look there
 
-Beside a config.json of model_type qwen2, transformers 5.24 splits text as Qwen does whatever these files say:
-open such a folder with PreTrainedTokenizerFast where its tokenizer is another's.
+Next to a config.json of model_type qwen2, transformers 5.24 splits text as Qwen does whatever these files
+say: open such a folder with PreTrainedTokenizerFast where its tokenizer is another's.
 
 Ids stay what the job trained on: reserved tokens that were given a role bear its name, and rows that have no
 name get one, since readers number added tokens without gaps.
@@ -28,7 +28,7 @@ from torchtitan.components.tokenizer import (
 )
 from torchtitan.config.shipped import shipped
 
-KEPT = ("model_max_length", "unk_token")  # of a tokenizer_config.json: the others are about its own class
+KEPT = ("model_max_length", "unk_token")  # keys of a tokenizer_config.json; the others are about its class
 
 
 def write_tokenizer(path: str, folder: Path, named: Mapping[str, int] | None = None) -> None:
@@ -137,5 +137,5 @@ def _special(id: int, spelling: str) -> dict[str, Any]:
 
 
 def write_json(file: Path, content: Any) -> None:
-    """As people read it."""
+    """Write JSON with line breaks, for people."""
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -107,7 +107,7 @@ class TrainState:
 
     def to_fill(self, stored: Sizes, without: set[str], own: bool = True) -> dict[str, Tensor]:
         """Tensors for a checkpoint to be read into: the live weights and optimizer state, fresh buffers for
-        the rest. One that is not the run's `own` may be of the base alone, beside which adapters are new.
+        the rest. A checkpoint that is not the run's `own` may hold the base alone; adapters are then new.
         """
         weights = self.model()
         if not own and not any(map(is_adapters, stored)):
@@ -121,10 +121,10 @@ class TrainState:
         return live | {name: torch.empty(stored[name], dtype=torch.uint8) for name in names}
 
     def restore(self, filled: dict[str, Tensor], record: dict[str, Any], without: set[str]) -> None:
-        """After `filled` has been read. Weights and optimizer state are in place already."""
+        """Put back what was read into `filled`; weights and optimizer state are in place already."""
         if "train_state" not in without:
             self.step, self.tokens = record["step"], record["tokens"]
-            self.wall_s = record.get("wall_s", 0.0)  # checkpoints of old do not say
+            self.wall_s = record.get("wall_s", 0.0)  # older checkpoints have none
         if "lr_scheduler" not in without:
             self.schedule.load_state_dict(record["lr_scheduler"])
         position = {
@@ -139,7 +139,7 @@ class TrainState:
 
 
 def as_record(sizes: Any) -> dict[str, Any]:
-    """A dataclass as JSON holds it and a table of options is read: what is None is not there."""
+    """A dataclass as JSON and as tables of options: fields that are None are left out."""
 
     def there(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         return {name: value for name, value in pairs if value is not None}

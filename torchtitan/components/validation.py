@@ -24,10 +24,10 @@ TASKS_FOLDER = "tasks"  # below the dump folder: step-N of each time that tasks 
 
 
 class Tasks(Protocol):
-    """What the experiment asks of the model while it trains, by more than a forward of held-out batches."""
+    """What the experiment asks the model while it trains, beyond a forward of held-out batches."""
 
     def run(self, parts: Sequence[nn.Module], mesh: Mesh, step: int) -> tuple[Values, Sequence[Exhibit]]:
-        """TASK/METRIC -> figure, and what people look at, on all ranks, which call it together.
+        """TASK/METRIC -> figure, and exhibits for people, on all ranks, which call it together.
 
         `parts`: of the model, afterwards as before. Files go to TASKS_FOLDER.
         """
@@ -58,8 +58,9 @@ class Validator:
     steps: int  # the most batches to look at; -1: all
 
     def evaluate(self, control: str | None = None) -> Values:
-        """Over all ranks: loss (nats a token), right (% of tokens), exact (% of documents), that of each
-        group, documents; and the same as NAME/SOURCE, with tokens/SOURCE. None where nothing was there.
+        """Figures over all ranks: loss (nats a token), right (% of tokens), exact (% of documents), exact of
+        each group, documents; and the same as NAME/SOURCE, with tokens/SOURCE. None where there was nothing
+        to count.
         """
         by_group = [
             _of_group(what, group) for group in self.scoring.groups for what in ("exact", "documents")
@@ -130,7 +131,7 @@ def _ratio(part: float, whole: float) -> float | None:
 def exact_documents(
     correct_BS: np.ndarray, labelled_BS: np.ndarray, document_ids_BS: np.ndarray
 ) -> dict[tuple[int, int], bool]:
-    """(row, document) -> was every label of it the most likely token.
+    """(row, document) -> whether every label of it was the most likely token.
 
     Documents without a label are not there.
     """

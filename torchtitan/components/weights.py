@@ -1,4 +1,4 @@
-"""Weights of a model that lies on ranks: their names, their storage, and where their values come from."""
+"""Weights of a model that is laid out over ranks: their names, storage, and where values come from."""
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -14,12 +14,12 @@ from torchtitan.tools.logging import logger
 
 
 class WeightSource(Protocol):
-    """Where a model's weights come from. It was compared with the model before anything was made."""
+    """Where a model's weights come from, compared with the model before anything was made."""
 
     names: Collection[str]  # of the weights that it has; the others are made fresh
 
     def read(self, weights: Mapping[str, Tensor]) -> None:
-        """Into these, which are shards of the whole. All ranks read together."""
+        """Read into these weights, which are shards. All ranks read together."""
         ...
 
     def report(self) -> list[str]:
@@ -54,7 +54,7 @@ def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def stored_name(name: str, tied: Mapping[str, str]) -> str:
-    """`tied`: parameter -> the name it is stored under."""
+    """The name that a parameter is stored under. `tied`: parameter -> that name, where it is another's."""
     for alias, stored in tied.items():
         if name == alias or name.startswith(alias + "."):
             return stored + name[len(alias) :]
@@ -78,7 +78,9 @@ def to_empty(parts: list[nn.Module], device: torch.device | str) -> None:
 def fill(
     parts: list[nn.Module], tied: Mapping[str, str], seed: int, source: WeightSource | None = None
 ) -> None:
-    """Values for parts that have storage: those that `source` has, and initial ones from `seed`."""
+    """Give values to parts that have storage: those of `source`, and initial ones from `seed` for the
+    rest.
+    """
     for part in parts:
         part.init_weights(seed, without=source.names if source else ())  # type: ignore[operator]
     if source:

@@ -9,7 +9,7 @@ slot_group            the ranks that hold the same slots, of which one reads
 activation_checkpoint, compile      block by block, before FSDP wraps them
 collectives           sums of host numbers; differentiable: collectives that gradients flow through
 grad_norm             one norm over parameters of several meshes
-process_group         start and end of communication, and who is to blame when it hangs
+process_group         start and end of communication, and which rank failed when it hangs
 
 estimate              memory and traffic of a layout without running it: footprint watches units of a model on
                       the meta device, imagined lends them ranks that are not there

@@ -17,7 +17,7 @@ from torchtitan.config.recomputation import Recomputation
 aten, c10d = torch.ops.aten, torch.ops._c10d_functional
 
 # Gathers are here too: without them context parallel would send keys and values once more in backward.
-_DEAR = {
+_EXPENSIVE = {
     aten.mm.default,
     aten.addmm.default,
     aten.bmm.default,
@@ -34,9 +34,9 @@ _DEAR = {
 
 
 def _expensive_operators() -> set:
-    """With our own attention, known by the time a model was built (torchtitan/layers registers it)."""
+    """Those and our own attention, which is known once a model was built (torchtitan/layers registers it)."""
     own = getattr(torch.ops.torchtitan, "segment_attention", None)
-    return _DEAR | ({own.default} if own is not None else set())
+    return _EXPENSIVE | ({own.default} if own is not None else set())
 
 
 def _keep_expensive(expensive: set, context, operator, *args, **kwargs) -> CheckpointPolicy:
@@ -44,7 +44,7 @@ def _keep_expensive(expensive: set, context, operator, *args, **kwargs) -> Check
 
 
 def apply_activation_checkpoint(blocks: nn.ModuleDict, recomputation: Recomputation) -> None:
-    """Before compile and FSDP."""
+    """Wrap the blocks in place, before compile and FSDP."""
     # The generators' state need not be kept where nothing random happens.
     random = any(isinstance(module, nn.Dropout) and module.p > 0 for module in blocks.modules())
     keep_inputs = partial(checkpoint_wrapper, preserve_rng_state=random)

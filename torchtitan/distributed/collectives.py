@@ -12,7 +12,7 @@ from torchtitan.config.errors import UserError
 from torchtitan.tools.signals import StopAsked, stop_asked
 
 T = TypeVar("T")
-STILL_WAITING_S = 5.0  # between two words of a rank that waits
+STILL_WAITING_S = 5.0  # between two messages of a rank that waits
 
 
 def sum_over_hosts(values: Mapping[str, float]) -> dict[str, float]:
@@ -35,9 +35,9 @@ def any_rank(holds: bool) -> bool:
 def agree_on_data(has_data: bool | None, error: UserError | None = None) -> bool:
     """Whether any rank has data; all of them ask. Raises on all the error that one of them brings.
 
-    None: not known yet, since this rank waits for its storage, and will ask again before the time of a
-    collective is out. Those who know wait with it, however long it takes, but for a signal to stop on one of
-    them: then StopAsked is raised on all.
+    None: not known yet, since this rank waits for its storage, and will ask again before a collective times
+    out. The others wait with it, however long it takes. A signal to stop on any of them raises StopAsked on
+    all.
     """
     while True:
         waits = has_data is None
@@ -65,7 +65,7 @@ def wait_together(work: Callable[[], T]) -> T:
 
 
 def first_error(error: UserError | None) -> UserError:
-    """That of the first rank which has one, on all ranks; one of them has."""
+    """The error of the first rank that has one, on all ranks. At least one rank has one."""
     errors: list[UserError | None] = [None] * dist.get_world_size()
     dist.all_gather_object(errors, None if error is None else type(error)(str(error)))
     return next(found for found in errors if found is not None)

@@ -8,7 +8,8 @@ from torch import nn
 
 
 def apply_compile(blocks: nn.ModuleDict) -> None:
-    """After activation checkpointing and before FSDP, whose gathers stay outside the graphs.
+    """Compile each block, after activation checkpointing and before FSDP, whose gathers stay outside the
+    graphs.
 
     Shapes never change here.
     """
@@ -18,7 +19,7 @@ def apply_compile(blocks: nn.ModuleDict) -> None:
 
 @contextmanager
 def not_compiled(blocks: nn.ModuleDict) -> Iterator[None]:
-    """For shapes that training does not have; what was compiled is kept."""
+    """Run the blocks eagerly, for shapes that training does not have; what was compiled is kept."""
     modules: list[Any] = list(blocks.values())
     compiled = [block._compiled_call_impl for block in modules]
     for block in modules:

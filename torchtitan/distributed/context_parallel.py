@@ -78,7 +78,7 @@ METHODS = {"allgather": GatheredAttention, "ulysses": UlyssesAttention}
 def apply_context_parallel(blocks: Iterable[nn.Module], mesh: DeviceMesh, method: str) -> None:
     """Give the attention of each block its view of the whole slot. `mesh` is that of cp.
 
-    First of all layouts.
+    Applied before all other layouts.
     """
     for block in blocks:
         attention: Any = block.attention
@@ -127,8 +127,8 @@ def _deal(cost: np.ndarray, ranks: int) -> np.ndarray:
 
 
 def in_slot_order(gathered_BS: Tensor, rows_BS: Tensor) -> Tensor:
-    """[B, S, ...] as ranks hold it side by side, `rows_BS` says which row each entry is, back in the order of
-    the slot.
+    """[B, S, ...] as ranks hold it, side by side -> in the order of the slot. `rows_BS`: the row of each
+    entry.
     """
     order_BS = rows_BS.argsort(1)
     return gathered_BS[torch.arange(len(order_BS), device=order_BS.device)[:, None], order_BS]

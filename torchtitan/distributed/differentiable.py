@@ -54,7 +54,7 @@ class _SumGradient(torch.autograd.Function):
 
 
 def sum_gradient(x: Tensor, group: Group) -> Tensor:
-    """`x` as it is, which all ranks hold and each uses in part.
+    """`x` unchanged, which all ranks hold and each uses in part.
 
     Backward: the sum of the gradients that they found.
     """

@@ -29,7 +29,7 @@ class Unit:
     shards: int = 1  # ranks that FSDP divides the parameters over
     copies: int = 1  # groups of such ranks that hold the same (HSDP)
     trained: int = 0  # of the parameters
-    in_backward: bool = True  # gathered for it anew; what is frozen too, where something before it trains
+    in_backward: bool = True  # gathered again for it; frozen ones too, where something before them trains
     moments: int = 0  # numbers of the optimizer's state, before FSDP divides them
     exchanged: float = 0  # bytes that this rank sends in a step to update them
     stays: bool = False  # gathered from the first forward to the last backward
@@ -58,7 +58,9 @@ class Storage:
 
     @property
     def whole_gradients(self) -> bool:
-        """They wait for the last microbatch of a pipeline, as do its gathered parameters."""
+        """Whether gradients stay whole until the last microbatch of a pipeline, as its gathered parameters
+        do.
+        """
         return self.reductions < self.forwards
 
 
@@ -95,7 +97,7 @@ def peak_memory(
 def _loads(
     stages: Sequence[Sequence[Unit]], s: Storage, in_flight: Sequence[tuple[int, ...]]
 ) -> Iterator[tuple[float, float]]:
-    """What the microbatches in flight keep, and the gradients of those before, in bytes."""
+    """Bytes that the microbatches in flight keep, and gradients of those before, at each moment."""
     kept = [sum(unit.use.kept for unit in stage) for stage in stages]
     if not s.whole_gradients:
         shards = sum(u.trained / u.shards * FLOAT32 for stage in stages for u in stage)
@@ -141,8 +143,8 @@ def _with_later(stages: Sequence[Sequence[Unit]]) -> Iterator[tuple[Unit, float]
 def _gathered(
     units: Sequence[Unit], full: Sequence[float], s: Storage, at: int, next_to: int, forward: bool
 ) -> float:
-    """Bytes of gathered parameters while unit `at` works and `next_to` is on its way; all up to there where
-    none are freed.
+    """Bytes of gathered parameters while unit `at` works and `next_to` is being gathered; all up to there
+    where none are freed.
     """
     if not s.sharding.reshard_after_forward:
         return sum(full[: next_to + 1]) if forward and not s.whole_gradients else sum(full)

@@ -1,9 +1,9 @@
-"""What units of a model keep, need and send in a forward and backward: watched while it runs on the meta
+"""What units of a model keep, need and send in a forward and backward, watched while it runs on the meta
 device.
 
-Nothing is known of what a unit computes. Storages are counted as they come and go, so what activation
-checkpointing drops and computes again, what a layout gathers, and what an operator keeps for its backward are
-all seen, whatever the model. What an operator of our own allocates inside itself is not.
+Storages are counted as they come and go, whatever a unit computes: what activation checkpointing drops and
+computes again, what a layout gathers, and what an operator keeps for its backward are all seen. What one of
+our own operators allocates inside itself is not.
 """
 
 import weakref
@@ -90,7 +90,7 @@ class _Watch(TorchDispatchMode):
         self, operator: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         if any(hasattr(kind, "__tensor_flatten__") for kind in types):
-            # Numbers of fp8 and their scales as one tensor: what it makes of the two comes here next.
+            # A tensor of fp8 numbers and their scales: the operators on its two parts come here next.
             return NotImplemented
         out = operator(*args, **(kwargs or {}))
         for leaf in (out,) if isinstance(out, Tensor) else tree_leaves(out):
@@ -118,7 +118,7 @@ class _Watch(TorchDispatchMode):
         self._after.append(self._alive)
 
     def mark_calls(self, name: str, unit: nn.Module) -> None:
-        """Its backward begins with the gradient of its result, and ends where that of its input is there."""
+        """Mark the unit's calls. Its backward lasts from the gradient of its result to that of its input."""
 
         def enter(module: nn.Module, inputs: tuple) -> None:
             before = self._marks[-1].unit if self._marks else name
@@ -136,7 +136,7 @@ class _Watch(TorchDispatchMode):
         unit.register_forward_hook(leave)
 
     def forget_gradient(self, parameter: Tensor) -> None:
-        """Gradients of weights are accounted for elsewhere, so they never were alive."""
+        """Gradients of weights are counted elsewhere: count as if they had never been alive."""
         assert parameter.grad is not None
         storage = parameter.grad.untyped_storage()
         for operation in range(self._born.get(storage._cdata, len(self._after)), len(self._after)):
@@ -155,7 +155,7 @@ class _Watch(TorchDispatchMode):
             for collective, total in then.sent.items():
                 sent[mark.unit][collective] += total - mark.sent[collective]
         starts = {mark.unit: mark.alive for mark, _ in spans if mark.phase == "forward"}
-        # What was made before the first unit is the first unit's.
+        # What was made before the first unit counts as the first unit's.
         starts[self._marks[0].unit] = 0
         return {
             unit: Footprint(
@@ -180,7 +180,7 @@ class _FusedNorm(torch.autograd.Function):
 
 
 def as_one_kernel(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """On the meta device: what lies between the arguments and the result is never seen."""
+    """The function as one kernel on the meta device: nothing between arguments and result is counted."""
 
     def kernel(*args: Tensor) -> Tensor:
         with _disable_current_modes():

@@ -41,7 +41,7 @@ class Sharding:
 
     @classmethod
     def of(cls, job: JobConfig) -> "Sharding":
-        """As the job asks for it."""
+        """The sharding that the job asks for."""
         policy = job.parallelism.fsdp_reshard_after_forward
         return cls(
             param_dtype=getattr(torch, job.training.mixed_precision_param),
@@ -77,10 +77,9 @@ def shard_blocks(blocks: Iterable[nn.Module], mesh: DeviceMesh, sharding: Shardi
 
 
 def free_gathered(root: nn.Module) -> None:
-    """Keep the shards alone, as after a backward; a forward without one leaves gathered what waits for its
-    backward.
+    """Free gathered parameters, as a backward does; a forward without one leaves them gathered.
 
-    A later forward that is replayed (CUDA graphs) would then compute with parameters of before the
+    Otherwise a later forward that is replayed (CUDA graphs) would compute with parameters from before the
     optimizer's step, and the optimizer state could not be read under its names.
     """
     for module in root.modules():

@@ -40,7 +40,7 @@ def _holders(grad: Tensor, ranks_per_stage: int) -> int:
 def global_norm(parameters: Iterable[nn.Parameter], mesh: Mesh) -> Tensor:
     """The 2-norm of all gradients of all ranks, float32 scalar on the device.
 
-    Leave out of `parameters` what another stage counts already (a tied weight's copy).
+    `parameters` leaves out what another stage counts already (a tied weight's copy).
     """
     ranks_per_stage = dist.get_world_size() // mesh.degrees.pp
     by_holders: dict[int, list[Tensor]] = {}

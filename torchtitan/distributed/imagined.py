@@ -1,7 +1,7 @@
 """One rank without the others: groups and meshes that are only imagined, on the meta device.
 
-What splits a model takes them for real ones. So what a rank of any layout would hold and send is seen by
-running its share of the model alone (footprint.py).
+The functions that split a model take them for real ones. So running one rank's share of the model alone
+(footprint.py) shows what a rank of any layout would hold and send.
 """
 
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ class ImaginedGroup:
         return 0
 
     def collective(self, name: str, x: Tensor) -> Tensor:
-        """What this rank gets of the collective `name`; of none, a view of `x`."""
+        """What this rank gets from the collective `name`; without a name, a view of `x`."""
         match name:
             case "all-gather":
                 return c10d.all_gather_into_tensor(x, self._ranks, self.group_name)

@@ -81,9 +81,9 @@ def _with_copies(world: DeviceMesh, shards: DeviceMesh) -> DeviceMesh:
 
 
 def imagine_mesh(degrees: Degrees) -> Mesh:
-    """The mesh of a rank that is alone (imagined.py), for meta tensors.
+    """The mesh of one rank without the others (imagined.py), for meta tensors.
 
-    Only what splits a model can use it.
+    Only functions that split a model can use it.
     """
     ranks = {name: getattr(degrees, name) for name in DIMS} | {"cp x tp": degrees.cp * degrees.tp}
     world: Any = ImaginedWorld(ranks)

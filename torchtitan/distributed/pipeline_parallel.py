@@ -3,7 +3,7 @@
 
 Unusual here: a stage is the model itself with parts missing, the last stage computes the summed loss inside
 its module, and the loss is scaled before backward, so that gradients of microbatches simply add up. Every
-stage gets every tensor of the batch: which it needs is its own business.
+stage gets every tensor of the batch, and uses those it needs.
 
 With FSDP, parameters stay gathered from the first microbatch to the last backward of a stage. The schedules
 that split backward into input and weight gradients (zero bubble) rely on that: torchtitan/config/check.py
@@ -28,7 +28,7 @@ Tensors = dict[str, Tensor]
 
 
 class Pipeline:
-    """This rank's stages and the schedule that drives them; what components/forward_backward.py asks for."""
+    """This rank's stages and the schedule that drives them; implements ForwardBackward (components/)."""
 
     def __init__(
         self,
@@ -44,10 +44,10 @@ class Pipeline:
         tied: str | None = None,
     ):
         """`parts`: the stages of this rank, each with FSDP at its root. `received`: on the meta device, what
-        a stage hands to the next for one microbatch. `sources`: of which the last one tells the loss.
-        `sends_back`: of each stage, whether it sends a gradient
-        of that back. `whole_slots`: (scores, batch) -> scores of whole slots, where ranks hold parts of them.
-        `tied`: name of a parameter that the first and the last stage both hold.
+        a stage hands to the next for one microbatch. `sources`: of data, whose losses the last stage gives.
+        `sends_back`: of each stage, whether it sends a gradient of that back. `whole_slots`: (scores, batch)
+        -> scores of whole slots, where ranks hold parts of them. `tied`: name of a parameter that the first
+        and the last stage both hold.
         """
         ranks = mesh.degrees.pp
         self.parts, self.mesh, self._microbatches, self._received = parts, mesh, microbatches, received
@@ -153,7 +153,7 @@ class Pipeline:
         return dist.get_global_rank(self._group, self._owners[stage])
 
     def copies(self) -> list[nn.Parameter]:
-        """Parameters of this rank that another stage holds too and accounts for (in the gradient norm)."""
+        """Parameters of this rank that another stage holds too and counts in the gradient norm."""
         return [self._tied_parameter(-1)] if self._tied is not None and self._has_last else []
 
     def _tied_parameter(self, part: int) -> nn.Parameter:

@@ -24,8 +24,8 @@ def world_size() -> int:
 def open_process_group(comm: Comm, dump_folder: Path) -> torch.device:
     """Join the other ranks and return this rank's device: nccl on GPU, gloo on CPU and for host integers.
 
-    A single process makes a group of its own, so that there is one code path. Where a program that we are a
-    part of has joined, its group is taken.
+    A single process makes a group of its own, so that there is one code path. Where the program around us has
+    joined already, its group is taken.
     """
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
@@ -81,7 +81,7 @@ def set_timeout(seconds: int) -> None:
 
 
 def note_step(step: int) -> None:
-    """Leave word of the step this rank is in, for `stragglers`."""
+    """Note the step this rank is in, for `stragglers` of other ranks."""
     dist.distributed_c10d._get_default_store().set(f"step/{dist.get_rank()}", str(step))
 
 
@@ -119,14 +119,15 @@ def who_is_to_blame(error: Exception) -> str:
 
 
 def note_failure(kind: str) -> None:
-    """Leave word for `who_is_stuck` of the others: this rank "waited" in vain, or "failed" by itself."""
+    """Note for `who_is_stuck` of other ranks: this rank "waited" in vain, or "failed" by itself."""
     dist.distributed_c10d._get_default_store().set(f"gave_up/{dist.get_rank()}", kind)
 
 
 def lost_others(error: BaseException | None) -> bool:
-    """In a collective that timed out, or whose other ranks have ended. gloo raises a plain RuntimeError, and
-    closes the connections
-    of a group where one rank's time is out; a pipeline's stage wraps what it gets."""
+    """Whether it came from a collective that timed out, or whose other ranks have ended. gloo raises a plain
+    RuntimeError, and closes the connections of a group where one rank's time is out; a pipeline's stage wraps
+    what it gets.
+    """
     while error is not None:
         if isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in LOST):
             return True

@@ -1,8 +1,8 @@
-"""The ranks that hold the same slots: those of a pipeline-, context- and tensor-parallel group. One of them
-leads: it reads for all.
+"""The ranks that hold the same slots: a pipeline-, context- and tensor-parallel group. One of them, the
+leader, reads for all.
 
 What it hands out goes through gloo, from host memory to host memory, and in the order of the trainer's own
-thread, so that nothing is on its way when a rank stops.
+thread, so that no transfer is under way when a rank stops.
 """
 
 from collections.abc import Iterable, Sequence
@@ -33,19 +33,19 @@ class SlotGroup:
         return self.mesh.leads
 
     def from_leader(self, value: T | None) -> T:
-        """What the leader gives, on all of them: plain data."""
+        """The leader's value, on all ranks of the group. Plain data."""
         values: list[Any] = [value]
         dist.broadcast_object_list(values, self.ranks[0], self.group, CPU)
         return values[0]
 
     def from_all(self, value: T) -> list[T]:
-        """The values of all of them, in the order of `ranks`: plain data."""
+        """The values of all ranks of the group, in the order of `ranks`. Plain data."""
         values: list[Any] = [None] * len(self.ranks)
         dist.all_gather_object(values, value, self.group)
         return values
 
     def copy_from_leader(self, tensors: Sequence[Tensor]) -> None:
-        """Fill the tensors of the others with those of the leader."""
+        """Fill the other ranks' tensors with the leader's."""
         _wait_for(dist.broadcast(tensor, self.ranks[0], self.group, async_op=True) for tensor in tensors)
 
     def hand_out(self, parts: Sequence[Sequence[Tensor]]) -> None:
@@ -69,7 +69,7 @@ def _wait_for(transfers: Iterable[dist.Work | None]) -> None:
 
 
 def slot_group(mesh: Mesh) -> SlotGroup | None:
-    """That of this rank; None where it holds its slots alone. Called by all ranks of the mesh."""
+    """The group of this rank; None where it holds its slots alone. Called by all ranks of the mesh."""
     if mesh.degrees.pp * mesh.degrees.cp * mesh.degrees.tp == 1:
         return None
     own = mesh.world.mesh[:, mesh.rank("dp_replicate"), mesh.rank("dp_shard")]

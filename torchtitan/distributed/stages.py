@@ -11,7 +11,7 @@ from torchtitan.config.layout import STAGES_PER_RANK
 
 
 def number_of_stages(schedule: str, ranks: int) -> int:
-    """Where no split points say otherwise."""
+    """How many stages there are, unless split points say otherwise."""
     return ranks * STAGES_PER_RANK[schedule]
 
 
@@ -33,9 +33,8 @@ def split_evenly(
     """First layer of each stage but stage 0, so that the most expensive stage costs least (then the squares,
     so that the rest is even).
 
-    `first` and `last` are what the ends cost besides their layers; they may hold no layer, the others hold at
-    least one.
-    `empty_first`: stage 0 holds none.
+    `first` and `last` are what the end stages cost besides their layers; they may hold no layer, the others
+    hold at least one. `empty_first`: stage 0 holds none.
     """
     layers = len(costs)
     total = [0.0]

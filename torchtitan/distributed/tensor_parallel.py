@@ -47,12 +47,14 @@ def split(module: nn.Module, mesh: DeviceMesh | ImaginedGroup, plan: dict[str, P
 
 
 def _take_adapter(module: nn.Module) -> nn.Module | None:
-    """PyTorch's styles would take its factors for weights of the map itself."""
+    """Take the adapter off: PyTorch's styles would take its factors for weights of the map itself."""
     return module._modules.pop("lora") if isinstance(module, LoRALinear) else None
 
 
 def _lay_out(adapter: nn.Module, style: ParallelStyle, mesh: DeviceMesh) -> None:
-    """As layers/lora.py says: B lies as the outputs that a rank makes, or A as the inputs that it reads."""
+    """Divide an adapter as layers/lora.py says: B like the outputs that a rank makes, or A like its
+    inputs.
+    """
     by_columns = isinstance(style, ColwiseParallel)
     placements = {"A": Replicate() if by_columns else Shard(1), "B": Shard(0) if by_columns else Replicate()}
     for name, placement in placements.items():
@@ -68,7 +70,7 @@ def embedding(split: bool = True) -> ParallelStyle:
 
 
 def norm(to_local: bool = False) -> ParallelStyle:
-    """On the rank's part of the sequence.
+    """A norm on the rank's part of the sequence.
 
     The weight is whole on every rank, and its gradient a sum over them.
     """
@@ -76,7 +78,7 @@ def norm(to_local: bool = False) -> ParallelStyle:
 
 
 def head_norm() -> ParallelStyle:
-    """On the rank's heads [B, S, H, E], which `columns(to_local=False)` made."""
+    """A norm on the rank's heads [B, S, H, E], which `columns(to_local=False)` made."""
     return SequenceParallel(sequence_dim=2, use_local_output=True)
 
 
@@ -100,14 +102,16 @@ def columns(to_local: bool = True) -> ParallelStyle:
 
 
 def rows(split: bool = True) -> ParallelStyle:
-    """The sum over ranks comes out split along the sequence, or whole on every rank."""
+    """Input features are divided over ranks. Their sum comes out split along the sequence, or whole on
+    each.
+    """
     return RowwiseParallel(output_layouts=Shard(1) if split else Replicate())
 
 
 def overlap_with_products(mesh: DeviceMesh) -> None:
     """Asynchronous tensor parallel: in compiled blocks, gathers and scatters are cut into pieces that travel
     while matrix products of
-    other pieces run (Wang et al., 2022). On GPUs that can read each other's memory."""
+    other pieces run (Wang et al., 2022). For GPUs that can read each other's memory."""
     torch._inductor.config._micro_pipeline_tp = True
     enable_symm_mem_for_group(mesh.get_group().group_name)
 

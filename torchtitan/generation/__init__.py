@@ -1,8 +1,8 @@
-"""Text from a model that is there: nothing here knows of images, training or files.
+"""Text from a model: nothing here knows of images, training or files.
 
-options     what people choose, without torch
+options     sampling options, without torch
 sampling    logits -> the next token, by options and one number
-kv_cache    keys and values of what was read, in the place of each layer's attention
+kv_cache    keys and values of what was read, in place of each layer's attention
 answer_text ids -> text as it becomes certain; stop strings
 engine      prompts -> answers: a batch of fixed shape, refilled as its sequences end
 """

@@ -8,7 +8,7 @@ UNFINISHED = "\ufffd"  # what a character decodes to of which bytes are still to
 
 
 class AnswerText:
-    """Gives text out once it is certain: no half characters, nothing of a stop string, no special token.
+    """Releases text once it is certain: no half characters, nothing of a stop string, no special token.
 
     `stopped` says that a stop string was met; the answer ends before it. The spelling of a special token is
     one where that token is met.

@@ -4,8 +4,8 @@
     step     every sequence that is not done sends its newest token, and gets the next
 
 Few shapes in all: prompts padded to one of a few widths, and one token of each sequence. The host plans where
-everything goes and asks the device for nothing but the tokens that were chosen. What a request says
-depends on its own seed and number alone. Where ranks share the model, `agree` keeps them at the same calls.
+everything goes and asks the device for nothing but the tokens that were chosen. An answer depends only on its
+request, with its own seed and number. Where ranks share the model, `agree` keeps them at the same calls.
 
 Letters: B sequences, V words.
 """
@@ -70,7 +70,7 @@ class Request:
     seed: int = 0
     max_tokens: int = 256
     stops: tuple[str, ...] = ()
-    key: int = 0  # what the caller knows it by
+    key: int = 0  # the caller's own name for it
 
 
 @dataclass
@@ -96,7 +96,7 @@ class Event:
 
 
 class Engine:
-    """Answers requests in the order in which they come, as many beside each other as the cache has rows."""
+    """Answers requests in the order in which they come, as many at a time as the cache has rows."""
 
     def __init__(
         self,
@@ -110,8 +110,8 @@ class Engine:
     ):
         """`ends`: ids after which nothing follows; `agree`: the largest of each number over the ranks that
         share the model; `reuse`: a prompt that begins as what a free sequence holds (the next turn of a
-        conversation) is read from there on, which may change the last bits of its logits; `columns`: of a
-        call are a multiple of it, where ranks divide them among each other.
+        conversation) is read from there on, which may change the last bits of its logits; `columns`: a call's
+        are a multiple of it, where ranks divide them among each other.
         """
         self.forward = forward
         self.cache = cache
@@ -126,7 +126,8 @@ class Engine:
     def answer(self, requests: Iterable[Request | None]) -> Iterator[Event]:
         """Pieces of text as they become certain; the last of an answer has its `ended` set.
 
-        A None among the requests says that none is there yet. Who stops early leaves nothing behind.
+        A None among the requests says that none is there yet. Closing the iterator early leaves nothing
+        behind.
         """
         try:
             yield from self._answer(requests)
@@ -165,7 +166,7 @@ class Engine:
         return -(-width // self.columns) * self.columns
 
     def _needs(self, prompt: Prompt | None) -> list[int]:
-        """Of one call: is there a prompt, how wide is it, does it hold more than tokens?"""
+        """What one call needs: is there a prompt, how wide is it, does it hold more than tokens?"""
         return [1, self.width(len(prompt.ids)), int(prompt.rich)] if prompt else [0, 0, 0]
 
     def _place(self, prompt: Prompt) -> tuple[int, int]:
@@ -216,7 +217,7 @@ class Engine:
         return values.to(self.cache.device, non_blocking=True)
 
     def _choose(self, logits_RV: Tensor, held: Sequence["_Row | None"]) -> list[tuple[int, float]]:
-        """The next token of each row with its log-probability: what the device is asked for."""
+        """The next token of each row with its log-probability, copied from the device."""
         options = SamplingRows([row.sampling if row else Sampling() for row in held], logits_RV.device)
         numbers = torch.tensor([row.uniform() if row else 0.0 for row in held], dtype=torch.float64)
         seen = self._put(_seen(held, logits_RV.shape[1])) if options.penalises else None

@@ -20,7 +20,9 @@ from torchtitan.layers.attention import InnerAttention
 
 
 class KVCache:
-    """Who holds how many tokens. `attach` it to the layers of a decoder, `append` before each forward."""
+    """How many tokens each sequence holds. `attach` it to the layers of a decoder, `append` before each
+    forward.
+    """
 
     def __init__(self, sequences: int, places: int, device: torch.device):
         """`places`: tokens that a sequence may have; one place more takes what pads a call."""
@@ -41,7 +43,7 @@ class KVCache:
     def append(self, rows: Sequence[int], counts: Sequence[int], width: int) -> dict[str, Tensor]:
         """Make room for `counts[i]` tokens of sequence `rows[i]`, at the front of `width` columns each.
 
-        Returns what the forward needs beside the tokens: `positions` int32 [R, Q], and document_ids, rows,
+        Returns what the forward needs besides the tokens: `positions` int32 [R, Q], and document_ids, rows,
         kv_document_ids and kv_rows of its mask (layers/masks.py). Raises ValueError where a sequence is full.
         """
         column_Q, place_T = np.arange(width), np.arange(self.places + 1)

@@ -28,5 +28,5 @@ class Sampling:
 
     @property
     def draws(self) -> bool:
-        """Whether chance decides."""
+        """Whether tokens are drawn at random."""
         return self.temperature > 0

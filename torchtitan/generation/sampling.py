@@ -86,6 +86,6 @@ def next_tokens(
 
 
 def uniforms(seed: int, number: int, steps: int) -> np.ndarray:
-    """float64 [steps] in [0, 1): those of sample `number`, the same however many are asked for."""
+    """float64 [steps] in [0, 1): the numbers of sample `number`, the same for any `steps`."""
     bits = np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, number], np.uint64)))
     return bits.integers(0, 1 << GRID, steps, dtype=np.uint64) / float(1 << GRID)

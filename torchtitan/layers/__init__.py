@@ -4,6 +4,6 @@ attention          one call, several backends: flex (GPU), segment_attention (CP
 masks              who may attend to whom, as data that each backend reads
 rope               rotary positions; rope_scaling: Llama 3.1's, as data
 cross_entropy      loss in chunks, so that all logits never exist
-lora               a frozen linear map with an adapter beside it
+lora               a frozen linear map with an adapter
 init               initial weights that do not depend on how a model is sharded
 """

@@ -47,7 +47,7 @@ def _sdpa(q_BQHE: Tensor, k_BKGE: Tensor, v_BKGE: Tensor, prepared: _Segments | 
 
 
 class Backend(NamedTuple):
-    """A pair of functions; what the first makes of a mask is the second's to read."""
+    """A pair of functions: the second reads what the first makes of a mask."""
 
     prepare: Callable[[Mask], Any]
     attend: Callable[[Tensor, Tensor, Tensor, Any], Tensor]

@@ -67,8 +67,8 @@ class _Chunk:
             self.logits_TV = self.logits_TV.float()
         self.labels_T, self.valid_T = labels_T, labels_T >= 0
         first = dist.get_rank(group) * weight_VD.shape[0] if group else 0
-        # A label of another rank's columns, or none, must not index out of range: it reads column 0 and is
-        # masked.
+        # A label of another rank's columns, or no label, must not index out of range: it reads column 0 and
+        # is masked.
         local_T = labels_T - first
         self.here_T = self.valid_T & (local_T >= 0) & (local_T < weight_VD.shape[0])
         self.column_T1 = local_T.where(self.here_T, 0)[:, None]
@@ -164,7 +164,7 @@ class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         dh_TD, dw_VD = ctx.saved_tensors
-        grad = grad[:1]  # the sources' parts are told, not trained on
+        grad = grad[:1]  # the sources' parts are reported, not trained on
         dh_TD = None if dh_TD is None else dh_TD * grad.to(dh_TD.dtype)
         dw_VD = None if dw_VD is None else (dw_VD * grad).to(ctx.weight_dtype)
         return dh_TD, dw_VD, *(None,) * 7
@@ -199,8 +199,8 @@ def sums_by_source(nll_T: Tensor, source_ids_T: Tensor, sources: int) -> Tensor:
 
 
 def add_up(losses: Sequence[Tensor]) -> Tensor:
-    """Those of several microbatches, [1 + sources] each. The loss is added by itself, so that its last bit
-    does not depend on the number of sources.
+    """The sum of losses of several microbatches, [1 + sources] each. The first is added by itself, so that
+    its last bit does not depend on the number of sources.
     """
     parts = zip(*(loss.tensor_split([1]) for loss in losses), strict=True)
     return torch.cat([torch.stack(of_all).sum(0) for of_all in parts])

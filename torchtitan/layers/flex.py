@@ -62,7 +62,7 @@ def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
 def block_mask(mask: Mask) -> BlockMask:
     """The mask as FlexAttention takes it, built on the mask's own device without a synchronisation.
 
-    Not compiled: of a sort over a hundred blocks Triton makes a kernel that ptxas needs minutes for.
+    Not compiled: for a sort over a hundred blocks Triton makes a kernel that ptxas needs minutes for.
     """
     partly, whole = _blocks(mask)
     return BlockMask.from_kv_blocks(

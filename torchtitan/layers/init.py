@@ -33,7 +33,7 @@ def initialise(
     prefix: str = "",
     without: Collection[str] = (),
 ) -> None:
-    """Fill every parameter, but for those `without`, as `rule` says of its name (tied parameters once, under
+    """Fill every parameter except those in `without` as `rule` says for its name (tied parameters once, under
     the first name).
     """
     for name, parameter in model.named_parameters():

@@ -1,11 +1,11 @@
-"""Low-rank adaptation (LoRA; Hu et al., 2021): a frozen linear map, and beside it a small one that trains.
+"""Low-rank adaptation (LoRA; Hu et al., 2021): a frozen linear map, plus a small one that trains.
 
     y = W x + b + (alpha / rank) B A dropout(x)        A [rank, in] random, B [out, rank] zero at first
 
-Unusual here: the map keeps its name and its weight, so that files and layouts know it as before; what is new
-stands below it as `lora.A` and `lora.B`. Under tensor parallel the factors lie as the weight does, B by its
-columns' outputs or A by its rows' inputs, and the other is whole: the update is a part like the map's own
-result, so nothing more is sent for it.
+Unusual here: the map keeps its name and its weight, so that files and layouts know it as before; the new
+parameters stand below it as `lora.A` and `lora.B`. Under tensor parallel the factors lie as the weight does,
+B by its columns' outputs or A by its rows' inputs, and the other is whole: the update is a part like the
+map's own result, so nothing more is sent for it.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ INFIX = ".lora."  # in the names of the weights that are not the base's
 
 @dataclass(frozen=True)
 class Shape:
-    """Of an adapter: what it is besides the map that it adapts."""
+    """Sizes of an adapter, whatever map it adapts."""
 
     rank: int
     alpha: float
@@ -48,14 +48,14 @@ class Adapter(nn.Module):
 
 
 class LoRALinear(nn.Linear):
-    """A linear map with an adapter `lora` beside it."""
+    """A linear map with an adapter `lora`."""
 
     SAME_INPUT = ("lora",)  # see backward_of
     lora: Adapter
 
     @classmethod
     def around(cls, base: nn.Linear, shape: Shape) -> "LoRALinear":
-        """With the parameters of `base` itself."""
+        """`base` with an adapter; the parameters are those of `base` itself."""
         adapted = cls(base.in_features, base.out_features, base.bias is not None)
         adapted.weight, adapted.bias = base.weight, base.bias
         adapted.lora = Adapter(base.in_features, base.out_features, shape)
@@ -83,7 +83,7 @@ def is_adapters(name: str) -> bool:
 
 
 def names_of(weight: str) -> tuple[str, str]:
-    """A and B of the adapter beside a map's weight, by the name of that."""
+    """Names of A and B of the adapter of a map, from the name of its weight."""
     module = weight.removesuffix(".weight")
     return f"{module}{INFIX}A.weight", f"{module}{INFIX}B.weight"
 
@@ -94,7 +94,7 @@ def merge(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 
 def merged(state: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """A state dict without adapters, that computes the same."""
+    """A state dict without adapters that computes the same."""
     bare = {name: weight for name, weight in state.items() if not is_adapters(name)}
     factors = {name: names_of(name) for name in bare if names_of(name)[0] in state}
     return bare | {name: merge(bare[name], state[a], state[b], scale) for name, (a, b) in factors.items()}
