@@ -126,3 +126,12 @@ def test_a_source_without_quota_waits_unless_it_is_the_oldest():
         tokens, tokens, group=np.array([0, 1, 0, 1, 0, 1]), cost=np.ones(6), quota=np.array([0.0, 9.0])
     )
     assert choose(waiting, Budget(90, 1, 90)) == [0, 1, 3]
+
+
+def test_no_room_is_kept_for_images_whose_source_has_to_wait():
+    """150 short texts, and a page of images that may not join yet."""
+    tokens, patches = np.array([20] * 150 + [670]), np.array([0] * 150 + [1600])
+    group, quota = np.array([0] * 150 + [1]), np.array([9999.0, 0.0])
+    waiting = Waiting(tokens, patches, group=group, cost=tokens * 1.0, quota=quota)
+    chosen = choose(waiting, Budget(2048, 1, 4096))
+    assert len(chosen) == 102 and 150 not in chosen

@@ -137,10 +137,13 @@ class _Tries:
         self.token_weight = 0.0 if waiting.text_fills else 1.0
         self.token_list, self.patch_list = self.tokens.tolist(), self.patches.tolist()
         self.ratios = (self.patches / self.tokens).tolist()
-        self.mean = float(self.tokens[: self.samples].mean()), float(self.patches[: self.samples].mean())
         self.group = np.zeros(len(rows), np.int64) if waiting.group is None else waiting.group
         self.cost = np.zeros(len(rows)) if waiting.cost is None else waiting.cost
         self.quota = np.full(self.group.max() + 1, np.inf) if waiting.quota is None else waiting.quota
+        # What has to wait for its quota fills neither side of this slot.
+        may = (self.owner == rows) & ((self.cost == 0) | (self.quota[self.group] > 0))
+        may[0] = True
+        self.mean = float(self.tokens[may].mean()), float(self.patches[may].mean())
         # Where a slot is far too large on one side for what waits (text alone, say), no try can fill that
         # side: what cannot be filled is left out when the sides are kept in step.
         ratio = self.mean[1] * self.S / (self.mean[0] * self.P)
