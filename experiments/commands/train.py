@@ -17,7 +17,7 @@ from torchtitan.config.devices import available_cores, visible_gpus
 from torchtitan.config.errors import require
 from torchtitan.tools.logging import init_logger
 
-DEFAULT_PORT = "29500"
+DEFAULT_PORT, LAST_PORT = "29500", 65535
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class Machines:
         nowhere = f"NNODES = {machines} needs MASTER_ADDR, the address of the first machine"
         require(machines == 1 or bool(address), nowhere)
         port = variables.get("MASTER_PORT") or DEFAULT_PORT
+        known = machines == 1 or (port.isascii() and port.isdigit() and 0 < int(port) <= LAST_PORT)
+        require(known, f"MASTER_PORT = {port}: expected a port, 1 to {LAST_PORT}")
         return cls(processes or gpus() or 1, machines, machine, address, port)
 
     @property

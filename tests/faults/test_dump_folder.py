@@ -182,6 +182,22 @@ def test_a_run_killed_before_its_first_checkpoint_begins_afresh(tmp_path):
     assert sorted(runs.losses(tmp_path)) == list(range(1, 9))
 
 
+def test_a_checkpoint_is_compared_with_the_launch_that_made_it(used):
+    """Not with a later one, which saved nothing."""
+    other = (
+        "--training.steps",
+        "6",
+        "--optimizer.name",
+        "Muon",
+        "--checkpoint.exclude_from_loading",
+        "optimizer",
+    )
+    assert train(used, *other, KILL_AFTER="4") < 0
+    assert "optimizer.name was AdamW and is Muon" in runs.log(used)
+    assert train(used, "--training.steps", "6") == 0, runs.log(used)
+    assert runs.log(used).count("optimizer.name was") == 1
+
+
 def test_going_back_puts_the_later_checkpoints_and_metrics_aside(used):
     step_4 = files(used / "checkpoint" / "step-4")
     assert train(used, "--training.steps", "4", "--checkpoint.load_step", "2", KILL_AFTER="3") < 0, runs.log(

@@ -77,6 +77,8 @@ WRONG = [
     (["--activation_checkpoint.selective_ac_option", "ops"], 1, "activation_checkpoint.selective_ac_option"),
     (["--activation_checkpoint.selective_ac_option", "0"], 1, "activation_checkpoint.selective_ac_option"),
     (["--validation.freq", "0"], 1, "validation.freq"),
+    (["--debug.seed", str(2**32)], 1, "debug.seed = 4294967296: must be >= 0, <= 4294967295"),
+    (["--comm.init_timeout_seconds", "99999999999999"], 1, "comm.init_timeout_seconds"),
     (["--validation.enable"], 1, "validation.sources"),
     (["--validation.controls"], 1, "validation.controls"),
     (["--debug.seed", "-1"], 1, "debug.seed"),

@@ -84,6 +84,8 @@ def test_no_dry_run_where_it_is_switched_off(launch, value):
             "NODE_RANK = 2: must be below NNODES (2)",
         ),
         ({"NNODES": "2"}, "NNODES = 2 needs MASTER_ADDR"),
+        ({"NNODES": "2", "MASTER_ADDR": "a", "MASTER_PORT": "http"}, "MASTER_PORT = http: expected a port"),
+        ({"NNODES": "2", "MASTER_ADDR": "a", "MASTER_PORT": "99999"}, "MASTER_PORT = 99999: expected a port"),
     ],
 )
 def test_a_variable_that_cannot_be_is_told_in_one_line_and_nothing_starts(launch, capsys, variables, told):

@@ -269,6 +269,17 @@ def test_a_fault_in_a_file_names_file_key_and_value(toml, text, told):
     assert told in message and "job.toml" in message
 
 
+def test_a_file_as_windows_writes_it_is_read(tmp_path):
+    (tmp_path / "job.toml").write_bytes(b"\xef\xbb\xbf[training]\r\nsteps = 7\r\n")
+    assert parse(["--job.config_file", str(tmp_path / "job.toml")], CLASSES).training.steps == 7
+
+
+def test_a_file_that_is_not_utf_8_is_told(tmp_path):
+    (tmp_path / "job.toml").write_bytes(b'[job]\ndescription = "gr\xf6\xdfe"\n')
+    told = fault(["--job.config_file", str(tmp_path / "job.toml")])
+    assert told.endswith("job.toml: byte 23 is not UTF-8: save the file as UTF-8")
+
+
 @dataclass
 class Report:
     """A script's options."""

@@ -7,7 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
+from torchtitan.config.errors import ConfigError
+from torchtitan.config.job import Comm
+from torchtitan.distributed.process_group import open_process_group
 from torchtitan.launch import hold_port
 
 REPOSITORY = Path(__file__).parents[2]
@@ -118,3 +122,29 @@ def test_a_held_port_can_be_listened_on_by_rank_0():
         store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
         store.set("key", "value")
         assert TCPStore("127.0.0.1", port, is_master=False).get("key") == b"value"
+
+
+def test_ranks_that_do_not_meet_are_told_in_one_line(monkeypatch, tmp_path):
+    def wait_in_vain(*arguments, **options):
+        raise dist.DistStoreError(
+            "Timed out after 3 seconds. 1/2 clients joined.\nException raised from here"
+        )
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(dist, "init_process_group", wait_in_vain)
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "first",
+        "MASTER_PORT": "29500",
+    }.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError) as caught:
+        open_process_group(Comm(init_timeout_seconds=3, trace_buf_size=0), tmp_path)
+    told = str(caught.value)
+    assert told.startswith(
+        "MASTER_ADDR = first, MASTER_PORT = 29500: the 2 ranks of the run did not meet there"
+    )
+    assert (
+        "3 s (comm.init_timeout_seconds): Timed out after 3 seconds. 1/2 clients" in told and "\n" not in told
+    )

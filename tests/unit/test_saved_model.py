@@ -102,3 +102,16 @@ def test_a_hugging_face_folder_that_is_given_as_a_checkpoint_is_told(tmp_path):
 def test_a_tensor_of_another_shape_is_told_with_the_options_that_make_it(name, other):
     with pytest.raises(ConfigError, match=other):
         require_sizes({name: torch.Size([4, 2])}, {name: torch.Size([8, 2])})
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("optimizer.encoder.weight.exp_avg", "another optimizer.name or training.freeze"),
+        ("model.layers.0.wq.weight", "another model.flavor$"),
+        ("model.layers.0.wq.lora.A.weight", r"another \[lora\]"),
+    ],
+)
+def test_a_tensor_that_is_missing_is_told_with_the_options_that_make_it(name, other):
+    with pytest.raises(ConfigError, match=f"has no {name}: it was made with {other}"):
+        require_sizes({name: (4, 2)}, {})

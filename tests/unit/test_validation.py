@@ -8,6 +8,7 @@ import torch
 
 from torchtitan.components import validation
 from torchtitan.components.validation import Scoring, Validator, exact_documents
+from torchtitan.tools.signals import StopAsked
 
 
 def slow_exact(correct, labelled, documents):
@@ -82,22 +83,38 @@ def counted_one_by_one(batches: list[SimpleNamespace], holds) -> list[float | No
     return [sum(nll) / len(nll), 100 * sum(right) / len(right), 100 * sum(exact) / documents, documents]
 
 
-def test_held_out_figures_of_each_source_are_those_of_its_documents_alone(monkeypatch):
-    monkeypatch.setattr(validation, "sum_over_hosts", dict)
-    dice = np.random.default_rng(1)
-    batches = [draw_batch(dice) for _ in range(3)]
-    first = {"first": lambda sample: sample.document == 0, "never": lambda sample: False}
+def validator_of(batches: list[SimpleNamespace], groups) -> Validator:
     scores = iter(batches)
-    validator = Validator(
+    return Validator(
         forward_backward=SimpleNamespace(score=lambda tensors: next(scores).scores),
         mesh=SimpleNamespace(leads=True),
         open_loader=lambda control: Opened(batches),
         to_rank=lambda batch: batch.tensors,
-        scoring=Scoring("documents", "labels", "sources", first, {}),
+        scoring=Scoring("documents", "labels", "sources", groups, {}),
         sources=SOURCES,
         steps=-1,
     )
-    found = validator.evaluate()
+
+
+def test_a_signal_ends_an_evaluation_before_its_next_batch(monkeypatch):
+    answers = iter([False, True])
+    monkeypatch.setattr(validation, "any_rank", lambda holds: next(answers))
+    scored = []
+    validator = validator_of([draw_batch(np.random.default_rng(1)) for _ in range(3)], {})
+    score = validator.forward_backward.score
+    validator.forward_backward.score = lambda tensors: scored.append(1) or score(tensors)
+    with pytest.raises(StopAsked):
+        validator.evaluate()
+    assert scored == [1]
+
+
+def test_held_out_figures_of_each_source_are_those_of_its_documents_alone(monkeypatch):
+    monkeypatch.setattr(validation, "sum_over_hosts", dict)
+    monkeypatch.setattr(validation, "any_rank", bool)
+    dice = np.random.default_rng(1)
+    batches = [draw_batch(dice) for _ in range(3)]
+    first = {"first": lambda sample: sample.document == 0, "never": lambda sample: False}
+    found = validator_of(batches, first).evaluate()
     of = {"": lambda sample: True, "/a": lambda sample: sample.document % 2 == 0}
     of |= {"/b/c": lambda sample: sample.document % 2 == 1, "/nothing": lambda sample: False}
     for source, holds in of.items():

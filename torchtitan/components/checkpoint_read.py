@@ -59,7 +59,11 @@ def require_sizes(wanted: Sizes, stored: Sizes) -> None:
             raise ConfigError(f"the checkpoint has an adapter {name}: give the [lora] that it was made with")
     for name, shape in wanted.items():
         if name not in stored:
-            other = "[lora]" if is_adapters(name) else "model.flavor or optimizer.name"
+            frozen = (
+                "optimizer.name or training.freeze (checkpoint.exclude_from_loading optimizer: start it anew)"
+            )
+            of_part = frozen if name.startswith("optimizer.") else "model.flavor"
+            other = "[lora]" if is_adapters(name) else of_part
             raise ConfigError(f"the checkpoint has no {name}: it was made with another {other}")
         if stored[name] != tuple(shape):
             other = "lora.rank" if is_adapters(name) else "model.flavor, or a tokenizer of another size"

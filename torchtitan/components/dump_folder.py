@@ -38,12 +38,14 @@ def begin(job: JobConfig) -> bool:
     """
     folder = Path(job.job.dump_folder)
     own = find(job.checkpoint, folder / job.checkpoint.folder)
-    saved = read_config(folder)
     if own is None:
+        saved = read_config(folder)
         refuse_checkpoints_of_others(job, saved, folder)
         set_aside(folder, [folder / name for name in (*FILES, *folders(job, saved))])
         return True
-    step, changed = read_record(own)["step"], [] if saved is None else changes(saved, job)
+    step = read_record(own)["step"]
+    saved = read_config(folder, step)
+    changed = [] if saved is None else changes(saved, job)
     if is_finished(job, step, changed):
         return lacks_its_last_figures(job, own, step)
     refuse_another_run(job, own, changed)

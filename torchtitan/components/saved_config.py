@@ -4,6 +4,7 @@ config.toml                         of the newest launch: it repeats the run
 launches/1-from-step-0.toml ...     of each, with the step that it went on from
 """
 
+import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,9 +51,11 @@ def save_config(job: JobConfig, folder: Path, step: int) -> None:
         path.write_text(to_toml(job), encoding="utf-8")
 
 
-def read_config(folder: Path) -> dict[str, Any] | None:
-    """The tables of the newest launch. None where there are none; a warning where they cannot be read."""
-    path = folder / NEWEST
+def read_config(folder: Path, step: int | None = None) -> dict[str, Any] | None:
+    """The tables of the newest launch, or of the one that trained up to `step`, which a later one that saved
+    nothing did not. None where there are none; a warning where they cannot be read.
+    """
+    path = folder / NEWEST if step is None else _trained(folder, step)
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -60,6 +63,14 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError) as error:
         logger.warning(f"{path}: {error}; so options are not compared with those of the launch before")
         return None
+
+
+def _trained(folder: Path, step: int) -> Path:
+    launches = {}
+    for path in (folder / LAUNCHES).glob("*.toml"):
+        if (match := re.fullmatch(r"(\d+)-from-step-(\d+)", path.stem)) and int(match[2]) < step:
+            launches[int(match[1])] = path
+    return launches[max(launches)] if launches else folder / NEWEST
 
 
 def changes(saved: dict[str, Any], job: JobConfig) -> list[Change]:

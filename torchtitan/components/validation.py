@@ -16,8 +16,9 @@ from torchtitan.components.forward_backward import ForwardBackward
 from torchtitan.components.loader import Batch, Loader, Tensors
 from torchtitan.components.metrics import Values
 from torchtitan.components.sinks import Exhibit
-from torchtitan.distributed.collectives import sum_over_hosts
+from torchtitan.distributed.collectives import any_rank, sum_over_hosts
 from torchtitan.distributed.mesh import Mesh
+from torchtitan.tools.signals import StopAsked, stop_asked
 
 SUMS = ("nll", "right", "labels", "tokens", "exact", "documents")  # what is added up for each source
 TASKS_FOLDER = "tasks"  # below the dump folder: step-N of each time that tasks ran
@@ -61,6 +62,8 @@ class Validator:
         """Figures over all ranks: loss (nats a token), right (% of tokens), exact (% of documents), exact of
         each group, documents; and the same as NAME/SOURCE, with tokens/SOURCE. None where there was nothing
         to count.
+
+        Raises StopAsked on all ranks, between two batches, where a signal came on one of them.
         """
         by_group = [
             _of_group(what, group) for group in self.scoring.groups for what in ("exact", "documents")
@@ -71,6 +74,8 @@ class Validator:
         try:
             batches = (batch for step in loader for batch in step.batches)
             for batch in islice(batches, self.steps if self.steps >= 0 else None):
+                if any_rank(stop_asked()):
+                    raise StopAsked
                 scores_BS2 = self.forward_backward.score(self.to_rank(batch)).float().cpu().numpy()
                 # Ranks that hold the same slots computed the same: one of them counts.
                 if self.mesh.leads:

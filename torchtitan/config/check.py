@@ -59,13 +59,13 @@ RANGES = {
     "activation_checkpoint.full_layers": ">= 0",
     "activation_checkpoint.selective_layers": ">= 0",
     "activation_checkpoint.memory_budget_gib": ">= 0",
-    "comm.init_timeout_seconds": ">= 1",
-    "comm.train_timeout_seconds": ">= 1",
-    "comm.trace_buf_size": ">= 0",
+    "comm.init_timeout_seconds": ">= 1, <= 31536000",
+    "comm.train_timeout_seconds": ">= 1, <= 31536000",
+    "comm.trace_buf_size": ">= 0, <= 10000000",
     "validation.freq": ">= 1",
     "validation.steps": "-1 or >= 1",
     "validation.task_freq": ">= 1",
-    "debug.seed": ">= 0",
+    "debug.seed": ">= 0, <= 4294967295",
 }
 GROUP_RANGES = {
     "lr": "> 0",

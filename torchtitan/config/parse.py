@@ -128,8 +128,11 @@ def run_script(
 def read_toml(file: str) -> dict[str, Any]:
     """The tables of a file. Raises ConfigError where it is not there or not TOML."""
     try:
-        table = tomllib.loads(shipped_job(file).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        table = tomllib.loads(shipped_job(file).read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        wrong = f"{COMMAND_LINE_ONLY} = {file}: byte {error.start} is not UTF-8"
+        raise ConfigError(f"{wrong}: save the file as UTF-8") from None
+    except (OSError, tomllib.TOMLDecodeError) as error:
         known = (
             f"; jobs of the package: {', '.join(shipped_jobs())}"
             if isinstance(error, FileNotFoundError)

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import _dump_fr_trace  # type: ignore[attr-defined]
 
+from torchtitan.config.errors import ConfigError
 from torchtitan.config.job import Comm
 
 TRACES = "comm_traces"  # below the dump folder
@@ -25,7 +26,7 @@ def open_process_group(comm: Comm, dump_folder: Path) -> torch.device:
     """Join the other ranks and return this rank's device: nccl on GPU, gloo on CPU and for host integers.
 
     A single process makes a group of its own, so that there is one code path. Where the program around us has
-    joined already, its group is taken.
+    joined already, its group is taken. Raises ConfigError where the others do not come.
     """
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
@@ -41,8 +42,20 @@ def open_process_group(comm: Comm, dump_folder: Path) -> torch.device:
         {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     )
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=comm.init_timeout_seconds), **alone)
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=comm.init_timeout_seconds), **alone)
+    except dist.DistError as error:
+        raise ConfigError(_nobody_met(str(error).splitlines()[0], comm)) from error
     return device
+
+
+def _nobody_met(why: str, comm: Comm) -> str:
+    place = f"MASTER_ADDR = {os.environ.get('MASTER_ADDR')}, MASTER_PORT = {os.environ.get('MASTER_PORT')}"
+    within = f"within {comm.init_timeout_seconds} s (comm.init_timeout_seconds)"
+    return (
+        f"{place}: the {world_size()} ranks of the run did not meet there {within}: {why.rstrip('.')}; "
+        "start the same command on every machine, of which that address has NODE_RANK 0"
+    )
 
 
 def _enable_flight_recorder(entries: int, folder: Path) -> None:
