@@ -8,7 +8,7 @@ CPU). Expected: a dense mask computes rows * rows pairs, where each segment's le
 needed (half of it where causal), so "at most" is the ratio of the pairs. Long segments should come near half
 of it, one document of the whole row gain nothing but its causal half. On GPU flex skips whole blocks of 128
 alone, so that shorter segments win less; there rows as long as those that are trained are added, and
-torch's kernels for segments of variable length beside it (results/2026-11-28-gpu.md).
+torch's kernels for segments of variable length are measured too (results/2026-11-28-gpu.md).
 
 A prediction that was wrong: images of 16 patches were to be slower by segments, since gathering them costs as
 much as attending. They are 4 times faster: equal lengths share one call, and its cost is paid once.

@@ -300,11 +300,11 @@ def main() -> None:
         else:
             found[name] = MEASURES[name](options, options.folder)
         if options.folder is None:
-            told = ", ".join(
+            printed = ", ".join(
                 f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
                 for key, value in found[name].items()
             )
-            print(f"{name:8s} {told}", flush=True)
+            print(f"{name:8s} {printed}", flush=True)
     print(json.dumps(found))
 
 

@@ -57,7 +57,7 @@ def train(way: str, options: argparse.Namespace, given: list[str], folder: Path)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Of the first row as it is, and how far the others are from it."""
+    """The first row as it is, and how far the others are from it."""
     first = np.array(rows[0]["losses"])
     steps = [step for step in SHOWN if step <= len(first)]
     heading = ["way", *(f"step {step}" for step in steps)]

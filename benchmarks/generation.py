@@ -1,4 +1,4 @@
-"""How many tokens a second does greedy decoding give, beside `transformers` with the same weights?
+"""How many tokens a second does greedy decoding give, compared with `transformers` on the same weights?
 
     python -m benchmarks.generation [--flavor FLAVOR | --hf FOLDER] [--tokens 64] [--sequences 1 8]
 
@@ -10,8 +10,8 @@ runs compiled and is run once more with synchronisations counted.
 
 Expected: at least as fast as transformers with one sequence on CPU, where both are bound by reading the
 weights once a token, and faster with more; on a GPU one synchronisation a step, for the tokens that were
-chosen. Seen on CPU (results/2026-11-28-generation.md): 0.66 and 0.73 of its tokens a second. Of a token half
-the time is products, as theirs is; the rest is many small operations, which nothing compiles there.
+chosen. Seen on CPU (results/2026-11-28-generation.md): 0.66 and 0.73 of its tokens a second. Half of a
+token's time is products, as theirs is; the rest is many small operations, which nothing compiles there.
 """
 
 import argparse

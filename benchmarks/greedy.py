@@ -37,7 +37,7 @@ class Forced:
 
 @torch.no_grad()
 def teacher_forced(job: VLMJobConfig, checkpoint: str = "") -> dict[str, Forced]:
-    """Of each held-out sample by its key."""
+    """What teacher forcing gives for each held-out sample, by its key."""
     model, found = open_model(job, checkpoint).eval(), {}
     loader = open_loader(job, "validation")
     try:

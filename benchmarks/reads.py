@@ -5,9 +5,9 @@
 The held-out strips are read by generating: as they are, blanked, with the pictures of another document, and
 squeezed to squares, which the run was not trained on. `digits` is word accuracy: a digit that is wrong,
 missing or too many is an error, aligned by edit distance. Expected: close to scikit-learn's SVC on the same
-single digits, cut out and centred (97.0 %), which is printed beside; less than 1 % exact where the model
-cannot see, since 3 in 100 strips are of one digit, which can be guessed; squeezed, strips of seven digits and
-more far below.
+single digits, cut out and centred (97.0 %), which is printed too; less than 1 % exact where the model cannot
+see, since 3 in 100 strips are of one digit, which can be guessed; squeezed, strips of seven digits and more
+far below.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def evaluate(run: str, out: Path, options: Sequence[str]) -> None:
 
 
 def read_answers(out: Path, label: str) -> Answers:
-    """Of each record in order."""
+    """The answer to each record in order."""
     file = json.loads((out / "summary.json").read_text(encoding="utf-8"))["tasks"][label]["file"]
     lines = map(json.loads, (out / f"{label}.jsonl").read_bytes().splitlines())
     questions = Questions(file, Data())

@@ -10,8 +10,8 @@ before and writes what is read later: the least that a compiler can reach. The o
 each weight, gradient and moment once. Each kernel is expected to take as long as its FLOPs or its bytes,
 whichever is more.
 
-`--seen`: what `benchmarks.train_step --kernels` printed, for the same job: its times stand beside. Written:
-a table, and FOLDER/roofline.png.
+`--seen`: what `benchmarks.train_step --kernels` printed, for the same job: its times are a column more.
+Written: a table, and FOLDER/roofline.png.
 """
 
 import argparse
@@ -167,7 +167,7 @@ class Row:
 
 
 def rows_of(kernels: Sequence[Kernel], peak: float, bandwidth: float, times: int) -> list[Row]:
-    """Of each kind, as it comes; every kernel runs `times` times in a step."""
+    """A row for each kind, in the order of first kernels; every kernel runs `times` times in a step."""
     rows = []
     for kind in dict.fromkeys(kernel.kind for kernel in kernels):
         alike = [kernel for kernel in kernels if kernel.kind == kind]
@@ -181,7 +181,9 @@ def rows_of(kernels: Sequence[Kernel], peak: float, bandwidth: float, times: int
 
 
 def kernels_of_forward(job: VLMJobConfig, model: VLM, work: Work) -> list[Kernel]:
-    """Of one forward and backward on one GPU; `model`: whole, on the meta device; `work`: of a forward."""
+    """Kernels of one forward and backward on one GPU; `model`: whole, on the meta device; `work`: of a
+    forward.
+    """
     config, length = model.config, job.training.seq_len
     assert model.encoder is not None and model.decoder.output is not None
     apply_activation_checkpoint(model.encoder.layers, job.activation_checkpoint.encoder)
@@ -205,7 +207,7 @@ def kernels_of_forward(job: VLMJobConfig, model: VLM, work: Work) -> list[Kernel
 
 
 def rows_of_weights(job: VLMJobConfig, model: VLM, bandwidth: float) -> list[Row]:
-    """Of a step on one GPU, beside the forwards: FSDP's casts, and AdamW (of Muon, its moments alone)."""
+    """What a step on one GPU adds to its forwards: FSDP's casts, and AdamW (of Muon, its moments alone)."""
     forwards = job.training.global_batch_size // job.training.local_batch_size
     width = Sharding.of(job).param_dtype.itemsize
     numbers = sum(parameter.numel() for parameter in model.parameters())
@@ -218,7 +220,7 @@ def rows_of_weights(job: VLMJobConfig, model: VLM, bandwidth: float) -> list[Row
 
 
 def work_of_data(job: VLMJobConfig, tokenizer: Any) -> Work:
-    """Of a forward, as a mean over some steps of the job's own data."""
+    """The work of a forward, as a mean over some steps of the job's own data."""
     works = []
     for batch in itertools.chain.from_iterable(batches_of(job, tokenizer, STEPS_OF_DATA)):
         tensors, counts = batch.tensors, batch.counts
@@ -228,7 +230,7 @@ def work_of_data(job: VLMJobConfig, tokenizer: Any) -> Work:
 
 
 def seen_seconds(log: Path) -> dict[str, float]:
-    """Of a step, by kind, from the last way that a log of benchmarks.train_step tells of."""
+    """Seconds of a step, by kind, in the last of the ways in a log of benchmarks.train_step."""
     facts = json.loads(log.read_text(encoding="utf-8").splitlines()[-1])
     seconds: dict[str, float] = {}
     for kind, (_, each) in facts["rows"][-1]["kernels"].items():

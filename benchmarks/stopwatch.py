@@ -31,7 +31,9 @@ class _Passing(torch.autograd.Function):
 
 
 class Stopwatch:
-    """Of a whole model of experiments/vlm on one device. Blocks may be compiled, the step not be graphed."""
+    """Times the parts of a whole model of experiments/vlm on one device. Blocks may be compiled; the step may
+    not be graphed.
+    """
 
     def __init__(self, model: nn.Module, device: torch.device):
         self.device = device
@@ -57,7 +59,7 @@ class Stopwatch:
         return _Passing.apply(x, self, backward)
 
     def start(self) -> None:
-        """Of a step; what was seen of the one before is forgotten."""
+        """Begin a step, and forget the one before."""
         self.events = []
         self.ends("")
 
@@ -77,7 +79,7 @@ class Stopwatch:
             self.ends("encoder")
 
     def seconds(self) -> dict[str, float]:
-        """Of each part of the step since `start`. Waits for the device."""
+        """Seconds of each part of the step since `start`. Waits for the device."""
         found = dict.fromkeys(PARTS, 0.0)
         for (_, before), (part, event) in zip(self.events, self.events[1:], strict=False):
             if isinstance(event, float):

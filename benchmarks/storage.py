@@ -4,8 +4,8 @@
 
 Measured: the loader's own readers over a file system of this file's own, slow://, in which opening a shard
 takes a while. A step of training takes 1.1 s, a shard lasts about 25 of them, two steps are ready before they
-are asked for. All times pass `scale` times as fast, and are told as if they did not. `at need` opens a shard
-when its first record is asked for, `ahead` as the loader does.
+are asked for. All times pass `scale` times as fast, and are printed as if they did not. `at need` opens a
+shard when its first record is asked for, `ahead` as the loader does.
 
 Simulated: 512 ranks, which all wait for the slowest, long after the start; 2,176 shards of 4,600 samples; 40
 samples of each slot a step (rows of 8,192 tokens), half a second to decode a step, one worker a rank.
@@ -81,7 +81,7 @@ fsspec.register_implementation("slow", SlowFileSystem, clobber=True)
 
 @contextmanager
 def opening(kind: str) -> Iterator[None]:
-    """As it was before shards were opened ahead, or as it is."""
+    """Open shards `at need`, as it was before they were opened ahead, or `ahead`."""
     ahead = ShardCache.ahead
     if kind == "at need":
         ShardCache.ahead = lambda self, source, path: None  # type: ignore[method-assign]
@@ -147,7 +147,7 @@ def _refuse(what: object) -> None:
 
 
 def bytes_of_state(data: Path, slots: int = 8) -> float:
-    """Of a slot in a checkpoint."""
+    """Bytes of a slot's state in a checkpoint."""
     SlowFileSystem.latency_s = 0
     with tempfile.TemporaryDirectory() as folder:
         setup = make_setup(job_of(data, folder, slots), load_tokenizer(TOKENIZER), "train", slots)
@@ -185,7 +185,7 @@ def simulate(kind: str, slots: int, latency_s: float, steps: int = 1200) -> dict
 
 
 def count_reads() -> dict[str, int]:
-    """Of a shard of 4,600 samples of 33 KB, made of headers and holes: reads and bytes that find them."""
+    """Reads and bytes that find the 4,600 samples of 33 KB of a shard made of headers and holes."""
     reads, true_pread = [], os.pread
 
     def pread(file: int, size: int, offset: int) -> bytes:
@@ -219,7 +219,7 @@ def count_reads() -> dict[str, int]:
 
 
 def table(title: str, rows: list[dict[str, Any]]) -> None:
-    """At need beside ahead, for each latency and number of slots."""
+    """Print both, at need and ahead, for each latency and number of slots."""
     print(f"\n{title}\n\n| slots a rank | to open | first step: at need, ahead | a step: at need, ahead |")
     print("|---|---|---|---|")
     for row in rows:

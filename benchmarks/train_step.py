@@ -9,8 +9,8 @@ those of FOLDER with a fixed seed, each with a caption of 20 to 300 words. Furth
 In one run: useful MFU (encoder on patches, decoder on tokens; padding and recomputation count nothing),
 rates, occupancies and peak memory; the seconds of each part, from events on the device, and the share of the
 peak that encoder, decoder and output layer reach in theirs; recompilations and synchronisations of a step.
-Where the whole step is one CUDA graph, parts cannot be told apart. `--kernels`: launches and time by kind of
-kernel, of one step under the profiler. `transformers`: a step of its model of the same sizes on the same
+Where the whole step is one CUDA graph, its parts cannot be measured. `--kernels`: launches and time by kind
+of kernel, of one step under the profiler. `transformers`: a step of its model of the same sizes on the same
 documents, padded, made ready beforehand (transformers_step.py).
 
 Two lines at the end: a table for people, one JSON line for others.
@@ -180,7 +180,7 @@ def synchronise() -> None:
 
 
 def waits_and_recompiles(trainer: Trainer) -> tuple[int, int]:
-    """Of one step, but for its input: synchronisations, and frames that dynamo compiled."""
+    """Synchronisations of one step, but for its input, and frames that dynamo compiled in it."""
     compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -55,7 +55,7 @@ def unpacked(tensors: dict[str, Tensor], merged: int) -> dict[str, Tensor]:
 def _images(
     tensors: dict[str, Tensor], first: int, rows: int
 ) -> Iterator[tuple[int, tuple[tuple[int, int], Tensor, tuple[int, int]]]]:
-    """Of every patch its place in the slot, and its image: name, patches in raster order, size."""
+    """Each patch's place in the slot, with its image: name, patches in raster order, size."""
     for row in range(rows):
         grid, pixels = tensors["grid_thw"][first + row], tensors["pixel_values"][first + row]
         names = image_ids(grid[None])[0]

@@ -1,4 +1,4 @@
-"""Show runs beside each other as one HTML page.
+"""Compare runs on one HTML page.
 
 The command `torchtitan-vlm compare` of a checkout: --help lists its options.
 """

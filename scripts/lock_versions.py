@@ -1,4 +1,4 @@
-"""Write constraints.txt anew: one torch, and the newest of all else that pyproject.toml allows next to it.
+"""Write a new constraints.txt: one torch, and the newest of all else that pyproject.toml allows next to it.
 
     python3.11 scripts/lock_versions.py [torch==VERSION]        without: the torch of constraints.txt
 

@@ -24,7 +24,7 @@ OPERATORS = {
 
 def requirements(extras):
     """[(name, [(operator, version), ...]), ...] as declared."""
-    import tomllib  # Python 3.11; `main` tells an older one
+    import tomllib  # Python 3.11; `main` refuses an older one
 
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     lines = project["dependencies"] + [
@@ -105,7 +105,7 @@ def main(command, *extras):
         python = f"Python {sys.version.split()[0]}"
         lines = [", ".join([python, *(f"{name} {installed(name)}" for name, _ in wanted)])]
     else:
-        faults = [told for told in (fault(name, bounds) for name, bounds in wanted) if told]
+        faults = [found for found in (fault(name, bounds) for name, bounds in wanted) if found]
         lines = faults or differences(name for name, _ in wanted)
     print("\n".join(lines), end="\n" if lines else "")
     return 1 if faults else 0

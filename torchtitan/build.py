@@ -139,8 +139,8 @@ def _seed_generators(job: JobConfig) -> None:
 
 
 def resolve_options(job: JobConfig) -> None:
-    """Give options that depend on others, or on what the run did before,
-    the value that holds and is saved.
+    """Give options that depend on others, or on what the run did before, the value that holds and is
+    saved.
     """
     resolve_global_batch(job)
     fit_warmup(job.lr_scheduler, job.training.steps)

@@ -1,4 +1,4 @@
-"""Show runs beside each other: options that differ, all curves, what came of each source.
+"""Compare runs: options that differ, all curves, what came of each source.
 
     torchtitan-vlm compare outputs/a outputs/b --out compare.html
     torchtitan-vlm compare sweeps/a                                  all runs of a sweep

@@ -4,8 +4,8 @@
     torchtitan-vlm from_torch --torch assets/vicuna-7b-v1.5 --out assets/vicuna-7b
 
 The first is what Megatron trains, CLIP, a projector and Mistral or one of the towers alone, at any tensor
-parallel degree. The second has *.bin beside a config.json, which come along as they are. Files are opened
-with weights_only: one that holds more than tensors is refused, since it could run code.
+parallel degree. The second has *.bin and other files, which come along as they are. Files are opened with
+weights_only: one that holds more than tensors is refused, since it could run code.
 """
 
 import json
@@ -69,9 +69,9 @@ def write(source: Path, folder: Path, options: Options) -> str:
         tensors, held = read.tensors, f"{', '.join(read.parts)} of Megatron"
         (folder / CONFIG).write_text(json.dumps(read.config, indent=2) + "\n", encoding="utf-8")
     else:
-        tensors, beside = read_pickles(source)
-        held = f"{len(beside)} other files"
-        for path in beside:
+        tensors, others = read_pickles(source)
+        held = f"{len(others)} other files"
+        for path in others:
             shutil.copy(path, folder / path.name)
     write_folder(tensors, folder, options.shard_gb)
     return f"{source}: {len(tensors)} tensors, {held}"

@@ -43,7 +43,7 @@ class Options(ModelOptions):
     controls: bool = False
     out: str = ""  # a folder for answers, summary.json and pages
     list: bool = False  # say what tasks there are
-    sequences: int = 8  # answered beside each other
+    sequences: int = 8  # answered at one time
     page_limit: int = 200  # records on a task's page
 
 
@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
         summary = answer(options, job, asked)
     if summary:
         logger.info(table(summary))
-        logger.info(f"{out / 'summary.json'}, and a page of each task beside it")
+        logger.info(f"{out / 'summary.json'}, and a page of each task next to it")
     return 0
 
 
@@ -97,7 +97,7 @@ def answer(options: Options, job: VLMJobConfig, asked: list[tasks.TaskFile]) -> 
 
 
 def asked_tasks(options: Options) -> list[tasks.TaskFile]:
-    """Those of --task, whose files are there. Raises ConfigError."""
+    """The tasks of --task, whose files are there. Raises ConfigError."""
     require(bool(options.task), "no task: give --task NAME=FILE (--list says which there are)")
     require(bool(options.out), "nowhere to write: give --out FOLDER")
     require_writable(Path(options.out), "--out")
@@ -111,7 +111,7 @@ def asked_tasks(options: Options) -> list[tasks.TaskFile]:
 
 
 def versions() -> dict[str, str]:
-    """Of what decides a figure."""
+    """Versions of what decides a figure."""
     from importlib.metadata import version
 
     import torchtitan
@@ -121,7 +121,7 @@ def versions() -> dict[str, str]:
 
 
 def table(summary: dict[str, Any]) -> str:
-    """For the console."""
+    """The summary as lines for the console."""
     lines = [f"{'task':24} {'metric':22} {'value':>9}   95 % interval   records"]
     for task, summary_of_task in summary["tasks"].items():
         for metric, figure in summary_of_task["metrics"].items():

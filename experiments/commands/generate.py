@@ -74,11 +74,11 @@ class Options(ModelOptions, AnswerOptions):
     input: str = ""  # a JSONL file of prompts
     out: str = ""  # a JSONL file of answers
     samples: int = 1  # answers to each prompt of --input, of different draws
-    sequences: int = 8  # answered beside each other
+    sequences: int = 8  # answered at one time
 
 
 def any_terminal() -> None:
-    """What the encoding of standard input or output does not know ends nothing."""
+    """Let no character that the encoding of standard input or output lacks end the command."""
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)
@@ -143,7 +143,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def answer_prompt(options: Options, job: VLMJobConfig) -> None:
-    """To standard output. Raises UserError. Imports torch, as the next does."""
+    """Answer one prompt, to standard output. Raises UserError. Imports torch, as the next does."""
     from experiments.vlm.data.document import Picture
     from experiments.vlm.generate.answer_file import answer_one
     from torchtitan.distributed.process_group import close_process_group
@@ -157,7 +157,7 @@ def answer_prompt(options: Options, job: VLMJobConfig) -> None:
 
 
 def answer_records(options: Options, job: VLMJobConfig) -> None:
-    """Those of --input, to --out. Raises UserError."""
+    """Answer the prompts of --input, to --out. Raises UserError."""
     from experiments.vlm.data.formats.record_shard import ImageValues, folder_of
     from experiments.vlm.generate.answer_file import AnswerFile, answer_file
     from torchtitan.distributed.process_group import close_process_group
@@ -180,7 +180,7 @@ def asked_with(options: Options, job: VLMJobConfig) -> dict[str, Any]:
 
 
 def keep_options(options: Options, job: VLMJobConfig, writes: bool) -> None:
-    """Beside --out, for who goes on with it."""
+    """Write the options next to --out, for a command that goes on with it."""
     if writes:
         write_whole(options_file(options), json.dumps(asked_with(options, job)))
 
@@ -191,7 +191,7 @@ def options_file(options: Options) -> Path:
 
 
 def require_same_options(options: Options, job: VLMJobConfig) -> None:
-    """Answers to be gone on with were drawn as the others will be. Raises UserError."""
+    """Raises UserError where the answers in --out were drawn with other options than the rest would be."""
     if not (Path(options.out).is_file() and options_file(options).is_file()):
         return
     before, now = json.loads(options_file(options).read_text()), asked_with(options, job)

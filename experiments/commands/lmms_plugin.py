@@ -38,11 +38,11 @@ def manifest() -> ModelManifest:
 
 @dataclass
 class Options(ModelOptions):
-    """What --model_args may hold beside the trainer's options; pretrained=FOLDER stands for one of --hf and
+    """Options of --model_args that are not the trainer's; pretrained=FOLDER stands for one of --hf and
     --job.dump_folder.
     """
 
-    max_tokens: int = 1024  # room for an answer, beside training.seq_len tokens for its prompt
+    max_tokens: int = 1024  # room for an answer, after training.seq_len tokens for its prompt
     by_token: bool = True  # a choice is as likely as the mean of its tokens; off: as all of them together
 
 
@@ -58,7 +58,7 @@ class SimpleModel(lmms):
         device: str | None = None,
         **model_args: Any,
     ):
-        """batch_size: how many are answered beside each other. Raises UserError."""
+        """batch_size: how many are answered at one time. Raises UserError."""
         super().__init__()
         init_logger(sys.stderr)
         fine = str(batch_size).isdecimal() and int(batch_size) > 0

@@ -22,9 +22,9 @@ from torchtitan.tools.logging import init_logger, logger
 class Options(ModelOptions):
     """Where it listens, and what a request may cost."""
 
-    host: str = "127.0.0.1"  # 0.0.0.0: other machines too, whoever they are
+    host: str = "127.0.0.1"  # 0.0.0.0: any other machine too
     port: int = 8000  # 0: any that is free
-    sequences: int = 4  # answered beside each other
+    sequences: int = 4  # answered at one time
     max_tokens: int = 512  # of an answer
     max_body_mb: int = 24  # of a request
 

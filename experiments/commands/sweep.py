@@ -4,7 +4,7 @@
     torchtitan-vlm sweep --job.config_file sweep.toml --dry_run      a table [sweep] in the file says the same
 
 Each run has a folder in --out, named by what differs. The same command goes on where it was stopped: what is
-finished is left alone. It ends with a table, sweep.csv and sweep.png. docs/sweeps.md tells all.
+finished is left alone. It ends with a table, sweep.csv and sweep.png: see docs/sweeps.md.
 """
 
 import contextlib
@@ -93,7 +93,7 @@ def asks_for_many(options: Sequence[str]) -> bool:
 
 
 def save_runs(tables: dict[str, Any], argv: Sequence[str]) -> bool:
-    """Checkpoints are on where neither the file nor the command line says a word. True: they were off."""
+    """Turn checkpoints on where neither the file nor the command line mentions them. True: they were off."""
     section = tables.setdefault("checkpoint", {})
     given = {token.partition("=")[0].replace("-", "_") for token in argv}  # --checkpoint.no-enable as well
     said = {"__checkpoint.enable", "__checkpoint.no_enable"} & given
@@ -160,12 +160,12 @@ def list_runs(found: Sequence[Member], ranks: int) -> int:
 
 
 def write_script(given: Sequence[str], found: Sequence[Member], out: Path, options: Options) -> int:
-    """For sbatch, of the runs that are not finished. `given`: all options."""
+    """Write a script for sbatch, with the runs that are not finished. `given`: all options."""
     left = [member.index for member in found if status_of(member).state != "finished"]
     if not left:
         print(f"all {len(found)} runs are finished: there is nothing to write; --report shows them")
         return 0
-    # A copy: whoever edits the file while the array waits does not change which run an index means.
+    # A copy: an edit of the file while the array waits does not change which run an index means.
     file = out / JOB_FILE
     write_whole(file, shipped_job(config_file(given) or "").read_text(encoding="utf-8"))
     given = [*(token for token in given if token != "--slurm"), "--job.config_file", str(file)]
@@ -197,7 +197,7 @@ def train(found: Sequence[Member], space: Space, out: Path, options: Options, wh
 
 
 def show(found: Sequence[Member], space: Space, out: Path, metric: str) -> int:
-    """Table, sweep.csv and picture of what there is."""
+    """Print the table, and write sweep.csv and the picture, of what there is."""
     from torchtitan.sweep.picture import draw
 
     results = read_results(found, space.axes, metric)
@@ -215,5 +215,5 @@ def show(found: Sequence[Member], space: Space, out: Path, metric: str) -> int:
 
 
 def train_command(job: Path) -> list[str]:
-    """What trains the job of a file."""
+    """The command that trains the job of a file."""
     return [sys.executable, "-m", "experiments.commands", "train", "--job.config_file", str(job)]

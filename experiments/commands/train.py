@@ -1,7 +1,7 @@
 """Train the debug model on embedded data, or any job: what run_train.sh and `torchtitan-vlm train` are.
 
-The variables that it reads, beside the options, are those that --help names (experiments/__main__.py). One
-process is `python -m experiments`; several are what torchtitan/launch.py starts.
+It reads options, and the variables that --help names (experiments/__main__.py). One process is `python -m
+experiments`; several are what torchtitan/launch.py starts.
 """
 
 import os

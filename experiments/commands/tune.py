@@ -155,7 +155,7 @@ def find_space(
         f"{ranks} x {machine.name}: {machine.gib:.1f} GiB a rank, of which the planner may fill {limit:.1f}; "
         f"{own.batch.global_} slots a step, whatever the candidate"
     )
-    # With more or less time the adviser may find others, and a search that goes on would begin anew.
+    # With more or less time the adviser may find others, and a search that goes on would begin again.
     file = out / LENGTHS
     if file.is_file():
         lengths = json.loads(file.read_text())
@@ -206,16 +206,16 @@ def run(tuner: Tuner, space: Space) -> int:
             came_to_its_end = tuner.tune()
     except Ended as ended:
         if tuner.report.best is not None:
-            tell(tuner.report, space)
+            show_report(tuner.report, space)
         report_line(str(ended))
         return ended.code
-    tell(tuner.report, space)
+    show_report(tuner.report, space)
     if not came_to_its_end:
         print("the time was over before the search was: the same command goes on")
     return 0
 
 
-def tell(report: Report, space: Space) -> None:
+def show_report(report: Report, space: Space) -> None:
     """The table, what it says, and the lines. Raises UserError where nothing was measured."""
     best, limit = report.best, space.planner.limit_gib
     why = "; ".join(dict.fromkeys(row.trial.why for row in report.rows))

@@ -63,15 +63,17 @@ class Data:
     # m: m * m patches become one visual token; unset: as the model merges them (2 where its projector is new)
     spatial_merge_size: int | None = None
     # native: keep the aspect ratio; square: squeeze, as fixed-size encoders do; padded: a square with borders
-    # of the encoder's mean colour; cropped: the middle square; tiles: squeezed, and beside that cut into
-    # several squares; unset: as the model takes them. A square is of the encoder's own size, or of
+    # of the encoder's mean colour; cropped: the middle square; tiles: squeezed, and also cut into several
+    # squares; unset: as the model takes them. A square is of the encoder's own size, or of
     # max_patches_per_image where that is less
     resize: str | None = None
-    max_tiles_per_image: int | None = None  # beside the view of all of it; unset: as the model takes them
+    max_tiles_per_image: int | None = (
+        None  # not counting the view of all of it; unset: as the model takes them
+    )
     packing_buffer_size: int = 256  # samples read ahead for each slot, of which those that fit are taken
     # a document longer than a slot is cut into pieces, cut short, or left out
     long_documents: Literal["split", "truncate", "drop"] = "split"
-    # processes beside each rank that reads, which read and decode for it; 0: the trainer does it itself
+    # processes of each rank that reads, which read and decode for it; 0: the trainer does it itself
     num_workers: int = 0
     decode_threads: int = 1  # threads of each of them that decode and resize images
     # batches that they have ready beyond the present step; none with num_workers = 0
@@ -123,7 +125,7 @@ class VLMActivationCheckpoint(ActivationCheckpoint):
 
     @property
     def encoder(self) -> Recomputation:
-        """Of the encoder's layers."""
+        """Recomputation in the encoder's layers."""
         layers = self.encoder_full_layers, self.encoder_selective_layers
         return Recomputation(self.encoder_mode, self.selective_ac_option, *layers)
 

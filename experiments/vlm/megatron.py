@@ -21,7 +21,7 @@ from torch import Tensor
 
 from experiments.vlm.megatron_ranks import MegatronRanks
 from torchtitan.config.errors import ConfigError, require
-from torchtitan.models.hf.writing import Made
+from torchtitan.models.hf.writing import TensorToWrite
 from torchtitan.models.weight_names import Part, Piece, Row, Transform, prefixed, to_ours
 
 PREFIXES = {
@@ -48,7 +48,7 @@ class FolderContent:
 
     parts: tuple[str, ...]
     config: dict[str, Any]
-    tensors: dict[str, Made]
+    tensors: dict[str, TensorToWrite]
 
 
 def _heads(which: int, head: int, shared: int, rows: Tensor) -> Tensor:
@@ -237,7 +237,7 @@ def _whole(parts: Mapping[str, dict[str, Any]], projector: dict[str, Any]) -> di
     }
 
 
-def _made(ranks: MegatronRanks, rows: list[Row]) -> dict[str, Made]:
+def _made(ranks: MegatronRanks, rows: list[Row]) -> dict[str, TensorToWrite]:
     counts = {name: (ranks.shape(name) or (1,))[0] for name in ranks.states[0]}
     try:
         pieces = to_ours(counts, rows)
@@ -251,7 +251,7 @@ def _made(ranks: MegatronRanks, rows: list[Row]) -> dict[str, Made]:
         stored = ranks.states[0][piece.source]
         inside = torch.empty(len(piece.rows), *ranks.shape(piece.source)[1:], device="meta")
         shape = tuple(piece.transform(inside).shape)
-        made[name] = Made(shape, stored.dtype, partial(_rows, ranks, piece))
+        made[name] = TensorToWrite(shape, stored.dtype, partial(_rows, ranks, piece))
     return made
 
 
@@ -261,9 +261,9 @@ def _rows(ranks: MegatronRanks, piece: Piece) -> list[Tensor]:
     return [piece.transform(whole[piece.rows.start : piece.rows.stop])]
 
 
-def _last_norm(prefix: str, dim: int) -> dict[str, Made]:
+def _last_norm(prefix: str, dim: int) -> dict[str, TensorToWrite]:
     """The tower's last norm, which is neither stored nor read."""
     return {
-        f"{prefix}post_layernorm.weight": Made((dim,), torch.float32, lambda: [torch.ones(dim)]),
-        f"{prefix}post_layernorm.bias": Made((dim,), torch.float32, lambda: [torch.zeros(dim)]),
+        f"{prefix}post_layernorm.weight": TensorToWrite((dim,), torch.float32, lambda: [torch.ones(dim)]),
+        f"{prefix}post_layernorm.bias": TensorToWrite((dim,), torch.float32, lambda: [torch.zeros(dim)]),
     }

@@ -22,7 +22,7 @@ from torchtitan.config.recomputation import Kept, Mode, Recomputation
 from torchtitan.distributed.estimate import Unit
 from torchtitan.tools.hardware import GIB
 
-# Of an H100 in bfloat16: 60 % of its products a second over its bytes a second.
+# An H100 in bfloat16: 60 % of its products a second over its bytes a second.
 FLOPS_A_BYTE = 0.6 * 989e12 / 3.35e12
 PASSES = 3  # over what was dropped
 MODES: dict[Kept, Mode] = {"all": "none", "expensive": "selective", "inputs": "full"}

@@ -35,7 +35,7 @@ def charts(runs: Sequence[Named], occupancy: Collection[str]) -> list[dict[str, 
 
 
 def group_of(key: str, sources: Collection[str], occupancy: Collection[str]) -> str:
-    """By what a figure is called: `validate/loss`, `images/s`, `tokens/SOURCE`, `lr/GROUP`."""
+    """The group of a figure, by its name: `validate/loss`, `images/s`, `tokens/SOURCE`, `lr/GROUP`."""
     first, _, rest = key.partition("/")
     if any(key.endswith(f"/{source}") for source in sources):
         return BY_SOURCE
@@ -49,7 +49,7 @@ def group_of(key: str, sources: Collection[str], occupancy: Collection[str]) -> 
 
 
 def _rank(key: str) -> int:
-    """Inside a group: losses, then what is held out, then the rest as it comes."""
+    """Order in a group: losses, then what is held out, then the rest as it comes."""
     return 0 if key.partition("/")[0] == "loss" else 1 if key.startswith(HELD_OUT) else 2
 
 

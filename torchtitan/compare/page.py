@@ -1,4 +1,4 @@
-"""Runs beside each other as one HTML page that loads nothing else."""
+"""Several runs compared on one HTML page that loads nothing else."""
 
 import html
 import json
@@ -23,7 +23,7 @@ RATES = ("tps", "tflops", "mfu", "memory", "data_wait")  # shown as means over t
 
 
 def compare_page(runs: Sequence[Named], occupancy: Collection[str]) -> str:
-    """Options that differ, what came of each run, and every figure over steps, tokens and hours."""
+    """The page: options that differ, what came of each run, and every figure over steps, tokens and hours."""
     drawn = charts(runs, occupancy)
     groups = [group for group in GROUPS if any(chart["group"] == group for chart in drawn)]
     named = [{"name": run.name, "colour": _colour(number)} for number, run in enumerate(runs)]
@@ -83,7 +83,7 @@ def by_source(runs: Sequence[Named], drawn: Sequence[dict[str, Any]]) -> str:
 
 
 def _heads(runs: Sequence[Named]) -> list[str]:
-    """Names, which may go on in another line after a comma or a folder."""
+    """Column heads: the runs' names, which may break after a comma or a folder."""
     names = [re.sub("([,/])", r"\1<wbr>", html.escape(run.name)) for run in runs]
     return [f'<i style="background:{_colour(number)}"></i>{name}' for number, name in enumerate(names)]
 
@@ -115,6 +115,6 @@ def _end(record: RunRecord, axis: Axis) -> float | None:
 
 
 def _mean(record: RunRecord, key: str) -> float | None:
-    """Without the first record, where there are more: it holds the start-up."""
+    """The mean of a figure, without the first record where there are more: it holds the start-up."""
     _, values = record.values(key)
     return float(values[1:].mean() if len(values) > 1 else values[0]) if len(values) else None

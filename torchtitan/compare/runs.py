@@ -14,14 +14,16 @@ from torchtitan.config.errors import require
 
 @dataclass(frozen=True)
 class Named:
-    """A run, and what it is called where it stands beside others."""
+    """A run, and its name among the others."""
 
     name: str
     record: RunRecord
 
 
 def read_runs(paths: Iterable[str]) -> list[Named]:
-    """Of dump folders, and of folders of them (a sweep). Raises ConfigError where there is no run."""
+    """The runs of dump folders, and of folders of them (a sweep). Raises ConfigError where there is no
+    run.
+    """
     folders = list(dict.fromkeys(folder for path in paths for folder in _runs_in(path)))
     return [Named(name, read_run(folder)) for name, folder in zip(short_names(folders), folders, strict=True)]
 
@@ -37,7 +39,7 @@ def _runs_in(path: str) -> list[Path]:
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:
-    """The ends of their paths, as long as it takes to tell all from each other."""
+    """The ends of their paths, as long as it takes to distinguish all of them."""
     whole = [folder.absolute().parts for folder in folders]
     for length in range(1, max(map(len, whole), default=1) + 1):
         found = [os.path.join(*parts[-length:]) for parts in whole]

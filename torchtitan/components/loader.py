@@ -81,8 +81,8 @@ class Loader(Protocol):
         ...
 
     def summary(self, report: Mapping[str, Any]) -> str:
-        """What a report, merged or not, says was not used, in a line for people;
-        empty where everything was.
+        """What a report, merged or not, says was not used, in a line for people; empty where everything
+        was.
         """
         ...
 

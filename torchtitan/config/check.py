@@ -79,7 +79,7 @@ NOT_LOADED = ("optimizer", "lr_scheduler", "data", "train_state")
 
 
 def check(job: JobConfig, world_size: int) -> None:
-    """Raises ConfigError for the first thing that is wrong."""
+    """Run all checks. Raises ConfigError for the first thing that is wrong."""
     check_ranges(job, RANGES)
     sizes = degrees(job.parallelism, world_size)
     check_paths(job)
@@ -95,7 +95,7 @@ def check(job: JobConfig, world_size: int) -> None:
 
 
 def check_ranges(job: Any, ranges: Mapping[str, str]) -> None:
-    """`ranges`: "section.field" -> what it may be, as in RANGES. None is always allowed."""
+    """Check numbers. `ranges`: "section.field" -> what it may be, as in RANGES. None is always allowed."""
     for key, allowed in ranges.items():
         section, field = key.split(".")
         value = getattr(getattr(job, section), field)
@@ -103,7 +103,7 @@ def check_ranges(job: Any, ranges: Mapping[str, str]) -> None:
 
 
 def check_options(options: Any, rules: Mapping[str, str]) -> None:
-    """A command's own options: name -> what it may be, as in RANGES. Raises ConfigError."""
+    """Check a command's own options: name -> what it may be, as in RANGES. Raises ConfigError."""
     for name, allowed in rules.items():
         value = getattr(options, name)
         require(is_allowed(value, allowed), f"--{name} = {value}: must be {allowed}")
@@ -150,7 +150,7 @@ def check_paths(job: JobConfig) -> None:
 
 
 def check_devices(job: JobConfig) -> None:
-    """What needs a GPU or a compiler pass that is not there."""
+    """Refuse what needs a GPU or a compiler pass that is not there."""
     p = job.parallelism
     if p.enable_async_tensor_parallel:
         needs = "parallelism.enable_async_tensor_parallel needs"
@@ -171,13 +171,13 @@ def check_devices(job: JobConfig) -> None:
 
 
 def check_cuda_graphs(job: JobConfig) -> None:
-    """What has not been shown to be exact inside a CUDA graph is refused with it."""
+    """Refuse with CUDA graphs what has not been shown to be exact inside one."""
     needs = "compile.cuda_graphs needs"
     if job.compile.cuda_graphs:
         # A schedule's sends and receives have not been shown to be exact inside a graph.
         pp = job.parallelism.pipeline_parallel_degree
         require(pp == 1, f"{needs} parallelism.pipeline_parallel_degree = 1, not {pp}")
-        # No GPU has shown that the last group, gathered anew when backward begins, is captured right.
+        # No GPU has shown that the last group, gathered again when backward begins, is captured right.
         policy = job.parallelism.fsdp_reshard_after_forward
         require(
             policy != "always",
@@ -196,7 +196,7 @@ def check_loading(job: JobConfig) -> None:
     c, path = job.checkpoint, job.checkpoint.initial_load_path
     untrained = job.job.dry_run and bool(job.model.flavor)
     require(
-        # An experiment looks after folders of Hugging Face itself. The stage before may not be trained yet.
+        # An experiment checks Hugging Face folders itself. The stage before may not be trained yet.
         not path or Path(path).is_dir() or c.initial_load_in_hf or untrained,
         f"checkpoint.initial_load_path = {path}: no such folder (looked from {Path.cwd()})",
     )
@@ -249,12 +249,12 @@ def check_selective(job: JobConfig) -> None:
 
 
 def _of_all_towers(ac: ActivationCheckpoint, ending: str) -> dict[str, Any]:
-    """Options by name. An experiment's other towers have their own, PREFIX_full_layers beside PREFIX_mode."""
+    """Options by name. An experiment's other towers have their own: PREFIX_full_layers, PREFIX_mode."""
     return {field.name: getattr(ac, field.name) for field in fields(ac) if field.name.endswith(ending)}
 
 
 def check_patterns(job: JobConfig) -> None:
-    """They are regular expressions; which parameters they match is known once the model is built."""
+    """Check that they are regular expressions; what they match is known once the model is built."""
     for pattern in job.training.freeze:
         check_pattern("training.freeze", pattern)
     adapter = job.lora.initial_load_path
@@ -356,7 +356,7 @@ def zero_bubble_works() -> bool:
 
 
 def check_zero_bubble(job: JobConfig) -> None:
-    """What makes its gradients wrong without an error, or raises deep inside the schedule."""
+    """Refuse what makes its gradients wrong without an error, or raises deep inside the schedule."""
     name = f"parallelism.pipeline_parallel_schedule = {job.parallelism.pipeline_parallel_schedule}"
     ac = job.activation_checkpoint
     require(

@@ -44,7 +44,7 @@ def check_float8(job: JobConfig) -> None:
 
 
 def check_torchao(job: JobConfig) -> None:
-    """It is there where fp8 is asked for. Raises ConfigError."""
+    """Raises ConfigError where fp8 is asked for and torchao is missing."""
     require(
         not job.float8.enable or importlib.util.find_spec("torchao") is not None,
         "float8.enable needs the package torchao: pip install 'torchtitan-vlm[fp8]'",

@@ -1,6 +1,6 @@
 """Every option of a training job, one dataclass per TOML section.
 
-The comment beside or above a field is its `--help` text, and its default lives here alone. Names follow
+The comment after or above a field is its `--help` text, and its default lives here alone. Names follow
 torchtitan's TOML files. An experiment adds sections of its own by subclassing `JobConfig` (see
 experiments/vlm/config.py). Imports no torch, so that a typo is reported at once.
 """
@@ -143,7 +143,7 @@ class Training:
 
 @dataclass
 class LoRA:
-    """Low-rank adapters beside frozen linear maps."""
+    """Low-rank adapters of frozen linear maps."""
 
     rank: int = 0  # rank of each adapter; 0: no adapters
     alpha: float = 16.0  # an update is multiplied by alpha / rank
@@ -232,7 +232,7 @@ class ActivationCheckpoint:
 
     @property
     def decoder(self) -> Recomputation:
-        """Of the decoder's layers."""
+        """Recomputation in the decoder's layers."""
         return Recomputation(self.mode, self.selective_ac_option, self.full_layers, self.selective_layers)
 
 

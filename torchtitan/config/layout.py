@@ -34,7 +34,7 @@ class Degrees:
 
     @property
     def name(self) -> str:
-        """For people: what is more than one, as fsdp4.tp2."""
+        """The degrees above 1, for people: fsdp4.tp2."""
         sizes = {
             "replicate": self.dp_replicate,
             "fsdp": self.dp_shard,

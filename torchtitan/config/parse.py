@@ -166,8 +166,8 @@ def run_tyro(
     prog: str | None,
     description: str | None = None,
 ) -> Options:
-    """tyro's command line for a dataclass,
-    with errors as one ConfigError in place of its box and exit code.
+    """tyro's command line for a dataclass, with errors as one ConfigError in place of its box and exit
+    code.
     """
     printed = io.StringIO()
     defaults = {} if default is None else {"default": default}
@@ -257,9 +257,9 @@ def closest(name: str, known: Iterable[str]) -> str:
 
 
 def _complaint(text: str, groups: Iterable[Sequence[str]], known: Mapping[str, Any]) -> str:
-    """What tyro printed, as one line: in our words where it names an option that was given. Of one that was
-    repeated, the
-    last value is the one that tyro judged."""
+    """What tyro printed, as one line: in our words where it names an option that was given; tyro judges the
+    last value of one that was repeated.
+    """
     named = {name.replace("-", "_") for name in re.findall(r"--([\w.-]+)", text)}
     for group in reversed(list(groups)):
         if (name := _name(group)) in named and name in known:

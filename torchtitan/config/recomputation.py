@@ -15,9 +15,7 @@ class Recomputation(NamedTuple):
     selective_layers: int = 0
 
     def kept(self, number: str) -> Kept:
-        """What the block of this number keeps. It is that in the whole tower, so that every layout chooses
-        the same.
-        """
+        """What the block of this number, counted in the whole tower, keeps: every layout chooses the same."""
         place = int(number)
         if self.mode == "selective" and self.option != "op":
             return "all" if place % int(self.option) else "inputs"
@@ -27,5 +25,5 @@ class Recomputation(NamedTuple):
 
     @property
     def until(self) -> int:
-        """The first block after those that full_layers and selective_layers speak of."""
+        """The first block after those that full_layers and selective_layers name."""
         return self.full_layers + self.selective_layers

@@ -145,8 +145,8 @@ class Pipeline:
         return h
 
     def _peer(self, stage: int) -> int | None:
-        """The global rank that holds a neighbouring stage; None if it is this one,
-        or there is no such stage.
+        """The global rank that holds a neighbouring stage; None if it is this one, or there is no such
+        stage.
         """
         if not 0 <= stage < len(self._owners) or stage in self._numbers:
             return None

@@ -47,8 +47,8 @@ def _fuse_of(x: Tensor) -> Fuse | None:
 
 
 class _Chunk:
-    """Log-sum-exp and label logit of a chunk over the whole vocabulary; `ranked`:
-    the most likely token too.
+    """Log-sum-exp and label logit of a chunk over the whole vocabulary; `ranked`: the most likely token
+    too.
     """
 
     def __init__(

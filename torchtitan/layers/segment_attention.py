@@ -73,7 +73,7 @@ def _plan(q_seg: Tensor, k_seg: Tensor, q_row: Tensor, k_row: Tensor, causal: bo
 
 @functools.lru_cache(maxsize=8)  # every layer of a tower asks for the same, forward and backward
 def _plan_of(*described: Any) -> list[_Call]:
-    """Of segments and rows as (shape, dtype, bytes), and whether the mask is causal."""
+    """The calls for segments and rows, given as (shape, dtype, bytes), and whether the mask is causal."""
     *arrays, causal = described
     q_segments, k_segments, q_rows, k_rows = (
         np.frombuffer(data, dtype).reshape(shape) for shape, dtype, data in arrays

@@ -9,8 +9,8 @@ A weight of theirs may be several of ours or the reverse, cut along dim 0:
     Row("gate.weight", "w13.weight", ours_part=Part(0, 2))        theirs is the first half of ours
     Row("table", "positions", theirs_part=Part(1, 2, first=1))    ours is theirs without its first row
 
-All that is done to a weight is done to its rows alone, so a rank reads the rows that it needs; small ones may
-be changed as a whole (`Transform.whole`). Files are read and written elsewhere (hf/); here are pieces of
+All that is done to a weight is done row by row, so a rank reads the rows that it needs; small ones may be
+changed as a whole (`Transform.whole`). Files are read and written elsewhere (hf/); here are pieces of
 tensors, and state dicts that are in memory. Imports no torch until there are tensors.
 """
 

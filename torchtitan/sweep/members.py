@@ -38,7 +38,8 @@ class Member:
 def members(
     assignments: Sequence[Assignment], out: Path, parse: Callable[[list[str]], JobConfig], only: int = -1
 ) -> list[Member]:
-    """All, or the one of index `only`. `parse`: options as on a command line -> the job.
+    """The runs of all assignments, or the one of index `only`. `parse`: options as on a command line -> the
+    job.
 
     Raises ConfigError, with which run it is.
     """
@@ -55,7 +56,7 @@ def members(
 
 
 def check_members(found: Sequence[Member], check: Callable[[JobConfig], None]) -> None:
-    """Every combination, before anything starts. Raises ConfigError: how many are wrong, and the first."""
+    """Check every run before any starts. Raises ConfigError: how many are wrong, and the first."""
     wrong = []
     for member in found:
         try:
@@ -69,7 +70,7 @@ def check_members(found: Sequence[Member], check: Callable[[JobConfig], None]) -
 
 
 def options(settings: Assignment) -> list[str]:
-    """As the command line gives them."""
+    """Settings as options of the command line."""
     given: list[str] = []
     for key, value in settings.items():
         section, _, field = key.rpartition(".")
@@ -83,7 +84,7 @@ def options(settings: Assignment) -> list[str]:
 
 
 def names(assignments: Sequence[Assignment]) -> list[str]:
-    """`lr=0.001,optimizer.name=Muon,seed=1`: each follows from what the run sets, not from the other runs."""
+    """Names as `lr=0.001,optimizer.name=Muon,seed=1`, each from what its run sets, not from other runs."""
     short = short_keys(dict.fromkeys(key for settings in assignments for key in settings))
     found = []
     for settings in assignments:
@@ -95,7 +96,7 @@ def names(assignments: Sequence[Assignment]) -> list[str]:
 
 
 def short_keys(keys: Iterable[str]) -> dict[str, str]:
-    """Option -> its last words, as many as tell it from the others."""
+    """Option -> its last words, as many as distinguish it from the others."""
     keys = list(keys)
     found = {}
     for key in keys:
@@ -110,13 +111,13 @@ def short_keys(keys: Iterable[str]) -> dict[str, str]:
 
 
 def shown(value: Any) -> str:
-    """For people: 0.001, true, encoder+projector."""
+    """A value for people: 0.001, true, encoder+projector."""
     if isinstance(value, list):
         return "+".join(map(shown, value)) or "none"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _in_a_name(value: Any) -> str:
-    """What no file system or shell minds, and not too long."""
+    """A value in letters that no file system or shell minds, and not too long."""
     text = re.sub(r"[^\w.+-]+", "-", shown(value))[-LONGEST_VALUE:]
     return text.strip("-.") or "none" if isinstance(value, str) else text

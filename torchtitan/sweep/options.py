@@ -42,7 +42,7 @@ class Settings:
     seeds: int = 0
     draws: int = 0  # combinations that are drawn from the ranges of [sweep.random]
     draw_seed: int = 0  # of the draws; with more draws the first stay the same
-    # runs beside each other on this machine, which share its GPUs, or else its cores; 0: one for each NGPU
+    # runs at one time on this machine, which share its GPUs, or else its cores; 0: one for each NGPU
     # GPUs (NGPU unset: for each GPU), or one where there is none
     at_once: int = 0
     # figure of metrics.jsonl whose last value says which run is best; empty: validate/loss, or else loss
@@ -83,7 +83,7 @@ def with_settings(settings: Settings) -> Options:
 
 
 def space_of(table: Mapping[str, Any], options: Options) -> Space:
-    """What is swept, of a table [sweep] and of the command line, which wins. Raises ConfigError."""
+    """What a table [sweep] and the command line, which wins, sweep. Raises ConfigError."""
     check_options(options, LIMITS)
     starts_none = [name for name in ("dry_run", "report", "slurm") if getattr(options, name)]
     starts_none += ["index"] * (options.index >= 0)

@@ -1,7 +1,7 @@
 """The panels of sweep.png: the last and best figure of each run against the values of an option.
 
 Options whose values go together are one axis, and all their values stand below each place. A run is named by
-what tells it from the others.
+what distinguishes it from the others.
 """
 
 import math
@@ -20,7 +20,7 @@ TALL = 20.0  # an axis of losses is logarithmic where the greatest is so many ti
 WIDE = 10.0  # an axis of values may be logarithmic where they span so much
 APART = 0.1  # of an axis: room for the number below each place
 LONGEST = 40  # characters of a value, the last ones
-CHARACTER, ENTRY = 0.09, 0.7  # inches: of text, and of a legend's entry besides
+CHARACTER, ENTRY = 0.09, 0.7  # inches: of text, and what a legend's entry adds
 MARKS = "\u25cf last  \u25cb best  \u2605 of the best run"
 BEST = {"marker": "*", "s": 260, "facecolor": "gold", "edgecolor": "black", "zorder": 5}
 Values = tuple[str, ...]  # of the options of an axis, as they are shown
@@ -28,12 +28,14 @@ Line = tuple[str, list[Result]]  # what runs share, and these
 
 
 def swept_axes(results: Results, drawn: Sequence[Result]) -> Sequence[Axis]:
-    """Those that have several values in the drawn runs, but for the seed; all where there is none."""
-    return [axis for axis in results.axes if axis != (SEED,) and telling([axis], drawn)] or results.axes
+    """Axes that have several values in the drawn runs, but for the seed; all where there is none."""
+    return [
+        axis for axis in results.axes if axis != (SEED,) and differing_keys([axis], drawn)
+    ] or results.axes
 
 
-def telling(axes: Sequence[Axis], runs: Sequence[Result]) -> list[str]:
-    """Options whose values tell the runs apart: of an axis one, where one is enough."""
+def differing_keys(axes: Sequence[Axis], runs: Sequence[Result]) -> list[str]:
+    """Options whose values distinguish the runs; one of an axis, where one is enough."""
     found: list[str] = []
     for axis in axes:
         count = len({_values(run, axis) for run in runs})
@@ -49,7 +51,7 @@ def label_of(run: Result, keys: Sequence[str], results: Results) -> str:
 
 def lines_of(results: Results, drawn: Sequence[Result], axis: Axis) -> list[Line]:
     """The runs that share all but this axis and the seed."""
-    keys = telling([other for other in results.axes if other not in (axis, (SEED,))], drawn)
+    keys = differing_keys([other for other in results.axes if other not in (axis, (SEED,))], drawn)
     found: dict[Values, list[Result]] = {}
     for run in drawn:
         found.setdefault(_values(run, keys), []).append(run)
@@ -87,7 +89,7 @@ def draw_panel(
 
 
 def legend_rows(axis: Axis, lines: Sequence[Line], width: float) -> int:
-    """Of the legend above a panel; 0: it has none."""
+    """Rows of the legend above a panel; 0: it has none."""
     if not 1 < len(lines) <= NAMED or _scattered(axis, lines):
         return 0
     return math.ceil(len(lines) / fitting_columns([label for label, _ in lines], width))
@@ -98,12 +100,14 @@ def _scattered(axis: Axis, lines: Sequence[Line]) -> bool:
 
 
 def fitting_columns(labels: Collection[str], width: float) -> int:
-    """Of a legend that is so many inches wide."""
+    """Columns of a legend that is so many inches wide."""
     return max(1, min(len(labels), int(width / (ENTRY + CHARACTER * max(map(len, labels), default=0)))))
 
 
 def set_y_axis(panel: Any, key: str) -> None:
-    """Logarithmic where losses span much, so that one run gone astray does not flatten the others."""
+    """Make the axis logarithmic where losses span much, so that one diverged run does not flatten the
+    others.
+    """
     panel.grid(alpha=0.3)
     drawn = np.concatenate([np.asarray(line.get_ydata(), float) for line in panel.lines] or [np.empty(0)])
     drawn = drawn[np.isfinite(drawn)]
@@ -166,7 +170,7 @@ def _x_axis(panel: Any, axis: Axis, runs: Sequence[Result], width: float) -> dic
 
 
 def _gaps(numbers: Any) -> list[float]:
-    """Between neighbours, as shares of the whole; one number has all room."""
+    """Gaps between neighbours, as shares of the whole; one number has all room."""
     return [1.0] if len(numbers) < 2 else list(np.diff(numbers) / (numbers[-1] - numbers[0]))
 
 

@@ -12,6 +12,7 @@ from torchtitan.sweep.panels import (
     BEST,
     MARKS,
     NAMED,
+    differing_keys,
     draw_panel,
     fitting_columns,
     label_of,
@@ -19,17 +20,16 @@ from torchtitan.sweep.panels import (
     lines_of,
     set_y_axis,
     swept_axes,
-    telling,
 )
 from torchtitan.sweep.results import LOSS, Result, Results
 
 PICTURE = "sweep.png"
-ACROSS = 3  # panels of swept options beside each other
+ACROSS = 3  # panels of swept options in a row
 WIDTH, HEIGHT, LINE = 15.0, 4.4, 0.23  # inches: of the picture, of a row of panels, of a line of text
 
 
 def draw(results: Results, folder: Path) -> Path:
-    """Of the runs that have figures, at least one. Returns the picture's path."""
+    """Draw the runs that have figures, at least one. Returns the picture's path."""
     import matplotlib  # 0.5 s, and only a sweep's end needs it
 
     matplotlib.use("Agg")
@@ -83,9 +83,9 @@ def _colours(results: Results, drawn: Sequence[Result], matplotlib: Any) -> dict
 
 
 def _names(results: Results, drawn: Sequence[Result]) -> dict[str, str]:
-    """Run -> what the legend says of it: all where there are few, else the best."""
+    """Run -> its text in the legend: all runs where there are few, else the best."""
     named = drawn if len(drawn) <= NAMED else [run for run in drawn if run is results.best]
-    keys = telling(results.axes, drawn)
+    keys = differing_keys(results.axes, drawn)
     names = {}
     for run in named:
         name = label_of(run, keys, results) or run.member.name

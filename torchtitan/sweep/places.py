@@ -1,4 +1,4 @@
-"""Runs beside each other on one machine: each gets GPUs, or its share of the cores. Imports no torch."""
+"""Several runs at a time on one machine: each gets GPUs, or its share of the cores. Imports no torch."""
 
 from collections.abc import Mapping
 
@@ -11,8 +11,8 @@ Place = dict[str, str]  # variables of a run
 def places(at_once: int, processes: int, gpus: list[str], cores: int, threads: str = "") -> list[Place]:
     """Where runs may start: NGPU, CUDA_VISIBLE_DEVICES and OMP_NUM_THREADS of each.
 
-    `at_once` and `processes` (of a run): 0 where nobody said. `threads`: OMP_NUM_THREADS of whoever starts
-    the sweep, which is kept. Raises ConfigError where there are too few GPUs.
+    `at_once` and `processes` (of a run): 0 where nobody said. `threads`: OMP_NUM_THREADS of the sweep's own
+    environment, which is kept. Raises ConfigError where there are too few GPUs.
     """
     if gpus:
         at_once = at_once or max(1, len(gpus) // (processes or 1))
@@ -34,6 +34,6 @@ def places(at_once: int, processes: int, gpus: list[str], cores: int, threads: s
 
 
 def gpus_of(variables: Mapping[str, str]) -> list[str]:
-    """The visible ones, by the names that CUDA_VISIBLE_DEVICES gives them."""
+    """The visible GPUs, by the names that CUDA_VISIBLE_DEVICES gives them."""
     count, named = visible_gpus(), variables.get("CUDA_VISIBLE_DEVICES")
     return [name.strip() for name in named.split(",")][:count] if named else [str(n) for n in range(count)]

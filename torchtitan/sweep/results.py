@@ -38,7 +38,7 @@ class Results:
 
     @property
     def best(self) -> Result | None:
-        """By the last value of the metric; of the finished runs, where there are any."""
+        """The best run by the last value of the metric; a finished one, where there is any."""
         runs = [run for run in self.runs if run.status.state == "finished"] or self.runs
         place = place_of_best(self.metric, [run.record.last(self.metric) for run in runs])
         return None if place is None else runs[place]
@@ -50,7 +50,9 @@ class Results:
 
 
 def read_results(found: Sequence[Member], axes: list[Axis], metric: str = "") -> Results:
-    """Of all folders. Raises ConfigError where no run has the figure `metric`, though some have others."""
+    """The results of all runs. Raises ConfigError where none has the figure `metric`, though some have
+    others.
+    """
     runs = [Result(member, status_of(member), read_run(member.folder)) for member in found]
     known = list(dict.fromkeys(key for run in runs for key in run.record.keys))
     there = not metric or not known or metric in known

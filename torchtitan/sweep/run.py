@@ -1,4 +1,4 @@
-"""Starts the runs of a sweep, as many beside each other as there are places, and waits for them.
+"""Starts the runs of a sweep, as many at a time as there are places, and waits for them.
 
 Each trainer is a process in a session of its own, so that Ctrl-C in a terminal reaches it once, through here.
 Where the sweep itself is killed, they get SIGTERM from the kernel, save and stop. Imports no torch.
@@ -30,7 +30,7 @@ REPORT_S = 60.0  # between two lines about the runs that go on
 # What runs get when the time is over, and how long after that: they are asked to stop, then interrupted.
 ENDING = ((0.0, signal.SIGTERM), (15.0, signal.SIGINT))
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# Variables of whoever starts the sweep that would make a run another one.
+# Variables of the sweep's own environment that would make a run another one.
 NOT_FOR_RUNS = ("CONFIG_FILE", "DRY_RUN", "WANDB_NAME", "WANDB_RUN_ID")
 SET_PARENT_DEATH_SIGNAL = 1  # of prctl, Linux
 
@@ -67,7 +67,7 @@ class Sweeper:
         self.signals: list[int] = []
 
     def run(self) -> signal.Signals | None:
-        """Until all have ended. Returns the signal that stopped them, if one did."""
+        """Run all until they have ended. Returns the signal that stopped them, if one did."""
         reported = time.monotonic()
         with self._watching():
             while self.running or (self.waiting and not self.signals):
@@ -76,7 +76,7 @@ class Sweeper:
                 self._end_in_time()
                 if time.monotonic() - reported > REPORT_S:
                     reported = time.monotonic()
-                    self._tell()
+                    self._report()
                 time.sleep(POLL_S)
         return signal.Signals(self.signals[0]) if self.signals else None
 
@@ -98,7 +98,9 @@ class Sweeper:
                 self._forward(number)
 
     def _forward(self, number: int, frame: FrameType | None = None) -> None:
-        """The first asks to save and stop, the second interrupts; the third ends the runs at once."""
+        """Pass a signal on: the first asks to save and stop, the second interrupts, the third ends runs at
+        once.
+        """
         self.signals.append(number)
         for one in self.running:
             if one.process.poll() is None:
@@ -142,7 +144,7 @@ class Sweeper:
 
     def _variables(self, member: Member, place: Place) -> dict[str, str]:
         own = {name: value for name, value in os.environ.items() if name not in NOT_FOR_RUNS}
-        # Of whatever folder the sweep was started in, the runs find this code.
+        # Runs find this code from whatever folder the sweep was started in.
         source = str(Path(torchtitan.__file__).parents[1])
         path = f"{source}{os.pathsep}{own['PYTHONPATH']}" if own.get("PYTHONPATH") else source
         group = own.get("WANDB_RUN_GROUP") or self.group
@@ -160,7 +162,7 @@ class Sweeper:
             self.free.insert(0, one.place)
             logger.info(f"{one.member.name}: {ended(one.member)}; {seconds:.0f} s{_newest(one.member)}")
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         for one in self.running:
             logger.info(f"{one.member.name}: running{_newest(one.member)}")
         if self.waiting:
@@ -168,7 +170,7 @@ class Sweeper:
 
 
 def _newest(member: Member) -> str:
-    """What its metrics say last."""
+    """The last record of its metrics, as a line."""
     history = read_history(member.folder)
     if not history:
         return ""
@@ -178,11 +180,11 @@ def _newest(member: Member) -> str:
 
 
 def _asked(number: int) -> int:
-    """A trainer saves on SIGTERM and SIGINT alone."""
+    """The signal for a trainer, which saves on SIGTERM and SIGINT alone."""
     return signal.SIGTERM if number == signal.SIGHUP else number
 
 
 def _end_with_parent() -> None:
-    """In the child: SIGTERM when the sweep is gone, however it ended. Nowhere but on Linux."""
+    """In the child: ask for SIGTERM when the sweep is gone, however it ended. Linux alone."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)

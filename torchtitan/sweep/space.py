@@ -40,7 +40,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Space:
-    """As it was asked for; `combinations` reads it."""
+    """What was asked to be swept; `combinations` reads it."""
 
     grid: Mapping[str, Any]  # option -> values: each with each
     zipped: list[dict[str, Any]]  # options -> as many values each, the n-th of each together
@@ -51,7 +51,9 @@ class Space:
 
     @property
     def axes(self) -> list[Axis]:
-        """Each is crossed with the others, but for what is drawn together. In the order of an assignment."""
+        """The axes, each crossed with the others except draws, which go together; in the order of an
+        assignment.
+        """
         alone = [(key,) for key in (*self.random, *([SEED] if self.seeds else []))]
         return [*((key,) for key in self.grid), *map(tuple, self.zipped), *alone]
 
@@ -119,7 +121,7 @@ def _range(key: str, table: dict[str, Any]) -> Range:
 
 
 def _values(key: str, given: Any, known: Mapping[str, Any]) -> list[Any]:
-    """Those of one option, in its type, each once."""
+    """The values of one option, in its type, each once."""
     return _each_once(key, _typed(key, given, known[key]))
 
 
@@ -144,7 +146,7 @@ def _typed(key: str, given: Any, hint: Any) -> list[Any]:
 
 
 def _read(key: str, text: str, hint: Any) -> list[Any]:
-    """As TOML reads it where that fits the option, else what stands between the commas."""
+    """Values as TOML reads them where that fits the option, else the texts between the commas."""
     try:
         return [convert(value, hint, key) for value in tomllib.loads(f"values = [{text}]")["values"]]
     except (tomllib.TOMLDecodeError, ConfigError):
@@ -177,7 +179,7 @@ def _drawn(space: Space, known: Mapping[str, Any]) -> list[Assignment]:
 
 
 def _draws(choices: Mapping[str, Any], known: Mapping[str, Any], seed: int) -> Iterator[Assignment]:
-    """Endless. What is drawn for an option depends on seed, option and number alone."""
+    """Endless draws. What is drawn for an option depends on seed, option and number alone."""
     for number in itertools.count():
         yield {
             key: _draw(key, choice, known[key], random.Random(f"{seed} {key} {number}"))

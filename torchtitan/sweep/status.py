@@ -47,13 +47,13 @@ class Status:
 
 
 def status_of(member: Member) -> Status:
-    """What its folder and its lock say."""
+    """A run's state, by its folder and its lock."""
     status = ended(member)
     return replace(status, state="running", why="") if is_running(member.folder) else status
 
 
 def ended(member: Member) -> Status:
-    """What its folder says, where nobody has it in hand but who asks."""
+    """A run's state by its folder alone, where no process but the caller holds it."""
     folder = member.folder
     record = read_record(folder)
     step = next(reversed(complete_steps(folder / member.job.checkpoint.folder)), 0)
@@ -67,7 +67,7 @@ def ended(member: Member) -> Status:
 
 
 def require_same_job(member: Member, changes_nothing: Callable[[str], bool]) -> None:
-    """A run that was begun goes on, or counts, as what it is. Raises ConfigError where it was another one.
+    """Raises ConfigError where a run that was begun was another one than it would be now.
 
     `changes_nothing`: whether a run may go on with another value of that option.
     """
@@ -83,21 +83,21 @@ def require_same_job(member: Member, changes_nothing: Callable[[str], bool]) -> 
 
 
 def begin(member: Member) -> None:
-    """Before its trainer starts: what it is asked for, and that it has not ended."""
+    """Write, before its trainer starts, what it is asked for, and that it has not ended."""
     member.folder.mkdir(parents=True, exist_ok=True)
     write_whole(member.folder / JOB, to_toml(member.job))
     write_record(member.folder, None, read_record(member.folder).get("seconds", 0.0))
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """{} where there is none that can be read."""
+    """The record of how a run ended; {} where there is none that can be read."""
     with contextlib.suppress(OSError, ValueError):
         return json.loads((folder / RECORD).read_text())
     return {}
 
 
 def write_record(folder: Path, exit_code: int | None, seconds: float) -> None:
-    """How a run ended; None: it has begun."""
+    """Record how a run ended; None: it has begun."""
     write_whole(folder / RECORD, json.dumps({"exit_code": exit_code, "seconds": round(seconds, 1)}) + "\n")
 
 

@@ -22,7 +22,7 @@ def require_writable(folder: Path, key: str) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """The file has all of `text` or is as it was, whenever the process is killed."""
+    """Write `text` so that the file has all of it or is as it was, whenever the process is killed."""
     unfinished = path.with_suffix(".tmp")
     # Half a pair of code units, which JSON may hold, is written as JSON escapes it.
     unfinished.write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -41,7 +41,7 @@ def is_full(error: BaseException) -> bool:
 
 
 def describe(error: OSError, path: Path) -> str:
-    """In words; of a full disk with what is free."""
+    """The error in words; of a full disk with what is free."""
     reason = error.strerror or str(error)
     return f"{reason}; {free(path)} free" if is_full(error) else reason
 

@@ -12,12 +12,12 @@ ERROR_FILE = "TORCHTITAN_ERROR_FILE"  # variable of a rank: where torchtitan/lau
 
 
 def report_error(error: BaseException) -> None:
-    """A user's error in its line, as `report_line` reports it."""
+    """Report a user's error in its line."""
     report_line(f"error: {error}")
 
 
 def report_line(line: str) -> None:
-    """To standard error, or to the launcher where there is one."""
+    """Print a line to standard error, or hand it to the launcher where there is one."""
     if file := os.environ.get(ERROR_FILE):
         Path(file).write_text(line, encoding="utf-8")
     else:

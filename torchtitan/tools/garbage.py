@@ -19,5 +19,5 @@ class GarbageCollection:
             gc.collect(1)
 
     def close(self) -> None:
-        """Collections happen by themselves again."""
+        """Let Python collect by itself again."""
         gc.enable()

@@ -1,4 +1,4 @@
-"""What this rank runs on: peak FLOPS for mfu, memory that there is, and memory in use."""
+"""The hardware of this rank: peak FLOPS for mfu, how much memory it has, and memory in use."""
 
 import os
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-# Dense bfloat16 FLOPS, from the makers' data sheets, by a device's name without the words of NOT_TOLD.
+# Dense bfloat16 FLOPS, from the makers' data sheets, by a device's name without the words of NOT_FLOPS.
 # What is not here is not known: another card of a similar name may be half as fast.
 PEAK_FLOPS = {
     "A10": 125e12,
@@ -47,23 +47,23 @@ PEAK_FLOPS = {
     "MI325X": 1307e12,
 }
 # The maker, the series, the socket and the memory: they change no FLOPS.
-NOT_TOLD = re.compile(r"NVIDIA|AMD|INSTINCT|GEFORCE|OAM|SXM\d?|HBM\d?E?|\d+GB?")
+NOT_FLOPS = re.compile(r"NVIDIA|AMD|INSTINCT|GEFORCE|OAM|SXM\d?|HBM\d?E?|\d+GB?")
 GIB = 1024**3
-# Of cgroups 2 and 1.
+# cgroups 2 and 1
 CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """None where it is not known (a CPU, a GPU that is not in the table)."""
+    """Peak FLOPS of a device; None where it is not known (a CPU, a GPU that is not in the table)."""
     return peak_flops_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def peak_flops_of(name: str) -> float | None:
-    """`name`: as the driver gives it.
+    """Peak FLOPS of a device by its name, as the driver gives it.
 
     None for one that is not in the table, and for a slice of a GPU (MIG).
     """
-    words = [word for word in re.split(r"[\s-]+", name.upper()) if not NOT_TOLD.fullmatch(word)]
+    words = [word for word in re.split(r"[\s-]+", name.upper()) if not NOT_FLOPS.fullmatch(word)]
     return PEAK_FLOPS.get(" ".join(words))
 
 
@@ -82,7 +82,9 @@ def host_memory_gib() -> float:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """On GPU the most that was reserved since the last call, on CPU the most that the process ever held."""
+    """GiB: on GPU the most that was reserved since the last call, on CPU the most that the process ever
+    held.
+    """
     if device.type == "cuda":
         reserved = torch.cuda.max_memory_reserved(device)
         torch.cuda.reset_peak_memory_stats(device)

@@ -20,7 +20,7 @@ def take_lock(path: Path) -> int | None:
     except BlockingIOError:
         os.close(held)
         return None
-    except OSError:  # a file system without locks (some of clusters): then nobody can tell
+    except OSError:  # a file system without locks (some of clusters): nobody can know
         pass
     return held
 

@@ -33,7 +33,7 @@ def log_ranks(world_size: int) -> set[int]:
 
 
 def warn_once(message: str) -> None:
-    """What every rank knows alike, logged by those that LOG_RANK names alone."""
+    """Log a warning that every rank has alike, on those that LOG_RANK names alone."""
     if logger.isEnabledFor(logging.INFO):
         logger.warning(message)
 

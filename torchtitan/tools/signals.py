@@ -39,7 +39,7 @@ def resumable() -> Iterator[None]:
 
 
 def exit_code(stopped_by: signal.Signals | None) -> int:
-    """As a shell reports a process that a signal ended.
+    """The exit code with which a shell reports a process that a signal ended.
 
     With 0 a loop around the run would start the next one.
     """
@@ -59,7 +59,7 @@ class StopSignals:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def close(self) -> None:
-        """Gives the signals back to who had them before."""
+        """Restore the handlers of before."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if self in _open:

@@ -41,7 +41,9 @@ class Report:
 
     @property
     def best(self) -> Row | None:
-        """With the most useful work a second; the job itself where none is faster by more than noise."""
+        """The row with the most useful work a second; the job itself where none is faster by more than
+        noise.
+        """
         there = [row for row in self.rows if row.trial.work]
         if not there:
             return None
@@ -55,7 +57,7 @@ class Report:
 
 
 def table(report: Report) -> str:
-    """The best with a star."""
+    """All rows as columns, the best with a star."""
     heads = ["", *report.rows[0].shown, *(f"{name} %" for name in report.filled), "wait %", "s a step"]
     heads += ["tokens/s", "TFLOP/s", "middle half", "GiB", "planned", "x the job"]
     rows = []
@@ -136,7 +138,7 @@ def write(report: Report) -> None:
 
 
 def require_same_machine(report: Report) -> None:
-    """What was measured on another machine tells nothing of this one. Raises ConfigError."""
+    """Raises ConfigError where the folder has what was measured on another machine."""
     path = report.folder / NUMBERS
     before = json.loads(path.read_text())["machine"] if path.is_file() else report.machine
     other = f"{report.folder} has what was measured on {before}, and this is {report.machine}"

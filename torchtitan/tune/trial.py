@@ -1,8 +1,8 @@
-"""A candidate as a short run of the trainer: its job, and what the folder of the run tells of it.
+"""A candidate as a short run of the trainer: its job, and its result, from the folder of the run.
 
 What is counted is useful work: FLOPs of tokens, patches and pairs that are no padding, forward and backward,
-nothing that is computed again (components/flops.py). Unlike tokens a second, it speaks of the same work
-however slots are filled. Imports no torch.
+nothing that is computed again (components/flops.py). Unlike tokens a second, it counts the same work however
+slots are filled. Imports no torch.
 """
 
 import re
@@ -25,12 +25,12 @@ WORK, SECONDS, MEMORY = "tflops", "step_s", "memory"  # figures of metrics.jsonl
 WARM_UP = 3  # steps that do not count: compiling, first allocations, the eager steps before a CUDA graph
 LEAST = 3  # records that count, for a figure
 TAIL = 200_000  # characters of a log that say why a run failed
-# Of torch on a GPU and on a CPU, of C++, of the operating system, and of the launcher.
+# Texts of torch on a GPU and on a CPU, of C++, of the operating system, and of the launcher.
 OUT_OF_MEMORY = re.compile(
     r"OutOfMemoryError|out of memory|not enough memory|CUBLAS_STATUS_ALLOC_FAILED|std::bad_alloc"
     r"|Cannot allocate memory|MemoryError"
 )
-KILLED = 128 + 9  # as the kernel ends who takes too much
+KILLED = 128 + 9  # how the kernel ends a process that takes too much memory
 State = Literal["measured", "too large", "failed", "cut"]
 
 
@@ -51,7 +51,7 @@ class Trial:
 
     @cached_property
     def middle(self) -> tuple[float, float]:
-        """Between which the middle half of its records lie."""
+        """The bounds of the middle half of its records."""
         low, _, high = statistics.quantiles(self.work, n=4, method="inclusive")
         return low, high
 
@@ -63,7 +63,9 @@ class Trial:
         return Trial("measured", "", self.work + run.work, figures, self.seconds + run.seconds)
 
     def is_faster(self, than: "Trial") -> bool:
-        """By more than steps differ: even the quarter of its slower records is above theirs."""
+        """Whether it is faster by more than steps differ: its lower quartile is above the other's upper
+        one.
+        """
         return self.middle[0] > than.middle[1]
 
 
@@ -84,7 +86,7 @@ def short_run(job: JobConfig, records: int, log_freq: int) -> JobConfig:
 
 
 def read_trial(member: Member) -> Trial | None:
-    """What the folder of a run tells; None where it has not ended by itself, or failed so that it may be
+    """The result in the folder of a run; None where it has not ended by itself, or failed so that it may be
     tried again.
     """
     status = status_of(member)
@@ -129,8 +131,8 @@ def ran_out_of_memory(folder: Path, why: str) -> bool:
     return bool(OUT_OF_MEMORY.search(text)) or "killed by SIGKILL" in text
 
 
-def require_very_job(member: Member) -> None:
-    """Its folder is new, or of this very job. Raises ConfigError."""
+def require_this_job(member: Member) -> None:
+    """Raises ConfigError unless its folder is new, or of this very job."""
     path = member.folder / JOB
     if path.is_file():
         differences = "; ".join(map(str, changes(read_toml(str(path)), member.job)))

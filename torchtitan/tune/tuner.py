@@ -13,7 +13,7 @@ from torchtitan.sweep.space import Assignment
 from torchtitan.tools.logging import logger
 from torchtitan.tune.report import Report, Row, write
 from torchtitan.tune.search import Change, climb
-from torchtitan.tune.trial import Trial, ended_trial, read_trial, require_very_job, short_run
+from torchtitan.tune.trial import Trial, ended_trial, read_trial, require_this_job, short_run
 
 OWN, AGAIN = "the_job", ",again"  # folder of the job as it is; ending of the folder of a second run
 
@@ -34,7 +34,7 @@ class Space(Protocol[C]):
         ...
 
     def job_of(self, candidate: C) -> JobConfig:
-        """The whole job."""
+        """The whole job, with the candidate's settings."""
         ...
 
     def settings(self, candidate: C) -> Assignment:
@@ -42,11 +42,11 @@ class Space(Protocol[C]):
         ...
 
     def shown(self, candidate: C) -> dict[str, str]:
-        """For a table: column -> text."""
+        """Column -> text, for a table."""
         ...
 
     def peak_gib(self, candidate: C) -> float:
-        """Memory of a rank, by the plan."""
+        """GiB of a rank, by the planner."""
         ...
 
     def did_fit(self, candidate: C) -> None:
@@ -54,7 +54,7 @@ class Space(Protocol[C]):
         ...
 
     def did_not_fit(self, candidate: C) -> None:
-        """No more that is as large is to be proposed."""
+        """It did not fit: no more that is as large is to be proposed."""
         ...
 
 
@@ -73,7 +73,7 @@ class Tuner(Generic[C]):
     took: list[float] = field(default_factory=list)  # seconds of those that were measured
 
     def tune(self) -> bool:
-        """Whether the search came to its end; else the time was over first.
+        """Search. Returns whether the search came to its end; else the time was over first.
 
         The first candidate, the job as it is, is always run; another one only where there is as much time
         left as they took so far, and to run the best and the job once more. Raises UserError where the job
@@ -83,7 +83,7 @@ class Tuner(Generic[C]):
         return self.confirm() and came_to_its_end
 
     def search(self) -> bool:
-        """Measure what is proposed. Whether it came to its end."""
+        """Measure what is proposed. Returns whether it came to its end."""
         proposals = climb(self.space.own, self.space.changes)
         candidate = next(proposals)
         while True:
@@ -101,7 +101,7 @@ class Tuner(Generic[C]):
                 return True
 
     def has_time(self, runs: int) -> bool:
-        """For so many, as long as they took so far; the first has."""
+        """Whether there is time for so many runs, as long as they took so far; for the first there is."""
         return not self.took or self.left_s() >= runs * statistics.median(self.took)
 
     def unconfirmed(self) -> int | None:
@@ -113,7 +113,7 @@ class Tuner(Generic[C]):
 
     def confirm(self) -> bool:
         """Run the best once more, and the job: a machine is not as fast at all times, which the steps of one
-        run do not show. Whether there was time.
+        run do not show. Returns whether there was time.
         """
         while (best := self.unconfirmed()) is not None:
             for place in (0, best):
@@ -122,10 +122,10 @@ class Tuner(Generic[C]):
         return True
 
     def again(self, place: int) -> bool:
-        """The candidate of this row once more. Whether it was measured."""
+        """Run the candidate of this row once more. Returns whether it was measured."""
         row = self.report.rows[place]
         member = self.member(self.candidates[place], AGAIN)
-        require_very_job(member)
+        require_this_job(member)
         if (trial := read_trial(member)) is None:
             if not self.has_time(1):
                 return False
@@ -141,7 +141,7 @@ class Tuner(Generic[C]):
         folder is of another job.
         """
         member = self.member(candidate)
-        require_very_job(member)
+        require_this_job(member)
         if (found := read_trial(member)) is not None:
             return found
         peak = self.space.peak_gib(candidate)
@@ -149,7 +149,7 @@ class Tuner(Generic[C]):
         return too_large if peak > self.gib else None
 
     def measure(self, candidate: C) -> Trial:
-        """Run it."""
+        """Run a candidate, and read what came of it."""
         member = self.member(candidate)
         self.start(member)
         return ended_trial(member)
@@ -163,7 +163,7 @@ class Tuner(Generic[C]):
         return Member(len(self.report.rows), name, settings, job)
 
     def keep(self, candidate: C, trial: Trial) -> None:
-        """In the report, its files, and the log."""
+        """Add a trial to the report, its files, and the log."""
         settings, rows = self.space.settings(candidate), self.report.rows
         require(bool(rows) or trial.state != "failed", f"the job as it is does not run: {trial.why}")
         if trial.state == "measured":

@@ -4,7 +4,7 @@ In: a job. Out: Steps, whose batches are host tensors (experiments/vlm/batch.py)
 
 What a step holds depends on the configuration and the data alone: not on ranks, workers, prefetching or
 restarts. Workers (data.num_workers processes) run ahead by data.prefetch steps; without them the trainer's
-own process reads and decodes. Of ranks that hold the same slots one reads for all (read_once.py).
+own process reads and decodes. One of the ranks that hold the same slots reads for all (read_once.py).
 
 A step's tensors lie in memory that is used again: they hold until the next `next()`, and those of `once()`
 until the next batch is asked for. Where the process uses a GPU they are pinned copies, made alongside
@@ -237,7 +237,7 @@ class Loader:
         self.shared_shards = len(set(paths)) < len(paths)
 
     def _let_new_shards_join(self) -> None:
-        """As if the run ended here and went on: what is read ahead of the trainer is read anew."""
+        """Go on as if the run had ended here: what is read ahead of the trainer is read again."""
         listed = list_anew(self.job, self.ranks)
         deals = self.setup.settings.deals
         if all(set(shards) <= set(deal.shards) for shards, deal in zip(listed, deals, strict=True)):
@@ -262,7 +262,9 @@ class Loader:
         return go_on(deals, text, furthest, self.job.data.join_new_shards)
 
     def _furthest(self, entries: Mapping[int, dict[str, Any]]) -> list[int]:
-        """Of each source, over all slots: see `go_on`. Empty where not all slots are known."""
+        """The furthest unit of each source, over all slots: see `go_on`. Empty where not all slots are
+        known.
+        """
         deals = self.setup.settings.deals
         if not self.ranks.together and len(entries) < deals[0].slots:
             return []
@@ -291,8 +293,8 @@ class Loader:
         return [slot_key(slot) for slot in self.slots]
 
     def report(self) -> dict[str, Any]:
-        """What became of the samples of this rank's slots so far;
-        `merge_reports` adds up those of all ranks.
+        """What became of the samples of this rank's slots so far; `merge_reports` adds up those of all
+        ranks.
         """
         return report(self.states.values())
 

@@ -40,7 +40,7 @@ class Ranks:
 
 
 def shards_of(job: VLMJobConfig, split: Split, ranks: Ranks) -> list[Shards]:
-    """Of each source. Ranks that go together list once for all loaders of a job.
+    """The shards of each source. Ranks that go together list once for all loaders of a job.
 
     Raises ConfigError where a source has none.
     """

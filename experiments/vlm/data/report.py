@@ -20,8 +20,8 @@ class Tally:
               "rejected": {"samples" | "images" | "shards": {reason: {"count", "examples": [EXAMPLE]}}}}}
     EXAMPLE: {"shard", "key", "detail"}
 
-    Of the counts, `read` are good samples that were planned, `split` and `truncated` those of them that were
-    too long, `samples`, `pieces`, `tokens` and `images` what was delivered (a sample counts with its first
+    Counts: `read` are good samples that were planned, `split` and `truncated` those of them that were too
+    long, `samples`, `pieces`, `tokens` and `images` what was delivered (a sample counts with its first
     piece).
     """
 
@@ -62,7 +62,7 @@ class Tally:
         entry["examples"] = (entry["examples"] + examples)[:EXAMPLES]
 
     def bad_samples(self, source: str) -> dict[str, dict[str, Any]]:
-        """Those that were rejected, by reason, but for good ones that are too long or left out on purpose."""
+        """Rejected samples by reason, without good ones that are too long or left out on purpose."""
         rejected = self.of(source)["rejected"].get("samples", {})
         return {reason: entry for reason, entry in rejected.items() if reason not in ("too_long", "excluded")}
 
@@ -86,8 +86,8 @@ def _copied(sources: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def check_bad_fraction(tally: Tally, allowed: float) -> None:
-    """Raises DataError for a source whose share of bad samples is above `allowed`,
-    from JUDGED_FROM read on.
+    """Raises DataError for a source whose share of bad samples is above `allowed`, from JUDGED_FROM read
+    on.
     """
     for source, entry in tally.sources.items():
         kinds = tally.bad_samples(source)

@@ -147,7 +147,7 @@ def _require_same(path: Path, about: dict[str, Any], questions: dict[str, Questi
         for key, value in now[part].items()
         if key in before[part]
     ]
-    told = ", ".join(str(each) for each in others if each.before != each.now)
-    require(not told, f"{path.parent} holds other answers: {told}; give another --out")
+    changed = ", ".join(str(each) for each in others if each.before != each.now)
+    require(not changed, f"{path.parent} holds other answers: {changed}; give another --out")
     if dist.get_rank() == 0:
         write_whole(path, json.dumps(now | {"files": before["files"] | files}, indent=1) + "\n")

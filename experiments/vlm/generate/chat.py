@@ -94,7 +94,7 @@ class Chat:
         ]
         text = json.dumps({"messages": messages}, ensure_ascii=False, indent=1)
         try:
-            # Of what was no text when it was typed the escape of JSON is left.
+            # What was no text when it was typed is left as its JSON escape.
             Path(os.path.expanduser(path)).write_bytes(text.encode(errors="backslashreplace"))
         except (OSError, ValueError) as error:
             raise UserError(f"/save {path}: {_why(error)}") from None

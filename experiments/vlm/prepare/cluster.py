@@ -71,7 +71,7 @@ class Cluster:
 
 
 def run_on_cluster(options: Options, progress: StageProgress) -> None:
-    """For a plan that is made."""
+    """Do all stages of a run whose plan is made."""
     # The nodes import this very code: its folder is taken to be where it is here.
     path = os.pathsep.join([str(Path(experiments.__path__[0]).parent), os.environ.get("PYTHONPATH", "")])
     ray.init(options.ray_address, runtime_env={"env_vars": {"PYTHONPATH": path}}, log_to_driver=False)

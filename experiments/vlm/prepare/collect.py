@@ -55,7 +55,7 @@ class Fetches:
             raise Stopped
 
     def stop(self) -> None:
-        """From the loop's thread. Fetches that only wait are cancelled; those on the wire finish."""
+        """Stop, from the loop's thread: fetches that only wait are cancelled; those on the wire finish."""
         self.client.stopping = True
         for task in self._tasks - self.client.in_flight:
             task.cancel()
@@ -87,7 +87,9 @@ class Tools:
 
 
 def collect(job: PrepareJob, numbers: Iterable[int], progress: StageProgress, stop: Stop) -> None:
-    """Raises Stopped when it was asked to stop; what was on the wire is in the journals by then."""
+    """Collect the images of these shards. Raises Stopped when it was asked to stop; what was on the wire is
+    in the journals by then.
+    """
     asyncio.run(collect_all(job, numbers, progress, stop))
 
 
@@ -152,7 +154,7 @@ def list_addresses(job: PrepareJob, number: int) -> list[str]:
 
 
 def make_client(options: Options) -> Client:
-    """To be entered in the event loop that it works in."""
+    """A client, to be entered in the event loop that it works in."""
     networks = tuple(ipaddress.ip_network(network) for network in options.allow_networks)
     return Client(
         Limits(

@@ -21,7 +21,7 @@ PASS_HASHES = 1 << 26  # hashes that are compared in one pass: 2 GB of memory
 
 
 def list_urls(job: PrepareJob, number: int) -> None:
-    """Idempotent. 0 stands for an image that has no URL."""
+    """Write a hash of each URL of a shard, 0 for an image that has none. Idempotent."""
     path = job.folder.hashes("urls", number)
     if not path.exists():
         records = (record for _, record in job.records(number) if not isinstance(record, Rejected))
@@ -39,7 +39,7 @@ def url_hash(url: str) -> int:
 
 
 def hash_of(sha256: str) -> int:
-    """0 for no hash at all, and only then."""
+    """64 bits of a SHA-256; 0 for no hash at all, and only then."""
     return (int(sha256[:16], 16) or 1) if sha256 else 0
 
 

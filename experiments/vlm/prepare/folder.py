@@ -88,7 +88,7 @@ class Folder:
 def appearing(path: Path) -> Iterator[IO[bytes]]:
     """A file to write that takes its name when it is whole and on disk.
 
-    Whoever else writes the same file does not matter.
+    Several processes may write the same file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")

@@ -101,7 +101,7 @@ def images_of(job: PrepareJob, number: int) -> Iterator[tuple[ImageValue, bool]]
 def write_images(
     job: PrepareJob, number: int, journal: Journal, pool: Executor, progress: Advancing, stop: Stop
 ) -> None:
-    """Raises Stopped."""
+    """Write the images of a shard, and what became of each. Raises Stopped."""
     entries: list[ImageEntry] = []
     with appearing(job.folder.images(number)) as file:
         for work in ahead(start_works(job, number, journal, pool, progress), IN_WORK):
@@ -141,7 +141,9 @@ def start_works(
 
 
 def bring(image: ImageValue, journal: Journal, folder: ImageFolder, encoding: Encoding) -> FinishedImage:
-    """In a thread of the pool. Raises Rejected, and StorageError where images of a folder stay away."""
+    """Read and finish an image, in a thread of the pool. Raises Rejected, and StorageError where images of a
+    folder stay away.
+    """
     value = plain_value(image.value)
     if isinstance(value, memoryview):
         return finish_image(bytes(value), encoding)
@@ -174,7 +176,9 @@ def ahead(items: Iterable[Item], count: int) -> Iterator[Item]:
 
 
 def finish_image(data: bytes, encoding: Encoding) -> FinishedImage:
-    """Raises Rejected. Bytes that already are what was asked for stay the same bytes."""
+    """An image as it goes into a shard. Raises Rejected. Bytes that already are what was asked for stay the
+    same bytes.
+    """
     height, width = probe(data)
     with PILImage.open(io.BytesIO(data)) as image:
         came_as = str(image.format)

@@ -55,7 +55,7 @@ def obelics(record: Record, document: Document, key: str) -> Members:
 
 
 def mmc4(record: Record, document: Document, key: str) -> Members:
-    """As of OBELICS, with what the record says of the page."""
+    """As `obelics`, with what the record says of the page."""
     page = {name: value for name, value in record.items() if _is_plain(value)}
     return obelics({"general_metadata": page}, document, key)
 

@@ -55,7 +55,7 @@ STAGES: dict[str, Stage] = {"list": _list_all, "collect": collect, "write": _wri
 
 
 def run(job: PrepareJob, runner: Runner) -> None:
-    """Ends with the report in place. Raises Stopped."""
+    """Do all stages; ends with the report in place. Raises Stopped."""
     folder, shards = job.folder, range(job.shards)
     todo = [number for number in shards if not folder.done(number).exists()]
     if todo:

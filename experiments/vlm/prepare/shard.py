@@ -26,7 +26,7 @@ Judged = FinishedImage | ImageEntry  # an entry says why there is no image
 
 
 def write_shard(job: PrepareJob, number: int) -> None:
-    """Idempotent. The report is written last and says that the shard is finished."""
+    """Write a shard. Its report is written last and says that it is finished. Idempotent."""
     folder = job.folder
     if not folder.done(number).exists():
         account = Account(job.plan.format, job.plan.pieces[number].file)

@@ -76,13 +76,13 @@ class PrepareJob:
 
     @classmethod
     def begin(cls, options: Options) -> "PrepareJob":
-        """Makes the plan, or finds it. Raises ConfigError."""
+        """A run with its plan, made or found. Raises ConfigError."""
         folder = Folder(Path(options.out))
         return cls(options, folder, make_plan(options, folder))
 
     @classmethod
     def join(cls, options: Options) -> "PrepareJob":
-        """For another process of the same run."""
+        """The same run, for another process of it."""
         folder = Folder(Path(options.out))
         return cls(options, folder, load_plan(folder))
 
@@ -137,7 +137,7 @@ def parser(format: str, options: Options) -> Callable[[Record], Draft]:
 
 @functools.lru_cache(maxsize=8)
 def open_input(file: str, copies: Path) -> Records:
-    """Stays open in this process, for all its threads. Raises ConfigError."""
+    """Open an input, which stays open in this process, for all its threads. Raises ConfigError."""
     cache = FileCache(copies, COPIES_BYTES)
     try:
         return retry.call(file, functools.partial(_open_records, file, cache))

@@ -46,12 +46,12 @@ def prepare(options: Options, progress: StageProgress) -> dict:
 
 
 def absolute(path: str) -> str:
-    """Other processes may work in other folders."""
+    """An absolute path, since other processes may work in other folders."""
     return path and str(Path(path).resolve())
 
 
 def run_local(options: Options, progress: StageProgress) -> None:
-    """For a plan that is made. Raises Crashed, or KeyboardInterrupt after the worker has ended."""
+    """Do all stages in a working process. Raises Crashed, or KeyboardInterrupt after the worker has ended."""
     worker = start_worker()
     assert worker.stdin and worker.stdout
     worker.stdin.write(json.dumps(dataclasses.asdict(options)).encode() + b"\n")
@@ -68,7 +68,7 @@ def run_local(options: Options, progress: StageProgress) -> None:
 
 
 def start_worker() -> subprocess.Popen:
-    """In a session of its own, so that no signal meant for this process reaches it."""
+    """Start the worker in a session of its own, so that no signal meant for this process reaches it."""
     path = [str(Path(experiments.__path__[0]).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     return subprocess.Popen(
         [sys.executable, "-m", "experiments.vlm.prepare.worker"],

@@ -19,7 +19,7 @@ class Stop:
         return self._event.is_set()
 
     def ask(self) -> None:
-        """From any thread or signal handler, as often as one likes."""
+        """Ask for the end, from any thread or signal handler, as often as one likes."""
         self._event.set()
         if self._wake:
             self._wake()

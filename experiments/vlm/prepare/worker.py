@@ -59,21 +59,21 @@ def main() -> None:
 
 
 def own_stdout() -> BinaryIO:
-    """For the messages alone: what a library prints must not come between them."""
+    """Standard output for the messages alone: what a library prints must not come between them."""
     messages = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)
     return messages  # type: ignore[return-value]
 
 
 def stop_at_end_of_input(stop: Stop) -> None:
-    """The parent holds the other end: it closes when that ends."""
+    """Stop when standard input ends: the parent holds its other end until it ends itself."""
     while sys.stdin.read(1):
         pass
     stop.ask()
 
 
 def prepare_process() -> None:
-    """Many connections; one thread an image."""
+    """Allow many connections; one thread an image."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     torch.set_num_threads(1)
@@ -81,7 +81,7 @@ def prepare_process() -> None:
 
 @contextlib.contextmanager
 def only_run(folder: Folder, progress: StageProgress, stop: Stop) -> Iterator[None]:
-    """Waits for an earlier worker. Raises Stopped. The lock ends with its process, however that ends."""
+    """Wait for an earlier worker. Raises Stopped. The lock ends with its process, however that ends."""
     with (folder.state / "lock").open("w") as file:
         waits = False
         while not locked(file.fileno()):

@@ -52,7 +52,7 @@ def _histogram(axes: Axes, values: np.ndarray, name: str, colour: str, logarithm
 
 
 def _occupancies(axes: Axes, seen: Sequence[Occupancy]) -> None:
-    """Padding, since differences between 99 and 99.9 % are what matters."""
+    """Draw padding rather than occupancy, since differences between 99 and 99.9 % are what matters."""
     names = [
         f"S {o.budget.seq_len}\n{o.budget.patch_rows} x {o.budget.patches_per_row}\nbuffer {o.buffer}"
         for o in seen

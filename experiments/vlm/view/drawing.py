@@ -22,28 +22,28 @@ KIND_COLOURS = {
 
 
 def colour(number: int) -> str:
-    """Neighbours differ: hues by the golden angle."""
+    """The colour of a number; neighbours differ: hues by the golden angle."""
     red, green, blue = colorsys.hls_to_rgb(number * 0.618034 % 1, 0.52, 0.62)
     return f"#{int(red * 255):02x}{int(green * 255):02x}{int(blue * 255):02x}"
 
 
 def png(pixels: np.ndarray | Image.Image) -> str:
-    """As a data address."""
+    """An image as a data address."""
     buffer = io.BytesIO()
     (pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)).save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def thumbnail(image: ImageView, height: int = 40) -> Image.Image:
-    """At most that high."""
+    """An image, at most that high."""
     small = Image.fromarray(image.pixels)
     small.thumbnail((10_000, height))
     return small
 
 
 def patch_strip(slot: SlotView, row: int) -> Image.Image:
-    """A row of patches, in lines: the mean colour of each,
-    the patches of an image underlined in its colour.
+    """A row of patches, in lines: the mean colour of each, the patches of an image underlined in its
+    colour.
     """
     colours = slot.patch_rows[row]
     lines = math.ceil(len(colours) / STRIP_COLUMNS)

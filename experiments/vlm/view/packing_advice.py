@@ -6,7 +6,8 @@
               together only there, then beyond the best on either side and closer around it
 
 What is best is what takes the fewest FLOPs for a useful token, padding of both sides included: where the
-encoder is cheap or images are large for a row, a longer row wastes less; where it is dear, a shorter one.
+encoder is cheap or images are large for a row, a longer row wastes less; where it is expensive, a shorter
+one.
 """
 
 import math
@@ -41,14 +42,14 @@ UNLIMITED = 1 << 40
 FACTORS = (1.0, 1.25, 0.85, 1.6, 2.0, 2.6)  # of the L that the patches per token ask for: tried first
 IMAGES = (2, 3)  # and so many of the largest image, since a row that holds one more is another case
 BEYOND = 1.25  # the next L where the best is the longest or shortest tried
-NEAR = 1.02  # lengths that differ by less are not told apart
+NEAR = 1.02  # lengths that differ by less count as equal
 ALIKE = 1.002  # nor are costs: some of that is chance
 
 Say = Callable[[str], None]
 
 
 def silent(line: str) -> None:
-    """Says nothing of how far it is."""
+    """Say nothing."""
 
 
 class Deadline:
@@ -63,7 +64,7 @@ class Deadline:
         return max(0.0, self.end - self.clock())
 
     def share(self, part: float) -> "Deadline":
-        """An earlier one."""
+        """An earlier deadline, after this part of the time that is left."""
         return Deadline(self.left_s() * part, self.clock)
 
 
@@ -110,7 +111,7 @@ class Data(NamedTuple):
         return occupancy.cost(self.prices)
 
     def length(self, patches: float) -> int:
-        """About so many, as L: a multiple of merge squared, no shorter than the largest image."""
+        """The L for about so many: a multiple of merge squared, no shorter than the largest image."""
         square = self.merge**2
         return max(round(patches / square), math.ceil(self.largest / square), 1) * square
 
@@ -126,7 +127,7 @@ class Trials:
         self.pool = start_pool(processes, data) if processes > 1 else None
 
     def run(self, cases: Iterable[Case]) -> bool:
-        """Try those that were not; False where the time did not suffice. Of the first ones, one is tried."""
+        """Try those that were not, at least one; False where the time did not suffice."""
         new = [case for case in dict.fromkeys(cases) if case not in self.seen]
         for occupancy in self._occupancies(new):
             case = Case(occupancy.budget, occupancy.buffer)
@@ -165,14 +166,14 @@ class Trials:
 
 
 def start_pool(processes: int, data: Data) -> ProcessPoolExecutor:
-    """Processes that have the documents."""
+    """Start processes that have the documents."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([simulate.__module__])
     return ProcessPoolExecutor(processes, context, keep, (data.stream, data.merge))
 
 
 def with_length(case: Case, length: int) -> Case:
-    """Another L."""
+    """The case with another L."""
     return case._replace(budget=replace(case.budget, patches_per_row=length))
 
 
@@ -208,7 +209,9 @@ def search(
 
 
 def first_lengths(asked: int, data: Data) -> list[int]:
-    """Around what the patches per token ask for, and beyond what large images bind."""
+    """The lengths to try first: around what the patches per token ask for, and beyond what large images
+    bind.
+    """
     images = [count * data.largest for count in IMAGES if count * data.largest > asked * min(FACTORS)]
     return list(dict.fromkeys(map(data.length, [*(asked * factor for factor in FACTORS), *images])))
 
@@ -220,7 +223,7 @@ def in_turn(wanted: Mapping[Case, Sequence[int]]) -> list[Case]:
 
 
 def best_of(seen: Sequence[Occupancy], data: Data, seq_len: int, buffer: int) -> Occupancy:
-    """That costs least; of those that cost as much, one with the job's own S and look-ahead."""
+    """The one that costs least; of those that cost as much, one with the job's own S and look-ahead."""
     least = min(map(data.cost, seen))
     alike = [occupancy for occupancy in seen if data.cost(occupancy) <= least * ALIKE]
     return min(alike, key=lambda o: (o.budget.seq_len != seq_len, o.buffer != buffer, data.cost(o)))

@@ -33,7 +33,7 @@ class Stream:
 
     @cached_property
     def outlines(self) -> list[Outline]:
-        """Of each document."""
+        """The outline of each document."""
         return [outline_of(document) for document in self.documents]
 
     @cached_property
@@ -136,7 +136,7 @@ _kept: dict[str, tuple[Stream, int]] = {}  # of a process that simulates for ano
 
 
 def keep(stream: Stream, merge: int) -> None:
-    """The documents for each `simulate_kept` in this process. Ctrl-C is for the one that asks for them."""
+    """Keep the documents for each `simulate_kept` in this process. Ctrl-C is for the process that asks."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _kept["documents"] = stream, merge
 

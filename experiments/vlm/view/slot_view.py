@@ -54,7 +54,7 @@ class SlotView:
 
     @property
     def name(self) -> str:
-        """For titles."""
+        """Its name in titles."""
         return f"step {self.step}, slot {self.slot}" if self.step else f"slot {self.slot}"
 
     @property

@@ -8,7 +8,9 @@ from experiments.vlm.world.shards import write_shard
 
 
 def main(name: str, seed: str, folder: str, *shards: str) -> None:
-    """Draws shards (their numbers) of a world's split into the folder, until whoever asked has ended."""
+    """Draw shards (their numbers) of a world's split into the folder, until the process that asked has
+    ended.
+    """
     parent = os.getppid()
     for shard in shards:
         if os.getppid() != parent:

@@ -2,9 +2,9 @@
 
     CACHE/embedded/VERSION-seed0/sees/train/train-00000.tar ...
 
-A changed generator draws anew beside the old data, since whoever changes what is drawn changes VERSION (a
-test holds the two together). One process holds the lock and draws, the others wait for it. The folder appears
-under its name when it is complete.
+A changed generator draws into a new folder, since a change of what is drawn changes VERSION (a test holds the
+two together). One process holds the lock and draws, the others wait for it. The folder appears under its name
+when it is complete.
 """
 
 import fcntl

@@ -135,7 +135,7 @@ def varied_caption(scene: Scene, rng: random.Random) -> str:
 
 
 def _words(scene: Scene) -> dict[str, str]:
-    """What the styles of the scene's kind speak of."""
+    """The words for the places in the styles of the scene's kind."""
     first = scene.things[0]
     if scene.kind == "single":
         return {"what": noun_phrase(first, sized=False), "where": place(first, scene)}
@@ -154,7 +154,7 @@ def _words(scene: Scene) -> dict[str, str]:
 
 
 def _capitalise(text: str) -> str:
-    """Each sentence begins with a capital letter."""
+    """The text with a capital letter at the start of each sentence."""
     for mark in (". ", "? "):
         text = mark.join(sentence[:1].upper() + sentence[1:] for sentence in text.split(mark))
     return text

@@ -48,7 +48,7 @@ def pick_digits(rng: random.Random, heldout: bool, count: int) -> list[int]:
 
 
 def ink(number: int, side: float, rng: random.Random, written_anew: bool) -> Image.Image:
-    """Where there is ink, 0 to 255: a digit whose 8 x 8 are `side` pixels wide.
+    """How much ink there is, 0 to 255: a digit whose 8 x 8 are `side` pixels wide.
 
     `written_anew`: turned, slanted, stretched, and with a pen of another width, as another hand might have.
     """

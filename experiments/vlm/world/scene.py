@@ -11,7 +11,7 @@ alone, so a picture has one right caption:
     listing    different shapes, in half of the cells or more: each in reading order (not in `sees`)
 
 Circle, oval and egg differ in nothing but their aspect ratio, and so do square, slab and post: a model that
-squeezes pictures to squares cannot tell them apart.
+squeezes pictures to squares cannot distinguish them.
 
 Splits are a partition of the scenes themselves: `held_out` hashes grid, things and cells. So a held-out
 arrangement never occurs in training, in no world and with no seed, not even at another size or jitter.
@@ -77,7 +77,7 @@ class Scene:
 
     @property
     def arrangement(self) -> tuple:
-        """All that a caption can speak of, without jitter, shades and pixels."""
+        """All that a caption can mention, without jitter, shades and pixels."""
         return self.rows, self.columns, *((*thing.look, thing.row, thing.column) for thing in self.things)
 
 

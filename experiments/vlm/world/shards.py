@@ -6,9 +6,9 @@ parallel lists, one of the two null at each index, an image a record of bytes an
 `general_metadata` are JSON strings. `questions` are tar files of conversations as LLaVA has them (KEY.jpg,
 KEY.json), `reads` too, with several images (KEY.0.png) and, for evaluation, the question and its answer by
 themselves. `llava_captions` and `llava_questions` are what LLaVA's two phases read: a JSON list of
-conversations that name pictures in a folder beside it.
+conversations that name pictures in a folder next to it.
 
-A sample is a function of seed, name and number alone, whoever draws it.
+A sample is a function of seed, name and number alone.
 """
 
 import json
@@ -25,7 +25,7 @@ from experiments.vlm.world.scene import Scene, sees_scene, varied_scene
 from experiments.vlm.world.strips import ask_for, draw_strip, random_document
 
 SPLITS = ("train", "heldout")
-PICTURES = "pictures"  # the folder beside a JSON list
+PICTURES = "pictures"  # the folder next to a JSON list
 DESCRIBE = ("What does the picture show?", "Say in a few words what is drawn.", "Describe this picture.")
 Draw = Callable[[random.Random, bool, str], dict]  # generator, held out, key -> the record of one sample
 
@@ -94,7 +94,7 @@ def _asked(scene: Scene, rng: random.Random) -> list[dict[str, str]]:
 
 
 def _turns(*said: tuple[str, str]) -> list[dict[str, str]]:
-    """Of questions and answers, the first with the picture."""
+    """Questions and answers as turns, the first with the picture."""
     turns: list[dict[str, str]] = []
     for question, answer in said:
         place = "" if turns else "<image>\n"

@@ -2,7 +2,7 @@
 
 A picture holds 1 to 12 digits: in a row, in a column, or in a grid that is read row by row; from 12:1 to
 1:12. A document shows one picture and asks for it ("picture:"), or 2 to 4 and asks for one of them ("second
-picture:"). The answer is its digits in order, "4 0 7". Of one digit held-out pictures are rare: blind, it is
+picture:"). The answer is its digits in order, "4 0 7". Held-out pictures of one digit are rare: blind, it is
 guessed too often for a control.
 """
 
@@ -37,7 +37,7 @@ class Strip:
 
 
 def random_strip(rng: random.Random, heldout: bool, longest: int = LONGEST) -> Strip:
-    """Of at most so many digits, all of that split."""
+    """A strip of at most so many digits, all of that split."""
     grids = [(rows, columns) for rows, columns in GRIDS if rows * columns <= longest]
     count = rng.randint(1, longest)
     if heldout and count == 1 and rng.random() > SINGLES_KEPT:
@@ -49,7 +49,7 @@ def random_strip(rng: random.Random, heldout: bool, longest: int = LONGEST) -> S
 
 
 def random_document(rng: random.Random, heldout: bool) -> tuple[list[Strip], int]:
-    """Its pictures, and which of them is asked for."""
+    """A document's pictures, and which of them is asked for."""
     count = rng.choices((1, 2, 3, 4), weights=(7, 1, 1, 1))[0]
     strips = [random_strip(rng, heldout, LONGEST if count == 1 else 4) for _ in range(count)]
     return strips, rng.randrange(count)

@@ -48,8 +48,8 @@ FAMILIES = {
 
 
 def decoder_config(file: ConfigFile, tied: bool | None = None) -> DecoderConfig:
-    """`tied`: what stands above this section; None: what it says itself. Raises ConfigError for what the
-    decoder is not.
+    """A decoder's sizes from a config.json. `tied`: what stands above this section; None: what it says
+    itself. Raises ConfigError for what the decoder is not.
     """
     kind = file.model_type
     require(
@@ -87,14 +87,14 @@ def decoder_config(file: ConfigFile, tied: bool | None = None) -> DecoderConfig:
 
 
 def _window(file: ConfigFile, family: Family) -> int | None:
-    """Null means none, unlike elsewhere; where the class takes a window it is not the default."""
+    """The sliding window. Null means none here, not the default of a class that has one."""
     if family.window is None or ("sliding_window" in file.values and file.values["sliding_window"] is None):
         return None
     return file.size("sliding_window", family.window)
 
 
 def _rope(file: ConfigFile) -> tuple[float, RopeScaling | None]:
-    """From rope_parameters, or rope_theta and rope_scaling, as files before transformers 5 have it."""
+    """Rotary base and scaling: rope_parameters, or rope_theta and rope_scaling (before transformers 5)."""
     rope = file.section("rope_parameters" if file.values.get("rope_parameters") else "rope_scaling")
     theta = rope.get("rope_theta", file.get("rope_theta", 10000.0))
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -119,12 +119,12 @@ def _rope(file: ConfigFile) -> tuple[float, RopeScaling | None]:
 
 
 def model_type_of(config: DecoderConfig) -> str:
-    """The class that computes what the decoder does; rows of sizes do not name theirs."""
+    """The model_type of the class that computes what the decoder does; rows of sizes do not name theirs."""
     return config.model_type or ("qwen2" if config.qkv_bias else "qwen3" if config.qk_norm else "llama")
 
 
 def architecture_of(config: DecoderConfig) -> str:
-    """Its causal language model."""
+    """The name of its causal language model in transformers."""
     return FAMILIES[model_type_of(config)].architecture
 
 

@@ -85,8 +85,9 @@ class Block(nn.Module):
 class LMHead(nn.Linear):
     """The output layer.
 
-    Given labels it returns the loss, in chunks, and what each of `sources` has of it; `vocab_group` is set
-    where tensor parallel splits its rows, `fuse` where the loss shall not be made as the device makes it.
+    Given labels it returns the loss, made in chunks, and the part of it of each of `sources`; `vocab_group`
+    is set where tensor parallel splits its rows, `fuse` where the loss shall not be made as the device makes
+    it.
     """
 
     def __init__(self, dim: int, vocab_size: int, chunk: int, sources: int = 0):
@@ -136,7 +137,9 @@ class Decoder(nn.Module):
         self.tie_weights()
 
     def tie_weights(self) -> None:
-        """To be called again after anything that replaces parameters: materialising, tensor parallel."""
+        """Tie the output layer to the embedding, again after anything that replaces parameters:
+        materialising, tensor parallel.
+        """
         if self.config.tied_embeddings and self.tok_embeddings is not None and self.output is not None:
             self.output.weight = self.tok_embeddings.weight
 

@@ -33,8 +33,9 @@ def block_plan(qk_norm: bool, split: bool = True) -> dict[str, ParallelStyle]:
 
 
 def apply_tensor_parallel(decoder: Decoder, mesh: DeviceMesh, split: bool = True) -> None:
-    """With sequence parallel and a vocabulary-parallel loss: [B, S / tp, D] between blocks, placing included.
-    Not `split`: [B, S, D], for answers, whose newest token alone no group can share; forward only.
+    """Lay the decoder out with sequence parallel and a vocabulary-parallel loss: [B, S / tp, D] between
+    blocks, placing included. Not `split`: [B, S, D], forward only, for answers, whose single newest token no
+    group can share.
 
     A pipeline stage lacks some of these modules.
     """

@@ -13,5 +13,5 @@ writing            tensors as the files of a folder
 
 The first three import no torch.
 
-Which name of theirs is which of ours is said beside each model: hf_config.py (sizes) and hf.py (weights).
+Which name of theirs is which of ours is said next to each model: hf_config.py (sizes) and hf.py (weights).
 """

@@ -13,13 +13,14 @@ from torch import Tensor
 from torchtitan.components.checkpoint_folder import RECORD
 from torchtitan.components.checkpoint_read import PREFIX
 from torchtitan.models.hf.source import FolderSource
-from torchtitan.models.hf.tensors import FLOATS, Made, Rows, shape_of
+from torchtitan.models.hf.tensors import FLOATS, Assembly, Rows, shape_of
 
 
 def write_checkpoint(
     source: FolderSource, fresh: Mapping[str, Tensor], model: Mapping[str, Any], folder: Path
 ) -> None:
-    """Into `folder`, which is there and empty. `fresh`: weights that no folder has; `model`: its sizes.
+    """Write a checkpoint into `folder`, which is there and empty. `fresh`: weights that no folder has;
+    `model`: its sizes.
 
     What is stored as it lies in a file is mapped rather than read, so memory holds one tensor at a time.
     """
@@ -30,7 +31,7 @@ def write_checkpoint(
     dcp.save(state, storage_writer=dcp.FileSystemWriter(str(folder)), no_dist=True)
 
 
-def _mapped(made: Made) -> Tensor:
+def _mapped(made: Assembly) -> Tensor:
     first = made[0]
     assert isinstance(first, Rows)
     stored, shape, dtype = first.stored, shape_of(made), FLOATS[first.stored.dtype]

@@ -54,7 +54,7 @@ class ConfigFile:
         return ConfigFile(values or {}, f"{self.where}: {key}")
 
     def of_kind(self, model_type: str) -> "ConfigFile":
-        """The same, of that model_type where it does not say its own."""
+        """The same file, of that model_type where it does not name its own."""
         said = self.values.get("model_type") is not None
         return self if said else replace(self, values={**self.values, "model_type": model_type})
 
@@ -68,7 +68,7 @@ class ConfigFile:
 
     @property
     def model_type(self) -> str:
-        """Empty where it is not said."""
+        """Its model_type; empty where it names none."""
         return self.get("model_type", "")
 
 
@@ -78,10 +78,10 @@ def read_config(folder: Path) -> ConfigFile:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        beside = f"a Hugging Face folder has a {CONFIG} beside its weights; {get_it(path)}"
+        hint = f"a Hugging Face folder has a {CONFIG} next to its weights; {get_it(path)}"
         if any(folder.glob("mp_rank_*")) or any(folder.glob("iter_*/mp_rank_*")):
-            beside = f"a folder of Megatron: torchtitan-vlm from_torch --torch {folder} --out OTHER makes one"
-        raise ConfigError(f"{path}: {error.strerror}: {beside}") from None
+            hint = f"a folder of Megatron: torchtitan-vlm from_torch --torch {folder} --out OTHER makes one"
+        raise ConfigError(f"{path}: {error.strerror}: {hint}") from None
     except ValueError as error:
         raise ConfigError(f"{path}: is not JSON ({error}): fetch it again") from None
     require(isinstance(values, dict), f"{path}: expected an object, with model_type and sizes")

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchtitan.components.checkpoint_read import PREFIX, reading, stored_tensors
 from torchtitan.config.errors import ConfigError
 from torchtitan.layers.lora import is_adapters, merge, names_of
-from torchtitan.models.hf.writing import SHARD_GB, Made, write_folder
+from torchtitan.models.hf.writing import SHARD_GB, TensorToWrite, write_folder
 from torchtitan.models.weight_names import Piece, Row, to_theirs
 
 
@@ -28,7 +28,7 @@ class Export:
         lora_scale: float | None = None,
     ):
         """`dtype`: of what is written; None: as it is stored. `lora_scale`: of adapters, which are merged
-        into the weights that they stand beside; None: they are left out.
+        into the weights of their maps; None: they are left out.
 
         Raises Damaged, and ConfigError where the checkpoint lacks a part.
         """
@@ -50,24 +50,24 @@ class Export:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of most of what is written."""
+        """The dtype of most of what is written."""
         sizes: dict[torch.dtype, int] = {}
         for tensor in self.tensors.values():
             sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.size
         return max(sizes, key=lambda dtype: sizes[dtype])
 
     def write(self, folder: Path, shard_gb: float = SHARD_GB, rank: int = 0, ranks: int = 1) -> None:
-        """The files of one of `ranks`; the first one writes the index too. Raises Damaged, OSError."""
+        """Write the files of one of `ranks`; the first one writes the index too. Raises Damaged, OSError."""
         write_folder(self.tensors, folder, shard_gb, rank, ranks)
 
-    def _made(self, pieces: list[Piece], dtype: torch.dtype | None) -> Made:
+    def _made(self, pieces: list[Piece], dtype: torch.dtype | None) -> TensorToWrite:
         stored = self.stored
         read = [
             torch.empty(len(piece.rows), *stored[piece.source].shape[1:], device="meta") for piece in pieces
         ]
         shapes = [piece.transform(rows).shape for piece, rows in zip(pieces, read, strict=True)]
         shape = (sum(each[0] for each in shapes), *shapes[0][1:])
-        return Made(shape, dtype or stored[pieces[0].source].dtype, lambda: map(self._rows, pieces))
+        return TensorToWrite(shape, dtype or stored[pieces[0].source].dtype, lambda: map(self._rows, pieces))
 
     def _rows(self, piece: Piece) -> Tensor:
         return piece.transform(self._read(piece))

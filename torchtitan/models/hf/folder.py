@@ -40,7 +40,7 @@ def read_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 
 def _nothing(folder: Path) -> str:
-    """What to say of a folder without safetensors."""
+    """The error for a folder without safetensors."""
     pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
     if not pickles:
         return f"{folder}: holds no *.safetensors; {get_it(folder)}"

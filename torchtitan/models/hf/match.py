@@ -10,7 +10,7 @@ import torch
 from torchtitan.config.errors import ConfigError, require
 from torchtitan.models.hf.folder import read_tensors
 from torchtitan.models.hf.safetensors_file import StoredTensor
-from torchtitan.models.hf.tensors import FLOATS, Made, Mean, Rows, chunks, read_rows, shape_of
+from torchtitan.models.hf.tensors import FLOATS, Assembly, Mean, Rows, chunks, read_rows, shape_of
 from torchtitan.models.weight_names import Piece, Row, to_ours, to_theirs
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -37,7 +37,7 @@ class Matched:
     """Our weights in a folder, and the report of it."""
 
     source: Source
-    made: dict[str, Made] = field(default_factory=dict)
+    made: dict[str, Assembly] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)  # ours
     unknown: list[StoredTensor] = field(default_factory=list)  # left over, and nobody knows why
     left: dict[str, int] = field(default_factory=dict)  # why -> tensors left over
@@ -130,7 +130,7 @@ def _sort_out(found: Matched, unused: Iterable[StoredTensor]) -> None:
 
 
 def _refuse(found: Matched, allow: Collection[str]) -> None:
-    """The first thing that is wrong, of what is not allowed."""
+    """Raises ConfigError for the first thing that is wrong and not allowed."""
     folder, wrong = found.source.folder, found.misshapen
     if wrong and "shape" not in allow:
         first = next(iter(wrong.values()))
@@ -164,7 +164,7 @@ def _require_equal(
     pieces: Mapping[str, list[Piece]],
     stored: Mapping[str, StoredTensor],
 ) -> None:
-    """A tied weight that is stored twice says the same both times."""
+    """Raises ConfigError where a tied weight that is stored twice differs."""
     of = source.tied[name]
     require(of in pieces, f"{again[0]} is there, but not the {of} that it is tied to")
     tensor, other = again[0], stored[pieces[of][0].source]

@@ -45,7 +45,7 @@ class StoredTensor:
         return f"tensor {self.name} in {self.file}"
 
     def read_rows(self, file: BinaryIO, rows: range, into: memoryview) -> None:
-        """Bytes of these rows. Raises ConfigError where the file has become shorter since."""
+        """Read the bytes of these rows. Raises ConfigError where the file has become shorter since."""
         file.seek(self.begin + rows.start * self.row_bytes)
         require(file.readinto(into) == len(into), f"{self}: the file ends too early: {AGAIN}")  # type: ignore[attr-defined]
 
@@ -94,7 +94,7 @@ def _entry(path: Path, name: str, entry: Any) -> Entry:
 
 
 def _require_whole(path: Path, entries: Iterable[Entry], size: int) -> None:
-    """Tensors follow each other without gaps, to the end of the file."""
+    """Raises ConfigError unless tensors follow each other without gaps, to the end of the file."""
     expected = 0
     for _, _, begin, end, where in entries:
         require(begin == expected, f"{where}: begins at byte {begin}, not {expected}: damaged: {AGAIN}")
@@ -104,7 +104,7 @@ def _require_whole(path: Path, entries: Iterable[Entry], size: int) -> None:
 
 
 def header_bytes(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
-    """What a file of these tensors begins with. name -> (dtype, shape), in the order in which they follow."""
+    """The header of a file of these tensors: name -> (dtype, shape), in the order in which they follow."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     begin = 0
     for name, (dtype, shape) in tensors.items():

@@ -23,7 +23,7 @@ class FolderSource:
         self.fresh = list(fresh)
 
     def read(self, weights: Mapping[str, Tensor]) -> None:
-        """Into shards of the weights. Raises ConfigError on all ranks alike."""
+        """Read into shards of the weights. Raises ConfigError on all ranks alike."""
         try:
             dcp.load(dict(weights), storage_reader=FolderReader(self.made), no_dist=not dist.is_initialized())
         except Failure as error:

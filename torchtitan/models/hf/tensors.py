@@ -38,7 +38,7 @@ class Rows:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of what it gives."""
+        """Shape of what it gives."""
         read = torch.empty(len(self.rows), *self.stored.shape[1:], device="meta")
         return tuple(self.transform(read).shape)
 
@@ -75,25 +75,25 @@ class Mean:
         yield self.found[0].expand(last - first, *self.found[0].shape)
 
 
-Made = Sequence[Rows | Mean]  # a tensor of ours, in the order of its rows
+Assembly = Sequence[Rows | Mean]  # a tensor of ours, in the order of its rows
 
 
-def shape_of(made: Made) -> tuple[int, ...]:
-    """Of one of our tensors."""
+def shape_of(made: Assembly) -> tuple[int, ...]:
+    """Shape of one of our tensors."""
     first = made[0]
     assert isinstance(first, Rows)
     return (sum(map(len, made)), *first.shape[1:])
 
 
 def chunks(stored: StoredTensor, first: int, last: int) -> Iterator[range]:
-    """Of its rows those from `first` to `last`, about CHUNK bytes at a time."""
+    """Its rows from `first` to `last`, about CHUNK bytes at a time."""
     step = max(1, CHUNK // max(1, stored.row_bytes))
     for start in range(first, last, step):
         yield range(start, min(start + step, last))
 
 
 def read_rows(stored: StoredTensor, file: BinaryIO, rows: range) -> Tensor:
-    """In the dtype of the file."""
+    """Rows of a tensor, in the dtype of the file."""
     whole = torch.empty(len(rows), *stored.shape[1:], dtype=FLOATS[stored.dtype])
     if whole.numel():
         stored.read_rows(file, rows, memoryview(whole.view(torch.uint8).numpy()).cast("B"))  # type: ignore[arg-type]
@@ -103,7 +103,7 @@ def read_rows(stored: StoredTensor, file: BinaryIO, rows: range) -> Tensor:
 class FolderReader(StorageReader):
     """For dcp.load: tensors of ours as `made` says."""
 
-    def __init__(self, made: Mapping[str, Made]):
+    def __init__(self, made: Mapping[str, Assembly]):
         self.made = made
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
@@ -116,7 +116,7 @@ class FolderReader(StorageReader):
         return Metadata(entries, storage_meta=StorageMeta())
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:  # type: ignore[override]
-        """The boxes that this rank asks for."""
+        """Read the boxes that this rank asks for."""
         for item in plan.items:
             target = planner.resolve_tensor(item).detach()
             self._read(item, target)
@@ -135,7 +135,7 @@ class FolderReader(StorageReader):
             done += len(rows)
 
     @staticmethod
-    def _rows(made: Made, first: int, last: int) -> Iterator[Tensor]:
+    def _rows(made: Assembly, first: int, last: int) -> Iterator[Tensor]:
         begin = 0
         for piece in made:
             start, stop = max(first - begin, 0), min(last - begin, len(piece))
@@ -144,20 +144,20 @@ class FolderReader(StorageReader):
             begin += len(piece)
 
     def reset(self, checkpoint_id: Any = None) -> None:
-        """Nothing is kept between reads."""
+        """Nothing: a reader keeps nothing between reads."""
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *_: Any, **__: Any) -> None:
-        """Nothing is to be set up."""
+        """Nothing: there is nothing to set up."""
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """As it is."""
+        """The plan unchanged."""
         return plan
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """As they are."""
+        """The plans unchanged."""
         return plans
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
-        """Always False: no path alone says what is asked for."""
+        """Always False: a path alone does not say what to read."""
         return False

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from torchtitan.config.errors import ConfigError, require
 from torchtitan.models.hf.folder import PICKLES
-from torchtitan.models.hf.writing import DTYPES, Made
+from torchtitan.models.hf.writing import DTYPES, TensorToWrite
 
 HOW = "save its tensors alone where it comes from: torch.save({'model': STATE_DICT}, PATH)"
 
@@ -47,7 +47,7 @@ def require_kind(path: Path, name: str, tensor: Tensor) -> None:
     require(not strange, f"{path}: {name} is of {kind}, which is no kind of weight here; known: {known}")
 
 
-def read_pickles(folder: Path) -> tuple[dict[str, Made], list[Path]]:
+def read_pickles(folder: Path) -> tuple[dict[str, TensorToWrite], list[Path]]:
     """The tensors of a folder's *.bin, *.pt, *.pth or *.ckpt, of an index where there is one, and the other
     files. Raises ConfigError as open_torch does, and where there are none or a name is there twice.
     """
@@ -57,7 +57,7 @@ def read_pickles(folder: Path) -> tuple[dict[str, Made], list[Path]]:
         named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         files = [folder / name for name in sorted(named)]
     require(bool(files), f"{folder}: holds no mp_rank_... and none of {', '.join(PICKLES)}")
-    made: dict[str, Made] = {}
+    made: dict[str, TensorToWrite] = {}
     for path in files:
         require(path.is_file(), f"{path}: is missing, and {index.name} says that there is one")
         held = open_torch(path)
@@ -66,7 +66,7 @@ def read_pickles(folder: Path) -> tuple[dict[str, Made], list[Path]]:
             if isinstance(tensor, Tensor):
                 require(name not in made, f"{path}: {name} is in another file, too")
                 require_kind(path, name, tensor)
-                made[name] = Made(tuple(tensor.shape), tensor.dtype, partial(list, [tensor]))
+                made[name] = TensorToWrite(tuple(tensor.shape), tensor.dtype, partial(list, [tensor]))
     require(bool(made), f"{files[0]}: holds no tensors by name")
     others = (*PICKLES, "*.index.json", "*.h5", "*.msgpack", "*.safetensors")
     return made, [p for p in sorted(folder.iterdir()) if p.is_file() and not any(map(p.match, others))]

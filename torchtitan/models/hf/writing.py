@@ -1,6 +1,6 @@
 """Tensors as the safetensors of a folder: made one at a time as they are written, from wherever they are.
 
-Several ranks may write files of one folder beside each other.
+Several ranks may write files of one folder at the same time.
 """
 
 import json
@@ -22,7 +22,7 @@ DTYPES = NAMES | {torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", tor
 
 
 @dataclass(frozen=True)
-class Made:
+class TensorToWrite:
     """A tensor to be written. `parts`: makes it, some of its rows after the others."""
 
     shape: tuple[int, ...]
@@ -31,15 +31,19 @@ class Made:
 
     @property
     def size(self) -> int:
-        """In bytes."""
+        """Size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def write_folder(
-    tensors: Mapping[str, Made], folder: Path, shard_gb: float = SHARD_GB, rank: int = 0, ranks: int = 1
+    tensors: Mapping[str, TensorToWrite],
+    folder: Path,
+    shard_gb: float = SHARD_GB,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> None:
-    """The files of one of `ranks` into `folder`, which is there; the first one writes the index too. Raises
-    OSError, and what making a tensor raises.
+    """Write the files of one of `ranks` into `folder`, which is there; the first one writes the index too.
+    Raises OSError, and what making a tensor raises.
     """
     files = list(_files(tensors, shard_gb))
     names = ["model.safetensors"] if len(files) == 1 else [
@@ -56,9 +60,9 @@ def write_folder(
         (folder / INDEX).write_text(json.dumps({"metadata": sizes, "weight_map": weight_map}, indent=2))
 
 
-def _files(tensors: Mapping[str, Made], shard_gb: float) -> Iterator[dict[str, Made]]:
+def _files(tensors: Mapping[str, TensorToWrite], shard_gb: float) -> Iterator[dict[str, TensorToWrite]]:
     """What each file holds: at most `shard_gb`, or one tensor that is larger."""
-    file: dict[str, Made] = {}
+    file: dict[str, TensorToWrite] = {}
     for name, tensor in tensors.items():
         if file and sum(made.size for made in file.values()) + tensor.size > shard_gb * GB:
             yield file
@@ -67,7 +71,7 @@ def _files(tensors: Mapping[str, Made], shard_gb: float) -> Iterator[dict[str, M
     yield file
 
 
-def _write_file(path: Path, tensors: Mapping[str, Made]) -> None:
+def _write_file(path: Path, tensors: Mapping[str, TensorToWrite]) -> None:
     header = {name: (DTYPES[tensor.dtype], tensor.shape) for name, tensor in tensors.items()}
     with path.open("wb") as file:
         file.write(header_bytes(header))

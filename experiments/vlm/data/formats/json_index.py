@@ -51,7 +51,7 @@ class Spans:
 
     @classmethod
     def load(cls, file: int, path: Path) -> "Spans":
-        """Those of `file` that were saved at `path`, in memory that all processes share."""
+        """The pieces of `file` that were saved at `path`, in memory that all processes share."""
         count = int(np.fromfile(path, np.int64, 1)[0])
         shape = count, 2
         edges = np.asarray(np.memmap(path, np.int64, "r", 8, shape) if count else np.empty(shape, np.int64))

@@ -24,7 +24,7 @@ ROW_GROUP_BYTES = 256 << 20
 
 
 class RowGroups:
-    """Those of one file. Raises OSError or pyarrow's errors where it is no parquet file."""
+    """The row groups of a file. Raises OSError or pyarrow's errors where it is no parquet file."""
 
     def __init__(self, path: str, columns: tuple[str, ...] | None, cache: FileCache):
         self._file = pq.ParquetFile(path)

@@ -75,7 +75,7 @@ class Deal:
 
     @cached_property
     def eras(self) -> list[Era]:
-        """Of growing numbers of shards; one where none joined."""
+        """Eras with growing numbers of shards; one where none joined."""
         eras: list[Era] = []
         for epoch, shards in self.joins or ((0, len(self.shards)),):
             last, parts = eras[-1] if eras else Era(0, 0, 0, 0), -(-self.slots // shards)
@@ -112,8 +112,8 @@ class Deal:
         """(units that each slot takes whole, pieces of each unit after those); without end, or where the
         units come out even, there are no pieces.
 
-        Of up to MOST_PIECES those that leave the fewest slots idle: with k pieces the units that are left
-        take ceil(units * k / G) / k rounds.
+        Pieces, up to MOST_PIECES, are as many as leave the fewest slots idle: with k pieces the units that
+        are left take ceil(units * k / G) / k rounds.
         """
         if self.epochs is None:
             return 0, 1

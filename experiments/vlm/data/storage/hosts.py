@@ -30,8 +30,8 @@ def carried_ipv4(address: IPv6Address) -> IPv4Address | None:
 
 
 def is_public(address: Address) -> bool:
-    """Neither private, loopback, link-local, multicast nor reserved,
-    as `ipaddress` knows IANA's registries.
+    """Neither private, loopback, link-local, multicast nor reserved, as `ipaddress` knows IANA's
+    registries.
     """
     if isinstance(address, IPv6Address) and (carried := carried_ipv4(address)):
         address = carried

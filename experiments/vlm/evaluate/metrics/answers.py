@@ -58,7 +58,7 @@ def word_accuracy(predictions: Sequence[str], references: References) -> Score:
     """Percent of the words that were to be read: 100 less the word error rate, aligned by edit distance.
 
     A word that is wrong, missing or too many is one error. `overall` counts the words of all samples
-    together; a sample below 0 has 0. Of several references the one with the best score counts.
+    together; a sample below 0 has 0. Where there are several references, the one with the best score counts.
     """
     counts = []
     for answer, texts in pairs("word_accuracy", predictions, references):

@@ -11,7 +11,7 @@ from pathlib import Path
 from experiments.vlm.evaluate.metrics.score import References, Score, pairs
 from torchtitan.config.errors import UserError
 
-# Of the published scorer of COCO captions: English, its normalisation, lines in and out.
+# As in the published scorer of COCO captions: English, its normalisation, lines in and out.
 _OPTIONS = ("-", "-", "-stdio", "-l", "en", "-norm")
 
 

@@ -82,7 +82,7 @@ _PATH = rf"/[^{_STOP}]+[^{_STOP2}\-]"
 _OPENER = _any(re.sub("([A-Z])", r"[\1]", _OPENERS))
 _OPENING = f"{_SPNL}+(?:{_OPENER}|{_SGML}){_SPNL}"
 
-# (pattern, change). Of rules that see equally long text the first counts. A plain group is the token.
+# (pattern, change). The first of rules that see equally long text counts. A plain group is the token.
 _TABLE = [
     (r"[c][+][+]|[C][+][+]|[cfCF]\#", ""),
     (r"(can)not|('t)was", ""),

@@ -22,7 +22,7 @@ KIND: dict[str, Any] = {
     "norm": "rms",
     "gated_mlp": True,
 }
-# Of the published ones; other values are read too.
+# Values of the published ones; others are read too.
 PLAIN: dict[str, Any] = {"attention_biases": "", "mlp_bias": False, "activation": "silu"}
 OWN = [
     Row("embeddings.rms_norm.weight", "embedding.norm.weight"),

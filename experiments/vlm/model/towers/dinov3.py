@@ -24,7 +24,7 @@ KIND: dict[str, Any] = {
     "mask_token": True,
     "layer_scale": True,
 }
-# Of the published ones up to L; other values are read too.
+# Values of the published ones up to L; others are read too.
 PLAIN: dict[str, Any] = {"registers": 4, "attention_biases": "qvo", "activation": "gelu"}
 BIASES = {"q": "query_bias", "k": "key_bias", "v": "value_bias", "o": "proj_bias"}
 
