@@ -16,7 +16,7 @@ from torchtitan.tools.signals import Ended
 COMMANDS = {  # name: (module of this package, what it does)
     "train": ("train", "train a model on one process or many, one machine or many"),
     "sweep": ("sweep", "train a job many times, each with other options"),
-    "compare": ("compare_runs", "runs compared: options that differ, and all curves"),
+    "compare": ("compare_runs", "compare runs: options that differ, and all curves"),
     "inspect": ("inspect_batch", "show packed batches as the model gets them"),
     "advise": ("advise_packing", "which S, L, rows and buffer waste least on a job's data"),
     "tune": ("tune", "which slots, L, chunk and recomputation train a job fastest here"),

@@ -67,9 +67,7 @@ class Data:
     # squares; unset: as the model takes them. A square is of the encoder's own size, or of
     # max_patches_per_image where that is less
     resize: str | None = None
-    max_tiles_per_image: int | None = (
-        None  # not counting the view of all of it; unset: as the model takes them
-    )
+    max_tiles_per_image: int | None = None  # besides the view of all of it; unset: as the model takes them
     packing_buffer_size: int = 256  # samples read ahead for each slot, of which those that fit are taken
     # a document longer than a slot is cut into pieces, cut short, or left out
     long_documents: Literal["split", "truncate", "drop"] = "split"

@@ -1,4 +1,4 @@
-"""Several runs compared on one HTML page that loads nothing else."""
+"""A comparison of several runs on one HTML page that loads nothing else."""
 
 import html
 import json
