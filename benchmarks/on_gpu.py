@@ -1,6 +1,7 @@
 """Everything that waits for a GPU, most wanted first, each with a time of its own.
 
     python -m benchmarks.on_gpu --out FOLDER [--minutes 13] [--only step-1B encoder] [--skip losses]
+                                [--torchtitan-folder FOLDER]
 
 What is still at work when its time is over is killed with all that it started (the trainer, asked to end,
 would save first). Each whole output is in FOLDER/NAME.log; its last lines are printed at once, and a table at
@@ -10,6 +11,7 @@ the end. Exit code 1 where any failed or was killed.
 import argparse
 import contextlib
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -19,11 +21,12 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 STEP = "benchmarks.train_step --steps 5 --kernels"
+PEER = "--torchtitan-folder FOLDER"
 LAST = 25  # lines of each output that are printed
 
 
 class Work(NamedTuple):
-    """A module with its arguments, and how long it may take."""
+    """A module with its arguments, and how long it may take. `PEER` among them: only where that folder is."""
 
     name: str
     seconds: int
@@ -35,6 +38,8 @@ WORKS = [
     Work("encoder", 90, "benchmarks.encoder --seconds 1"),
     Work("step-1B", 180, f"{STEP} --flavor so400m-llama3.2-1B --slots 4 --accumulation 2"),
     Work("others-1B", 90, f"{STEP} --slots 1 --accumulation 2 --ways transformers"),
+    Work("text-3B", 120, f"{STEP} --flavor so400m-llama3.2-3B --slots 2 --accumulation 2 --ways text"),
+    Work("torchtitan-1B", 180, f"{STEP} --slots 2 --accumulation 2 --ways text torchtitan {PEER}"),
     Work("graphs", 90, "pytest tests/gpu/test_cuda_graph.py -x -q --tb=short"),
     Work("estimates", 90, "pytest tests/gpu/test_estimate.py -s -q --tb=short"),
     Work("model", 120, "pytest tests/gpu/test_model.py -q --tb=short"),
@@ -53,7 +58,7 @@ def run(work: Work, seconds: float, folder: Path) -> str:
     """How it ended, in a word."""
     log = folder / f"{work.name}.log"
     with log.open("w") as file:
-        command = [sys.executable, "-u", "-m", *work.arguments.split()]
+        command = [sys.executable, "-u", "-m", *shlex.split(work.arguments)]
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
@@ -77,12 +82,20 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=60.0, help="of all; what is left then is not begun")
     parser.add_argument("--only", nargs="+", choices=names, default=names)
     parser.add_argument("--skip", nargs="+", choices=names, default=[])
+    parser.add_argument("--torchtitan-folder", type=Path, help="see benchmarks.train_step")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     until, ended = time.monotonic() + 60 * options.minutes, {}
     for work in WORKS:
         if work.name not in options.only or work.name in options.skip:
             continue
+        if PEER in work.arguments:
+            folder = options.torchtitan_folder
+            if folder is None or not folder.is_dir():
+                print(f"== {work.name}: skipped, --torchtitan-folder {folder} is not there", flush=True)
+                continue
+            there = PEER.replace("FOLDER", shlex.quote(str(folder.resolve())))
+            work = work._replace(arguments=work.arguments.replace(PEER, there))
         began = time.monotonic()
         left = until - began
         print(f"== {work.name}: python -m {work.arguments}", flush=True)

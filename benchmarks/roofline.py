@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.train_step import add_job_arguments, batches_of, job_of, write_shards
+from benchmarks.train_job import add_job_arguments, batches_of, job_of, write_shards
 from experiments.vlm import embedding_rows
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.flops import Work, flops_of_work, image_pairs

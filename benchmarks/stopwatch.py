@@ -33,10 +33,12 @@ class _Passing(torch.autograd.Function):
 class Stopwatch:
     """Times the parts of a whole model of experiments/vlm on one device. Blocks may be compiled; the step may
     not be graphed.
+
+    `first`: where its backward pass ends; of text alone "embeddings".
     """
 
-    def __init__(self, model: nn.Module, device: torch.device):
-        self.device = device
+    def __init__(self, model: nn.Module, device: torch.device, first: str = "encoder"):
+        self.device, self.first = device, first
         self.events: list[tuple[str, torch.cuda.Event | float]] = []
         model.encoder.register_forward_pre_hook(lambda *_: self.ends("copy"))
         self._after(model.encoder, "encoder", "projector")
@@ -73,10 +75,10 @@ class Stopwatch:
         self.events.append((part, event))
 
     def between(self, microbatches: Iterable[Tensors]) -> Iterator[Tensors]:
-        """The same; the backward pass of each ends in the encoder."""
+        """The same; the backward pass of each ends in the first part."""
         for tensors in microbatches:
             yield tensors
-            self.ends("encoder")
+            self.ends(self.first)
 
     def seconds(self) -> dict[str, float]:
         """Seconds of each part of the step since `start`. Waits for the device."""

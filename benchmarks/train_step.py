@@ -1,149 +1,69 @@
 """Where do the seconds of a training step go, and what share of the GPU's peak is useful work?
 
     python -m benchmarks.train_step [--flavor so400m-llama3.2-1B] [--slots 2] [--accumulation 4] [--steps 8]
-                                    [--ways eager compiled graphed fp8 transformers] [--photos FOLDER]
-                                    [--kernels] [--section.field VALUE ...]
+                                    [--ways eager compiled graphed fp8 transformers text torchtitan]
+                                    [--torchtitan-folder FOLDER] [--photos FOLDER] [--kernels]
+                                    [--section.field VALUE ...]
 
-The trainer itself, with its loader, on packed slots of S = 8192 tokens: photographs of many sizes, cut from
-those of FOLDER with a fixed seed, each with a caption of 20 to 300 words. Further options are the job's.
+The trainer itself, with its loader, on the documents of train_job.py. Further options are the job's.
 In one run: useful MFU (encoder on patches, decoder on tokens; padding and recomputation count nothing),
 rates, occupancies and peak memory; the seconds of each part, from events on the device, and the share of the
 peak that encoder, decoder and output layer reach in theirs; recompilations and synchronisations of a step.
 Where the whole step is one CUDA graph, its parts cannot be measured. `--kernels`: launches and time by kind
 of kernel, of one step under the profiler. `transformers`: a step of its model of the same sizes on the same
-documents, padded, made ready beforehand (transformers_step.py).
+documents, padded, made ready beforehand (transformers_step.py). `text`: the decoder alone, compiled, on rows
+of text; `torchtitan`: PyTorch's own on the same rows, where both learn the same (text_decoder.py).
 
 Two lines at the end: a table for people, one JSON line for others.
 """
 
 import argparse
+import dataclasses
 import gc
-import io
-import itertools
 import json
-import math
-import random
+import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import closing
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from benchmarks.kernels import profiled
 from benchmarks.stopwatch import Stopwatch
+from benchmarks.text_decoder import (
+    TEXT,
+    options_of,
+    require_same_losses,
+    require_torchtitan,
+    row_of,
+    text_job,
+    trained_by_torchtitan,
+)
+from benchmarks.train_job import WAYS, add_job_arguments, batches_of, job_of, write_shards
 from benchmarks.transformers_step import Steps, model_of, unpacked
-from experiments.__main__ import checked_job
-from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.flops import Work, flops_of_work, image_pairs
 from experiments.vlm.spec import SPEC
-from tests.samples import write_tar
 from torchtitan.build import build
 from torchtitan.components.flops import causal_pairs, product_flops
 from torchtitan.components.loader import Tensors
+from torchtitan.config.errors import UserError
 from torchtitan.distributed.process_group import close_process_group, open_process_group
 from torchtitan.tools.hardware import peak_flops, peak_memory_gib
 from torchtitan.train import Trainer
 
-ROOT = Path(__file__).parents[1]
-WAYS = {
-    "eager": [],
-    "compiled": ["--compile.enable"],
-    "graphed": ["--compile.enable", "--compile.cuda_graphs"],
-    "fp8": ["--compile.enable", "--float8.enable"],
-}
 USUAL = ["eager", "compiled", "graphed"]
-WORDS = [
-    "one",
-    "two",
-    "three",
-    "small",
-    "large",
-    "red",
-    "green",
-    "house",
-    "tree",
-    "street",
-    "above",
-    "of",
-    "a",
-]
-SHARDS, PHOTOS = 4, 240
 WARM_UP, OF_OTHERS = 5, 2  # steps before those that are timed
-SHORTEST, LONGEST = 96, 1400  # pixels of a side
-
-
-def cut_photo(photos: list[Image.Image], draw: random.Random) -> bytes:
-    """A piece of a photograph, resized; the logarithms of its sides are even."""
-    height, width = (round(math.exp(draw.uniform(math.log(SHORTEST), math.log(LONGEST)))) for _ in "hw")
-    photo = draw.choice(photos)
-    scale = min(1.0, photo.width / width, photo.height / height)
-    box_width, box_height = int(width * scale), int(height * scale)
-    left, top = draw.randint(0, photo.width - box_width), draw.randint(0, photo.height - box_height)
-    piece = photo.resize((width, height), box=(left, top, left + box_width, top + box_height))
-    buffer = io.BytesIO()
-    piece.save(buffer, "JPEG", quality=88)
-    return buffer.getvalue()
-
-
-def write_shards(folder: Path, photos: Path) -> None:
-    """Tars of pictures and captions, as CC12M has them."""
-    opened = [Image.open(path).convert("RGB") for path in sorted(photos.glob("*.[jp][pn]g"))]
-    draw = random.Random(0)
-    for shard in range(SHARDS):
-        members = []
-        for number in range(PHOTOS // SHARDS):
-            caption = " ".join(draw.choices(WORDS, k=draw.randint(20, 300))).encode()
-            name = f"{shard:05d}{number:04d}"
-            members += [(f"{name}.jpg", cut_photo(opened, draw)), (f"{name}.txt", caption)]
-        write_tar(folder / f"{shard:05d}.tar", members)
-
-
-def add_job_arguments(parser: argparse.ArgumentParser, flavor: str, accumulation: int) -> None:
-    """What `job_of` and `write_shards` ask for, with these defaults."""
-    parser.add_argument("--flavor", default=flavor)
-    parser.add_argument("--slots", type=int, default=2, help="of a forward")
-    parser.add_argument("--accumulation", type=int, default=accumulation, help="forwards of a step")
-    parser.add_argument("--photos", type=Path, default=ROOT / "tests/photographs")
-
-
-def job_of(options: argparse.Namespace, way: str, given: list[str], folder: Path) -> VLMJobConfig:
-    slots = str(options.slots)
-    argv = [
-        *("--model.flavor", options.flavor, "--job.dump_folder", str(folder / way)),
-        *("--model.tokenizer_path", str(ROOT / "assets/tokenizer")),
-        *("--training.dataset", "cc12m", "--training.dataset_path", str(folder)),
-        *("--training.local_batch_size", slots, "--training.seq_len", "8192"),
-        *("--training.global_batch_size", str(options.slots * options.accumulation)),
-        *("--training.steps", "1000", "--optimizer.lr", "1e-5"),
-        *("--data.patches_per_row", "14336", "--data.num_workers", "6", "--comm.trace_buf_size", "0"),
-        *WAYS[way],
-        *given,
-    ]
-    job = checked_job(argv, 1)
-    assert isinstance(job, VLMJobConfig)
-    return job
-
-
-def batches_of(job: VLMJobConfig, tokenizer: Any, steps: int) -> Iterator[list[Any]]:
-    """The batches of each of a rank's first steps. They hold until the next: the loader writes that into the
-    same memory.
-    """
-    place = {"rank": 0, "ranks": 1, "split": "train", "control": None, "agree": None, "group": None}
-    with closing(SPEC.build_loader(job, tokenizer, **place)) as loader:
-        for step in itertools.islice(loader, steps):
-            yield step.batches
 
 
 class TimedTrainer(Trainer):
     """With an event between the parts of each step."""
 
     def watch(self) -> None:
-        self.stopwatch = Stopwatch(self.run.forward_backward.parts[0], self.run.mesh.device)
+        first = "embeddings" if self.run.spec is TEXT else "encoder"
+        self.stopwatch = Stopwatch(self.run.forward_backward.parts[0], self.run.mesh.device, first)
 
     def optimizer_step(
         self, microbatches: Iterable[Tensors], scale: Any
@@ -216,18 +136,20 @@ def parts(trainer: TimedTrainer, flops: PartFlops, peak: float | None) -> dict[s
     flops.total = dict.fromkeys(flops.total, 0.0)
     trainer.train_step()
     seconds = trainer.stopwatch.seconds()
-    reached = {part: 100 * done / seconds[part] / peak for part, done in flops.total.items()} if peak else {}
+    done = {part: flops for part, flops in flops.total.items() if flops}
+    reached = {part: 100 * flops / seconds[part] / peak for part, flops in done.items()} if peak else {}
     return {"parts": seconds, "part_mfu": reached}
 
 
 def one_way(options: argparse.Namespace, way: str, given: list[str], folder: Path) -> dict[str, Any]:
     """Everything that is measured of one way to run the step."""
-    job = job_of(options, way, given, folder)
+    spec = TEXT if way == "text" else SPEC
+    job = text_job(options, given, folder) if spec is TEXT else job_of(options, way, given, folder)
     device = open_process_group(job.comm, folder)
     whole = SPEC.build_model(job, SPEC.load_tokenizer(job))
     flops, peak = PartFlops(whole), peak_flops(device)
     began = time.perf_counter()
-    trainer = TimedTrainer(build(job, SPEC, device))
+    trainer = TimedTrainer(build(job, spec, device))
     try:
         trainer.run.flops = flops
         for _ in range(WARM_UP):
@@ -238,7 +160,7 @@ def one_way(options: argparse.Namespace, way: str, given: list[str], folder: Pat
         print(f"  {way}: {row['step_s']:.3f} s a step, MFU {row['mfu']}", flush=True)  # should the rest fail
         waits, recompiles = waits_and_recompiles(trainer)
         row |= {"waits": waits, "recompiles": recompiles}
-        if way != "graphed":
+        if not job.compile.cuda_graphs:
             row |= parts(trainer, flops, peak)
         if options.kernels and device.type == "cuda":
             rows, lines = profiled(trainer.train_step)
@@ -251,17 +173,40 @@ def one_way(options: argparse.Namespace, way: str, given: list[str], folder: Pat
     return row
 
 
-def of_transformers(options: argparse.Namespace, given: list[str], folder: Path) -> dict[str, Any]:
+class OthersWork:
+    """Useful FLOPs and counts of the batches that another trainer gets."""
+
+    def __init__(self, flops: PartFlops):
+        self.flops, self.done, self.counts = flops, [], []
+
+    def add(self, batches: list[Any]) -> None:
+        self.done.append(sum(map(self.flops, batches)))
+        self.counts.append([batch.counts for batch in batches])
+
+    def row(self, way: str, seconds: float, memory: float, peak: float | None) -> dict[str, Any]:
+        """Rates of all steps but the first OF_OTHERS."""
+        timed = [each for step in self.counts[OF_OTHERS:] for each in step]
+        counted = {name: sum(each[name] for each in timed) / seconds for name in ("tokens", "images")}
+        return {
+            "way": way,
+            "step_s": seconds / len(self.done[OF_OTHERS:]),
+            "mfu": 100 * sum(self.done[OF_OTHERS:]) / seconds / peak if peak else None,
+            "tps": counted["tokens"],
+            "images/s": counted["images"],
+            "memory": memory,
+        }
+
+
+def of_transformers(options: argparse.Namespace, way: str, given: list[str], folder: Path) -> dict[str, Any]:
     """The same rates of a step of transformers."""
     job = job_of(options, "eager", given, folder)
     tokenizer, config = SPEC.load_tokenizer(job), SPEC.model_config(job)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    flops, merged = PartFlops(SPEC.build_model(job, tokenizer)), config.projector.merge_size**2
-    arguments, done, counts = [], [], []
+    work, merged = OthersWork(PartFlops(SPEC.build_model(job, tokenizer))), config.projector.merge_size**2
+    arguments = []
     for batches in batches_of(job, tokenizer, OF_OTHERS + options.steps):
         arguments.append([unpacked(batch.tensors, merged) for batch in batches])
-        done.append(sum(map(flops, batches)))
-        counts.append([batch.counts for batch in batches])
+        work.add(batches)
     take = Steps(model_of(config, tokenizer.image_id, device), job.optimizer.lr)
     for step in arguments[:OF_OTHERS]:
         take(step)
@@ -270,17 +215,27 @@ def of_transformers(options: argparse.Namespace, given: list[str], folder: Path)
     for step in arguments[OF_OTHERS:]:
         take(step)
     synchronise()
-    seconds, peak = time.perf_counter() - started, peak_flops(device)
-    timed = [each for step in counts[OF_OTHERS:] for each in step]
-    counted = {name: sum(each[name] for each in timed) / seconds for name in ("tokens", "images")}
-    return {
-        "way": "transformers",
-        "step_s": seconds / options.steps,
-        "mfu": 100 * sum(done[OF_OTHERS:]) / seconds / peak if peak else None,
-        "tps": counted["tokens"],
-        "images/s": counted["images"],
-        "memory": peak_memory_gib(device),
-    }
+    seconds = time.perf_counter() - started
+    return work.row(way, seconds, peak_memory_gib(device), peak_flops(device))
+
+
+def of_torchtitan(options: argparse.Namespace, way: str, given: list[str], folder: Path) -> dict[str, Any]:
+    """The same rates of a step of PyTorch's torchtitan, on the rows of `text`."""
+    job = text_job(options, given, folder)
+    tokenizer = SPEC.load_tokenizer(job)
+    whole, device = SPEC.build_model(job, tokenizer), "cuda" if torch.cuda.is_available() else "cpu"
+    work, rows = OthersWork(PartFlops(whole)), []
+    for batches in batches_of(job, tokenizer, OF_OTHERS + options.steps):
+        rows.append([row_of(batch.tensors) for batch in batches])
+        work.add(batches)
+    vocab_size = len(whole.get_parameter("decoder.output.weight"))
+    config = dataclasses.replace(SPEC.model_config(job).decoder, vocab_size=vocab_size)
+    theirs = options.torchtitan_folder, folder / "torchtitan"
+    ran = trained_by_torchtitan(*theirs, config, options_of(job), device, rows, OF_OTHERS)
+    return work.row(way, ran["seconds"], ran["memory"], peak_flops(torch.device(device)))
+
+
+OTHERS = {"transformers": of_transformers, "torchtitan": of_torchtitan}
 
 
 def shown(row: dict[str, Any]) -> str:
@@ -305,29 +260,46 @@ def shown(row: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_job_arguments(parser, "so400m-llama3.2-1B", accumulation=4)
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--ways", nargs="+", choices=[*WAYS, "transformers"], default=USUAL)
+    parser.add_argument("--ways", nargs="+", choices=[*WAYS, *OTHERS], default=USUAL)
+    parser.add_argument("--torchtitan-folder", type=Path, help="of pip install --target")
     parser.add_argument("--kernels", action="store_true", help="one step under the profiler")
     options, given = parser.parse_known_args()
-    rows, hardware = [], torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    rows, failed = [], False
     with tempfile.TemporaryDirectory() as folder:
-        write_shards(Path(folder), options.photos)
+        if "torchtitan" in options.ways:
+            try:
+                require_torchtitan(options.torchtitan_folder, options.flavor)
+                require_same_losses(options.torchtitan_folder, options.flavor, Path(folder) / "small")
+            except UserError as error:
+                parser.exit(2, f"error: {error}\n")
+        if not {"text", "torchtitan"}.issuperset(options.ways):
+            write_shards(Path(folder), options.photos)
         for way in options.ways:
-            if way == "transformers":
-                rows.append(of_transformers(options, given, Path(folder)))
-            else:
-                rows.append(one_way(options, way, given, Path(folder)))
-            print(shown(rows[-1]), flush=True)
+            measure = OTHERS.get(way, one_way)
+            try:
+                rows.append(measure(options, way, given, Path(folder)))
+                print(shown(rows[-1]), flush=True)
+            except UserError as error:  # what was measured is told all the same
+                print(f"{way}: error: {error}", flush=True)
+                failed = True
             torch._dynamo.reset()
             gc.collect()
+            torch.cuda.empty_cache()  # for a way in a process of its own
+    tokens = {row["way"]: row["tps"] for row in rows}
+    if {"text", "torchtitan"}.issubset(tokens):
+        ratio = tokens["text"] / tokens["torchtitan"]
+        print(f"text: {ratio:.2f} times the tokens a second of torchtitan")
+    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     facts = {"benchmark": "train_step", "hardware": hardware, "torch": torch.__version__}
     print(json.dumps(facts | {"flavor": options.flavor, "slots": options.slots, "rows": rows}))
+    return 2 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
