@@ -42,7 +42,8 @@ class Checkpointer:
         self.writes = dist.get_rank() == 0  # names, records and deletions; tensors are written by all ranks
         self.in_background = options.async_mode == "async"
         # Training and a checkpoint that is being written must not share a group: their collectives would mix.
-        self.group = dist.new_group(backend="gloo") if self.in_background else None
+        # Any: what `new_group` is said to return differs between versions of torch.
+        self.group: Any = dist.new_group(backend="gloo") if self.in_background else None
         self.pending: tuple[int, Future] | None = None  # the step that is being written
         self.saved_step = -1
         if self.writes and options.enable:
