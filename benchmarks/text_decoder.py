@@ -156,8 +156,8 @@ def trained_by_torchtitan(
 
 
 def sizes_of(config: DecoderConfig, seq_len: int) -> dict[str, Any]:
-    """The decoder's sizes by their names. Their rule for the width of the feed-forward is bent to give ours: two thirds of it,
-    rounded up to a multiple of it.
+    """The decoder's sizes by their names. Their rule for the width of the feed-forward is bent to give ours:
+    two thirds of it, rounded up to a multiple of it.
     """
     scaling = config.rope_scaling or RopeScaling(factor=1.0)
     sizes = {"dim": config.dim, "n_layers": config.layers, "n_heads": config.heads}
@@ -175,7 +175,7 @@ def sizes_of(config: DecoderConfig, seq_len: int) -> dict[str, Any]:
 
 
 def options_of(job: VLMJobConfig) -> dict[str, dict[str, Any]]:
-    """Options of our job that theirs has too, by section. Raises UserError for recomputation that they have not."""
+    """Options of our job that theirs has too, by section. Raises UserError for what theirs lacks."""
     ac, adamw = job.activation_checkpoint, job.optimizer
     if ac.full_layers or ac.selective_layers or ac.memory_budget_gib or adamw.name != "AdamW":
         raise UserError("torchtitan has AdamW, and of recomputation activation_checkpoint.mode alone")
