@@ -65,9 +65,7 @@ class Run:
 
 
 def build(job: JobConfig, spec: TrainSpec, device: torch.device) -> Run:
-    """Build in this order: what is cheap and may be wrong first, what a checkpoint fills before it is
-    loaded.
-    """
+    """What is cheap and may be wrong is built first, what a checkpoint fills before it is loaded."""
     folder, world_size = Path(job.job.dump_folder), dist.get_world_size()
     require_device(job.float8, device)
     _seed_generators(job)

@@ -40,3 +40,12 @@ def locked(path: Path, refusal: str) -> Iterator[None]:
     finally:
         if held is not None:
             os.close(held)
+
+
+@contextmanager
+def wait_for_lock(path: Path) -> Iterator[None]:
+    """Wait until no other process has the lock of this file, and hold it while open."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

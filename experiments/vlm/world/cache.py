@@ -7,14 +7,11 @@ two together). One process holds the lock and draws, the others wait for it. The
 when it is complete.
 """
 
-import fcntl
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from tqdm import tqdm
@@ -23,6 +20,7 @@ from experiments.vlm.cache_folder import cache_folder
 from experiments.vlm.world.shards import SPLITS, WORLDS
 from torchtitan.config.devices import available_cores
 from torchtitan.config.errors import ConfigError
+from torchtitan.tools.lock import wait_for_lock
 from torchtitan.tools.logging import logger
 
 REPOSITORY = Path(__file__).parents[3]
@@ -39,7 +37,7 @@ def ensure(name: str, cache: str = "", seed: int = 0) -> Path:
     if not folder.is_dir():
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with _locked(folder.with_name(f"{split}.lock")):
+            with wait_for_lock(folder.with_name(f"{split}.lock")):
                 if not folder.is_dir():
                     _draw(name, seed, folder)
         except OSError as error:
@@ -47,14 +45,6 @@ def ensure(name: str, cache: str = "", seed: int = 0) -> Path:
                 f"cannot draw embedded:{name} into {folder}: {error}; choose another data.cache_folder"
             ) from error
     return folder
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Wait for the lock and hold it; the system gives it back when the process ends, however it ends."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _draw(name: str, seed: int, folder: Path) -> None:

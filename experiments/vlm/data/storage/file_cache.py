@@ -17,8 +17,8 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from contextvars import ContextVar
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -26,6 +26,7 @@ from typing import NamedTuple, Protocol
 from experiments.vlm.cache_folder import cache_folder
 from experiments.vlm.config import Data
 from torchtitan.tools.disk import is_full
+from torchtitan.tools.lock import wait_for_lock
 from torchtitan.tools.logging import logger, warn_once
 
 UNFINISHED = ".unfinished-"
@@ -88,7 +89,7 @@ class FileCache:
         if held := _hold(path):
             return held
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(self.folder / "locks" / path.name[:3]):
+        with wait_for_lock(self.folder / "locks" / path.name[:3]):
             return _hold(path) or self._make(path, make)
 
     def get(self, origin: str, make: Callable[[Path], None], suffix: str = "") -> Path:
@@ -109,7 +110,7 @@ class FileCache:
 
         Raises NoRoom in `no_hurry`, where that would take what this process holds.
         """
-        with _locked(self.folder / "locks" / "room"):
+        with wait_for_lock(self.folder / "locks" / "room"):
             over = self._free(size)
             if over > 0 and no_hurry.get():
                 raise NoRoom(f"{self.folder} has no room")
@@ -146,7 +147,7 @@ class FileCache:
                 raise
             if no_hurry.get():
                 raise NoRoom(f"{self.folder} has no room") from error
-        with _locked(self.folder / "locks" / "room"):
+        with wait_for_lock(self.folder / "locks" / "room"):
             self._free(self.limit_bytes)
         try:
             return self._attempt(path, make)
@@ -280,11 +281,3 @@ def _delete(path: Path) -> bool:
         return False
     finally:
         os.close(lock)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
