@@ -12,7 +12,6 @@ once. Out: WORK/result.json, the losses of all steps, and seconds and memory of 
 import contextlib
 import importlib
 import json
-import resource
 import sys
 import time
 from pathlib import Path
@@ -99,7 +98,9 @@ def memory_gib(device: str) -> float:
     """The most that was reserved, on CPU the most that the process held."""
     if device == "cuda":
         return torch.cuda.max_memory_reserved() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    # getrusage would count what the process that started this one held
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) / 2**20
 
 
 def main(folder: Path) -> None:
