@@ -8,6 +8,7 @@ data URLs; answers stream where "stream" is true. Reachable from this machine al
 otherwise: it asks for no password.
 """
 
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,21 +38,24 @@ def main(argv: Sequence[str]) -> int:
     require(0 <= options.port < 1 << 16, f"--port = {options.port}: must be from 0 to 65535")
     # Only now, since they import torch.
     from experiments.vlm.generate.prompt import ONE_TURN
-    from experiments.vlm.generate.server import RequestLimits, Server
+    from experiments.vlm.generate.server import RequestLimits, Server, family_of
     from experiments.vlm.generate.service import Service
     from torchtitan.distributed.process_group import close_process_group, world_size
 
     require(world_size() == 1, "serve runs in one process: give it one GPU, or use generate with several")
+    address = options.host, options.port
+    try:
+        socket.create_server(address, family=family_of(options.host)).close()  # before the model is read
+    except OSError as error:
+        raise UserError(f"--host {options.host} --port {options.port}: {error.strerror}") from None
     answering = open_model(options, job, options.sequences, options.max_tokens, reuse=True)
     limits = RequestLimits(options.max_body_mb << 20, options.max_tokens)
     name = Path(options.hf or job.job.dump_folder).resolve().name
-    try:
-        server = Server((options.host, options.port), Service(answering), name, limits)
-    except OSError as error:
-        raise UserError(f"--host {options.host} --port {options.port}: {error.strerror}") from None
+    server = Server(address, Service(answering), name, limits)
     if answering.prompter.template is None:
         logger.info(f"{ONE_TURN}: the page asks each turn alone, and requests of several are refused")
-    logger.info(f"{name} at http://{options.host}:{server.server_port}")
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    logger.info(f"{name} at http://{host}:{server.server_port}")
     try:
         server.serve_forever()
     except KeyboardInterrupt:

@@ -9,6 +9,7 @@ from experiments.vlm.evaluate.likelihood import CHUNK, Reader
 from experiments.vlm.generate.answering import Answering
 from experiments.vlm.generate.prompt import Prompter
 from tests.unit.test_generate import BUDGET, PLAN, TOKENIZER, engine, picture, prompter, vlm
+from torchtitan.config.errors import UserError
 from torchtitan.generation.engine import Request
 
 
@@ -35,15 +36,17 @@ def reader(template: bool = True) -> Reader:
 def test_each_choice_equals_the_choice_appended_and_read_alone(template):
     reading = reader(template)
     turns = [("user", [picture(12, 28), "Which is it? ", picture(8, 8, 1)])]
-    choices = ["a cat", "a dog that is brown", "", "a cat"]
-    found = reading.choices(turns, choices[:2] + choices[3:])
+    choices = ["a cat", "a dog that is brown", "a cat"]
+    found = reading.choices(turns, choices)
     asked = reading.prompter.prompt(turns)
-    for (total, tokens, _), choice in zip(found, choices[:2] + choices[3:], strict=True):
+    for (total, tokens, _), choice in zip(found, choices, strict=True):
         whole = reading.prompter.answered(turns, choice)
         assert whole.ids == asked.ids + TOKENIZER.encode(choice)
         expected = brute(whole, len(asked.ids))
         assert tokens == len(choice) and total == pytest.approx(sum(expected), abs=1e-4)
     assert found[0][0] == pytest.approx(found[2][0], abs=1e-5)
+    with pytest.raises(UserError, match="an answer is empty"):
+        reading.choices(turns, ["a cat", ""])
 
 
 def test_a_long_document_is_read_in_chunks():

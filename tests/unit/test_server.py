@@ -1,6 +1,7 @@
 """The server answers what the engine answers, and goes on whatever is sent to it."""
 
 import base64
+import errno
 import http.client
 import json
 import socket
@@ -159,6 +160,20 @@ def test_what_is_wrong_is_one_error_and_the_server_goes_on(server, body, status,
     found, text = post(server, body)
     assert found == status and told in json.loads(text)["error"]["message"]
     good(server)
+
+
+def test_a_loopback_address_of_the_newer_kind_is_served_too():
+    with socket.socket(socket.AF_INET6) as there:
+        if there.connect_ex(("::1", 9)) == errno.EADDRNOTAVAIL:
+            pytest.skip("this machine has no ::1")
+    service = Service(Answering(engine(1), prompter(), None))
+    running = Server(("::1", 0), service, "tiny", RequestLimits(1 << 18, 8))
+    threading.Thread(target=running.serve_forever, daemon=True).start()
+    connection = http.client.HTTPConnection("::1", running.server_port)
+    connection.request("GET", "/health")
+    assert connection.getresponse().status == 200
+    running.shutdown()
+    service.close()
 
 
 def test_other_sites_cannot_send_a_browser_here(server):

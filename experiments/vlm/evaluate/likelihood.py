@@ -84,7 +84,7 @@ class Reader:
         for choice in choices:
             whole = self.prompter.answered(turns, choice)
             # A word boundary may fall elsewhere once the answer is there.
-            begin = common_prefix(asked.ids, whole.ids)
+            begin = max(1, common_prefix(asked.ids, whole.ids))  # the first token follows nothing
             tokens = self._read(whole, begin, min(held, begin - 1))
             total, greedy = sum(logprob for logprob, _ in tokens), all(top for _, top in tokens)
             found.append(Likelihood(total, len(tokens), greedy))

@@ -76,6 +76,7 @@ class Prompt:
 Turns = Sequence[tuple[str, Sequence[str | Picture]]]  # (role, texts and images in order) of each message
 
 
+EMPTY_ANSWER = "an answer is empty, so it has no likelihood"
 ONE_TURN = "this model was trained without conversations and answers one turn at a time"
 
 
@@ -119,11 +120,16 @@ class Prompter:
 
     def answered(self, turns: Turns, answer: str) -> Prompt:
         """The prompt with an answer behind it, to the answer's last token."""
+        if not answer:
+            raise UserError(EMPTY_ANSWER)
         if self.template is None:
             return self.beginning([*self._one_turn(turns), answer])
         said, pictures = _numbered([*turns, ("assistant", [answer])])
         parts = self._render(said, prompt=False)
-        last = max(i for i, part in enumerate(parts) if isinstance(part, Text) and part.loss)
+        spoken = [i for i, part in enumerate(parts) if isinstance(part, Text) and part.loss]
+        if not spoken:  # the template cuts spaces off
+            raise UserError(EMPTY_ANSWER)
+        last = spoken[-1]
         return self._prompt(parts[: last + 1], pictures, conversation=True)
 
     def prompt(self, turns: Turns) -> Prompt:

@@ -54,6 +54,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, address: tuple[str, int], service: Service, name: str, limits: RequestLimits):
         """`name`: what the model is called. Raises OSError where the port is taken."""
+        self.address_family = family_of(address[0])
         super().__init__(address, Handler)
         self.service = service
         self.name = name
@@ -65,6 +66,11 @@ class Server(ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         """One connection that fails is none of the others' business."""
         logger.warning(f"a connection from {client_address[0]} failed", exc_info=True)
+
+
+def family_of(host: str) -> socket.AddressFamily:
+    """By its spelling."""
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 class Handler(BaseHTTPRequestHandler):
