@@ -285,7 +285,7 @@ def main() -> int:
             try:
                 rows.append(measure(options, way, given, Path(folder)))
                 print(shown(rows[-1]), flush=True)
-            except UserError as error:  # what was measured is told all the same
+            except UserError as error:  # what was measured is printed all the same
                 print(f"{way}: error: {error}", flush=True)
                 failed = True
             torch._dynamo.reset()

@@ -3,7 +3,7 @@
 #   VENV=folder   use this virtual environment and no other; it is made where it is missing
 #
 # Without VENV: the active Python if it has everything, else .venv, which is made and filled on first use, with the
-# versions of constraints.txt. docs/versions.md tells more.
+# versions of constraints.txt. See docs/versions.md.
 
 # has_everything PYTHON [EXTRA ...]: where its versions are not those that were tested, a line says so
 has_everything() {

@@ -92,7 +92,7 @@ def verdict(report: Report) -> str:
         low, high = own.trial.middle
         noise = f"its own steps differ by {100 * (high - low) / (own.trial.rate or 1):.1f} %"
         none = f"keep the job as it is: of {tried} none is faster by more than steps differ ({noise})"
-        close = f"; number {report.rows.index(fastest)} came nearest, and a larger --records tells more"
+        close = f"; number {report.rows.index(fastest)} came nearest, and a larger --records says more"
         lines.append(none + (close if fastest is not own else ""))
     else:
         ratio = report.ratio(best)

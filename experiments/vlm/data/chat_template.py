@@ -39,7 +39,7 @@ from torchtitan.components.tokenizer import Tokenizer
 from torchtitan.config.errors import ConfigError
 
 IMAGE, PROBE = "\U000f0002", "\U000f0003"
-# What templates write for the tokenizer's own tokens, where no file beside them names any.
+# What templates write for the tokenizer's own tokens, where no file next to them names any.
 OWN = {"bos_token": "\U000f0004", "eos_token": "\U000f0005"}
 OWN_SPELLINGS = {OWN["bos_token"]: BOS, OWN["eos_token"]: EOS}
 ESCAPED = 0xF1000  # the first of the characters that stand for what must not be taken for a token

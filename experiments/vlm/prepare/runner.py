@@ -37,21 +37,17 @@ class Runner(Protocol):
         ...
 
 
-def _list_all(job: PrepareJob, numbers: Iterable[int], progress: StageProgress, stop: Stop) -> None:
-    for number in numbers:
-        stop.check()
-        list_urls(job, number)
-        progress.advance(job.plan.pieces[number].count)
+def _each(work: Callable[[PrepareJob, int], None]) -> Stage:
+    def stage(job: PrepareJob, numbers: Iterable[int], progress: StageProgress, stop: Stop) -> None:
+        for number in numbers:
+            stop.check()
+            work(job, number)
+            progress.advance(job.plan.pieces[number].count)
+
+    return stage
 
 
-def _write_all(job: PrepareJob, numbers: Iterable[int], progress: StageProgress, stop: Stop) -> None:
-    for number in numbers:
-        stop.check()
-        write_shard(job, number)
-        progress.advance(job.plan.pieces[number].count)
-
-
-STAGES: dict[str, Stage] = {"list": _list_all, "collect": collect, "write": _write_all}
+STAGES: dict[str, Stage] = {"list": _each(list_urls), "collect": collect, "write": _each(write_shard)}
 
 
 def run(job: PrepareJob, runner: Runner) -> None:

@@ -17,7 +17,7 @@ from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.storage.file_cache import file_cache
 
 FIRST = 20  # records that show which format they have
-PIECES, PIECE_BYTES = 16, 1 << 16  # of a file, read to tell it from another
+PIECES, PIECE_BYTES = 16, 1 << 16  # of a file, read to distinguish it from another
 
 
 @dataclass(frozen=True)
