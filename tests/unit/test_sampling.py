@@ -1,6 +1,7 @@
 """The next token is drawn from the distribution that transformers makes of the same options."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -94,6 +95,9 @@ def test_a_temperature_near_zero_draws_the_likeliest():
     logits, numbers = torch.tensor([[1.0, 30.0, -2.0]]), torch.tensor([0.9], dtype=torch.float64)
     for temperature in (1e-3, 1e-37, 1e-40, 1e-45, 1e-46, 1e-300):
         assert next_tokens(logits, SamplingRows([Sampling(temperature)], CPU), numbers).tolist() == [1]
+        for penalty in (1e-44, 1e-30, 1e30, 1e300):
+            rows = SamplingRows([Sampling(temperature, repetition_penalty=penalty)], CPU)
+            assert next_tokens(logits, rows, numbers, mask_of([[0, 2]], 3)).tolist() == [int(penalty > 1)]
 
 
 def test_without_top_p_the_tail_of_a_large_vocabulary_can_be_drawn():
@@ -114,7 +118,18 @@ def test_uniform_numbers_belong_to_seed_sample_and_step():
     assert not any(np.array_equal(uniforms(1, 2, 5), other) for other in others)
 
 
-@pytest.mark.parametrize("options", [{"temperature": -1}, {"top_p": 0}, {"min_p": 2}, {"top_k": -1}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": -1},
+        {"temperature": math.inf},
+        {"top_p": 0},
+        {"min_p": 2},
+        {"top_k": -1},
+        {"repetition_penalty": math.inf},
+    ],
+    ids=str,
+)
 def test_a_value_out_of_range_is_told_by_its_name(options):
     with pytest.raises(UserError, match=f"{next(iter(options))} = .*: must be"):
         Sampling(**options)

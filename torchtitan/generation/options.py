@@ -1,5 +1,6 @@
 """How the next token is chosen: options, with their help. Imports no torch."""
 
+import math
 from dataclasses import dataclass
 
 from torchtitan.config.errors import UserError
@@ -17,11 +18,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name, fine, rule in (
-            ("temperature", self.temperature >= 0, ">= 0"),
+            ("temperature", 0 <= self.temperature < math.inf, ">= 0 and finite"),
             ("top_k", self.top_k >= 0, ">= 0"),
             ("top_p", 0 < self.top_p <= 1, "> 0 and <= 1"),
             ("min_p", 0 <= self.min_p <= 1, ">= 0 and <= 1"),
-            ("repetition_penalty", self.repetition_penalty > 0, "> 0"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "> 0 and finite"),
         ):
             if not fine:
                 raise UserError(f"{name} = {getattr(self, name)}: must be {rule}")

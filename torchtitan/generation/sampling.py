@@ -16,7 +16,7 @@ from torch import Tensor
 
 from torchtitan.generation.options import Sampling
 
-COLDEST = 1e-30  # logits divided by less are infinite
+COLDEST, LARGEST = 1e-30, 1e8  # temperature and logit: their ratio is finite
 GRID = 32  # bits of a uniform number: few enough that a product with a float64 sum stays below the sum
 
 
@@ -39,6 +39,7 @@ class SamplingRows:
 def penalised(logits_BV: Tensor, penalty_B1: Tensor, seen_BV: Tensor) -> Tensor:
     """Logits of words that were there divided by the penalty, or times it where they are negative."""
     less_BV = torch.where(logits_BV < 0, logits_BV * penalty_B1, logits_BV / penalty_B1)
+    less_BV = less_BV.clamp(-LARGEST, LARGEST)
     return torch.where(seen_BV, less_BV, logits_BV)
 
 
