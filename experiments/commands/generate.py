@@ -28,7 +28,7 @@ from experiments.vlm.processor import spoken_template
 from experiments.vlm.saved_model import read_with, use_checkpoint, use_hf_folder, with_saved
 from torchtitan.components.saved_config import Change
 from torchtitan.config.check import check_options
-from torchtitan.config.errors import require
+from torchtitan.config.errors import UserError, require
 from torchtitan.config.parse import parse_script
 from torchtitan.generation.options import Sampling
 from torchtitan.tools.disk import write_whole
@@ -148,12 +148,19 @@ def answer_prompt(options: Options, job: VLMJobConfig) -> None:
     from experiments.vlm.generate.answer_file import answer_one
     from torchtitan.distributed.process_group import close_process_group
 
+    pictures = [Picture(_read(path), path) for path in options.image]
     answering = open_model(options, job, 1, options.max_tokens)
     try:
-        pictures = [Picture(Path(path).read_bytes(), path) for path in options.image]
         answer_one(answering, [*pictures, *filter(None, [options.prompt])], options.ask)
     finally:
         close_process_group()
+
+
+def _read(path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"--image {path}: {error.strerror}") from None
 
 
 def answer_records(options: Options, job: VLMJobConfig) -> None:

@@ -287,6 +287,15 @@ def test_a_file_without_records_is_one_error(tmp_path):
         run(tmp_path, str(tmp_path / "asked.jsonl"), ["vqa"])
 
 
+def test_a_file_that_ends_early_is_one_error(tmp_path):
+    whole = Path(write(tmp_path, "tar")).read_bytes()
+    (tmp_path / "cut.tar").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "cut.json").write_text('[{"question": "a?", "answers": ["b"]}, {"question": "c')
+    for name in ("cut.tar", "cut.json"):
+        with pytest.raises(ConfigError, match=f"{name}: the shard ends"):
+            Questions(str(tmp_path / name), Data(cache_folder=str(tmp_path / "cache")))
+
+
 @pytest.mark.parametrize(
     ("choices", "answer", "right"),
     [

@@ -53,6 +53,8 @@ class Questions:
             self.shard: Shard = self._open(data)
         except (OSError, Rejected, ValueError) as error:
             raise ConfigError(f"{self.path}: cannot be read ({error})") from None
+        for rejected in self.shard.rejects:  # without its end the figures would be those of other records
+            raise ConfigError(f"{self.path}: {rejected}")
 
     def _open(self, data: Data) -> Shard:
         cache = file_cache(data)
