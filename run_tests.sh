@@ -34,5 +34,5 @@ trap 'rm -rf "$TORCHINDUCTOR_CACHE_DIR"' EXIT
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m mypy
-# Files of tests run beside each other on the cores there are; `-n 0` runs all in this process.
+# Files of tests run at the same time on the cores there are; `-n 0` runs all in this process.
 "$PYTHON" -m pytest -n logical --maxprocesses 4 --dist loadfile -m "$marker" "$@"

@@ -7,9 +7,9 @@
 
 # has_everything PYTHON [EXTRA ...]: where its versions are not those that were tested, a line says so
 has_everything() {
-    local told
-    command -v "$1" > /dev/null && told=$("$1" scripts/packages.py missing "${@:2}" 2> /dev/null) || return 1
-    if [ -n "$told" ]; then echo "note: $told" >&2; fi
+    local missing
+    command -v "$1" > /dev/null && missing=$("$1" scripts/packages.py missing "${@:2}" 2> /dev/null) || return 1
+    if [ -n "$missing" ]; then echo "note: $missing" >&2; fi
 }
 
 python_among() { # python_among NAME ...: the first that is new enough

@@ -14,7 +14,7 @@ from torchtitan.config import check as checks
 from torchtitan.tools.logging import logger
 
 # A job in the background has SIGINT ignored, as have all that it starts: then nobody here could be
-# interrupted. Whoever is started from a process with a handler gets the system's default.
+# interrupted. What is started from a process with a handler gets the system's default.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -26,7 +26,7 @@ if {"PYTEST_XDIST_WORKER", "TORCHINDUCTOR_CACHE_DIR"} <= os.environ.keys():
 # Beginnings of the reasons for which a test may be skipped where CI is set, and why that cannot be mended
 # there.
 MAY_BE_SKIPPED = {
-    "needs a GPU": "CI has none; whoever has one runs `pytest tests/gpu`",
+    "needs a GPU": "CI has none; run `pytest tests/gpu` where there is one",
     "could not import 'ray'": "an extra for preparing data on several machines, larger than all else",
     "could not import 'torchvision'": "its release pins a torch of its own, and pip would replace ours",
     "transformers before 5.24": "an environment of lower bounds has one, which masks an answer otherwise",

@@ -3,7 +3,7 @@
     python tests/stand_in_trainer.py JOB.toml
 
 The loss of a step follows from the learning rate and the seed. A run fails where the weight decay is 13, and
-waits after its first new step for as long as there is a file called `wait` beside its folder.
+waits after its first new step for as long as there is a file called `wait` next to its folder.
 """
 
 import json

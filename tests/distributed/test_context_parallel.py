@@ -23,7 +23,7 @@ SIZES = Sizes(seq_len=64, patches_per_row=96)
 
 
 def logits(cp: int, tp: int, method: str) -> Tensor:
-    """Of two slots, whole and in order, on every rank."""
+    """Logits of two slots, whole and in order, on every rank."""
     with tempfile.TemporaryDirectory() as folder:
         degree = {
             "context_parallel_degree": cp,

@@ -56,7 +56,7 @@ def test_frozen_tensors_do_not_move_and_have_neither_gradient_nor_state(pool, ki
 
 
 def rows_moved(changes: dict) -> dict[str, tuple[list[int], list[int]]]:
-    """Of each table of this rank: which rows moved in two steps, and the shapes of its moments."""
+    """Each table of this rank: which rows moved in two steps, and the shapes of its moments."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(build(job_of(changes, folder), SMALL, CPU))
         tables = [f"model.{name}" for name in VLM.TOKEN_TABLES]

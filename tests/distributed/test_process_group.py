@@ -42,7 +42,7 @@ def test_a_rank_that_hangs_is_named_with_its_step(pool, tmp_path):
 
 
 def who_is_blamed() -> str:
-    """Of four ranks two lose the others (one inside a stage), one fails by itself, the last says nothing."""
+    """Two of four ranks lose the others (one inside a stage), one fails by itself, the last says nothing."""
     rank, wrapped = dist.get_rank(), RuntimeError("[Stage 1] failed to run forward")
     wrapped.__cause__ = RuntimeError("Timed out waiting 8000ms for recv operation to complete")
     errors = [wrapped, RuntimeError("Connection closed by peer [127.0.0.1]:1"), ValueError("a bad shard")]

@@ -1,4 +1,4 @@
-"""Of the ranks that hold the same slots one reads: each image is decoded once, and every rank gets what it
+"""One of the ranks that hold the same slots reads: each image is decoded once, and every rank gets what it
 would have read and decoded by itself, bit for bit.
 """
 

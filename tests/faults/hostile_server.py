@@ -171,7 +171,7 @@ class Server:
         await writer.drain()
 
     async def goes_on(self, writer, rest, time_asked):
-        """The image as it should be, and something more when nobody asked: whoever uses the connection next
+        """The image as it should be, and something more when nobody asked: the next user of the connection
         gets it.
         """
         await send(writer, image(int(rest)), "Connection: keep-alive")

@@ -1,6 +1,6 @@
-"""Two hundred steps in bfloat16, in every way that a GPU can run them, beside float32 as a CPU would compute
-it; the gradients of one step, parameter by parameter; and that images of all kinds in turn neither compile
-anything anew nor wait.
+"""Two hundred steps in bfloat16, in every way that a GPU can run them, compared with float32 as a CPU would
+compute it; the gradients of one step, parameter by parameter; and that images of all kinds in turn neither
+compile anything anew nor wait.
 
 pytest tests/gpu
 """

@@ -58,7 +58,7 @@ class Sizes:
     mixed: bool = False  # as with tiles that were resized: each of its visual tokens is a sum of four
 
     def cells(self, height: int, width: int) -> int:
-        """Of a patch row, that a picture takes: its extra cells in whole groups of those that merge."""
+        """Cells of a patch row that a picture takes: its extra ones in whole groups of those that merge."""
         group = self.merge**2
         return height * width + (self.extra + group - 1) // group * group
 
@@ -139,7 +139,7 @@ WEIGHTS = (0.4, 0.3, 0.2, 0.1)  # of the taps of every visual token
 
 
 def _taps(index: list[int]) -> list[list[int]]:
-    """Of each token its own and the next three of its image, in a circle."""
+    """For each token its own place and the next three of its image, in a circle."""
     return [[index[(i + tap) % len(index)] for tap in range(4)] for i in range(len(index))]
 
 

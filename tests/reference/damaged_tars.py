@@ -189,7 +189,7 @@ def ours(path: Path) -> tuple[list[Pair], list[str]]:
 
 
 def stream(path: Path) -> io.BufferedIOBase:
-    """Of zstd, which Python 3.11 does not unpack, what pyarrow does."""
+    """A file of zstd as pyarrow unpacks it, since Python 3.11 does not."""
     if path.suffix != ".zst":
         return path.open("rb")
     return io.BufferedReader(pa.CompressedInputStream(str(path), "zstd"), 512)

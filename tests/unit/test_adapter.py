@@ -53,7 +53,7 @@ def to_hf(at: Path, name: str, *options: str) -> Path:
 
 
 def differences(ours, theirs) -> list[float]:
-    """Of the logits of each document."""
+    """The largest difference of the logits of each document."""
     slots, batch = example_slots(2), build_batch(example_slots(2), sizes_of(2))
     del batch["labels"]
     logits, found = ours(**batch), []

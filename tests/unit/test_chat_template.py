@@ -100,7 +100,7 @@ def folder(tmp_path_factory):
 
 
 def load(folder, source):
-    """The template as a file beside the tokenizer."""
+    """The template as a file next to the tokenizer."""
     (folder / "chat_template.jinja").write_text(source)
     load_chat_template.cache_clear()
     return load_chat_template(str(folder / "chat_template.jinja"))
@@ -129,7 +129,7 @@ def in_transformers(fast, source, turns, typed=False, **variables):
             for part in turn.content
         ]
         messages.append({"role": turn.role, "content": items if typed or len(items) > 1 else turn.content[0]})
-    # Of contents that spell tokens transformers makes tokens, unless it is asked not to.
+    # transformers makes tokens of contents that spell them, unless it is asked not to.
     options = {"return_assistant_tokens_mask": True, "return_dict": True, "tokenize": True}
     out = fast.apply_chat_template(messages, chat_template=source, **options, **variables)
     return list(out["input_ids"]), [bool(value) for value in out["assistant_masks"]]

@@ -1,4 +1,4 @@
-"""The page that shows runs beside each other says what their folders say, and nothing else."""
+"""The page that compares runs says what their folders say, and nothing else."""
 
 import json
 import re

@@ -20,7 +20,7 @@ from torchtitan.config.parse import parse
 
 @pytest.fixture
 def read(tmp_path):
-    """Reads one record of a format from a JSON-lines file that has images 1.jpg and 2.jpg beside it."""
+    """Reads one record of a format from a JSON-lines file that has images 1.jpg and 2.jpg next to it."""
     for number in (1, 2):
         (tmp_path / f"{number}.jpg").write_bytes(jpeg(10 * number, 30))
 

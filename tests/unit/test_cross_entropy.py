@@ -158,7 +158,7 @@ def test_the_logits_of_a_chunk_are_gone_before_the_next(per_token):
             token_scores(h, weight, labels, chunk)
         else:
             cross_entropy_sum(h, weight.detach(), labels, chunk)
-    # In bfloat16 and in float32 at once; weights and tokens are small beside.
+    # In bfloat16 and in float32 at once; weights and tokens are small in comparison.
     assert memory.peak < 1.2 * (2 + 4) * chunk * vocabulary
 
 

@@ -30,7 +30,7 @@ class Example(NamedTuple):
 
 
 def examples() -> list[Example]:
-    """Of each section the records, each with the text that follows it."""
+    """The records of each section, each with the text that follows it."""
     found = []
     for section in PAGE.split("\n## ")[1:]:
         format, columns = (re.findall(r"^`(\w+)`", section) or ["captions"])[0], Columns()

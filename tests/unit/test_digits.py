@@ -18,7 +18,7 @@ from experiments.vlm.world.strips import ORDINALS, Strip, ask_for, draw_strip, r
 
 
 def test_the_digits_are_those_of_scikit_learn():
-    """Of sklearn/datasets/data/digits.csv.gz: a row of 64 values from 0 to 16 and the label, a byte each."""
+    """sklearn/datasets/data/digits.csv.gz: a row of 64 values from 0 to 16 and the label, a byte each."""
     pictures, labels = load_digits()
     held = np.stack([np.asarray(picture)[1:9, 1:9] for picture in pictures]).reshape(-1, 64)
     values = np.ceil(held * (16 / 255))  # of 255, rounded down

@@ -18,7 +18,7 @@ def data(tmp_path_factory):
 
 
 def loaders(data, dump, ranks: int, **options) -> list[Loader]:
-    """Of all ranks."""
+    """Loaders of all ranks."""
     job = make_job(data, dump, global_batch_size=4, local_batch_size=1, **options)
     return [Loader(job, Characters(), rank=rank, ranks=ranks) for rank in range(ranks)]
 

@@ -110,7 +110,7 @@ def images_of(prompt: Prompt) -> list[np.ndarray]:
 
 
 def levels(answer: dict[str, np.ndarray]) -> list[np.ndarray]:
-    """Of each image its patches in raster order, uint8 [n, D]."""
+    """The patches of each image in raster order, uint8 [n, D]."""
     whole = zip(answer.get("pixels", ()), answer.get("sizes", ()), strict=True)
     return [np.rint((pixels[: h * w] + 1) * 127.5).astype(np.uint8) for pixels, (h, w) in whole]
 

@@ -53,7 +53,7 @@ def blocks_of(
 
 
 def rest_of_arguments(make: Callable, device: str) -> tuple:
-    """Of a block, after the residual stream: what a step prepares once for all layers."""
+    """Arguments of a block after the residual stream: what a step prepares once for all layers."""
     segments = torch.zeros(SLOTS, LENGTH, dtype=torch.int32, device=device)
     mask = prepare_mask(Mask(segments, causal=make not in ENCODER_BLOCKS), "sdpa")
     if make in ENCODER_BLOCKS:
@@ -74,7 +74,7 @@ def run(blocks: nn.ModuleDict, x: Tensor, rest: tuple) -> Tensor:
 def seen(
     make: Callable, dtype: torch.dtype, trains: bool = True, mode: str = "none", on_gpu: bool = False
 ) -> Footprint:
-    """Of the second of three blocks: the first one's input is held by its caller."""
+    """What is seen of the second of three blocks: the first one's input is held by its caller."""
     blocks, rest = blocks_of(make, 3, dtype, trains, "meta"), rest_of_arguments(make, "meta")
     apply_activation_checkpoint(blocks, Recomputation(mode))
     if on_gpu:
@@ -94,7 +94,9 @@ def tensors_of(rest: tuple) -> list[Tensor]:
 
 
 def bytes_kept(make: Callable, dtype: torch.dtype, trains: bool) -> int:
-    """Of all storages that autograd keeps of a real block, but for parameters and what a step prepares."""
+    """Bytes of all storages that autograd keeps of a real block, without parameters and what a step
+    prepares.
+    """
     block, rest = blocks_of(make, 1, dtype, trains, "cpu"), rest_of_arguments(make, "cpu")
     x = torch.randn(SLOTS, LENGTH, DIM, dtype=dtype, requires_grad=True)
     known = {tensor.untyped_storage().data_ptr() for tensor in (*block.parameters(), *tensors_of(rest))}

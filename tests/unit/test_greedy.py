@@ -39,7 +39,7 @@ def test_what_is_written_is_exact_where_teacher_forcing_is(tmp_path):
     assert forced.keys() == written.keys() == {f"k{number}" for number in range(len(WORDS))}
     counts = compare(forced, written)
     assert counts["different"] == counts["different by a tie"] == 0
-    # Of two pictures that are alike at most one is described as it should be: there are some of both kinds.
+    # At most one of two pictures that are alike is described as it should be: there are some of both kinds.
     assert 0 < sum(written.values()) <= len(COLOURS)
 
 

@@ -79,7 +79,7 @@ def bombs(tmp_path_factory):
 
 
 def peak_mib(folder, names: list[str], threads: int = 1, room: int = 1 << 30) -> float:
-    """Of a process that decodes these files."""
+    """Peak memory of a process that decodes these files."""
     paths = [str(folder / name) for name in ("small.png", *names)]
     command = [sys.executable, "-c", PEAK, str(threads), str(room), *paths]
     done = subprocess.run(

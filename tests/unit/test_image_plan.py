@@ -105,7 +105,7 @@ def test_random_images_of_every_ratio_are_the_processors_to_50_decibels_and_65_a
 
 
 def test_endless_images_take_little_memory_and_keep_their_middle():
-    """Of 2 x 40,000 pixels a processor makes 30 x 600,000 before it crops."""
+    """A processor makes 30 x 600,000 pixels of 2 x 40,000 before it crops."""
     pixels = noise(2, 40_000)
     data = encoded(pixels, "PNG")
     for resize in ("padded", "cropped"):

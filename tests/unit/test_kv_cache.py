@@ -1,4 +1,6 @@
-"""A decoder with a cache computes what it computes without, however the text is cut, whoever is beside."""
+"""A decoder with a cache computes what it computes without, however the text is cut, and whatever else is in
+the batch.
+"""
 
 import dataclasses
 

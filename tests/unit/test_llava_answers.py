@@ -31,7 +31,7 @@ QUESTIONS = [
 
 @pytest.fixture(scope="module", params=["llava", "llava_next"])
 def exported(request, tmp_path_factory) -> Path:
-    """The folder of a random model with our tokenizer, pictures and questions beside it."""
+    """The folder of a random model with our tokenizer, pictures and questions next to it."""
     at = tmp_path_factory.mktemp("llava")
     save(
         {"llava": llava, "llava_next": partial(tiled_model, "next")}[request.param](rows=1024), at / "theirs"

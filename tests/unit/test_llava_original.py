@@ -73,7 +73,7 @@ TOWER = [f"embeddings.{name}" for name in TOWER] + [f"{name}.{kind}" for name in
 
 
 def original_name(name: str) -> str:
-    """Of a weight that LlavaForConditionalGeneration saves."""
+    """The authors' name of a weight that LlavaForConditionalGeneration saves."""
     if name.startswith("vision_tower."):
         return name.replace("vision_tower.", "model.vision_tower.vision_tower.vision_model.", 1)
     for number, place in (("1", "0"), ("2", "2")):

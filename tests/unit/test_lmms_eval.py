@@ -73,7 +73,7 @@ TASKS = {
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory) -> Path:
-    """Of an environment that sees the packages of this one, and holds lmms-eval as its page says."""
+    """Python of an environment that sees the packages of this one, and holds lmms-eval as its page says."""
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, with_pip=False)
     (site,) = folder.glob("lib/python*/site-packages")

@@ -1,4 +1,4 @@
-"""Adapters beside frozen maps: they change nothing at first, and can become part of the weights."""
+"""Adapters of frozen maps: they change nothing at first, and can become part of the weights."""
 
 import copy
 

@@ -27,7 +27,7 @@ PROJECTOR = 40
 
 
 class Models:
-    """Of transformers, with random weights."""
+    """Models of transformers, with random weights."""
 
     def __init__(self) -> None:
         from transformers import CLIPVisionConfig, CLIPVisionModel, MistralConfig, MistralForCausalLM

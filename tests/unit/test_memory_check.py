@@ -20,7 +20,7 @@ ALONE = Degrees(1, 1, 1, 1, 1)
 
 
 def bytes_after_a_step(job, folder) -> int:
-    """Of parameters, gradients and optimizer state."""
+    """Bytes of parameters, gradients and optimizer state."""
     run = build(job, SMALL, open_process_group(job.comm, folder))
     run.forward_backward(run.to_rank(next(run.loader).batches[0]), 1.0, True)
     run.optimizers.step()

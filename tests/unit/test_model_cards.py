@@ -12,7 +12,7 @@ from torchtitan.models.decoder.flavors import DECODERS
 
 REPOSITORY = Path(__file__).parents[2]
 PAGE = REPOSITORY / "docs/models.md"
-# Of the tables, by the name of a row: its cells as numbers, where they are.
+# The rows of the tables by name: their cells, as numbers where they are.
 ROWS = {
     cells[0]: [int(cell.replace(",", "")) if re.fullmatch(r"[\d,]+", cell) else cell for cell in cells[1:]]
     for line in PAGE.read_text().splitlines()

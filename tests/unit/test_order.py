@@ -1,4 +1,4 @@
-"""The order in which slots read: every record once an epoch, whoever reads it, and the same always."""
+"""The order in which slots read: every record once an epoch, whichever rank reads it, and the same always."""
 
 import itertools
 from collections import Counter

@@ -26,7 +26,7 @@ def by_hand(name: str) -> tuple[float, float, float]:
         return 2e-3, 5e-2, 0.1
     if name.startswith("decoder.layers.0."):  # the group before `decoder`
         return 2e-3 / 4, 5e-2 / 4, 0.1
-    # Of two layers: embedding 0, layers 1 and 2, what comes after 3.
+    # Two layers: embedding 0, layers 1 and 2, what comes after 3.
     halves = {"tok_embeddings": 3, "layers": 1, "norm": 0, "output": 0}[name.split(".")[1]]
     return 4e-3 / 2 / 2**halves, 5e-2 / 2 / 2**halves, 0.5
 

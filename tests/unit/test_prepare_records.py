@@ -1,4 +1,4 @@
-"""Records name the images that lie beside them in the shard."""
+"""Records name the images that lie next to them in the shard."""
 
 import json
 

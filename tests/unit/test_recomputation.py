@@ -43,7 +43,7 @@ def chosen(gib: float, sizes: Degrees = ONE, **parallelism) -> VLMJobConfig:
 
 @pytest.fixture(scope="module")
 def peaks() -> dict[tuple, float]:
-    """Of every choice, each with a share of its own."""
+    """Peaks of every choice, each with a share of its own."""
     return {pair: peak(with_options(job(), *pair)) for pair in itertools.product(ENCODER, DECODER)}
 
 

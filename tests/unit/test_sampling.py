@@ -44,7 +44,7 @@ def mask_of(seen: list[list[int]], words: int) -> torch.Tensor:
 
 
 def chance(counts: torch.Tensor, expected: torch.Tensor) -> float:
-    """Of counts at least as far from the expected ones, by Pearson's chi-square."""
+    """Probability of counts at least as far from the expected ones, by Pearson's chi-square."""
     statistic = ((counts - expected) ** 2 / expected).sum()
     return torch.special.gammaincc(torch.tensor((len(counts) - 1) / 2).double(), statistic / 2).item()
 

@@ -1,4 +1,4 @@
-"""Which GPUs and cores runs beside each other get, and which members an array has."""
+"""Which GPUs and cores runs at the same time get, and which members an array has."""
 
 import pytest
 

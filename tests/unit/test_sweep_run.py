@@ -88,7 +88,7 @@ def test_a_sweep_ends_with_a_table_a_csv_and_a_picture_that_name_the_best(tmp_pa
     assert float(best["last tokens_seen"]) == 300
     starred = [line.split() for line in table.splitlines() if line.strip().startswith("*")]
     assert starred[0][1:5] == ["2", "2.0", "0", "finished"]
-    # Of both seeds of the best rate: the mean of 0.8333 and 0.9333.
+    # Both seeds of the best rate: the mean of 0.8333 and 0.9333.
     assert starred[1][1:4] == ["2.0", "2", "0.88333"]
     assert "best: lr=2.0,seed=0 (validate/loss 0.83333)" in table
     with Image.open(out / "sweep.png") as picture:

@@ -47,7 +47,7 @@ def pinpoints(plan: ImagePlan) -> list[list[int]]:
 
 
 def sizes(count: int) -> list[tuple[int, int]]:
-    """Of all magnitudes and ratios, as they come and nearly square."""
+    """Sizes of all magnitudes and ratios, as they come and nearly square."""
     random = np.random.default_rng(0)
     any_size = np.exp(random.uniform(0, np.log(20_000), (count // 2, 2)))
     near = np.exp(random.uniform(0, np.log(4_000), (count // 2, 1))) * random.uniform(0.5, 2, (count // 2, 2))

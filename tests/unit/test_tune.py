@@ -38,7 +38,7 @@ SHAPE = (4, 3, 5)
 
 
 def axis(number: int, alone: bool):
-    """Of a point: the others on this axis, up and then down; or each as a direction of its own."""
+    """The others on this axis of a point, up and then down; or each as a direction of its own."""
 
     def moved(point, value):
         return (*point[:number], value, *point[number + 1 :])

@@ -111,7 +111,7 @@ def test_workers_end_with_the_trainer(data, tmp_path, end):
             )
         _, errors = trainer.communicate()
         wait_for_end(pids)
-        # Of Ctrl-C the trainer itself may speak, and nobody else.
+        # Only the trainer itself may report Ctrl-C.
         assert errors.count("Traceback") == (1 if end == "SIGINT" else 0), errors
     finally:
         trainer.kill()

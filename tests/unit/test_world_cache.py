@@ -179,7 +179,7 @@ def test_another_seed_draws_beside_the_old_data(drawn):
 
 
 def test_another_drawing_has_another_version():
-    """Else whoever has drawn before would go on with the old data."""
+    """Otherwise those who have drawn before would go on with the old data."""
     rng, drawn = random.Random(0), []
     for _ in range(50):
         scenes = [sees_scene(rng, False), varied_scene(rng, True, longest=512)]

@@ -26,7 +26,7 @@ from experiments.vlm.data.batch_metrics import names_by_source, rejected_name
 from experiments.vlm.data.good_sample import require_good_samples
 from experiments.vlm.data.prefetch import COPIED, FromWorkers, InProcess, Supply, is_pinned
 from experiments.vlm.data.producer import SlotStep
-from experiments.vlm.data.ranks import Ranks, list_anew, shards_of
+from experiments.vlm.data.ranks import Ranks, list_again, shards_of
 from experiments.vlm.data.reject_log import RejectLog
 from experiments.vlm.data.report import Tally, check_bad_fraction, rejected_line, report, tally_of
 from experiments.vlm.data.resume import (
@@ -238,7 +238,7 @@ class Loader:
 
     def _let_new_shards_join(self) -> None:
         """Go on as if the run had ended here: what is read ahead of the trainer is read again."""
-        listed = list_anew(self.job, self.ranks)
+        listed = list_again(self.job, self.ranks)
         deals = self.setup.settings.deals
         if all(set(shards) <= set(deal.shards) for shards, deal in zip(listed, deals, strict=True)):
             return

@@ -54,7 +54,7 @@ def shards_of(job: VLMJobConfig, split: Split, ranks: Ranks) -> list[Shards]:
     return _listed[id(job)][split]
 
 
-def list_anew(job: VLMJobConfig, ranks: Ranks) -> list[Shards]:
+def list_again(job: VLMJobConfig, ranks: Ranks) -> list[Shards]:
     """The shards of training as they are now, the same on all ranks; errors as `shards_of`."""
     return _list_for_all(job, "train", ranks)
 
