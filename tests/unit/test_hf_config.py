@@ -52,10 +52,15 @@ def test_a_sparse_file_means_the_defaults_of_its_class(name):
     nulls = {key: None for key in ("head_dim", "rope_scaling", "rms_norm_eps", "tie_word_embeddings")}
     sparse = decoder.decoder_config(of(model_type=name, **nulls))
     assert sparse == decoder.decoder_config(ConfigFile(theirs, "theirs"))
+    as_many = decoder.decoder_config(of(model_type=name, num_attention_heads=6, num_key_value_heads=None))
+    assert as_many.kv_heads == 6
     assert sparse.vocab_size == theirs["vocab_size"] and sparse.mlp_dim == theirs["intermediate_size"]
 
 
 def test_both_spellings_of_the_rotary_settings_mean_the_same():
+    """Where both are there rope_scaling counts, as in transformers."""
+    from transformers import LlamaConfig
+
     scaling = {"factor": 8.0, "original_max_position_embeddings": 64, "high_freq_factor": 2.0}
     kinds = [scaling | {"rope_type": "llama3"}, scaling | {"type": "llama3"}]
     old = [of(model_type="llama", rope_theta=5e5, rope_scaling=kind) for kind in kinds]
@@ -64,8 +69,12 @@ def test_both_spellings_of_the_rotary_settings_mean_the_same():
         config = decoder.decoder_config(file)
         assert config.rope_theta == 5e5 and config.rope_scaling is not None
         assert config.rope_scaling.factor == 8 and config.rope_scaling.original_context == 64
-    plain = of(model_type="llama", rope_theta=5e5, rope_scaling=None)
-    assert decoder.decoder_config(plain).rope_scaling is None
+    plain, longer = {"rope_theta": 900.0}, kinds[0] | {"rope_theta": 5e5, "low_freq_factor": 1.0}
+    both = of(model_type="llama", rope_parameters=plain, rope_scaling=longer)
+    assert decoder.decoder_config(both) == decoder.decoder_config(new)
+    assert LlamaConfig(rope_parameters=plain, rope_scaling=longer).rope_parameters == longer
+    unscaled = of(model_type="llama", rope_theta=5e5, rope_scaling=None)
+    assert decoder.decoder_config(unscaled).rope_scaling is None
 
 
 @pytest.mark.parametrize("top", [None, True, False])
@@ -76,6 +85,8 @@ def test_the_flag_of_the_tied_table_is_found_wherever_it_stands(top, section):
     file = of(model_type="lfm2_vl", tie_word_embeddings=top, text_config=text)
     expected = top if top is not None else section if section is not None else True
     assert vlm.decoder_config(file).tied_embeddings is expected
+    both = of(**file.values, tie_embedding=not expected)
+    assert vlm.decoder_config(both).tied_embeddings is not expected
 
 
 def test_a_published_row_is_what_its_config_says():
@@ -120,6 +131,7 @@ WRONG = [
     ({"model_type": "llama", "num_hidden_layers": 0}, "num_hidden_layers = 0: must be > 0"),
     ({"model_type": "llama", "hidden_act": "gelu"}, "hidden_act = 'gelu': not supported here, only 'silu'"),
     ({"model_type": "llama", "attention_bias": True}, "attention_bias = True"),
+    ({"model_type": "llama", "is_causal": False}, "is_causal = False: not supported here, only True"),
     ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window = True"),
     ({"model_type": "qwen2", "layer_types": ["sliding_attention"]}, "layer_types has 'sliding_attention'"),
     ({"model_type": "qwen3", "attention_bias": True}, "attention_bias = True"),

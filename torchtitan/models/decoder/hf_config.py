@@ -58,12 +58,14 @@ def decoder_config(file: ConfigFile, tied: bool | None = None) -> DecoderConfig:
     )
     family = FAMILIES[kind]
     file.refuse_all_but("hidden_act", "silu")
+    file.refuse_all_but("is_causal", True)
     family.refuse(file)
     for layer in file.values.get("layer_types") or ():
         full = f"{file.where}: layer_types has {layer!r}: not supported here, only 'full_attention'"
         require(layer == "full_attention", full)
     dim, heads = file.size("hidden_size", 4096), file.size("num_attention_heads", 32)
-    kv_heads = file.size("num_key_value_heads", family.kv_heads or heads)
+    said = "num_key_value_heads" in file.values  # null: as many as heads, also where the default is less
+    kv_heads = file.size("num_key_value_heads", heads if said else family.kv_heads or heads)
     require(heads % kv_heads == 0, f"{file.where}: {kv_heads} key/value heads do not divide {heads} heads")
     theta, scaling = _rope(file)
     return DecoderConfig(
@@ -94,8 +96,11 @@ def _window(file: ConfigFile, family: Family) -> int | None:
 
 
 def _rope(file: ConfigFile) -> tuple[float, RopeScaling | None]:
-    """Rotary base and scaling: rope_parameters, or rope_theta and rope_scaling (before transformers 5)."""
-    rope = file.section("rope_parameters" if file.values.get("rope_parameters") else "rope_scaling")
+    """Rotary base and scaling: rope_parameters, or rope_theta and rope_scaling (before transformers 5).
+
+    Where both are there rope_scaling counts, as in transformers: people add it to lengthen a context.
+    """
+    rope = file.section("rope_scaling" if file.values.get("rope_scaling") else "rope_parameters")
     theta = rope.get("rope_theta", file.get("rope_theta", 10000.0))
     kind = rope.get("rope_type", rope.get("type", "default"))
     require(

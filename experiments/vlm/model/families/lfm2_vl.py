@@ -37,7 +37,7 @@ def projector_config(file: ConfigFile) -> ProjectorConfig:
 def decoder_config(file: ConfigFile) -> decoder.DecoderConfig:
     """Sizes of the causal language model."""
     text = file.section("text_config")
-    for place, key in ((file, "tie_word_embeddings"), (file, "tie_embedding"), (text, "tie_word_embeddings")):
+    for place, key in ((file, "tie_embedding"), (file, "tie_word_embeddings"), (text, "tie_word_embeddings")):
         if place.values.get(key) is not None:
             return decoder.decoder_config(text, place.get(key, True))
     return decoder.decoder_config(text, True)
