@@ -198,6 +198,8 @@ PROCESSORS = [
     ({"size": {"height": SIDE, "width": SIDE}, "do_center_crop": False}, "square"),
     ({"size": {"shortest_edge": SIDE}, "do_center_crop": False}, None),
     ({}, None),  # 224, where the tower takes 16
+    ({"size": {"shortest_edge": SIDE}, "crop_size": SIDE, "rescale_factor": 1 / 127.5}, None),
+    ({"size": {"shortest_edge": SIDE}, "crop_size": SIDE, "do_resize": False}, None),
 ]
 
 
@@ -220,6 +222,31 @@ def test_a_folder_is_taken_at_its_word_about_images(tmp_path, values, expected):
     job.data.resize = "native"
     with pytest.raises(ConfigError, match="data.resize = native"):
         processor_config(job)
+
+
+def test_images_are_as_their_own_file_says_beside_one_that_counts_tokens(tmp_path):
+    """As folders of transformers 4 have it; 5 writes one file, whose section then counts."""
+    (tmp_path / "config.json").write_text(json.dumps(llava().config.to_dict()))
+    whole, own = tmp_path / "processor_config.json", tmp_path / "preprocessor_config.json"
+    whole.write_text(json.dumps({"processor_class": "LlavaProcessor", "patch_size": 4}))
+    own.write_text(json.dumps({"size": {"shortest_edge": SIDE}, "crop_size": SIDE, "resample": 2}))
+    read = model_config(job_of(path=tmp_path))
+    assert (read.resize, read.encoder.resample) == ("cropped", "bilinear")
+    whole.write_text(json.dumps({"image_processor": {"size": SIDE, "crop_size": SIDE, "do_pad": True}}))
+    read = model_config(job_of(path=tmp_path))
+    assert (read.resize, read.encoder.resample) == ("padded", "bicubic")
+
+
+@pytest.mark.parametrize("kind", ["llava", "llava_next", "llava_onevision"])
+@pytest.mark.parametrize("top", [True, False])
+@pytest.mark.parametrize("section", [True, False])
+def test_the_table_is_tied_where_transformers_ties_it(kind, top, section):
+    from transformers import AutoConfig
+
+    text = {"model_type": "qwen2", "tie_word_embeddings": section}
+    values = {"model_type": kind, "tie_word_embeddings": top, "text_config": text}
+    theirs = AutoConfig.for_model(**values).tie_word_embeddings
+    assert hf_config.decoder_config(ConfigFile(values, "config.json")).tied_embeddings is theirs
 
 
 @pytest.mark.parametrize(

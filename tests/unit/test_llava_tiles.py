@@ -181,6 +181,7 @@ def test_a_sparse_file_says_what_its_class_takes(tmp_path):
         ("next", {}, PROCESSOR | GRIDDED | {"image_mean": [0.5]}, "image_mean = .*three numbers"),
         ("onevision", {"vision_aspect_ratio": "anyres"}, None, "only anyres_max_N"),
         ("onevision", {"vision_feature_select_strategy": "default"}, None, "no class token"),
+        ("next", {"vision_feature_select_strategy": "full"}, None, "has no place among rows of tiles"),
     ],
 )
 def test_what_the_model_is_not_is_refused_by_name(tmp_path, kind, config, processor, message):

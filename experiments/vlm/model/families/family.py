@@ -1,6 +1,7 @@
 """What a class of whole vision-language models says of itself. Imports no torch."""
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -64,19 +65,25 @@ class Family:
 def read_image_processor(folder: Path) -> ConfigFile | None:
     """The settings of a folder's image processor; None where it has no file. Raises ConfigError for a file
     that is no processor's.
+
+    Folders of transformers 4 have a file of its own, beside one that says how tokens are counted.
     """
-    names = ("processor_config.json", "preprocessor_config.json")
-    path = next((path for name in names if (path := folder / name).is_file()), None)
-    if path is None:
+    whole, own = (_read_object(folder / f"{name}_config.json") for name in ("processor", "preprocessor"))
+    if whole and whole.values.get("image_processor") is not None:
+        return replace(whole.section("image_processor"), where=whole.where)
+    return own
+
+
+def _read_object(path: Path) -> ConfigFile | None:
+    """None where it is not there."""
+    if not path.is_file():
         return None
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
     require(isinstance(values, dict), f"{path}: expected an object")
-    inner = values.get("image_processor", values)
-    require(isinstance(inner, dict), f"{path}: image_processor: expected an object")
-    return ConfigFile(inner, str(path))
+    return ConfigFile(values, str(path))
 
 
 def as_processed(encoder: EncoderConfig, folder: Path) -> EncoderConfig:
@@ -86,8 +93,11 @@ def as_processed(encoder: EncoderConfig, folder: Path) -> EncoderConfig:
     file = read_image_processor(folder)
     if file is None:
         return encoder
-    for key in ("do_rescale", "do_normalize"):
+    for key in ("do_resize", "do_rescale", "do_normalize"):
         file.refuse_all_but(key, True)
+    factor = file.get("rescale_factor", 1 / 255)
+    between = f"{file.where}: rescale_factor = {factor}: not supported here, only 1/255"
+    require(math.isclose(factor, 1 / 255, rel_tol=1e-6), between)
     kernels = {number: kernel for kernel, number in RESAMPLE.items()}
     resample = file.get("resample", RESAMPLE[encoder.resample])
     known = ", ".join(f"{number} ({kernel})" for number, kernel in kernels.items())

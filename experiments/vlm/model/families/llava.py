@@ -51,11 +51,12 @@ def projector_config(file: ConfigFile) -> ProjectorConfig:
     return ProjectorConfig(width, False, 1, bias=bias)
 
 
-def decoder_config(file: ConfigFile) -> DecoderConfig:
-    """Sizes of the causal language model; a sparse section has the defaults of Llama."""
-    text = file.section("text_config").of_kind("llama")
-    tied = text.get("tie_word_embeddings", False)
-    return decoder.decoder_config(text, file.get("tie_word_embeddings", tied))
+def decoder_config(file: ConfigFile, kind: str = "llama") -> DecoderConfig:
+    """Sizes of the causal language model; a section that does not say its own kind has the defaults of
+    `kind`. Tied where file or section says so, as in transformers.
+    """
+    text, key = file.section("text_config").of_kind(kind), "tie_word_embeddings"
+    return decoder.decoder_config(text, file.get(key, False) or text.get(key, False))
 
 
 def resize(folder: Path, encoder: EncoderConfig) -> str:

@@ -18,8 +18,16 @@ from experiments.vlm.model.families.tiled import (
     require_tiled,
 )
 from torchtitan.models.decoder.flavors import DecoderConfig
+from torchtitan.models.decoder.hf_config import decoder_config as read_decoder
+from torchtitan.models.hf.config_file import ConfigFile
 
 TILES = TilesConfig()
+
+
+def decoder_config(file: ConfigFile) -> DecoderConfig:
+    """Sizes of the causal language model. Unlike in the other LLaVAs the file counts before the section."""
+    text, key = file.section("text_config").of_kind("llama"), "tie_word_embeddings"
+    return read_decoder(text, file.get(key, text.get(key, False)))
 
 
 def write(config: VLMConfig, vocab_size: int, image_token_id: int) -> dict[str, Any]:
@@ -56,6 +64,7 @@ MISTRAL = DecoderConfig(
 FAMILY = replace(
     LLAVA,
     projector=projector_config,
+    decoder=decoder_config,
     resize=lambda folder, encoder: "tiles",
     tiles=lambda folder, file, encoder: read_tiles(folder, file, encoder, TILES, 224, crops=True),
     require=lambda config: require_tiled(config, TILES),

@@ -13,6 +13,7 @@ from experiments.vlm.data.image_plan import ImagePlan
 from experiments.vlm.model.config import EncoderConfig, ProjectorConfig, TilesConfig, VLMConfig
 from experiments.vlm.model.families.llava import FAMILY as LLAVA
 from experiments.vlm.model.families.llava import KEEPS_CLASS
+from experiments.vlm.model.families.llava import decoder_config as read_decoder
 from experiments.vlm.model.families.llava import encoder_config as read_tower
 from experiments.vlm.model.families.llava import write as write_llava
 from experiments.vlm.model.families.tiled import (
@@ -25,8 +26,7 @@ from experiments.vlm.model.families.tiled import (
 )
 from experiments.vlm.model.towers import FIXED, TOWERS
 from torchtitan.config.errors import require
-from torchtitan.models.decoder import hf_config as decoder
-from torchtitan.models.decoder.flavors import DECODERS, DecoderConfig
+from torchtitan.models.decoder.flavors import DECODERS
 from torchtitan.models.hf.config_file import ConfigFile
 
 TILES = TilesConfig(tuple(itertools.product(range(1, 7), repeat=2)), most=9, alone=True)
@@ -37,12 +37,6 @@ LIMIT = "anyres_max_"
 def encoder_config(file: ConfigFile) -> EncoderConfig:
     """The tower, and which of its layers are read."""
     return read_tower(file, SIGLIP, -1, KEEPS_CLASS)
-
-
-def decoder_config(file: ConfigFile) -> DecoderConfig:
-    """Sizes of the causal language model; tied where file or section says so."""
-    text, key = file.section("text_config").of_kind("qwen2"), "tie_word_embeddings"
-    return decoder.decoder_config(text, file.get(key, False) or text.get(key, False))
 
 
 def tiles(folder: Path, file: ConfigFile, encoder: EncoderConfig) -> TilesConfig:
@@ -100,7 +94,7 @@ FAMILY = replace(
     LLAVA,
     encoder=encoder_config,
     projector=projector_config,
-    decoder=decoder_config,
+    decoder=lambda file: read_decoder(file, "qwen2"),
     resize=lambda folder, encoder: "tiles",
     tiles=tiles,
     require=require_onevision,

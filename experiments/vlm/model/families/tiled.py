@@ -28,6 +28,8 @@ def read_tiles(
     """How images are cut. `default`, `size`, `crops`: of the class and of its image processor, where files
     say nothing. Raises ConfigError where the processor and config.json differ.
     """
+    strategy = "vision_feature_select_strategy = 'full': its class token has no place among rows of tiles"
+    require(not encoder.feature_extra, f"{file.where}: {strategy}; no class of transformers computes that")
     made = replace(default, grids=_grids(file, encoder, default))
     processor = read_image_processor(folder)
     if processor is not None:
