@@ -3,11 +3,13 @@
 import argparse
 import importlib
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from benchmarks.text_decoder import require_torchtitan, row_of, sizes_of, text_job
 from benchmarks.train_job import batches_of
+from experiments.vlm.model.flavors import FLAVORS
 from experiments.vlm.spec import SPEC
 from torchtitan.config.errors import UserError
 from torchtitan.models.decoder.flavors import DECODERS
@@ -28,6 +30,7 @@ def test_torchtitans_rule_for_the_feed_forward_gives_our_width(name):
     assert multiple * ((hidden + multiple - 1) // multiple) == config.mlp_dim
 
 
+@mock.patch.dict(FLAVORS)  # the job registers one
 def test_each_row_of_text_is_one_document(tmp_path):
     options = argparse.Namespace(flavor="debugmodel", slots=2, accumulation=2)
     job = text_job(options, ["--training.seq_len", "64", "--data.num_workers", "0"], tmp_path)
