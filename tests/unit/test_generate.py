@@ -13,6 +13,7 @@ from experiments.vlm.data.document import Document, Picture, Text, Turn
 from experiments.vlm.data.image import ImagePlan
 from experiments.vlm.data.packing import Budget
 from experiments.vlm.data.sample import make_sample
+from experiments.vlm.data.tiles import TilesConfig
 from experiments.vlm.generate.forward import CachedVLM
 from experiments.vlm.generate.layout import check_layout
 from experiments.vlm.generate.prompt import Prompt, Prompter
@@ -22,7 +23,7 @@ from tests.reference.small_run import DECODERS, ENCODER
 from tests.tiny_data import Characters
 from torchtitan.config.errors import ConfigError, UserError
 from torchtitan.config.layout import Degrees
-from torchtitan.generation.engine import Engine, Request
+from torchtitan.generation.engine import Engine, Request, common_prefix
 from torchtitan.generation.kv_cache import KVCache
 from torchtitan.generation.options import Sampling
 
@@ -127,6 +128,16 @@ def test_a_prompt_is_the_beginning_of_the_finished_document():
     begun = make.beginning(["once ", "more"]).ids
     assert begun == make_sample(Document("", [Text("once more")]), TOKENIZER, PLAN).tokens.tolist()[:-1]
     assert make.conversation(turns).ids.count(TOKENIZER.begin_image_id) == 1
+
+
+def test_an_image_that_is_cut_otherwise_beside_another_is_read_anew():
+    plan = ImagePlan(4, 2, 4, 16, "tiles", image_size=16, cut=TilesConfig(((1, 2), (2, 1)), 9, alone=True))
+    make = Prompter(TOKENIZER, plan, Budget(400, 9, 64), 400, load_chat_template("chatml"))
+    turns = [("user", [picture(16, 40), "First?"])]
+    one = make.conversation(turns)
+    two = make.conversation([*turns, ("assistant", ["."]), ("user", [picture(9, 9, 1), "Second?"])])
+    assert not np.array_equal(one.pixel_values[0], two.pixel_values[0])
+    assert common_prefix(one.identity, two.identity) == one.ids.index(TOKENIZER.begin_image_id)
 
 
 def test_a_second_turn_equals_the_whole_conversation_from_the_start():

@@ -6,7 +6,7 @@ are decoded, so that what cannot be read is refused before anything is computed.
 Letters: t tokens, N patch rows, L patches a row, D values a patch.
 """
 
-import zlib
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -229,7 +229,11 @@ def _identity(sample: Sample, pictures: Sequence[Picture]) -> list[int]:
     identity = sample.tokens.tolist()
     for image in sample.images:
         span = slice(image.start, image.end)
-        identity[span] = [-1 - zlib.crc32(pictures[image.image.locator].data)] * len(identity[span])
+        # An image beside others may be cut otherwise than one alone, and then reads otherwise.
+        layout, data = image.layout, pictures[image.image.locator].data
+        read = repr(layout.views).encode() + layout.tokens.tobytes() + data
+        number = int.from_bytes(hashlib.blake2b(read, digest_size=8).digest())
+        identity[span] = [-1 - number] * len(identity[span])
     return identity
 
 
