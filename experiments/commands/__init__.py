@@ -10,7 +10,14 @@ from collections.abc import Sequence
 
 from torchtitan import __version__
 from torchtitan.config.errors import UserError, did_you_mean
-from torchtitan.tools.error_line import INTERRUPTED, USER_ERROR, report_error, report_line
+from torchtitan.tools.error_line import (
+    INTERRUPTED,
+    UNREAD,
+    USER_ERROR,
+    nobody_reads,
+    report_error,
+    report_line,
+)
 from torchtitan.tools.signals import Ended
 
 COMMANDS = {  # name: (module of this package, what it does)
@@ -61,3 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         report_line("interrupted")
         return INTERRUPTED
+    except BrokenPipeError:
+        if not nobody_reads():
+            raise
+        return UNREAD

@@ -1,12 +1,15 @@
 """A wrong command, or a folder that cannot be written to, ends in one line and exit code 2, at once."""
 
 import errno
+import os
 import re
+import signal
 import subprocess
 import sys
 
 import pytest
 
+from experiments import commands
 from experiments.__main__ import USER_ERROR, checked_job, main
 from tests.unit.test_config_check import CP2, DATA, REPOSITORY, TP2
 from torchtitan.config.errors import ConfigError
@@ -75,3 +78,13 @@ def test_a_wrong_command_ends_in_one_line_before_torch_is_imported(options, key)
     )
     assert (run.returncode, run.stdout) == (USER_ERROR, "False\n") and run.stderr.startswith("error: ")
     assert key in run.stderr and run.stderr.count("\n") == 1
+
+
+def test_a_reader_who_goes_away_ends_a_command_without_a_word(monkeypatch, capfd):
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as stdout:
+        monkeypatch.setattr("sys.stdout", stdout)
+        monkeypatch.setattr("experiments.vlm.evaluate.tasks.__doc__", "task\n" * 10_000)
+        assert commands.main(["evaluate", "--list"]) == 128 + signal.SIGPIPE
+    assert capfd.readouterr().err == ""

@@ -3,11 +3,12 @@ every
 rank may find the same."""
 
 import os
+import select
 import signal
 import sys
 from pathlib import Path
 
-USER_ERROR, INTERRUPTED = 2, 128 + signal.SIGINT  # exit codes
+USER_ERROR, INTERRUPTED, UNREAD = 2, 128 + signal.SIGINT, 128 + signal.SIGPIPE  # exit codes
 ERROR_FILE = "TORCHTITAN_ERROR_FILE"  # variable of a rank: where torchtitan/launch.py reads its line
 
 
@@ -16,9 +17,21 @@ def report_error(error: BaseException) -> None:
     report_line(f"error: {error}")
 
 
+def nobody_reads() -> bool:
+    """Whether whoever read standard output (a pipe to `head`) has gone; then what is left goes nowhere."""
+    output, asked = sys.stdout.fileno(), select.poll()
+    asked.register(output, 0)
+    gone = any(event & select.POLLERR for _, event in asked.poll(0))
+    if gone:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, output)
+        os.close(nowhere)
+    return gone
+
+
 def report_line(line: str) -> None:
     """Print a line to standard error, or hand it to the launcher where there is one."""
     if file := os.environ.get(ERROR_FILE):
-        Path(file).write_text(line, encoding="utf-8")
+        Path(file).write_text(line, encoding="utf-8", errors="backslashreplace")
     else:
         print(line, file=sys.stderr)
