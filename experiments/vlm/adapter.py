@@ -23,7 +23,7 @@ from torchtitan.layers.lora import INFIX, is_adapters
 from torchtitan.models.hf.match import Source
 from torchtitan.models.hf.safetensors_file import StoredTensor, header_bytes, read_header
 from torchtitan.models.hf.tensors import NAMES
-from torchtitan.models.weight_names import Row, write
+from torchtitan.models.weight_names import Row, Transform, write
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 OF_PEFT = "base_model.model."
@@ -39,17 +39,37 @@ PLAIN = {
     "modules_to_save": None,
     "layers_to_transform": None,
 }
+# What says nothing of what is computed, or what the tensors say themselves. Any other key names a kind of
+# adapter that is not here.
+FREE = {
+    *("r", "lora_alpha", "lora_dropout", "init_lora_weights", "target_modules", "exclude_modules"),
+    *("base_model_name_or_path", "revision", "task_type", "inference_mode", "auto_mapping", "peft_version"),
+    *("layers_pattern", "megatron_config", "megatron_core", "qalora_group_size", "trainable_token_indices"),
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config", "ensure_weight_tying"),
+}
+INITS = (True, False, "gaussian", "eva", "orthogonal")  # those that leave the base as it is
+PIXEL = Transform(lambda rows: rows.flatten(1), lambda rows: rows[..., None, None])
 
 
 def adapter_rows(config: VLMConfig) -> list[Row]:
-    """Names of the factors, from those of the maps that they adapt."""
+    """Names of the factors, from those of the maps that they adapt.
+
+    peft calls a map as it is called in memory, where all stands below `model`; files of LLaVAs leave it out.
+    What embeds patches may be a convolution there: then A has its kernel, and B one of a single pixel.
+    """
     rows = [row for part in PARTS for row in part_rows(part, config.encoder, family_of(config))]
-    maps = dict.fromkeys((row.theirs.rpartition(".")[0], row.ours.rpartition(".")[0]) for row in rows)
-    return [
-        Row(f"{OF_PEFT}{theirs}.lora_{factor}.weight", f"{ours}{INFIX}{factor}.weight")
-        for theirs, ours in maps
-        for factor in "AB"
-    ]
+    rows.sort(key=lambda row: not row.theirs.startswith("model."))  # the first is the one written
+    maps: dict[tuple[str, str], Transform] = {}
+    for row in rows:
+        maps.setdefault((row.theirs.rpartition(".")[0], row.ours.rpartition(".")[0]), row.transform)
+    found, same = [], Transform()
+    for (theirs, ours), change in maps.items():
+        changes = {"A": change, "B": same if change.write is same.write else PIXEL}
+        found += [
+            Row(f"{OF_PEFT}{theirs}.lora_{factor}.weight", f"{ours}{INFIX}{factor}.weight", changed)
+            for factor, changed in changes.items()
+        ]
+    return found
 
 
 def write_adapter(
@@ -119,10 +139,14 @@ def _require_same(path: Path, options: LoRA) -> None:
         raise ConfigError(f"{path}: {error.strerror}") from None
     except ValueError as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from None
-    for key, plain in PLAIN.items():
-        value = config.get(key, plain)
-        same = value == plain or not (value or plain)
+    require(isinstance(config, dict), f"{path}: expected an object")
+    for key, value in config.items():
+        plain = PLAIN.get(key)
+        same = key in FREE or value == plain or not (value or plain)
         require(same, f"{path}: {key} = {value}: only {plain} is known here")
+    start = config.get("init_lora_weights")
+    base = "these adapters belong to a base that peft changes first; let it save them as plain ones"
+    require(start is None or start in INITS, f"{path}: init_lora_weights = {start}: {base}")
     for key, field in (("r", "rank"), ("lora_alpha", "alpha")):
         ours = getattr(options, field)
         require(config.get(key) == ours, f"lora.{field} = {ours}: {path} has {key} = {config.get(key)}")

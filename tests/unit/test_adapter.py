@@ -8,14 +8,24 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from experiments.commands import main
+from experiments.vlm.adapter import OF_PEFT, adapter_rows, adapter_source
+from experiments.vlm.model import hf_config
+from experiments.vlm.model.flavors import FLAVORS
+from experiments.vlm.model.vlm import VLM
 from tests.reference.batches import build_batch, example_slots
 from tests.reference.hf_folders import save, state_of, whole_model
 from tests.reference.models import QWEN2, QWEN3
+from tests.reference.tiled_models import tiled_model
 from tests.unit.test_hf_import import job_of, load
+from tests.unit.test_llava import llava
 from tests.unit.test_vlm import inputs_alone, sizes_of
+from torchtitan.components.lora import adapt
 from torchtitan.components.train_state import as_record
 from torchtitan.config.errors import ConfigError
+from torchtitan.config.job import LoRA
 from torchtitan.layers.lora import is_adapters
+from torchtitan.models.hf.config_file import ConfigFile
+from torchtitan.models.weight_names import read, write
 
 OPTIONS = ["--lora.rank", "4", "--lora.alpha", "6"]
 PATTERNS = [r"decoder.*(w[qv2])$", r"encoder.*(wo|fc1)$", "projector.linear_1"]
@@ -137,13 +147,43 @@ def test_an_adapter_of_another_kind_is_refused(trained, lora, message):
         load(lora_job(at / "base", initial_load_path=str(folder), **lora))
 
 
-def test_what_an_adapter_computes_otherwise_is_refused(trained, tmp_path):
-    at, _ = trained
-    folder = to_hf(at, "dora", "--adapters", "only", *OPTIONS)
-    config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
-    with pytest.raises(ConfigError, match="use_dora = True: only False is known here"):
-        load(lora_job(at / "base", initial_load_path=str(folder)))
+def test_what_an_adapter_computes_otherwise_is_refused(tmp_path):
+    from peft import LoraConfig
+
+    plain = LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj"]).to_dict()
+    config = json.loads(json.dumps(plain, default=list))
+    others = {
+        "use_dora": True,
+        "alora_invocation_tokens": [7],
+        "of_tomorrow": 1,
+        "init_lora_weights": "pissa",
+    }
+    for key, value in others.items():
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config | {key: value}))
+        with pytest.raises(ConfigError, match=f"adapter_config.json: {key} = "):
+            adapter_source(LoRA(rank=4, alpha=6, initial_load_path=str(tmp_path)), {}, FLAVORS["debugmodel"])
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    adapter_source(LoRA(rank=4, alpha=6, initial_load_path=str(tmp_path)), {}, FLAVORS["debugmodel"])
+
+
+@pytest.mark.parametrize("kind", ["lfm2_vl", "llava", "next", "onevision"])
+def test_adapters_have_the_names_and_shapes_that_peft_gives_them(kind):
+    """In memory, where names are not those of files, and patches may be embedded by a convolution."""
+    from peft import LoraConfig, get_peft_model
+
+    makers = {"lfm2_vl": whole_model, "llava": llava}
+    theirs = makers[kind]() if kind in makers else tiled_model(kind)
+    config = hf_config.vlm_config(ConfigFile(theirs.config.to_dict(), "config.json"))
+    with torch.device("meta"):
+        ours = VLM(config, 96, "sdpa", 16)
+    adapt(ours, LoRA(rank=2, patterns=["encoder", "projector", "decoder"]))
+    adapters = {name: weight for name, weight in ours.named_parameters() if is_adapters(name)}
+    named = write(adapters, adapter_rows(config))
+    maps = sorted({name.removeprefix(OF_PEFT).partition(".lora_")[0] for name in named})
+    adapted = get_peft_model(theirs, LoraConfig(r=2, target_modules=maps)).named_parameters()
+    peft = {name.replace(".default", ""): p.shape for name, p in adapted if "lora_" in name}
+    assert {name: weight.shape for name, weight in named.items()} == peft
+    assert read(named, adapter_rows(config)).named.keys() == adapters.keys()
 
 
 def test_adapters_are_not_merged_with_a_scale_that_is_not_theirs(trained, capsys):
