@@ -53,7 +53,7 @@ class Trainer:
         self.run, self.job, self.state = run, run.job, run.state
         self.folder = Path(run.job.job.dump_folder)
         self.evaluator = Evaluator(run)
-        self.epochs = Epochs(run.counts.sources, resumed=run.state.step > 0)
+        self.epochs = Epochs(run.counts.sources, run.state.step > 0, run.counts.passes)
         copies = {id(parameter) for parameter in run.forward_backward.copies()}
         self.source_losses = SourceLosses(run.mesh.device, run.counts)
         self.norm_parameters = [

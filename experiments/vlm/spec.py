@@ -11,7 +11,7 @@ from experiments.vlm.config import PARTS, VLMJobConfig
 from experiments.vlm.data.batch_metrics import BATCH_METRICS, written_names
 from experiments.vlm.data.controls import CONTROLS
 from experiments.vlm.data.loader import Loader
-from experiments.vlm.data.setup import sources_of
+from experiments.vlm.data.setup import passes, sources_of
 from experiments.vlm.embedding_rows import open_tokenizer, rows_of
 from experiments.vlm.estimate import estimate
 from experiments.vlm.evaluate.training_tasks import open_tasks
@@ -88,7 +88,8 @@ def score(model: torch.nn.Module, tensors: Tensors, mesh: Mesh) -> Tensor:
 
 def counts(job: VLMJobConfig) -> Counts:
     """What the trainer adds up of the batches of this job."""
-    sources = tuple(source.name for source in sources_of(job, "train"))
+    ends = {source.name: passes(source, job) for source in sources_of(job, "train")}
+    sources = tuple(ends)
     return Counts(
         loss_weight="loss_tokens",
         tokens="tokens",
@@ -97,6 +98,7 @@ def counts(job: VLMJobConfig) -> Counts:
         tallies=written_names(sources),
         sources=sources,
         held_out=tuple(source.name for source in sources_of(job, "validation")),
+        passes={source: epochs for source, epochs in ends.items() if epochs is not None},
     )
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 
 from experiments.vlm.data.loader import Loader, Step
+from experiments.vlm.spec import counts
 from tests.tiny_data import Characters, make_job, write_all
 from torchtitan.components.epochs import Epochs
 
@@ -80,16 +81,35 @@ def lines(epochs: Epochs, values: list[float], log_every: int, caplog) -> list[s
 
 
 def test_a_source_that_begins_anew_is_told_with_the_step(caplog):
-    told = lines(Epochs(("a", "b"), resumed=False), [0.6, 1.0 + 1e-9, 1.1, 1.9, 2.0, 2.3], 1, caplog)
+    told = lines(
+        Epochs(("a", "b"), resumed=False, passes={}), [0.6, 1.0 + 1e-9, 1.1, 1.9, 2.0, 2.3], 1, caplog
+    )
     assert told == ["source a: epoch 2 began in step 3", "source a: epoch 3 began in step 6"]
 
 
 def test_a_small_source_is_told_once_a_line_of_training(caplog):
-    told = lines(Epochs(("a", "b"), resumed=False), [0.8 * step for step in range(1, 11)], 5, caplog)
+    told = lines(
+        Epochs(("a", "b"), resumed=False, passes={}), [0.8 * step for step in range(1, 11)], 5, caplog
+    )
     assert told == ["source a: epoch 4 began in step 4", "source a: epoch 8 began in step 9"]
 
 
 def test_a_resumed_run_tells_nothing_of_what_began_before(caplog):
-    epochs = Epochs(("a", "b"), resumed=True)
+    epochs = Epochs(("a", "b"), resumed=True, passes={})
     assert lines(epochs, [3.5, 3.9, 4.2], 1, caplog) == ["source a: epoch 5 began in step 3"]
     assert epochs.metrics() == {"epochs/a": 4.2, "epochs/b": 0.5}
+
+
+def test_a_source_that_ends_is_told_once_and_not_again_after_a_resume(caplog):
+    told = lines(Epochs(("a", "b"), False, {"a": 2}), [0.9, 2.0 - 1e-9, 2.0, 2.0], 2, caplog)
+    assert told == ["source a: epoch 2 began in step 2", "source a: epoch 2, its last, ended in step 2"]
+    caplog.clear()
+    assert lines(Epochs(("a", "b"), True, {"a": 2}), [2.0, 2.0], 1, caplog) == []
+
+
+def test_what_ends_is_what_does_not_repeat_or_all_after_data_epochs(data, tmp_path):
+    job = make_job(data, tmp_path)
+    job.data.sources[1].repeat = False
+    assert counts(job).passes == {job.data.sources[1].name: 1}
+    job.data.epochs = 3
+    assert set(counts(job).passes.values()) == {1, 3}

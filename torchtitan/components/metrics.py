@@ -9,7 +9,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -49,6 +49,7 @@ class Counts:
     # parts
     sources: tuple[str, ...]
     held_out: tuple[str, ...]  # sources of validation
+    passes: Mapping[str, int] = field(default_factory=dict)  # source -> after how many epochs it ends
 
     @property
     def names(self) -> list[str]:

@@ -121,8 +121,6 @@ def make_deal(source: Source, job: VLMJobConfig, slots: int, held_out: bool, sha
     """
     # one that cannot be used is refused now, not when a worker opens the first shard
     load_chat_template(source.chat_template)
-    endless = source.repeat and job.data.epochs == 0 and not held_out
-    epochs = None if endless else job.data.epochs if source.repeat and not held_out else 1
     split: Split = "validation" if held_out else "train"
     shards = shards or tuple(list_shards(source.path, source.format, job.data, split))
     # The held-out split is read in order: shuffling would only cost seeks.
@@ -131,10 +129,15 @@ def make_deal(source: Source, job: VLMJobConfig, slots: int, held_out: bool, sha
         shards,
         slots,
         job.debug.seed,
-        epochs,
+        1 if held_out else passes(source, job),
         source.shuffle and not held_out,
         source.shuffle_buffer,
     )
+
+
+def passes(source: Source, job: VLMJobConfig) -> int | None:
+    """After how many epochs a source of training ends; None: never."""
+    return (job.data.epochs or None) if source.repeat else 1
 
 
 def _hint(sources: list[Source], job: VLMJobConfig, source: int, path: str) -> str:
