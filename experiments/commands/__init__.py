@@ -49,6 +49,8 @@ USAGE = "\n".join(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that `argv` (without: that of this process) names. Returns its exit code."""
     name, *options = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if argv is None:
+        sys.argv[0] = f"torchtitan-vlm {name}"  # what a command's own --help calls it
     if name in ("-h", "--help"):
         print(USAGE)
         return 0

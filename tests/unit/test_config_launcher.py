@@ -1,6 +1,7 @@
 """`torchtitan-vlm train`: what process it becomes; and that run_train.sh is this command."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -126,6 +127,13 @@ def test_nothing_starts_after_a_failed_check(launch, capsys):
 
 def test_help_is_printed_once_however_many_processes(launch):
     assert launch("--help", NGPU="4")[1] == "experiments"
+
+
+def test_the_usage_of_a_command_names_it(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["/venv/bin/torchtitan-vlm", "inspect", "--help"])
+    with pytest.raises(SystemExit):
+        main()
+    assert capsys.readouterr().out.startswith("usage: torchtitan-vlm inspect [-h]")
 
 
 def test_an_unknown_command_names_the_closest(capsys):

@@ -205,7 +205,7 @@ def inside(definition: dict[str, Any]) -> dict[str, Any]:
 def load_tokenizers(file: Path) -> SpecialTokenizer:
     """A `tokenizer.json`. Raises ConfigError where it is not BPE, or `tokenizers` refuses it."""
     definition = read_json(file, {})
-    model = definition.get("model", {}).get("type", "none") if isinstance(definition, dict) else "none"
+    model = definition.get("model", {}).get("type", "none")
     if model != "BPE":
         raise ConfigError(f"{file} holds a model of type {model}; only BPE is supported")
     config = read_json(file.with_name("tokenizer_config.json"), {})
@@ -225,10 +225,16 @@ def load_tokenizers(file: Path) -> SpecialTokenizer:
 
 
 def read_json(file: Path, default: Any) -> Any:
-    """The file's content, `default` where it is not there. Raises ConfigError where it is not JSON."""
+    """The file's content, `default` where it is not there. Raises ConfigError where it is not JSON, or not of
+    the default's type.
+    """
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return default
     except ValueError as error:
         raise ConfigError(f"{file} is not valid JSON: {error}") from None
+    if type(content) is not type(default):
+        kinds = {dict: "an object", list: "a list"}
+        raise ConfigError(f"{file} does not hold {kinds[type(default)]}, as it should")
+    return content
