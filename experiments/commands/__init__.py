@@ -18,7 +18,7 @@ from torchtitan.tools.error_line import (
     report_error,
     report_line,
 )
-from torchtitan.tools.signals import Ended
+from torchtitan.tools.signals import Ended, unwinding
 
 COMMANDS = {  # name: (module of this package, what it does)
     "train": ("train", "train a model on one process or many, one machine or many"),
@@ -60,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if name not in COMMANDS:
             raise UserError(f"{name}: no such command{did_you_mean(name, COMMANDS)}")
-        return importlib.import_module(f"{__name__}.{COMMANDS[name][0]}").main(options)
+        with unwinding():
+            return importlib.import_module(f"{__name__}.{COMMANDS[name][0]}").main(options)
     except UserError as error:
         report_error(error)
         return USER_ERROR

@@ -8,7 +8,6 @@ Stopped or killed, the same command goes on and fetches nothing twice. docs/prep
 """
 
 import contextlib
-import signal
 from collections.abc import Sequence
 
 import tyro
@@ -16,16 +15,16 @@ import tyro
 from experiments.vlm.prepare.options import Options
 from experiments.vlm.prepare.progress import ConsoleProgress
 from experiments.vlm.prepare.start import Crashed, prepare
-from torchtitan.tools.error_line import INTERRUPTED, report_error, report_line
+from torchtitan.tools.error_line import report_error
+from torchtitan.tools.signals import resumable
 
 PROG = "torchtitan-vlm prepare"
 
 
 def main(argv: Sequence[str]) -> int:
     """The command. Raises ConfigError."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's end is a person's
     try:
-        with contextlib.closing(ConsoleProgress()) as progress:
+        with contextlib.closing(ConsoleProgress()) as progress, resumable():
             flat = (tyro.conf.OmitArgPrefixes,)
             options = tyro.cli(
                 Options, args=argv, prog=PROG, description=__doc__, config=flat, use_underscores=True
@@ -34,9 +33,6 @@ def main(argv: Sequence[str]) -> int:
     except Crashed as error:
         report_error(error)
         return 1
-    except KeyboardInterrupt:
-        report_line("stopped; the same command goes on from here")
-        return INTERRUPTED
     _show(options, report)
     return 0
 

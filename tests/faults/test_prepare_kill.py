@@ -106,20 +106,18 @@ def test_even_when_the_working_process_is_killed_what_is_on_disk_is_not_fetched_
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "straight")
 
 
-def test_an_interrupted_run_says_how_to_go_on(tmp_path):
-    """Ctrl-C, through the script."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_an_interrupted_run_says_how_to_go_on(tmp_path, number):
+    """Through the script."""
     with HostileServer() as server:
         source = write_jsonl(tmp_path / "a.jsonl", documents(server, 400))
         started = command(source, tmp_path / "out", "--concurrency", "4")
         process = subprocess.Popen(started, stderr=subprocess.PIPE, text=True)
         wait_until(lambda: deliveries(server).total() >= 20, lambda: process.poll() is None)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, said = process.communicate()
-        assert (
-            process.returncode == 130
-            and "the same command goes on from here" in said
-            and "Traceback" not in said
-        )
+        assert process.returncode == 128 + number
+        assert f"stopped by {number.name}; the same command goes on" in said and "Traceback" not in said
         counts = deliveries(server)
         assert counts.total() < 300 and {server.url(path.lstrip("/")) for path in counts} <= journalled(
             tmp_path / "out"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.commands import main, train
+from experiments.commands import estimate_memory, main, train
 
 REPOSITORY = Path(__file__).parents[2]
 OURS = (
@@ -134,6 +134,23 @@ def test_the_usage_of_a_command_names_it(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main()
     assert capsys.readouterr().out.startswith("usage: torchtitan-vlm inspect [-h]")
+
+
+def test_a_command_that_is_asked_to_end_closes_what_it_opened(monkeypatch):
+    closed, before = [], signal.getsignal(signal.SIGTERM)
+
+    def wait(options: list[str]) -> int:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+            return 0
+        finally:
+            closed.append(True)
+
+    monkeypatch.setattr(estimate_memory, "main", wait)
+    with pytest.raises(SystemExit) as ended:
+        main(["estimate"])
+    assert ended.value.code == 143 and closed == [True]
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_an_unknown_command_names_the_closest(capsys):

@@ -3,8 +3,8 @@ what can be gone on with.
 """
 
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 
 WATCHED = (signal.SIGTERM, signal.SIGINT)
@@ -22,14 +22,26 @@ class Ended(KeyboardInterrupt):
         self.code = exit_code(number)
 
 
+def resumable() -> AbstractContextManager[None]:
+    """Within, either signal raises Ended."""
+    return raising(Ended, WATCHED)
+
+
+def unwinding() -> AbstractContextManager[None]:
+    """Within, SIGTERM raises SystemExit, so that processes which were started here end too."""
+    return raising(lambda number: SystemExit(exit_code(number)), [signal.SIGTERM])
+
+
 @contextmanager
-def resumable() -> Iterator[None]:
-    """Within, either signal raises Ended; one that is ignored, as nohup has it, stays so."""
+def raising(
+    error: Callable[[signal.Signals], BaseException], numbers: Sequence[signal.Signals]
+) -> Iterator[None]:
+    """Within, these signals raise what `error` makes of them. Ignored ones, as nohup has them, stay so."""
 
     def end(number: int, frame: FrameType | None) -> None:
-        raise Ended(signal.Signals(number))
+        raise error(signal.Signals(number))
 
-    heard = [number for number in WATCHED if signal.getsignal(number) is not signal.SIG_IGN]
+    heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, end) for number in heard}
     try:
         yield
