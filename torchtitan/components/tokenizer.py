@@ -235,6 +235,5 @@ def read_json(file: Path, default: Any) -> Any:
     except ValueError as error:
         raise ConfigError(f"{file} is not valid JSON: {error}") from None
     if type(content) is not type(default):
-        kinds = {dict: "an object", list: "a list"}
-        raise ConfigError(f"{file} does not hold {kinds[type(default)]}, as it should")
+        raise ConfigError(f"{file} does not hold {'a list' if isinstance(default, list) else 'an object'}")
     return content
