@@ -44,9 +44,9 @@ from experiments.vlm.batch import BatchShape
 from experiments.vlm.config import Source, VLMJobConfig
 from experiments.vlm.data.formats.tar_index import find_samples
 from experiments.vlm.data.producer import Producer
-from experiments.vlm.data.resume import save_states
 from experiments.vlm.data.setup import make_setup
 from experiments.vlm.data.shared_memory import Buffers, slot_views
+from experiments.vlm.data.slot_state import save_states
 from experiments.vlm.data.sources.order import Deal
 from experiments.vlm.data.sources.reader import SourceReader
 from experiments.vlm.data.sources.shard_cache import ShardCache

@@ -19,11 +19,12 @@ RUN: who plans and fills; the steps are the same whichever process does (`next(L
     workers      processes, each with a producer, that write into shared_memory
     prefetch     steps with or without workers, as nodes of torchdata, which pin them for a GPU
     ranks        what the ranks of a job know together: the list of shards
+    resume       how a run goes on with what its slots had read (slot_state), and shards that are new
     loader       the steps of a rank as the trainer takes them
 
 Alongside: image (sizes for PLAN, decoding for FILL; jpeg_header: sizes of the usual ones, faster;
 rgb: what Pillow loads as RGB; decoding_memory: for large ones), rejects, reject_log and report (what is not
-used, and why), controls (validation with spoilt images), resume (the state of slots in a checkpoint),
-storage/ (outages, copies, addresses). RUN imports FILL, and FILL imports PLAN, never the reverse.
+used, and why), controls (validation with spoilt images), storage/ (outages, copies, addresses). RUN imports
+FILL, and FILL imports PLAN, never the reverse.
 What comes out, with an example: experiments/vlm/batch.py.
 """

@@ -26,20 +26,13 @@ from experiments.vlm.data.batch_metrics import names_by_source, rejected_name
 from experiments.vlm.data.good_sample import require_good_samples
 from experiments.vlm.data.prefetch import COPIED, FromWorkers, InProcess, Supply, is_pinned
 from experiments.vlm.data.producer import SlotStep
-from experiments.vlm.data.ranks import Ranks, list_again, shards_of
+from experiments.vlm.data.ranks import Ranks, shards_of
 from experiments.vlm.data.reject_log import RejectLog
 from experiments.vlm.data.report import Tally, check_bad_fraction, rejected_line, report, tally_of
-from experiments.vlm.data.resume import (
-    SlotState,
-    changed_shards,
-    changes_of,
-    read_states,
-    refuse,
-    save_states,
-    slot_key,
-)
+from experiments.vlm.data.resume import from_checkpoint, refuse, with_new_shards
 from experiments.vlm.data.setup import Setup, Split, make_setup, order_facts, shape_of, with_deals
-from experiments.vlm.data.sources.listing import Continued, go_on, to_text
+from experiments.vlm.data.slot_state import SlotState, read_states, save_states, slot_key
+from experiments.vlm.data.sources.listing import to_text
 from experiments.vlm.data.sources.shards import needs_copy
 from experiments.vlm.data.storage.fetch import about_failures
 from experiments.vlm.data.storage.file_cache import file_cache
@@ -216,13 +209,12 @@ class Loader:
         if not state:
             return
         entries = read_states(state)
-        furthest = self._furthest(entries)
-        continued = self.ranks.from_first(lambda: self._go_on(entries, furthest))
-        changes = self._changes(entries, continued)
-        if changes and not self.job.data.resume_changed_data:
-            raise refuse(changes)
-        if changes:
-            logger.warning(f"the data starts anew (data.resume_changed_data): {'; '.join(changes)}")
+        continued = from_checkpoint(entries, self.job, self.setup, self.slots, self.reads, self.ranks)
+        if continued.changes and not self.job.data.resume_changed_data:
+            raise refuse(continued.changes)
+        if continued.changes:
+            changes = "; ".join(continued.changes)
+            logger.warning(f"the data starts anew (data.resume_changed_data): {changes}")
             return
         for line in continued.joined:
             logger.info(line)
@@ -238,13 +230,8 @@ class Loader:
 
     def _let_new_shards_join(self) -> None:
         """Go on as if the run had ended here: what is read ahead of the trainer is read again."""
-        listed = list_again(self.job, self.ranks)
         deals = self.setup.settings.deals
-        if all(set(shards) <= set(deal.shards) for shards, deal in zip(listed, deals, strict=True)):
-            return
-        now = [replace(deal, shards=shards, joins=()) for deal, shards in zip(deals, listed, strict=True)]
-        furthest = self._furthest({slot: {"slot": state} for slot, state in self.states.items()})
-        continued = go_on(now, to_text(deals), furthest, join=True)
+        continued = with_new_shards(self.job, deals, self.states, self.ranks)
         if continued.changes:
             logger.warning(f"no new shards join: {'; '.join(continued.changes)}")
             return
@@ -253,40 +240,6 @@ class Loader:
         if continued.now != deals:
             self.close()
             self._use(with_deals(self.setup, continued.now))
-
-    def _go_on(self, entries: Mapping[int, dict[str, Any]], furthest: list[int]) -> Continued:
-        deals = self.setup.settings.deals
-        text = entries.get(0, {}).get("shards")
-        if text is None:
-            return Continued(deals, deals, [], [])
-        return go_on(deals, text, furthest, self.job.data.join_new_shards)
-
-    def _furthest(self, entries: Mapping[int, dict[str, Any]]) -> list[int]:
-        """The furthest unit of each source, over all slots: see `go_on`. Empty where not all slots are
-        known.
-        """
-        deals = self.setup.settings.deals
-        if not self.ranks.together and len(entries) < deals[0].slots:
-            return []
-        units = [0] * len(deals)
-        for slot, entry in entries.items():
-            # as many as both have: where sources came or went, the facts say so
-            for source, (reader, deal) in enumerate(
-                zip(entry["slot"]["plan"]["readers"], deals, strict=False)
-            ):
-                units[source] = max(units[source], reader[0] * deal.slots + slot)
-        return [max(of_source) for of_source in zip(*self.ranks.from_all(units), strict=True)]
-
-    def _changes(self, entries: Mapping[int, dict[str, Any]], continued: Continued) -> list[str]:
-        """What has changed, for this rank's slots or others'."""
-        setup = with_deals(self.setup, continued.then)
-        changes = continued.changes + changes_of(entries, self.slots, order_facts(self.job, setup))
-        retry = Retry(self.job.data.storage_timeout_s)
-        slots = self.slots if self.reads and not changes else range(0)
-        changes += self.ranks.wait_together(
-            lambda: changed_shards(entries, slots, continued.then, setup.open_shard, retry)
-        )
-        return list(dict.fromkeys(change for of_rank in self.ranks.from_all(changes) for change in of_rank))
 
     def slot_keys(self) -> list[str]:
         """The keys of `state_dict` that this rank's slots have: "slot_000017" for slot 17."""

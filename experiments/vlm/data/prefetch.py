@@ -24,9 +24,9 @@ from torchdata.nodes import BaseNode, PinMemory, Prefetcher
 
 from experiments.vlm.batch import BatchShape
 from experiments.vlm.data.producer import Producer, SlotStep
-from experiments.vlm.data.resume import SlotState
 from experiments.vlm.data.setup import Setup
 from experiments.vlm.data.shared_memory import Arrays, Buffers, slot_views
+from experiments.vlm.data.slot_state import SlotState
 from experiments.vlm.data.workers import Assignment, Worker, close_all
 from torchtitan.config.errors import StorageError
 from torchtitan.distributed.collectives import STILL_WAITING_S

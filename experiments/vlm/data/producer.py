@@ -13,9 +13,9 @@ from experiments.vlm.data.collate import Collator, FilledSlot
 from experiments.vlm.data.good_sample import GoodSampleSearch
 from experiments.vlm.data.rejects import Reject
 from experiments.vlm.data.report import Tally
-from experiments.vlm.data.resume import SlotState
 from experiments.vlm.data.setup import Setup
 from experiments.vlm.data.slot import Slot, SlotPlan
+from experiments.vlm.data.slot_state import SlotState
 from experiments.vlm.data.sources.shard_cache import ShardCache
 from experiments.vlm.data.storage.outages import Retry
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from experiments.vlm.data.rejects import Reject, meaning
-from experiments.vlm.data.resume import SlotState
+from experiments.vlm.data.slot_state import SlotState
 from torchtitan.config.errors import DataError
 
 KINDS = ("samples", "images", "shards")

@@ -1,62 +1,83 @@
-"""The state of slots as a checkpoint holds it: a few kilobytes each, under the slot's number.
+"""How a run goes on from the states of its slots, with the shards of then and those that joined; and why not.
 
-    slot_000017 -> zlib(JSON {"facts": what the order depends on, "slot": SlotState})
-    slot_000000    has "shards" too: those of each source in their order, see sources/listing
-
-Everywhere else a state is plain values: numbers, lists and dicts. They become text here, and only when a
-checkpoint is made. Which rank or worker runs the slot is no part of it, so a run goes on with any number of
-either.
+In: the states of a checkpoint, or of a run whose sources may have new shards. Out: the deals to go on with,
+or what changed, the same on all ranks.
 """
 
-import json
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypedDict
+from dataclasses import replace
+from typing import Any
 
+from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.data.formats.shard import Shard
+from experiments.vlm.data.ranks import Ranks, list_again
 from experiments.vlm.data.rejects import Rejected
+from experiments.vlm.data.setup import Setup, order_facts, with_deals
+from experiments.vlm.data.slot_state import SlotState
+from experiments.vlm.data.sources.listing import Continued, go_on, to_text
 from experiments.vlm.data.sources.order import Deal
 from experiments.vlm.data.sources.shard_cache import OpenShard
 from experiments.vlm.data.storage.outages import Retry
 from torchtitan.config.errors import ConfigError
 
 MISSING = "not set"
-PREFIX = "slot_"
 OPENED_AT_A_TIME = 8
+Entries = Mapping[int, Mapping[str, Any]]  # slot -> what slot_state.save_states saved of it
 
 
-class SlotState(TypedDict):
-    """One slot right after a step. Nobody changes it, so the loader and a later checkpoint may share it."""
+def from_checkpoint(
+    entries: Entries, job: VLMJobConfig, setup: Setup, slots: range, reads: bool, ranks: Ranks
+) -> Continued:
+    """The deals of the run that saved `entries`; its changes are those for the slots of any rank.
 
-    plan: dict[str, Any]  # Slot.position
-    delivered: dict[str, Any]  # Tally.snapshot of what reached a batch
-    epochs: dict[str, float]  # as in SlotPlan
-
-
-def slot_key(slot: int) -> str:
-    """The name of a slot's state in a checkpoint."""
-    return f"{PREFIX}{slot:06d}"
-
-
-def save_states(states: Mapping[int, SlotState], facts: dict[str, Any], shards: str) -> dict[str, bytes]:
-    """Slot -> its state and the facts that its order depends on, as bytes for a checkpoint."""
-    entries: dict[int, dict[str, Any]] = {
-        slot: {"facts": facts, "slot": state} for slot, state in states.items()
-    }
-    if 0 in entries:
-        entries[0]["shards"] = shards
-    return {slot_key(slot): zlib.compress(json.dumps(entry).encode()) for slot, entry in entries.items()}
+    `slots`: of this rank, which looks into their shards if it `reads`.
+    """
+    deals = setup.settings.deals
+    furthest = _furthest({slot: entry["slot"] for slot, entry in entries.items()}, deals, ranks)
+    continued = ranks.from_first(lambda: _listed_then(entries, deals, furthest, job.data.join_new_shards))
+    then = with_deals(setup, continued.then)
+    changes = continued.changes + changes_of(entries, slots, order_facts(job, then))
+    looked_at = slots if reads and not changes else range(0)
+    retry = Retry(job.data.storage_timeout_s)
+    changes += ranks.wait_together(
+        lambda: changed_shards(entries, looked_at, continued.then, then.open_shard, retry)
+    )
+    of_all = dict.fromkeys(change for of_rank in ranks.from_all(changes) for change in of_rank)
+    return replace(continued, changes=list(of_all))
 
 
-def read_states(saved: Mapping[str, bytes]) -> dict[int, dict[str, Any]]:
-    """Slot -> what `save_states` saved of it."""
-    return {int(key.removeprefix(PREFIX)): json.loads(zlib.decompress(entry)) for key, entry in saved.items()}
+def with_new_shards(
+    job: VLMJobConfig, deals: tuple[Deal, ...], states: Mapping[int, SlotState], ranks: Ranks
+) -> Continued:
+    """The deals of a run that goes on, with the shards that its sources have now. `states`: of all slots of
+    this rank.
+    """
+    listed = list_again(job, ranks)
+    if all(set(shards) <= set(deal.shards) for shards, deal in zip(listed, deals, strict=True)):
+        return Continued(deals, deals, [], [])
+    now = [replace(deal, shards=shards, joins=()) for deal, shards in zip(deals, listed, strict=True)]
+    return go_on(now, to_text(deals), _furthest(states, deals, ranks), join=True)
 
 
-def changes_of(
-    entries: Mapping[int, dict[str, Any]], slots: Iterable[int], facts: dict[str, Any]
-) -> list[str]:
+def _listed_then(entries: Entries, deals: tuple[Deal, ...], furthest: Sequence[int], join: bool) -> Continued:
+    text = entries.get(0, {}).get("shards")
+    return Continued(deals, deals, [], []) if text is None else go_on(deals, text, furthest, join)
+
+
+def _furthest(states: Mapping[int, SlotState], deals: Sequence[Deal], ranks: Ranks) -> list[int]:
+    """The furthest unit of each source, over all slots: see `go_on`. Empty where not all slots are known."""
+    if not ranks.together and len(states) < deals[0].slots:
+        return []
+    units = [0] * len(deals)
+    for slot, state in states.items():
+        # as many as both have: where sources came or went, the facts say so
+        for source, (reader, deal) in enumerate(zip(state["plan"]["readers"], deals, strict=False)):
+            units[source] = max(units[source], reader[0] * deal.slots + slot)
+    return [max(of_source) for of_source in zip(*ranks.from_all(units), strict=True)]
+
+
+def changes_of(entries: Entries, slots: Iterable[int], facts: dict[str, Any]) -> list[str]:
     """Why slots cannot go on exactly: what their order depends on is another now, or they have no state."""
     for slot in slots:
         if slot not in entries:
@@ -67,7 +88,7 @@ def changes_of(
 
 
 def changed_shards(
-    entries: Mapping[int, dict[str, Any]],
+    entries: Entries,
     slots: Iterable[int],
     deals: Sequence[Deal],
     open_shard: OpenShard,

@@ -29,9 +29,9 @@ import torch
 
 from experiments.vlm.batch import BatchShape
 from experiments.vlm.data.producer import Producer, SlotStep
-from experiments.vlm.data.resume import SlotState
 from experiments.vlm.data.setup import Setup
 from experiments.vlm.data.shared_memory import Buffers, slot_views
+from experiments.vlm.data.slot_state import SlotState
 from torchtitan.config.errors import UserError
 
 GRACE_S = 5.0  # for a worker to end by itself
