@@ -1,16 +1,20 @@
 """The server answers what the engine answers, and goes on whatever is sent to it."""
 
 import base64
+import contextlib
 import errno
 import http.client
 import json
+import os
+import resource
 import socket
 import threading
+import time
 
 import pytest
 
 from experiments.vlm.generate.answering import Answering
-from experiments.vlm.generate.server import RequestLimits, Server
+from experiments.vlm.generate.server import DECODED_AT_A_TIME, RequestLimits, Server
 from experiments.vlm.generate.service import Service
 from tests.unit.test_generate import PLAN, engine, picture, prompter
 from torchtitan.generation.engine import Request
@@ -217,6 +221,41 @@ def test_who_asks_is_told_where_the_program_fails(server, monkeypatch):
     assert status == 500 and "the server failed" in json.loads(text)["error"]["message"]
     monkeypatch.undo()
     good(server)
+
+
+def test_more_open_files_than_select_takes_stop_nothing(server):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 2048:
+        pytest.skip("this machine does not allow so many")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2048), hard))
+    with contextlib.ExitStack() as files:
+        for _ in range(1024):
+            files.enter_context(open(os.devnull))
+        good(server)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_few_requests_have_their_images_decoded_at_a_time(server, monkeypatch):
+    here, most, lock, make = 0, 0, threading.Lock(), server.service.prompter.prompt
+
+    def prompt(turns):
+        nonlocal here, most
+        with lock:
+            here += 1
+            most = max(most, here)
+        made = make(turns)
+        time.sleep(0.02)
+        with lock:
+            here -= 1
+        return made
+
+    monkeypatch.setattr(server.service.prompter, "prompt", prompt)
+    threads = [threading.Thread(target=post, args=(server, user("Who?"))) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert 1 <= most <= DECODED_AT_A_TIME
 
 
 def test_connections_that_are_closed_or_silent_stop_nothing(server):

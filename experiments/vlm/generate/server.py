@@ -36,6 +36,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 SILENT_S = 60.0  # a client that sends or takes nothing for so long is left
 DISCARD_S = 2.0  # what a refused client still sends is read for so long
 AT_A_TIME = 64  # connections; further ones are answered with 503
+DECODED_AT_A_TIME = 2  # requests whose images are decoded, each of which may take 3 GB meanwhile
 MODEL_FAILED = openai.failure("the model failed", "server_error")
 
 
@@ -61,6 +62,7 @@ class Server(ThreadingHTTPServer):
         self.limits = limits
         self.loopback = address[0] in LOOPBACK
         self.room = threading.BoundedSemaphore(AT_A_TIME)
+        self.decoding = threading.BoundedSemaphore(DECODED_AT_A_TIME)
         self.page = resources.files(__package__).joinpath("chat.html").read_bytes()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -181,7 +183,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def _complete(self, body: bytes) -> None:
         asked = openai.parse(body, self.server.limits.max_tokens)
-        prompt = self.server.service.prompter.prompt(asked.turns)
+        with self.server.decoding:
+            prompt = self.server.service.prompter.prompt(asked.turns)
         request = Request(0, prompt, asked.sampling, asked.seed, asked.max_tokens, asked.stops)
         id, events = f"chatcmpl-{uuid.uuid4().hex}", self.server.service.ask(request)
         with contextlib.closing(events):
@@ -197,8 +200,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def _is_gone(self) -> bool:
         """Whether who asked has closed the connection."""
-        readable, _, _ = select.select([self.connection], [], [], 0)
-        return bool(readable) and not self.connection.recv(1, socket.MSG_PEEK)
+        asked = select.poll()
+        asked.register(self.connection, select.POLLIN)
+        return bool(asked.poll(0)) and not self.connection.recv(1, socket.MSG_PEEK)
 
     def _stream(self, pieces: Iterator[dict[str, Any]]) -> None:
         self.close_connection = True
