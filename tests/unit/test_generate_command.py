@@ -1,6 +1,7 @@
 """`torchtitan-vlm generate`: answers of a run's checkpoint, alone on standard output or in a file."""
 
 import json
+import os
 import re
 
 import pytest
@@ -9,7 +10,7 @@ from experiments.__main__ import main as train
 from experiments.commands import main
 from experiments.vlm.generate.answer_file import AnswerFile, read_records
 from tests.samples import jpeg, write_jsonl
-from torchtitan.config.errors import ConfigError
+from torchtitan.config.errors import ConfigError, StorageError
 
 SMALL = [
     "--training.dataset", "cc12m", "--training.dataset_path", "embedded:captions/train",
@@ -126,6 +127,17 @@ def test_a_line_that_is_no_record_is_named(tmp_path, line, told):
     (tmp_path / "in.jsonl").write_text(line)
     with pytest.raises(ConfigError, match=told):
         read_records(tmp_path / "in.jsonl")
+
+
+def test_a_full_disk_ends_a_run_that_goes_on_once_there_is_room(tmp_path, monkeypatch):
+    out, write = AnswerFile(tmp_path / "out.jsonl", True, 1), os.write
+    out.add(0, 0, {"text": "a"})
+    monkeypatch.setattr(os, "write", lambda file, data: write(file, data[:9]))
+    with pytest.raises(StorageError, match="out.jsonl: No space left .* free; the same command goes on"):
+        out.add(1, 0, {"text": "b"})
+    monkeypatch.undo()
+    again = AnswerFile(tmp_path / "out.jsonl", True, 1)
+    assert (again.left(0), again.left(1)) == ([], [0])
 
 
 def test_an_id_that_is_half_a_character_is_kept(tmp_path):

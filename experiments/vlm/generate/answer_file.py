@@ -1,5 +1,6 @@
 """What the command `generate` does: one answer that streams, or a file of them that a later run completes."""
 
+import errno
 import json
 import os
 import sys
@@ -15,8 +16,9 @@ from experiments.vlm.data.formats.record_shard import ImageValues
 from experiments.vlm.generate.answering import Answering
 from experiments.vlm.generate.prompt import Prompt
 from experiments.vlm.generate.record import prompt_of
-from torchtitan.config.errors import ConfigError, UserError
+from torchtitan.config.errors import ConfigError, StorageError, UserError
 from torchtitan.generation.engine import Answer, Request
+from torchtitan.tools.disk import describe
 from torchtitan.tools.logging import logger
 
 Ask = Callable[[int, Prompt], Request]  # (number of a sample, its prompt)
@@ -63,8 +65,19 @@ class AnswerFile:
         if self.writes:
             numbered = {"sample": sample} if self.samples > 1 else {}
             line = json.dumps({"id": id, **numbered, **values}, ensure_ascii=False) + "\n"
-            file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-            os.write(file, line.encode(errors="backslashreplace"))  # half a pair of code units as JSON has it
+            self._append(line.encode(errors="backslashreplace"))  # half a pair of code units as JSON has it
+
+    def _append(self, line: bytes) -> None:
+        """Raises StorageError where the disk is full: nothing may stand behind half a line."""
+        file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            if os.write(file, line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise StorageError(
+                f"{self.path}: {describe(error, self.path)}; the same command goes on"
+            ) from None
+        finally:
             os.close(file)
 
 
