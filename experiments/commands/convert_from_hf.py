@@ -7,8 +7,6 @@ The second makes a fresh projector. A run reads folders by itself too (checkpoin
 keep the dtypes of their files. `--list` says what can be read.
 """
 
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +19,7 @@ from torchtitan.components.tokenizer import load_tokenizer
 from torchtitan.config.errors import require
 from torchtitan.config.parse import parse_script
 from torchtitan.models.decoder.hf_config import FAMILIES
-from torchtitan.tools.disk import require_writable
+from torchtitan.tools.disk import whole_folder
 from torchtitan.tools.hub import command_for
 from torchtitan.tools.logging import init_logger
 
@@ -66,15 +64,11 @@ def main(argv: Sequence[str]) -> int:
         folder = getattr(options, name)
         missing = f"--{name} = {folder}: no such folder (looked from {Path.cwd()})"
         require(not folder or Path(folder).is_dir(), f"{missing}; get it with `{command_for(Path(folder))}`")
-    require_writable(out.absolute().parent, "--out")
-    with tempfile.TemporaryDirectory(prefix=out.name + ".", dir=out.absolute().parent) as folder:
-        half = Path(folder) / "half"
-        half.mkdir()
+    with whole_folder(out, "--out") as half:
         from experiments.vlm.initial_weights import as_checkpoint
 
         tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else None
         for line in as_checkpoint(job, tokenizer, half):
             print(line)
-        shutil.move(half, out)
     print(f"train from it: --checkpoint.initial_load_path {out}")
     return 0

@@ -10,7 +10,6 @@ weights_only: one that holds more than tensors is refused, since it could run co
 
 import json
 import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from experiments.__main__ import CONFIG_CLASSES
 from torchtitan.config.check import check_options
 from torchtitan.config.errors import require
 from torchtitan.config.parse import parse_script
-from torchtitan.tools.disk import require_writable
+from torchtitan.tools.disk import whole_folder
 from torchtitan.tools.logging import init_logger
 
 
@@ -46,12 +45,8 @@ def main(argv: Sequence[str]) -> int:
     source, out = Path(options.torch).expanduser(), Path(options.out)
     require(source.is_dir(), f"--torch = {source}: no such folder (looked from {Path.cwd()})")
     require(not out.exists(), f"--out = {out}: is there already; give another folder, or delete it")
-    require_writable(out.absolute().parent, "--out")
-    with tempfile.TemporaryDirectory(prefix=out.name + ".", dir=out.absolute().parent) as folder:
-        half = Path(folder) / "half"
-        half.mkdir()
+    with whole_folder(out, "--out") as half:
         print(write(source, half, options))
-        shutil.move(half, out)
     print(f"train from it: --checkpoint.initial_load_in_hf --checkpoint.initial_load_path {out}")
     return 0
 

@@ -7,8 +7,6 @@ The job is that of the dump folder's config.toml, unless --job.config_file names
 at a time. `--list` says what can be written.
 """
 
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +22,7 @@ from torchtitan.config.check import check_options
 from torchtitan.config.errors import require
 from torchtitan.config.parse import parse_script
 from torchtitan.models.decoder.hf_config import FAMILIES
-from torchtitan.tools.disk import require_writable
+from torchtitan.tools.disk import whole_folder
 from torchtitan.tools.logging import init_logger
 
 WRITTEN = f"""all       Lfm2VlForConditionalGeneration, LlavaForConditionalGeneration (with --layout original
@@ -66,13 +64,8 @@ def main(argv: Sequence[str]) -> int:
     require(not out.exists(), f"--out = {out}: is there already; give another folder, or delete it")
     check_layout(options, out)
     checkpoint = use_checkpoint(job, options.checkpoint)
-    require_writable(out.absolute().parent, "--out")
-    # Half a folder never bears the name of a whole one.
-    with tempfile.TemporaryDirectory(prefix=out.name + ".", dir=out.absolute().parent) as folder:
-        half = Path(folder) / "half"
-        half.mkdir()
+    with whole_folder(out, "--out") as half:
         write(job, checkpoint, half, options)
-        shutil.move(half, out)
     alone = options.adapters == "only"
     print(f"{out}: {'adapters' if alone else options.part} of {checkpoint}")
     if options.layout == "original":

@@ -12,7 +12,7 @@ import pytest
 from experiments import commands
 from experiments.__main__ import USER_ERROR, checked_job, main
 from tests.unit.test_config_check import CP2, DATA, REPOSITORY, TP2
-from torchtitan.config.errors import ConfigError
+from torchtitan.config.errors import CheckpointError, ConfigError
 from torchtitan.tools import disk
 
 pytestmark = pytest.mark.usefixtures("repository_without_gpu")
@@ -60,6 +60,29 @@ def test_a_folder_without_write_permission_is_told(tmp_path, monkeypatch):
 def test_a_full_disk_is_told_with_what_is_free(tmp_path):
     told = disk.describe(OSError(errno.ENOSPC, "No space left on device"), tmp_path / "not" / "there")
     assert re.fullmatch(r"No space left on device; \d+\.\d [MG]iB free", told)
+    full = r"--out = .*out: not written \(No space left on device; \d+\.\d [MG]iB free\): make room"
+    with pytest.raises(ConfigError, match=full), disk.whole_folder(tmp_path / "out", "--out") as half:
+        (half / "begun").write_text("and no more")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert not any(tmp_path.iterdir())
+    with disk.whole_folder(tmp_path / "out", "--out") as half:
+        (half / "done").touch()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["done"]
+
+
+def test_a_checkpoint_of_folders_that_the_disk_does_not_take_is_told_in_a_line(tmp_path, monkeypatch):
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    from torchtitan.models.hf.checkpoint import write_checkpoint
+    from torchtitan.models.hf.source import FolderSource
+
+    def no_room(*_, **__):
+        raise CheckpointException("writing", {0: (OSError(errno.ENOSPC, "No space left on device"), None)})
+
+    monkeypatch.setattr(dcp, "save", no_room)
+    with pytest.raises(CheckpointError, match=r"not written \(No space left on device; .*make room"):
+        write_checkpoint(FolderSource([], []), {}, {}, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,11 @@
 """Whether a folder can be written to, what to say when a disk is full, and names that count up."""
 
+import contextlib
 import errno
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from torchtitan.config.errors import ConfigError
@@ -19,6 +21,26 @@ def require_writable(folder: Path, key: str) -> None:
         detail = describe(error, folder)
         wrong = f"{key} = {folder}: cannot be written to ({detail})"
         raise ConfigError(f"{wrong}; give another folder, or mend this one") from None
+
+
+@contextlib.contextmanager
+def whole_folder(out: Path, key: str) -> Iterator[Path]:
+    """A folder to write into, which becomes `out` at the end: half of one never bears that name.
+
+    Raises ConfigError that names the option `key` where there is no room, or no permission.
+    """
+    parent = out.absolute().parent
+    require_writable(parent, key)
+    with tempfile.TemporaryDirectory(prefix=out.name + ".", dir=parent) as folder:
+        half = Path(folder) / "half"
+        half.mkdir()
+        try:
+            yield half
+            shutil.move(half, out)
+        except OSError as error:
+            if not is_full(error):
+                raise
+            raise ConfigError(f"{key} = {out}: not written ({describe(error, parent)}): make room") from None
 
 
 def write_whole(path: Path, text: str) -> None:

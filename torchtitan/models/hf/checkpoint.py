@@ -9,11 +9,14 @@ import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from torchtitan.components.checkpoint_folder import RECORD
-from torchtitan.components.checkpoint_read import PREFIX
+from torchtitan.components.checkpoint_read import PREFIX, reason
+from torchtitan.config.errors import CheckpointError
 from torchtitan.models.hf.source import FolderSource
 from torchtitan.models.hf.tensors import FLOATS, Assembly, Rows, shape_of
+from torchtitan.tools.disk import free
 
 
 def write_checkpoint(
@@ -23,12 +26,17 @@ def write_checkpoint(
     `model`: its sizes.
 
     What is stored as it lies in a file is mapped rather than read, so memory holds one tensor at a time.
+    Raises CheckpointError where the disk does not take it.
     """
     weights = {name: _mapped(made) for name, made in source.made.items()} | dict(fresh)
     state = {PREFIX + name: tensor for name, tensor in weights.items()}
     record = {"step": 0, "tokens": 0, "model_only": True, "model": dict(model)}
     (folder / RECORD).write_text(json.dumps(record, indent=1))
-    dcp.save(state, storage_writer=dcp.FileSystemWriter(str(folder)), no_dist=True)
+    try:
+        dcp.save(state, storage_writer=dcp.FileSystemWriter(str(folder)), no_dist=True)
+    except CheckpointException as error:
+        told = f"the checkpoint was not written ({reason(error)}; {free(folder)} free): make room"
+        raise CheckpointError(told) from None
 
 
 def _mapped(made: Assembly) -> Tensor:
