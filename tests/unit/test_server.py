@@ -238,6 +238,8 @@ def test_more_open_files_than_select_takes_stop_nothing(server):
 def test_few_requests_have_their_images_decoded_at_a_time(server, monkeypatch):
     here, most, lock, make = 0, 0, threading.Lock(), server.service.prompter.prompt
 
+    asked = user([item(picture(8, 8)), {"type": "text", "text": "Who?"}])
+
     def prompt(turns):
         nonlocal here, most
         with lock:
@@ -250,7 +252,7 @@ def test_few_requests_have_their_images_decoded_at_a_time(server, monkeypatch):
         return made
 
     monkeypatch.setattr(server.service.prompter, "prompt", prompt)
-    threads = [threading.Thread(target=post, args=(server, user("Who?"))) for _ in range(6)]
+    threads = [threading.Thread(target=post, args=(server, asked)) for _ in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -62,6 +62,11 @@ class Completion:
     stream_usage: bool  # a last piece says how many tokens there were
     logprobs: bool
 
+    @property
+    def pictures(self) -> int:
+        """How many there are."""
+        return _pictures(self.turns)
+
 
 def parse(body: bytes, max_tokens: int) -> Completion:
     """`max_tokens`: the most, and what holds where the request says none. Raises UserError that names the
@@ -139,12 +144,15 @@ def _turns(messages: Any) -> Turns:
     if not isinstance(messages, list) or not messages:
         raise UserError("messages: must be a list of messages")
     turns = [_turn(message, f"messages[{number}]") for number, message in enumerate(messages)]
-    images = sum(isinstance(part, Picture) for _, content in turns for part in content)
-    if images > MOST_IMAGES:
-        raise UserError(f"messages: {images} images, more than {MOST_IMAGES}")
+    if _pictures(turns) > MOST_IMAGES:
+        raise UserError(f"messages: {_pictures(turns)} images, more than {MOST_IMAGES}")
     if turns[-1][0] == "assistant":
         raise UserError("messages: the last one must not be the assistant's")
     return turns
+
+
+def _pictures(turns: Turns) -> int:
+    return sum(isinstance(part, Picture) for _, content in turns for part in content)
 
 
 def _turn(message: Any, where: str) -> tuple[str, list[str | Picture]]:

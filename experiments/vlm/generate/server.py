@@ -183,7 +183,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _complete(self, body: bytes) -> None:
         asked = openai.parse(body, self.server.limits.max_tokens)
-        with self.server.decoding:
+        with self.server.decoding if asked.pictures else contextlib.nullcontext():
             prompt = self.server.service.prompter.prompt(asked.turns)
         request = Request(0, prompt, asked.sampling, asked.seed, asked.max_tokens, asked.stops)
         id, events = f"chatcmpl-{uuid.uuid4().hex}", self.server.service.ask(request)
