@@ -20,7 +20,7 @@ from torchtitan.config.errors import UserError
 from torchtitan.config.help import FLAGS, Guide
 from torchtitan.config.job import JobConfig
 from torchtitan.config.parse import parse, to_toml
-from torchtitan.tools.disk import describe, is_full, require_writable
+from torchtitan.tools.disk import is_full, no_room, require_writable
 from torchtitan.tools.error_line import INTERRUPTED, USER_ERROR, report_error, report_line
 from torchtitan.tools.logging import init_logger
 from torchtitan.tools.wandb_login import require_wandb
@@ -87,7 +87,12 @@ def _check_and_train(argv: Sequence[str]) -> int:
         print(to_toml(job), flush=True)
     from torchtitan.train import main as run
 
-    return run(job, load_spec(job.model.name))
+    try:
+        return run(job, load_spec(job.model.name))
+    except OSError as error:
+        if not is_full(error) or error.filename:
+            raise
+        raise OSError(error.errno, error.strerror, job.job.dump_folder) from error
 
 
 def in_one_line(run: Callable[[], int]) -> int:
@@ -100,10 +105,7 @@ def in_one_line(run: Callable[[], int]) -> int:
     except OSError as error:
         if not is_full(error):
             raise
-        where = Path(error.filename or ".")
-        report_error(
-            UserError(f"{error.filename or 'a file'} was not written ({describe(error, where)}): make room")
-        )
+        report_error(UserError(no_room(error)))
         return USER_ERROR
     except KeyboardInterrupt:
         report_line("interrupted at once: what was done since the last checkpoint is lost")

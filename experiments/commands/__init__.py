@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from torchtitan import __version__
 from torchtitan.config.errors import UserError, did_you_mean
+from torchtitan.tools.disk import is_full, no_room
 from torchtitan.tools.error_line import (
     INTERRUPTED,
     UNREAD,
@@ -75,3 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not nobody_reads():
             raise
         return UNREAD
+    except OSError as error:
+        if not is_full(error):
+            raise
+        report_error(UserError(no_room(error)))
+        return USER_ERROR

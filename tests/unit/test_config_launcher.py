@@ -1,5 +1,6 @@
 """`torchtitan-vlm train`: what process it becomes; and that run_train.sh is this command."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -151,6 +152,17 @@ def test_a_command_that_is_asked_to_end_closes_what_it_opened(monkeypatch):
         main(["estimate"])
     assert ended.value.code == 143 and closed == [True]
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_full_disk_is_told_in_one_line_whatever_the_command(monkeypatch, capsys, tmp_path):
+    def fill(options: list[str]) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *options)
+
+    monkeypatch.setattr(estimate_memory, "main", fill)
+    assert main(["estimate"]) == main(["estimate", str(tmp_path / "a")]) == 2
+    nameless, named = capsys.readouterr().err.splitlines()
+    assert nameless == "error: a file was not written (No space left on device): make room"
+    assert named.startswith(f"error: {tmp_path}/a was not written (No space left on device; ")
 
 
 def test_an_unknown_command_names_the_closest(capsys):

@@ -218,3 +218,13 @@ def test_a_cache_folder_that_cannot_be_written_is_named(tmp_path):
 def test_workers_import_no_torch():
     process = run("import sys, experiments.vlm.world.__main__; print('torch' in sys.modules)")
     assert process.communicate()[0] == "False\n"
+
+
+def test_a_disk_that_is_full_while_a_world_is_drawn_is_told_in_one_line(monkeypatch, tmp_path):
+    fail = [sys.executable, "-S", "-c", "raise OSError(28, 'No space left on device')"]
+    start = subprocess.Popen
+    monkeypatch.setattr(cache.subprocess, "Popen", lambda command, **options: start(fail, **options))
+    with pytest.raises(
+        ConfigError, match=r"cannot draw embedded:captions/heldout .*No space left.*cache_folder$"
+    ):
+        ensure("captions/heldout", str(tmp_path))

@@ -68,6 +68,13 @@ def describe(error: OSError, path: Path) -> str:
     return f"{reason}; {free(path)} free" if is_full(error) else reason
 
 
+def no_room(error: OSError) -> str:
+    """The line on a disk that was full, with the file and what is free there where the error names a file."""
+    name = error.filename
+    why = describe(error, Path(name)) if name else error.strerror
+    return f"{name or 'a file'} was not written ({why}): make room"
+
+
 def free(path: Path) -> str:
     """Free space of the file system that holds `path`, which need not exist yet."""
     there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())

@@ -23,6 +23,7 @@ from experiments.vlm.prepare.progress import JsonProgress, StageProgress
 from experiments.vlm.prepare.runner import STAGES, run
 from experiments.vlm.prepare.shard_plan import PrepareJob
 from experiments.vlm.prepare.stop import Stop
+from torchtitan.tools.disk import is_full, no_room
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,11 @@ def main() -> None:
             run(job, Here(job, progress, stop))
     except Stopped:
         pass
-    except BaseException:
-        progress.send("crashed", traceback.format_exc())
+    except BaseException as error:
+        why = traceback.format_exc()
+        if isinstance(error, OSError) and is_full(error):
+            why = f"{no_room(error)}, and the same command goes on"
+        progress.send("crashed", why)
 
 
 def own_stdout() -> BinaryIO:

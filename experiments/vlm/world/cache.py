@@ -7,6 +7,7 @@ two together). One process holds the lock and draws, the others wait for it. The
 when it is complete.
 """
 
+import re
 import shutil
 import subprocess
 import sys
@@ -88,9 +89,10 @@ def run_workers(arguments: list[str], shards: int, folder: Path) -> None:
             bar.update(_finished(folder) - bar.n)
         for worker in running:
             if worker.poll():
-                raise RuntimeError(
-                    f"drawing {arguments[0]} failed:\n{worker.stderr.read() if worker.stderr else ''}"
-                )
+                told = worker.stderr.read() if worker.stderr else ""
+                if system := re.search(r"^OSError: \[Errno (\d+)\] (.*)\Z", told.rstrip(), re.M):
+                    raise OSError(int(system[1]), system[2])
+                raise RuntimeError(f"drawing {arguments[0]} failed:\n{told}")
     finally:
         for worker in running:
             worker.kill()
