@@ -336,7 +336,7 @@ def spoil(folder) -> None:
 
 def test_an_image_that_cannot_be_read_is_an_empty_answer_and_ends_nothing(tmp_path):
     good, bad = tmp_path / "good", tmp_path / "bad"
-    names, found = ["vqa", "multiple_choice"], {}
+    names, found = ["vqa", "multiple_choice", "mmmu"], {}
     for folder in (good, bad):
         folder.mkdir()
         path = write(folder, "jsonl")

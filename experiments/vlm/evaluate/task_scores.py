@@ -27,7 +27,8 @@ def score(task: Task, questions: list[Question], lines: list[Line]) -> tuple[dic
     found, left_out = {}, []
     for metric in (*task.metrics, *task.optional):
         try:
-            found[metric] = _metric(metric, questions, [line["prediction"] for line in lines])
+            figure = _metric(metric, questions, [line["prediction"] for line in lines])
+            found[metric] = _without_luck(figure, lines)
         except UserError as error:
             if metric not in task.optional:
                 raise
@@ -41,6 +42,15 @@ def _metric(metric: str, questions: list[Question], predictions: list[str]) -> S
     if metric in TOKENIZED:
         said, right = tokenize(said), tokenize(right)
     return METRICS[metric](said, right, **metric_options(metric, questions))
+
+
+def _without_luck(found: Score, lines: list[Line]) -> Score:
+    """What was not asked is not right, though MMMU draws a choice where nothing is said."""
+    lucky = ["error" in line and one > 0 for line, one in zip(lines, found.per_sample, strict=True)]
+    if found.counts is not None or not any(lucky):
+        return found
+    scores = [0.0 if luck else one for luck, one in zip(lucky, found.per_sample, strict=True)]
+    return mean_score(scores, found.parsed)
 
 
 def _choices(questions: list[Question], lines: list[Line]) -> dict[str, Score]:
