@@ -119,7 +119,7 @@ def test_a_file_that_holds_no_answers_is_left_as_it_is(tmp_path, held):
         ('{"id": [1]}', r"line 1: the id \[1\] is neither a text nor a number"),
         ('{"id": NaN}', "line 1: the id nan is neither"),
         ('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", "line 1: .*recursion"),
-        ('{"id": 1}\n{"id": 1}', "line 2: the id 1 is there twice"),
+        ('{"id": 1}\n\n{"id": 1}', "line 3: the id 1 is there twice"),
     ],
     ids=lambda value: value[:12],
 )
@@ -138,6 +138,11 @@ def test_a_full_disk_ends_a_run_that_goes_on_once_there_is_room(tmp_path, monkey
     monkeypatch.undo()
     again = AnswerFile(tmp_path / "out.jsonl", True, 1)
     assert (again.left(0), again.left(1)) == ([], [0])
+
+
+def test_empty_lines_are_no_records(tmp_path):
+    (tmp_path / "in.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n\r\n{"prompt": "b"}\n \n')
+    assert [(number, id) for number, id, _ in read_records(tmp_path / "in.jsonl")] == [(0, 0), (1, 1)]
 
 
 def test_an_id_that_is_half_a_character_is_kept(tmp_path):

@@ -52,7 +52,7 @@ class AnswerFile:
         if path.exists():
             whole = _require_ours(path)
             os.truncate(path, whole)
-            self.done = {(line["id"], line.get("sample", 0)) for line in _lines(path)}
+            self.done = {(line["id"], line.get("sample", 0)) for _, line in _lines(path)}
 
     def left(self, id: Any) -> list[int]:
         """Samples of a record that are still to be answered."""
@@ -134,14 +134,16 @@ def read_records(path: Path) -> list[NumberedRecord]:
     """(number, id, record) of each line. Raises ConfigError for a line that is no record, or an id that is
     none or there twice.
     """
-    records = [(number, line.get("id", number), line) for number, line in enumerate(_lines(path))]
+    records: list[NumberedRecord] = []
     seen: set[Any] = set()
-    for number, id, _ in records:
+    for place, record in _lines(path):
+        id = record.get("id", len(records))
         if not isinstance(id, str | int | float) or id != id:
-            raise ConfigError(f"{path}, line {number + 1}: the id {id!r} is neither a text nor a number")
+            raise ConfigError(f"{path}, line {place}: the id {id!r} is neither a text nor a number")
         if id in seen:
-            raise ConfigError(f"{path}, line {number + 1}: the id {id!r} is there twice")
+            raise ConfigError(f"{path}, line {place}: the id {id!r} is there twice")
         seen.add(id)
+        records.append((len(records), id, record))
     return records
 
 
@@ -152,22 +154,26 @@ def _require_ours(path: Path) -> int:
     torn = text[whole:]
     if not (torn.startswith(BEGINNING) or BEGINNING.startswith(torn)):
         raise ConfigError(f"{path}: is no file of answers; give another one")
-    for number, line in enumerate(_lines(path, whole)):
+    for place, line in _lines(path, whole):
         if "id" not in line or "prompt" in line or "messages" in line:
-            raise ConfigError(f"{path}, line {number + 1}: is no answer; give another file")
+            raise ConfigError(f"{path}, line {place}: is no answer; give another file")
     return whole
 
 
-def _lines(path: Path, end: int | None = None) -> Iterator[dict[str, Any]]:
-    """Objects of a JSONL file, or of so many bytes of it. Raises ConfigError for a line that is none."""
+def _lines(path: Path, end: int | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line from 1, object) of a JSONL file, or of so many bytes of it; empty lines are none. Raises
+    ConfigError for another one.
+    """
     with open(path, "rb") as file:
-        for number, line in enumerate(file):
+        for place, line in enumerate(file, 1):
             if end is not None and file.tell() > end:
                 return
+            if not line.strip():
+                continue
             try:
                 value = json.loads(line)
                 if not isinstance(value, dict):
                     raise ValueError("not an object")
             except (ValueError, RecursionError) as error:
-                raise ConfigError(f"{path}, line {number + 1}: {error}") from None
-            yield value
+                raise ConfigError(f"{path}, line {place}: {error}") from None
+            yield place, value
