@@ -133,6 +133,7 @@ WRONG = [
     ({"model_type": "llama", "attention_bias": True}, "attention_bias = True"),
     ({"model_type": "llama", "is_causal": False}, "is_causal = False: not supported here, only True"),
     ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window = True"),
+    ({"model_type": "qwen2", "layer_types": 5}, "layer_types has 5: not supported here"),
     ({"model_type": "qwen2", "layer_types": ["sliding_attention"]}, "layer_types has 'sliding_attention'"),
     ({"model_type": "qwen3", "attention_bias": True}, "attention_bias = True"),
     ({"model_type": "llama", "rope_scaling": {"type": "yarn"}}, "rope_type = 'yarn'"),

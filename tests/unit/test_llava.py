@@ -198,6 +198,11 @@ PROCESSORS = [
     ({"size": {"height": SIDE, "width": SIDE}, "do_center_crop": False}, "square"),
     ({"size": {"shortest_edge": SIDE}, "do_center_crop": False}, None),
     ({}, None),  # 224, where the tower takes 16
+    ({"size": {"shortest_edge": 20}, "crop_size": SIDE}, None),  # less than the shorter side is kept
+    ({"size": {"height": SIDE, "width": 2 * SIDE}, "crop_size": SIDE}, None),
+    ({"size": {"longest_edge": SIDE}, "crop_size": SIDE}, None),
+    ({"size": [SIDE, SIDE], "crop_size": SIDE}, None),
+    ({"size": SIDE, "crop_size": SIDE, "image_std": [0.5, 0, 0.5]}, None),
     ({"size": {"shortest_edge": SIDE}, "crop_size": SIDE, "rescale_factor": 1 / 127.5}, None),
     ({"size": {"shortest_edge": SIDE}, "crop_size": SIDE, "do_resize": False}, None),
 ]

@@ -60,7 +60,8 @@ def decoder_config(file: ConfigFile, tied: bool | None = None) -> DecoderConfig:
     file.refuse_all_but("hidden_act", "silu")
     file.refuse_all_but("is_causal", True)
     family.refuse(file)
-    for layer in file.values.get("layer_types") or ():
+    layers = file.values.get("layer_types") or []
+    for layer in layers if isinstance(layers, list) else [layers]:
         full = f"{file.where}: layer_types has {layer!r}: not supported here, only 'full_attention'"
         require(layer == "full_attention", full)
     dim, heads = file.size("hidden_size", 4096), file.size("num_attention_heads", 32)

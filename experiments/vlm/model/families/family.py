@@ -103,6 +103,7 @@ def as_processed(encoder: EncoderConfig, folder: Path) -> EncoderConfig:
     known = ", ".join(f"{number} ({kernel})" for number, kernel in kernels.items())
     require(resample in kernels, f"{file.where}: resample = {resample}: not supported here, only {known}")
     mean, deviation = _colour(file, "image_mean", encoder.mean), _colour(file, "image_std", encoder.deviation)
+    require(all(deviation), f"{file.where}: image_std = {list(deviation)}: nothing can be divided by 0")
     return replace(encoder, mean=mean, deviation=deviation, resample=kernels[resample])
 
 

@@ -67,7 +67,8 @@ def resize(folder: Path, encoder: EncoderConfig) -> str:
     if file is None:
         return "padded"
     crops, size = file.get("do_center_crop", True), sides(file, "size")
-    require_sides(file, set((sides(file, "crop_size") if crops else size).values()), encoder)
+    kept = sides(file, "crop_size") if crops else size
+    require_sides(file, {*size.values(), *kept.values()}, encoder)
     if file.get("do_pad", False):
         return "padded"
     if "shortest_edge" not in size:
@@ -85,9 +86,13 @@ def require_sides(file: ConfigFile, found: set[Any], encoder: EncoderConfig) -> 
 def sides(file: ConfigFile, key: str, default: int = 224) -> dict[str, Any]:
     """A size of the image processor; one number is that of a square, or of the shorter side."""
     value = file.values.get(key)
-    if isinstance(value, dict):
-        return {side: pixels for side, pixels in value.items() if pixels is not None}
-    return {"shortest_edge" if key == "size" else "height": default if value is None else value}
+    if not isinstance(value, dict):
+        value = {"shortest_edge" if key == "size" else "height": default if value is None else value}
+    given = {side: pixels for side, pixels in value.items() if pixels is not None}
+    squares = given.keys() <= {"height", "width"} or given.keys() == {"shortest_edge"}
+    good = squares and given and all(type(pixels) is int for pixels in given.values())
+    require(bool(good), f"{file.where}: {key} = {file.values.get(key)!r}: expected the pixels of a square")
+    return given
 
 
 def require_llava(config: VLMConfig) -> None:
