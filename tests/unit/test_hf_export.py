@@ -33,6 +33,8 @@ from tests.unit.test_hf_import import DECODERS, assert_packed_equals_alone, job_
 from tests.unit.test_vlm import sizes_of
 from torchtitan.components.train_state import as_record
 from torchtitan.components.weights import CheckpointSource, fill, shapes_of, to_empty
+from torchtitan.config.errors import ConfigError
+from torchtitan.models.hf.writing import TensorToWrite, write_folder
 
 WHOLE = {"llama": LLAMA, "qwen2": QWEN2, "qwen3": QWEN3}
 
@@ -153,6 +155,14 @@ def test_weights_are_written_in_the_dtype_that_is_asked_for_and_in_files_of_a_si
     command("to_hf", "--checkpoint", tmp_path / "step-3", "--out", tmp_path / "one")
     for key, tensor in state_of(tmp_path / "one").items():
         assert torch.equal(tensor.bfloat16(), state[key]), key
+
+
+def test_a_number_that_the_dtype_does_not_hold_is_told(tmp_path):
+    rows = torch.tensor([[1.0, torch.inf], [-7e4, 2.0]])
+    with pytest.raises(ConfigError, match=r"tensor w has 7e\+04, more than float16 holds"):
+        write_folder({"w": TensorToWrite((2, 2), torch.float16, lambda: [rows])}, tmp_path)
+    write_folder({"w": TensorToWrite((2, 2), torch.bfloat16, lambda: [rows])}, tmp_path)
+    assert torch.equal(state_of(tmp_path)["w"], rows.bfloat16())
 
 
 def test_a_checkpoint_made_of_folders_is_trained_from(folders, tmp_path):

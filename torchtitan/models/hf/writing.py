@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from torchtitan.config.errors import require
 from torchtitan.models.hf.folder import INDEX
 from torchtitan.models.hf.safetensors_file import header_bytes
 from torchtitan.models.hf.tensors import NAMES
@@ -43,7 +44,7 @@ def write_folder(
     ranks: int = 1,
 ) -> None:
     """Write the files of one of `ranks` into `folder`, which is there; the first one writes the index too.
-    Raises OSError, and what making a tensor raises.
+    Raises OSError, what making a tensor raises, and ConfigError for a number that its dtype does not hold.
     """
     files = list(_files(tensors, shard_gb))
     names = ["model.safetensors"] if len(files) == 1 else [
@@ -75,7 +76,18 @@ def _write_file(path: Path, tensors: Mapping[str, TensorToWrite]) -> None:
     header = {name: (DTYPES[tensor.dtype], tensor.shape) for name, tensor in tensors.items()}
     with path.open("wb") as file:
         file.write(header_bytes(header))
-        for tensor in tensors.values():
+        for name, tensor in tensors.items():
             for part in tensor.parts():
-                rows = part.to(tensor.dtype).contiguous()
+                rows = _cast(name, part, tensor.dtype).contiguous()
                 file.write(memoryview(rows.view(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
+
+
+def _cast(name: str, part: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows in `dtype`. Raises ConfigError where that makes a number infinite."""
+    rows = part.to(dtype)
+    lost = part[rows.isinf() & part.isfinite()] if rows.dtype != part.dtype else part[:0]
+    most, kind = lost.abs().max().item() if len(lost) else 0.0, str(dtype).removeprefix("torch.")
+    require(
+        not len(lost), f"tensor {name} has {most:.3g}, more than {kind} holds: bfloat16 and float32 hold it"
+    )
+    return rows
