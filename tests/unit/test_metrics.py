@@ -105,8 +105,8 @@ def test_a_resumed_run_forgets_what_came_after_its_checkpoint(tmp_path):
     history = History(tmp_path, first_step=0)
     for step in range(1, 5):
         history.write(step, {"loss": 1.0 / step})
-    with (tmp_path / HISTORY).open("a") as file:
-        file.write('{"step": 5, "lo')  # cut short by a kill
+    with (tmp_path / HISTORY).open("ab") as file:
+        file.write(b'\xff\xfe\n{"step": 5, "lo')  # damaged, and cut short by a kill
     History(tmp_path, first_step=2).write(3, {"loss": 9.0})
     assert [(record["step"], record["loss"]) for record in read_history(tmp_path)] == [
         (1, 1.0),

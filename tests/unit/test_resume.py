@@ -11,6 +11,7 @@ from experiments.vlm.data.loader import Loader
 from experiments.vlm.data.resume import differences
 from experiments.vlm.data.setup import FREE_OF_DATA, FREE_OF_SOURCE, make_setup, order_facts
 from tests.tiny_data import Characters, make_job, write_all
+from torchtitan.components.saved_config import Change
 from torchtitan.config.errors import ConfigError
 
 
@@ -144,6 +145,11 @@ def test_a_missing_slot_is_told(data, saved, tmp_path):
 def test_an_option_that_is_unset_is_none_that_came():
     assert differences({"a": 1}, {"a": 1, "b": None}) == differences({"b": None}, {}) == []
     assert differences({}, {"b": 2}) == ["b was not set and is 2"]
+
+
+def test_an_empty_option_is_told_as_one_that_is_not_set():
+    assert str(Change("model.flavor", "", "a")) == "model.flavor was not set and is a"
+    assert str(Change("model.flavor", "a", None)) == "model.flavor was a and is not set"
 
 
 def test_differences_name_what_came_and_went():

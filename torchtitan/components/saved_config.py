@@ -99,4 +99,6 @@ def leaves(table: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _shown(value: Any) -> str:
-    return "not set" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    if value is None or value == "":
+        return "not set"
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -63,13 +63,13 @@ class History:
 
 
 def read_history(folder: Path) -> list[dict[str, float]]:
-    """The records of metrics.jsonl, without a line that was cut short when the run was killed."""
+    """The records of metrics.jsonl, without a line that was cut short or damaged when the run was killed."""
     path = folder / HISTORY
     records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
             records.append(json.loads(line))
-        except json.JSONDecodeError:
+        except ValueError:  # no JSON, or no UTF-8
             continue
     return records
 
