@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from torchtitan.components.checkpoint_read import require_scale
 from torchtitan.components.forward_backward import ForwardBackward, Plain
 from torchtitan.components.weights import CheckpointSource, WeightSource, fill, shapes_of, to_empty
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.job import Float8, JobConfig
 from torchtitan.distributed.mesh import Mesh
+from torchtitan.layers.lora import scale_of
 from torchtitan.spec import TrainSpec
 
 
@@ -50,7 +52,10 @@ def _model_and_source(
     # Weights know nothing of fp8, and answers, exports and other machines need none.
     model = spec.build_model(dataclasses.replace(job, float8=Float8()), tokenizer)
     shapes = shapes_of(model)
-    return model, CheckpointSource(checkpoint, shapes) if checkpoint else spec.initial_weights(job, shapes)
+    if checkpoint:
+        require_scale(checkpoint, scale_of([model]))
+        return model, CheckpointSource(checkpoint, shapes)
+    return model, spec.initial_weights(job, shapes)
 
 
 def parallelize(model: nn.Module, mesh: Mesh, job: JobConfig, spec: TrainSpec) -> ForwardBackward:

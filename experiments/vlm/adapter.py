@@ -16,7 +16,14 @@ from experiments.vlm.config import PARTS
 from experiments.vlm.model.config import VLMConfig
 from experiments.vlm.model.families import family_of
 from experiments.vlm.model.hf import part_rows
-from torchtitan.components.checkpoint_read import PREFIX, Sizes, Stored, reading, stored_tensors
+from torchtitan.components.checkpoint_read import (
+    PREFIX,
+    Sizes,
+    Stored,
+    reading,
+    require_scale,
+    stored_tensors,
+)
 from torchtitan.config.errors import ConfigError, require
 from torchtitan.config.job import LoRA
 from torchtitan.layers.lora import INFIX, is_adapters
@@ -115,6 +122,8 @@ def require_rank(options: LoRA, stored: Mapping[str, Stored], checkpoint: Path) 
                 f"lora.rank = {options.rank}: checkpoint {checkpoint} has adapters of rank {tensor.shape[0]}"
                 "; give its --job.dump_folder, or --lora.rank and --lora.alpha as they were"
             )
+    if any(map(is_adapters, stored)):
+        require_scale(checkpoint, options.alpha / options.rank)
 
 
 def adapter_source(options: LoRA, shapes: Sizes, config: VLMConfig) -> Source:

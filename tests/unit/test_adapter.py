@@ -190,3 +190,11 @@ def test_adapters_are_not_merged_with_a_scale_that_is_not_theirs(trained, capsys
     at, _ = trained
     assert main(["to_hf", "--checkpoint", str(at / "step-3"), "--out", str(at / "never")]) == 2
     assert "lora.rank = 0: checkpoint" in capsys.readouterr().err and not (at / "never").exists()
+    record = at / "step-3" / "train_state.json"
+    before = record.read_text()
+    record.write_text(json.dumps(json.loads(before) | {"lora_scale": 6 / 4}))
+    to_hf(at, "as-trained", *OPTIONS)
+    command = ["to_hf", "--checkpoint", str(at / "step-3"), "--out", str(at / "never"), "--lora.rank", "4"]
+    assert main(command) == 2 and "but 1.5 times in checkpoint" in capsys.readouterr().err
+    assert main([*command, "--adapters", "only"]) == 2 and not (at / "never").exists()
+    record.write_text(before)

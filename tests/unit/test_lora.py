@@ -138,3 +138,5 @@ def test_adapters_start_beside_a_checkpoint_of_the_base_go_on_and_are_not_droppe
     assert all(torch.equal(second_stage[name], weight) for name, weight in first.items())
     with pytest.raises(ConfigError, match="has an adapter model.decoder.*give the .lora. "):
         weights_of(tmp_path / "other", 0, **start)
+    with pytest.raises(ConfigError, match="alpha is 2 times lora.rank, but 4 times in checkpoint .*step-2"):
+        weights_of(tmp_path / "scaled", 0, **start, **lora, **{"lora.alpha": 8.0})

@@ -25,11 +25,12 @@ from torchtitan.components.checkpoint_folder import (
     find_initial,
     read_record,
 )
-from torchtitan.components.checkpoint_read import Failure, reading, reason, stored_sizes
+from torchtitan.components.checkpoint_read import Failure, reading, reason, require_scale, stored_sizes
 from torchtitan.components.train_state import TrainState
 from torchtitan.config.errors import CheckpointError, ConfigError
 from torchtitan.config.job import Checkpoint
 from torchtitan.distributed.collectives import from_first_rank
+from torchtitan.layers.lora import scale_of
 from torchtitan.tools.disk import free
 from torchtitan.tools.logging import logger
 
@@ -148,6 +149,7 @@ class Checkpointer:
     def _read(self, path: Path, without: set[str], own: bool = True) -> None:
         record, sizes = read_record(path), stored_sizes(path)
         filled = self.state.to_fill(sizes, without, own)
+        require_scale(path, scale_of(self.state.parts))
         with reading(path):
             dcp.load(filled, checkpoint_id=str(path))
         self.state.restore(filled, record, without)

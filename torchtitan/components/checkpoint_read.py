@@ -1,6 +1,7 @@
 """What a checkpoint holds, found without reading its tensors, and the error where it cannot be read."""
 
 import contextlib
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from torchtitan.components.checkpoint_folder import Damaged
+from torchtitan.components.checkpoint_folder import Damaged, read_record
 from torchtitan.config.errors import ConfigError
 from torchtitan.layers.lora import is_adapters
 
@@ -70,6 +71,18 @@ def require_sizes(wanted: Sizes, stored: Sizes) -> None:
             raise ConfigError(
                 f"{name} is {list(stored[name])} in the checkpoint and {list(shape)} here: another {other}"
             )
+
+
+def require_scale(path: Path, scale: float | None) -> None:
+    """Raises ConfigError where adapters were trained with another alpha / rank; files that do not say it are
+    taken. `scale`: what it is here; None: nothing has an adapter.
+    """
+    trained = read_record(path).get("lora_scale")
+    if trained is not None and scale is not None and not math.isclose(trained, scale):
+        raise ConfigError(
+            f"lora.alpha is {scale:g} times lora.rank, but {trained:g} times in checkpoint {path}, whose "
+            "adapters would compute something else: give lora.alpha as it was"
+        )
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@
       model.NAME         weights                       step, tokens, wall_s
       optimizer.NAME     optimizer state               lr_scheduler
       data.SLOT          the loader's position         global_batch_size
-      rng.RANK.DEVICE    generator states              model_only, model (its sizes)
+      rng.RANK.DEVICE    generator states              model_only, model (its sizes), lora_scale
 
 Names do not depend on the layout, and a slot's position is stored under the slot, so a run goes on at any
 number of ranks. Options (learning rates, weight decay) are not stored: those of the job hold.
@@ -28,7 +28,7 @@ from torchtitan.components.lr_scheduler import Schedule
 from torchtitan.components.optimizer import Optimizers
 from torchtitan.components.weights import named_weights, stored_name
 from torchtitan.config.errors import ConfigError
-from torchtitan.layers.lora import is_adapters
+from torchtitan.layers.lora import is_adapters, scale_of
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
@@ -61,6 +61,7 @@ class TrainState:
             "lr_scheduler": self.schedule.state_dict(),
             "global_batch_size": self.global_batch_size,
             "model_only": model_only,
+            **({"lora_scale": scale} if (scale := scale_of(self.parts)) else {}),
             **({"model": as_record(self.model_config)} if self.model_config else {}),
         }
 

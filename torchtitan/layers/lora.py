@@ -8,7 +8,7 @@ B by its columns' outputs or A by its rows' inputs, and the other is whole: the 
 map's own result, so nothing more is sent for it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -80,6 +80,12 @@ def _local(x: Tensor) -> Tensor:
 def is_adapters(name: str) -> bool:
     """Whether a weight of this name belongs to an adapter."""
     return INFIX in name
+
+
+def scale_of(parts: Iterable[nn.Module]) -> float | None:
+    """What the updates of adapters are multiplied by; None where there are none."""
+    modules = (module for part in parts for module in part.modules())
+    return next((module.scale for module in modules if isinstance(module, Adapter)), None)
 
 
 def names_of(weight: str) -> tuple[str, str]:
