@@ -2,6 +2,7 @@
 
 import json
 import uuid
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,9 @@ from experiments.vlm.config import Data, Source, VLMJobConfig
 from experiments.vlm.data.image import ImagePlan, decode
 from experiments.vlm.data.sample import make_sample
 from experiments.vlm.data.sources.shards import open_shard
+from experiments.vlm.model.families import family_of
+from experiments.vlm.model.flavors import FLAVORS
+from experiments.vlm.model_config import plan_of
 from experiments.vlm.processor import read_image_limits, template_of, write_language, write_processor
 from tests.reference import hf_processor
 from tests.samples import noise, photographs, psnr
@@ -226,6 +230,14 @@ def test_squeezed_images_are_refused_before_anything_is_written(tmp_path):
     with pytest.raises(ConfigError, match="data.resize = square: no processor of transformers"):
         write_processor(job, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["debugmodel", "llava-debug"])
+def test_colours_are_those_that_the_tower_read_in_training(name):
+    row, colours = FLAVORS[name], {"mean": (0.1, 0.2, 0.3), "deviation": (0.3, 0.2, 0.1)}
+    config = replace(row, encoder=replace(row.encoder, **colours))
+    written = family_of(config).processor(config, plan_of(config, VLMJobConfig()))["image_processor"]
+    assert written["image_mean"] == [0.1, 0.2, 0.3] and written["image_std"] == [0.3, 0.2, 0.1]
 
 
 def test_the_template_is_that_of_the_conversations(monkeypatch):
