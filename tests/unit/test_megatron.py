@@ -280,3 +280,21 @@ def test_a_folder_of_pickles_becomes_one_of_safetensors(models, tmp_path):
     torch.save({"a": torch.ones(2, dtype=torch.complex64)}, source / "other.pt")
     with pytest.raises(ConfigError, match="other.pt: a is of torch.complex64, which is no kind of weight"):
         from_torch(["--torch", str(source), "--out", str(tmp_path / "again")])
+
+
+def test_numbers_alone_are_taken_and_a_damaged_index_is_told(tmp_path):
+    source, index = tmp_path / "in", tmp_path / "in" / "pytorch_model.bin.index.json"
+    source.mkdir()
+    held = {"logit_scale": torch.tensor(3.0), "turned": torch.ones(2, 3).t()}
+    torch.save(held, source / "pytorch_model.bin")
+    assert main(["from_torch", "--torch", str(source), "--out", str(tmp_path / "out")]) == 0
+    again = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(again[name], tensor) for name, tensor in held.items())
+    for damaged in ("{", "{}", '{"weight_map": [1]}'):
+        index.write_text(damaged)
+        with pytest.raises(ConfigError, match="index.json: is damaged: expected weight_map"):
+            from_torch(["--torch", str(source), "--out", str(tmp_path / "again")])
+    index.unlink()
+    torch.save({"a": torch.empty(2, device="meta")}, source / "other.pt")
+    with pytest.raises(ConfigError, match="other.pt: a is of no values"):
+        from_torch(["--torch", str(source), "--out", str(tmp_path / "again")])

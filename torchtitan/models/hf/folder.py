@@ -25,7 +25,7 @@ def read_tensors(folder: Path) -> dict[str, StoredTensor]:
     require(folder.is_dir(), f"{folder}: no such folder (looked from {Path.cwd()}); {get_it(folder)}")
     index = folder / INDEX
     if index.is_file():
-        return _indexed(index, _read_index(index))
+        return _indexed(index, read_index(index))
     files = sorted(path for path in folder.glob("*.safetensors") if not OTHERS.fullmatch(path.name))
     require(bool(files), _nothing(folder))
     _require_all_shards(folder, files)
@@ -63,7 +63,7 @@ def _require_all_shards(folder: Path, files: list[Path]) -> None:
                 )
 
 
-def _read_index(index: Path) -> Mapping[str, str]:
+def read_index(index: Path) -> Mapping[str, str]:
     """Tensor -> name of its file."""
     try:
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]

@@ -5,7 +5,6 @@ texts and tables of them, and refuses all else. Tensors stay in the file until t
 """
 
 import argparse
-import json
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from torchtitan.config.errors import ConfigError, require
-from torchtitan.models.hf.folder import PICKLES
+from torchtitan.models.hf.folder import PICKLES, read_index
 from torchtitan.models.hf.writing import DTYPES, TensorToWrite
 
 HOW = "save its tensors alone where it comes from: torch.save({'model': STATE_DICT}, PATH)"
@@ -42,8 +41,8 @@ def open_torch(path: Path) -> dict[str, Any]:
 def require_kind(path: Path, name: str, tensor: Tensor) -> None:
     """Raises ConfigError for a tensor that safetensors cannot hold."""
     known = ", ".join(sorted(DTYPES.values()))
-    strange = tensor.is_sparse or tensor.dtype not in DTYPES
-    kind = f"sparse {tensor.dtype}" if tensor.is_sparse else tensor.dtype
+    strange = tensor.is_sparse or tensor.is_meta or tensor.dtype not in DTYPES
+    kind = f"sparse {tensor.dtype}" if tensor.is_sparse else "no values" if tensor.is_meta else tensor.dtype
     require(not strange, f"{path}: {name} is of {kind}, which is no kind of weight here; known: {known}")
 
 
@@ -54,7 +53,7 @@ def read_pickles(folder: Path) -> tuple[dict[str, TensorToWrite], list[Path]]:
     index = folder / "pytorch_model.bin.index.json"
     files = sorted(path for pattern in PICKLES for path in folder.glob(pattern))
     if index.is_file():
-        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        named = set(read_index(index).values())
         files = [folder / name for name in sorted(named)]
     require(bool(files), f"{folder}: holds no mp_rank_... and none of {', '.join(PICKLES)}")
     made: dict[str, TensorToWrite] = {}

@@ -84,8 +84,10 @@ def _write_file(path: Path, tensors: Mapping[str, TensorToWrite]) -> None:
 
 def _cast(name: str, part: Tensor, dtype: torch.dtype) -> Tensor:
     """Rows in `dtype`. Raises ConfigError where that makes a number infinite."""
+    if part.dtype == dtype:
+        return part
     rows = part.to(dtype)
-    lost = part[rows.isinf() & part.isfinite()] if rows.dtype != part.dtype else part[:0]
+    lost = part[rows.isinf() & part.isfinite()]
     most, kind = lost.abs().max().item() if len(lost) else 0.0, str(dtype).removeprefix("torch.")
     require(
         not len(lost), f"tensor {name} has {most:.3g}, more than {kind} holds: bfloat16 and float32 hold it"
