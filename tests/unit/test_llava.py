@@ -196,6 +196,7 @@ PROCESSORS = [
     ),
     ({"size": {"shortest_edge": SIDE}, "crop_size": SIDE}, "cropped"),
     ({"size": {"height": SIDE, "width": SIDE}, "do_center_crop": False}, "square"),
+    ({"size": {"height": SIDE, "width": SIDE}, "image_processor_type": "SiglipImageProcessor"}, "square"),
     ({"size": {"shortest_edge": SIDE}, "do_center_crop": False}, None),
     ({}, None),  # 224, where the tower takes 16
     ({"size": {"shortest_edge": 20}, "crop_size": SIDE}, None),  # less than the shorter side is kept

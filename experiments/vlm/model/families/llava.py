@@ -66,7 +66,8 @@ def resize(folder: Path, encoder: EncoderConfig) -> str:
     file = read_image_processor(folder)
     if file is None:
         return "padded"
-    crops, size = file.get("do_center_crop", True), sides(file, "size")
+    whole = file.get("image_processor_type", "").startswith("Siglip")  # of those that are no LLaVA's own
+    crops, size = file.get("do_center_crop", not whole), sides(file, "size")
     kept = sides(file, "crop_size") if crops else size
     require_sides(file, {*size.values(), *kept.values()}, encoder)
     if file.get("do_pad", False):
