@@ -92,7 +92,9 @@ class _Watch(TorchDispatchMode):
         if any(hasattr(kind, "__tensor_flatten__") for kind in types):
             # A tensor of fp8 numbers and their scales: the operators on its two parts come here next.
             return NotImplemented
-        out = operator(*args, **(kwargs or {}))
+        # What is written into a given tensor takes no memory; torch 2.11 fails at an `addmm` of that kind.
+        given = (kwargs or {}).get("out")
+        out = operator(*args, **(kwargs or {})) if given is None else given
         for leaf in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self._see(leaf.untyped_storage())
