@@ -18,6 +18,10 @@ from torchtitan.tools.logging import logger
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# What this process holds is not collected in those that it forks: there the end of a process group waits for
+# its threads, which were not forked, for ever.
+os.register_at_fork(after_in_child=gc.freeze)
+
 # Compiled kernels that two processes cached in one folder have given wrong gradients: each worker of
 # pytest-xdist has a folder of its own.
 if {"PYTEST_XDIST_WORKER", "TORCHINDUCTOR_CACHE_DIR"} <= os.environ.keys():
