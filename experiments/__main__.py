@@ -20,8 +20,8 @@ from torchtitan.config.errors import UserError
 from torchtitan.config.help import FLAGS, Guide
 from torchtitan.config.job import JobConfig
 from torchtitan.config.parse import parse, to_toml
-from torchtitan.tools.disk import is_full, no_room, require_writable
-from torchtitan.tools.error_line import INTERRUPTED, USER_ERROR, report_error, report_line
+from torchtitan.tools.disk import is_full, require_writable
+from torchtitan.tools.error_line import INTERRUPTED, report_line, reported
 from torchtitan.tools.logging import init_logger
 from torchtitan.tools.wandb_login import require_wandb
 
@@ -99,14 +99,8 @@ def in_one_line(run: Callable[[], int]) -> int:
     """The exit code that `run` returns. What the user can mend or has interrupted is reported in one line."""
     try:
         return run()
-    except UserError as error:
-        report_error(error)
-        return USER_ERROR
-    except OSError as error:
-        if not is_full(error):
-            raise
-        report_error(UserError(no_room(error)))
-        return USER_ERROR
+    except (UserError, OSError) as error:
+        return reported(error)
     except KeyboardInterrupt:
         report_line("interrupted at once: what was done since the last checkpoint is lost")
         return INTERRUPTED

@@ -10,15 +10,7 @@ from collections.abc import Sequence
 
 from torchtitan import __version__
 from torchtitan.config.errors import UserError, did_you_mean
-from torchtitan.tools.disk import is_full, no_room
-from torchtitan.tools.error_line import (
-    INTERRUPTED,
-    UNREAD,
-    USER_ERROR,
-    nobody_reads,
-    report_error,
-    report_line,
-)
+from torchtitan.tools.error_line import INTERRUPTED, UNREAD, nobody_reads, report_line, reported
 from torchtitan.tools.signals import Ended, unwinding
 
 COMMANDS = {  # name: (module of this package, what it does)
@@ -63,9 +55,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"{name}: no such command{did_you_mean(name, COMMANDS)}")
         with unwinding():
             return importlib.import_module(f"{__name__}.{COMMANDS[name][0]}").main(options)
-    except UserError as error:
-        report_error(error)
-        return USER_ERROR
     except Ended as ended:
         report_line(str(ended))
         return ended.code
@@ -76,8 +65,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not nobody_reads():
             raise
         return UNREAD
-    except OSError as error:
-        if not is_full(error):
-            raise
-        report_error(UserError(no_room(error)))
-        return USER_ERROR
+    except (UserError, OSError) as error:
+        return reported(error)

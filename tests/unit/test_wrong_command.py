@@ -10,10 +10,11 @@ import sys
 import pytest
 
 from experiments import commands
-from experiments.__main__ import USER_ERROR, checked_job, main
+from experiments.__main__ import checked_job, main
 from tests.unit.test_config_check import CP2, DATA, REPOSITORY, TP2
 from torchtitan.config.errors import CheckpointError, ConfigError
 from torchtitan.tools import disk
+from torchtitan.tools.error_line import USER_ERROR
 
 pytestmark = pytest.mark.usefixtures("repository_without_gpu")
 
