@@ -30,13 +30,13 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.train_job import add_job_arguments, batches_of, job_of, write_shards
-from experiments.vlm import embedding_rows
 from experiments.vlm.config import VLMJobConfig
-from experiments.vlm.flops import Work, flops_of_work, image_pairs
+from experiments.vlm.costs.flops import Work, flops_of_work, image_pairs
+from experiments.vlm.costs.rank_share import build_on_meta, meta_batch
 from experiments.vlm.model.vlm import VLM
 from experiments.vlm.model_config import plan_of
-from experiments.vlm.rank_share import build_on_meta, meta_batch
 from experiments.vlm.spec import SPEC
+from experiments.vlm.weights import embedding_rows
 from torchtitan.components.flops import causal_pairs
 from torchtitan.components.optimizer import moments
 from torchtitan.config.layout import Degrees

@@ -44,7 +44,7 @@ from benchmarks.text_decoder import (
 )
 from benchmarks.train_job import WAYS, add_job_arguments, batches_of, job_of, write_shards
 from benchmarks.transformers_step import Steps, model_of, unpacked
-from experiments.vlm.flops import Work, flops_of_work, image_pairs
+from experiments.vlm.costs.flops import Work, flops_of_work, image_pairs
 from experiments.vlm.spec import SPEC
 from torchtitan.build import build
 from torchtitan.components.flops import causal_pairs, product_flops

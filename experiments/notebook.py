@@ -79,7 +79,7 @@ def open_loader(job: VLMJobConfig, split: Literal["train", "validation"] = "trai
     job.training.global_batch_size = resolve_batch(job, 1).global_
     job.job.dump_folder = ""
     from experiments.vlm.data.loader import Loader
-    from experiments.vlm.embedding_rows import open_tokenizer
+    from experiments.vlm.weights.embedding_rows import open_tokenizer
 
     return Loader(job, open_tokenizer(job), split=split)
 

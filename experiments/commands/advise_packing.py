@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from experiments.__main__ import CONFIG_CLASSES
 from experiments.vlm.check import check_output, check_sources
 from experiments.vlm.config import VLMJobConfig
+from experiments.vlm.costs.flops import Work, flops_of_work
 from experiments.vlm.data.image_plan import ImagePlan
 from experiments.vlm.data.packing import Budget
 from experiments.vlm.data.setup import make_setup
-from experiments.vlm.flops import Work, flops_of_work
 from experiments.vlm.model_config import image_plan, model_config
 from experiments.vlm.spec import build_vlm
 from experiments.vlm.view.packing_advice import (

@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
         missing = f"--{name} = {folder}: no such folder (looked from {Path.cwd()})"
         require(not folder or Path(folder).is_dir(), f"{missing}; get it with `{command_for(Path(folder))}`")
     with whole_folder(out, "--out") as half:
-        from experiments.vlm.initial_weights import as_checkpoint
+        from experiments.vlm.weights.initial_weights import as_checkpoint
 
         tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else None
         for line in as_checkpoint(job, tokenizer, half):

@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
 
 def write(source: Path, folder: Path, options: Options) -> str:
     """Returns what was read."""
-    from experiments.vlm import megatron
+    from experiments.vlm.weights import megatron
     from torchtitan.models.hf.config_file import CONFIG
     from torchtitan.models.hf.torch_files import read_pickles
     from torchtitan.models.hf.writing import write_folder

@@ -97,8 +97,8 @@ def write(job: VLMJobConfig, checkpoint: Path, folder: Path, options: Options) -
     """Write and say how many tensors of what size they are."""
     import torch
 
-    from experiments.vlm.adapter import write_adapter
-    from experiments.vlm.export import export
+    from experiments.vlm.weights.adapter import write_adapter
+    from experiments.vlm.weights.export import export
 
     dtype = None if options.dtype == "stored" else getattr(torch, options.dtype)
     if options.adapters == "only":

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from experiments.__main__ import CONFIG_CLASSES
 from experiments.vlm.check import check_estimated
 from experiments.vlm.config import VLMJobConfig
-from experiments.vlm.embedding_rows import planned_rows
-from experiments.vlm.estimate import Estimate, estimate, estimates
+from experiments.vlm.costs.estimate import Estimate, estimate, estimates
+from experiments.vlm.weights.embedding_rows import planned_rows
 from torchtitan.config.check import check_options
 from torchtitan.config.layout import Degrees, degrees
 from torchtitan.config.parse import parse_script

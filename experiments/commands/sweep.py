@@ -142,7 +142,7 @@ def find_places(options: Options) -> list[Place]:
 
 def list_runs(found: Sequence[Member], ranks: int) -> int:
     """What each run is, what has become of it, and what it costs."""
-    from experiments.vlm.run_cost import cost_of  # imports torch
+    from experiments.vlm.costs.run_cost import cost_of  # imports torch
 
     rows = [["", "run", "state", "tokens", "GiB a rank", "FLOPs"]]
     costs = [cost_of(member.job, ranks) for member in found]

@@ -29,11 +29,11 @@ from experiments.commands.sweep import train_command
 from experiments.commands.variables import job_options, number
 from experiments.vlm.check import check_vlm
 from experiments.vlm.config import VLMJobConfig
+from experiments.vlm.costs.tuning import Planner, Space, promising, with_settings
 from experiments.vlm.data.batch_metrics import BATCH_METRICS
-from experiments.vlm.embedding_rows import open_tokenizer, rows_of
 from experiments.vlm.model_config import image_plan
-from experiments.vlm.tuning import Planner, Space, promising, with_settings
 from experiments.vlm.view.packing_advice import Deadline, Trials, search
+from experiments.vlm.weights.embedding_rows import open_tokenizer, rows_of
 from torchtitan.components.tokenizer import Tokenizer
 from torchtitan.config.check import check_options
 from torchtitan.config.devices import available_cores

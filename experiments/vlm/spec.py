@@ -8,22 +8,22 @@ from torch import Tensor
 from experiments.vlm.batch import Delivered
 from experiments.vlm.check import missing_data
 from experiments.vlm.config import PARTS, VLMJobConfig
+from experiments.vlm.costs.estimate import estimate
+from experiments.vlm.costs.flops import count_flops
 from experiments.vlm.data.batch_metrics import BATCH_METRICS, written_names
 from experiments.vlm.data.controls import CONTROLS
 from experiments.vlm.data.loader import Loader
 from experiments.vlm.data.setup import passes, sources_of
-from experiments.vlm.embedding_rows import open_tokenizer, rows_of
-from experiments.vlm.estimate import estimate
 from experiments.vlm.evaluate.training_tasks import open_tasks
-from experiments.vlm.export import export
-from experiments.vlm.flops import count_flops
-from experiments.vlm.initial_weights import initial_weights
 from experiments.vlm.model.vlm import VLM
 from experiments.vlm.model_config import model_config
-from experiments.vlm.parallelize import parallelize_vlm
-from experiments.vlm.pipeline import pipeline_vlm
-from experiments.vlm.shard_batch import shard_batch, whole_slots
-from experiments.vlm.sharing import part_shares
+from experiments.vlm.parallelism.parallelize import parallelize_vlm
+from experiments.vlm.parallelism.pipeline import pipeline_vlm
+from experiments.vlm.parallelism.shard_batch import shard_batch, whole_slots
+from experiments.vlm.parallelism.sharing import part_shares
+from experiments.vlm.weights.embedding_rows import open_tokenizer, rows_of
+from experiments.vlm.weights.export import export
+from experiments.vlm.weights.initial_weights import initial_weights
 from torchtitan.components.float8 import convert
 from torchtitan.components.loader import Tensors
 from torchtitan.components.lora import adapt

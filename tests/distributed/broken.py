@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
-from experiments.vlm import parallelize as vlm
+from experiments.vlm.parallelism import parallelize as vlm
 from tests.distributed.layouts import Measured, train
 from torchtitan.models.decoder import parallelize
 

@@ -8,7 +8,7 @@ import tempfile
 import pytest
 import torch.distributed as dist
 
-from experiments.vlm.estimate import estimate
+from experiments.vlm.costs.estimate import estimate
 from experiments.vlm.model.config import EncoderConfig, ProjectorConfig, TilesConfig, VLMConfig
 from experiments.vlm.model.flavors import FLAVORS
 from experiments.vlm.model.towers import dinov3

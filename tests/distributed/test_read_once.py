@@ -13,8 +13,8 @@ import torch.distributed as dist
 from experiments.vlm.config import Source
 from experiments.vlm.data import collate
 from experiments.vlm.data.loader import Loader
-from experiments.vlm.read_once import encoded_runs
-from experiments.vlm.shard_batch import shard_batch
+from experiments.vlm.parallelism.read_once import encoded_runs
+from experiments.vlm.parallelism.shard_batch import shard_batch
 from tests.bad_samples import write_mixed
 from tests.reference import small_run  # noqa: F401 (its flavors)
 from tests.tiny_data import Characters, make_job, write_all

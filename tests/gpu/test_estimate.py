@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from experiments.vlm.config import VLMJobConfig
-from experiments.vlm.estimate import estimate
+from experiments.vlm.costs.estimate import estimate
 from tests.reference.small_run import SMALL, job_of
 from torchtitan.build import build
 from torchtitan.config.layout import Degrees

@@ -8,10 +8,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from experiments.commands import main
-from experiments.vlm.adapter import OF_PEFT, adapter_rows, adapter_source
 from experiments.vlm.model import hf_config
 from experiments.vlm.model.flavors import FLAVORS
 from experiments.vlm.model.vlm import VLM
+from experiments.vlm.weights.adapter import OF_PEFT, adapter_rows, adapter_source
 from tests.reference.batches import build_batch, example_slots
 from tests.reference.hf_folders import save, state_of, whole_model
 from tests.reference.models import QWEN2, QWEN3

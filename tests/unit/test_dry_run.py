@@ -5,10 +5,10 @@ from types import SimpleNamespace
 import pytest
 
 from experiments.__main__ import checked_job
-from experiments.vlm import embedding_rows
-from experiments.vlm.embedding_rows import rows_of
-from experiments.vlm.estimate import estimate
+from experiments.vlm.costs.estimate import estimate
 from experiments.vlm.spec import SPEC
+from experiments.vlm.weights import embedding_rows
+from experiments.vlm.weights.embedding_rows import rows_of
 from torchtitan import dry_run as looked
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.layout import degrees

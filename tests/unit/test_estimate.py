@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from experiments.commands import main
 from experiments.vlm.batch import Batch
 from experiments.vlm.config import VLMJobConfig
-from experiments.vlm.estimate import estimate, estimates, with_degrees
-from experiments.vlm.flops import count_flops
+from experiments.vlm.costs.estimate import estimate, estimates, with_degrees
+from experiments.vlm.costs.flops import count_flops
 from experiments.vlm.model import vit
 from experiments.vlm.model.flavors import FLAVORS
 from experiments.vlm.model.vlm import VLM

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from experiments.vlm.estimate import estimate
+from experiments.vlm.costs.estimate import estimate
 from experiments.vlm.spec import build_vlm
 from tests.reference import fp8
 from tests.reference.batches import Sizes, build_batch, example_slots

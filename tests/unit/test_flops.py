@@ -8,11 +8,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from experiments.vlm.batch import Batch
 from experiments.vlm.config import PARTS
-from experiments.vlm.flops import Work, count_flops, flops_of_work, image_pairs
+from experiments.vlm.costs.flops import Work, count_flops, flops_of_work, image_pairs
 from experiments.vlm.model.config import EncoderConfig, ProjectorConfig, VLMConfig
 from experiments.vlm.model.towers import dinov3
 from experiments.vlm.model.vlm import VLM
-from experiments.vlm.stages import stage_costs
+from experiments.vlm.parallelism.stages import stage_costs
 from tests.reference.batches import Sizes, build_batch, draw_picture, words
 from tests.reference.models import ENCODER, LLAMA, QWEN2, small_vlm
 from tests.reference.small_run import PATCHES, SEQ_LEN, job_of

@@ -208,7 +208,7 @@ def test_the_commands_list_what_they_know(capsys, name, known):
 LIMITED = """
 import re, resource, sys
 from pathlib import Path
-import experiments.vlm.export
+import experiments.vlm.weights.export
 from experiments.commands import main
 held = int(re.search(r"VmData:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 resource.setrlimit(resource.RLIMIT_DATA, (held + int(sys.argv[1]), resource.RLIM_INFINITY))

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from experiments.vlm.config import VLMJobConfig
-from experiments.vlm.initial_weights import initial_weights
 from experiments.vlm.model.vlm import VLM
 from experiments.vlm.spec import build_vlm
+from experiments.vlm.weights.initial_weights import initial_weights
 from tests.reference.batches import build_batch, draw_pictures, example_slots
 from tests.reference.hf_folders import decoder_model, fixed_model, naflex_model, save, state_of, whole_model
 from tests.reference.models import LLAMA, QWEN2, QWEN3, VOCAB

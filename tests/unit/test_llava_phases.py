@@ -13,8 +13,8 @@ from experiments.__main__ import checked_job
 from experiments.__main__ import main as train
 from experiments.commands import main
 from experiments.notebook import load_job, open_loader, open_model
+from experiments.vlm.costs.rank_share import build_on_meta
 from experiments.vlm.model_config import model_config
-from experiments.vlm.rank_share import build_on_meta
 from tests.samples import photographs
 
 REPOSITORY = Path(__file__).parents[2]

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from experiments.vlm.config import VLMJobConfig
+from experiments.vlm.costs.rank_share import build_on_meta
 from experiments.vlm.model.flavors import FLAVORS
-from experiments.vlm.rank_share import build_on_meta
-from experiments.vlm.stages import split_layers
+from experiments.vlm.parallelism.stages import split_layers
 from torchtitan.config.layout import Degrees
 from torchtitan.distributed.pipeline_parallel import Pipeline
 from torchtitan.distributed.stages import Split, rank_of_stage, split_evenly, stages_of_rank

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from experiments.__main__ import checked_job
+from experiments.vlm.costs.rank_share import build_on_meta
 from experiments.vlm.model_config import model_config
-from experiments.vlm.rank_share import build_on_meta
 from tests.reference import hf_processor
 from tests.samples import photographs
 from torchtitan.components.parameter_groups import settings

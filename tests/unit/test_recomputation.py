@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from experiments.vlm import estimate as estimating
 from experiments.vlm.config import VLMJobConfig
-from experiments.vlm.estimate import estimate
-from experiments.vlm.recomputation import with_options
+from experiments.vlm.costs import estimate as estimating
+from experiments.vlm.costs.estimate import estimate
+from experiments.vlm.costs.recomputation import with_options
 from tests.reference.small_run import CPU, SMALL, VOCAB, job_of
 from torchtitan.build import build
 from torchtitan.config.check import zero_bubble_works

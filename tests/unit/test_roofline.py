@@ -16,9 +16,9 @@ from benchmarks.roofline import (
     kernels_of_forward,
     rows_of,
 )
-from experiments.vlm.flops import Work, flops_of_work
+from experiments.vlm.costs.flops import Work, flops_of_work
+from experiments.vlm.costs.rank_share import build_on_meta
 from experiments.vlm.model_config import model_config
-from experiments.vlm.rank_share import build_on_meta
 from tests.reference.small_run import job_of
 
 

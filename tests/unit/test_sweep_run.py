@@ -279,7 +279,7 @@ def test_checkpoints_are_on_unless_the_command_line_says_otherwise_however_it_is
 
 
 def test_a_dry_run_lists_the_runs_with_what_they_cost_and_starts_none(tmp_path, capsys, monkeypatch):
-    from experiments.vlm.run_cost import cost_of
+    from experiments.vlm.costs.run_cost import cost_of
 
     out = tmp_path / "a"
     assert run(out, "--sweep", "training.seq_len=512,1024", "--index", "0") == 0

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from experiments.vlm import tuning
 from experiments.vlm.config import VLMJobConfig
-from experiments.vlm.estimate import estimate
-from experiments.vlm.tuning import Planner, Space, promising
+from experiments.vlm.costs import tuning
+from experiments.vlm.costs.estimate import estimate
+from experiments.vlm.costs.tuning import Planner, Space, promising
 from tests.reference.small_run import VOCAB, job_of
 from torchtitan.components.run_record import RunRecord
 from torchtitan.config.errors import ConfigError

@@ -13,11 +13,11 @@ import pytest
 from experiments.__main__ import CONFIG_CLASSES
 from experiments.commands import main
 from experiments.commands import tune as command
-from experiments.vlm import tuning
 from experiments.vlm.check import check_vlm
 from experiments.vlm.config import VLMJobConfig
-from experiments.vlm.estimate import Estimate
-from experiments.vlm.tuning import with_settings
+from experiments.vlm.costs import tuning
+from experiments.vlm.costs.estimate import Estimate
+from experiments.vlm.costs.tuning import with_settings
 from torchtitan.config.errors import require
 from torchtitan.config.layout import Degrees, resolve_batch
 from torchtitan.config.parse import parse_over, read_toml

@@ -37,7 +37,7 @@ from experiments.vlm.data.sources.shards import needs_copy
 from experiments.vlm.data.storage.fetch import about_failures
 from experiments.vlm.data.storage.file_cache import file_cache
 from experiments.vlm.data.storage.outages import Retry
-from experiments.vlm.read_once import ReadOnce
+from experiments.vlm.parallelism.read_once import ReadOnce
 from torchtitan.components.loader import Agree
 from torchtitan.components.tokenizer import Tokenizer
 from torchtitan.config.errors import DataError, UserError

@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 
 from experiments.vlm.config import VLMJobConfig
-from experiments.vlm.encoder_parallel import sharing_mesh
 from experiments.vlm.generate.forward import RankSlice, Share
 from experiments.vlm.model.vlm import VLM
-from experiments.vlm.parallelize import apply_fsdp
-from experiments.vlm.sharing import sharers
+from experiments.vlm.parallelism.encoder_parallel import sharing_mesh
+from experiments.vlm.parallelism.parallelize import apply_fsdp
+from experiments.vlm.parallelism.sharing import sharers
 from torchtitan.config.errors import require
 from torchtitan.config.layout import Degrees
 from torchtitan.distributed.compile import apply_compile, not_compiled

@@ -10,5 +10,5 @@ families/   whole models of transformers: sizes in its words, where parts stand 
 hf_config   sizes in the words of Hugging Face, of whole models and of parts
 hf          names and shapes of published weights
 
-The decoder is torchtitan/models/decoder. Which module gets which layout: experiments/vlm/parallelize.py.
+The decoder is torchtitan/models/decoder. Which module gets which layout: vlm/parallelism/parallelize.py.
 """

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.vlm.megatron_ranks import MegatronRanks
+from experiments.vlm.weights.megatron_ranks import MegatronRanks
 from torchtitan.config.errors import ConfigError, require
 from torchtitan.models.hf.writing import TensorToWrite
 from torchtitan.models.weight_names import Part, Piece, Row, Transform, prefixed, to_ours

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from functools import cache
 
 from experiments.vlm.config import VLMJobConfig
+from experiments.vlm.costs.rank_share import RankShare
 from experiments.vlm.model.vlm import VLM
-from experiments.vlm.rank_share import RankShare
-from experiments.vlm.sharing import rows_of_a_rank
+from experiments.vlm.parallelism.sharing import rows_of_a_rank
 from torchtitan.components.flops import forward_flops, total_of
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.layout import Degrees

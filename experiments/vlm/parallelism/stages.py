@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.model.vlm import VLM
-from experiments.vlm.sharing import rows_of_a_rank
+from experiments.vlm.parallelism.sharing import rows_of_a_rank
 from torchtitan.components.flops import backward_of, forward_flops, product_flops, total_of
 from torchtitan.config.layout import Degrees
 from torchtitan.config.recomputation import Recomputation

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 
 from experiments.vlm.config import VLMJobConfig
-from experiments.vlm.embedding_rows import planned_rows
-from experiments.vlm.estimate import estimate
+from experiments.vlm.costs.estimate import estimate
+from experiments.vlm.weights.embedding_rows import planned_rows
 from torchtitan.config.job import JobConfig
 from torchtitan.config.layout import degrees
 from torchtitan.tools.hardware import GIB

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.model.vit import VisionEncoder
-from experiments.vlm.sharing import rows_a_forward, sharers
+from experiments.vlm.parallelism.sharing import rows_a_forward, sharers
 from torchtitan.distributed import tensor_parallel as tp
 from torchtitan.distributed.differentiable import gather, sum_gradient
 from torchtitan.distributed.mesh import Mesh

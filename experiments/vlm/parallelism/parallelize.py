@@ -3,8 +3,8 @@
 from torch.distributed.device_mesh import DeviceMesh
 
 from experiments.vlm.config import VLMJobConfig
-from experiments.vlm.encoder_parallel import apply_encoder_tensor_parallel, apply_sharing
 from experiments.vlm.model.vlm import VLM
+from experiments.vlm.parallelism.encoder_parallel import apply_encoder_tensor_parallel, apply_sharing
 from torchtitan.distributed.activation_checkpoint import apply_activation_checkpoint
 from torchtitan.distributed.compile import apply_compile
 from torchtitan.distributed.context_parallel import apply_context_parallel

@@ -10,9 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from experiments.vlm.adapter import require_rank
 from experiments.vlm.config import PARTS, VLMJobConfig
-from experiments.vlm.embedding_rows import rows_before_image
 from experiments.vlm.model.config import VLMConfig
 from experiments.vlm.model.families import FAMILIES, family_of, llava_original
 from experiments.vlm.model.families.family import Family
@@ -21,6 +19,8 @@ from experiments.vlm.model.towers import tower_of, write_encoder
 from experiments.vlm.model.vlm import VLM
 from experiments.vlm.model_config import model_config
 from experiments.vlm.processor import write_language, write_processor
+from experiments.vlm.weights.adapter import require_rank
+from experiments.vlm.weights.embedding_rows import rows_before_image
 from torchtitan.components.checkpoint_read import require_sizes
 from torchtitan.components.tokenizer import load_tokenizer
 from torchtitan.components.weights import shapes_of

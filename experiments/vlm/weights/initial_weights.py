@@ -5,14 +5,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from experiments.vlm.adapter import adapter_source
 from experiments.vlm.config import PARTS, VLMJobConfig
-from experiments.vlm.embedding_rows import rows_of
 from experiments.vlm.model.families import family_in
 from experiments.vlm.model.hf import left_over, part_rows
 from experiments.vlm.model.hf_config import decoder_config, encoder_config
 from experiments.vlm.model.vlm import VLM
 from experiments.vlm.model_config import missing_folders, model_config, part_folders
+from experiments.vlm.weights.adapter import adapter_source
+from experiments.vlm.weights.embedding_rows import rows_of
 from torchtitan.components.checkpoint_read import Sizes
 from torchtitan.components.tokenizer import Tokenizer
 from torchtitan.components.train_state import as_record

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from experiments.vlm.batch import FIELDS, PLACING
 from experiments.vlm.config import VLMJobConfig
-from experiments.vlm.encoder_parallel import own_rows
+from experiments.vlm.parallelism.encoder_parallel import own_rows
 from torchtitan.distributed.context_parallel import in_slot_order, rows_of_ranks
 from torchtitan.distributed.differentiable import gather
 from torchtitan.distributed.mesh import Mesh

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from experiments.vlm.batch import Batch, BatchShape
 from experiments.vlm.config import VLMJobConfig
-from experiments.vlm.encoder_parallel import own_rows
+from experiments.vlm.parallelism.encoder_parallel import own_rows
 from torchtitan.distributed.mesh import Mesh
 from torchtitan.distributed.slot_group import SlotGroup
 

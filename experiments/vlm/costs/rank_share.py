@@ -21,9 +21,9 @@ from experiments.vlm.model.config import VLMConfig
 from experiments.vlm.model.vit import VisionEncoder
 from experiments.vlm.model.vlm import VLM
 from experiments.vlm.model_config import plan_of
-from experiments.vlm.parallelize import split_decoder, split_encoder
-from experiments.vlm.shard_batch import shard_batch
-from experiments.vlm.sharing import part_shares, sharers
+from experiments.vlm.parallelism.parallelize import split_decoder, split_encoder
+from experiments.vlm.parallelism.shard_batch import shard_batch
+from experiments.vlm.parallelism.sharing import part_shares, sharers
 from torchtitan.components.float8 import convert
 from torchtitan.components.flops import backward_of
 from torchtitan.components.freezing import choose_trained

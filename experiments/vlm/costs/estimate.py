@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 from experiments.vlm.check import check_encoder
 from experiments.vlm.config import VLMJobConfig
-from experiments.vlm.flops import Work, flops_of_work
+from experiments.vlm.costs.flops import Work, flops_of_work
+from experiments.vlm.costs.rank_share import RankShare, build_on_meta
+from experiments.vlm.costs.recomputation import MODES, MixedShare, uniform, within_budget
 from experiments.vlm.model_config import image_plan, model_config
-from experiments.vlm.rank_share import RankShare, build_on_meta
-from experiments.vlm.recomputation import MODES, MixedShare, uniform, within_budget
-from experiments.vlm.stages import sends_back, split_layers
+from experiments.vlm.parallelism.stages import sends_back, split_layers
 from torchtitan.config.check import check_pipeline, check_sequence
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.layout import BatchSizes, Degrees, resolve_batch

@@ -17,9 +17,9 @@ from torch import nn
 
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.model.vlm import VLM
-from experiments.vlm.parallelize import parallelize_vlm
-from experiments.vlm.shard_batch import whole_slots
-from experiments.vlm.stages import sends_back, split_layers
+from experiments.vlm.parallelism.parallelize import parallelize_vlm
+from experiments.vlm.parallelism.shard_batch import whole_slots
+from experiments.vlm.parallelism.stages import sends_back, split_layers
 from torchtitan.distributed.mesh import Mesh
 from torchtitan.distributed.pipeline_parallel import Pipeline
 from torchtitan.distributed.stages import Split, stages_of_rank

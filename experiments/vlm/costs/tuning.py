@@ -12,7 +12,7 @@ from typing import Any
 
 from experiments.vlm.check import check_vlm
 from experiments.vlm.config import VLMActivationCheckpoint, VLMJobConfig
-from experiments.vlm.estimate import Estimate, Shares, estimate_with
+from experiments.vlm.costs.estimate import Estimate, Shares, estimate_with
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.layout import degrees, resolve_batch
 from torchtitan.config.recomputation import Recomputation
