@@ -7,6 +7,7 @@ at once (--max_per_host).
 
 import os
 from collections import deque
+from functools import partial
 from pathlib import Path
 
 import ray
@@ -51,23 +52,19 @@ def do_shard(options: Options, stage: str, number: int) -> dict[bool, list[int]]
     return progress.total
 
 
-class Cluster:
-    """The runner of a cluster. Results come in any order; what they leave on disk does not depend on it."""
-
-    def __init__(self, options: Options, progress: StageProgress) -> None:
-        self.options, self.progress = options, progress
-
-    def run(self, stage: str, numbers: list[int]) -> None:
-        """A task for each shard, few of them waiting at a time. Raises what a task raised."""
-        left = deque(numbers)
-        running: list[ray.ObjectRef] = []
-        while left or running:
-            while left and len(running) < WAITING * max(1, int(ray.cluster_resources().get("CPU", 1))):
-                running.append(do_shard.remote(self.options, stage, left.popleft()))
-            ended, running = ray.wait(running, timeout=1.0)
-            for total in ray.get(ended):
-                for before, (count, failed, size) in total.items():
-                    self.progress.advance(count, failed, size, before)
+def do_stage(options: Options, progress: StageProgress, stage: str, numbers: list[int]) -> None:
+    """A task for each shard, few of them waiting at a time. Results come in any order; what they leave on
+    disk does not depend on it. Raises what a task raised.
+    """
+    left = deque(numbers)
+    running: list[ray.ObjectRef] = []
+    while left or running:
+        while left and len(running) < WAITING * max(1, int(ray.cluster_resources().get("CPU", 1))):
+            running.append(do_shard.remote(options, stage, left.popleft()))
+        ended, running = ray.wait(running, timeout=1.0)
+        for total in ray.get(ended):
+            for before, (count, failed, size) in total.items():
+                progress.advance(count, failed, size, before)
 
 
 def run_on_cluster(options: Options, progress: StageProgress) -> None:
@@ -76,6 +73,6 @@ def run_on_cluster(options: Options, progress: StageProgress) -> None:
     path = os.pathsep.join([str(Path(experiments.__path__[0]).parent), os.environ.get("PYTHONPATH", "")])
     ray.init(options.ray_address, runtime_env={"env_vars": {"PYTHONPATH": path}}, log_to_driver=False)
     try:
-        run(PrepareJob.join(options), Cluster(options, progress))
+        run(PrepareJob.join(options), progress, partial(do_stage, options, progress))
     finally:
         ray.shutdown()

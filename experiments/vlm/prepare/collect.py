@@ -87,9 +87,7 @@ class Tools:
 
 
 def collect(job: PrepareJob, numbers: Iterable[int], progress: StageProgress, stop: Stop) -> None:
-    """Collect the images of these shards. Raises Stopped when it was asked to stop; what was on the wire is
-    in the journals by then.
-    """
+    """Collect the images of these shards. Raises Stopped once all that came is in the journals."""
     asyncio.run(collect_all(job, numbers, progress, stop))
 
 
@@ -110,24 +108,21 @@ async def collect_all(job: PrepareJob, numbers: Iterable[int], progress: StagePr
 
 
 async def collect_shard(job: PrepareJob, number: int, tools: Tools) -> None:
-    """Idempotent: what is there is not made again."""
+    """Fetch what the shard lacks, then judge and encode. What is there is not made again."""
     async with tools.turns:
         counted = ShardProgress(tools.progress)
         try:
             tools.stop.check()
             if not job.folder.image_index(number).exists():
-                await make_images(job, number, tools, counted)
+                with Journal(job.folder.journal(number)) as journal:  # it survives a stop
+                    await fetch_missing(job, number, journal, tools.fetches, counted)
+                    await asyncio.to_thread(
+                        write_images, job, number, journal, tools.pool, counted, tools.stop
+                    )
         except Exception:
             tools.fetches.stop()
             raise
         counted.fill(len(read_array(job.folder.hashes("content", number), np.uint64)))
-
-
-async def make_images(job: PrepareJob, number: int, tools: Tools, counted: ShardProgress) -> None:
-    """Fetch what one shard lacks, then judge and encode; its journal survives a stop."""
-    with Journal(job.folder.journal(number)) as journal:
-        await fetch_missing(job, number, journal, tools.fetches, counted)
-        await asyncio.to_thread(write_images, job, number, journal, tools.pool, counted, tools.stop)
 
 
 async def fetch_missing(

@@ -53,10 +53,7 @@ def mark_repeated(folder: Folder, of: str, shards: int) -> None:
 
 
 def find_repeated(hashes: Sequence[np.ndarray], pass_hashes: int = PASS_HASHES) -> list[np.ndarray]:
-    """For each array of uint64 one of booleans.
-
-    In passes over a share of the hash values each, so memory is bounded.
-    """
+    """Booleans for each array of uint64, in passes over a share of the values: memory is bounded."""
     starts = np.cumsum([0, *map(len, hashes)])
     repeated = np.ones(starts[-1], bool)
     passes = max(1, math.ceil(starts[-1] / pass_hashes))

@@ -86,10 +86,7 @@ class Folder:
 
 @contextmanager
 def appearing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write that takes its name when it is whole and on disk.
-
-    Several processes may write the same file.
-    """
+    """A file to write, maybe by several processes: it takes its name when it is whole and on disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     try:

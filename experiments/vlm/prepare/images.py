@@ -24,6 +24,7 @@ from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.prepare.dedup import hash_of
 from experiments.vlm.prepare.folder import appearing, read_array, write_array, write_json
 from experiments.vlm.prepare.journal import Journal
+from experiments.vlm.prepare.options import Options
 from experiments.vlm.prepare.progress import Advancing
 from experiments.vlm.prepare.shard_plan import PrepareJob, retry
 from experiments.vlm.prepare.stop import Stop
@@ -60,15 +61,6 @@ class FinishedImage:
     height: int  # pixels as a person sees it, after EXIF orientation
     width: int
     sha256: str  # of the bytes as they came
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """What becomes of an image's bytes: the options of the same names."""
-
-    encode: str = "keep"
-    max_side: int = 0
-    quality: int = 92
 
 
 @dataclass(frozen=True)
@@ -121,8 +113,7 @@ def start_works(
     job: PrepareJob, number: int, journal: Journal, pool: Executor, progress: Advancing
 ) -> Iterator[Work]:
     """What a shard names twice is judged and stored once."""
-    options, folder = job.options, job.image_folder(number)
-    encoding = Encoding(options.encode, options.max_side, options.quality)
+    folder = job.image_folder(number)
     first: dict[str, int] = {}
     for index, (image, repeated) in enumerate(images_of(job, number)):
         name = name_of(image.value)
@@ -137,19 +128,19 @@ def start_works(
                 first[name] = index
             if not is_address(name):
                 progress.advance()
-            yield pool.submit(bring, image, journal, folder, encoding)
+            yield pool.submit(bring, image, journal, folder, job.options)
 
 
-def bring(image: ImageValue, journal: Journal, folder: ImageFolder, encoding: Encoding) -> FinishedImage:
-    """Read and finish an image, in a thread of the pool. Raises Rejected, and StorageError where images of a
-    folder stay away.
-    """
+def bring(image: ImageValue, journal: Journal, folder: ImageFolder, options: Options) -> FinishedImage:
+    """Read and finish an image, in a thread of the pool. Raises Rejected, and StorageError of folders."""
     value = plain_value(image.value)
     if isinstance(value, memoryview):
-        return finish_image(bytes(value), encoding)
-    if is_address(value):
-        return finish_image(journal.read(value), encoding)
-    return finish_image(retry.call(value, lambda: folder.read(value)), encoding)
+        data = bytes(value)
+    elif is_address(value):
+        data = journal.read(value)
+    else:
+        data = retry.call(value, lambda: folder.read(value))
+    return finish_image(data, options)
 
 
 def store(work: Future[FinishedImage], file: IO[bytes]) -> ImageEntry:
@@ -175,22 +166,20 @@ def ahead(items: Iterable[Item], count: int) -> Iterator[Item]:
     yield from waiting
 
 
-def finish_image(data: bytes, encoding: Encoding) -> FinishedImage:
-    """An image as it goes into a shard. Raises Rejected. Bytes that already are what was asked for stay the
-    same bytes.
-    """
+def finish_image(data: bytes, options: Options) -> FinishedImage:
+    """An image as it goes into a shard: the same bytes where these are what is asked for. Raises Rejected."""
     height, width = probe(data)
     with PILImage.open(io.BytesIO(data)) as image:
         came_as = str(image.format)
-    target = shrunk(height, width, encoding.max_side)
-    wanted = ENCODED.get(encoding.encode, came_as if came_as in EXTENSIONS else "PNG")
+    target = shrunk(height, width, options.max_side)
+    wanted = ENCODED.get(options.encode, came_as if came_as in EXTENSIONS else "PNG")
     if target == (height, width) and EXTENSIONS[wanted] == EXTENSIONS.get(came_as):
         check(data, height, width)
         out = data
     else:
         if wanted not in ENCODED.values() or max(target) > SIDE_LIMITS.get(wanted, max(target)):
             wanted = "PNG"
-        out = encoded(data, target, wanted, encoding.quality)
+        out = encoded(data, target, wanted, options.quality)
     return FinishedImage(out, EXTENSIONS[wanted], *target, hashlib.sha256(data).hexdigest())
 
 
@@ -200,10 +189,7 @@ def check(data: bytes, height: int, width: int) -> None:
 
 
 def looks_whole(data: bytes) -> bool:
-    """False where an image begins well and does not end: its connection may have broken.
-
-    What is no image is whole.
-    """
+    """False where an image begins well and does not end, as if its connection broke; else True."""
     try:
         height, width = probe(data)
     except Rejected:

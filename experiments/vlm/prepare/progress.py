@@ -99,10 +99,7 @@ class _Lines:
 
 @dataclass(frozen=True)
 class JsonProgress:
-    """A StageProgress that writes everything down as lines of JSON.
-
-    When nobody reads any more, that is no fault.
-    """
+    """A StageProgress in lines of JSON. When nobody reads them any more, that is no fault."""
 
     file: BinaryIO
 

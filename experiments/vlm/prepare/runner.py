@@ -1,4 +1,4 @@
-"""The stages of a run, in order. What runs them, this machine or a cluster, is a `Runner`.
+"""The stages of a run, in order, on this machine or on a cluster.
 
     list      each shard: hashes of its URLs           then: which are not the first of the input
     collect   each shard: fetch, judge, encode         then: which images are not the first of their content
@@ -9,7 +9,6 @@ retries.
 """
 
 from collections.abc import Callable, Iterable
-from typing import Protocol
 
 import numpy as np
 
@@ -25,18 +24,6 @@ from experiments.vlm.prepare.stop import Stop
 Stage = Callable[[PrepareJob, Iterable[int], StageProgress, Stop], None]
 
 
-class Runner(Protocol):
-    """Does stages: here, or on a cluster."""
-
-    @property
-    def progress(self) -> StageProgress:
-        """Where stages say how far they are."""
-
-    def run(self, stage: str, numbers: list[int]) -> None:
-        """Does a stage (a key of STAGES) for these shards."""
-        ...
-
-
 def _each(work: Callable[[PrepareJob, int], None]) -> Stage:
     def stage(job: PrepareJob, numbers: Iterable[int], progress: StageProgress, stop: Stop) -> None:
         for number in numbers:
@@ -50,24 +37,27 @@ def _each(work: Callable[[PrepareJob, int], None]) -> Stage:
 STAGES: dict[str, Stage] = {"list": _each(list_urls), "collect": collect, "write": _each(write_shard)}
 
 
-def run(job: PrepareJob, runner: Runner) -> None:
-    """Do all stages; ends with the report in place. Raises Stopped."""
+def run(job: PrepareJob, progress: StageProgress, run_stage: Callable[[str, list[int]], None]) -> None:
+    """Do all stages; ends with the report in place. Raises Stopped.
+
+    run_stage: does a stage, a key of STAGES, for these shards.
+    """
     folder, shards = job.folder, range(job.shards)
     todo = [number for number in shards if not folder.done(number).exists()]
     if todo:
         rows = sum(job.plan.pieces[number].count for number in todo)
-        runner.progress.stage("records read", job.plan.records)
-        runner.run("list", list(shards))
+        progress.stage("records read", job.plan.records)
+        run_stage("list", list(shards))
         if job.dedup:
             mark_repeated(folder, "urls", job.shards)
-        runner.progress.stage(
+        progress.stage(
             "images", sum(len(read_array(folder.hashes("urls", number), np.uint64)) for number in todo)
         )
-        runner.run("collect", todo)
+        run_stage("collect", todo)
         if job.dedup:
             mark_repeated(folder, "content", job.shards)
-        runner.progress.stage("records written", rows)
-        runner.run("write", todo)
+        progress.stage("records written", rows)
+        run_stage("write", todo)
     write_report(job)
 
 

@@ -191,10 +191,7 @@ def check_same(plan: Plan, options: Options, inputs: dict[str, int], folder: Fol
 
 
 def list_inputs(pattern: str) -> list[str]:
-    """The input files of a path, glob, brace range or folder, absolute and sorted.
-
-    Raises ConfigError for none.
-    """
+    """The files of a path, glob, brace range or folder, absolute and sorted. Raises ConfigError for none."""
     found = [Path(file).resolve() for file in match_files(pattern, SUFFIXES) if suffix_of(file) in SUFFIXES]
     files = sorted({str(file) for file in found if file.is_file()})
     if not files:

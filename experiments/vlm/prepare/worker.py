@@ -1,7 +1,6 @@
 """The working process of a run on this machine: started by start.py, which also says how it ends."""
 
 import contextlib
-import fcntl
 import json
 import os
 import resource
@@ -11,7 +10,6 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import BinaryIO
 
 import torch
@@ -24,19 +22,7 @@ from experiments.vlm.prepare.runner import STAGES, run
 from experiments.vlm.prepare.shard_plan import PrepareJob
 from experiments.vlm.prepare.stop import Stop
 from torchtitan.tools.disk import is_full, no_room
-
-
-@dataclass(frozen=True)
-class Here:
-    """The runner of a single process."""
-
-    job: PrepareJob
-    progress: StageProgress
-    stop: Stop
-
-    def run(self, stage: str, numbers: list[int]) -> None:
-        """The stage for these shards, one after another. Raises Stopped."""
-        STAGES[stage](self.job, numbers, self.progress, self.stop)
+from torchtitan.tools.lock import take_lock
 
 
 def main() -> None:
@@ -52,7 +38,7 @@ def main() -> None:
     try:
         job = PrepareJob.join(options)
         with only_run(job.folder, progress, stop):
-            run(job, Here(job, progress, stop))
+            run(job, progress, lambda stage, numbers: STAGES[stage](job, numbers, progress, stop))
     except Stopped:
         pass
     except BaseException as error:
@@ -86,26 +72,18 @@ def prepare_process() -> None:
 @contextlib.contextmanager
 def only_run(folder: Folder, progress: StageProgress, stop: Stop) -> Iterator[None]:
     """Wait for an earlier worker. Raises Stopped. The lock ends with its process, however that ends."""
-    with (folder.state / "lock").open("w") as file:
-        waits = False
-        while not locked(file.fileno()):
-            if not waits:
-                progress.note(
-                    f"waiting for another run on {folder.out}, or the last answers of one that was stopped"
-                )
-            waits = True
-            stop.check()
-            time.sleep(0.05)
-        yield
-
-
-def locked(file: int) -> bool:
-    """Whether this process has the lock now."""
+    who = f"another run on {folder.out}, or the last answers of one that was stopped"
+    waits = False
+    while (lock := take_lock(folder.state / "lock")) is None:
+        if not waits:
+            progress.note(f"waiting for {who}")
+        waits = True
+        stop.check()
+        time.sleep(0.05)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+        yield
+    finally:
+        os.close(lock)
 
 
 if __name__ == "__main__":
