@@ -12,7 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from experiments.vlm.data.document import Draft, ImageValue, Text
-from experiments.vlm.data.formats.image_values import IMAGE_EXTENSIONS, is_image_name, split_name
+from experiments.vlm.data.formats.image_values import (
+    IMAGE_EXTENSIONS,
+    image_fields,
+    is_image_name,
+    split_name,
+)
 from experiments.vlm.data.rejects import Rejected
 
 NAMED = ("url", "URL", "image_url", "image", "image_path", "path")
@@ -59,7 +64,7 @@ def _numbered(record: Mapping[str, Any]) -> list[str]:
     """Names of images that differ in a number alone (0.jpg 1.png, img1.jpg img2.jpg, image.0.jpg), in its
     order: those of the first of them. One alone is not numbered, nor are those with captions of their own.
     """
-    images = [name for name in record if is_image_name(name) and record[name] is not None]
+    images = image_fields(record)
     if len(images) < 2:
         return []
     numbers: dict[str, dict[int, str]] = {}  # by what stands before the number; of two alike the first
@@ -87,9 +92,7 @@ def _left_out(record: Mapping[str, Any], used: Sequence[str]) -> list[Rejected]:
     """The sample's images that are not used. Samples that differ only after the first dot (a.1.jpg, a.2.jpg)
     are one in a tar, and its first image is kept.
     """
-    others = [
-        name for name in record if name not in used and is_image_name(name) and record[name] is not None
-    ]
+    others = [name for name in image_fields(record) if name not in used]
     if not others:
         return []
     captioned = {part for part, kind in map(split_name, record) if kind == "txt"}

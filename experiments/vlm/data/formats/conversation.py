@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from experiments.vlm.data.document import Draft, ImageValue, Turn
-from experiments.vlm.data.formats.image_values import is_image_name
+from experiments.vlm.data.formats.image_values import image_fields
 from experiments.vlm.data.rejects import Rejected
 
 MARKER = "<image>"
@@ -16,8 +16,8 @@ def images_of(record: Mapping[str, Any]) -> list[ImageValue]:
     name = "image" if record.get("image") is not None else "images"
     value = record.get(name)
     if value is None:
-        fields = (name for name in record if is_image_name(name) and record[name] is not None)
-        return [ImageValue(record[name], position, (name,)) for position, name in enumerate(fields)]
+        fields = enumerate(image_fields(record))
+        return [ImageValue(record[name], position, (name,)) for position, name in fields]
     if isinstance(value, list):
         return [ImageValue(image, position, (name, position)) for position, image in enumerate(value)]
     return [] if isinstance(value, str) and not value else [ImageValue(value, 0, (name,))]

@@ -14,6 +14,7 @@ themselves, and names them by their extension or their name (tar_shard.py).
 
 import base64
 import binascii
+from collections.abc import Mapping
 from typing import Any
 
 from experiments.vlm.data.rejects import Rejected
@@ -37,6 +38,11 @@ def is_image_name(name: str) -> bool:
     return name.rpartition(".")[2] in IMAGE_EXTENSIONS
 
 
+def image_fields(record: Mapping[str, Any]) -> list[str]:
+    """The fields of a record that are called like image files and hold something."""
+    return [name for name in record if is_image_name(name) and record[name] is not None]
+
+
 def held_image(item: dict[str, Any]) -> Any:
     """What an image item says of its image; nothing where it only marks the place of one."""
     own = {name: item[name] for name in HELD_UNDER if item.get(name) is not None}
@@ -44,10 +50,7 @@ def held_image(item: dict[str, Any]) -> Any:
 
 
 def is_address(value: str) -> bool:
-    """Whether a plain value is an address; else it is a path.
-
-    The client decides which addresses are fetched.
-    """
+    """Whether a plain value is an address, fetched or not (the client decides); else it is a path."""
     return "://" in value[:12]
 
 

@@ -164,18 +164,13 @@ def decode_utf8(data: bytes) -> str:
         raise Rejected("broken_utf8", str(error)) from error
 
 
-def parse_json(data: bytes) -> Any:
-    """Raises Rejected("broken_utf8" or "broken_json")."""
+def parse_object(data: bytes) -> dict[str, Any]:
+    """Raises Rejected("broken_utf8", "broken_json"), or "wrong_shape" where it is no object."""
     text = decode_utf8(data)
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise Rejected("broken_json", str(error)[:200]) from error
-
-
-def parse_object(data: bytes) -> dict[str, Any]:
-    """As parse_json; Rejected("wrong_shape") where it is no object."""
-    value = parse_json(data)
     if not isinstance(value, dict):
         raise Rejected("wrong_shape", f"the record is a {type(value).__name__}, not an object")
     return value

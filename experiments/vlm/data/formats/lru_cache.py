@@ -27,10 +27,7 @@ class LRUCache(Generic[Value]):
         return len(self._values)
 
     def get(self, key: Key, make: Callable[[], tuple[Value, int]]) -> Value:
-        """The value of that key; where it is not kept, `make` gives it and its bytes.
-
-        Raises what `make` raises.
-        """
+        """The value of that key; where it is not kept, `make` gives it and its bytes, or raises."""
         with self._lock:
             if key in self._values:
                 self._values.move_to_end(key)

@@ -18,10 +18,7 @@ IMAGES, TEXTS = ("image_info",), ("text_list",)
 
 
 def parse(record: Mapping[str, Any]) -> Draft:
-    """Sentences with a space between them, and images; `rejects` holds those without a place.
-
-    Raises Rejected.
-    """
+    """Sentences with a space between them, and images; `rejects`: those without a place. Raises Rejected."""
     sentences, entries = record.get("text_list"), record.get("image_info")
     if not isinstance(sentences, list) or not all(isinstance(sentence, str) for sentence in sentences):
         raise Rejected("wrong_shape", "text_list is no list of texts")

@@ -21,7 +21,8 @@ from experiments.vlm.data.formats.json_index import (
     parse_object,
 )
 from experiments.vlm.data.formats.lru_cache import LRUCache
-from experiments.vlm.data.formats.tables import ArrowRecords, ParquetRecords
+from experiments.vlm.data.formats.row_groups import ParquetRecords
+from experiments.vlm.data.formats.tables import ArrowRecords
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.storage.file_cache import FileCache
 

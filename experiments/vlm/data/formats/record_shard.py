@@ -40,10 +40,7 @@ class ImageFolder:
         self.remote = "://" in folder
 
     def path(self, value: str) -> str:
-        """Where the image lies: below the folder by its letters; a link there is followed.
-
-        Raises Rejected.
-        """
+        """Where the image lies: below the folder by its letters, links followed. Raises Rejected."""
         join, norm = (posixpath.join, posixpath.normpath) if self.remote else (os.path.join, os.path.normpath)
         relative = norm(
             value if self.remote or not os.path.isabs(value) else os.path.relpath(value, self.folder)

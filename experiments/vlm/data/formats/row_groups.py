@@ -1,4 +1,4 @@
-"""The row groups of parquet files as tables, each reached at any time.
+"""Parquet files as records, whose row groups are decoded whole and each reached at any time.
 
 Decoded groups stay in memory while all of them together take at most ROW_GROUP_BYTES of the process (and
 always the one in use). Those of a larger file are decoded once for all processes of the machine: written to
@@ -11,11 +11,13 @@ import itertools
 import threading
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from experiments.vlm.data.formats.lru_cache import LRUCache
+from experiments.vlm.data.formats.tables import Numbers, record_of
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.storage.file_cache import FileCache, origin_of
 from experiments.vlm.data.storage.outages import is_away
@@ -23,18 +25,21 @@ from experiments.vlm.data.storage.outages import is_away
 ROW_GROUP_BYTES = 256 << 20
 
 
-class RowGroups:
-    """The row groups of a file. Raises OSError or pyarrow's errors where it is no parquet file."""
+class ParquetRecords:
+    """Rows of a file. Raises OSError or pyarrow's errors where it is no parquet file."""
 
     def __init__(self, path: str, columns: tuple[str, ...] | None, cache: FileCache):
         self._file = pq.ParquetFile(path)
         metadata = self._file.metadata
         groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
-        self.rows = [group.num_rows for group in groups]
-        if min(self.rows, default=0) < 0 or sum(self.rows) != metadata.num_rows:
+        rows = [group.num_rows for group in groups]
+        if min(rows, default=0) < 0 or sum(rows) != metadata.num_rows:
             raise Rejected(
-                "shard_unreadable", f"its row groups hold {self.rows[:9]} rows, {metadata.num_rows} in all"
+                "shard_unreadable", f"its row groups hold {rows[:9]} rows, {metadata.num_rows} in all"
             )
+        self._numbers = Numbers(rows)
+        self.checksum = self._numbers.checksum
+        self.tail: Rejected | None = None
         self._columns = [name for name in self._file.schema_arrow.names if columns is None or name in columns]
         self._origin = f"{origin_of(path)} {','.join(self._columns)}"
         self._cache = cache
@@ -45,9 +50,13 @@ class RowGroups:
         self._number = next(_numbers)
         self.close = weakref.finalize(self, _kept.forget, self._number)
 
-    def get(self, group: int) -> pa.Table:
-        """Raises Rejected."""
-        return _kept.get((self._number, group), lambda: self._read(group))
+    def __len__(self) -> int:
+        return self._numbers.count
+
+    def get(self, index: int) -> dict[str, Any]:
+        """Raises Rejected where its row group cannot be read."""
+        group, row = self._numbers.find(index)
+        return record_of(_kept.get((self._number, group), lambda: self._read(group)), row)
 
     def _read(self, group: int) -> tuple[pa.Table, int]:
         table = self._copied(group) if self._is_large or group in self._decoded else None

@@ -1,4 +1,6 @@
-"""Tables as records: parquet and Arrow files. Bytes come as views: of many images only one is copied."""
+"""Tables as records: Arrow files here, parquet in row_groups.py. Bytes come as views: of many images only one
+is copied.
+"""
 
 import functools
 import os
@@ -10,42 +12,22 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from experiments.vlm.data.formats.row_groups import RowGroups
 from experiments.vlm.data.rejects import Rejected
-from experiments.vlm.data.storage.file_cache import FileCache
 from experiments.vlm.data.storage.outages import is_away
 
 
 class Numbers:
-    """Rows that are numbered through several groups."""
+    """Rows that are numbered through several groups, of so many rows each."""
 
     def __init__(self, rows: Sequence[int]):
         self._ends = np.cumsum(rows, dtype=np.int64)
         self.count = int(self._ends[-1]) if len(self._ends) else 0
+        self.checksum = zlib.crc32(str(rows).encode())
 
     def find(self, index: int) -> tuple[int, int]:
         """(group, row in it) of the row of that number."""
         group = int(np.searchsorted(self._ends, index, side="right"))
         return group, index - (int(self._ends[group - 1]) if group else 0)
-
-
-class ParquetRecords:
-    """Rows of a parquet file; a row group is read and decoded whole, and kept for a while."""
-
-    def __init__(self, path: str, columns: tuple[str, ...] | None, cache: FileCache):
-        self._groups = RowGroups(path, columns, cache)
-        self._numbers = Numbers(self._groups.rows)
-        self.close = self._groups.close
-        self.tail: Rejected | None = None
-        self.checksum = zlib.crc32(str(self._groups.rows).encode())
-
-    def __len__(self) -> int:
-        return self._numbers.count
-
-    def get(self, index: int) -> dict[str, Any]:
-        """Raises Rejected where its row group cannot be read."""
-        group, row = self._numbers.find(index)
-        return _row(self._groups.get(group), row)
 
 
 class ArrowRecords:
@@ -73,8 +55,8 @@ class ArrowRecords:
             if is_away(error) or not self._batches:
                 raise
             self.tail = Rejected("shard_truncated", f"after {len(self._batches)} record batches: {error}")
-        rows = [batch.num_rows for batch in self._batches]
-        self._numbers, self.checksum = Numbers(rows), zlib.crc32(str(rows).encode())
+        self._numbers = Numbers([batch.num_rows for batch in self._batches])
+        self.checksum = self._numbers.checksum
 
     def __len__(self) -> int:
         return self._numbers.count
@@ -85,7 +67,7 @@ class ArrowRecords:
             raise Rejected("shard_truncated", "its size has changed since it was opened")
         batch, row = self._numbers.find(index)
         self._check(batch)
-        return _row(self._batches[batch], row)
+        return record_of(self._batches[batch], row)
 
     def _check(self, batch: int) -> None:
         if batch not in self._sound:
@@ -119,7 +101,8 @@ def _check_offsets(array: pa.Array) -> None:
         array.validate(full=True)
 
 
-def _row(table: pa.Table | pa.RecordBatch, row: int) -> dict[str, Any]:
+def record_of(table: pa.Table | pa.RecordBatch, row: int) -> dict[str, Any]:
+    """A row as a record. Raises Rejected."""
     try:
         return {
             name: _plain(column[row]) for name, column in zip(table.schema.names, table.columns, strict=True)

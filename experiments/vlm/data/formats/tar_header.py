@@ -71,10 +71,7 @@ class Headers:
         self.checksum = 0
 
     def at(self, start: int) -> Header | None:
-        """The header at `start`, with what extension headers before it say; None for zeros.
-
-        Raises Rejected where neither is there.
-        """
+        """The header at `start`, extensions included; None for zeros. Raises Rejected for neither."""
         name, size = "", -1
         while True:
             block = self._read(start, BLOCK)

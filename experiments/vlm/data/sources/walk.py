@@ -9,7 +9,6 @@ import glob
 import os
 import stat
 from collections.abc import Iterator
-from typing import Protocol
 
 from fsspec.asyn import AsyncFileSystem
 from fsspec.spec import AbstractFileSystem
@@ -19,21 +18,11 @@ from experiments.vlm.data.storage.outages import is_away
 FILE, FOLDER, OTHER = "file", "directory", "other"  # as fsspec calls them
 
 
-class Tree(Protocol):
-    """Folders to look into. Raises what its storage raises, but for what is not there."""
+class Local:
+    """Folders of this machine. Raises what the storage raises, but for what is not there."""
 
     def names(self, folder: str) -> list[str]:
         """What is in a folder, sorted; nothing where there is none."""
-
-    def kind(self, path: str) -> str:
-        """What is there; a link counts as what it leads to."""
-
-
-class Local:
-    """Implements Tree."""
-
-    def names(self, folder: str) -> list[str]:
-        """See Tree."""
         try:
             with os.scandir(folder or ".") as entries:
                 return sorted(entry.name for entry in entries)
@@ -41,7 +30,7 @@ class Local:
             return []
 
     def kind(self, path: str) -> str:
-        """See Tree."""
+        """What is there; a link counts as what it leads to."""
         try:
             mode = os.stat(path).st_mode
         except (OSError, ValueError) as error:
@@ -52,14 +41,14 @@ class Local:
 
 
 class Remote:
-    """Implements Tree. Each folder is asked for once."""
+    """As Local, of a remote storage. Each folder is asked for once."""
 
     def __init__(self, system: AbstractFileSystem):
         self.system = system
         self.kinds: dict[str, str] = {}
 
     def names(self, folder: str) -> list[str]:
-        """See Tree."""
+        """As Local.names."""
         try:
             entries = self.system.ls(folder, detail=True)
         except (FileNotFoundError, NotADirectoryError):
@@ -70,13 +59,16 @@ class Remote:
         return sorted(name.rpartition("/")[2] for name in found)
 
     def kind(self, path: str) -> str:
-        """See Tree; `isdir` of a file system takes what it cannot ask for a file."""
+        """As Local.kind; `isdir` of a file system takes what it cannot ask for a file."""
         if path not in self.kinds:
             try:
                 self.kinds[path] = self.system.info(path)["type"]
             except FileNotFoundError:
                 self.kinds[path] = OTHER
         return self.kinds[path]
+
+
+Tree = Local | Remote
 
 
 def local_files(folder: str) -> list[str]:

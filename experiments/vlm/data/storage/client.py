@@ -132,10 +132,7 @@ class Client:
         raise Failed("too_many_redirects", f"more than {MAX_REDIRECTS}, last to {url}")
 
     async def _hop(self, url: URL, session: aiohttp.ClientSession) -> bytes | URL:
-        """One request: the body, or where it is said to be.
-
-        The time limit does not count waiting for a turn.
-        """
+        """One request: the body, or where it is said to be. Waiting for a turn counts for no time limit."""
         host = url.host or ""
         async with self.hosts.turn(host), self.places, self._on_the_wire():
             try:

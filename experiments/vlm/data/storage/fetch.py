@@ -76,22 +76,15 @@ class Fetcher:
     def _write(self, url: str, path: Path) -> None:
         """Called while no other process asks for this address: those that waited find the outcome."""
         origin = f"{self.timeout_s} {url}"
-        if note := self.failures.find(origin):
-            detail = note.read_text(errors="replace")
+        if detail := self.failures.noted(origin):
             raise Rejected("image_fetch", f"{detail} (remembered in {self.failures.folder})")
         try:
             path.write_bytes(self._download(url))
         except Rejected as rejected:
             # What is refused without asking, for what it is or where it leads, is refused again all the same.
             if rejected.reason == "image_fetch":
-                self._remember(origin, rejected.detail)
+                self.failures.note(origin, rejected.detail)
             raise
-
-    def _remember(self, origin: str, detail: str) -> None:
-        def write(note: Path) -> None:
-            note.write_text(detail, errors="replace")
-
-        self.failures.get(origin, write)
 
     def _download(self, url: str) -> bytes:
         """Raises Rejected for one of few reasons, since steps count each; the detail has the client's."""

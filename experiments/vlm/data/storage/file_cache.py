@@ -97,13 +97,21 @@ class FileCache:
         with closing(self.hold(origin, make, suffix)) as held:
             return held.path
 
-    def find(self, origin: str, suffix: str = "") -> Path | None:
-        """The file made of `origin`, if it is there."""
-        held = _hold(self._path(origin, suffix))
+    def note(self, origin: str, text: str) -> None:
+        """Keep a text about `origin`, unless there is one."""
+
+        def write(path: Path) -> None:
+            path.write_text(text, errors="replace")
+
+        self.get(origin, write)
+
+    def noted(self, origin: str) -> str:
+        """What `note` kept; empty where there is nothing."""
+        held = _hold(self._path(origin, ""))
         if held is None:
-            return None
+            return ""
         with closing(held):
-            return held.path
+            return held.path.read_text(errors="replace")
 
     def make_room(self, size: int = 0, copy: Path | None = None) -> None:
         """Throw out what is too much, once `size` more bytes are to come; reserve them in `copy`, if given.

@@ -30,9 +30,7 @@ def carried_ipv4(address: IPv6Address) -> IPv4Address | None:
 
 
 def is_public(address: Address) -> bool:
-    """Neither private, loopback, link-local, multicast nor reserved, as `ipaddress` knows IANA's
-    registries.
-    """
+    """Not private, loopback, link-local, multicast or reserved, as `ipaddress` knows IANA's registries."""
     if isinstance(address, IPv6Address) and (carried := carried_ipv4(address)):
         address = carried
     return address.is_global and not address.is_multicast and not address.is_reserved

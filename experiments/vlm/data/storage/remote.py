@@ -35,9 +35,7 @@ def is_file(url: str) -> bool:
 
 
 def _client_options(url: str) -> dict[str, Any]:
-    """Options of fsspec's client: that of HTTP gives a whole file five minutes, and one that stalls as
-    long.
-    """
+    """fsspec's own client of HTTP gives a whole file five minutes, and one that stalls as long."""
     if not url.startswith(("http://", "https://")):
         return {}
     import aiohttp

@@ -113,17 +113,12 @@ def _is_plain(path: str) -> bool:
 
 def note_damage(path: str, what: str, cache: FileCache) -> None:
     """Keep what `unpack` said of a file."""
-
-    def write(note: Path) -> None:
-        note.write_text(what)
-
-    _notes(cache).get(origin_of(path), write)
+    _notes(cache).note(origin_of(path), what)
 
 
 def damage_of(path: str, cache: FileCache) -> str:
     """What was noted of a packed file; empty where nothing was."""
-    note = _notes(cache).find(origin_of(path))
-    return note.read_text() if note else ""
+    return _notes(cache).noted(origin_of(path))
 
 
 def _notes(cache: FileCache) -> FileCache:
