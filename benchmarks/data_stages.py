@@ -24,8 +24,8 @@ class Stages:
     def __init__(self, job: VLMJobConfig, tokenizer: str, images: int):
         self.images, self.data = images, job.data
         setup = make_setup(job, load_tokenizer(tokenizer), "train", 1)
-        self.cache = ShardCache(setup.open_shard, 64, Retry(setup.storage_timeout_s))
-        check_source = GoodSampleSearch(setup.settings, setup.tokenizer, self.cache).require
+        self.cache = ShardCache(setup.open_shard, 64, Retry(setup.data.storage_timeout_s))
+        check_source = GoodSampleSearch(setup, self.cache).require
         self.slot = Slot(0, setup.settings, setup.tokenizer, self.cache, check_source)
         self.collator = Collator(self.cache, setup.settings.plan, setup.tokenizer.pad_id)
         shape = shape_of(setup.settings, 1)

@@ -15,7 +15,7 @@ from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.data.collate import Collator
 from experiments.vlm.data.document import Document, Text
 from experiments.vlm.data.document import Image as Reference
-from experiments.vlm.data.image import decode_view
+from experiments.vlm.data.image import decode_views
 from experiments.vlm.data.image_layout import BEGIN, END, Layout, View
 from experiments.vlm.data.image_plan import ImagePlan
 from experiments.vlm.data.packing import Budget, place
@@ -61,8 +61,8 @@ def expected(resize: str, side: int, image: Image.Image) -> np.ndarray:
 
 
 def ours(plan: ImagePlan, data: bytes, size: tuple[int, int]) -> np.ndarray:
-    (view,) = plan.layout(*size).views
-    return decode_view(data, view, plan)
+    (pixels,) = decode_views(data, plan.layout(*size), plan)
+    return pixels
 
 
 @pytest.mark.parametrize("resize", ["square", "padded", "cropped"])
@@ -234,8 +234,8 @@ def test_views_of_an_image_lie_in_several_rows_and_are_lost_together(lost, threa
     for row, number in zip(own, left, strict=True):
         assert row[4] == row[3]
         placed = [row[[0, 1, 2, 3]], row[[5, 6]]]
-        for tokens, view in zip(placed, plan.layout(20, 30).views, strict=True):
-            pixels = decode_view(images[number], view, plan)
+        pictures = decode_views(images[number], plan.layout(20, 30), plan)
+        for tokens, pixels in zip(placed, pictures, strict=True):
             patches, _ = patchify(pixels, 4, 2)
             cells = np.concatenate([np.arange(4) + 4 * token for token in tokens])
             np.testing.assert_array_equal(views["pixel_values"].reshape(-1, 48)[cells], patches)

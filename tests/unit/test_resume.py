@@ -123,7 +123,7 @@ def test_every_option_either_counts_for_the_order_or_is_free(section, free):
 
 def test_what_counts_is_among_the_facts_and_what_is_free_is_not(data, tmp_path):
     job = make_job(data, tmp_path)
-    facts = order_facts(job, make_setup(job, Characters(), "train", 2))
+    facts = order_facts(make_setup(job, Characters(), "train", 2))
     assert {name for name in facts if name.startswith("data.") and "[" not in name} == {
         f"data.{name}" for name in COUNTING[Data].split()
     }

@@ -121,8 +121,8 @@ def test_more_workers_than_slots_become_threads(data, tmp_path, monkeypatch):
     started = []
 
     class NoWorker(Worker):
-        def __init__(self, number, setup, shape, buffers, assignment):
-            started.append((assignment.slots, setup.decode_threads))
+        def __init__(self, number, setup, buffers, assignment):
+            started.append((assignment.slots, setup.data.decode_threads))
             self.pipe = self
 
         def hang_up(self):

@@ -5,7 +5,7 @@
         Special(<|im_start|>) Text("user\\nWhat is ") IMAGE Text("?") Special(<|im_end|>) Text("\\n")
         Special(<|im_start|>) Text("assistant\\n") Text("A cat.", loss) Special(<|im_end|>, loss) Text("\\n")
 
-Encoded piece by piece (document.encode_texts) this gives the ids that transformers gives for the rendered
+Encoded piece by piece (sample.encode_text) this gives the ids that transformers gives for the rendered
 string, and its mask: a conversation begins and ends as its template writes it. What differs on purpose:
 contents that spell a control token stay text. The templates that are built in, and files that say nothing of
 special tokens, write the bos and eos of the model's own tokenizer.
@@ -57,9 +57,7 @@ def load_chat_template(name: str) -> "ChatTemplate":
 
 
 def ends_of(tokenizer: Tokenizer, template: "ChatTemplate | None") -> list[int]:
-    """Ids after which an answer is over: the end of a document, and what the template writes behind an
-    answer.
-    """
+    """Ids after which an answer is over: a document's end, and what the template writes behind an answer."""
     ends = [tokenizer.eos_id]
     if template is not None:
         parts = template.render([Turn("user", ["A"]), Turn("assistant", ["A"])])
@@ -69,9 +67,7 @@ def ends_of(tokenizer: Tokenizer, template: "ChatTemplate | None") -> list[int]:
 
 
 class ChatTemplate:
-    """Raises jinja2.TemplateError where the template cannot be compiled, or shows no message that it is
-    given.
-    """
+    """Raises jinja2.TemplateError where the template cannot be compiled, or shows no user's message."""
 
     def __init__(self, file: TemplateFile):
         self.file = file
@@ -130,10 +126,7 @@ class ChatTemplate:
         return parts
 
     def _message(self, turn: Turn, spellings: list[str]) -> dict[str, Any]:
-        """For the template.
-
-        What is spelled like a token in the contents becomes one character; `spellings` keeps it.
-        """
+        """For the template. What is spelled like a token becomes one character; `spellings` keeps it."""
         content = [
             part if isinstance(part, ImageValue) else _escape(part, self._control, spellings)
             for part in turn.content

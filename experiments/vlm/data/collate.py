@@ -57,10 +57,7 @@ class Collator:
         self.pool = pool
 
     def start(self, plan: SlotPlan, views: Views) -> Callable[[], FilledSlot]:
-        """Begin to decode.
-
-        What is returned waits for the pixels, writes the rest and reports what became of the samples.
-        """
+        """Begin to decode. What is returned waits for the pixels, writes the rest and counts."""
         decoding = [
             [self._submit(packed, image, places, views) for image, places in packed.placed()]
             for packed in plan.packed

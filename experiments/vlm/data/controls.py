@@ -39,9 +39,7 @@ def blanked(document: Document, shard: Shard, record: int) -> Document:
 
 
 def shuffled(document: Document, shard: Shard, record: int) -> Document:
-    """Its images, one after the other, are those of a record half a shard away, or of the next one that has
-    any.
-    """
+    """Its images are, in turn, those of a record half a shard away, or of the next one that has any."""
     if not any(isinstance(part, Image) for part in document.parts):
         return document
     images = _images_of_another(shard, record)

@@ -4,13 +4,12 @@
     Draft --finish--> Document  images by reference, with their sizes; what is bad left out
 
 Parts that are `Text` and stand next to each other are one text to the tokenizer (a chat turn's header and its
-answer share a word boundary, and may share a token); only loss distinguishes them. `encode_texts` does
-that.
+answer share a word boundary, and may share a token); only loss distinguishes them: sample.encode_text.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from experiments.vlm.data.rejects import Rejected
 
@@ -126,22 +125,3 @@ def finish(
     ):
         raise lost[0] if lost else Rejected("empty_document")
     return Document(key, parts, draft.caption, conversation=bool(draft.turns)), lost
-
-
-class OffsetEncoder(Protocol):
-    """The part of Tokenizer that `encode_texts` needs."""
-
-    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids, and the characters [start, end) of each."""
-        ...
-
-
-def encode_texts(texts: Sequence[Text], tokenizer: OffsetEncoder) -> tuple[list[int], list[bool]]:
-    """Token ids of neighbouring texts, tokenised as one, and whether each carries loss.
-
-    A token carries loss if any of its characters does, whether it reaches over a border or holds a part of a
-    character.
-    """
-    ids, spans = tokenizer.encode_with_offsets("".join(text.text for text in texts))
-    carries = [text.loss for text in texts for _ in text.text]
-    return ids, [any(carries[start:end]) for start, end in spans]

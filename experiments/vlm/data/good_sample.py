@@ -6,7 +6,7 @@ decoded.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
@@ -16,11 +16,10 @@ from experiments.vlm.data.formats.shard import Shard
 from experiments.vlm.data.image import decode_views
 from experiments.vlm.data.rejects import Reject, Rejected
 from experiments.vlm.data.sample import make_sample
-from experiments.vlm.data.slot import SlotSettings
-from experiments.vlm.data.sources.shard_cache import OpenShard, ShardCache, guarded
+from experiments.vlm.data.setup import Setup
+from experiments.vlm.data.sources.shard_cache import ShardCache, guarded
 from experiments.vlm.data.split import Splitter
 from experiments.vlm.data.storage.outages import Retry
-from torchtitan.components.tokenizer import Tokenizer
 from torchtitan.config.errors import DataError
 
 SHARDS = 8  # looked into, spread over all of them
@@ -32,18 +31,9 @@ UNREACHED = 64  # records whose address does not answer: each may take data.url_
 class GoodSampleSearch:
     """Looks into the sources of a run for good samples; not thread-safe."""
 
-    def __init__(
-        self,
-        settings: SlotSettings,
-        tokenizer: Tokenizer,
-        cache: ShardCache,
-        hint: Callable[[int, str], str] = lambda source, path: "",
-    ):
-        """hint: says of a shard in which nothing is good what would mend that."""
-        self.settings = settings
-        self.tokenizer = tokenizer
+    def __init__(self, setup: Setup, cache: ShardCache):
+        self.setup, self.settings = setup, setup.settings
         self.cache = cache
-        self.hint = hint
 
     def require(self, source: int, first: int = 0) -> None:
         """Raises DataError where the source has no good sample. `first`: the shard to begin with."""
@@ -58,7 +48,7 @@ class GoodSampleSearch:
                 break
         deal = self.settings.deals[source]
         shard = next((reject.shard for reject in found if reject.kind == "samples"), None)
-        hint = self.hint(source, shard) if shard else ""
+        hint = self.setup.hint(source, shard) if shard else ""
         raise DataError(complaint(deal.name, len(deal.shards), found, hint))
 
     def _tried(self, source: int, first: int) -> Iterator[Reject | None]:
@@ -92,7 +82,7 @@ class GoodSampleSearch:
         settings = self.settings
         if settings.long == "drop":
             splitter = Splitter(settings.budget, settings.plan.merge_size)
-            if not splitter.holds(make_sample(document, self.tokenizer, settings.plan).outline):
+            if not splitter.holds(make_sample(document, self.setup.tokenizer, settings.plan).outline):
                 raise Rejected("too_long")
         for image in document.parts if document.caption else ():
             if isinstance(image, Image):
@@ -104,20 +94,13 @@ class GoodSampleSearch:
         guarded(lambda: decode_views(shard.load(image), plan.layout(image.height, image.width), plan))
 
 
-def require_good_samples(
-    settings: SlotSettings,
-    tokenizer: Tokenizer,
-    open_shard: OpenShard,
-    retry: Retry,
-    slot: int,
-    hint: Callable[[int, str], str],
-) -> None:
+def require_good_samples(setup: Setup, retry: Retry, slot: int) -> None:
     """Raises DataError for the first source that has none, StorageError where that cannot be known.
 
     Begins with the shard that this slot reads first.
     """
-    search = GoodSampleSearch(settings, tokenizer, ShardCache(open_shard, 1, retry), hint)
-    for source, deal in enumerate(settings.deals):
+    search = GoodSampleSearch(setup, ShardCache(setup.open_shard, 1, retry))
+    for source, deal in enumerate(setup.settings.deals):
         unit = deal.unit(slot, 0)
         search.require(source, unit.shard if unit else 0)
 

@@ -1,7 +1,7 @@
 """Image bytes in, uint8 patches and their coordinates out.
 
     probe(data)                    height and width from the header
-    decode_view(data, view, plan)  the pixels of a view, as image_plan.py plans it
+    decode_views(data, layout, plan)  the pixels of its views, as image_plan.py plans them
     decode(data, height, width)    all of the image at that size
     write_patches(...)             pixels -> the batch contract's order
 
@@ -109,20 +109,13 @@ def shrunk(height: int, width: int, max_side: int) -> tuple[int, int]:
 
 
 def decode_views(data: bytes, layout: Layout, plan: ImagePlan) -> list[np.ndarray]:
-    """`decode_view` of each view of an image; a picture of which several are parts is made once.
-
-    Raises Rejected.
-    """
+    """Pixels uint8 [h * patch_size, w * patch_size, 3] of each view of an image. Raises Rejected."""
+    # A picture of which several are parts is made once.
     pictures: dict[object, np.ndarray] = {}
     for view in layout.views:
         if view.picture not in pictures:
             pictures[view.picture] = _picture(data, view, plan)
     return [_part(pictures[view.picture], view, plan) for view in layout.views]
-
-
-def decode_view(data: bytes, view: View, plan: ImagePlan) -> np.ndarray:
-    """Pixels uint8 [h * patch_size, w * patch_size, 3] of a view of an image. Raises Rejected."""
-    return _part(_picture(data, view, plan), view, plan)
 
 
 def _picture(data: bytes, view: View, plan: ImagePlan) -> np.ndarray:
@@ -149,17 +142,17 @@ def _part(pixels: np.ndarray, view: View, plan: ImagePlan) -> np.ndarray:
 
 
 def decode(data: bytes, height: int, width: int, kernel: Resample = "bilinear") -> np.ndarray:
-    """Pixels uint8 [height, width, 3], contiguous: oriented, RGB, resized with antialiasing.
-
-    Raises Rejected.
-    """
-    plain = plain_jpeg_size(data)
-    if plain and (resized := _decode_jpeg(data, plain, (height, width), kernel)) is not None:
-        return resized
+    """Pixels uint8 [height, width, 3], contiguous: oriented, RGB, antialiased. Raises Rejected."""
+    size, plain = (height, width), plain_jpeg_size(data)
+    if plain:
+        with _memory_for_jpeg(data, plain, jpeg_factor(plain, size, kernel)):
+            resized = _decode_fast(data, plain, size, kernel)
+        if resized is not None:
+            return resized
     image = _open(data)
     with _memory_for(image):
         try:
-            return _decode_opened(image, data, bool(plain), (height, width), kernel)
+            return _decode_opened(image, data, bool(plain), size, kernel)
         except Rejected as rejected:
             why = rejected.reason, rejected.detail
         finally:
@@ -252,17 +245,10 @@ def _orient(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return np.ascontiguousarray(pixels)
 
 
-def _decode_jpeg(
-    data: bytes, size: tuple[int, int], target: tuple[int, int], kernel: Resample
-) -> np.ndarray | None:
-    """None where libjpeg-turbo complains of anything: then Pillow decides."""
-    with _memory_for_jpeg(data, size, jpeg_factor(size, target, kernel)):
-        return _decode_fast(data, size, target, kernel)
-
-
 def _decode_fast(
     data: bytes, size: tuple[int, int], target: tuple[int, int], kernel: Resample
 ) -> np.ndarray | None:
+    """None where libjpeg-turbo complains of anything: then Pillow decides."""
     factor = jpeg_factor(size, target, kernel)
     height, width = (math.ceil(side / factor) for side in size)
     buffer = _buffer(height * width * 3)
@@ -337,12 +323,11 @@ def _resize(
 def _load_resized(image: PILImage.Image, target: tuple[int, int], kernel: Resample) -> np.ndarray:
     """uint8 [*target, 3] of any image that Pillow loads. Raises Rejected."""
     try:
-        pixels = _resize_by_strips(Rgb(image), target, kernel)
+        return _resize_by_strips(Rgb(image), target, kernel)
     except PILImage.DecompressionBombError as error:
         raise Rejected("image_too_large", str(error)) from error
     except Exception as error:  # a decoder may raise anything on broken bytes
         raise _rejected(error) from error
-    return pixels
 
 
 def _resize_by_strips(image: Rgb, target: tuple[int, int], kernel: Resample) -> np.ndarray:

@@ -63,10 +63,7 @@ def compile_template(source: str) -> jinja2.Template:
 
 
 def read_template(path: Path) -> TemplateFile:
-    """A `.jinja` file, or a tokenizer_config.json; files next to it say which tokens are special.
-
-    Raises ConfigError.
-    """
+    """A .jinja file or a tokenizer_config.json, and the special tokens next to it. Raises ConfigError."""
     try:
         config = _read_next_to(path, "tokenizer_config.json")
         source = _template_of(config, path) if path.suffix == ".json" else path.read_text()

@@ -143,9 +143,7 @@ class Loader:
         """Raises DataError for a source without."""
         retry = Retry(self.job.data.storage_timeout_s)
         for setup in setups:
-            require_good_samples(
-                setup.settings, setup.tokenizer, setup.open_shard, retry, self.slots.start, setup.hint
-            )
+            require_good_samples(setup, retry, self.slots.start)
 
     def __iter__(self) -> "Loader":
         return self
@@ -209,7 +207,7 @@ class Loader:
         if not state:
             return
         entries = read_states(state)
-        continued = from_checkpoint(entries, self.job, self.setup, self.slots, self.reads, self.ranks)
+        continued = from_checkpoint(entries, self.setup, self.slots, self.reads, self.ranks)
         if continued.changes and not self.job.data.resume_changed_data:
             raise refuse(continued.changes)
         if continued.changes:
@@ -223,7 +221,7 @@ class Loader:
 
     def _use(self, setup: Setup) -> None:
         self.setup = setup
-        self.facts = order_facts(self.job, setup) if self.split == "train" else {}
+        self.facts = order_facts(setup) if self.split == "train" else {}
         self.shards = to_text(setup.settings.deals) if self.split == "train" and self.slots.start == 0 else ""
         paths = [shard for deal in setup.settings.deals for shard in deal.shards]
         self.shared_shards = len(set(paths)) < len(paths)
@@ -246,9 +244,7 @@ class Loader:
         return [slot_key(slot) for slot in self.slots]
 
     def report(self) -> dict[str, Any]:
-        """What became of the samples of this rank's slots so far; `merge_reports` adds up those of all
-        ranks.
-        """
+        """What became of the samples of this rank's slots so far; `merge_reports` adds up all ranks."""
         return report(self.states.values())
 
     @staticmethod
@@ -274,7 +270,7 @@ class Loader:
         if data.num_workers > workers > 0:
             # A slot is one stream, so more processes than slots could only wait: they become threads.
             threads = data.decode_threads * data.num_workers // workers
-            setup = replace(setup, decode_threads=threads)
+            setup = replace(setup, data=replace(data, decode_threads=threads))
             logger.info(
                 f"data.num_workers = {data.num_workers} for {slots} slots a rank: {workers} workers, "
                 f"{threads} threads each"
@@ -318,5 +314,5 @@ class Loader:
             counts.update(step.filled.counts)
             counts.update(rejected_name(reject.reason) for reject in step.rejects)
             samples += [replace(delivered, row=row) for delivered in step.filled.delivered]
-        epochs = {name: sum(step.epochs[name] for step in steps) for name in self.names}
+        epochs = {name: sum(step.state["epochs"][name] for step in steps) for name in self.names}
         return Batch(tensors, dict(counts), samples, epochs)

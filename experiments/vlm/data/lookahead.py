@@ -207,9 +207,7 @@ class _Row:
             self._take(*ends[row])
 
     def fill(self) -> None:
-        """Make the longer documents among the chosen longer still, then begin others: those whose source may
-        give first.
-        """
+        """Make the longer ones of the chosen longer, then begin others: those whose source may give first."""
         longer = [i for i in sorted(self.ends) if self.ends[i] < self.entries[i].outline.length]
         others = [i for i, entry in enumerate(self.entries) if i not in self.ends and not entry.fits]
         others.sort(key=lambda i: not self.may_join(i))

@@ -221,9 +221,7 @@ class _Tries:
         return (max if behind > 1 else min)(places, key=lambda place: self.ratios[queue[place]])
 
     def _candidates(self, order: np.ndarray, chosen: list[int], left: "_Left") -> np.ndarray:
-        """Rows of samples not chosen that fit what is left, in `order`; the several rows of a sample stand
-        together.
-        """
+        """Rows of samples not chosen that fit what is left, in `order`; those of a sample stand together."""
         rank = np.empty(self.samples, np.int64)
         rank[order] = np.arange(len(order))
         free = np.ones(self.samples, bool)

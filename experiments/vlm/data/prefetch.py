@@ -143,7 +143,7 @@ class FromWorkers(ForwardNode):
         self.parts: list[dict[int, list[int]]] = [{} for _ in range(len(slots) // shape.slots)]
         for number in range(workers):
             assigned = self._assignment(list(range(number, len(slots), workers)), states)
-            self.workers.append(Worker(number, setup, shape, self.buffers, assigned))
+            self.workers.append(Worker(number, setup, self.buffers, assigned))
             for forward, which in assigned.forwards(shape.slots).items():
                 self.parts[forward][number] = [assigned.places[i] % shape.slots for i in which]
         self.asked = 0

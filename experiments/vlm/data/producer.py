@@ -29,7 +29,6 @@ class SlotStep:
     filled: FilledSlot
     planned: bool  # False: nothing was left to plan
     rejects: list[Reject]
-    epochs: dict[str, float]  # as in SlotPlan
     state: SlotState  # right after this step
 
 
@@ -42,11 +41,12 @@ class Producer:
         self.cache = ShardCache(
             setup.open_shard,
             3 * len(slots) * len(settings.deals) + SPARE_SHARDS,
-            Retry(setup.storage_timeout_s),
+            Retry(setup.data.storage_timeout_s),
         )
-        self.pool = ThreadPoolExecutor(setup.decode_threads, "decode") if setup.decode_threads > 1 else None
+        threads = setup.data.decode_threads
+        self.pool = ThreadPoolExecutor(threads, "decode") if threads > 1 else None
         self.collator = Collator(self.cache, settings.plan, setup.tokenizer.pad_id, self.pool)
-        check_source = GoodSampleSearch(settings, setup.tokenizer, self.cache, setup.hint).require
+        check_source = GoodSampleSearch(setup, self.cache).require
         self.slots = [Slot(number, settings, setup.tokenizer, self.cache, check_source) for number in slots]
         self.tallies = {number: Tally() for number in slots}  # of what was delivered
         for slot in self.slots:  # all of them at one time
@@ -99,4 +99,4 @@ class Producer:
             if name.startswith("tokens/"):
                 tally.count(name.removeprefix("tokens/"), "tokens", count)
         state = SlotState(plan=plan.position, delivered=tally.snapshot(), epochs=plan.epochs)
-        return SlotStep(filled, bool(plan.packed), plan.rejects + filled.rejects, plan.epochs, state)
+        return SlotStep(filled, bool(plan.packed), plan.rejects + filled.rejects, state)

@@ -86,9 +86,7 @@ def _copied(sources: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def check_bad_fraction(tally: Tally, allowed: float) -> None:
-    """Raises DataError for a source whose share of bad samples is above `allowed`, from JUDGED_FROM read
-    on.
-    """
+    """Raises DataError for a source with a larger share of bad samples, from JUDGED_FROM read on."""
     for source, entry in tally.sources.items():
         kinds = tally.bad_samples(source)
         bad = sum(entry["count"] for entry in kinds.values())

@@ -26,20 +26,18 @@ OPENED_AT_A_TIME = 8
 Entries = Mapping[int, Mapping[str, Any]]  # slot -> what slot_state.save_states saved of it
 
 
-def from_checkpoint(
-    entries: Entries, job: VLMJobConfig, setup: Setup, slots: range, reads: bool, ranks: Ranks
-) -> Continued:
+def from_checkpoint(entries: Entries, setup: Setup, slots: range, reads: bool, ranks: Ranks) -> Continued:
     """The deals of the run that saved `entries`; its changes are those for the slots of any rank.
 
     `slots`: of this rank, which looks into their shards if it `reads`.
     """
-    deals = setup.settings.deals
+    deals, data = setup.settings.deals, setup.data
     furthest = _furthest({slot: entry["slot"] for slot, entry in entries.items()}, deals, ranks)
-    continued = ranks.from_first(lambda: _listed_then(entries, deals, furthest, job.data.join_new_shards))
+    continued = ranks.from_first(lambda: _listed_then(entries, deals, furthest, data.join_new_shards))
     then = with_deals(setup, continued.then)
-    changes = continued.changes + changes_of(entries, slots, order_facts(job, then))
+    changes = continued.changes + changes_of(entries, slots, order_facts(then))
     looked_at = slots if reads and not changes else range(0)
-    retry = Retry(job.data.storage_timeout_s)
+    retry = Retry(data.storage_timeout_s)
     changes += ranks.wait_together(
         lambda: changed_shards(entries, looked_at, continued.then, then.open_shard, retry)
     )
@@ -50,9 +48,7 @@ def from_checkpoint(
 def with_new_shards(
     job: VLMJobConfig, deals: tuple[Deal, ...], states: Mapping[int, SlotState], ranks: Ranks
 ) -> Continued:
-    """The deals of a run that goes on, with the shards that its sources have now. `states`: of all slots of
-    this rank.
-    """
+    """The deals of a run that goes on, with the shards there are now. `states`: of all slots of this rank."""
     listed = list_again(job, ranks)
     if all(set(shards) <= set(deal.shards) for shards, deal in zip(listed, deals, strict=True)):
         return Continued(deals, deals, [], [])

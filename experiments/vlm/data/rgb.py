@@ -51,9 +51,7 @@ class Rgb:
         return lambda part: part if part.mode == "RGB" else part.convert("RGB")
 
     def _scale(self) -> Callable[[np.ndarray], np.ndarray]:
-        """To 0 ... 255 from grey of 16 bits, or as floats in 0 ... 1; other numbers are clipped, as Pillow
-        does.
-        """
+        """To 0 ... 255 from grey of 16 bits or floats in 0 ... 1; other numbers are clipped, as by Pillow."""
         most = np.max([np.asarray(self._image.crop(box)).max() for box in self.rows()])
         if self._image.mode == "F":
             return lambda values: values * 255 if most <= 1 else values

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments.vlm.data.document import BOS, EOS, Document, Image, Part, Special, Text, encode_texts
+from experiments.vlm.data.document import BOS, EOS, Document, Image, Part, Special, Text
 from experiments.vlm.data.image_layout import BEGIN, END, Layout
 from experiments.vlm.data.image_plan import ImagePlan
 from experiments.vlm.data.split import Outline
@@ -128,11 +128,18 @@ def known(part: Part, tokenizer: Tokenizer) -> Part:
 
 
 def encode_text(texts: list[Text], tokenizer: Tokenizer) -> Atom:
-    """Neighbouring texts as one; offsets are asked for only where they differ in loss."""
-    if len({text.loss for text in texts}) > 1:
-        return Atom(*encode_texts(texts, tokenizer))
-    ids = tokenizer.encode("".join(text.text for text in texts))  # no offsets needed: twice as fast
-    return Atom(ids, [texts[0].loss] * len(ids))
+    """Neighbouring texts, tokenised as one.
+
+    A token carries loss if any of its characters does, whether it reaches over a border or holds a part of a
+    character.
+    """
+    joined = "".join(text.text for text in texts)
+    if len({text.loss for text in texts}) == 1:
+        ids = tokenizer.encode(joined)  # no offsets needed: twice as fast
+        return Atom(ids, [texts[0].loss] * len(ids))
+    ids, spans = tokenizer.encode_with_offsets(joined)
+    carries = [text.loss for text in texts for _ in text.text]
+    return Atom(ids, [any(carries[start:end]) for start, end in spans])
 
 
 def encode_image(image: Image, tokenizer: Tokenizer, layout: Layout, number: int) -> Atom:

@@ -2,20 +2,19 @@
 
 import json
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
 
 from experiments.vlm.batch import BatchShape
-from experiments.vlm.config import Source, VLMJobConfig
+from experiments.vlm.config import Data, Source, VLMJobConfig
 from experiments.vlm.data.chat_template import load_chat_template
+from experiments.vlm.data.formats.shard import Shard
 from experiments.vlm.data.packing import Budget
 from experiments.vlm.data.slot import SlotSettings
 from experiments.vlm.data.sources.energon import Split
 from experiments.vlm.data.sources.order import Deal
-from experiments.vlm.data.sources.shard_cache import OpenShard
 from experiments.vlm.data.sources.shards import format_hint, list_shards, open_shard
 from experiments.vlm.model_config import image_plan
 from torchtitan.components.tokenizer import Tokenizer
@@ -51,10 +50,16 @@ class Setup:
 
     settings: SlotSettings
     tokenizer: Tokenizer
-    open_shard: OpenShard
-    hint: Callable[[int, str], str]  # (source, path) -> see format_hint
-    decode_threads: int
-    storage_timeout_s: float
+    sources: list[Source]
+    data: Data
+
+    def open_shard(self, source: int, path: str) -> Shard:
+        """A shard of a source. Raises what `shards.open_shard` does."""
+        return open_shard(path, self.sources[source], self.data)
+
+    def hint(self, source: int, path: str) -> str:
+        """What would mend a shard in which nothing is good: see `format_hint`."""
+        return format_hint(path, self.sources[source], self.data)
 
 
 def sources_of(job: VLMJobConfig, split: Split) -> list[Source]:
@@ -92,14 +97,7 @@ def make_setup(
         control=control,
         max_bad_fraction=1.0 if held_out else data.max_bad_fraction,
     )
-    return Setup(
-        settings,
-        tokenizer,
-        partial(_open_source, sources, job),
-        partial(_hint, sources, job),
-        data.decode_threads,
-        data.storage_timeout_s,
-    )
+    return Setup(settings, tokenizer, sources, data)
 
 
 def with_deals(setup: Setup, deals: Sequence[Deal]) -> Setup:
@@ -140,24 +138,15 @@ def passes(source: Source, job: VLMJobConfig) -> int | None:
     return (job.data.epochs or None) if source.repeat else 1
 
 
-def _hint(sources: list[Source], job: VLMJobConfig, source: int, path: str) -> str:
-    """A hint on the format of a shard: see format_hint."""
-    return format_hint(path, sources[source], job.data)
-
-
-def _open_source(sources: list[Source], job: VLMJobConfig, source: int, path: str) -> Any:
-    return open_shard(path, sources[source], job.data)
-
-
-def order_facts(job: VLMJobConfig, setup: Setup) -> dict[str, Any]:
+def order_facts(setup: Setup) -> dict[str, Any]:
     """Everything that the order of the samples depends on, by the name of the option that says it.
 
     That is each option of [data] and of a source that is not free.
     """
-    settings, data = setup.settings, job.data
+    settings, data = setup.settings, setup.data
     facts: dict[str, Any] = {
         "training.global_batch_size": settings.deals[0].slots,
-        "training.seq_len": job.training.seq_len,
+        "training.seq_len": settings.budget.seq_len,
         "debug.seed": settings.seed,
         "model.tokenizer_path": tokenizer_print(setup.tokenizer),
     }
@@ -165,7 +154,7 @@ def order_facts(job: VLMJobConfig, setup: Setup) -> dict[str, Any]:
     plan = settings.plan  # the model's, where the options leave them open
     facts |= {"data.patch_size": plan.patch_size, "data.spatial_merge_size": plan.merge_size}
     facts["data.resize"] = plan.resize
-    for deal, source in zip(settings.deals, sources_of(job, "train"), strict=True):
+    for deal, source in zip(settings.deals, setup.sources, strict=True):
         key = f"data.sources[{deal.name}]"
         facts |= {
             f"{key}.{name}": value for name, value in vars(source).items() if name not in FREE_OF_SOURCE

@@ -7,6 +7,8 @@ descriptor: it needs no room in /dev/shm, and goes with the last process that ho
 import mmap
 import os
 import tempfile
+from multiprocessing.reduction import DupFd
+from typing import Any
 
 import numpy as np
 
@@ -22,15 +24,21 @@ def batch_bytes(shape: BatchShape) -> int:
 
 
 class Buffers:
-    """`count` batches of `shape`. `arrays[i]`: the fields of one of them."""
+    """`count` batches of `shape`. `arrays[i]`: the fields of one of them. A process that is started with it
+    shares the memory.
+    """
 
     def __init__(self, shape: BatchShape, count: int, descriptor: int | None = None):
         """`descriptor`: of memory that another process made; without one it is made here."""
+        self.shape = shape
         size = batch_bytes(shape)
         self.descriptor = _anonymous(size * count) if descriptor is None else descriptor
         # The arrays keep the mapping alive, and it needs the descriptor no longer.
         memory = mmap.mmap(self.descriptor, size * count)
         self.arrays = [_fields(memory, shape, batch * size) for batch in range(count)]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _shared, (self.shape, len(self.arrays), DupFd(self.descriptor))
 
     def close(self) -> None:
         """Give the memory back once nobody holds an array of it."""
@@ -38,6 +46,10 @@ class Buffers:
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1
+
+
+def _shared(shape: BatchShape, count: int, descriptor: Any) -> Buffers:
+    return Buffers(shape, count, descriptor.detach())
 
 
 def slot_views(arrays: Arrays, index: int, patch_rows: int) -> Arrays:

@@ -122,10 +122,7 @@ class Slot:
         self.rejects: list[Reject] = []
 
     def plan(self) -> SlotPlan:
-        """The next row; an empty one once everything is over.
-
-        Raises DataError for a source of too much bad data.
-        """
+        """The next row; empty once all is over. Raises DataError for a source of too much bad data."""
         self.look_ahead.refill(self.draw)
         packed = [self._packed(taken) for taken in self.look_ahead.take()]
         for reader, units in zip(self.readers, self._waiting(), strict=True):

@@ -106,9 +106,7 @@ class Splitter:
         return (balanced or for_text or tokens * MOST_PARTS <= budget.seq_len) and self.holds(outline, start)
 
     def longest(self, outline: Outline) -> int:
-        """The end of the longest beginning that fits: text is cut to the token, an image that does not fit is
-        left out.
-        """
+        """The end of the longest beginning that fits: text is cut to the token, images are whole."""
         return self._end_of_room(outline, 0, self.budget.seq_len, self.budget.patches)
 
     def reach(

@@ -129,9 +129,7 @@ def _four_taps(numbers: np.ndarray, size: tuple[int, int]) -> Taps:
 
 
 def _neighbours(source: int, target: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each of `target` places the two of `source` that it lies between, and how near it is to the
-    second, float32.
-    """
+    """For each of `target` places the two of `source` around it, and how near the second is, float32."""
     place = np.maximum((np.arange(target) + 0.5) * source / target - 0.5, 0)
     first = np.floor(place).astype(np.int64)
     return first, np.minimum(first + 1, source - 1), (place - first).astype(np.float32)

@@ -22,12 +22,10 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from multiprocessing.reduction import DupFd
 from typing import Any
 
 import torch
 
-from experiments.vlm.batch import BatchShape
 from experiments.vlm.data.producer import Producer, SlotStep
 from experiments.vlm.data.setup import Setup
 from experiments.vlm.data.shared_memory import Buffers, slot_views
@@ -59,15 +57,13 @@ class Assignment:
 class Worker:
     """The trainer's end of one worker."""
 
-    def __init__(
-        self, number: int, setup: Setup, shape: BatchShape, buffers: Buffers, assignment: Assignment
-    ):
+    def __init__(self, number: int, setup: Setup, buffers: Buffers, assignment: Assignment):
         self.name = f"data worker {number} (slots {', '.join(map(str, assignment.slots))})"
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["experiments.vlm.data.image"])
         self.pipe, theirs = context.Pipe()
         self.answers: deque[tuple[str, Any]] = deque()  # that have come and were not asked for yet
-        arguments = theirs, setup, _Memory(buffers, shape), assignment
+        arguments = theirs, setup, buffers, assignment
         self.process = context.Process(target=run, args=arguments, name=self.name, daemon=True)
         with _signals_blocked():
             self.process.start()
@@ -147,26 +143,11 @@ def _death(exitcode: int | None) -> str:
     return f"ended with exit code {exitcode}; its own message is above"
 
 
-class _Memory:
-    """Buffers on their way to another process."""
-
-    def __init__(self, buffers: Buffers, shape: BatchShape):
-        self.count = len(buffers.arrays)
-        self.shape = shape
-        self.descriptor: Any = buffers.descriptor
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"descriptor": DupFd(self.descriptor)}
-
-    def open(self) -> Buffers:
-        return Buffers(self.shape, self.count, self.descriptor.detach())
-
-
-def run(pipe: Connection, setup: Setup, memory: _Memory, assignment: Assignment) -> None:
+def run(pipe: Connection, setup: Setup, buffers: Buffers, assignment: Assignment) -> None:
     """The worker process."""
     torch.set_num_threads(1)  # it works on several images at a time, not in one
     try:
-        _serve(pipe, setup, memory, assignment)
+        _serve(pipe, setup, buffers, assignment)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the trainer is gone
     except UserError as error:
@@ -177,10 +158,9 @@ def run(pipe: Connection, setup: Setup, memory: _Memory, assignment: Assignment)
     os._exit(0)
 
 
-def _serve(pipe: Connection, setup: Setup, memory: _Memory, assignment: Assignment) -> None:
-    buffers = memory.open()
+def _serve(pipe: Connection, setup: Setup, buffers: Buffers, assignment: Assignment) -> None:
     producer = Producer(setup, assignment.slots, assignment.states)
-    size, patch_rows = memory.shape.slots, memory.shape.patch_rows
+    size, patch_rows = buffers.shape.slots, buffers.shape.patch_rows
     forwards = itertools.cycle(assignment.forwards(size).values())
     finish: Callable[[], list[SlotStep]] | None = None
     while True:

@@ -74,10 +74,9 @@ def read_documents(setup: Setup, limit: int, deadline: Deadline | None = None, s
     """
     deals = tuple(replace(deal, slots=1) for deal in setup.settings.deals)
     settings = replace(setup.settings, deals=deals, budget=Budget(UNLIMITED, 1, UNLIMITED))
-    cache = ShardCache(setup.open_shard, 64, Retry(setup.storage_timeout_s))
-    slot = Slot(
-        0, settings, setup.tokenizer, cache, GoodSampleSearch(settings, setup.tokenizer, cache).require
-    )
+    cache = ShardCache(setup.open_shard, 64, Retry(setup.data.storage_timeout_s))
+    search = GoodSampleSearch(replace(setup, settings=settings), cache)
+    slot = Slot(0, settings, setup.tokenizer, cache, search.require)
     documents: list[SizedDocument] = []
     sources: list[int] = []
     for entry in iter(slot.draw, None):

@@ -29,9 +29,7 @@ KEPT_EPOCHS = 8  # whose orders of units are kept, of each source: slots are not
 
 
 def permutation(count: int, *key: int) -> np.ndarray:
-    """A permutation of range(count) drawn from non-negative integers: the same on every machine and NumPy
-    version.
-    """
+    """A permutation of range(count), drawn from integers >= 0: the same on each machine, by any NumPy."""
     raw = np.random.PCG64(np.random.SeedSequence(list(key))).random_raw(count)
     return np.argsort(raw, kind="stable")
 

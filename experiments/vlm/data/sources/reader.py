@@ -48,10 +48,7 @@ Control = Callable[[Document, Shard, int], Document]
 
 
 class SourceReader:
-    """One slot's position in one source.
-
-    Position: `unit`, `place` in the unit's order, `empty_units` units since a useful sample.
-    """
+    """One slot's position in one source: `unit`, `place` in it, `empty_units` since a useful sample."""
 
     def __init__(self, source: int, deal: Deal, slot: int, cache: ShardCache, control: Control | None = None):
         self.source = source

@@ -32,9 +32,7 @@ TOO_MANY_OPEN = (errno.EMFILE, errno.ENFILE)
 
 
 class Lease:
-    """An open shard, closed when nobody holds the lease any more: a thread may still read from one that the
-    cache let go.
-    """
+    """An open shard, closed when nobody holds this any more: the cache may let it go while a thread reads."""
 
     def __init__(self, shard: Shard):
         self.shard = shard
