@@ -34,11 +34,11 @@ from itertools import product
 import numpy as np
 
 from benchmarks.photos import make_jpegs
+from experiments.vlm.costs.packing_advice import Data, advise
+from experiments.vlm.costs.packing_simulation import Prices, SizedDocument, Stream
 from experiments.vlm.data.image import decode, probe
 from experiments.vlm.data.image_plan import ImagePlan
 from experiments.vlm.data.sources.mixture import Mixture
-from experiments.vlm.view.packing_advice import Data, advise
-from experiments.vlm.view.packing_simulation import Prices, SizedDocument, Stream
 
 EXPECTED = 0.98
 BEYOND = 64  # documents more than the look-ahead holds

@@ -14,16 +14,11 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 
-from experiments.__main__ import CONFIG_CLASSES
+from experiments.commands.job_options import parse_command
 from experiments.vlm.check import check_output, check_sources
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.costs.flops import Work, flops_of_work
-from experiments.vlm.data.image_plan import ImagePlan
-from experiments.vlm.data.packing import Budget
-from experiments.vlm.data.setup import make_setup
-from experiments.vlm.model_config import image_plan, model_config
-from experiments.vlm.spec import build_vlm
-from experiments.vlm.view.packing_advice import (
+from experiments.vlm.costs.packing_advice import (
     Data,
     Deadline,
     Say,
@@ -33,12 +28,16 @@ from experiments.vlm.view.packing_advice import (
     search,
     silent,
 )
-from experiments.vlm.view.packing_simulation import Case, Occupancy, Prices
+from experiments.vlm.costs.packing_simulation import Case, Occupancy, Prices
+from experiments.vlm.data.image_plan import ImagePlan
+from experiments.vlm.data.packing import Budget
+from experiments.vlm.data.setup import make_setup
+from experiments.vlm.model_config import image_plan, model_config
+from experiments.vlm.spec import build_vlm
 from torchtitan.components.freezing import choose_trained
 from torchtitan.components.tokenizer import Tokenizer, load_tokenizer
 from torchtitan.config.devices import available_cores
 from torchtitan.config.errors import require
-from torchtitan.config.parse import parse_script
 from torchtitan.tools.logging import init_logger
 
 READING = 0.45  # of the time, at most
@@ -130,8 +129,7 @@ def _print_advice(seen: Sequence[Occupancy], best: Occupancy, now: Case | None, 
 def main(argv: Sequence[str]) -> int:
     """The command. Raises UserError."""
     init_logger()
-    options, job = parse_script(argv, Options, CONFIG_CLASSES, __doc__ or "")
-    assert isinstance(job, VLMJobConfig)
+    options, job = parse_command(argv, Options, __doc__)
     check_sources(job)
     check_output(options.out, "--out")
     for key, values in (("samples", [options.samples]), ("rows", options.rows), ("buffers", options.buffers)):

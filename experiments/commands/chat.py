@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from experiments.commands.generate import AnswerOptions, ModelOptions, any_terminal, model_job, open_model
+from experiments.commands.answering import AnswerOptions, ModelOptions, any_terminal, model_job, open_model
 from torchtitan.config.check import check_options
 from torchtitan.config.errors import UserError, require
 from torchtitan.tools.logging import init_logger
@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> int:
     """The command. Raises UserError."""
     init_logger(sys.stderr)
     any_terminal()
-    options, job = model_job(argv, Options, __doc__ or "")
+    options, job = model_job(argv, Options, __doc__)
     check_options(options, {"max_tokens": ">= 1"})
     # Only now, since they import torch.
     from experiments.vlm.generate.chat import HELP, Chat

@@ -11,13 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.__main__ import CONFIG_CLASSES
-from experiments.vlm.config import VLMJobConfig
+from experiments.commands.job_options import parse_command
 from experiments.vlm.model.families import FAMILIES as WHOLES
 from experiments.vlm.model.towers import INSIDE, TOWERS
 from torchtitan.components.tokenizer import load_tokenizer
 from torchtitan.config.errors import require
-from torchtitan.config.parse import parse_script
 from torchtitan.models.decoder.hf_config import FAMILIES
 from torchtitan.tools.disk import whole_folder
 from torchtitan.tools.hub import command_for
@@ -46,11 +44,10 @@ class Options:
 def main(argv: Sequence[str]) -> int:
     """The command. Raises UserError."""
     init_logger()
-    options, job = parse_script(argv, Options, CONFIG_CLASSES, __doc__ or "")
+    options, job = parse_command(argv, Options, __doc__)
     if options.list:
         print(READ)
         return 0
-    assert isinstance(job, VLMJobConfig)
     c = job.checkpoint
     c.enable, c.initial_load_in_hf = False, True
     c.initial_load_path, c.initial_load_encoder_path = options.hf, options.encoder

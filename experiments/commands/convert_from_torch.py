@@ -14,10 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.__main__ import CONFIG_CLASSES
+from experiments.commands.job_options import parse_command
 from torchtitan.config.check import check_options
 from torchtitan.config.errors import require
-from torchtitan.config.parse import parse_script
 from torchtitan.tools.disk import whole_folder
 from torchtitan.tools.logging import init_logger
 
@@ -37,7 +36,7 @@ class Options:
 def main(argv: Sequence[str]) -> int:
     """The command. Raises UserError."""
     init_logger()
-    options, _ = parse_script(argv, Options, CONFIG_CLASSES, __doc__ or "")
+    options, _ = parse_command(argv, Options, __doc__)
     require(bool(options.torch), "--torch is missing: which folder is to be read?")
     require(bool(options.out), "--out is missing: which folder is to be written?")
     above = ("encoder_head_dim", "decoder_head_dim", "rope_theta", "shard_gb")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from experiments.__main__ import CONFIG_CLASSES
+from experiments.commands.job_options import parse_command
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.model.families import llava_original
 from experiments.vlm.model.towers import TOWERS
@@ -20,7 +20,6 @@ from experiments.vlm.model_config import model_config
 from experiments.vlm.saved_model import use_checkpoint, with_saved
 from torchtitan.config.check import check_options
 from torchtitan.config.errors import require
-from torchtitan.config.parse import parse_script
 from torchtitan.models.decoder.hf_config import FAMILIES
 from torchtitan.tools.disk import whole_folder
 from torchtitan.tools.logging import init_logger
@@ -53,11 +52,10 @@ class Options:
 def main(argv: Sequence[str]) -> int:
     """The command. Raises UserError."""
     init_logger()
-    options, job = parse_script(with_saved(argv), Options, CONFIG_CLASSES, __doc__ or "")
+    options, job = parse_command(with_saved(argv), Options, __doc__)
     if options.list:
         print(WRITTEN)
         return 0
-    assert isinstance(job, VLMJobConfig)
     require(bool(options.out), "--out is missing: which folder is to be written?")
     check_options(options, {"shard_gb": "> 0"})
     out = Path(options.out)

@@ -9,14 +9,12 @@ torch.compile keeps less. FLOPs are those of full slots, with one document a slo
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from experiments.__main__ import CONFIG_CLASSES
+from experiments.commands.job_options import parse_command
 from experiments.vlm.check import check_estimated
-from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.costs.estimate import Estimate, estimate, estimates
 from experiments.vlm.weights.embedding_rows import planned_rows
 from torchtitan.config.check import check_options
 from torchtitan.config.layout import Degrees, degrees
-from torchtitan.config.parse import parse_script
 from torchtitan.tools.hardware import GIB
 
 
@@ -82,8 +80,7 @@ def _print_layouts(found: list[Estimate], options: Options) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """The command. Raises UserError."""
-    options, job = parse_script(argv, Options, CONFIG_CLASSES, __doc__)
-    assert isinstance(job, VLMJobConfig)
+    options, job = parse_command(argv, Options, __doc__)
     check_options(options, LIMITS)
     check_estimated(job)
     vocab_size = planned_rows(job)

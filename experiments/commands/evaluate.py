@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from experiments.commands.generate import ModelOptions, model_job, open_model, template_of
+from experiments.commands.answering import ModelOptions, model_job, open_model, template_of
 from experiments.vlm.check import check_path
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.evaluate import tasks
@@ -50,7 +50,7 @@ class Options(ModelOptions):
 def main(argv: Sequence[str]) -> int:
     """The command. Raises UserError."""
     init_logger()
-    options, job = model_job(argv, Options, __doc__ or "")
+    options, job = model_job(argv, Options, __doc__)
     if options.list:
         print((tasks.__doc__ or "").strip())
         return 0

@@ -12,14 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.__main__ import CONFIG_CLASSES
+from experiments.commands.job_options import parse_command
 from experiments.vlm.check import check_output, check_sources
-from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.view.inspection import inspect
 from torchtitan.components.tokenizer import load_tokenizer
 from torchtitan.config.errors import require
 from torchtitan.config.layout import resolve_batch
-from torchtitan.config.parse import parse_script
 from torchtitan.tools.logging import init_logger
 
 
@@ -39,8 +37,7 @@ class Options:
 def main(argv: Sequence[str]) -> int:
     """The command. Raises UserError."""
     init_logger()
-    options, job = parse_script(argv, Options, CONFIG_CLASSES, __doc__ or "")
-    assert isinstance(job, VLMJobConfig)
+    options, job = parse_command(argv, Options, __doc__)
     require(
         bool(options.out or options.keys),
         "nothing to write: give --out REPORT.html (or .png), or --keys KEYS.jsonl",

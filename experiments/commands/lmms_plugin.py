@@ -18,7 +18,7 @@ from lmms_eval.api.instance import GenerationResult
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 
-from experiments.commands.generate import ModelOptions, model_job, open_model
+from experiments.commands.answering import ModelOptions, model_job, open_model
 from experiments.vlm.data.formats.record_shard import ImageValues
 from experiments.vlm.evaluate.lmms_requests import LmmsRequests
 from torchtitan.config.errors import require
@@ -64,7 +64,7 @@ class SimpleModel(lmms):
         fine = str(batch_size).isdecimal() and int(batch_size) > 0
         require(fine, f"--batch_size {batch_size}: give a number")
         require(max_batch_size is None, "--max_batch_size: leave it out, --batch_size is what is taken")
-        options, job = model_job(as_argv(model_args), Options, __doc__ or "")
+        options, job = model_job(as_argv(model_args), Options, __doc__)
         split = degrees(job.parallelism, world_size()).tp
         require(
             split == 1,

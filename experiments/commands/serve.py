@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.commands.generate import ModelOptions, model_job, open_model
+from experiments.commands.answering import ModelOptions, model_job, open_model
 from torchtitan.config.check import check_options
 from torchtitan.config.errors import UserError, require
 from torchtitan.tools.logging import init_logger, logger
@@ -33,7 +33,7 @@ class Options(ModelOptions):
 def main(argv: Sequence[str]) -> int:
     """The command. Raises UserError."""
     init_logger()
-    options, job = model_job(argv, Options, __doc__ or "")
+    options, job = model_job(argv, Options, __doc__)
     check_options(options, dict.fromkeys(("sequences", "max_tokens", "max_body_mb"), ">= 1"))
     require(0 <= options.port < 1 << 16, f"--port = {options.port}: must be from 0 to 65535")
     # Only now, since they import torch.

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.__main__ import CONFIG_CLASSES, EXPERIMENTS
-from experiments.commands.variables import job_options, number
+from experiments.commands.job_options import number, with_variables
 from torchtitan.components.saved_config import NEWEST
 from torchtitan.config.devices import available_cores
 from torchtitan.config.errors import ConfigError, require
@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
     """The command. Raises UserError."""
     init_logger()
     argv = ["--help"] if HELP in split_options(argv) else argv
-    own, rest = split_script(job_options(argv, os.environ), Options)
+    own, rest = split_script(with_variables(argv, os.environ), Options)
     tables = table_of(rest)
     swept = tables.pop(SWEEP, {})
     defaults = with_settings(settings_of(swept))

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from experiments.__main__ import ready_job
 from experiments.commands import sweep
-from experiments.commands.variables import job_options, number
+from experiments.commands.job_options import number, with_variables
 from torchtitan.config.devices import available_cores, visible_gpus
 from torchtitan.config.errors import require
 from torchtitan.tools.logging import init_logger
@@ -60,7 +60,7 @@ class Machines:
 
 def main(argv: Sequence[str]) -> int:
     """Become the trainer, the launcher of several, or a sweep. Raises ConfigError where it starts none."""
-    options = job_options(argv, os.environ)
+    options = with_variables(argv, os.environ)
     if sweep.asks_for_many(options):
         return sweep.main(argv)
     machines = Machines.of(os.environ, visible_gpus)

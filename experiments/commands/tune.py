@@ -23,22 +23,21 @@ from typing import NamedTuple
 
 import torch
 
-from experiments.__main__ import CONFIG_CLASSES
 from experiments.commands.advise_packing import PROCESSES, read_data, the_job_itself
+from experiments.commands.job_options import number, parse_command, with_variables
 from experiments.commands.sweep import train_command
-from experiments.commands.variables import job_options, number
 from experiments.vlm.check import check_vlm
 from experiments.vlm.config import VLMJobConfig
+from experiments.vlm.costs.packing_advice import Deadline, Trials, search
 from experiments.vlm.costs.tuning import Planner, Space, promising, with_settings
 from experiments.vlm.data.batch_metrics import BATCH_METRICS
 from experiments.vlm.model_config import image_plan
-from experiments.vlm.view.packing_advice import Deadline, Trials, search
 from experiments.vlm.weights.embedding_rows import open_tokenizer, rows_of
 from torchtitan.components.tokenizer import Tokenizer
 from torchtitan.config.check import check_options
 from torchtitan.config.devices import available_cores
 from torchtitan.config.errors import UserError, require
-from torchtitan.config.parse import parse_script, to_toml
+from torchtitan.config.parse import to_toml
 from torchtitan.sweep.members import Member
 from torchtitan.sweep.places import Place, gpus_of, places
 from torchtitan.sweep.results import columns
@@ -86,8 +85,7 @@ class Machine(NamedTuple):
 def main(argv: Sequence[str]) -> int:
     """The command. Raises UserError."""
     init_logger()
-    options, job = parse_script(job_options(argv, os.environ), Options, CONFIG_CLASSES, __doc__ or "")
-    assert isinstance(job, VLMJobConfig)
+    options, job = parse_command(with_variables(argv, os.environ), Options, __doc__)
     check_options(options, LIMITS)
     deadline = Deadline(60 * options.minutes)
     place = find_place()

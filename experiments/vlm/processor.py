@@ -16,8 +16,7 @@ from experiments.vlm.data.chat_template import ChatTemplate, ends_of, load_chat_
 from experiments.vlm.model.families import family_of
 from experiments.vlm.model.families.family import Family, read_image_processor
 from experiments.vlm.model_config import model_config, plan_of
-from torchtitan.components.special_tokens import SpecialTokenizer
-from torchtitan.components.tokenizer import load_tokenizer
+from torchtitan.components.tokenizer import Tokenizer, load_tokenizer
 from torchtitan.components.tokenizer_files import write_json, write_tokenizer
 from torchtitan.tools.logging import warn_once
 
@@ -89,7 +88,7 @@ def read_image_limits(folder: Path, job: VLMJobConfig) -> None:
         job.data.patches_per_row = max(job.data.patches_per_row, largest)
 
 
-def generation_config(template: ChatTemplate, tokenizer: SpecialTokenizer) -> dict[str, Any]:
+def generation_config(template: ChatTemplate, tokenizer: Tokenizer) -> dict[str, Any]:
     """Where generation begins, and what it ends with."""
     bos = {} if tokenizer.bos_id is None else {"bos_token_id": tokenizer.bos_id}
     return bos | {"eos_token_id": ends_of(tokenizer, template), "pad_token_id": tokenizer.pad_id}
@@ -113,7 +112,7 @@ def spoken_template(job: VLMJobConfig) -> str:
     return next(spoken, "")
 
 
-def template_source(template: ChatTemplate, tokenizer: SpecialTokenizer) -> str:
+def template_source(template: ChatTemplate, tokenizer: Tokenizer) -> str:
     """The template, so that transformers renders what we train on.
 
     An image is one image token, which its processor replaces by begin, visual tokens and end. Special tokens

@@ -15,13 +15,8 @@ import torch
 from experiments.commands import advise_packing, main
 from experiments.commands.advise_packing import prices_of
 from experiments.vlm.config import VLMJobConfig
-from experiments.vlm.data.loader import Loader
-from experiments.vlm.data.packing import Budget
-from experiments.vlm.data.setup import make_setup
-from experiments.vlm.spec import build_vlm
-from experiments.vlm.view import packing_advice
-from experiments.vlm.view.advice_picture import draw_advice
-from experiments.vlm.view.packing_advice import (
+from experiments.vlm.costs import packing_advice
+from experiments.vlm.costs.packing_advice import (
     Data,
     Deadline,
     Trials,
@@ -31,7 +26,12 @@ from experiments.vlm.view.packing_advice import (
     read_documents,
     search,
 )
-from experiments.vlm.view.packing_simulation import Case, Occupancy, Prices, Stream, simulate
+from experiments.vlm.costs.packing_simulation import Case, Occupancy, Prices, Stream, simulate
+from experiments.vlm.data.loader import Loader
+from experiments.vlm.data.packing import Budget
+from experiments.vlm.data.setup import make_setup
+from experiments.vlm.spec import build_vlm
+from experiments.vlm.view.advice_picture import draw_advice
 from tests.tiny_data import Characters, make_job, write_all
 
 

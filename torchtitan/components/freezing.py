@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from torchtitan.components.special_tokens import SpecialTokenizer
+from torchtitan.components.tokenizer import Tokenizer
 from torchtitan.config.errors import ConfigError, did_you_mean, require
 from torchtitan.config.job import Training
 from torchtitan.layers.lora import is_adapters
@@ -61,7 +61,7 @@ def choose_trained(model: Any, options: Training) -> None:
     require(trains, f"training.freeze = {patterns}: matches every parameter; nothing would train")
 
 
-def rows_of(tokens: Sequence[str], tokenizer: SpecialTokenizer) -> tuple[int, ...]:
+def rows_of(tokens: Sequence[str], tokenizer: Tokenizer) -> tuple[int, ...]:
     """Ids of training.trainable_tokens, ascending. Raises ConfigError for a token that is not there."""
     rows: set[int] = set()
     for token in tokens:

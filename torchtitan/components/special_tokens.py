@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator
 from itertools import groupby
 from typing import Protocol
 
-# Attribute of SpecialTokenizer -> spellings: the first that the file knows is taken, the first of all names a
+# Attribute of Tokenizer -> spellings: the first that the file knows is taken, the first of all names a
 # new token.
 ROLES = {
     "eos_id": ("<|end_of_text|>", "</s>", "<eos>", "<|endoftext|>"),
@@ -36,7 +36,7 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Backend(Protocol):
-    """Plain text to ids and back; it knows no special tokens."""
+    """Plain text to ids and back (tokenizer.py); it knows no special tokens."""
 
     rows: int  # ids below it are tokens of plain text
 
@@ -50,10 +50,15 @@ class Backend(Protocol):
         """The text; bytes that are no UTF-8 become U+FFFD."""
 
 
-class SpecialTokenizer:
-    """A Tokenizer: a backend that knows plain text, and the special tokens around it."""
+class Tokenizer:
+    """Text to token ids and back: a backend that knows plain text, and the special tokens around it.
 
-    bos_id: int | None
+    Picklable, so that loader workers get it.
+    """
+
+    vocab_size: int  # a multiple of 64; every id is below it
+    hidden: dict[int, str]  # special tokens, which an answer does not show, with their spelling
+    bos_id: int | None  # None: the model knows none, and its documents begin without
     eos_id: int
     pad_id: int
     image_id: int
@@ -116,11 +121,16 @@ class SpecialTokenizer:
         return self.specials.get(spelling)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text; a special token's spelling inside it is ordinary text."""
+        """Ids of plain text, no bos or eos; a special token's spelling inside it is ordinary text.
+
+        A lone surrogate becomes U+FFFD; all else comes back from `decode`.
+        """
         return [id for _, piece in pieces(text) for id in self.backend.encode(piece)]
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """The ids, and for each the characters [first, last) of the text that it covers."""
+        """The ids, and for each the characters [first, last) of the text that it covers; tokens that share a
+        character all cover it.
+        """
         ids: list[int] = []
         spans: list[tuple[int, int]] = []
         for start, piece in pieces(text):

@@ -1,4 +1,4 @@
-"""Text to token ids and back: one protocol, two backends, both byte-level BPE.
+"""Tokenizers from their files, with one of two backends, both byte-level BPE.
 
     tokenizer.model   tiktoken ranks, as Llama 3 ships them: a line holds base64(token) and its rank. Special
                       tokens follow the ranks: those of `special_tokens.json` next to it (a list in order of
@@ -14,11 +14,11 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from torchtitan.components.special_tokens import SpecialTokenizer
+from torchtitan.components.special_tokens import Tokenizer
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.shipped import shipped
 from torchtitan.tools.hub import get_it
@@ -40,38 +40,7 @@ LLAMA3_SPECIALS = [  # as published with Llama 3.1: ids 128000 to 128255
 ]
 
 
-class Tokenizer(Protocol):
-    """Plain text to ids and back. Picklable, so that loader workers get it."""
-
-    vocab_size: int  # a multiple of 64; every id is below it
-    bos_id: int | None  # None: the model knows none, and its documents begin without
-    eos_id: int
-    pad_id: int
-    image_id: int
-    begin_image_id: int
-    end_image_id: int
-    hidden: dict[int, str]  # special tokens, which an answer does not show, with their spelling
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of plain text, no bos or eos.
-
-        A lone surrogate becomes U+FFFD; all else comes back from `decode`.
-        """
-
-    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """The ids, and for each the characters [start, end) it stands for.
-
-        Tokens that share a character all hold it.
-        """
-
-    def decode(self, ids: list[int]) -> str:
-        """The text; special tokens by their spelling, rows that stand for nothing as nothing."""
-
-    def special_id(self, spelling: str) -> int | None:
-        """Id of a special token, for chat templates; None where this tokenizer has no such token."""
-
-
-def load_tokenizer(path: str) -> SpecialTokenizer:
+def load_tokenizer(path: str) -> Tokenizer:
     """Load `path`: a tokenizer file, or a folder that holds one. Raises ConfigError naming the file."""
     file = find_file(shipped(path))
     return load_tokenizers(file) if file.suffix == ".json" else load_tiktoken(file)
@@ -119,12 +88,12 @@ class TiktokenBackend:
         return self.encoding.decode(ids)
 
 
-def load_tiktoken(file: Path) -> SpecialTokenizer:
+def load_tiktoken(file: Path) -> Tokenizer:
     """A `tokenizer.model`. Raises ConfigError where the file is not one."""
     ranks = read_ranks(file)
     spellings = read_json(file.with_name("special_tokens.json"), LLAMA3_SPECIALS)
     specials = {spelling: len(ranks) + i for i, spelling in enumerate(spellings)}
-    return SpecialTokenizer(TiktokenBackend(ranks), specials, {})
+    return Tokenizer(TiktokenBackend(ranks), specials, {})
 
 
 def read_ranks(file: Path) -> dict[bytes, int]:
@@ -202,7 +171,7 @@ def inside(definition: dict[str, Any]) -> dict[str, Any]:
     return definition | always | ({"decoder": decoder | {"decoders": kept}} if kept else {})
 
 
-def load_tokenizers(file: Path) -> SpecialTokenizer:
+def load_tokenizers(file: Path) -> Tokenizer:
     """A `tokenizer.json`. Raises ConfigError where it is not BPE, or `tokenizers` refuses it."""
     definition = read_json(file, {})
     model = definition.get("model", {}).get("type", "none")
@@ -221,7 +190,7 @@ def load_tokenizers(file: Path) -> SpecialTokenizer:
         raise ConfigError(f"{file}: {error}") from None
     added = definition["added_tokens"]
     plain = [token["id"] for token in added if not is_special(token)]
-    return SpecialTokenizer(backend, {token["content"]: token["id"] for token in added}, named, plain)
+    return Tokenizer(backend, {token["content"]: token["id"] for token in added}, named, plain)
 
 
 def read_json(file: Path, default: Any) -> Any:

@@ -17,9 +17,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from torchtitan.components.special_tokens import ROLES, SpecialTokenizer
+from torchtitan.components.special_tokens import ROLES
 from torchtitan.components.tokenizer import (
     LLAMA3_SPLIT,
+    Tokenizer,
     find_file,
     is_special,
     load_tokenizer,
@@ -54,7 +55,7 @@ def write_tokenizer(path: str, folder: Path, named: Mapping[str, int] | None = N
     write_json(folder / "special_tokens_map.json", {role: text for role, text in roles.items() if text})
 
 
-def _roles(tokenizer: SpecialTokenizer, config: Mapping[str, Any]) -> dict[str, Any]:
+def _roles(tokenizer: Tokenizer, config: Mapping[str, Any]) -> dict[str, Any]:
     """bos_token (None where there is none), eos_token and pad_token by their spellings."""
     ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
     # A padding without a name shares that of another role as published, whose id is not the one we pad with.
@@ -62,7 +63,7 @@ def _roles(tokenizer: SpecialTokenizer, config: Mapping[str, Any]) -> dict[str, 
     return {"bos_token": None} | {role: text or config.get(role) for role, text in spellings.items()}
 
 
-def rename(definition: dict[str, Any], tokenizer: SpecialTokenizer) -> dict[str, Any]:
+def rename(definition: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
     """A tokenizer.json with the special tokens as `tokenizer` has them, cut and padded nowhere."""
     published = {token["id"]: token for token in definition.get("added_tokens", [])}
     vocab, added = dict(definition["model"]["vocab"]), []
@@ -79,7 +80,7 @@ def rename(definition: dict[str, Any], tokenizer: SpecialTokenizer) -> dict[str,
     return definition | {"added_tokens": added, "model": model, "truncation": None, "padding": None}
 
 
-def from_ranks(ranks: dict[bytes, int], tokenizer: SpecialTokenizer) -> dict[str, Any]:
+def from_ranks(ranks: dict[bytes, int], tokenizer: Tokenizer) -> dict[str, Any]:
     """The tokenizer.json of tiktoken ranks that are split as Llama 3 does, without its special tokens.
 
     As published with Llama 3: a word that is a token is that token, merges or not, and bos comes first.
@@ -119,7 +120,7 @@ def byte_spellings() -> dict[int, str]:
     return {byte: chr(byte) if chr(byte) in printable else chr(next(others)) for byte in range(256)}
 
 
-def _begin_with(bos_id: int, tokenizer: SpecialTokenizer) -> dict[str, Any]:
+def _begin_with(bos_id: int, tokenizer: Tokenizer) -> dict[str, Any]:
     bos = tokenizer.spellings[bos_id]
     first = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
     second = [{"SpecialToken": {"id": bos, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]

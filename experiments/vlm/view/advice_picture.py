@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-from experiments.vlm.view.packing_simulation import Occupancy, SizedDocument
+from experiments.vlm.costs.packing_simulation import Occupancy, SizedDocument
 
 TOKENS, PATCHES = "#3376bd", "#d1793f"
 

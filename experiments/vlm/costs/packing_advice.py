@@ -20,14 +20,7 @@ from dataclasses import replace
 from itertools import product, zip_longest
 from typing import NamedTuple
 
-from experiments.vlm.data.good_sample import GoodSampleSearch
-from experiments.vlm.data.packing import Budget
-from experiments.vlm.data.sample import Sample
-from experiments.vlm.data.setup import Setup
-from experiments.vlm.data.slot import Slot
-from experiments.vlm.data.sources.shard_cache import ShardCache
-from experiments.vlm.data.storage.outages import Retry
-from experiments.vlm.view.packing_simulation import (
+from experiments.vlm.costs.packing_simulation import (
     Case,
     Occupancy,
     Prices,
@@ -37,6 +30,13 @@ from experiments.vlm.view.packing_simulation import (
     simulate,
     simulate_kept,
 )
+from experiments.vlm.data.good_sample import GoodSampleSearch
+from experiments.vlm.data.packing import Budget
+from experiments.vlm.data.sample import Sample
+from experiments.vlm.data.setup import Setup
+from experiments.vlm.data.slot import Slot
+from experiments.vlm.data.sources.shard_cache import ShardCache
+from experiments.vlm.data.storage.outages import Retry
 
 UNLIMITED = 1 << 40
 FACTORS = (1.0, 1.25, 0.85, 1.6, 2.0, 2.6)  # of the L that the patches per token ask for: tried first
