@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from tests.distributed.layouts import Layout, Measured, train
 from tests.distributed.pool import Pool
-from tests.distributed.table import Comparison, layout
+from tests.distributed.table import LORA, Comparison, layout
 from tests.reference.small_run import CPU, SMALL, job_of, whole
 from torchtitan.build import build
 from torchtitan.components import checkpoint
@@ -23,9 +23,10 @@ FSDP_TP = layout("fsdp2.tp2", 4, tp=2)
 PP_CP = layout("cp2.pp2", 4, cp=2, pp=2)
 ONE = layout("one", 1)
 PAIRS = [
-    (layout("fsdp2", 2), ONE),
+    (layout("fsdp2, lora", 2, **LORA), layout("pp2, lora", 2, pp=2, **LORA)),
 ]
 FURTHER = [
+    (layout("fsdp2", 2), ONE),
     (FSDP_TP, PP_CP),
     (
         layout("pp2, ZBVZeroBubble, tied", 2, pp=2, schedule="ZBVZeroBubble", **TIED),

@@ -97,7 +97,11 @@ def test_a_hugging_face_folder_that_is_given_as_a_checkpoint_is_told(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "other"),
-    [("layers.0.wq.weight", "a tokenizer of another size"), ("layers.0.wq.lora.A.weight", "lora.rank")],
+    [
+        ("layers.0.wq.weight", "a tokenizer of another size"),
+        ("layers.0.wq.lora.A.weight", "lora.rank"),
+        ("optimizer.tok_embeddings.weight.exp_avg", "another training.trainable_tokens"),
+    ],
 )
 def test_a_tensor_of_another_shape_is_told_with_the_options_that_make_it(name, other):
     with pytest.raises(ConfigError, match=other):

@@ -22,12 +22,13 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
 )
 
-from torchtitan.components.checkpoint_read import PREFIX, Sizes, require_sizes
+from torchtitan.components.checkpoint_read import PREFIX, Sizes, require_adapters, require_sizes
 from torchtitan.components.loader import Loader, State
 from torchtitan.components.lr_scheduler import Schedule
 from torchtitan.components.optimizer import Optimizers
 from torchtitan.components.weights import named_weights, stored_name
 from torchtitan.config.errors import ConfigError
+from torchtitan.distributed.collectives import from_all_ranks
 from torchtitan.layers.lora import is_adapters, scale_of
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -111,6 +112,7 @@ class TrainState:
         the rest. A checkpoint that is not the run's `own` may hold the base alone; adapters are then new.
         """
         weights = self.model()
+        require_adapters(set().union(*from_all_ranks(list(filter(is_adapters, weights)))), stored)
         if not own and not any(map(is_adapters, stored)):
             weights = {name: weight for name, weight in weights.items() if not is_adapters(name)}
         live = weights | ({} if "optimizer" in without else self.optimizer())

@@ -9,7 +9,14 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-from torchtitan.components.checkpoint_read import PREFIX, Sizes, reading, require_sizes, stored_sizes
+from torchtitan.components.checkpoint_read import (
+    PREFIX,
+    Sizes,
+    reading,
+    require_adapters,
+    require_sizes,
+    stored_sizes,
+)
 from torchtitan.tools.logging import logger
 
 
@@ -34,7 +41,9 @@ class CheckpointSource:
         """Raises ConfigError where the checkpoint is of another model, or damaged."""
         self.path = path
         self.names: Collection[str] = set(shapes)
-        require_sizes({PREFIX + name: shape for name, shape in shapes.items()}, stored_sizes(path))
+        wanted, stored = {PREFIX + name: shape for name, shape in shapes.items()}, stored_sizes(path)
+        require_adapters(wanted, stored)
+        require_sizes(wanted, stored)
 
     def read(self, weights: Mapping[str, Tensor]) -> None:
         """Raises Damaged."""
