@@ -31,6 +31,7 @@ def trained(changes: dict[str, Any], folder: Path, tasks: list[str]) -> list[Ten
     for name in NAMES:
         TASKS[name] = dataclasses.replace(TASKS[name], max_tokens=4)  # on this rank alone
     options = {"validation.enable": True, "validation.tasks": tasks, "validation.task_freq": 1}
+    options["training.seq_len"] = 96  # as long as the longest prompt
     torch._dynamo.reset()
     trainer = Trainer(build(job_of(changes | options, str(folder)), SPEC, CPU))
     trainer.evaluator.run_tasks()
@@ -93,7 +94,7 @@ def alone(pool, tmp_path_factory):
 DROPOUT = {"lora.dropout": 0.5, "lora.alpha": 64.0}
 LAYOUTS = [
     layout("fsdp2, lora with dropout", 2, lora=4),
-    layout("tp2, shared encoder", 2, tp=2, slots=2, sharing="on"),
+    layout("tp2, onevision, shared encoder", 2, tp=2, slots=4, sharing="on", model="small-onevision"),
     layout("cp2", 2, cp=2),
     layout("cp2, ulysses, shared encoder", 2, cp=2, rows=2, sharing="on", method="ulysses"),
     layout("replicate2, muon, never resharding", 2, replicate=2, reshard="never", optimizer="Muon"),

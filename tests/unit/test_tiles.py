@@ -198,12 +198,12 @@ def test_a_slot_that_does_not_hold_the_largest_image_is_refused():
         check_patches(job, config)
 
 
-@pytest.mark.parametrize("kind", ["next", "onevision"])
-def test_a_slot_holds_tiles_in_several_rows_and_says_which_of_them_each_token_is_made_of(kind):
+@pytest.mark.parametrize(("kind", "sharers"), [("next", 1), ("next", 4), ("onevision", 4)])
+def test_a_slot_holds_tiles_in_several_rows_and_says_which_of_them_each_token_is_made_of(kind, sharers):
     plan = dataclasses.replace({"next": NEXT, "onevision": ONE}[kind], image_size=42, extra=1)
     images = [noise(90, 200, seed=1), noise(300, 250, seed=2)] if kind == "next" else [noise(300, 250)]
     budget = Budget(2000, 7, 75)
-    prompter = Prompter(Characters(), plan, budget, 2000)
+    prompter = Prompter(Characters(), plan, budget, 2000, sharers=sharers)
     prompt = prompter.beginning(["ab", *(Picture(encoded(image, "PNG")) for image in images), "c"])
     placing, shown = prompt.placing, prompt.visual_index >= 0
     table = torch.from_numpy(prompt.pixel_values).flatten(0, 1).double()
@@ -222,7 +222,8 @@ def test_a_slot_holds_tiles_in_several_rows_and_says_which_of_them_each_token_is
         features = torch.stack([torch.from_numpy(patchify(view, 14, 1)[0]) for view in views]).double()
         expected.append(packed_by(kind, plan, features, image.shape[:2], torch.full(table.shape[1:], -7.0)))
     assert (found - torch.cat(expected)).abs().max() < 1e-3
-    assert len(np.unique(np.nonzero(prompt.grid_thw[..., 0] == 0)[0])) > 1
+    used = len(np.unique(np.nonzero(prompt.grid_thw[..., 0] == 0)[0]))
+    assert used > 1 and used % 4 and len(prompt.grid_thw) == used + -used % sharers
 
 
 def test_fewer_tiles_leave_out_the_larger_grids(tmp_path):

@@ -52,8 +52,8 @@ def stored_sizes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def require_adapters(wanted: Collection[str], stored: Collection[str]) -> None:
-    """Raises ConfigError for an adapter that is in the checkpoint and not in the model. `wanted`: names of the
-    whole model, of which a rank of a pipeline holds a part.
+    """Raises ConfigError for an adapter that is in the checkpoint and not in the model. `wanted`: names of
+    the whole model, of which a rank of a pipeline holds a part.
     """
     for name in stored:
         if name.startswith(PREFIX) and is_adapters(name) and name not in wanted:

@@ -19,6 +19,7 @@ from experiments.vlm.evaluate.questions import Questions
 from experiments.vlm.evaluate.tasks import TASKS, Question, TaskFile, parse_tasks
 from experiments.vlm.generate.answering import answering_of, prompter_of
 from experiments.vlm.generate.layout import lent, share_in_training
+from experiments.vlm.parallelism.sharing import sharers, slot_sizes
 from experiments.vlm.processor import spoken_template
 from torchtitan.components.metrics import Values
 from torchtitan.components.sinks import Exhibit
@@ -61,7 +62,8 @@ class TrainingTasks:
         self.warned: set[str] = set()
         asked = parse_tasks(job.validation.tasks, "validation.tasks = ")
         self.places = job.training.seq_len + max(TASKS[each.name].max_tokens for each in asked)
-        self.prompter = prompter_of(job, tokenizer, spoken_template(job), self.places)
+        sharing = sharers(job, slot_sizes(job))
+        self.prompter = prompter_of(job, tokenizer, spoken_template(job), self.places, sharing)
         self.tasks = {each.label: self._open(each) for each in asked}
 
     def run(self, parts: Sequence[nn.Module], mesh: Mesh, step: int) -> tuple[Values, list[Exhibit]]:

@@ -59,14 +59,16 @@ def open_answering(
     return answering_of(model, cache, prompter, mesh, reuse=reuse)
 
 
-def prompter_of(job: VLMJobConfig, tokenizer: Tokenizer, chat_template: str, places: int) -> Prompter:
-    """Arguments as those of `open_answering`. Raises UserError."""
+def prompter_of(
+    job: VLMJobConfig, tokenizer: Tokenizer, chat_template: str, places: int, sharers: int = 1
+) -> Prompter:
+    """Arguments as those of `open_answering`; `sharers`: as in Prompter. Raises UserError."""
     template: ChatTemplate | None = load_chat_template(chat_template) if chat_template else None
     plan, rows = image_plan(job), job.data.patch_rows
     if len(plan.largest) > 1:
         rows = max(rows, IMAGES * len(plan.largest))
     budget = Budget(places, rows, job.data.patches_per_row)
-    return Prompter(tokenizer, plan, budget, places, template)
+    return Prompter(tokenizer, plan, budget, places, template, sharers)
 
 
 def answering_of(

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experiments.vlm.batch import FIELDS, PLACING, BatchShape
@@ -27,7 +26,7 @@ class Share(NamedTuple):
     """What this rank has of a call."""
 
     tokens: RankSlice  # of each sequence, between blocks
-    rows: RankSlice  # of patches, in the encoder
+    rows: RankSlice  # of patches, in the encoder; those of a prompt divide (see Prompter)
 
 
 WHOLE = Share(RankSlice(0, 1), RankSlice(0, 1))
@@ -66,20 +65,14 @@ class CachedVLM:
             return {}
         width = tokens.shape[1]
         whole = prompt.tensors(width) if prompt else self._none(width)
-        rank, ranks = self.share.tokens
+        (rank, ranks), (row, rows) = self.share
         own = {name: whole[name].chunk(ranks, 1)[rank].contiguous() for name in PLACING if name in whole}
-        own |= {name: self._own_rows(name, whole[name]) for name in ("pixel_values", "grid_thw")}
+        own |= {name: whole[name].chunk(rows)[row] for name in ("pixel_values", "grid_thw")}
         return {name: tensor.to(tokens.device) for name, tensor in own.items()}
 
-    def _own_rows(self, name: str, rows_NLX: Tensor) -> Tensor:
-        """This rank's rows of a prompt; rows of padding follow where those of the prompt do not divide."""
-        rank, ranks = self.share.rows
-        short = -len(rows_NLX) % ranks
-        return F.pad(rows_NLX, (0, 0, 0, 0, 0, short), value=FIELDS[name].padding).chunk(ranks)[rank]
-
     def _none(self, width: int) -> Tensors:
-        """The tensors of a prompt without images: the encoder sees one row of padding."""
-        shape = replace(self.shape, seq_len=width, patch_rows=1)
+        """The tensors of a prompt without images: the encoder sees one row of padding on each rank."""
+        shape = replace(self.shape, seq_len=width, patch_rows=self.share.rows.ranks)
         return {
             name: torch.full(shape.of(name), FIELDS[name].padding, dtype=getattr(torch, FIELDS[name].dtype))
             for name in ("pixel_values", "grid_thw", *PLACING)

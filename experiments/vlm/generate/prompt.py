@@ -103,15 +103,17 @@ class Prompter:
         budget: Budget,
         most_tokens: int,
         template: ChatTemplate | None = None,
+        sharers: int = 1,
     ):
-        """`budget`: the most of a prompt, which gets only the patch rows that its images need; `template`:
-        None where the model was trained without conversations.
+        """`budget`: the most of a prompt, which gets only the patch rows that its images need, and as many as
+        divide among `sharers` ranks; `template`: None where the model was trained without conversations.
         """
         self.tokenizer = tokenizer
         self.plan = plan
         self.budget = budget
         self.most_tokens = most_tokens
         self.template = template
+        self.sharers = sharers
 
     def conversation(self, turns: Turns) -> Prompt:
         """The prompt of a conversation in which the assistant is to speak next."""
@@ -202,6 +204,7 @@ class Prompter:
             )
         # Rows behind those that are used would be encoded for nothing.
         rows = 1 + max((row for row, _ in places), default=0)
+        rows += -rows % self.sharers
         per_row, plan = self.budget.patches_per_row, self.plan
         shape = BatchShape(1, sample.length, rows, per_row, plan.patch_size, plan.mixes)
         fields = {name: np.empty(shape.of(name), field.dtype) for name, field in shape.fields.items()}

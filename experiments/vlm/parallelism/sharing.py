@@ -35,10 +35,15 @@ def sharers(job: VLMJobConfig, sizes: Degrees) -> int:
     return ranks if p.encoder_sharing != "off" and rows_a_forward(job, sizes) % ranks == 0 else 1
 
 
+def slot_sizes(job: VLMJobConfig) -> Degrees:
+    """Sizes of a group of ranks that hold the same slots, alone."""
+    p = job.parallelism
+    return Degrees(1, 1, p.context_parallel_degree, p.tensor_parallel_degree, p.pipeline_parallel_degree)
+
+
 def part_shares(job: VLMJobConfig, projector: ProjectorConfig) -> dict[str, Share]:
     """A rank's share of each part's products in a forward."""
-    p = job.parallelism
-    sizes = Degrees(1, 1, p.context_parallel_degree, p.tensor_parallel_degree, p.pipeline_parallel_degree)
+    p, sizes = job.parallelism, slot_sizes(job)
     rows = rows_a_forward(job, sizes)
     patches = rows // sharers(job, sizes) * job.data.patches_per_row
     # Tensor parallel gathers the sequence before it multiplies.
