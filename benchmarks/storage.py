@@ -154,7 +154,7 @@ def bytes_of_state(data: Path, slots: int = 8) -> float:
         shape = BatchShape(slots, ROW, 1, 64, 16)
         arrays = Buffers(shape, 1).arrays[0]
         producer = Producer(setup, range(slots), {})
-        steps = producer.start([slot_views(arrays, place, 1) for place in range(slots)])()
+        steps = producer.start(range(slots), [slot_views(arrays, place, 1) for place in range(slots)])()
         producer.close()
     states = save_states({step.filled.slot: step.state for step in steps}, {}, "")
     return sum(map(len, states.values())) / slots
@@ -164,7 +164,7 @@ def simulate(kind: str, slots: int, latency_s: float, steps: int = 1200) -> dict
     """`slots`: of a rank, whose worker plans them one after the other; all ranks wait for the slowest."""
     random = np.random.default_rng(0)
     deal = Deal("captions", tuple(f"{n}.tar" for n in range(SHARDS)), RANKS * slots, 0, None)
-    left = random.random((RANKS, slots)) * SAMPLES / deal.parts
+    left = random.random((RANKS, slots)) * SAMPLES / deal.eras[-1].parts
     opens = 0
     # At the start one good sample is looked for; then the first shards of all slots are opened.
     first_s = latency_s * (1 + (slots if kind == "at need" else 1)) + DECODE_S
@@ -179,7 +179,7 @@ def simulate(kind: str, slots: int, latency_s: float, steps: int = 1200) -> dict
         waits = np.where(ends, late, 0.0)
         produced = begun + (waits.max(1) if kind == "ahead" else waits.sum(1)) + DECODE_S
         is_open_at = np.where(ends, (produced + latency_s)[:, None], is_open_at)
-        left += np.where(ends, random.normal(SAMPLES, 60, left.shape) / deal.parts, 0.0)
+        left += np.where(ends, random.normal(SAMPLES, 60, left.shape) / deal.eras[-1].parts, 0.0)
         trained.append(max(trained[-1], produced.max()) + STEP_S)
     return {"first_s": first_s, "step_s": trained[-1] / steps, "opens": opens / steps}
 

@@ -10,7 +10,7 @@ of its document that follow close up, and the padding comes after the document, 
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -27,6 +27,8 @@ from experiments.vlm.data.rejects import Reject, Rejected
 from experiments.vlm.data.sample import PlannedImage
 from experiments.vlm.data.slot import Packed, SlotPlan
 from experiments.vlm.data.sources.shard_cache import Key
+
+Decoded = Callable[[], Rejected | None]  # waits for an image; what was wrong with it, if anything was
 
 
 class Opened(Protocol):
@@ -64,7 +66,7 @@ class Collator:
         ]
         return lambda: self._finish(plan, views, decoding)
 
-    def _submit(self, packed: Packed, image: PlannedImage, places: list[Place], views: Views) -> Future:
+    def _submit(self, packed: Packed, image: PlannedImage, places: list[Place], views: Views) -> Decoded:
         targets = [
             (
                 views["pixel_values"][row, first : first + view.cells],
@@ -73,9 +75,10 @@ class Collator:
             for view, (row, first) in zip(image.layout.views, places, strict=True)
         ]
         shard = packed.reference.source, packed.origin.shard
-        if self.pool is None:
-            return finished(self._decode(shard, image, targets))
-        return self.pool.submit(self._decode, shard, image, targets)
+        if self.pool is not None:
+            return self.pool.submit(self._decode, shard, image, targets).result
+        failure = self._decode(shard, image, targets)
+        return lambda: failure
 
     def _decode(
         self, shard: Key, image: PlannedImage, targets: Sequence[tuple[np.ndarray, np.ndarray]]
@@ -95,18 +98,11 @@ class Collator:
             write_patches(pixels, self.plan, patches, thw)
         return None
 
-    def _finish(self, plan: SlotPlan, views: Views, decoding: list[list[Future]]) -> FilledSlot:
+    def _finish(self, plan: SlotPlan, views: Views, decoding: list[list[Decoded]]) -> FilledSlot:
         row = _Row(plan, views, self.plan.merge_size**2, self.pad_id)
         for packed, results in zip(plan.packed, decoding, strict=True):
-            row.add(packed, [result.result() for result in results])
+            row.add(packed, [result() for result in results])
         return row.close()
-
-
-def finished(result: Rejected | None) -> Future:
-    """A future that is done."""
-    future: Future = Future()
-    future.set_result(result)
-    return future
 
 
 class _Row:

@@ -6,7 +6,7 @@ decoded.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 
 import numpy as np
@@ -94,15 +94,17 @@ class GoodSampleSearch:
         guarded(lambda: decode_views(shard.load(image), plan.layout(image.height, image.width), plan))
 
 
-def require_good_samples(setup: Setup, retry: Retry, slot: int) -> None:
+def require_good_samples(setups: Iterable[Setup], slot: int) -> None:
     """Raises DataError for the first source that has none, StorageError where that cannot be known.
 
     Begins with the shard that this slot reads first.
     """
-    search = GoodSampleSearch(setup, ShardCache(setup.open_shard, 1, retry))
-    for source, deal in enumerate(setup.settings.deals):
-        unit = deal.unit(slot, 0)
-        search.require(source, unit.shard if unit else 0)
+    for setup in setups:
+        cache = ShardCache(setup.open_shard, 1, Retry(setup.data.storage_timeout_s))
+        search = GoodSampleSearch(setup, cache)
+        for source, deal in enumerate(setup.settings.deals):
+            unit = deal.unit(slot, 0)
+            search.require(source, unit.shard if unit else 0)
 
 
 def spread(count: int, most: int) -> list[int]:

@@ -36,7 +36,6 @@ from experiments.vlm.data.sources.listing import to_text
 from experiments.vlm.data.sources.shards import needs_copy
 from experiments.vlm.data.storage.fetch import about_failures
 from experiments.vlm.data.storage.file_cache import file_cache
-from experiments.vlm.data.storage.outages import Retry
 from experiments.vlm.parallelism.read_once import ReadOnce
 from torchtitan.components.loader import Agree
 from torchtitan.components.tokenizer import Tokenizer
@@ -129,7 +128,8 @@ class Loader:
             if job.validation.enable:
                 shards = shards_of(job, "validation", self.ranks)
                 setups.append(make_setup(job, tokenizer, "validation", total, shards=shards))
-            self.ranks.wait_together(lambda: self._require_good_samples(setups if self.reads else []))
+            looked_at = setups if self.reads else []
+            self.ranks.wait_together(lambda: require_good_samples(looked_at, self.slots.start))
         # The controls show the samples of a validation again: what is wrong with them has been logged.
         folder = Path(job.job.dump_folder) / "rejects" if job.job.dump_folder else None
         self.log = RejectLog(folder, rank) if control is None else None
@@ -138,12 +138,6 @@ class Loader:
         self.over = False
         self.warned_of_addresses = False
         self.steps = 0  # asked for since a start
-
-    def _require_good_samples(self, setups: list[Setup]) -> None:
-        """Raises DataError for a source without."""
-        retry = Retry(self.job.data.storage_timeout_s)
-        for setup in setups:
-            require_good_samples(setup, retry, self.slots.start)
 
     def __iter__(self) -> "Loader":
         return self
@@ -198,10 +192,7 @@ class Loader:
         return save_states(self.states, self.facts, self.shards) if self.reads else {}
 
     def load_state_dict(self, state: Mapping[str, bytes]) -> None:
-        """Go on from a `state_dict` that has all of `slot_keys()`.
-
-        Raises ConfigError if the data or their configuration changed.
-        """
+        """Go on from a `state_dict` with all of `slot_keys()`. Raises ConfigError where the data changed."""
         self.close()
         self.states, self.over = {}, False
         if not state:
@@ -297,9 +288,7 @@ class Loader:
             check_bad_fraction(total, allowed)
 
     def _deals_again(self, steps: list[SlotStep]) -> bool:
-        """Whether a slot of this rank is in a later epoch of a source, or two sources share a shard: then
-        another rank may have met the same samples.
-        """
+        """Whether another rank may have met the same: in a later epoch, or as two sources share a shard."""
         deals = self.setup.settings.deals
         return self.shared_shards or any(
             deal.epoch(step.filled.slot, reader[0]) > 0

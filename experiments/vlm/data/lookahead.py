@@ -103,9 +103,7 @@ class LookAhead(Generic[Payload]):
     """Documents that wait for a row of one slot. Payload: what the caller wants back with a piece."""
 
     def __init__(self, splitter: Splitter, size: int, mixture: Mixture, by_tokens: bool = False):
-        """`mixture`: whose weights hold for what leaves too; `by_tokens`: it counts tokens, else
-        documents.
-        """
+        """`mixture`: its weights hold for what leaves too; `by_tokens`: it counts tokens, else documents."""
         self.splitter = splitter
         self.budget = splitter.budget
         self.size = size

@@ -135,17 +135,18 @@ class FromWorkers(ForwardNode):
     ):
         """prefetch: how many forwards each worker is ahead, at least."""
         super().__init__(shape, kept, prefetch * -(-workers // shape.slots))
-        self.slots = slots
         self.workers: list[Worker] = []
         # Before multiprocessing's own shutdown, which would wait for workers that nobody asked to end.
         self.shutdown = multiprocessing.util.Finalize(self, close_all, (self.workers,), exitpriority=100)
         # of each forward of a step: which worker runs which of its rows
         self.parts: list[dict[int, list[int]]] = [{} for _ in range(len(slots) // shape.slots)]
         for number in range(workers):
-            assigned = self._assignment(list(range(number, len(slots), workers)), states)
+            places = range(number, len(slots), workers)
+            own = slots[number::workers]
+            assigned = Assignment(own, places, {slot: states[slot] for slot in own if slot in states})
             self.workers.append(Worker(number, setup, self.buffers, assigned))
-            for forward, which in assigned.forwards(shape.slots).items():
-                self.parts[forward][number] = [assigned.places[i] % shape.slots for i in which]
+            for place in places:
+                self.parts[place // shape.slots].setdefault(number, []).append(place % shape.slots)
         self.asked = 0
 
     def give_back(self, number: int) -> None:
@@ -157,8 +158,9 @@ class FromWorkers(ForwardNode):
 
     def _ask(self) -> None:
         while self.asked < self.returned + len(self.buffers.arrays):
-            for worker in self.parts[self.asked % len(self.parts)]:
-                self.workers[worker].ask(self.asked % len(self.buffers.arrays))
+            forward = self.asked % len(self.parts)
+            for worker in self.parts[forward]:
+                self.workers[worker].ask(self.asked % len(self.buffers.arrays), forward)
             self.asked += 1
 
     def fill(self, arrays: Arrays) -> list[SlotStep]:
@@ -178,10 +180,6 @@ class FromWorkers(ForwardNode):
         """Ends the workers, too."""
         self.shutdown()
         super().close()
-
-    def _assignment(self, places: list[int], states: dict[int, SlotState]) -> Assignment:
-        slots = [self.slots[place] for place in places]
-        return Assignment(slots, places, {slot: states[slot] for slot in slots if slot in states})
 
 
 def is_pinned() -> bool:
@@ -217,9 +215,7 @@ class Supply:
             self.node = Prefetcher(pinned, ready, snapshot_frequency=0)
 
     def next(self) -> Filled:
-        """Raises what reading or decoding raised, RuntimeError for a worker that failed or died, StorageError
-        where a read hangs.
-        """
+        """Raises what reading raised, RuntimeError for a lost worker, StorageError where a read hangs."""
         given = self._pull()
         if isinstance(given, Exception):
             raise given

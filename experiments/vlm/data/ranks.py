@@ -40,10 +40,7 @@ class Ranks:
 
 
 def shards_of(job: VLMJobConfig, split: Split, ranks: Ranks) -> list[Shards]:
-    """The shards of each source. Ranks that go together list once for all loaders of a job.
-
-    Raises ConfigError where a source has none.
-    """
+    """The shards of each source, once for all loaders of ranks that go together. Raises ConfigError."""
     if not ranks.together:
         return [_list(source, job, split) for source in sources_of(job, split)]
     if id(job) not in _listed:

@@ -49,9 +49,7 @@ class RejectLog:
             self._log(reject)
 
     def _catch_up(self, own: Path, all_ranks: bool) -> None:
-        """What is in this rank's file by now (a loader of the other split writes there too), or in those of
-        all ranks, is known then.
-        """
+        """Know what this rank's file holds by now (loaders of the other split write there), or all files."""
         own.parent.mkdir(parents=True, exist_ok=True)
         own.touch()
         paths = list(own.parent.glob("*.jsonl")) if all_ranks else [own]
@@ -160,6 +158,9 @@ class Identities:
 
 
 def identity_of(reject: Reject) -> int:
-    """The same in every process, unlike `hash`."""
-    digest = hashlib.blake2b(reject.identity.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    """What makes two of them the same, in every process, unlike `hash`."""
+    # Images are numbered after others were lost: hence the reason.
+    image = "" if reject.image is None else f"{reject.image} {reject.reason}"
+    what = "\n".join((reject.shard, reject.key, image)).encode("utf-8", "surrogatepass")
+    digest = hashlib.blake2b(what, digest_size=8).digest()
     return int.from_bytes(digest, "little")

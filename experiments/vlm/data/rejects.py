@@ -97,8 +97,3 @@ class Reject:
 
     def __str__(self) -> str:
         return str(Rejected(self.reason, self.detail))
-
-    @property
-    def identity(self) -> str:
-        """What makes two of them the same. Images are numbered after others were lost: hence the reason."""
-        return "\n".join((self.shard, self.key, "" if self.image is None else f"{self.image} {self.reason}"))

@@ -134,11 +134,7 @@ def tally_of(state: SlotState) -> Tally:
 
 
 def report(states: Iterable[SlotState]) -> dict[str, Any]:
-    """The report on slots, from their states: {"sources": {source: as in Tally, and "epochs", how often it
-    was delivered}}.
-
-    Numbers and lists, so that the reports of ranks add up.
-    """
+    """{"sources": {source: as in Tally, and "epochs": how often it was delivered}}; those of ranks add up."""
     total, epochs = Tally(), Counter[str]()
     for state in states:
         total.add(tally_of(state))

@@ -128,11 +128,7 @@ def known(part: Part, tokenizer: Tokenizer) -> Part:
 
 
 def encode_text(texts: list[Text], tokenizer: Tokenizer) -> Atom:
-    """Neighbouring texts, tokenised as one.
-
-    A token carries loss if any of its characters does, whether it reaches over a border or holds a part of a
-    character.
-    """
+    """Neighbouring texts, tokenised as one: a token carries loss if any of its characters does."""
     joined = "".join(text.text for text in texts)
     if len({text.loss for text in texts}) == 1:
         ids = tokenizer.encode(joined)  # no offsets needed: twice as fast

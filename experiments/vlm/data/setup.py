@@ -76,10 +76,7 @@ def make_setup(
     control: str | None = None,
     shards: Sequence[Shards] = (),
 ) -> Setup:
-    """`slots`: G. `shards`: of each source, where they have been listed.
-
-    Raises ConfigError where a source has no shards, or a chat template that cannot be used.
-    """
+    """`slots`: G. `shards`: of each source, if they are listed. Raises ConfigError as `make_deal`."""
     data, sources, plan = job.data, sources_of(job, split), image_plan(job)
     held_out = split == "validation"
     settings = SlotSettings(
@@ -113,10 +110,7 @@ def shape_of(settings: SlotSettings, slots: int) -> BatchShape:
 
 
 def make_deal(source: Source, job: VLMJobConfig, slots: int, held_out: bool, shards: Shards = ()) -> Deal:
-    """How a source is dealt to `slots` slots. `shards`: its own, where they have been listed.
-
-    Raises ConfigError for no shards, or no such chat template.
-    """
+    """How a source is dealt. `shards`: if listed. Raises ConfigError for none, or no such template."""
     # one that cannot be used is refused now, not when a worker opens the first shard
     load_chat_template(source.chat_template)
     split: Split = "validation" if held_out else "train"
@@ -139,10 +133,7 @@ def passes(source: Source, job: VLMJobConfig) -> int | None:
 
 
 def order_facts(setup: Setup) -> dict[str, Any]:
-    """Everything that the order of the samples depends on, by the name of the option that says it.
-
-    That is each option of [data] and of a source that is not free.
-    """
+    """What the order of the samples depends on, by option: each of [data] and of sources that is not free."""
     settings, data = setup.settings, setup.data
     facts: dict[str, Any] = {
         "training.global_batch_size": settings.deals[0].slots,

@@ -100,9 +100,7 @@ class Slot:
         cache: ShardCache,
         check_source: Callable[[int], None],
     ):
-        """`check_source`: raises DataError where that source has no good sample; called when this slot met
-        none for long.
-        """
+        """`check_source`: called when a source gave none for long; raises DataError where it has none."""
         self.number = number
         self.check_source = check_source
         self.settings = settings

@@ -31,10 +31,7 @@ MOST_PARTS = 4  # of a slot made for images, that the text which goes in first t
 
 @dataclass(frozen=True)
 class Outline:
-    """Images ascend: image i has the tokens [starts[i], ends[i]) and views of so many patches each, views[i].
-
-    `boundaries`: tokens where a part begins.
-    """
+    """Images ascend: i has tokens [starts[i], ends[i]), views of views[i] patches. `boundaries`: of parts."""
 
     length: int
     starts: np.ndarray  # int64 [images]

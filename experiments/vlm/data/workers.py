@@ -1,7 +1,7 @@
 """Worker processes: each runs some of a rank's slots and writes their rows into shared memory.
 
-The trainer sends the number of a buffer, a worker answers with the SlotSteps that it wrote there: those of
-its slots that are in the next forward with any of them. A worker that is asked for the next one before it has
+The trainer sends the numbers of a buffer and of a forward of the step; a worker answers with the SlotSteps
+that it wrote there, those of its slots that are in that forward. One that is asked for the next before it has
 finished plans ahead while its threads decode. It ends when its pipe closes, whatever happened to the trainer;
 Ctrl-C and SIGTERM, which reach the whole process group, are the trainer's to act on.
 
@@ -11,7 +11,6 @@ threads as they are.
 """
 
 import contextlib
-import itertools
 import multiprocessing
 import os
 import signal
@@ -19,7 +18,7 @@ import socket
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -37,21 +36,11 @@ GRACE_S = 5.0  # for a worker to end by itself
 
 @dataclass(frozen=True)
 class Assignment:
-    """What one worker runs.
+    """What one worker runs. `places[i]`: which of the rank's slots that is; forward f has f * B and on."""
 
-    `places[i]`: which of the rank's slots slot `slots[i]` is. Forward f of a step has the places f * B ...
-    """
-
-    slots: list[int]
-    places: list[int]
+    slots: Sequence[int]
+    places: Sequence[int]
     states: dict[int, SlotState]
-
-    def forwards(self, size: int) -> dict[int, list[int]]:
-        """Forward of a step -> which of `slots` are in it; forwards of `size` slots."""
-        of_forward: dict[int, list[int]] = {}
-        for number, place in enumerate(self.places):
-            of_forward.setdefault(place // size, []).append(number)
-        return of_forward
 
 
 class Worker:
@@ -69,11 +58,11 @@ class Worker:
             self.process.start()
         theirs.close()
 
-    def ask(self, buffer: int) -> None:
-        """Let it write its part of its next forward into that buffer; `answer` waits for it."""
+    def ask(self, buffer: int, forward: int) -> None:
+        """Let it write its part of a forward of the step into that buffer; `answer` waits for it."""
         # If it is gone, `answer` says why.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            self.pipe.send(buffer)
+            self.pipe.send((buffer, forward))
 
     def answer(self) -> list[SlotStep]:
         """Raises the worker's UserError, or RuntimeError where it failed or died."""
@@ -161,15 +150,15 @@ def run(pipe: Connection, setup: Setup, buffers: Buffers, assignment: Assignment
 def _serve(pipe: Connection, setup: Setup, buffers: Buffers, assignment: Assignment) -> None:
     producer = Producer(setup, assignment.slots, assignment.states)
     size, patch_rows = buffers.shape.slots, buffers.shape.patch_rows
-    forwards = itertools.cycle(assignment.forwards(size).values())
     finish: Callable[[], list[SlotStep]] | None = None
     while True:
         asked = pipe.recv() if finish is None or pipe.poll() else None
         started = None
         if asked is not None:
-            which = next(forwards)
+            buffer, forward = asked
+            which = [i for i, place in enumerate(assignment.places) if place // size == forward]
             rows = [assignment.places[number] % size for number in which]
-            views = [slot_views(buffers.arrays[asked], row, patch_rows) for row in rows]
+            views = [slot_views(buffers.arrays[buffer], row, patch_rows) for row in rows]
             started = producer.start(which, views)
         if finish is not None:
             pipe.send(("step", finish()))

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image as PILImage
 
 from experiments.vlm.data.document import ImageValue
-from experiments.vlm.data.formats.image_values import is_address, name_of, plain_value
+from experiments.vlm.data.formats.image_values import is_address, name_of
 from experiments.vlm.data.formats.record_shard import ImageFolder
 from experiments.vlm.data.image import decode, probe, shrunk
 from experiments.vlm.data.rejects import Rejected
@@ -25,7 +25,7 @@ from experiments.vlm.prepare.dedup import hash_of
 from experiments.vlm.prepare.folder import appearing, read_array, write_array, write_json
 from experiments.vlm.prepare.journal import Journal
 from experiments.vlm.prepare.options import Options
-from experiments.vlm.prepare.progress import Advancing
+from experiments.vlm.prepare.progress import ShardProgress
 from experiments.vlm.prepare.shard_plan import PrepareJob, retry
 from experiments.vlm.prepare.stop import Stop
 
@@ -91,7 +91,7 @@ def images_of(job: PrepareJob, number: int) -> Iterator[tuple[ImageValue, bool]]
 
 
 def write_images(
-    job: PrepareJob, number: int, journal: Journal, pool: Executor, progress: Advancing, stop: Stop
+    job: PrepareJob, number: int, journal: Journal, pool: Executor, progress: ShardProgress, stop: Stop
 ) -> None:
     """Write the images of a shard, and what became of each. Raises Stopped."""
     entries: list[ImageEntry] = []
@@ -110,7 +110,7 @@ def write_images(
 
 
 def start_works(
-    job: PrepareJob, number: int, journal: Journal, pool: Executor, progress: Advancing
+    job: PrepareJob, number: int, journal: Journal, pool: Executor, progress: ShardProgress
 ) -> Iterator[Work]:
     """What a shard names twice is judged and stored once."""
     folder = job.image_folder(number)
@@ -133,13 +133,7 @@ def start_works(
 
 def bring(image: ImageValue, journal: Journal, folder: ImageFolder, options: Options) -> FinishedImage:
     """Read and finish an image, in a thread of the pool. Raises Rejected, and StorageError of folders."""
-    value = plain_value(image.value)
-    if isinstance(value, memoryview):
-        data = bytes(value)
-    elif is_address(value):
-        data = journal.read(value)
-    else:
-        data = retry.call(value, lambda: folder.read(value))
+    data = retry.call(name_of(image.value), lambda: folder.load(image.value, journal.read))
     return finish_image(data, options)
 
 

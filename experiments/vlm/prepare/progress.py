@@ -15,19 +15,14 @@ REDRAW_EVERY_S = 0.1
 LINE_EVERY_S = 10.0
 
 
-class Advancing(Protocol):
-    """What counts the work that is done."""
-
-    def advance(self, count: int = 1, failed: int = 0, size: int = 0, before: bool = False) -> None:
-        """size: bytes that came. before: done earlier, or without work, so it is not in the rate."""
-        ...
-
-
-class StageProgress(Advancing, Protocol):
+class StageProgress(Protocol):
     """What a run reports of itself: stages, how far each is, notes."""
 
     def stage(self, name: str, total: int) -> None:
         """Ends the stage before, and begins one of `total` pieces of work, which its name says."""
+
+    def advance(self, count: int = 1, failed: int = 0, size: int = 0, before: bool = False) -> None:
+        """size: bytes that came. before: done earlier, or without work, so it is not in the rate."""
 
     def note(self, text: str) -> None:
         """A line for people, at once."""

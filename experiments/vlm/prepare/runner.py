@@ -38,10 +38,7 @@ STAGES: dict[str, Stage] = {"list": _each(list_urls), "collect": collect, "write
 
 
 def run(job: PrepareJob, progress: StageProgress, run_stage: Callable[[str, list[int]], None]) -> None:
-    """Do all stages; ends with the report in place. Raises Stopped.
-
-    run_stage: does a stage, a key of STAGES, for these shards.
-    """
+    """Do all stages, the report last. Raises Stopped. run_stage: does a key of STAGES for these shards."""
     folder, shards = job.folder, range(job.shards)
     todo = [number for number in shards if not folder.done(number).exists()]
     if todo:

@@ -32,9 +32,7 @@ def fits(record: Mapping[str, Any]) -> bool:
 
 
 def parse(record: Mapping[str, Any], image: str = "", text: str = "", several: bool = True) -> Draft:
-    """image, text: names of the two fields; empty: found by their usual names. several: numbered images are
-    one sample; else the first is.
-    """
+    """image, text: the two fields (empty: by usual names). several: numbered images count, else the first."""
     numbered = _numbered(record) if several and not image else []
     image = image or image_field(record) or ""
     if record.get(image) is None:

@@ -143,9 +143,7 @@ def find_items(file: int) -> Spans:
 
 
 def read_at(file: int, offset: int, size: int) -> bytes:
-    """Bytes [offset, offset + size) of an open file. Raises Rejected where they are not there (any more),
-    OSError where the storage does not answer.
-    """
+    """Bytes [offset, offset + size) of an open file. Raises Rejected where it ends before, and OSError."""
     pieces = []
     while size > 0:
         piece = os.pread(file, size, offset)

@@ -79,6 +79,13 @@ class ImageFolder:
                 raise
             raise Rejected("image_missing", str(error)) from error
 
+    def load(self, value: Any, fetch: Callable[[str], bytes]) -> bytes:
+        """An image's bytes, out of whatever its record holds; `fetch`: of an address. Raises as `read`."""
+        plain = plain_value(value)
+        if isinstance(plain, memoryview):
+            return bytes(plain)
+        return fetch(plain) if is_address(plain) else self.read(plain)
+
 
 def _download(path: str) -> bytes:
     with remote():
@@ -131,10 +138,7 @@ class ImageValues:
 
     def load(self, value: Any) -> bytes:
         """The image's bytes. Raises Rejected."""
-        plain = plain_value(value)
-        if isinstance(plain, memoryview):
-            return bytes(plain)
-        return self.fetcher.fetch(plain) if is_address(plain) else self.folder.read(plain)
+        return self.folder.load(value, self.fetcher.fetch)
 
 
 class RecordShard:

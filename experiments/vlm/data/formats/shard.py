@@ -85,9 +85,7 @@ def first_records(file: ShardFile, data: Data) -> list[Record]:
 
 
 def checksum_of(path: str, records: Records) -> int:
-    """CRC-32 of where the records of a file lie, its size and its bytes; above a megabyte of 16 pieces, from
-    the first byte to the last.
-    """
+    """CRC-32 of where a file's records lie, its size and its bytes: of large ones 16 pieces all over it."""
     with open(path, "rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
         checksum = zlib.crc32(str(size).encode(), records.checksum)

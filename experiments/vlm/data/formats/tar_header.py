@@ -35,11 +35,6 @@ class Member(NamedTuple):
         """What is after the last dot: "png" of a.seg.png."""
         return self.extension.rpartition(".")[2]
 
-    @property
-    def part(self) -> str:
-        """What is between: "seg" of a.seg.png, "" of a.png."""
-        return self.extension.rpartition(".")[0]
-
 
 class Header(NamedTuple):
     """What a tar says of one entry."""

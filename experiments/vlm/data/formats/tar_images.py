@@ -82,10 +82,7 @@ class SampleImages:
         return ImageValue(found or missing, image.position)
 
     def unplaced(self, draft: Draft, all_seen: bool) -> list[Rejected]:
-        """Images that stand nowhere in a draft, of which `find` has found the images.
-
-        all_seen: the format had the members before it, and has said what it left out of them.
-        """
+        """Images that stand nowhere in a draft. all_seen: the format has said which it left out."""
         used = [image.value for image in draft.images()]
         named = set() if all_seen else {_plain(text) for text in _strings(self.record)}
         left = list(self._pages_left(used))

@@ -29,10 +29,7 @@ PARTS: dict[Split, tuple[str, ...]] = {"train": ("train",), "validation": ("val"
 
 
 def of_split(files: Sequence[str], shards: Sequence[str], split: Split) -> list[str]:
-    """The shards that belong to a split, as folders among `files` say; shards outside such folders all do.
-
-    Raises ConfigError where it has none, or says it in another way.
-    """
+    """The shards of a split as folders among `files` say, and all outside of these. Raises ConfigError."""
     roots: dict[str, str] = {}
     for name in FILES:
         for file in files:
@@ -58,16 +55,16 @@ def excluded_keys(shard: str, folders: Sequence[str]) -> frozenset[str]:
 
     Raises OSError where the storage does not answer.
     """
-    roots = _remote_roots(shard, folders) if "://" in shard else _local_roots(shard)
+    if "://" in shard:
+        place, roots = shard, _remote_roots(shard, folders)
+    else:
+        place = os.path.abspath(shard)
+        roots = [str(parent) for parent in Path(place).parents[: LEVELS + 1]]
     for root in roots:
         if (excluded := _excluded(root)) is not None:
-            name = (shard if "://" in shard else os.path.abspath(shard)).removeprefix(root).lstrip("/") + "/"
+            name = place.removeprefix(root).lstrip("/") + "/"
             return frozenset(one.removeprefix(name) for one in excluded if one.startswith(name))
     return frozenset()
-
-
-def _local_roots(shard: str) -> list[str]:
-    return [str(parent) for parent in Path(os.path.abspath(shard)).parents[: LEVELS + 1]]
 
 
 def _remote_roots(shard: str, folders: Sequence[str]) -> list[str]:

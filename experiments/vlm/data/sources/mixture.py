@@ -19,9 +19,7 @@ class Mixture:
     """Shares of the sources in what one slot reads. `weights` need not add up to 1."""
 
     def __init__(self, weights: Sequence[float], seed: int, slot: int, typical: float = 1.0):
-        """`typical`: what one sample counts, roughly: 1 where weights count samples, its tokens where they
-        count tokens.
-        """
+        """`typical`: what one sample counts, roughly: its tokens where weights count tokens, else 1."""
         self.weights = list(weights)
         self.phases = (
             np.random.PCG64(np.random.SeedSequence([seed, 2, slot])).random_raw(len(self.weights))

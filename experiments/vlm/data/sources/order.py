@@ -82,23 +82,14 @@ class Deal:
         return eras
 
     @property
-    def parts(self) -> int:
-        """p, parts a shard."""
-        return self.eras[-1].parts
-
-    @property
-    def units(self) -> int:
-        """Units of one epoch."""
-        return self.eras[-1].units
-
-    @property
     def empty_units(self) -> int:
         """Units without a good sample after which a slot doubts its source. Parts may be empty.
 
         Without shuffling a slot has then met every unit that it will ever get.
         """
-        met = 0 if self.shuffle else self.units // math.gcd(self.units, self.slots)
-        return max(MOST_EMPTY_UNITS + 16 * self.parts, met)
+        last = self.eras[-1]
+        met = 0 if self.shuffle else last.units // math.gcd(last.units, self.slots)
+        return max(MOST_EMPTY_UNITS + 16 * last.parts, met)
 
     @property
     def key(self) -> tuple[int, int]:

@@ -74,10 +74,7 @@ class ShardCache:
         return self.retry.call(path, attempt)
 
     def ahead(self, source: int, path: str) -> None:
-        """Open a shard that will be used soon, in a thread; `use` waits for it.
-
-        Skipped where its copy has no room next to what is being read.
-        """
+        """Open a shard that is used soon, in a thread that `use` waits for; unless its copy has no room."""
         future, is_new = self._future((source, path))
         if is_new:
             self.openers.submit(self._open, (source, path), future, partial(self._unhurried, source, path))

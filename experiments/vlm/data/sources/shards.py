@@ -90,16 +90,12 @@ def _others(path: str, format: str, data: Data) -> str:
 
 
 def match_files(path: str, suffixes: tuple[str, ...], split: Split | None = None) -> list[str]:
-    """The files that a path with braces and globs means; in folders those with these suffixes, packed or not,
-    and of the split where they have some.
-    """
+    """The files that a path with braces and globs means; of folders those of the split with such suffixes."""
     return [file for pattern in _expand(path) for file in _match(pattern, suffixes, split)]
 
 
 def open_shard(path: str, source: Source, data: Data) -> Shard:
-    """A shard, for random access. Raises Rejected (shard_missing, shard_unreadable), ConfigError, and OSError
-    where the storage does not answer.
-    """
+    """A shard, for random access. Raises Rejected, ConfigError, and OSError where the storage is away."""
     cache = file_cache(data)
     copy: Held | None = None
     try:
