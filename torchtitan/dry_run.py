@@ -101,7 +101,7 @@ def log_batch(job: JobConfig, spec: TrainSpec, layout: Degrees, tokenizer: Any, 
         logger.info(
             f"{name}: {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}, {size:.1f} MiB"
         )
-    slots = len(batch.tensors[spec.scoring.labels])
+    slots = len(batch.tensors["labels"])
     held = {
         name: 100 * batch.counts[name] / (size * slots) for name, size in spec.counts(job).capacity.items()
     }

@@ -150,7 +150,7 @@ class Trainer:
         own = dict.fromkeys([*self.run.counts.names, *self.epochs.names.values(), "slots", "flops"], 0.0)
         if step is not None and self.run.mesh.leads:
             for batch in step.batches:
-                own["slots"] += len(batch.tensors[self.run.spec.scoring.labels])
+                own["slots"] += len(batch.tensors["labels"])
                 own["flops"] += self.run.flops(batch)
                 for name in self.run.counts.names:
                     own[name] += batch.counts.get(name, 0)

@@ -54,7 +54,7 @@ def _print_estimate(e: Estimate) -> None:
     print(f"  peak memory a rank {m.total / GIB:8.2f} GiB   in {m.where}{where}")
     for part in ("state", "gradients", "gathered", "kept", "working"):
         print(f"    {part:16s} {getattr(m, part) / GIB:8.2f} GiB")
-    print(f"  FLOPs of a step    {e.flops:.3e} in all, {e.flops / e.ranks:.3e} a rank")
+    print(f"  FLOPs of a step    {e.flops:.3e} in all, {e.flops / e.sizes.ranks:.3e} a rank")
     print("  bytes that a rank sends in a step")
     for collective, amount in e.sent.items():
         print(f"    {collective:34s} {amount / 1e9:10.3f} GB")

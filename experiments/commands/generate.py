@@ -24,9 +24,9 @@ from experiments.commands.answering import AnswerOptions, ModelOptions, any_term
 from experiments.vlm.check import check_output
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.saved_model import read_with, use_checkpoint
-from torchtitan.components.saved_config import Change
+from torchtitan.components.saved_config import differences
 from torchtitan.config.check import check_options
-from torchtitan.config.errors import UserError, require
+from torchtitan.config.errors import require
 from torchtitan.tools.disk import write_whole
 from torchtitan.tools.lock import locked
 from torchtitan.tools.logging import init_logger
@@ -66,23 +66,16 @@ def main(argv: Sequence[str]) -> int:
 
 def answer_prompt(options: Options, job: VLMJobConfig) -> None:
     """Answer one prompt, to standard output. Raises UserError. Imports torch, as the next does."""
-    from experiments.vlm.data.document import Picture
     from experiments.vlm.generate.answer_file import answer_one
+    from experiments.vlm.generate.prompt import read_picture
     from torchtitan.distributed.process_group import close_process_group
 
-    pictures = [Picture(_read(path), path) for path in options.image]
+    pictures = [read_picture(path, "--image") for path in options.image]
     answering = open_model(options, job, 1, options.max_tokens)
     try:
         answer_one(answering, [*pictures, *filter(None, [options.prompt])], options.ask)
     finally:
         close_process_group()
-
-
-def _read(path: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"--image {path}: {error.strerror}") from None
 
 
 def answer_records(options: Options, job: VLMJobConfig) -> None:
@@ -123,10 +116,7 @@ def require_same_options(options: Options, job: VLMJobConfig) -> None:
     """Raises UserError where the answers in --out were drawn with other options than the rest would be."""
     if not (Path(options.out).is_file() and options_file(options).is_file()):
         return
-    before, now = json.loads(options_file(options).read_text()), asked_with(options, job)
-    others = [
-        Change(name, before.get(name), value) for name, value in now.items() if before.get(name) != value
-    ]
+    others = differences(json.loads(options_file(options).read_text()), asked_with(options, job))
     listed = ", ".join(map(str, others))
     require(not others, f"--out {options.out} has answers to other options: {listed}; give another file")
 

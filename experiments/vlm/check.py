@@ -19,6 +19,7 @@ from experiments.vlm.model.config import EncoderConfig, VLMConfig
 from experiments.vlm.model.families import FAMILIES
 from experiments.vlm.model.flavors import ENCODERS
 from experiments.vlm.model_config import missing_folders, model_config, part_folders, plan_of
+from experiments.vlm.parallelism.sharing import rows_a_forward
 from experiments.vlm.processor import processor_config
 from experiments.vlm.world.shards import SPLITS, WORLDS
 from torchtitan.components.checkpoint_folder import find
@@ -203,8 +204,7 @@ def check_views(job: VLMJobConfig, plan: ImagePlan) -> None:
 def check_encoder(job: VLMJobConfig, encoder: EncoderConfig, sizes: Degrees) -> None:
     """How the ranks of a context- and tensor-parallel group share the encoder."""
     p, ranks = job.parallelism, sizes.cp * sizes.tp
-    slots = p.pipeline_parallel_microbatch_size if sizes.pp > 1 else job.training.local_batch_size
-    rows = slots * job.data.patch_rows
+    rows = rows_a_forward(job, sizes)
     require(
         p.encoder_sharing != "on" or rows % ranks == 0,
         f"parallelism.encoder_sharing = on: {rows} patch rows a forward (slots * data.patch_rows) do not "

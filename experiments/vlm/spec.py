@@ -56,9 +56,8 @@ def build_vlm(job: VLMJobConfig, tokenizer: Tokenizer | None) -> VLM:
 def memory(job: VLMJobConfig, layout: Degrees, tokenizer: Tokenizer | None, on_gpu: bool) -> Memory:
     """Bytes of a rank at the peak, with the layers that `fit_memory` chose where there is a memory budget."""
     chosen = replace(job.activation_checkpoint, memory_budget_gib=0.0)
-    return estimate(
-        replace(job, activation_checkpoint=chosen), layout, rows_of(job, tokenizer), on_gpu
-    ).memory
+    job = replace(job, activation_checkpoint=chosen)
+    return estimate(job, layout, rows_of(job, tokenizer), on_gpu).memory
 
 
 def fit_memory(job: VLMJobConfig, layout: Degrees, tokenizer: Tokenizer | None) -> None:
@@ -125,13 +124,7 @@ SPEC = TrainSpec(
     shard_batch=shard_batch,
     loss=loss,
     score=score,
-    scoring=Scoring(
-        "document_ids",
-        "labels",
-        "source_ids",
-        groups={"thin": is_thin},
-        controls={name: f"images {name}" for name in CONTROLS},
-    ),
+    scoring=Scoring({"thin": is_thin}, {name: f"images {name}" for name in CONTROLS}),
     counts=counts,
     flops=lambda job, model: count_flops(model),
 )

@@ -130,7 +130,7 @@ def test_a_layout_that_cannot_run_is_refused():
 def test_thousands_of_ranks_cost_nothing():
     found = list(estimates(job_of(), 4096, VOCAB, Degrees(1, 4096, 16, 8, 16)))
     assert len(found) > 50
-    assert all(e.ranks == 4096 and e.memory.total > 0 for e in found)
+    assert all(e.sizes.ranks == 4096 and e.memory.total > 0 for e in found)
     # The job's own degrees were replaced, and -1 resolved.
     job = with_degrees(job_of(tensor_parallel_degree=8), found[0].sizes)
     assert degrees(job.parallelism, 4096) == found[0].sizes

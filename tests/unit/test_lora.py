@@ -15,7 +15,7 @@ from torchtitan.config.errors import ConfigError
 from torchtitan.config.job import LoRA
 from torchtitan.config.recomputation import Recomputation
 from torchtitan.distributed.activation_checkpoint import apply_activation_checkpoint
-from torchtitan.layers.lora import is_adapters, merged
+from torchtitan.layers.lora import is_adapters, merge, names_of
 
 BATCH = build_batch(example_slots(2), Sizes(seq_len=64, patches_per_row=96))
 UNLABELLED = {name: tensor for name, tensor in BATCH.items() if name != "labels"}
@@ -63,6 +63,13 @@ def trained(steps: int = 3, **options):
         optimizer.step()
         optimizer.zero_grad()
     return model
+
+
+def merged(state, scale: float) -> dict:
+    """A state dict without adapters that computes the same."""
+    bare = {name: weight for name, weight in state.items() if not is_adapters(name)}
+    factors = {name: names_of(name) for name in bare if names_of(name)[0] in state}
+    return bare | {name: merge(bare[name], state[a], state[b], scale) for name, (a, b) in factors.items()}
 
 
 @pytest.mark.parametrize("alpha", [4.0, 16.0])

@@ -42,7 +42,8 @@ def draw_batch(dice: np.random.Generator) -> SimpleNamespace:
     """Documents of the first two sources, samples that say which, and scores."""
     documents = np.sort(dice.integers(-1, 6, (4, 40)), axis=1)
     labels = np.where((dice.random((4, 40)) < 0.7) & (documents >= 0), 7, -100)
-    fields = {"labels": labels, "documents": documents, "sources": np.where(documents < 0, -1, documents % 2)}
+    sources = np.where(documents < 0, -1, documents % 2)
+    fields = {"labels": labels, "document_ids": documents, "source_ids": sources}
     places = {(row, int(document)) for row in range(4) for document in documents[row] if document >= 0}
     samples = [SimpleNamespace(row=row, document=document) for row, document in sorted(places)]
     correct = dice.random((4, 40)) < 0.9
@@ -68,9 +69,9 @@ def counted_one_by_one(batches: list[SimpleNamespace], holds) -> list[float | No
     """loss, right, exact and documents of the documents that `holds` of."""
     nll, right, exact = [], [], []
     for batch in batches:
-        fields = {name: field.numpy() for name, field in batch.tensors.items()}
+        documents, labels = (batch.tensors[name].numpy() for name in ("document_ids", "labels"))
         for sample in batch.samples:
-            here = (fields["documents"][sample.row] == sample.document) & (fields["labels"][sample.row] >= 0)
+            here = (documents[sample.row] == sample.document) & (labels[sample.row] >= 0)
             if not here.any() or not holds(sample):
                 continue
             scores = batch.scores[sample.row].numpy()[here]
@@ -90,7 +91,7 @@ def validator_of(batches: list[SimpleNamespace], groups) -> Validator:
         mesh=SimpleNamespace(leads=True),
         open_loader=lambda control: Opened(batches),
         to_rank=lambda batch: batch.tensors,
-        scoring=Scoring("documents", "labels", "sources", groups, {}),
+        scoring=Scoring(groups, {}),
         sources=SOURCES,
         steps=-1,
     )
@@ -122,5 +123,5 @@ def test_held_out_figures_of_each_source_are_those_of_its_documents_alone(monkey
         assert figures == pytest.approx(counted_one_by_one(batches, holds)), source
     assert found["first"] == pytest.approx(counted_one_by_one(batches, first["first"])[2])
     assert found["never"] is None  # not 0 %: there was none
-    tokens = sum(int((batch.tensors["documents"] >= 0).sum()) for batch in batches)
+    tokens = sum(int((batch.tensors["document_ids"] >= 0).sum()) for batch in batches)
     assert found["tokens/a"] + found["tokens/b/c"] == tokens and found["tokens/nothing"] == 0

@@ -27,6 +27,7 @@ from torchtitan.components.checkpoint_folder import (
 )
 from torchtitan.components.checkpoint_read import Failure, reading, reason, require_scale, stored_sizes
 from torchtitan.components.train_state import TrainState
+from torchtitan.config.check import NOT_LOADED
 from torchtitan.config.errors import CheckpointError, ConfigError
 from torchtitan.config.job import Checkpoint
 from torchtitan.distributed.collectives import from_first_rank
@@ -143,8 +144,7 @@ class Checkpointer:
 
     def _read_initial(self, path: Path) -> None:
         model_only = self.options.initial_load_model_only or read_record(path)["model_only"]
-        everything = {"optimizer", "lr_scheduler", "data", "train_state"}
-        self._read(path, everything if model_only else set(self.options.exclude_from_loading), own=False)
+        self._read(path, set(NOT_LOADED if model_only else self.options.exclude_from_loading), own=False)
 
     def _read(self, path: Path, without: set[str], own: bool = True) -> None:
         record, sizes = read_record(path), stored_sizes(path)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from torchtitan.distributed.collectives import from_all_ranks
 from torchtitan.tools.disk import write_whole
 
 REPORT = "data_report.json"
@@ -31,8 +32,7 @@ def write_data_report(folder: Path, own: Mapping[str, Any] | None) -> dict[str, 
 
     Returns what rank 0 wrote, to it.
     """
-    reports: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(reports, own)
+    reports = from_all_ranks(own)
     if dist.get_rank() != 0:
         return None
     whole: dict[str, Any] = merge([report for report in reports if report is not None])

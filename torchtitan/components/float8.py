@@ -15,7 +15,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from torchtitan.config.errors import ConfigError, did_you_mean, require
+from torchtitan.components.lora import matching_maps
+from torchtitan.config.errors import ConfigError, require
 from torchtitan.config.float8 import MULTIPLE, Share
 from torchtitan.config.job import Float8
 from torchtitan.layers.lora import LoRALinear, is_adapters
@@ -74,18 +75,12 @@ def convert(model: nn.Module, options: Float8, shares: Mapping[str, Share]) -> N
 
 def chosen_maps(model: nn.Module, options: Float8) -> dict[str, nn.Module]:
     """The maps that float8.patterns find and float8.filter_fqns do not, by name, whatever their sizes."""
-    maps = {
+    maps: dict[str, nn.Module] = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and not is_adapters(f"{name}.")
     }
-    parts = [name for name, _ in model.named_children()]
-    chosen: dict[str, nn.Module] = {}
-    for pattern in options.patterns:
-        found = {name: module for name, module in maps.items() if re.search(pattern, name)}
-        key = f"float8.patterns = {pattern}: no linear map is called so (one is {next(iter(maps))})"
-        require(bool(found), f"{key}{did_you_mean(pattern, parts)}")
-        chosen |= found
+    chosen = matching_maps(model, maps, options.patterns, "float8.patterns")
     for text in options.filter_fqns:
         used = any(text in name for name in maps)
         require(used, f"float8.filter_fqns = {text}: no linear map has this in its name")

@@ -19,6 +19,9 @@ Agree = Callable[..., bool]
 class Batch(Protocol):
     """One microbatch: host tensors of fixed shapes, and host numbers that describe them.
 
+    Of `tensors` the trainer itself reads, [B, S] each, `labels`, negative where there is none, and of each
+    token `document_ids` and `source_ids` (which source of the split), negative on padding.
+
     `epochs`: name of a source -> this batch's share in how often it was delivered so far; over all batches of
     a step they add up.
     """

@@ -1,12 +1,33 @@
 """Which linear maps of a model get an adapter ([lora]), and what that freezes."""
 
 import re
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 from torch import nn
 
 from torchtitan.config.errors import ConfigError, did_you_mean
 from torchtitan.config.job import LoRA
 from torchtitan.layers.lora import LoRALinear, Shape
+
+Map = TypeVar("Map", bound=nn.Module)
+
+
+def matching_maps(
+    model: nn.Module, maps: Mapping[str, Map], patterns: Sequence[str], key: str
+) -> dict[str, Map]:
+    """Those of the model's `maps` that the patterns find, by name. Raises ConfigError, which names the option
+    `key`, where one finds none.
+    """
+    chosen: dict[str, Map] = {}
+    for pattern in patterns:
+        found = {name: module for name, module in maps.items() if re.search(pattern, name)}
+        if not found:
+            none = f"{key} = {pattern}: no linear map is called so (one is {next(iter(maps))})"
+            parts = [name for name, _ in model.named_children()]
+            raise ConfigError(f"{none}{did_you_mean(pattern, parts)}")
+        chosen |= found
+    return chosen
 
 
 def adapt(model: nn.Module, options: LoRA) -> None:
@@ -24,16 +45,7 @@ def adapt(model: nn.Module, options: LoRA) -> None:
         # that never run, which are frozen before anything else.
         if type(module) is nn.Linear and module.weight.requires_grad
     }
-    chosen: dict[str, nn.Linear] = {}
-    for pattern in options.patterns:
-        found = {name: module for name, module in maps.items() if re.search(pattern, name)}
-        if not found:
-            parts = [name for name, _ in model.named_children()]
-            raise ConfigError(
-                f"lora.patterns = {pattern}: no linear map is called so (one is "
-                f"{next(iter(maps))}){did_you_mean(pattern, parts)}"
-            )
-        chosen |= found
+    chosen = matching_maps(model, maps, options.patterns, "lora.patterns")
     for part in {name.partition(".")[0] for name in chosen}:
         model.get_submodule(part).requires_grad_(False)
     for name, module in chosen.items():

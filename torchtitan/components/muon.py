@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from torchtitan.distributed.mesh import own_part
+
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic that pulls singular values to about 1 fastest
 STEPS = 5
 BATCH_NUMBERS = 1 << 24  # in the matrices that are orthogonalised in one product: 64 MB in float32
@@ -37,10 +39,6 @@ def orthogonalise(update_MRC: Tensor, dtype: torch.dtype) -> Tensor:
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)
     return x.mT if tall else x
-
-
-def _local(x: Tensor) -> Tensor:
-    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def _row_group(x: Tensor) -> dist.ProcessGroup | None:
@@ -92,7 +90,7 @@ def directions_apart(updates: list[Tensor], group: dist.ProcessGroup, dtype: tor
     mine = rank < len(updates)
     sent = [held[rank] * columns if i < len(updates) else 0 for i in range(ranks)]
     received = [count * columns if mine else 0 for count in held]
-    shards = torch.cat([_local(update).to(dtype).flatten() for update in updates])
+    shards = torch.cat([own_part(update).to(dtype).flatten() for update in updates])
     whole = shards.new_empty(sum(received))
     dist.all_to_all_single(whole, shards, received, sent, group=group)
     if mine:
@@ -140,7 +138,7 @@ class Muon(torch.optim.Optimizer):
                     directions_apart(updates, ranks, dtype) if ranks else directions_together(updates, dtype)
                 )
                 for parameter, direction in zip(parameters, directions, strict=True):
-                    _move(_local(parameter), direction, parameter.shape, group["lr"], group["weight_decay"])
+                    _move(own_part(parameter), direction, parameter.shape, group["lr"], group["weight_decay"])
 
     def _nesterov(self, parameter: Tensor, momentum: float) -> Tensor:
         gradient, state = parameter.grad, self.state[parameter]

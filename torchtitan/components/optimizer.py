@@ -14,6 +14,7 @@ from torchtitan.components.muon import Muon, sent_for_directions
 from torchtitan.components.parameter_groups import Setting
 from torchtitan.components.row_adamw import RowAdamW
 from torchtitan.config.job import Optimizer
+from torchtitan.layers.init import plain_name
 
 Named = tuple[str, nn.Parameter]
 
@@ -28,11 +29,8 @@ KERNELS: dict[str, dict[str, bool]] = {
 
 def trainable(part: nn.Module) -> list[Named]:
     """Parameters that train, under their names in the plain model, whatever wraps its blocks."""
-    return [
-        (name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", ""), parameter)
-        for name, parameter in part.named_parameters()
-        if parameter.requires_grad
-    ]
+    named = part.named_parameters()
+    return [(plain_name(name), parameter) for name, parameter in named if parameter.requires_grad]
 
 
 def _is_muons(name: str, parameter: Tensor, options: Optimizer, adamw_only: tuple[str, ...]) -> bool:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from torchtitan.distributed.mesh import own_part
+
 
 class HeldRows:
     """Which of a table's few rows a rank holds, and where."""
@@ -23,15 +25,15 @@ class HeldRows:
         self.count = len(rows)
         first, size, self.groups = _rows_held(table)
         here = [(k, row - first) for k, row in enumerate(rows) if first <= row < first + size]
-        local, device = _local(table), _local(table).device
-        self.of_few = torch.tensor([k for k, _ in here], dtype=torch.int64, device=device)
-        self.of_local = torch.tensor([row for _, row in here], dtype=torch.int64, device=device)
-        self.others = torch.ones(local.shape[0], 1, dtype=torch.bool, device=device)
+        local = own_part(table)
+        self.of_few = torch.tensor([k for k, _ in here], dtype=torch.int64, device=local.device)
+        self.of_local = torch.tensor([row for _, row in here], dtype=torch.int64, device=local.device)
+        self.others = torch.ones(local.shape[0], 1, dtype=torch.bool, device=local.device)
         self.others[self.of_local] = False
 
     def gather_KD(self, table: Tensor) -> Tensor:
         """The few rows, float32, on every rank."""
-        local = _local(table)
+        local = own_part(table)
         few_KD = local.new_zeros(self.count, local.shape[1], dtype=torch.float32)
         few_KD[self.of_few] = local[self.of_local].float()
         for group in self.groups:
@@ -40,12 +42,8 @@ class HeldRows:
 
     def add_(self, table: Tensor, few_KD: Tensor) -> None:
         """Add to those of the few rows that this rank holds."""
-        local = _local(table)
+        local = own_part(table)
         local.index_add_(0, self.of_local, few_KD[self.of_few].to(local.dtype))
-
-
-def _local(table: Tensor) -> Tensor:
-    return table.to_local() if isinstance(table, DTensor) else table
 
 
 def _rows_held(table: Tensor) -> tuple[int, int, list[dist.ProcessGroup]]:
@@ -73,7 +71,7 @@ class RowAdamW(torch.optim.Optimizer):
         """Zero the gradients of the rows that do not train, before the norm is taken."""
         for table, share in self.shares.items():
             if table.grad is not None:
-                _local(table.grad).masked_fill_(share.others, 0)
+                own_part(table.grad).masked_fill_(share.others, 0)
 
     @torch.no_grad()
     def step(self, closure=None):  # the base class allows a closure; nothing here passes one

@@ -6,7 +6,7 @@ launches/1-from-step-0.toml ...     of each, with the step that it went on from
 
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,9 +75,13 @@ def _trained(folder: Path, step: int) -> Path:
 
 def changes(saved: dict[str, Any], job: JobConfig) -> list[Change]:
     """Options that differ between a saved configuration and `job`, both resolved."""
-    before, now = (dict(leaves(table)) for table in (saved, tomllib.loads(to_toml(job))))
-    names = [name for name in {**now, **before} if not name.startswith(OF_A_LAUNCH)]
-    found = [Change(name, before.get(name), now.get(name)) for name in names]
+    found = differences(*(dict(leaves(table)) for table in (saved, tomllib.loads(to_toml(job)))))
+    return [change for change in found if not change.option.startswith(OF_A_LAUNCH)]
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
+    """What two tables of options do not have alike; None stands for what one of them lacks."""
+    found = [Change(name, before.get(name), now.get(name)) for name in {**now, **before}]
     return [change for change in found if change.before != change.now]
 
 

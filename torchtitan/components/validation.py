@@ -37,11 +37,8 @@ class Tasks(Protocol):
 
 @dataclass(frozen=True)
 class Scoring:
-    """How held-out batches are judged: which fields say what, and which samples are counted apart."""
+    """How held-out batches are judged: which samples are counted apart, and how the split is spoilt."""
 
-    documents: str  # field of a batch that says which document a token is of
-    labels: str  # field that holds the labels; negative where there is none
-    sources: str  # field that says which source of the split a token is of; negative on padding
     groups: Mapping[str, Callable[[Any], bool]]  # name -> is this sample in it: breakdowns of `exact`
     controls: Mapping[str, str]  # ways to spoil the held-out split, for validation.controls, in words
 
@@ -98,8 +95,8 @@ class Validator:
         return figures
 
     def _count(self, batch: Batch, scores_BS2: np.ndarray, sums: dict[str, float]) -> None:
-        named = self.scoring.labels, self.scoring.sources, self.scoring.documents
-        labels_BS, source_ids_BS, document_ids_BS = (batch.tensors[name].numpy() for name in named)
+        fields = ("labels", "source_ids", "document_ids")
+        labels_BS, source_ids_BS, document_ids_BS = (batch.tensors[name].numpy() for name in fields)
         samples = {(sample.row, sample.document): sample for sample in batch.samples}
         for number, source in enumerate(self.sources):
             is_of_BS = source_ids_BS == number

@@ -75,6 +75,7 @@ GROUP_RANGES = {
     "layer_decay": "> 0, <= 1",
 }
 COMPARISONS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
+# Of a checkpoint, what may be left out when it is loaded: all but the weights.
 NOT_LOADED = ("optimizer", "lr_scheduler", "data", "train_state")
 
 

@@ -33,6 +33,11 @@ class Degrees:
         return self.dp_replicate * self.dp_shard
 
     @property
+    def ranks(self) -> int:
+        """All of them: the world size."""
+        return self.dp * self.cp * self.tp * self.pp
+
+    @property
     def name(self) -> str:
         """The degrees above 1, for people: fsdp4.tp2."""
         sizes = {

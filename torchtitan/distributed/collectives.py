@@ -66,8 +66,7 @@ def wait_together(work: Callable[[], T]) -> T:
 
 def first_error(error: UserError | None) -> UserError:
     """The error of the first rank that has one, on all ranks. At least one rank has one."""
-    errors: list[UserError | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, None if error is None else type(error)(str(error)))
+    errors = from_all_ranks(None if error is None else type(error)(str(error)))
     return next(found for found in errors if found is not None)
 
 

@@ -14,11 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from torchtitan.distributed.collectives import sum_over_ranks
-from torchtitan.distributed.mesh import Mesh
-
-
-def _local(grad: Tensor) -> Tensor:
-    return grad.to_local() if isinstance(grad, DTensor) else grad
+from torchtitan.distributed.mesh import Mesh, own_part
 
 
 def _holders(grad: Tensor, ranks_per_stage: int) -> int:
@@ -46,9 +42,8 @@ def global_norm(parameters: Iterable[nn.Parameter], mesh: Mesh) -> Tensor:
     by_holders: dict[int, list[Tensor]] = {}
     for parameter in parameters:
         if parameter.grad is not None:
-            by_holders.setdefault(_holders(parameter.grad, ranks_per_stage), []).append(
-                _local(parameter.grad)
-            )
+            holders = _holders(parameter.grad, ranks_per_stage)
+            by_holders.setdefault(holders, []).append(own_part(parameter.grad))
     total = torch.zeros((), device=mesh.device)
     for holders, grads in by_holders.items():
         norms = torch._foreach_norm(grads, dtype=torch.float32)
@@ -61,7 +56,7 @@ def clip(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: float) -> N
     """Scale all gradients so that their global norm is at most `max_norm`, without asking the device what it
     is.
     """
-    grads = [_local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    grads = [own_part(parameter.grad) for parameter in parameters if parameter.grad is not None]
     if not grads:
         return
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)

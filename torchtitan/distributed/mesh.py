@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from torchtitan.config.layout import Degrees
 from torchtitan.distributed.imagined import ImaginedWorld
@@ -78,6 +80,11 @@ def _with_copies(world: DeviceMesh, shards: DeviceMesh) -> DeviceMesh:
     """Under HSDP (copies, shards), else the shards alone."""
     copies = world["dp_replicate"]
     return shards if copies.size() == 1 else DeviceMesh._concatenate([copies, shards])
+
+
+def own_part(x: Tensor) -> Tensor:
+    """What this rank holds of a tensor that may be divided over a mesh."""
+    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def imagine_mesh(degrees: Degrees) -> Mesh:

@@ -17,10 +17,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
-from torch.distributed.tensor import DTensor
 
 from torchtitan.distributed.fsdp import free_gathered
-from torchtitan.distributed.mesh import Mesh
+from torchtitan.distributed.mesh import Mesh, own_part
 from torchtitan.distributed.stages import Split, rank_of_stage, stages_of_rank
 from torchtitan.layers.cross_entropy import add_up
 
@@ -193,4 +192,4 @@ class Pipeline:
 
 def _local_grad(parameter: nn.Parameter) -> Tensor:
     assert parameter.grad is not None
-    return parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
+    return own_part(parameter.grad)

@@ -25,6 +25,11 @@ def constant(value: float) -> Fill:
     return lambda x, generator: x.fill_(value)
 
 
+def plain_name(name: str) -> str:
+    """The name of a parameter in the plain model, whatever wraps its blocks (checkpointing, compile)."""
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+
+
 @torch.no_grad()
 def initialise(
     model: nn.Module,
@@ -37,8 +42,7 @@ def initialise(
     the first name).
     """
     for name, parameter in model.named_parameters():
-        # Wrappers of activation checkpointing and compile must not change what is drawn.
-        name = prefix + name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+        name = prefix + plain_name(name)
         if name in without:
             continue
         generator = Generator(parameter.device).manual_seed(seed * 1_000_003 + zlib.crc32(name.encode()))

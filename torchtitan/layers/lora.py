@@ -8,7 +8,7 @@ B by its columns' outputs or A by its rows' inputs, and the other is whole: the 
 map's own result, so nothing more is sent for it.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -97,10 +97,3 @@ def names_of(weight: str) -> tuple[str, str]:
 def merge(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """The weight of the map and its update in one, in the weight's dtype; added in float32."""
     return (weight.float() + scale * (b.float() @ a.float())).to(weight.dtype)
-
-
-def merged(state: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """A state dict without adapters that computes the same."""
-    bare = {name: weight for name, weight in state.items() if not is_adapters(name)}
-    factors = {name: names_of(name) for name in bare if names_of(name)[0] in state}
-    return bare | {name: merge(bare[name], state[a], state[b], scale) for name, (a, b) in factors.items()}

@@ -4,7 +4,6 @@ Each trainer is a process in a session of its own, so that Ctrl-C in a terminal 
 Where the sweep itself is killed, they get SIGTERM from the kernel, save and stop. Imports no torch.
 """
 
-import contextlib
 import ctypes
 import math
 import os
@@ -12,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -24,6 +23,7 @@ from torchtitan.sweep.places import Place
 from torchtitan.sweep.status import JOB, LOCK, LOG, begin, ended, read_record, write_record
 from torchtitan.tools.lock import take_lock
 from torchtitan.tools.logging import logger
+from torchtitan.tools.signals import handled
 
 POLL_S = 0.05
 REPORT_S = 60.0  # between two lines about the runs that go on
@@ -69,7 +69,8 @@ class Sweeper:
     def run(self) -> signal.Signals | None:
         """Run all until they have ended. Returns the signal that stopped them, if one did."""
         reported = time.monotonic()
-        with self._watching():
+        nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        with handled([n for n in FORWARDED if not (nohup and n == signal.SIGHUP)], self._forward):
             while self.running or (self.waiting and not self.signals):
                 self._reap()
                 self._fill()
@@ -79,17 +80,6 @@ class Sweeper:
                     self._report()
                 time.sleep(POLL_S)
         return signal.Signals(self.signals[0]) if self.signals else None
-
-    @contextlib.contextmanager
-    def _watching(self) -> Iterator[None]:
-        nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-        wanted = [number for number in FORWARDED if not (nohup and number == signal.SIGHUP)]
-        before = {number: signal.signal(number, self._forward) for number in wanted}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def _end_in_time(self) -> None:
         if len(self.signals) < len(ENDING):

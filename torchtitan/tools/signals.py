@@ -3,11 +3,12 @@ what can be gone on with.
 """
 
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 
 WATCHED = (signal.SIGTERM, signal.SIGINT)
+Handler = Callable[[int, FrameType | None], object]
 
 
 class StopAsked(Exception):
@@ -41,13 +42,19 @@ def raising(
     def end(number: int, frame: FrameType | None) -> None:
         raise error(signal.Signals(number))
 
-    heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, end) for number in heard}
+    with handled([number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN], end):
+        yield
+
+
+@contextmanager
+def handled(numbers: Iterable[int], handler: Handler) -> Iterator[None]:
+    """Within, `handler` is called for these signals; afterwards what was called before."""
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, former in before.items():
+            signal.signal(number, former)
 
 
 def exit_code(stopped_by: signal.Signals | None) -> int:

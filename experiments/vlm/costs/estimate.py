@@ -16,6 +16,7 @@ from experiments.vlm.costs.flops import Work, flops_of_work
 from experiments.vlm.costs.rank_share import RankShare, build_on_meta
 from experiments.vlm.costs.recomputation import MODES, MixedShare, uniform, within_budget
 from experiments.vlm.model_config import image_plan, model_config
+from experiments.vlm.parallelism.sharing import slots_a_forward
 from experiments.vlm.parallelism.stages import sends_back, split_layers
 from torchtitan.config.check import check_pipeline, check_sequence
 from torchtitan.config.errors import ConfigError
@@ -49,14 +50,9 @@ class Estimate:
     notes: tuple[str, ...]  # where the batch was changed to fit the layout
 
     @property
-    def ranks(self) -> int:
-        """The world size of the layout."""
-        return self.sizes.dp * self.sizes.cp * self.sizes.tp * self.sizes.pp
-
-    @property
     def sent_per_slot(self) -> float:
         """Bytes that all ranks together send for one slot."""
-        return sum(self.sent.values()) * self.ranks / self.batch.global_
+        return sum(self.sent.values()) * self.sizes.ranks / self.batch.global_
 
 
 class Shares:
@@ -70,11 +66,12 @@ class Shares:
         self.flops = flops_of_work(self.model)
         self._found: dict[tuple, RankShare] = {}
 
-    def of(self, job: VLMJobConfig, sizes: Degrees, slots: int) -> RankShare:
+    def of(self, job: VLMJobConfig, sizes: Degrees) -> RankShare:
         """`job` may differ from the first one in its layout, batch, patches of a row, loss chunk and
         recomputation. How FSDP divides a share does not matter.
         """
         ac, row, chunk = job.activation_checkpoint, job.data.patches_per_row, job.training.loss_chunk_tokens
+        slots = slots_a_forward(job, sizes)
         key = (sizes.cp, sizes.tp, slots, row, chunk, ac.encoder, ac.decoder)
         if key not in self._found:
             self._found[key] = RankShare(job, self.config, self._vocab_size, sizes, slots, self._on_gpu)
@@ -105,29 +102,28 @@ def estimate_with(shares: Shares, job: VLMJobConfig, sizes: Degrees) -> Estimate
     check_pipeline(job, sizes)
     check_encoder(job, shares.config.encoder, sizes)
     check_decoder(shares.config.decoder, job, sizes, job.parallelism.pipeline_parallel_encoder_stage)
-    batch = resolve_batch(job, sizes.dp * sizes.cp * sizes.tp * sizes.pp)
-    slots = job.parallelism.pipeline_parallel_microbatch_size if sizes.pp > 1 else batch.local
+    batch = resolve_batch(job, sizes.ranks)
     if job.activation_checkpoint.memory_budget_gib:
-        job, share = _within_budget(job, sizes, shares, batch, slots)
+        job, share = _within_budget(job, sizes, shares, batch)
     else:
-        share = shares.of(job, sizes, slots)
-    memory, sent, rank = _worst(job, sizes, shares, batch, slots, share)
+        share = shares.of(job, sizes)
+    memory, sent, rank = _worst(job, sizes, shares, batch, share)
     return Estimate(job, sizes, batch, memory, rank, shares.flops(work_of_step(job, batch)), sent, notes)
 
 
 def _within_budget(
-    job: VLMJobConfig, sizes: Degrees, shares: Shares, batch: BatchSizes, slots: int
+    job: VLMJobConfig, sizes: Degrees, shares: Shares, batch: BatchSizes
 ) -> tuple[VLMJobConfig, RankShare | MixedShare]:
     """The job with the layers that it recomputes, and its share."""
     free, budget = uniform(job, "all"), job.activation_checkpoint.memory_budget_gib * GIB
-    if _worst(free, sizes, shares, batch, slots, whole := shares.of(free, sizes, slots))[0].total <= budget:
+    if _worst(free, sizes, shares, batch, whole := shares.of(free, sizes))[0].total <= budget:
         return free, whole
-    ways = {kept: shares.of(uniform(job, kept), sizes, slots) for kept in MODES}
+    ways = {kept: shares.of(uniform(job, kept), sizes) for kept in MODES}
     share = MixedShare(ways)
 
     def peak(candidate: VLMJobConfig) -> float:
         share.keep_as(candidate)
-        return _worst(candidate, sizes, shares, batch, slots, share)[0].total
+        return _worst(candidate, sizes, shares, batch, share)[0].total
 
     chosen = within_budget(job, shares.model, ways, sizes, peak)
     share.keep_as(chosen)
@@ -139,7 +135,6 @@ def _worst(
     sizes: Degrees,
     shares: Shares,
     batch: BatchSizes,
-    slots: int,
     share: RankShare | MixedShare,
 ) -> tuple[Memory, dict[str, float], int]:
     """Memory and traffic of the rank of a pipeline that needs most, and which rank that is."""
@@ -147,7 +142,7 @@ def _worst(
     if sizes.pp > 1:
         split = split_layers(shares.model, job, sizes)
     back = sends_back(shares.model, split, job.parallelism.pipeline_parallel_schedule)
-    ranks = [_of_rank(job, sizes, batch, share, slots, split, back, rank) for rank in range(sizes.pp)]
+    ranks = [_of_rank(job, sizes, batch, share, split, back, rank) for rank in range(sizes.pp)]
     worst = max(range(sizes.pp), key=lambda rank: ranks[rank][0].total)
     return *ranks[worst], worst
 
@@ -157,7 +152,6 @@ def _of_rank(
     sizes: Degrees,
     batch: BatchSizes,
     share: RankShare | MixedShare,
-    slots: int,
     split: Split,
     back: list[bool],
     rank: int,
@@ -165,7 +159,7 @@ def _of_rank(
     schedule, last = job.parallelism.pipeline_parallel_schedule, split.stages - 1
     stages = stages_of_rank(schedule, rank, sizes.pp, split.stages) if sizes.pp > 1 else [0]
     units = [list(share.units(sizes, split.of(stage), stage == 0, stage == last)) for stage in stages]
-    microbatches = batch.local // slots
+    microbatches = batch.local // slots_a_forward(job, sizes)
     storage = Storage(
         Sharding.of(job),
         forwards=batch.accumulation * microbatches,

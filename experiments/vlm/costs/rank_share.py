@@ -72,7 +72,7 @@ class RankShare:
         tokens = slots * job.training.seq_len / (sizes.cp * sizes.tp)
         # what goes from stage to stage
         self.residual_bytes = tokens * config.decoder.dim * self._dtype.itemsize
-        table = self._parameters["decoder.tok_embeddings.weight"]
+        table = self._parameters[VLM.TOKEN_TABLES[0]]
         self.tied_numbers = table.numel() if config.decoder.tied_embeddings and table.requires_grad else 0
         self._spans = self._run(model, mesh, batch, on_gpu)
 

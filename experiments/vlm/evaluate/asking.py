@@ -9,16 +9,15 @@ in the others' place                                   or it is too long
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Protocol
 
 from experiments.vlm.evaluate.likelihood import Reader
-from experiments.vlm.evaluate.tasks import Question, Task, Way, right_choice
+from experiments.vlm.evaluate.tasks import Line, Question, Task, Way, right_choice
 from experiments.vlm.generate.answering import Answering
 from experiments.vlm.generate.prompt import Prompt, Prompter, Turns
 from torchtitan.config.errors import UserError, require
 from torchtitan.generation.engine import Request
 
-Line = dict[str, Any]
 DIGITS = 4  # of log-probabilities, in which all layouts agree
 NOTHING: dict[Way, Line] = {  # lines of a record that could not be asked
     "generate": {"prediction": ""},

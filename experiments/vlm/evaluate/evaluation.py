@@ -17,14 +17,14 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from experiments.vlm.config import Data
-from experiments.vlm.evaluate.asking import DIGITS, Asking, Line
+from experiments.vlm.evaluate.asking import DIGITS, Asking, QuestionSet
 from experiments.vlm.evaluate.questions import Questions
 from experiments.vlm.evaluate.results_page import results_page
 from experiments.vlm.evaluate.task_scores import score, summarise
-from experiments.vlm.evaluate.tasks import Task
+from experiments.vlm.evaluate.tasks import Line, Task
 from experiments.vlm.generate.answer_file import AnswerFile
 from experiments.vlm.generate.answering import Answering
-from torchtitan.components.saved_config import Change
+from torchtitan.components.saved_config import differences
 from torchtitan.config.errors import UserError, require
 from torchtitan.tools.disk import write_whole
 from torchtitan.tools.logging import logger
@@ -47,18 +47,17 @@ class Evaluation:
     ):
         """`control`: how images are spoilt (data/controls.py)."""
         self.name = name
-        self.task = task
         self.answering = answering
-        self.questions = Questions(path, data, task.way == "read", control)
-        require(len(self.questions) > 0, f"{path}: holds no record")
-        self.asking = Asking(task, self.questions, answering.prompter)
+        questions = Questions(path, data, task.way == "read", control)
+        require(len(questions) > 0, f"{path}: holds no record")
+        self.asking = Asking(task, questions, answering.prompter)
         self.path = out / f"{name}.jsonl"
         self.part = AnswerFile(out / f"{name}.part.jsonl", answering.mesh.leads, samples=1)
 
     def run(self) -> list[Line]:
         """Lines of all records in order, on every rank: of this run and of earlier ones."""
         if not self.path.exists():
-            count, data = len(self.questions), self.answering.mesh.data
+            count, data = len(self.asking.records), self.answering.mesh.data
             left = [number for number in range(count) if self.part.left(number)]
             logger.info(f"{self.name}: {count} records, {count - len(left)} of them answered before")
             dist.barrier()  # nobody writes before all have read what was there
@@ -81,13 +80,6 @@ class Evaluation:
         path = self.path if self.path.exists() else self.part.path
         lines = [json.loads(line) for line in path.read_bytes().splitlines()]
         return sorted(lines, key=lambda line: line["id"])
-
-
-def finish(evaluation: Evaluation, lines: list[Line], page_limit: int) -> dict[str, Any]:
-    """Write the scores and the page of a task whose records all ended. Returns what a summary says of it."""
-    summary = write_results(evaluation.path, evaluation.name, evaluation.asking, lines, page_limit)
-    evaluation.part.path.unlink(missing_ok=True)
-    return summary
 
 
 def write_results(
@@ -120,34 +112,34 @@ def evaluate(
     Raises UserError where `out` holds answers of another model, with other options or to other records.
     """
     path = out / "summary.json"
-    _require_same(out / "asked.json", about, {each.name: each.questions for each in evaluations})
+    _require_same(out / "asked.json", about, {each.name: each.asking.records for each in evaluations})
     found = {evaluation.name: evaluation.run() for evaluation in evaluations}
     if dist.get_rank() > 0:
         return {}
-    summaries = {each.name: finish(each, found[each.name], page_limit) for each in evaluations}
+    summaries = {}
+    for each in evaluations:
+        summaries[each.name] = write_results(each.path, each.name, each.asking, found[each.name], page_limit)
+        each.part.path.unlink(missing_ok=True)
     before = json.loads(path.read_text()) if path.exists() else {"tasks": {}}
     summary = {"about": about, "tasks": before["tasks"] | summaries}
     write_whole(path, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     return summary
 
 
-def _require_same(path: Path, about: dict[str, Any], questions: dict[str, Questions]) -> None:
+def _require_same(path: Path, about: dict[str, Any], records: dict[str, QuestionSet]) -> None:
     """Answers of two models in one folder would be scored as those of one, and those to one file as those to
-    another. `questions`: by the name of their task.
+    another. `records`: by the name of their task.
     """
     model = {name: about.get(name) for name in ("model", "chat_template")} | about.get("options", {})
-    files = {name: f"{os.path.abspath(each.path)}, {len(each)} records" for name, each in questions.items()}
+    files = {name: f"{os.path.abspath(each.path)}, {len(each)} records" for name, each in records.items()}
     now = {"model": model, "files": files}
     dist.barrier()
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else now
     dist.barrier()
-    others = [
-        Change(key, before[part][key], value)
-        for part in now
-        for key, value in now[part].items()
-        if key in before[part]
-    ]
-    changed = ", ".join(str(each) for each in others if each.before != each.now)
-    require(not changed, f"{path.parent} holds other answers: {changed}; give another --out")
+    again = {name: file for name, file in files.items() if name in before["files"]}
+    others = differences(before["model"], model)
+    others += differences({name: before["files"][name] for name in again}, again)
+    changed = ", ".join(map(str, others))
+    require(not others, f"{path.parent} holds other answers: {changed}; give another --out")
     if dist.get_rank() == 0:
         write_whole(path, json.dumps(now | {"files": before["files"] | files}, indent=1) + "\n")

@@ -1,14 +1,13 @@
 """A record and what the model said to it as one picture: its images side by side, the words below."""
 
 import textwrap
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from experiments.vlm.data.document import Picture
 from experiments.vlm.data.image import decode, probe, shrunk
-from experiments.vlm.evaluate.tasks import Question
+from experiments.vlm.evaluate.tasks import Line, Question
 from torchtitan.components.sinks import Exhibit
 
 LONGER_SIDE = 320  # pixels of an image
@@ -21,7 +20,7 @@ def thumbnail(picture: Picture) -> Image.Image:
     return Image.fromarray(decode(picture.data, *shrunk(*probe(picture.data), LONGER_SIDE)))
 
 
-def said(question: Question, line: dict[str, Any]) -> str:
+def said(question: Question, line: Line) -> str:
     """The answer of a line, or the choice that it finds likeliest."""
     if "prediction" in line:
         return line["prediction"]
@@ -29,7 +28,7 @@ def said(question: Question, line: dict[str, Any]) -> str:
     return question.choices[logprobs.index(max(logprobs))] if logprobs else ""
 
 
-def exhibit(name: str, question: Question, line: dict[str, Any]) -> Exhibit:
+def exhibit(name: str, question: Question, line: Line) -> Exhibit:
     """`line`: see asking.py; of a task that writes or chooses."""
     asked = " ".join(part for part in question.content if isinstance(part, str)).strip()
     words = [

@@ -6,17 +6,14 @@ import math
 from base64 import b64encode
 from importlib.resources import files
 from string import Template
-from typing import Any
 
 from experiments.vlm.data.document import Picture
 from experiments.vlm.evaluate.asking import QuestionSet
 from experiments.vlm.evaluate.exhibits import thumbnail
-from experiments.vlm.evaluate.tasks import Question, Task
+from experiments.vlm.evaluate.tasks import Line, Question, Task
 
 
-def results_page(
-    name: str, task: Task, questions: QuestionSet, lines: list[dict[str, Any]], limit: int
-) -> str:
+def results_page(name: str, task: Task, questions: QuestionSet, lines: list[Line], limit: int) -> str:
     """At most `limit` records, spread evenly from the worst to the best by the task's first metric."""
     first = next((name for line in lines for name in line["scores"]), "")
     worst_last = task.way == "read"  # a high perplexity is bad
@@ -32,7 +29,7 @@ def results_page(
     )
 
 
-def _record(question: Question, line: dict[str, Any]) -> str:
+def _record(question: Question, line: Line) -> str:
     shown = [] if "error" in line else question.content  # an image may be what is wrong
     pictures = "".join(_picture(part) for part in shown if isinstance(part, Picture))
     asked = " ".join(part for part in question.content if isinstance(part, str))

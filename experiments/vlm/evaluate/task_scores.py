@@ -8,10 +8,8 @@ import numpy as np
 
 from experiments.vlm.evaluate.metrics import METRICS, TOKENIZED, Score, bootstrap_interval, tokenize
 from experiments.vlm.evaluate.metrics.score import counted_score, mean_score
-from experiments.vlm.evaluate.tasks import Question, Task, metric_options, references, right_choice
+from experiments.vlm.evaluate.tasks import Line, Question, Task, metric_arguments, right_choice
 from torchtitan.config.errors import UserError
-
-Line = dict[str, Any]
 
 
 def score(task: Task, questions: list[Question], lines: list[Line]) -> tuple[dict[str, Score], list[str]]:
@@ -37,11 +35,10 @@ def score(task: Task, questions: list[Question], lines: list[Line]) -> tuple[dic
 
 
 def _metric(metric: str, questions: list[Question], predictions: list[str]) -> Score:
-    said: Any = predictions
-    right: Any = references(metric, questions)
+    right, options = metric_arguments(metric, questions)
     if metric in TOKENIZED:
-        said, right = tokenize(said), tokenize(right)
-    return METRICS[metric](said, right, **metric_options(metric, questions))
+        return METRICS[metric](tokenize(predictions), tokenize(right), **options)
+    return METRICS[metric](predictions, right, **options)
 
 
 def _without_luck(found: Score, lines: list[Line]) -> Score:

@@ -9,7 +9,7 @@ mmmu, mmmu_open    the answer that a response concludes, as MMMU reads it
 perplexity         of held-out documents, pictures and all
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -20,6 +20,7 @@ from torchtitan.config.errors import ConfigError, did_you_mean, require
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 Way = Literal["generate", "choose", "read"]
+Line = dict[str, Any]  # what the model said to a record, and its scores: see asking.py
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -118,21 +119,10 @@ def parse_tasks(given: Sequence[str], key: str) -> list[TaskFile]:
     return asked
 
 
-def metric_options(metric: str, questions: list[Question]) -> dict[str, Any]:
-    """Keyword arguments that a metric takes of the records."""
+def metric_arguments(metric: str, questions: list[Question]) -> tuple[list[list[str]], dict[str, Any]]:
+    """Right answers of each record as the metric takes them, and its keyword arguments."""
     if metric != "mmmu_multiple_choice":
-        return {}
-    return {
-        "all_choices": [list(named(question)) for question in questions],
-        "index2ans": [named(question) for question in questions],
-    }
-
-
-REFERENCES: dict[str, Callable[[Question], Any]] = {
-    "mmmu_multiple_choice": lambda question: [LETTERS[right_choice(question)]]
-}
-
-
-def references(metric: str, questions: list[Question]) -> list[Any]:
-    """Right answers of each record, as the metric takes them."""
-    return [REFERENCES.get(metric, lambda question: question.answers)(question) for question in questions]
+        return [question.answers for question in questions], {}
+    choices = [named(question) for question in questions]
+    right = [[LETTERS[right_choice(question)]] for question in questions]
+    return right, {"all_choices": list(map(list, choices)), "index2ans": choices}

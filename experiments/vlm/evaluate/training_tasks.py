@@ -12,11 +12,11 @@ from typing import Any
 from torch import nn
 
 from experiments.vlm.config import VLMJobConfig
-from experiments.vlm.evaluate.asking import Asking, Line
+from experiments.vlm.evaluate.asking import Asking
 from experiments.vlm.evaluate.evaluation import write_results
 from experiments.vlm.evaluate.exhibits import exhibit
 from experiments.vlm.evaluate.questions import Questions
-from experiments.vlm.evaluate.tasks import TASKS, Question, TaskFile, parse_tasks
+from experiments.vlm.evaluate.tasks import TASKS, Line, Question, TaskFile, parse_tasks
 from experiments.vlm.generate.answering import answering_of, prompter_of
 from experiments.vlm.generate.layout import lent, share_in_training
 from experiments.vlm.parallelism.sharing import sharers, slot_sizes

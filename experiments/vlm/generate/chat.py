@@ -10,9 +10,10 @@ from types import FrameType
 
 from experiments.vlm.data.document import Picture
 from experiments.vlm.generate.answering import Answering
-from experiments.vlm.generate.prompt import Prompt
+from experiments.vlm.generate.prompt import Prompt, read_picture
 from torchtitan.config.errors import UserError
 from torchtitan.generation.engine import Request
+from torchtitan.tools.signals import handled
 
 HELP = """/image PATH   a picture for the next turn; several are shown in their order
 /undo         forget the pictures that wait, or else the last turn and its answer
@@ -44,14 +45,11 @@ class Chat:
             nonlocal interrupted
             interrupted = True
 
-        before = signal.signal(signal.SIGINT, interrupt)
-        try:
+        with handled([signal.SIGINT], interrupt):
             for event in self.answering.engine.answer([self.ask(len(self.turns), prompt)]):
                 event.answer.cancelled = interrupted
                 said += event.text
                 yield event.text
-        finally:
-            signal.signal(signal.SIGINT, before)
         self.turns, self.pictures = [*turns, ("assistant", [said])], []
 
     def command(self, line: str) -> str:
@@ -67,10 +65,7 @@ class Chat:
         return HELP if work is None else work(argument.strip())
 
     def _image(self, path: str) -> str:
-        try:
-            picture = Picture(Path(os.path.expanduser(path)).read_bytes(), path)
-        except (OSError, ValueError) as error:  # a name that no file can have
-            raise UserError(f"/image {path}: {_why(error)}") from None
+        picture = read_picture(path, "/image")
         self.answering.prompter.prompt([("user", [*self.pictures, picture])])  # it can be read
         self.pictures.append(picture)
         return f"picture {len(self.pictures)}: {path}"
@@ -97,12 +92,8 @@ class Chat:
             # What was no text when it was typed is left as its JSON escape.
             Path(os.path.expanduser(path)).write_bytes(text.encode(errors="backslashreplace"))
         except (OSError, ValueError) as error:
-            raise UserError(f"/save {path}: {_why(error)}") from None
+            raise UserError(f"/save {path}: {getattr(error, 'strerror', None) or error}") from None
         return f"{len(messages)} messages in {path}"
-
-
-def _why(error: OSError | ValueError) -> str:
-    return getattr(error, "strerror", None) or str(error)
 
 
 def _item(part: str | Picture) -> dict[str, str]:

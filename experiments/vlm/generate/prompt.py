@@ -7,8 +7,10 @@ Letters: t tokens, N patch rows, L patches a row, D values a patch.
 """
 
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -215,6 +217,14 @@ class Prompter:
         for reject in filled.rejects:
             raise UserError(_unreadable(pictures[reject.image or 0], reject.reason, reject.detail))
         return views
+
+
+def read_picture(path: str, option: str) -> Picture:
+    """The picture of a file that `option` names. Raises UserError."""
+    try:
+        return Picture(Path(os.path.expanduser(path)).read_bytes(), path)
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise UserError(f"{option} {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _numbered(turns: Turns) -> tuple[list[Turn], list[Picture]]:

@@ -175,11 +175,8 @@ class VLM(nn.Module):
 
     def tied_names(self) -> dict[str, str]:
         """Parameter -> the name that it is stored under, where two are one."""
-        return (
-            {"decoder.output.weight": "decoder.tok_embeddings.weight"}
-            if self.config.decoder.tied_embeddings
-            else {}
-        )
+        table, output = self.TOKEN_TABLES
+        return {output: table} if self.config.decoder.tied_embeddings else {}
 
     def init_weights(self, seed: int, without: Collection[str] = ()) -> None:
         """Deterministic from `seed`, whatever the sharding; call it once parameters have storage.

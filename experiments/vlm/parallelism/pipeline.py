@@ -24,8 +24,6 @@ from torchtitan.distributed.mesh import Mesh
 from torchtitan.distributed.pipeline_parallel import Pipeline
 from torchtitan.distributed.stages import Split, stages_of_rank
 
-TIED = "decoder.tok_embeddings.weight"
-
 
 def cut(model: VLM, stage: int, split: Split) -> VLM:
     """A copy of `model` (on the meta device) with only the parts of one stage."""
@@ -70,5 +68,5 @@ def pipeline_vlm(model: VLM, mesh: Mesh, job: VLMJobConfig) -> Pipeline:
         head.sources,
         sends_back(model, split, p.pipeline_parallel_schedule),
         partial(whole_slots, mesh=mesh),
-        TIED if model.config.decoder.tied_embeddings else None,
+        next(iter(model.tied_names().values()), None),
     )

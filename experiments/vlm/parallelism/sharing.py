@@ -9,23 +9,26 @@ from torchtitan.config.float8 import Share
 from torchtitan.config.layout import Degrees
 
 
-def rows_a_forward(job: VLMJobConfig, sizes: Degrees) -> int:
-    """Patch rows that pass through the encoder at once: those of a batch, or of a pipeline's microbatch."""
-    slots = (
+def slots_a_forward(job: VLMJobConfig, sizes: Degrees) -> int:
+    """Slots that pass through the model at once: those of a batch, or of a pipeline's microbatch."""
+    return (
         job.parallelism.pipeline_parallel_microbatch_size if sizes.pp > 1 else job.training.local_batch_size
     )
-    return slots * job.data.patch_rows
+
+
+def rows_a_forward(job: VLMJobConfig, sizes: Degrees) -> int:
+    """Patch rows of those slots."""
+    return slots_a_forward(job, sizes) * job.data.patch_rows
 
 
 def rows_of_a_rank(job: VLMJobConfig, sizes: Degrees) -> tuple[float, float]:
     """Rows of a rank's matrices in one forward: tokens in the decoder, patches in the encoder (with its heads
     split over ranks, the patches that would cost as much).
     """
-    rows, d, length = rows_a_forward(job, sizes), job.data, job.training.seq_len
-    patches = rows * d.patches_per_row / sharers(job, sizes)
+    patches = rows_a_forward(job, sizes) * job.data.patches_per_row / sharers(job, sizes)
     if job.parallelism.encoder_tensor_parallel:
         patches /= sizes.tp
-    return rows / d.patch_rows * length / (sizes.cp * sizes.tp), patches
+    return slots_a_forward(job, sizes) * job.training.seq_len / (sizes.cp * sizes.tp), patches
 
 
 def sharers(job: VLMJobConfig, sizes: Degrees) -> int:
@@ -44,10 +47,9 @@ def slot_sizes(job: VLMJobConfig) -> Degrees:
 def part_shares(job: VLMJobConfig, projector: ProjectorConfig) -> dict[str, Share]:
     """A rank's share of each part's products in a forward."""
     p, sizes = job.parallelism, slot_sizes(job)
-    rows = rows_a_forward(job, sizes)
-    patches = rows // sharers(job, sizes) * job.data.patches_per_row
+    patches = rows_a_forward(job, sizes) // sharers(job, sizes) * job.data.patches_per_row
     # Tensor parallel gathers the sequence before it multiplies.
-    tokens = rows // job.data.patch_rows * job.training.seq_len // sizes.cp
+    tokens = slots_a_forward(job, sizes) * job.training.seq_len // sizes.cp
     return {
         "encoder": Share(patches, sizes.tp if p.encoder_tensor_parallel else 1),
         "projector": Share(patches // projector.merge_size**2),

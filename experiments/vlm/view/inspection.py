@@ -12,6 +12,7 @@ from experiments.vlm.view.keys import lines
 from experiments.vlm.view.page import make_page
 from experiments.vlm.view.picture import draw_slots
 from experiments.vlm.view.slot_view import SlotView, read_slot
+from torchtitan.components.data_report import REPORT
 from torchtitan.components.tokenizer import Tokenizer
 
 
@@ -80,7 +81,7 @@ def inspect(job: VLMJobConfig, tokenizer: Tokenizer, steps: int, shown: int, out
 
 def _write_data_report(folder: Path, loader: Loader) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "data_report.json").write_text(json.dumps(loader.report(), indent=1, sort_keys=True))
+    (folder / REPORT).write_text(json.dumps(loader.report(), indent=1, sort_keys=True))
 
 
 def _count(seen: Seen, counts: dict[str, int]) -> None:

@@ -5,12 +5,12 @@ Their names are those of the whole model as transformers has it, so they belong 
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
 
 from experiments.vlm.config import PARTS
 from experiments.vlm.model.config import VLMConfig
@@ -28,8 +28,8 @@ from torchtitan.config.errors import ConfigError, require
 from torchtitan.config.job import LoRA
 from torchtitan.layers.lora import INFIX, is_adapters
 from torchtitan.models.hf.match import Source
-from torchtitan.models.hf.safetensors_file import StoredTensor, header_bytes, read_header
-from torchtitan.models.hf.tensors import NAMES
+from torchtitan.models.hf.safetensors_file import StoredTensor, read_header
+from torchtitan.models.hf.writing import TensorToWrite, write_file
 from torchtitan.models.weight_names import Row, Transform, write
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -81,10 +81,10 @@ def adapter_rows(config: VLMConfig) -> list[Row]:
 
 def write_adapter(
     checkpoint: Path, folder: Path, options: LoRA, config: VLMConfig, dtype: torch.dtype | None = None
-) -> dict[str, Tensor]:
+) -> dict[str, TensorToWrite]:
     """The adapters of a checkpoint into `folder`, which is there. Returns them by their names in it.
 
-    Raises Damaged, and ConfigError where the checkpoint has none.
+    Raises Damaged, and ConfigError where the checkpoint has none or `dtype` does not hold a number of it.
     """
     stored = {name: tensor for name, tensor in stored_tensors(checkpoint).items() if name.startswith(PREFIX)}
     weights = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in stored.items() if is_adapters(name)}
@@ -92,12 +92,10 @@ def write_adapter(
     require_rank(options, stored, checkpoint)
     with reading(checkpoint):
         dcp.load(weights, checkpoint_id=str(checkpoint), no_dist=True)
-    ours = {name.removeprefix(PREFIX): weight.to(dtype or weight.dtype) for name, weight in weights.items()}
+    ours = {name.removeprefix(PREFIX): weight for name, weight in weights.items()}
     named = write(ours, adapter_rows(config))
-    with (folder / WEIGHTS).open("wb") as file:
-        file.write(header_bytes({name: (NAMES[w.dtype], tuple(w.shape)) for name, w in named.items()}))
-        for weight in named.values():
-            file.write(memoryview(weight.contiguous().view(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
+    whole = {n: TensorToWrite(tuple(w.shape), dtype or w.dtype, partial(list, [w])) for n, w in named.items()}
+    write_file(folder / WEIGHTS, whole)
     modules = sorted({name.removeprefix(OF_PEFT).partition(".lora_")[0] for name in named})
     settings = {
         **PLAIN,
@@ -111,7 +109,7 @@ def write_adapter(
         "target_modules": modules,
     }
     (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    return named
+    return whole
 
 
 def require_rank(options: LoRA, stored: Mapping[str, Stored], checkpoint: Path) -> None:

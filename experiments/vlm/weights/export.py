@@ -33,8 +33,7 @@ from torchtitan.models.hf.writing import SHARD_GB
 from torchtitan.tools.logging import warn_once
 
 ExportPart = Literal["all", "encoder", "decoder"]
-TABLE = "decoder.tok_embeddings.weight"
-TABLES = (TABLE, "decoder.output.weight")
+TABLE, _ = VLM.TOKEN_TABLES
 
 
 def export(
@@ -66,7 +65,7 @@ def export(
     rows = [row for name in parts for row in part_rows(name, config.encoder, family)]
     if family and not family.image_row:
         kept = weight_names.Part(first=0, last=rows_before_image(job))
-        rows = [row._replace(ours_part=kept) if row.ours in TABLES else row for row in rows]
+        rows = [row._replace(ours_part=kept) if row.ours in VLM.TOKEN_TABLES else row for row in rows]
     scale = job.lora.alpha / max(1, job.lora.rank) if merge_adapters else None
     made = Export(checkpoint, parts, rows, dtype, scale)
     if merge_adapters:

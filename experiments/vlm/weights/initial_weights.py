@@ -24,7 +24,7 @@ from torchtitan.models.hf.match import Source, match
 from torchtitan.models.hf.source import FolderSource
 from torchtitan.tools.logging import warn_once
 
-TABLE, OUTPUT = "decoder.tok_embeddings.weight", "decoder.output.weight"
+TABLE, OUTPUT = VLM.TOKEN_TABLES
 
 
 def initial_weights(job: VLMJobConfig, shapes: Sizes) -> FolderSource | None:
@@ -82,6 +82,6 @@ def source_of(folder: Path, parts: list[str], tied: bool) -> Source:
         tuple(parts),
         [row for part in parts for row in part_rows(part, encoder, family)],
         left_over(parts, encoder),
-        tables=dict.fromkeys((TABLE, OUTPUT), vocab_size),
+        tables=dict.fromkeys(VLM.TOKEN_TABLES, vocab_size),
         tied={OUTPUT: TABLE} if tied else {},
     )

@@ -51,7 +51,7 @@ def write_folder(
         f"model-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)
     ]  # fmt: skip
     for name, held in list(zip(names, files, strict=True))[rank::ranks]:
-        _write_file(folder / name, held)
+        write_file(folder / name, held)
     if rank == 0 and len(files) > 1:
         weight_map = {key: name for name, held in zip(names, files, strict=True) for key in held}
         sizes = {
@@ -72,7 +72,8 @@ def _files(tensors: Mapping[str, TensorToWrite], shard_gb: float) -> Iterator[di
     yield file
 
 
-def _write_file(path: Path, tensors: Mapping[str, TensorToWrite]) -> None:
+def write_file(path: Path, tensors: Mapping[str, TensorToWrite]) -> None:
+    """Write one file of these tensors, in their order. Raises as `write_folder` does."""
     header = {name: (DTYPES[tensor.dtype], tensor.shape) for name, tensor in tensors.items()}
     with path.open("wb") as file:
         file.write(header_bytes(header))
