@@ -2,6 +2,7 @@
 
 `glob`, `os.path.isfile` and the walks of fsspec pass over what they cannot read. A shard that is not on the
 list for that is never read, and where a run goes on all others are dealt anew. So here errors are raised.
+Links are followed, and a folder is entered once, however many links lead to it.
 """
 
 import fnmatch
@@ -39,6 +40,10 @@ class Local:
             return OTHER
         return FOLDER if stat.S_ISDIR(mode) else FILE if stat.S_ISREG(mode) else OTHER
 
+    def identity(self, folder: str) -> str:
+        """The same for all paths that lead to a folder."""
+        return os.path.realpath(folder)
+
 
 class Remote:
     """As Local, of a remote storage. Each folder is asked for once."""
@@ -67,19 +72,17 @@ class Remote:
                 self.kinds[path] = OTHER
         return self.kinds[path]
 
+    def identity(self, folder: str) -> str:
+        """As Local.identity: its path."""
+        return folder
+
 
 Tree = Local | Remote
 
 
 def local_files(folder: str) -> list[str]:
-    """All files in it and its folders, links to folders left out. Raises OSError."""
-
-    def refuse(error: OSError) -> None:
-        raise error
-
-    walk = os.walk(folder, onerror=refuse)
-    found = (os.path.join(place, name) for place, _, names in walk for name in names)
-    return [file for file in found if Local().kind(file) == FILE]
+    """All files in it and its folders. Raises OSError."""
+    return [path for _, entries in _walk(Local(), folder) for path, kind in entries if kind == FILE]
 
 
 def local_glob(pattern: str) -> list[str]:
@@ -89,7 +92,10 @@ def local_glob(pattern: str) -> list[str]:
 
 def remote_files(system: AbstractFileSystem, path: str) -> list[str]:
     """All files in a folder and its folders. Raises what the client raises."""
-    return system.find(path) if _lists_by_itself(system) else list(_below(Remote(system), path))
+    if _lists_by_itself(system):
+        return system.find(path)
+    entered = _walk(Remote(system), path)
+    return [path for _, entries in entered for path, kind in entries if kind != FOLDER]
 
 
 def remote_glob(system: AbstractFileSystem, pattern: str) -> list[str]:
@@ -108,13 +114,21 @@ def _lists_by_itself(system: AbstractFileSystem) -> bool:
     return getattr(type(system), name, None) is not getattr(base, name)
 
 
-def _below(tree: Tree, folder: str) -> Iterator[str]:
-    for name in tree.names(folder):
-        path = f"{folder.rstrip('/')}/{name}" if folder else name
-        if tree.kind(path) == FOLDER:
-            yield from _below(tree, path)
-        else:
-            yield path
+def _walk(tree: Tree, folder: str, hidden: bool = True) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    """It and the folders below, each with the paths and kinds of what is in it; with what is `hidden`, or
+    without.
+    """
+    entered, left = set[str](), [folder]
+    while left:
+        folder = left.pop()
+        if (identity := tree.identity(folder)) in entered:
+            continue
+        entered.add(identity)
+        names = [name for name in tree.names(folder) if hidden or not name.startswith(".")]
+        paths = [os.path.join(folder, name) for name in names]
+        entries = [(path, tree.kind(path)) for path in paths]
+        left += [path for path, kind in reversed(entries) if kind == FOLDER]
+        yield folder, entries
 
 
 def _files_of(tree: Tree, pattern: str) -> list[str]:
@@ -127,13 +141,8 @@ def _files_of(tree: Tree, pattern: str) -> list[str]:
 def _matches(tree: Tree, folder: str, parts: list[str]) -> Iterator[str]:
     head, *rest = parts
     if head == "**":
-        yield from _matches(tree, folder, rest) if rest else ()
-        for name in tree.names(folder):
-            path = os.path.join(folder, name)
-            if not name.startswith(".") and tree.kind(path) == FOLDER:
-                yield from _matches(tree, path, parts)
-            elif not name.startswith(".") and not rest:
-                yield path
+        for place, entries in _walk(tree, folder, hidden=False):
+            yield from _matches(tree, place, rest) if rest else (path for path, _ in entries)
     elif glob.has_magic(head):
         for name in fnmatch.filter(tree.names(folder), head):
             if head.startswith(".") or not name.startswith("."):
