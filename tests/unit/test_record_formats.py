@@ -248,6 +248,17 @@ def test_a_record_file_that_ends_early_gives_its_whole_records(tmp_path, name):
     ]
 
 
+@pytest.mark.parametrize("name", ["x.parquet", "x.arrow"])
+def test_a_table_is_known_by_its_name_where_its_first_bytes_are_gone(tmp_path, name):
+    (tmp_path / name).touch()
+    with pytest.raises(Rejected, match="cannot be read"):
+        open_records(tmp_path / name)
+    write_parquet(tmp_path / "x.parquet", RECORDS)
+    damaged = b"PBR1" + (tmp_path / "x.parquet").read_bytes()[4:]
+    (tmp_path / "x.parquet").write_bytes(damaged)
+    assert len(open_records(tmp_path / "x.parquet")) == len(RECORDS)
+
+
 def test_a_truncated_parquet_file_is_unreadable(tmp_path):
     write_parquet(tmp_path / "x.parquet", RECORDS)
     (tmp_path / "x.parquet").write_bytes((tmp_path / "x.parquet").read_bytes()[:-100])

@@ -1,8 +1,8 @@
 """Files of records, opened for random access: JSON lines, a JSON list, TSV, parquet, Arrow, lines of text.
 
-The first bytes of a file say what it is, or its name where they cannot (TSV, text). A file that ends early
-gives the records that are whole, and a reject for its tail. Memory: see json_index.py for text, and
-row_groups.py for parquet.
+The first bytes of a file say what it is, or its name where they cannot (TSV, text, damaged tables). A file
+that ends early gives the records that are whole, and a reject for its tail. Memory: see json_index.py for
+text, and row_groups.py for parquet.
 """
 
 import itertools
@@ -53,9 +53,9 @@ def open_records(path: str, columns: tuple[str, ...] | None, cache: FileCache) -
     """
     with open(path, "rb") as file:
         head = file.read(64)
-    if head.startswith(b"PAR1"):
+    if head.startswith(b"PAR1") or path.endswith(".parquet"):
         return ParquetRecords(path, columns, cache)
-    if head.startswith(b"ARROW1") or head.startswith(b"\xff\xff\xff\xff"):
+    if head.startswith((b"ARROW1", b"\xff\xff\xff\xff")) or path.endswith((".arrow", ".feather")):
         return ArrowRecords(path, columns)
     if path.endswith(".tsv"):
         return tsv_records(path, cache)
