@@ -1,5 +1,6 @@
 """Shards over HTTP: whether the server says that one is not there, or does not answer as it should."""
 
+import gzip
 import threading
 from functools import partial
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -83,6 +84,53 @@ def test_whatever_stalls_over_http_is_away_as_a_shard_is(tmp_path, monkeypatch, 
     }
     with pytest.raises(Away):
         work[what]()
+
+
+class Lines(BaseHTTPRequestHandler):
+    """Twelve megabytes of one letter, of another with each request; `heeds`: pieces of it, as asked for."""
+
+    def do_GET(self):  # noqa: N802
+        body = b'{"text": "%s"}\n' % (b"%c" % (97 + self.server.asked) * ((1 << 20) - 13)) * 12
+        first, last = 0, len(body) - 1
+        self.send_response(206 if self.server.heeds and "Range" in self.headers else 200)
+        if self.server.heeds and "Range" in self.headers:
+            first, last = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
+        self.send_header("Content-Length", str(last + 1 - first))
+        self.end_headers()
+        if self.command == "GET":
+            self.server.asked += 1
+            self.wfile.write(body[first : last + 1])
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.parametrize("heeds", [False, True])
+def test_a_shard_over_http_is_one_answer_whether_or_not_the_server_sends_pieces(tmp_path, heeds):
+    """Python's own sends none; and pieces may be of two files where one took the other's place."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Lines) as serving:
+        serving.asked, serving.heeds, serving.daemon_threads = 0, heeds, True
+        threading.Thread(target=serving.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{serving.server_address[1]}/a.jsonl"
+        shard = open_shard(url, Source(format="text"), Data(cache_folder=str(tmp_path)))
+        letters = {shard.read(number)[0].parts[0].text[0] for number in range(len(shard))}
+        serving.shutdown()
+    assert len(shard) == 12 and len(letters) == 1
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz?download=1", "a.jsonl.gz?signature=b.c&of=d"])
+def test_an_address_may_have_a_query(tmp_path, name):
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "A cat"}\n'))
+    handler = partial(Quiet, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as serving:
+        threading.Thread(target=serving.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{serving.server_address[1]}/{name}"
+        assert match_files(url, (".jsonl",)) == [url]
+        shard = open_shard(url, Source(format="text"), Data(cache_folder=str(tmp_path)))
+        serving.shutdown()
+    assert [shard.read(number)[0].parts[0].text for number in range(len(shard))] == ["A cat"]
 
 
 def test_a_glob_over_http_means_the_files_of_the_index_page(tmp_path):

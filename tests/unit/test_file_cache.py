@@ -10,6 +10,7 @@ import shutil
 import threading
 import time
 from collections import namedtuple
+from pathlib import Path
 
 import fsspec
 import pytest
@@ -22,7 +23,7 @@ from experiments.vlm.data.storage import file_cache as file_cache_module
 from experiments.vlm.data.storage.file_cache import FileCache, NoRoom, file_cache, no_hurry
 from experiments.vlm.data.storage.outages import Retry
 from tests.tiny_data import Characters, make_job
-from torchtitan.config.errors import StorageError
+from torchtitan.config.errors import ConfigError, StorageError
 
 BLOCK = 4096  # of the disk: what a file takes is a multiple
 
@@ -183,11 +184,11 @@ def test_little_room_is_told_at_the_start(tmp_path, monkeypatch):
     fill(monkeypatch, tmp_path, 1000)
     told = []
     monkeypatch.setattr(file_cache_module, "warn_once", told.append)
-    FileCache(tmp_path, 10**9).warn_if_small()
+    FileCache(tmp_path, 10**9).require_usable()
     assert told == [
         f"data.cache_gb = 1, but {tmp_path} has room for 0.0041 GB: that is what copies will take at most"
     ]
-    FileCache(tmp_path, 10**6).warn_if_small()
+    FileCache(tmp_path, 10**6).require_usable()
     assert len(told) == 1
 
 
@@ -199,9 +200,27 @@ def test_free_space_is_looked_at_where_shards_are_copied(tmp_path, monkeypatch, 
     job = make_job(tmp_path, tmp_path / "out")
     job.data.sources = [Source(name="texts", format="text", path=str(tmp_path / "data"))]
     told = []
-    monkeypatch.setattr(FileCache, "warn_if_small", lambda self: told.append(self.folder))
+    monkeypatch.setattr(FileCache, "require_usable", lambda self: told.append(self.folder))
     Loader(job, Characters()).close()
     assert len(told) == asked
+
+
+@pytest.mark.parametrize("why", ["Not a directory", "No locks available"])
+def test_a_folder_where_no_copies_can_be_kept_is_refused_at_the_start(tmp_path, monkeypatch, why):
+    """What is wrong with it would else be taken for an outage of the shards, and waited for."""
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "A cat"}\n'))
+    job = make_job(tmp_path, tmp_path / "out", cache_folder=str(tmp_path / "cache"))
+    job.data.sources = [Source(name="texts", format="text", path=str(tmp_path / "a.jsonl.gz"))]
+    if why == "Not a directory":
+        (tmp_path / "cache").touch()
+    else:
+
+        def flock(file, how):
+            raise OSError(errno.ENOLCK, why)
+
+        monkeypatch.setattr(file_cache_module.fcntl, "flock", flock)
+    with pytest.raises(ConfigError, match=f"^data.cache_folder = {tmp_path}/cache/copies: .*{why}.*folder$"):
+        Loader(job, Characters())
 
 
 @pytest.fixture
@@ -229,9 +248,15 @@ def peak_of(folder, monkeypatch):
     return peaks
 
 
-def test_shards_that_are_open_stay_within_the_limit(tmp_path, remote, monkeypatch):
+@pytest.mark.parametrize("packed", [False, True])
+def test_shards_that_are_open_stay_within_the_limit(tmp_path, remote, monkeypatch, packed):
     data = Data(cache_folder=str(tmp_path), cache_gb=7 * BLOCK / 1e9)
     peaks = peak_of(tmp_path / "copies", monkeypatch)
+    if packed:  # how large one gets, nobody knows before
+        system, names = fsspec.filesystem("memory"), [f"{number}.jsonl" for number in range(len(remote))]
+        remote = [str(tmp_path / f"{name}.gz") for name in names]
+        for name, path in zip(names, remote, strict=True):
+            Path(path).write_bytes(gzip.compress(system.cat(name)))
     cache = ShardCache(lambda _, path: open_shard(path, Source(format="text"), data), 100, Retry(0))
     for _ in range(2):
         for path in remote:

@@ -43,9 +43,16 @@ from experiments.vlm.data.sources.walk import (
 )
 from experiments.vlm.data.storage.file_cache import FileCache, Held, file_cache, origin_of
 from experiments.vlm.data.storage.outages import Away, Retry, is_away, remote
-from experiments.vlm.data.storage.remote import file_system
+from experiments.vlm.data.storage.remote import file_system, is_http
 from experiments.vlm.data.storage.remote import open_file as open_remote
-from experiments.vlm.data.storage.unpack import damage_of, is_packed, note_damage, packing_of, unpack
+from experiments.vlm.data.storage.unpack import (
+    damage_of,
+    is_packed,
+    note_damage,
+    packing_of,
+    plain_name,
+    unpack,
+)
 from experiments.vlm.world import ensure
 from torchtitan.config.errors import ConfigError
 
@@ -70,7 +77,7 @@ def list_shards(path: str, format: str, data: Data, split: Split = "train") -> l
             f"{path}: no shard of format {format} ({', '.join(suffixes)}) there"
             f"{_others(path, format, data)}; looked from {os.getcwd()}"
         )
-    if not any("://" in file or os.path.exists(file) for file in found):
+    if not any("://" in file or os.path.isfile(file) for file in found):
         raise ConfigError(f"{path}: none of these {len(found):,} shards is there; looked from {os.getcwd()}")
     return sorted(set(found))
 
@@ -192,9 +199,9 @@ def _match(pattern: str, suffixes: tuple[str, ...], split: Split | None) -> list
 def _match_remote(pattern: str, suffixes: tuple[str, ...], split: Split | None) -> list[str]:
     try:
         system, path = file_system(pattern)
-        if glob.has_magic(path):
+        if glob.has_magic(path.replace("?", "") if is_http(path) else path):
             return [system.unstrip_protocol(file) for file in remote_glob(system, path)]
-        if pattern.startswith(("http://", "https://")) or Remote(system).kind(path) != FOLDER:
+        if is_http(path) or Remote(system).kind(path) != FOLDER:
             return [pattern]
         files = _of_folder(
             [system.unstrip_protocol(file) for file in remote_files(system, path)],
@@ -246,7 +253,7 @@ def _of_folder(files: list[str], folder: str, suffixes: tuple[str, ...], split: 
 
 def suffix_of(file: str) -> str:
     """What is left when it is unpacked: ".tar" of x.tgz and x.tar.gz."""
-    path = Path(file.lower())
+    path = plain_name(file)
     if path.suffix == ".tgz":
         return ".tar"
     return path.with_suffix("").suffix if is_packed(file) else path.suffix
@@ -266,7 +273,7 @@ def hold_copy(path: str, cache: FileCache) -> Held | None:
 
 def _is_packed_tar(name: str, file: str) -> bool:
     """Whether a file of this name is a packed tar all the same, which other readers take as it is."""
-    return name.lower().endswith(".tar") and packing_of(file) is not None
+    return plain_name(name).suffix == ".tar" and packing_of(file) is not None
 
 
 def _copy(path: str, copy: Path, cache: FileCache) -> None:
@@ -278,9 +285,11 @@ def _copy(path: str, copy: Path, cache: FileCache) -> None:
             _download(path, copy, cache)
             if not _is_packed_tar(path, str(copy)):
                 return
+            cache.make_room(copy.stat().st_size)
             shutil.copyfile(copy, packed)
-        cache.make_room(packed.stat().st_size)  # as much again at least
-        if damage := unpack(str(packed), copy, Path(path.lower()).suffix):
+        with cache.growing(copy) as target:
+            damage = unpack(str(packed), target, plain_name(path).suffix)
+        if damage:
             note_damage(path, damage, cache)
     finally:
         if "://" in path:
@@ -291,8 +300,9 @@ def _download(path: str, copy: Path, cache: FileCache) -> None:
     """Raises FileNotFoundError, and Away for all else that the storage does, a file of another length too."""
     with remote():
         opened = open_remote(path)
+        announced = opened.fs.info(opened.path).get("size")
         with opened as source:
-            cache.make_room(getattr(source, "size", None) or 0, copy)
+            cache.make_room(announced or 0, copy)
             with open(copy, "r+b") as target:
                 shutil.copyfileobj(source, target, CHUNK_BYTES)
                 came = target.tell()

@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import functools
 import hashlib
+import io
 import os
 import shutil
 import tempfile
@@ -21,15 +22,17 @@ from collections.abc import Callable
 from contextlib import closing
 from contextvars import ContextVar
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from experiments.vlm.cache_folder import cache_folder
 from experiments.vlm.config import Data
+from torchtitan.config.errors import ConfigError
 from torchtitan.tools.disk import is_full
 from torchtitan.tools.lock import wait_for_lock
 from torchtitan.tools.logging import logger, warn_once
 
 UNFINISHED = ".unfinished-"
+GROWS_BY = 16 << 20  # bytes for which room is made at a time, where nobody knows how many there will be
 # Set where a file is wanted soon, not now: it takes room only from what nobody holds.
 no_hurry: ContextVar[bool] = ContextVar("no_hurry", default=False)
 
@@ -132,9 +135,21 @@ class FileCache:
                 with copy.open("ab") as file:
                     file.truncate(size)
 
-    def warn_if_small(self) -> None:
-        """Warn, once, where the disk has less room than the cache may take."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def growing(self, copy: Path) -> io.BufferedRandom:
+        """A file to write whose size is not known: room is made for it as it grows, as by `make_room`."""
+        return io.BufferedRandom(_Growing(copy, self))
+
+    def require_usable(self) -> None:
+        """Warn, once, where the disk has less room than the cache may take.
+
+        Raises ConfigError where no copies can be kept in the folder.
+        """
+        try:
+            with wait_for_lock(self.folder / "locks" / "room"):
+                pass
+        except OSError as error:
+            wrong = f"files cannot be written and locked there ({error.strerror})"
+            raise ConfigError(f"data.cache_folder = {self.folder}: {wrong}; give another folder") from None
         held, free = sum(kept.bytes for kept in self._kept()), shutil.disk_usage(self.folder).free
         if held + free < self.limit_bytes:
             warn_once(
@@ -222,6 +237,20 @@ class FileCache:
                     on_disk = stat.st_blocks * 512
                     kept.append(CachedFile(stat.st_atime_ns, max(stat.st_size, on_disk), on_disk, path))
         return kept
+
+
+class _Growing(io.FileIO):
+    def __init__(self, copy: Path, cache: FileCache):
+        super().__init__(copy, "w+")
+        self._cache, self._room = cache, 0
+
+    def write(self, data: Any) -> int:
+        size = memoryview(data).nbytes
+        if size > self._room:
+            self._room = max(size, min(GROWS_BY, self._cache.limit_bytes // 50))
+            self._cache.make_room(self._room)
+        self._room -= size
+        return super().write(data)
 
 
 def file_cache(data: Data) -> FileCache:

@@ -24,6 +24,11 @@ def open_file(url: str) -> OpenFile:
     return fsspec.open(url, "rb", **_client_options(url))
 
 
+def is_http(url: str) -> bool:
+    """Whether it is an address, which may have a query."""
+    return url.startswith(("http://", "https://"))
+
+
 def is_file(url: str) -> bool:
     """Raises OSError where the storage does not answer, which fsspec's own takes for a no."""
     try:
@@ -35,10 +40,13 @@ def is_file(url: str) -> bool:
 
 
 def _client_options(url: str) -> dict[str, Any]:
-    """fsspec's own client of HTTP gives a whole file five minutes, and one that stalls as long."""
-    if not url.startswith(("http://", "https://")):
+    """fsspec's own client of HTTP gives a whole file five minutes, and one that stalls as long; and it asks
+    for a file in pieces, which many servers do not send, and which are of two files where one took the
+    other's place meanwhile. A block size of 0 makes that one answer.
+    """
+    if not is_http(url):
         return {}
     import aiohttp
 
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=STALLED_S, sock_read=STALLED_S)
-    return {"client_kwargs": {"timeout": timeout}}
+    return {"client_kwargs": {"timeout": timeout}, "block_size": 0}

@@ -19,6 +19,7 @@ from typing import IO, Any, NamedTuple
 import pyarrow as pa
 
 from experiments.vlm.data.storage.file_cache import FileCache, origin_of
+from experiments.vlm.data.storage.remote import is_http
 
 STEP_BYTES = 1 << 14  # of what is unpacked, at a time
 NEAR_BYTES = 1 << 18  # to a damage; pyarrow reads 64 KB at a time
@@ -63,7 +64,12 @@ PACKINGS = {
 
 def is_packed(path: str) -> bool:
     """By its name."""
-    return Path(path.lower()).suffix in PACKINGS
+    return plain_name(path).suffix in PACKINGS
+
+
+def plain_name(path: str) -> Path:
+    """In lower case; of an address without its query."""
+    return Path((path.partition("?")[0] if is_http(path) else path).lower())
 
 
 def packing_of(path: str) -> Packing | None:
@@ -73,16 +79,18 @@ def packing_of(path: str) -> Packing | None:
     return next((packing for packing in PACKINGS.values() if head.startswith(packing.magic)), None)
 
 
-def unpack(path: str, copy: Path, suffix: str) -> str:
+def unpack(path: str, target: io.BufferedRandom, suffix: str) -> str:
     """What is wrong with it; empty where nothing is. Raises OSError and others where nothing can be had.
 
-    suffix: of its name. What it holds decides, since a client may have unpacked it on the way.
+    target: an empty file to write. suffix: of its name. What it holds decides, since a client may have
+    unpacked it on the way.
     """
     packing = packing_of(path) or (None if _is_plain(path) else PACKINGS[suffix])
     if packing is None:
-        shutil.copyfile(path, copy)
+        with open(path, "rb") as plain:
+            shutil.copyfileobj(plain, target)
         return ""
-    with packing.open(path) as source, open(copy, "wb") as target:
+    with packing.open(path) as source:
         try:
             while block := source.read1(STEP_BYTES):
                 target.write(block)
@@ -93,10 +101,10 @@ def unpack(path: str, copy: Path, suffix: str) -> str:
             if not target.tell():
                 raise OSError(why)
             return f"it cannot be unpacked to its end: {why}"
-    with open(path, "rb") as file, open(copy, "r+b") as target:
+    with open(path, "rb") as file:
         where = _rescue(file, packing, target)
-        if not target.tell():
-            raise OSError(why)
+    if not target.tell():
+        raise OSError(why)
     return f"it cannot be unpacked at byte {where}: {why}"
 
 
