@@ -1,5 +1,6 @@
 """Records that ask, from files of every kind and in every spelling."""
 
+import gzip
 import io
 import json
 from pathlib import Path
@@ -9,12 +10,22 @@ from PIL import Image
 
 from experiments.vlm.config import Data
 from experiments.vlm.data.document import Picture
+from experiments.vlm.data.formats.record_shard import ImageValues
 from experiments.vlm.evaluate.questions import Questions
-from experiments.vlm.evaluate.tasks import TASKS, right_choice
+from experiments.vlm.evaluate.tasks import TASKS, Question, right_choice
+from experiments.vlm.generate.record import turns_of
 from tests.samples import write_jsonl, write_tar
 from tests.unit.test_evaluate import records, write
 from tests.unit.test_generate import picture
-from torchtitan.config.errors import ConfigError
+from torchtitan.config.errors import ConfigError, UserError
+
+
+def read(folder: Path, records: list[dict], documents: bool = False) -> list[Question]:
+    """The questions of a file of these records."""
+    write_jsonl(folder / "asked.jsonl", records)
+    data = Data(cache_folder=str(folder / "cache"))
+    questions = Questions(str(folder / "asked.jsonl"), data, documents)
+    return [questions.read(number) for number in range(len(questions))]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "tar"])
@@ -28,6 +39,57 @@ def test_records_of_every_kind_ask_the_same(tmp_path, kind):
         (shown,) = [part for part in found.content if isinstance(part, Picture)]
         assert shown.data == (tmp_path / f"{number}.png").read_bytes()
         assert [part.strip() for part in found.content if isinstance(part, str)] == [record["question"]]
+
+
+def test_a_packed_file_asks_what_it_holds(tmp_path):
+    path, data = Path(write(tmp_path, "jsonl")), Data(cache_folder=str(tmp_path / "cache"))
+    packed = path.with_suffix(".jsonl.gz")
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    assert Questions(str(packed), data).read(3) == Questions(str(path), data).read(3)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"url": "a.png", "caption": "a cat"},
+        {"image_path": "a.png", "question": "What?", "url": "https://a.page", "answer": "a cat"},
+    ],
+    ids=str,
+)
+def test_an_image_may_stand_where_training_finds_that_of_a_caption(tmp_path, record):
+    (tmp_path / "a.png").write_bytes(picture(20, 12).data)
+    (question,) = read(tmp_path, [record])
+    assert question.content[0] == Picture(picture(20, 12).data) and question.answers == ["a cat"]
+
+
+@pytest.mark.parametrize(
+    ("record", "told"),
+    [
+        (
+            {"question": "<image 1> is what?", "image_1": "a.png"},
+            "image_1 is not read: images stand",
+        ),
+        ({"question": "What?", "image_id": 7}, "image_id is not read"),
+        ({"question": "<image> is what?", "images": ["a.png", "a.png"]}, "1 times <image>, 2 images"),
+        ({"question": ["What?"], "image": "a.png"}, "question is a list, no text"),
+    ],
+    ids=str,
+)
+def test_a_record_that_would_be_asked_without_a_part_of_it_is_one_error(tmp_path, record, told):
+    with pytest.raises(ConfigError, match=f"record 0: .*{told}"):
+        read(tmp_path, [record])
+    if "image" not in record:
+        asked = {"prompt": record["question"], **record}
+        with pytest.raises(UserError, match=told):
+            turns_of(asked, ImageValues(str(tmp_path), Data()))
+
+
+def test_the_perplexity_of_a_text_is_read_and_that_of_a_conversation_refused(tmp_path):
+    (question,) = read(tmp_path, [{"text": "just words"}], documents=True)
+    assert question.content == ["just words"]
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    with pytest.raises(ConfigError, match="a record of messages; read are captions, text, obelics, mmc4"):
+        read(tmp_path, [{"messages": turns}], documents=True)
 
 
 def test_controls_spoil_images_and_nothing_else(tmp_path):

@@ -15,16 +15,17 @@ import PIL.Image
 from experiments.vlm.config import Data
 from experiments.vlm.data.controls import CONTROLS, Painted
 from experiments.vlm.data.document import Document, Draft, Image, ImageValue, Picture, Text
-from experiments.vlm.data.formats import RECORD_FORMATS, Record, format_of, messages
-from experiments.vlm.data.formats.image_values import IMAGE_EXTENSIONS, is_image_name
+from experiments.vlm.data.formats import RECORD_FORMATS, WEBDATASET, Record, captions, format_of
+from experiments.vlm.data.formats.conversation import images_of
 from experiments.vlm.data.formats.record_files import open_records
 from experiments.vlm.data.formats.record_shard import ImageValues, RecordShard, folder_of
-from experiments.vlm.data.formats.shard import Shard
+from experiments.vlm.data.formats.shard import Shard, ShardFile
 from experiments.vlm.data.formats.tar_shard import TarShard, is_tar
 from experiments.vlm.data.rejects import Rejected
-from experiments.vlm.data.sources.shards import EMBEDDED
+from experiments.vlm.data.sources.shards import EMBEDDED, open_copied
 from experiments.vlm.data.storage.file_cache import file_cache
 from experiments.vlm.evaluate.tasks import LETTERS, Question
+from experiments.vlm.generate.record import parse_whole
 from experiments.vlm.world import ensure
 from experiments.vlm.world.render import png
 from torchtitan.config.errors import ConfigError
@@ -33,9 +34,8 @@ IDS = ("question_id", "questionId", "id", "uid", "index")
 QUESTIONS = ("question", "prompt", "query", "text")
 ANSWERS = ("answers", "answer", "references", "captions", "caption", "label", "txt")
 CHOICES = ("choices", "options", "endings")
-COLUMNS = (
-    *IDS, *QUESTIONS, *ANSWERS, *CHOICES, "image", "images", "messages", "texts", *IMAGE_EXTENSIONS
-)  # fmt: skip
+DOCUMENTS = ("captions", "text", "obelics", "mmc4")  # formats that have a perplexity
+COLUMNS = tuple(dict.fromkeys((*IDS, *QUESTIONS, *ANSWERS, *CHOICES, *WEBDATASET.columns)))
 
 
 class Questions:
@@ -50,17 +50,17 @@ class Questions:
         self.control = control
         self.record: Record = {}
         try:
-            self.shard: Shard = self._open(data)
+            self.shard = open_copied(self.path, data, lambda file: self._open(file, data))
         except (OSError, Rejected, ValueError) as error:
             raise ConfigError(f"{self.path}: cannot be read ({error})") from None
         for rejected in self.shard.rejects:  # without its end the figures would be those of other records
             raise ConfigError(f"{self.path}: {rejected}")
 
-    def _open(self, data: Data) -> Shard:
+    def _open(self, file: ShardFile, data: Data) -> Shard:
         cache = file_cache(data)
-        if is_tar(self.path):
-            return TarShard(self.path, COLUMNS, self._parse, cache)
-        images, records = ImageValues(folder_of(self.path), data), open_records(self.path, None, cache)
+        if is_tar(file.local):
+            return TarShard(file.local, COLUMNS, self._parse, cache)
+        images, records = ImageValues(folder_of(file.path), data), open_records(file.local, None, cache)
         return RecordShard(records, images, self._parse, lambda draft: draft, 0)
 
     def __len__(self) -> int:
@@ -116,13 +116,17 @@ class Questions:
     def _parse(self, record: Record) -> Draft:
         self.record = record
         if self.documents:
-            found = format_of(record) or ""
-            return RECORD_FORMATS[found if found in ("obelics", "mmc4") else "captions"].parse(record)
-        # In a tar each image is a field of its own: "png", or "0.png", "1.png" ...
-        held = {name: record[name] for name in record if name in messages.IMAGES or is_image_name(name)}
-        turns = [{"role": "user", "content": asked_of(record)}, {"role": "assistant", "content": ""}]
-        asked = messages.parse({**held, "messages": turns}).turns[0]
-        parts: list[Any] = [part if isinstance(part, ImageValue) else Text(part) for part in asked.content]
+            found = format_of(record) or "captions"
+            if found not in DOCUMENTS:
+                raise Rejected("wrong_shape", f"a record of {found}; read are {', '.join(DOCUMENTS)}")
+            return RECORD_FORMATS[found].parse(record)
+        asked, held = asked_of(record), dict(record)
+        if not images_of(record):  # a record of captions has others
+            names = ("image_url", "image_path") if asked else captions.NAMED
+            held |= next(({"image": record[name]} for name in names if record.get(name)), {})
+        held["messages"] = [{"role": "user", "content": asked}, {"role": "assistant", "content": ""}]
+        (turn, _) = parse_whole(held).turns
+        parts: list[Any] = [part if isinstance(part, ImageValue) else Text(part) for part in turn.content]
         # A record without question and image is empty, and finish() says so.
         return Draft(parts, caption=True)
 
@@ -138,8 +142,11 @@ def _only_file(path: str, data: Data) -> str:
 
 
 def asked_of(record: Mapping[str, Any]) -> str:
-    """The question, empty where there is none."""
-    return next((record[name] for name in QUESTIONS if isinstance(record.get(name), str)), "")
+    """The question, empty where there is none. Raises Rejected for one that is no text."""
+    name, asked = next(((name, record[name]) for name in QUESTIONS if record.get(name) is not None), ("", ""))
+    if not isinstance(asked, str):
+        raise Rejected("wrong_shape", f"{name} is a {type(asked).__name__}, no text")
+    return asked
 
 
 def answers_of(record: Mapping[str, Any]) -> list[str]:

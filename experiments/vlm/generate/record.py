@@ -4,10 +4,11 @@
 {"messages": [{"role": "user", "content": ...}, ...]}      see data/formats/messages.py; the last one asks
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.vlm.data.document import ImageValue, Picture
+from experiments.vlm.data.document import Draft, ImageValue, Picture
 from experiments.vlm.data.formats import messages
 from experiments.vlm.data.formats.record_shard import ImageValues
 from experiments.vlm.data.rejects import Rejected, meaning
@@ -15,6 +16,9 @@ from experiments.vlm.generate.prompt import Prompt, Prompter, Turns
 from torchtitan.config.errors import UserError
 
 NOT_READ = ("question", "query", "text", "conversations")  # that other records ask in
+LIKE_IMAGES = re.compile(
+    r"(image|img|picture|photo)s?_?(\d+|(file_?)?names?|files?|paths?|urls?|ids?|bytes|base64)?"
+)
 
 
 def prompt_of(record: Mapping[str, Any], images: ImageValues, prompter: Prompter) -> Prompt:
@@ -34,13 +38,25 @@ def turns_of(record: Mapping[str, Any], images: ImageValues) -> Turns:
     # Training data end with an answer; here one is added, and taken off again.
     whole = {**record, "messages": [*asked, {"role": "assistant", "content": ""}]}
     try:
-        draft = messages.parse(whole)
-        for lost in draft.rejects:
-            raise lost
+        draft = parse_whole(whole)
         return [(turn.role, [_picture(part, images) for part in turn.content]) for turn in draft.turns[:-1]]
     except Rejected as rejected:
         detail = f" ({rejected.detail})" if rejected.detail else ""
         raise UserError(f"{meaning(rejected.reason)}{detail}") from None
+
+
+def parse_whole(record: Mapping[str, Any]) -> Draft:
+    """Its conversation. Raises Rejected for an image without a place, and where no image was found though a
+    field is called like one.
+    """
+    draft = messages.parse(record)
+    for lost in draft.rejects:
+        raise Rejected(lost.reason, lost.detail)
+    if not draft.images() and record.keys().isdisjoint(messages.IMAGES):
+        for name, value in record.items():
+            if LIKE_IMAGES.fullmatch(name.lower()) and value not in (None, "", [], {}):
+                raise Rejected("wrong_shape", f"{name} is not read: images stand in image or images")
+    return draft
 
 
 def _picture(part: str | ImageValue, images: ImageValues) -> str | Picture:

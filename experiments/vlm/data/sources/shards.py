@@ -18,6 +18,7 @@ import os
 import shutil
 import weakref
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -103,23 +104,14 @@ def match_files(path: str, suffixes: tuple[str, ...], split: Split | None = None
 
 def open_shard(path: str, source: Source, data: Data) -> Shard:
     """A shard, for random access. Raises Rejected, ConfigError, and OSError where the storage is away."""
-    cache = file_cache(data)
-    copy: Held | None = None
     try:
-        copy = hold_copy(path, cache)
-        shard = open_file(ShardFile(path, str(copy.path) if copy else path), source, data)
-        if copy:
-            weakref.finalize(shard, copy.close)
+        shard = open_copied(path, data, lambda file: open_file(file, source, data))
         if isinstance(shard, TarShard):
             shard.excluded = excluded_keys(path, _folders_of(source))
-        if copy and (damage := damage_of(path, cache)):
-            shard.rejects = [_joined(shard.rejects, damage)]
         return shard
     except ConfigError:
         raise  # a chat template that is not there, say
     except FileNotFoundError as error:
-        if copy:
-            raise Away(f"its copy {copy.path} is gone") from error
         if _is_unmounted(path):
             raise Away(f"nothing is left in {os.path.dirname(path)}: unmounted, or moved away?") from error
         raise Rejected("shard_missing", str(error)) from error
@@ -127,6 +119,25 @@ def open_shard(path: str, source: Source, data: Data) -> Shard:
         if is_away(error):
             raise
         raise Rejected("shard_unreadable", f"{type(error).__name__}: {error}") from error
+
+
+def open_copied(path: str, data: Data, open_local: Callable[[ShardFile], Shard]) -> Shard:
+    """What `open_local` makes of a file, or of its copy in the cache, which is held while the shard lives.
+
+    Raises OSError, and what `open_local` raises.
+    """
+    cache = file_cache(data)
+    copy = hold_copy(path, cache)
+    if copy is None:
+        return open_local(ShardFile(path, path))
+    try:
+        shard = open_local(ShardFile(path, str(copy.path)))
+    except FileNotFoundError as error:
+        raise Away(f"its copy {copy.path} is gone") from error
+    weakref.finalize(shard, copy.close)
+    if damage := damage_of(path, cache):
+        shard.rejects = [_joined(shard.rejects, damage)]
+    return shard
 
 
 def format_hint(path: str, source: Source, data: Data) -> str:
