@@ -21,13 +21,16 @@ from experiments.vlm.evaluate.evaluation import Evaluation, evaluate
 from experiments.vlm.evaluate.questions import Questions
 from experiments.vlm.evaluate.tasks import TASKS
 from experiments.vlm.generate.answering import Answering
+from experiments.vlm.generate.layout import agreement
 from tests.samples import write_jsonl, write_tar
 from tests.unit.test_generate import engine, picture, prompter
 from tests.unit.test_likelihood import brute
 from torchtitan.config.errors import ConfigError, UserError
 from torchtitan.config.job import Comm
 from torchtitan.distributed.process_group import close_process_group, open_process_group
+from torchtitan.generation.engine import Request
 from torchtitan.tools.lock import locked
+from torchtitan.tools.signals import StopAsked, StopSignals
 
 ABOUT = {"model": "tiny", "chat_template": "chatml"}
 LETTERS = ["A", "B", "C"]
@@ -298,6 +301,20 @@ def test_a_signal_ends_an_evaluation_with_one_line(tmp_path, monkeypatch, capsys
     assert commands.main(["evaluate", "--job.config_file", "vlm_debug", *asked]) == 128 + number
     assert capsys.readouterr().err == f"stopped by {number.name}; the same command goes on\n"
     assert signal.getsignal(number) is before
+
+
+def test_a_signal_ends_tasks_of_a_training_run_between_two_tokens():
+    asked = engine(1, agree=agreement(OneRank()))
+    signals = StopSignals()
+    try:
+        answer = asked.answer([Request(0, prompter().beginning(["once"]), max_tokens=9)])
+        next(answer)
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(StopAsked):
+            next(answer)
+    finally:
+        signals.close()
+    assert asked.rows == [None] and next(asked.answer([Request(0, prompter().beginning(["once"]))]))
 
 
 def test_a_second_evaluation_of_a_folder_is_refused_while_the_first_runs(tmp_path):

@@ -30,7 +30,8 @@ class Tasks(Protocol):
     def run(self, parts: Sequence[nn.Module], mesh: Mesh, step: int) -> tuple[Values, Sequence[Exhibit]]:
         """TASK/METRIC -> figure, and exhibits for people, on all ranks, which call it together.
 
-        `parts`: of the model, afterwards as before. Files go to TASKS_FOLDER.
+        `parts`: of the model, afterwards as before. Files go to TASKS_FOLDER. Raises StopAsked on all ranks
+        where a signal came on one of them.
         """
         ...
 

@@ -67,7 +67,9 @@ class TrainingTasks:
         self.tasks = {each.label: self._open(each) for each in asked}
 
     def run(self, parts: Sequence[nn.Module], mesh: Mesh, step: int) -> tuple[Values, list[Exhibit]]:
-        """TASK/METRIC -> figure, and a few records to look at, on all ranks."""
+        """TASK/METRIC -> figure, and a few records to look at, on all ranks. Raises StopAsked on all of them,
+        between two tokens, where a signal came.
+        """
         model: Any
         (model,) = parts
         with lent(model, mesh, self.job, self.job.validation.task_sequences, self.places) as cache:

@@ -21,6 +21,7 @@ from torchtitan.distributed.fsdp import Sharding, free_gathered
 from torchtitan.distributed.mesh import Mesh
 from torchtitan.generation.kv_cache import KVCache
 from torchtitan.models.decoder.parallelize import apply_tensor_parallel
+from torchtitan.tools.signals import StopAsked, stop_asked
 
 
 def check_layout(sizes: Degrees) -> None:
@@ -90,13 +91,20 @@ def share_in_training(mesh: Mesh, job: VLMJobConfig) -> Share:
 
 
 def agreement(mesh: Mesh) -> Callable[[list[int]], list[int]]:
-    """For an engine: the largest of each number over all ranks, which make the same calls."""
-    if dist.get_world_size() == 1:
-        return lambda mine: mine
+    """For an engine: the largest of each number over all ranks, which make the same calls.
+
+    It raises StopAsked on all of them where a signal asks one to end its training.
+    """
 
     def largest(mine: list[int]) -> list[int]:
-        numbers = torch.tensor(mine, device=mesh.device)
-        dist.all_reduce(numbers, dist.ReduceOp.MAX)
-        return numbers.tolist()
+        numbers = [*mine, int(stop_asked())]
+        if dist.get_world_size() > 1:
+            of_all = torch.tensor(numbers, device=mesh.device)
+            dist.all_reduce(of_all, dist.ReduceOp.MAX)
+            numbers = of_all.tolist()
+        *agreed, stop = numbers
+        if stop:
+            raise StopAsked
+        return agreed
 
     return largest
