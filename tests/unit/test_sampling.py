@@ -22,7 +22,7 @@ from torchtitan.generation.sampling import SamplingRows, next_tokens, probabilit
 CPU = torch.device("cpu")
 OPTIONS = [
     dict(zip(("temperature", "top_k", "top_p", "min_p", "repetition_penalty"), values, strict=True))
-    for values in itertools.product((0.7, 1.0, 1.9), (0, 1, 5), (0.3, 0.9, 1.0), (0.0, 0.2), (1.0, 1.3))
+    for values in itertools.product((0.7, 1.0, 1.9), (0, 1, 5), (0.0, 0.3, 0.9, 1.0), (0.0, 0.2), (1.0, 1.3))
 ]
 
 
@@ -123,7 +123,7 @@ def test_uniform_numbers_belong_to_seed_sample_and_step():
     [
         {"temperature": -1},
         {"temperature": math.inf},
-        {"top_p": 0},
+        {"top_p": 1.5},
         {"min_p": 2},
         {"top_k": -1},
         {"repetition_penalty": math.inf},

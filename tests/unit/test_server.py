@@ -40,9 +40,9 @@ def post(server, body, path="/v1/chat/completions", **headers):
     return answer.status, text
 
 
-def item(picture) -> dict:
+def item(picture, **more) -> dict:
     url = "data:image/png;base64," + base64.b64encode(picture.data).decode()
-    return {"type": "image_url", "image_url": {"url": url}}
+    return {"type": "image_url", "image_url": {"url": url, **more}}
 
 
 def expected(turns) -> str:
@@ -96,7 +96,7 @@ def test_fields_that_ask_for_nothing_change_nothing(server):
     nothing = {
         "user": "me", "metadata": {"a": "b"}, "store": False, "n": 1, "presence_penalty": 0, "logit_bias": {},
         "frequency_penalty": 0.0, "top_logprobs": None, "tools": [], "tool_choice": "auto", "seed": None,
-        "response_format": {"type": "text"}, "stream_options": None, "parallel_tool_calls": True,
+        "response_format": {"type": "text"}, "top_p": 0, "stream_options": None, "parallel_tool_calls": True,
     }  # fmt: skip
     status, text = post(server, user("Who?") | {"temperature": 0} | nothing)
     said = json.loads(text)["choices"][0]["message"]["content"]
@@ -141,10 +141,18 @@ def user(content) -> dict:
         (user([{"type": "image_url", "image_url": "data:image/png;base64,???"}]), 400, "is not base64"),
         (user([{"type": "image_url", "image_url": "data:image/png;base64,é"}]), 400, "is not base64"),
         (user([{"type": "image_url", "image_url": "data:image/png;base64,AAAA"}]), 400, "content[0]: Pillow"),
+        (
+            user([{"type": "text", "text": "a", "cache_control": {"type": "b"}}]),
+            400,
+            "[0].cache_control: this",
+        ),
+        (user([{"type": "text", "text": 1}]), 400, "content[0].text: must be a text"),
+        (user([item(picture(9, 9), detail="low")]), 400, "detail: must be high or auto"),
+        (user([item(picture(9, 9), size=3)]), 400, "content[0].image_url.size: this server knows no"),
         (user("long " * 300), 400, "the prompt has"),
         (user("a") | {"temperature": "hot"}, 400, "temperature: must be a number"),
         (user("a") | {"temperature": 10**400}, 400, "temperature: must be a number"),
-        (user("a") | {"max_tokens": 0}, 400, "max_tokens: must be a number from 1"),
+        (user("a") | {"max_tokens": 0}, 400, "max_tokens: must be a whole number from 1"),
         (user("a") | {"n": 2}, 400, "n: must be 1 here, or left out"),
         (user("a") | {"frequency_penalty": 0.5}, 400, "frequency_penalty: must be 0 here, or left out"),
         (user("a") | {"logit_bias": {"5": 9}}, 400, "logit_bias: must be {} here"),
@@ -153,7 +161,11 @@ def user(content) -> dict:
         (user("a") | {"stream_options": {"usage": True}}, 400, "stream_options: must be an object with"),
         (user("a") | {"stop": [1]}, 400, "stop: must be"),
         (user("a") | {"stop": False}, 400, "stop: must be"),
-        (user("a") | {"seed": 1 << 63}, 400, f"seed: must be a number from {-(1 << 63)} to {(1 << 63) - 1}"),
+        (
+            user("a") | {"seed": 1 << 63},
+            400,
+            f"seed: must be a whole number from {-(1 << 63)}",
+        ),
         ({"messages": [user("a")["messages"][0] | {"tool_calls": [1]}]}, 400, "messages[0].tool_calls: this"),
         (user("a") | {"best_of": 1}, 400, "best_of: this server knows no such field"),
         (b"x" * (1 << 20), 413, "may have 0.25 MB"),

@@ -20,7 +20,7 @@ class Sampling:
         for name, fine, rule in (
             ("temperature", 0 <= self.temperature < math.inf, ">= 0 and finite"),
             ("top_k", self.top_k >= 0, ">= 0"),
-            ("top_p", 0 < self.top_p <= 1, "> 0 and <= 1"),
+            ("top_p", 0 <= self.top_p <= 1, ">= 0 and <= 1"),
             ("min_p", 0 <= self.min_p <= 1, ">= 0 and <= 1"),
             ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "> 0 and finite"),
         ):

@@ -9,7 +9,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from torchtitan.generation.options import Sampling
 ROLES = ("system", "user", "assistant")
 MOST_IMAGES = 64
 MOST_STOPS = 4
+DETAILS = (None, "auto", "high")  # of an image, which is always read as large as in training
 DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,")
 # What clients say about themselves: nothing here depends on it.
 NOTES = ("model", "user", "metadata", "store", "safety_identifier", "prompt_cache_key", "service_tier")
@@ -39,7 +40,7 @@ NO_OP: dict[str, tuple[Any, ...]] = {  # fields it does not support -> values th
 }
 NUMBERS: dict[str, tuple[type, float, float]] = {  # name: (type, least, most)
     "temperature": (float, 0, 10),
-    "top_p": (float, 1e-6, 1),
+    "top_p": (float, 0, 1),
     "top_k": (int, 0, 1 << 30),
     "min_p": (float, 0, 1),
     "repetition_penalty": (float, 1e-3, 1e3),
@@ -119,7 +120,8 @@ def _number(fields: Mapping[str, Any], name: str) -> Any:
     value, (kind, least, most) = fields[name], NUMBERS[name]
     right = isinstance(value, int | kind) and not isinstance(value, bool)
     if not (right and least <= value <= most and math.isfinite(value)):
-        raise UserError(f"{name}: must be a number from {least} to {most}")
+        what = "whole number" if kind is int else "number"
+        raise UserError(f"{name}: must be a {what} from {least} to {most}")
     return kind(value)
 
 
@@ -158,9 +160,7 @@ def _pictures(turns: Turns) -> int:
 def _turn(message: Any, where: str) -> tuple[str, list[str | Picture]]:
     if not isinstance(message, dict) or message.get("role") not in ROLES:
         raise UserError(f"{where}.role: must be one of {', '.join(ROLES)}")
-    for name, value in message.items():  # clients send back what other servers left empty
-        if name not in ("role", "content", "name") and value:
-            raise UserError(f"{where}.{name[:60]}: this server knows no such field")
+    _require_no_more(message, ("role", "content", "name"), where)
     content = message.get("content")
     items = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(items, list) or not items:
@@ -168,13 +168,27 @@ def _turn(message: Any, where: str) -> tuple[str, list[str | Picture]]:
     return message["role"], [_part(item, f"{where}.content[{i}]") for i, item in enumerate(items)]
 
 
+def _require_no_more(fields: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    for name, value in fields.items():
+        if name not in known and value:  # clients send back what other servers left empty
+            raise UserError(f"{where}.{name[:60]}: this server knows no such field")
+
+
 def _part(item: Any, where: str) -> str | Picture:
     fields: dict[str, Any] = item if isinstance(item, dict) else {}
-    if fields.get("type") == "text" and isinstance(fields.get("text"), str):
-        return fields["text"]
-    if fields.get("type") != "image_url":
+    kind = fields.get("type")
+    if kind not in ("text", "image_url"):
         raise UserError(f"{where}: must be an item of type text or image_url")
-    held = fields.get("image_url")
+    _require_no_more(fields, ("type", kind), where)
+    held = fields.get(kind)
+    if kind == "text":
+        if not isinstance(held, str):
+            raise UserError(f"{where}.text: must be a text")
+        return held
+    if isinstance(held, dict):
+        _require_no_more(held, ("url", "detail"), f"{where}.image_url")
+        if held.get("detail") not in DETAILS:
+            raise UserError(f"{where}.image_url.detail: must be high or auto here, or left out")
     url = held.get("url") if isinstance(held, dict) else held
     mark = DATA_URL.match(url) if isinstance(url, str) else None
     if not isinstance(url, str) or mark is None:
