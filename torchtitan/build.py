@@ -137,9 +137,7 @@ def _seed_generators(job: JobConfig) -> None:
 
 
 def resolve_options(job: JobConfig) -> None:
-    """Give options that depend on others, or on what the run did before, the value that holds and is
-    saved.
-    """
+    """Give options that depend on others, or on the run so far, the value that holds and is saved."""
     resolve_global_batch(job)
     fit_warmup(job.lr_scheduler, job.training.steps)
     job.training.global_batch_size = resolve_batch(job, dist.get_world_size()).global_
@@ -198,8 +196,7 @@ def to_rank_of(job: JobConfig, spec: TrainSpec, mesh: Mesh) -> Callable[[Batch],
 
 
 def require_one_job(job: JobConfig) -> None:
-    """Machines are started one by one. Where options differ, groups of ranks would wait for each other until
-    they time out.
+    """Machines are started one by one; where options differ, ranks would wait until they time out.
 
     The dump folder may differ. Raises ConfigError on every rank.
     """

@@ -1,6 +1,4 @@
-"""A look before training: the whole configuration is checked, the model built without storage, one batch
-read, sizes printed.
-"""
+"""A look before training: all is checked, the model built without storage, one batch read."""
 
 from typing import Any
 

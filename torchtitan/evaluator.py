@@ -43,9 +43,7 @@ class Evaluator:
             self.control(values)
 
     def control(self, values: Values) -> None:
-        """The held-out split as it is, just evaluated, and spoilt in each of the ways that the experiment
-        knows.
-        """
+        """The held-out split as it is, just evaluated, and spoilt in each way that the experiment knows."""
         found = {"": values}
         for name, words in self.run.spec.scoring.controls.items():
             found[f", {words}"] = spoilt = self.run.validator.evaluate(name)

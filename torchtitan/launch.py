@@ -98,9 +98,7 @@ class Ranks:
             time.sleep(POLL_S)
 
     def _failed(self) -> int | None:
-        """A local rank that failed, if any; preferably one that knows why, not one that only lost the
-        others.
-        """
+        """A local rank that failed, if any; rather one that knows why than one that lost the others."""
         failed = [local for local, process in enumerate(self.processes) if process.poll()]
         return min(failed, key=lambda local: not self._error(local), default=None)
 

@@ -23,8 +23,7 @@ from torchtitan.spec import TrainSpec
 def open_model(
     job: JobConfig, spec: TrainSpec, mesh: Mesh, tokenizer: Any, checkpoint: Path | None
 ) -> ForwardBackward:
-    """The job's model for use, with the weights of a training checkpoint, or (None) those that the job starts
-    from.
+    """The job's model for use, with the weights of a checkpoint, or (None) what the job starts from.
 
     Raises ConfigError where they are not of this model, before anything is made.
     """

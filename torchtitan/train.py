@@ -286,8 +286,7 @@ class Trainer:
 
 
 def main(job: JobConfig, spec: TrainSpec) -> int:
-    """Train, or only look (job.dry_run). Returns the exit code: 0 for a run that is done, another for one
-    that was stopped.
+    """Train, or only look (job.dry_run). Returns the exit code: 0 for a run that is done.
 
     Raises ConfigError for what only shows once something is built.
     """

@@ -1,6 +1,4 @@
-"""The folder of what can be made again: embedded worlds, copies of shards, decoded row groups, fetched
-images.
-"""
+"""The folder of what can be made again: embedded worlds, copies of shards, row groups, fetched images."""
 
 import os
 from pathlib import Path

@@ -86,9 +86,7 @@ def check_vlm(job: VLMJobConfig, world_size: int) -> None:
 
 
 def check_estimated(job: VLMJobConfig) -> None:
-    """What an estimate (estimate.py) needs to be right: neither data nor devices; it checks the layout
-    itself.
-    """
+    """What an estimate needs to be right: neither data nor devices; it checks the layout itself."""
     check_ranges(job, JOB_RANGES)
     check_torchao(job)
     check_selective(job)
@@ -258,8 +256,7 @@ def check_sources(job: VLMJobConfig) -> None:
 
 
 def check_tasks(job: VLMJobConfig, sizes: Degrees) -> None:
-    """Tasks are known, and can be answered under this layout. What records lack is reported when they are
-    read.
+    """Tasks are known, and can be answered under this layout. Records are checked when they are read.
 
     Raises ConfigError.
     """

@@ -177,9 +177,7 @@ class VLMJobConfig(JobConfig):
             self.data.sources = [without_place(self.data.sources, given)]
 
     def training_sources(self) -> list[Source]:
-        """What to train on: [[data.sources]], or the one that training.dataset and training.dataset_path
-        name.
-        """
+        """What to train on: [[data.sources]], or what training.dataset and its path name."""
         format, path, listed = self.training.dataset, self.training.dataset_path, self.data.sources
         if not (format or path):
             return listed

@@ -125,9 +125,7 @@ def part_folders(job: VLMJobConfig) -> dict[str, Path]:
 
 
 def parts_in(folder: Path) -> tuple[str, ...]:
-    """The parts that a Hugging Face folder holds, by its config.json. Raises ConfigError for an unknown
-    model.
-    """
+    """The parts that a folder holds, by its config.json. Raises ConfigError for an unknown model."""
     file = read_config(folder)
     kind = file.model_type
     if kind_of(file):
@@ -193,9 +191,7 @@ def _recorded(checkpoint: Path | None) -> VLMConfig | None:
 
 
 def _with_patches(config: VLMConfig, job: VLMJobConfig, merges: bool) -> VLMConfig:
-    """`merges`: its projector has weights, made for its merge_size; else the job may choose the size, and
-    tiles add a newline.
-    """
+    """`merges`: its projector has weights for its merge_size; else the job may choose that, and tiles."""
     data, patch, merge = job.data, config.encoder.patch_size, config.projector.merge_size
     asked = data.spatial_merge_size
     require(

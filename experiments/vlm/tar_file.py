@@ -5,9 +5,7 @@ from typing import IO
 
 
 def write_samples(file: IO[bytes], samples: Iterable[Mapping[str, bytes]]) -> None:
-    """A sample is its members, name -> content, in their order; their names are its key, a dot and an
-    extension each.
-    """
+    """A sample is its members, name -> content, in order; a name is the key, a dot and an extension."""
     from webdataset import TarWriter  # imports torch, which takes seconds: not before the first tar
 
     with TarWriter(file, user="", group="", mode=0o644, mtime=0, encoder=False) as tar:

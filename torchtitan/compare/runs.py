@@ -21,9 +21,7 @@ class Named:
 
 
 def read_runs(paths: Iterable[str]) -> list[Named]:
-    """The runs of dump folders, and of folders of them (a sweep). Raises ConfigError where there is no
-    run.
-    """
+    """The runs of dump folders, and of folders of them (a sweep). Raises ConfigError without any."""
     folders = list(dict.fromkeys(folder for path in paths for folder in _runs_in(path)))
     return [Named(name, read_run(folder)) for name, folder in zip(short_names(folders), folders, strict=True)]
 

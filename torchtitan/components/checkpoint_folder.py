@@ -42,9 +42,7 @@ def complete_steps(folder: Path) -> list[int]:
 
 
 def steps_before(path: Path) -> list[int]:
-    """Steps of the complete checkpoints before this one, oldest first; none where it is not called
-    step-NUMBER.
-    """
+    """Steps of the complete checkpoints before this one; none where it is not called step-NUMBER."""
     own = re.fullmatch(r"step-(\d+)", path.name)
     return [step for step in complete_steps(path.parent) if own and step < int(own[1])]
 
@@ -63,9 +61,7 @@ def find(options: Checkpoint, folder: Path) -> Path | None:
 
 
 def find_initial(options: Checkpoint) -> Path | None:
-    """`initial_load_path`: a checkpoint, or the latest in a folder of them; None for a Hugging Face
-    folder.
-    """
+    """`initial_load_path`: a checkpoint, or the latest of a folder; None for a Hugging Face folder."""
     if not options.initial_load_path or options.initial_load_in_hf:
         return None
     path = Path(options.initial_load_path)

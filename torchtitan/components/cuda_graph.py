@@ -56,9 +56,7 @@ class GraphedStep:
 
 
 class Recorder:
-    """Runs and captures on one stream of its own: autograd remembers the stream on which a gradient was first
-    made.
-    """
+    """Runs and captures on a stream of its own: autograd remembers where a gradient was first made."""
 
     def __init__(self) -> None:
         self.stream = torch.cuda.Stream()

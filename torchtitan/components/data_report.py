@@ -14,9 +14,7 @@ REPORT = "data_report.json"
 
 
 def merge(reports: list[Any]) -> Any:
-    """Add numbers, merge mappings, join lists; anything else is the same everywhere, so the first is
-    taken.
-    """
+    """Add numbers, merge mappings, join lists; all else is the same everywhere: the first is taken."""
     if isinstance(reports[0], Mapping):
         keys = dict.fromkeys(key for report in reports for key in report)
         return {key: merge([report[key] for report in reports if key in report]) for key in keys}

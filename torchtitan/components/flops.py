@@ -1,5 +1,4 @@
-"""Useful floating-point operations of training, by the rule of the PaLM paper (Chowdhery et al., 2022,
-appendix B).
+"""Useful FLOPs of training, by the rule of PaLM (Chowdhery et al., 2022, appendix B).
 
 A product with a matrix costs 2 per parameter and row going forward; going backward once more for the gradient
 of the matrix, where it trains, and once for that of its input, where something before it trains. Attention
@@ -81,9 +80,7 @@ def total_of(part: str, counted: dict[str, int]) -> int:
 
 
 def causal_pairs(positions_BS: Tensor, document_ids_BS: Tensor) -> int:
-    """Pairs of a query and a key that a causal mask inside each document allows: a token sees itself and
-    those before.
-    """
+    """Pairs that a causal mask inside each document allows: a token sees itself and those before."""
     return int((positions_BS[document_ids_BS >= 0].long() + 1).sum())
 
 

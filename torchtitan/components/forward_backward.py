@@ -31,15 +31,11 @@ class ForwardBackward(Protocol):
         ...
 
     def score(self, tensors: Tensors) -> Tensor:
-        """(nll, correct) of each label, float32 [B, S, 2], whole slots, the same on every rank that holds
-        them.
-        """
+        """(nll, correct) of each label, float32 [B, S, 2], whole slots, alike on all ranks that hold them."""
         ...
 
     def copies(self) -> list[nn.Parameter]:
-        """Parameters that another stage holds too and counts: a weight that ties the ends of a pipeline
-        together.
-        """
+        """Parameters that another stage holds and counts: a weight that ties the ends of a pipeline."""
         ...
 
 

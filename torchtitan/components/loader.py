@@ -37,9 +37,7 @@ class Step(Protocol):
 
     @property
     def batches(self) -> Sequence[Batch]:
-        """The microbatches in the order of their forwards, as many on every rank. They hold until the next
-        step is asked for.
-        """
+        """The microbatches of each forward, as many on every rank. They hold until the next step."""
         ...
 
     def once(self) -> Iterator[Batch]:
@@ -84,9 +82,7 @@ class Loader(Protocol):
         ...
 
     def summary(self, report: Mapping[str, Any]) -> str:
-        """What a report, merged or not, says was not used, in a line for people; empty where everything
-        was.
-        """
+        """What a report, merged or not, says was not used, in a line for people; empty: nothing."""
         ...
 
     def close(self) -> None:

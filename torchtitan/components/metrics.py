@@ -1,5 +1,4 @@
-"""What a run reports: speed, occupancy and loss, as a line on the console and as numbers in the sinks
-(sinks.py).
+"""What a run reports: speed, occupancy, loss, as a line on the console and numbers in the sinks.
 
 What the trainer measures stands here. What a batch counts of itself is the experiment's (of vlm:
 data/batch_metrics.py), and is only added up and shown here.

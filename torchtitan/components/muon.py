@@ -1,5 +1,4 @@
-"""Muon (Jordan et al., 2024): momentum, then the nearest orthogonal matrix, so that every direction moves
-equally far.
+"""Muon (Jordan et al., 2024): momentum, then the nearest orthogonal matrix: all directions move alike.
 
 Unusual here: a matrix may be sharded in any way. Where its rows are divided over ranks (FSDP), each rank gets
 a different one of the matrices of one shape, whole, orthogonalises it and sends the rows back, so no work is
@@ -26,9 +25,7 @@ BATCH_NUMBERS = 1 << 24  # in the matrices that are orthogonalised in one produc
 
 
 def orthogonalise(update_MRC: Tensor, dtype: torch.dtype) -> Tensor:
-    """U V^T of each matrix's singular value decomposition, roughly (singular values 0.7 to 1.2), by
-    Newton-Schulz.
-    """
+    """U V^T of each matrix's SVD, roughly (singular values 0.7 to 1.2), by Newton-Schulz."""
     a, b, c = COEFFICIENTS
     tall = update_MRC.shape[-2] > update_MRC.shape[-1]
     x = update_MRC.to(dtype)
@@ -121,9 +118,7 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float,
         dtype: torch.dtype | None = None,
     ):
-        """`dtype` of the Newton-Schulz steps; default: bfloat16 on GPU, float32 on CPU, where bfloat16 gains
-        nothing.
-        """
+        """`dtype` of the Newton-Schulz steps; default: bfloat16 on GPU, float32 on CPU."""
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.dtype = dtype
 
@@ -150,9 +145,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def _batches(parameters: Iterable[Tensor]) -> Iterator[tuple[list[Tensor], dist.ProcessGroup | None]]:
-    """Parameters of one shape and layout, as many as are orthogonalised at a time, and the ranks that share
-    the work.
-    """
+    """Parameters of one shape and layout, as many as go together, and the ranks that share the work."""
     kinds = defaultdict(list)
     for parameter in parameters:
         if parameter.grad is not None:

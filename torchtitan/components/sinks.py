@@ -1,6 +1,4 @@
-"""Where the numbers of a run are kept: metrics.jsonl always, TensorBoard and Weights & Biases on request, the
-same keys in all.
-"""
+"""Where the numbers of a run are kept: metrics.jsonl; on request TensorBoard and Weights & Biases."""
 
 import json
 import os
@@ -145,9 +143,7 @@ class WandB:
 
 
 def open_sinks(job: JobConfig, first_step: int) -> list[Sink]:
-    """The sinks that the job asks for; makes the dump folder. Raises ConfigError where wandb cannot be
-    opened.
-    """
+    """The sinks that the job asks for; makes the dump folder. Raises ConfigError for wandb."""
     folder = Path(job.job.dump_folder)
     folder.mkdir(parents=True, exist_ok=True)
     sinks: list[Sink] = [History(folder, first_step)]

@@ -194,9 +194,7 @@ def load_tokenizers(file: Path) -> Tokenizer:
 
 
 def read_json(file: Path, default: Any) -> Any:
-    """The file's content, `default` where it is not there. Raises ConfigError where it is not JSON, or not of
-    the default's type.
-    """
+    """The file's content, else `default`. Raises ConfigError where it is not JSON of the default's type."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:

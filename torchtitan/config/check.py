@@ -1,5 +1,4 @@
-"""Every cross-check of a job that knows nothing of images, so that a wrong job is refused before anything is
-built.
+"""Every cross-check of a job that knows nothing of images: a wrong one is refused before it is built.
 
 `check` runs them all. What a model or an experiment adds (heads that tensor parallel divides, patches) is
 checked next to it: torchtitan/models/decoder/check.py, experiments/vlm/check.py. Imports no torch.

@@ -34,8 +34,7 @@ SINGLE_SOURCE = ("training.dataset", "training.dataset_path")
 def parse(
     argv: Sequence[str], config_classes: Mapping[str, type[JobConfig]], guide: Guide = PLAIN
 ) -> JobConfig:
-    """The job that `argv` describes, as the config class of its `model.name`. `--help` and `--help SECTION`
-    print and exit.
+    """The job that `argv` describes, as the class of its `model.name`. `--help [SECTION]` prints and exits.
 
     Raises ConfigError for an unknown option, a value of the wrong type, or a TOML file that cannot be read.
     """
@@ -91,8 +90,7 @@ def parse_script(
     config_classes: Mapping[str, type[JobConfig]],
     description: str = "",
 ) -> tuple[Options, JobConfig]:
-    """A script's own options (a dataclass) and the trainer's next to them: what is not the script's is the
-    job's.
+    """A script's own options (a dataclass), and the trainer's: what is not the script's is the job's.
 
     Values before the first option are the script's (tyro.conf.Positional). `--help` prints the script's
     options and exits.
@@ -166,9 +164,7 @@ def run_tyro(
     prog: str | None,
     description: str | None = None,
 ) -> Options:
-    """tyro's command line for a dataclass, with errors as one ConfigError in place of its box and exit
-    code.
-    """
+    """tyro's command line for a dataclass; errors are one ConfigError, not its box and exit code."""
     printed = io.StringIO()
     defaults = {} if default is None else {"default": default}
     try:

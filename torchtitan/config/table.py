@@ -26,8 +26,7 @@ def expected(hint: Any) -> str:
 
 
 def from_table(cls: type, table: Any, key: str = "") -> Any:
-    """An instance of the dataclass `cls` from a TOML table: defaults where it says nothing. `key` is where it
-    stands.
+    """A `cls` (a dataclass) from a TOML table, with defaults where it says nothing. `key`: where it stands.
 
     Raises ConfigError for an unknown key or a value of the wrong type.
     """

@@ -16,8 +16,7 @@ STILL_WAITING_S = 5.0  # between two messages of a rank that waits
 
 
 def sum_over_hosts(values: Mapping[str, float]) -> dict[str, float]:
-    """Each value added over all ranks; the same keys everywhere. It goes through gloo, so the device is not
-    asked to wait.
+    """Each value added over all ranks, which have the same keys; by gloo, so no device has to wait.
 
     Integers stay exact up to 2^53.
     """
@@ -71,9 +70,7 @@ def first_error(error: UserError | None) -> UserError:
 
 
 def from_first_rank(decide: Callable[[], T]) -> T:
-    """What `decide` returns on rank 0, on every rank; a UserError that it raises there is raised on all of
-    them.
-    """
+    """What `decide` returns on rank 0, on every rank; a UserError of it is raised on all of them."""
     answer: list = [None, None]
     if dist.get_rank() == 0:
         try:

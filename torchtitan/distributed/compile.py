@@ -8,8 +8,7 @@ from torch import nn
 
 
 def apply_compile(blocks: nn.ModuleDict) -> None:
-    """Compile each block, after activation checkpointing and before FSDP, whose gathers stay outside the
-    graphs.
+    """Compile each block, after activation checkpointing and before FSDP, whose gathers stay outside.
 
     Shapes never change here.
     """

@@ -103,9 +103,7 @@ def _blocks_a_rank(length: int, ranks: int) -> int:
 
 
 def causal_cost(document_ids_BS: np.ndarray) -> np.ndarray:
-    """int64 [B, S]: to how many tokens each attends, itself and those before it in its document; 0 for
-    padding.
-    """
+    """int64 [B, S]: tokens that each attends to, itself and those before in its document; padding 0."""
     row = np.arange(document_ids_BS.shape[1])
     begins = np.diff(document_ids_BS, axis=1, prepend=-2) != 0
     first = np.maximum.accumulate(np.where(begins, row, 0), axis=1)
@@ -113,9 +111,7 @@ def causal_cost(document_ids_BS: np.ndarray) -> np.ndarray:
 
 
 def _deal(cost: np.ndarray, ranks: int) -> np.ndarray:
-    """int64 [ranks, blocks a rank]: the most expensive block first, each to the rank with the least so far
-    that has room.
-    """
+    """int64 [ranks, blocks a rank]: the most expensive first, each to the rank with the least so far."""
     room = len(cost) // ranks
     hands: list[list[int]] = [[] for _ in range(ranks)]
     load = [0] * ranks
@@ -127,8 +123,6 @@ def _deal(cost: np.ndarray, ranks: int) -> np.ndarray:
 
 
 def in_slot_order(gathered_BS: Tensor, rows_BS: Tensor) -> Tensor:
-    """[B, S, ...] as ranks hold it, side by side -> in the order of the slot. `rows_BS`: the row of each
-    entry.
-    """
+    """[B, S, ...] as ranks hold it -> in the order of the slot. `rows_BS`: the row of each entry."""
     order_BS = rows_BS.argsort(1)
     return gathered_BS[torch.arange(len(order_BS), device=order_BS.device)[:, None], order_BS]

@@ -20,9 +20,7 @@ FLOAT32 = 4
 
 @dataclass(frozen=True)
 class Unit:
-    """Parameters that FSDP gathers together, counted before it divides them (after TP has), and their
-    footprint.
-    """
+    """Parameters that FSDP gathers together, counted before it divides them, and their footprint."""
 
     name: str
     parameters: int = 0
@@ -58,9 +56,7 @@ class Storage:
 
     @property
     def whole_gradients(self) -> bool:
-        """Whether gradients stay whole until the last microbatch of a pipeline, as its gathered parameters
-        do.
-        """
+        """Whether gradients stay whole until a pipeline's last microbatch, as its parameters do."""
         return self.reductions < self.forwards
 
 
@@ -143,9 +139,7 @@ def _with_later(stages: Sequence[Sequence[Unit]]) -> Iterator[tuple[Unit, float]
 def _gathered(
     units: Sequence[Unit], full: Sequence[float], s: Storage, at: int, next_to: int, forward: bool
 ) -> float:
-    """Bytes of gathered parameters while unit `at` works and `next_to` is being gathered; all up to there
-    where none are freed.
-    """
+    """Bytes that are gathered while unit `at` works and `next_to` comes; all so far where none are freed."""
     if not s.sharding.reshard_after_forward:
         return sum(full[: next_to + 1]) if forward and not s.whole_gradients else sum(full)
     return sum(f for j, (u, f) in enumerate(zip(units, full, strict=True)) if u.stays or j in (at, next_to))
@@ -193,9 +187,7 @@ def in_flight(schedule: str, rank: int, ranks: int, microbatches: int) -> list[t
 
 
 def _interleaved(rank: int, ranks: int, microbatches: int, factor: int) -> list[tuple[int, ...]]:
-    """Rounds of as many microbatches as ranks pass through the first stage, then the second; backward the
-    other way round.
-    """
+    """Rounds of as many microbatches as ranks pass the first stage, then the second; backward vice versa."""
     size = microbatches // max(1, microbatches // ranks)
     rounds = [(stage, begin) for begin in range(0, microbatches, size) for stage in (0, 1)]
     forwards = [stage for stage, _ in rounds for _ in range(size)]
@@ -212,9 +204,7 @@ def _interleaved(rank: int, ranks: int, microbatches: int, factor: int) -> list[
 
 
 def factorisations(world_size: int, most: Degrees) -> Iterator[Degrees]:
-    """Every mesh of `world_size` ranks with at most `most` in each dimension; FSDP takes what the others
-    leave.
-    """
+    """Every mesh of `world_size` ranks, with at most `most` in each dimension; FSDP takes the rest."""
     for tp in _divisors(world_size, most.tp):
         for pp in _divisors(world_size // tp, most.pp):
             for cp in _divisors(world_size // (tp * pp), most.cp):

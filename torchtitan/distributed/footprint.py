@@ -1,5 +1,4 @@
-"""What units of a model keep, need and send in a forward and backward, watched while it runs on the meta
-device.
+"""What units of a model keep, need and send in forward and backward, watched on the meta device.
 
 Storages are counted as they come and go, whatever a unit computes: what activation checkpointing drops and
 computes again, what a layout gathers, and what an operator keeps for its backward are all seen. What one of

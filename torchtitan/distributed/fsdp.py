@@ -1,5 +1,4 @@
-"""Fully sharded data parallel (FSDP2): parameters, gradients and optimizer state divided over ranks, gathered
-when needed.
+"""FSDP2: parameters, gradients and optimizer state divided over ranks, gathered when needed.
 
 Unusual here: the loss is already divided by the tokens of the whole global step, so gradients are summed over
 ranks, never averaged; a mean would be wrong wherever two towers are sharded over meshes of different sizes.
@@ -59,9 +58,7 @@ class Sharding:
 def shard(
     modules: nn.Module | Sequence[nn.Module], mesh: DeviceMesh, sharding: Sharding, last: bool = False
 ) -> None:
-    """Make one group of `modules`' parameters that no inner group holds: they are gathered and freed
-    together.
-    """
+    """One group of `modules`' parameters that no inner group holds: gathered and freed together."""
     # Inputs are not cast: rotary angles stay float32, and pixels are cast by the encoder itself.
     precision = MixedPrecisionPolicy(sharding.param_dtype, sharding.reduce_dtype, cast_forward_inputs=False)
     offload = CPUOffloadPolicy(pin_memory=sharding.pin_memory) if sharding.offload else OffloadPolicy()

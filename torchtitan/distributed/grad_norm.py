@@ -53,9 +53,7 @@ def global_norm(parameters: Iterable[nn.Parameter], mesh: Mesh) -> Tensor:
 
 @torch.no_grad()
 def clip(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: float) -> None:
-    """Scale all gradients so that their global norm is at most `max_norm`, without asking the device what it
-    is.
-    """
+    """Scale gradients to a global norm of at most `max_norm`, without asking the device what it is."""
     grads = [own_part(parameter.grad) for parameter in parameters if parameter.grad is not None]
     if not grads:
         return

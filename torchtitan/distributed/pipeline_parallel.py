@@ -82,9 +82,7 @@ class Pipeline:
         return (loss[:1] * self._scale).sum()
 
     def __call__(self, tensors: Tensors, scale: float | Tensor, last: bool) -> Tensor:
-        """Gradients are reduced over ranks at the end of every batch, not of the last alone: the schedules do
-        it by themselves.
-        """
+        """Gradients are reduced at the end of every batch, not of the last alone: by the schedules."""
         self._check(tensors)
         self._scale, self._sums = scale, []
         named = dict(tensors)
@@ -144,9 +142,7 @@ class Pipeline:
         return h
 
     def _peer(self, stage: int) -> int | None:
-        """The global rank that holds a neighbouring stage; None if it is this one, or there is no such
-        stage.
-        """
+        """The global rank that holds a neighbouring stage; None: this one, or there is no such stage."""
         if not 0 <= stage < len(self._owners) or stage in self._numbers:
             return None
         return dist.get_global_rank(self._group, self._owners[stage])
@@ -161,9 +157,7 @@ class Pipeline:
 
     @torch.no_grad()
     def _sum_tied(self) -> None:
-        """Add up what the first and the last stage found for the weight that both hold, if there is one and
-        it trains.
-        """
+        """Add up what the first and last stage found for the weight of both, where one is and trains."""
         ends = [
             part
             for part, here in ((0, self._has_first), (-1, self._has_last))

@@ -71,9 +71,7 @@ def _enable_flight_recorder(entries: int, folder: Path) -> None:
 
 
 def write_flight_record(comm: Comm, dump_folder: Path) -> None:
-    """The collectives of this rank up to now, as nccl would have written them: gloo raises on a timeout and
-    leaves it to us.
-    """
+    """Write the collectives of this rank so far, as nccl does on a timeout; gloo leaves it to us."""
     if comm.trace_buf_size > 0 and dist.get_backend() == "gloo":
         folder = dump_folder / TRACES
         folder.mkdir(parents=True, exist_ok=True)

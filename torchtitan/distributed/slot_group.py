@@ -1,5 +1,4 @@
-"""The ranks that hold the same slots: a pipeline-, context- and tensor-parallel group. One of them, the
-leader, reads for all.
+"""The ranks with the same slots, a pipeline-, context- and tensor-parallel group, whose leader reads.
 
 What it hands out goes through gloo, from host memory to host memory, and in the order of the trainer's own
 thread, so that no transfer is under way when a rank stops.

@@ -1,5 +1,4 @@
-"""Tensor parallel in PyTorch's styles, and the one style that PyTorch has not: an output layer that computes
-the loss.
+"""Tensor parallel in PyTorch's styles, and one that it has not: an output layer with the loss.
 
 Weights become DTensors, split by columns (what a layer makes) or rows (what it reads). Between blocks the
 sequence is split (sequence parallel; Korthikanti et al., 2022): a block gathers it, and scatters the sum of
@@ -52,9 +51,7 @@ def _take_adapter(module: nn.Module) -> nn.Module | None:
 
 
 def _lay_out(adapter: nn.Module, style: ParallelStyle, mesh: DeviceMesh) -> None:
-    """Divide an adapter as layers/lora.py says: B like the outputs that a rank makes, or A like its
-    inputs.
-    """
+    """Divide an adapter (layers/lora.py): B like the outputs that a rank makes, or A like its inputs."""
     by_columns = isinstance(style, ColwiseParallel)
     placements = {"A": Replicate() if by_columns else Shard(1), "B": Shard(0) if by_columns else Replicate()}
     for name, placement in placements.items():
@@ -83,8 +80,7 @@ def head_norm() -> ParallelStyle:
 
 
 def gathered(arguments: int, split: bool = True) -> ParallelStyle:
-    """The first of `arguments` becomes whole on every rank, from parts of the sequence or, where not `split`,
-    from equal copies.
+    """The first of `arguments` becomes whole on every rank, from parts of the sequence or equal copies.
 
     Backward adds what the layers that read it found, once for all of them.
     """
@@ -102,9 +98,7 @@ def columns(to_local: bool = True) -> ParallelStyle:
 
 
 def rows(split: bool = True) -> ParallelStyle:
-    """Input features are divided over ranks. Their sum comes out split along the sequence, or whole on
-    each.
-    """
+    """Input features are divided over ranks. Their sum comes out split along the sequence, or whole."""
     return RowwiseParallel(output_layouts=Shard(1) if split else Replicate())
 
 
@@ -117,8 +111,7 @@ def overlap_with_products(mesh: DeviceMesh) -> None:
 
 
 class VocabularyParallel(ParallelStyle):
-    """For layers/LMHead: each rank holds some rows of the weight, and gathers the sequence to score all
-    tokens against them.
+    """For LMHead: each rank holds rows of the weight, and scores all tokens of the sequence with them.
 
     The head itself crosses the group with three numbers a token (layers/cross_entropy.py), never with logits.
     """
@@ -141,9 +134,7 @@ class VocabularyParallel(ParallelStyle):
 
 
 def _imagine(module: nn.Module, style: ParallelStyle, group: ImaginedGroup) -> None:
-    """What `style` leaves of a plain module on one rank, and what crosses the group before and after it,
-    without DTensors.
-    """
+    """What `style` leaves of a plain module on one rank, and what crosses the group; no DTensors."""
     if isinstance(style, VocabularyParallel):
         _keep_part(module, 0, group)
         module.register_forward_pre_hook(lambda module, inputs: (gather(inputs[0], 1, group), *inputs[1:]))

@@ -179,9 +179,7 @@ class Engine:
         return row, held[row]
 
     def _read(self, row: int, start: int, prompt: Prompt | None, width: int, rich: bool) -> Tensor:
-        """Logits [1, V] after a prompt that goes on at token `start` of a sequence; None: this rank has none
-        and only runs along.
-        """
+        """Logits [1, V] after a prompt from token `start` of a sequence; None: this rank only runs along."""
         ids = list(prompt.ids) if prompt else []
         if prompt:
             self.cache.crop(row, start)

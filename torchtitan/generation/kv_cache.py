@@ -20,9 +20,7 @@ from torchtitan.layers.attention import InnerAttention
 
 
 class KVCache:
-    """How many tokens each sequence holds. `attach` it to the layers of a decoder, `append` before each
-    forward.
-    """
+    """How many tokens each sequence holds. `attach` it to a decoder, `append` before each forward."""
 
     def __init__(self, sequences: int, places: int, device: torch.device):
         """`places`: tokens that a sequence may have; one place more takes what pads a call."""

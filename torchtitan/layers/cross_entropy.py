@@ -1,5 +1,4 @@
-"""Cross-entropy that never holds all logits: T tokens at a time chunks of them, gradients made in the same
-pass.
+"""Cross-entropy that never holds all logits: a chunk of tokens at a time, gradients in the same pass.
 
 At a vocabulary of 128k the logits of one slot of 8192 tokens are 4 GB in float32, and autograd would keep
 them twice. Here a chunk's logits give its loss and its gradients at once and are gone. With a vocabulary
@@ -47,9 +46,7 @@ def _fuse_of(x: Tensor) -> Fuse | None:
 
 
 class _Chunk:
-    """Log-sum-exp and label logit of a chunk over the whole vocabulary; `ranked`: the most likely token
-    too.
-    """
+    """Log-sum-exp and label logit of a chunk, of all columns; `ranked`: the most likely token too."""
 
     def __init__(
         self,
@@ -93,9 +90,7 @@ class _Chunk:
         return x
 
     def _first_highest(self, first: int) -> Tensor:
-        """Which token has the highest logit; the first of several, as argmax chooses, and the same on all
-        ranks.
-        """
+        """The token with the highest logit, the first of several as in argmax, alike on all ranks."""
         own_T, column_T = self.logits_TV.max(-1)
         nobody = torch.iinfo(column_T.dtype).max
         return self._reduce((column_T + first).where(own_T == self.highest_T, nobody), dist.ReduceOp.MIN)

@@ -52,9 +52,7 @@ def _blocks(mask: Mask) -> tuple[Tensor, Tensor]:
 
 
 def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """bool [..., K] -> how many are set, and the indices of those first: the two tensors that a BlockMask is
-    made of.
-    """
+    """bool [..., K] -> how many are set, and their indices first: what a BlockMask is made of."""
     count = blocks.sum(-1, dtype=torch.int32)
     return count, torch.argsort(blocks.int(), dim=-1, descending=True, stable=True).int()
 

@@ -38,9 +38,7 @@ def initialise(
     prefix: str = "",
     without: Collection[str] = (),
 ) -> None:
-    """Fill every parameter except those in `without` as `rule` says for its name (tied parameters once, under
-    the first name).
-    """
+    """Fill all parameters but `without` by the `rule` for their names; tied ones once, under the first."""
     for name, parameter in model.named_parameters():
         name = prefix + plain_name(name)
         if name in without:

@@ -213,9 +213,7 @@ segment_attention.register_autograd(_backward, setup_context=_setup_context)
 def _flops(
     q: Tensor, k: Tensor, q_seg: Tensor, k_seg: Tensor, q_row: Tensor, k_row: Tensor, causal: bool
 ) -> int:
-    """Two products of E multiply-adds for each allowed pair and head; a causal call is counted whole, as
-    PyTorch does.
-    """
+    """Two products of E multiply-adds an allowed pair and head; a causal call counts whole, as in PyTorch."""
     pairs = sum(
         call.queries.numel() * call.keys.shape[1] for call in _plan(q_seg, k_seg, q_row, k_row, causal)
     )

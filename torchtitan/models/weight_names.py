@@ -35,9 +35,7 @@ class Transform(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Part `number` of `of` equal parts of a tensor's rows, or where `first` is given those from there to
-    `last`.
-    """
+    """Part `number` of `of` equal parts of a tensor's rows, or the rows from `first` to `last`."""
 
     number: int = 0
     of: int = 1

@@ -38,8 +38,7 @@ class Member:
 def members(
     assignments: Sequence[Assignment], out: Path, parse: Callable[[list[str]], JobConfig], only: int = -1
 ) -> list[Member]:
-    """The runs of all assignments, or the one of index `only`. `parse`: options as on a command line -> the
-    job.
+    """The runs of all assignments, or that of index `only`. `parse`: command-line options -> the job.
 
     Raises ConfigError, with which run it is.
     """

@@ -105,9 +105,7 @@ def fitting_columns(labels: Collection[str], width: float) -> int:
 
 
 def set_y_axis(panel: Any, key: str) -> None:
-    """Make the axis logarithmic where losses span much, so that one diverged run does not flatten the
-    others.
-    """
+    """Make the axis logarithmic where losses span much: a diverged run shall not flatten the others."""
     panel.grid(alpha=0.3)
     drawn = np.concatenate([np.asarray(line.get_ydata(), float) for line in panel.lines] or [np.empty(0)])
     drawn = drawn[np.isfinite(drawn)]

@@ -50,9 +50,7 @@ class Results:
 
 
 def read_results(found: Sequence[Member], axes: list[Axis], metric: str = "") -> Results:
-    """The results of all runs. Raises ConfigError where none has the figure `metric`, though some have
-    others.
-    """
+    """The results of all runs. Raises ConfigError where some have figures, but none has `metric`."""
     runs = [Result(member, status_of(member), read_run(member.folder)) for member in found]
     known = list(dict.fromkeys(key for run in runs for key in run.record.keys))
     there = not metric or not known or metric in known

@@ -88,9 +88,7 @@ class Sweeper:
                 self._forward(number)
 
     def _forward(self, number: int, frame: FrameType | None = None) -> None:
-        """Pass a signal on: the first asks to save and stop, the second interrupts, the third ends runs at
-        once.
-        """
+        """Pass a signal on: the first asks to save and stop, the second interrupts, the third kills."""
         self.signals.append(number)
         for one in self.running:
             if one.process.poll() is None:

@@ -51,9 +51,7 @@ class Space:
 
     @property
     def axes(self) -> list[Axis]:
-        """The axes, each crossed with the others except draws, which go together; in the order of an
-        assignment.
-        """
+        """The axes, each crossed with the others but for draws; in the order of an assignment."""
         alone = [(key,) for key in (*self.random, *([SEED] if self.seeds else []))]
         return [*((key,) for key in self.grid), *map(tuple, self.zipped), *alone]
 

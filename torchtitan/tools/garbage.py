@@ -1,6 +1,4 @@
-"""Garbage collection when we say so: left alone, Python pauses each rank at another moment and the others
-wait for it.
-"""
+"""Garbage collection when we say so: else each rank pauses at another moment, and all wait for it."""
 
 import gc
 

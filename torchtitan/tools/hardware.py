@@ -82,9 +82,7 @@ def host_memory_gib() -> float:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """GiB: on GPU the most that was reserved since the last call, on CPU the most that the process ever
-    held.
-    """
+    """GiB: on GPU the most reserved since the last call, on CPU the most that the process ever held."""
     if device.type == "cuda":
         reserved = torch.cuda.max_memory_reserved(device)
         torch.cuda.reset_peak_memory_stats(device)

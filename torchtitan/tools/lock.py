@@ -10,9 +10,7 @@ from torchtitan.config.errors import UserError
 
 
 def take_lock(path: Path) -> int | None:
-    """A file descriptor that holds the lock of this file, made if it is not there. None where somebody else
-    has it.
-    """
+    """A descriptor that holds the lock of this file, which is made; None where somebody else has it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     held = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:

@@ -25,9 +25,7 @@ class _Line(logging.Formatter):
 
 
 def log_ranks(world_size: int) -> set[int]:
-    """Ranks that print: LOG_RANK, a number or several with commas between; rank 0 where it names none of this
-    run.
-    """
+    """Ranks that print: LOG_RANK, numbers with commas between; rank 0 where it names none of this run."""
     named = {int(rank) for rank in os.environ.get("LOG_RANK", "0").split(",") if rank.strip().isdigit()}
     return {rank for rank in named if rank < world_size} or {0}
 

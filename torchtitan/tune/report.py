@@ -41,9 +41,7 @@ class Report:
 
     @property
     def best(self) -> Row | None:
-        """The row with the most useful work a second; the job itself where none is faster by more than
-        noise.
-        """
+        """The row with the most useful work a second; the job itself where none gains more than noise."""
         there = [row for row in self.rows if row.trial.work]
         if not there:
             return None

@@ -63,9 +63,7 @@ class Trial:
         return Trial("measured", "", self.work + run.work, figures, self.seconds + run.seconds)
 
     def is_faster(self, than: "Trial") -> bool:
-        """Whether it is faster by more than steps differ: its lower quartile is above the other's upper
-        one.
-        """
+        """Whether it is faster by more than steps differ: its lower quartile above the other's upper."""
         return self.middle[0] > than.middle[1]
 
 
@@ -86,9 +84,7 @@ def short_run(job: JobConfig, records: int, log_freq: int) -> JobConfig:
 
 
 def read_trial(member: Member) -> Trial | None:
-    """The result in the folder of a run; None where it has not ended by itself, or failed so that it may be
-    tried again.
-    """
+    """The result in the folder of a run; None: it was cut, or failed so that it may be tried again."""
     status = status_of(member)
     if status.state == "finished":
         return measured(read_run(member.folder), status.seconds)

@@ -56,9 +56,7 @@ class Estimate:
 
 
 class Shares:
-    """The whole model of a job, and those shares of a rank that were asked for. Estimates of one model use
-    the same.
-    """
+    """The whole model of a job, and the shares of a rank that were asked for; for estimates of one model."""
 
     def __init__(self, job: VLMJobConfig, vocab_size: int, on_gpu: bool):
         self.config, self._vocab_size, self._on_gpu = model_config(job), vocab_size, on_gpu
@@ -79,8 +77,7 @@ class Shares:
 
 
 def estimate(job: VLMJobConfig, sizes: Degrees, vocab_size: int, on_gpu: bool = True) -> Estimate:
-    """The estimate of one layout. Raises ConfigError where it cannot run, but never for the batch, which is
-    made to fit.
+    """The estimate of one layout. Raises ConfigError where it cannot run; its batch is made to fit.
 
     On CPU a norm keeps more, and Muon exchanges float32.
     """
@@ -195,9 +192,7 @@ def with_degrees(job: VLMJobConfig, sizes: Degrees) -> VLMJobConfig:
 
 
 def fit_batch(job: VLMJobConfig, sizes: Degrees) -> tuple[VLMJobConfig, tuple[str, ...]]:
-    """The job with a batch that the layout can train: enough slots for the stages, and a global batch that
-    divides.
-    """
+    """The job with a batch that the layout can train: slots for all stages, a global batch that divides."""
     job, notes = copy.deepcopy(job), []
     job.parallelism.pipeline_parallel_degree = sizes.pp
     local = slots_for_stages(job, sizes.pp) if sizes.pp > 1 else job.training.local_batch_size
@@ -214,9 +209,7 @@ def fit_batch(job: VLMJobConfig, sizes: Degrees) -> tuple[VLMJobConfig, tuple[st
 
 
 def slots_for_stages(job: VLMJobConfig, pp: int) -> int:
-    """At least those of the job: whole microbatches, one for each stage, and as many as an interleaved
-    schedule can deal.
-    """
+    """At least the job's: whole microbatches, one a stage, and as many as an interleaved schedule deals."""
     size = job.parallelism.pipeline_parallel_microbatch_size
     count = max(-(-job.training.local_batch_size // size), pp)
     if job.parallelism.pipeline_parallel_schedule.startswith("Interleaved") and count % (count // pp):

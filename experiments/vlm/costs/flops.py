@@ -32,9 +32,7 @@ def image_pairs(grid_thw_NL3: Tensor) -> int:
 
 
 def flops_of_work(model: VLM) -> Callable[[Work], int]:
-    """Work -> FLOPs. `model` may be on the meta device, and must be whole; its parameters say what is
-    frozen.
-    """
+    """Work -> FLOPs. `model`: whole, on any device; its parameters say what is frozen."""
     assert model.encoder is not None and model.projector is not None
     products, passes, decoder = product_flops(model), attention_passes(model), model.config.decoder
     encoder, running = model.config.encoder, [f"encoder.{name}" for name in model.encoder.running()]

@@ -208,9 +208,7 @@ def search(
 
 
 def first_lengths(asked: int, data: Data) -> list[int]:
-    """The lengths to try first: around what the patches per token ask for, and beyond what large images
-    bind.
-    """
+    """The lengths to try first: around what the patches per token ask for, and beyond, for large images."""
     images = [count * data.largest for count in IMAGES if count * data.largest > asked * min(FACTORS)]
     return list(dict.fromkeys(map(data.length, [*(asked * factor for factor in FACTORS), *images])))
 

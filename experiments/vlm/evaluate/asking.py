@@ -42,9 +42,7 @@ class QuestionSet(Protocol):
 
 
 class Asking:
-    """One task over records. Raises UserError that names the record; Unasked where only that record is
-    lost.
-    """
+    """One task over records. Raises UserError that names the record; Unasked where it alone is lost."""
 
     def __init__(self, task: Task, records: QuestionSet, prompter: Prompter):
         self.task = task
@@ -52,9 +50,7 @@ class Asking:
         self.prompter = prompter
 
     def prompts(self, number: int) -> list[Prompt]:
-        """All that a record makes the model read: the question, and then that with each choice behind it; or
-        the document.
-        """
+        """All that the model reads of a record: the question, and it with each choice; or the document."""
         question = self.question(number)
         with self._asking(question):
             if self.task.way == "read":

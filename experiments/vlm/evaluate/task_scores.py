@@ -63,9 +63,7 @@ def _choices(questions: list[Question], lines: list[Line]) -> dict[str, Score]:
 
 
 def _documents(lines: list[Line]) -> dict[str, Score]:
-    """Perplexity, e to the mean negative log-probability: over all tokens, and over those of each
-    document.
-    """
+    """Perplexity, e to the mean negative log-probability: of all tokens, and of each document's."""
     asked = ["error" not in line for line in lines]
     counts = np.array([(line["logprob"], line["tokens"]) for line in lines])
     found = counted_score(counts[asked], _perplexity)

@@ -82,9 +82,7 @@ class AnswerFile:
 
 
 def answer_file(answering: Answering, path: Path, out: AnswerFile, images: ImageValues, ask: Ask) -> None:
-    """Answer every record of a JSONL file that has no answer yet. A record that cannot be asked gets a line
-    with its error.
-    """
+    """Answer every record of a JSONL file without an answer yet; one that cannot be asked gets its error."""
     records = read_records(path)
     asked = [record for record in records if out.left(record[1])]
     logger.info(f"{path}: {len(records)} records, {len(records) - len(asked)} of them answered before")

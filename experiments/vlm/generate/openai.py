@@ -70,9 +70,7 @@ class Completion:
 
 
 def parse(body: bytes, max_tokens: int) -> Completion:
-    """`max_tokens`: the most, and what holds where the request says none. Raises UserError that names the
-    field.
-    """
+    """`max_tokens`: the most, and the default. Raises UserError that names the field."""
     try:
         fields = json.loads(body, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:

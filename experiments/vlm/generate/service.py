@@ -1,6 +1,4 @@
-"""One engine for many requests at any time: a thread runs it, and each caller gets the pieces of its
-answer.
-"""
+"""One engine for many requests: a thread runs it, and each caller gets the pieces of its answer."""
 
 import queue
 import threading

@@ -99,8 +99,7 @@ def axial_angles(grid_thw_NL3: Tensor, ids_NL: Tensor, head_dim: int, theta: flo
 
 
 def fill_with_waves(table_QD: Tensor) -> None:
-    """Sine and cosine of the row, sine and cosine of the column (MAE, He et al., 2022), in waves of 4 down to
-    1/4 table sides.
+    """Sines and cosines of row and column (MAE, He et al., 2022), in waves of 4 down to 1/4 table sides.
 
     Slow waves pass the averaging of `interpolate_positions` whatever the image's size.
     """

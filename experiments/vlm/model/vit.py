@@ -132,9 +132,7 @@ class VisionEncoder(nn.Module):
         return ["embedding", *layers, *(["norm"] if self.config.feature_norm else [])]
 
     def role(self, number: str) -> str:
-        """What distinguishes a layer from others of its sizes: it does not run, or its result is one of
-        several features.
-        """
+        """How a layer differs from others of its sizes: it does not run, or gives one of several features."""
         done = int(number) + 1
         if done > self.depth:
             return "behind"

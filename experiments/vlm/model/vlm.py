@@ -1,5 +1,4 @@
-"""A native-resolution vision-language model: encoder -> projector -> placed among the token embeddings ->
-decoder.
+"""A native-resolution vision-language model: encoder -> projector -> placed among embeddings -> decoder.
 
 In: the tensors of a batch (experiments/vlm/batch.py). Out: their summed loss.
 
@@ -26,8 +25,7 @@ from torchtitan.models.decoder import model as decoder
 
 
 class Projector(nn.Module):
-    """m * m neighbouring patches become one visual token (pixel unshuffle), then linear maps with an
-    activation between.
+    """m * m neighbouring patches become a visual token (pixel unshuffle), then linear maps and activations.
 
     The loader puts the patches of a visual token next to each other, so merging is a view.
     """
@@ -61,9 +59,7 @@ class Projector(nn.Module):
 
 
 def visual_table(visual_NVD: Tensor, slots: int, newline: bool) -> Tensor:
-    """From the projector's vectors of each patch row to those of each slot: its rows one after the other, and
-    a newline behind them.
-    """
+    """Vectors of each patch row to those of each slot: its rows one after the other, then a newline."""
     rows_BNVD = rearrange(visual_NVD, "(B n) v D -> B n v D", B=slots)
     if not newline:
         return rows_BNVD.flatten(1, 2)
@@ -77,8 +73,7 @@ def place_visual_tokens(
     taps_BSK: Tensor | None = None,
     weights_BSK: Tensor | None = None,
 ) -> Tensor:
-    """Visual token `visual_index` of the slot where it is >= 0, the text embedding elsewhere. With taps the
-    weighted sum of these.
+    """Visual token `visual_index` of the slot, with taps their weighted sum; where it is < 0, the text.
 
     Fixed shape, no synchronisation.
     """

@@ -1,5 +1,4 @@
-"""The part of a batch that a rank of a context- and tensor-parallel group keeps. On the host, right
-after the loader.
+"""The part of a batch that a rank of a context- and tensor-parallel group keeps, cut on the host.
 
 S of the batch's tensors     cp: this rank's rows of each slot; what places visual tokens also tp, between
                              blocks

@@ -25,8 +25,7 @@ def split_layers(model: VLM, job: VLMJobConfig, sizes: Degrees) -> Split:
 
 
 def stage_costs(model: VLM, job: VLMJobConfig, sizes: Degrees) -> tuple[list[float], float, float]:
-    """FLOPs of a rank for one microbatch: of each decoder layer, of what comes before the layers, of the
-    output layer.
+    """FLOPs of a rank for a microbatch: of each decoder layer, of all before them, of the output layer.
 
     Those of every matrix (torchtitan/components/flops.py), and those that checkpointing computes again.
     Attention is left out: what documents and images look like is not known here, and it is small next to the

@@ -42,9 +42,7 @@ def thumbnail(image: ImageView, height: int = 40) -> Image.Image:
 
 
 def patch_strip(slot: SlotView, row: int) -> Image.Image:
-    """A row of patches, in lines: the mean colour of each, the patches of an image underlined in its
-    colour.
-    """
+    """A row of patches, in lines: the mean colour of each, underlined in the colour of its image."""
     colours = slot.patch_rows[row]
     lines = math.ceil(len(colours) / STRIP_COLUMNS)
     height = STRIP_PATCH + 3

@@ -1,6 +1,4 @@
-"""What was delivered, for programs: a JSON line for each sample, and one for each slot with a hash of its
-tensors.
-"""
+"""What was delivered, for programs: a JSON line a sample, and one a slot with a hash of its tensors."""
 
 import hashlib
 import json

@@ -27,9 +27,7 @@ def planned_rows(job: VLMJobConfig) -> int:
 
 
 def rows_before_image(job: VLMJobConfig) -> int | None:
-    """How many rows of a table stand before that of an image, where none behind it is read for anything else;
-    None: some are.
-    """
+    """Rows of a table before that of an image, where none behind it is read for anything else; else None."""
     tokenizer, template = load_tokenizer(job.model.tokenizer_path), load_chat_template(template_of(job))
     read = [tokenizer.backend.rows - 1, tokenizer.bos_id or 0, *ends_of(tokenizer, template)]
     return tokenizer.image_id if max(read) < tokenizer.image_id else None

@@ -1,5 +1,4 @@
-"""Megatron's files of CLIP, a projector and Mistral (examples/multimodal) as tensors of a Hugging Face
-folder.
+"""Megatron's CLIP, projector and Mistral (examples/multimodal) as tensors of a Hugging Face folder.
 
     iter_0000001/mp_rank_00/model_optim_rng.pt      {"model": state dict}, one for each of the t ranks of TP
 
@@ -63,9 +62,7 @@ def _both(theirs: str, ours: str) -> list[Row]:
 
 
 def _layer(head: int, shared: int, attention_norm: str, mlp_norm: str) -> list[Row]:
-    """What layers of both towers have. Norms are modules of their own, or, by Transformer Engine, inside the
-    map that follows them.
-    """
+    """What layers of both towers have. Norms are modules, or, by Transformer Engine, in the map behind."""
     qkv, fc1 = "self_attention.linear_qkv.", "mlp.linear_fc1."
     rows = [
         Row(qkv + kind, f"self_attn.{name}_proj.{kind}", transform, Part(number, 3, first=0))

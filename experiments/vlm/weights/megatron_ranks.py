@@ -32,9 +32,7 @@ class MegatronRanks:
     """The state dicts of all ranks, and their tensors as they are with one."""
 
     def __init__(self, folder: Path):
-        """Opens the last step of a folder of several. Raises ConfigError where files are missing, damaged, or
-        of different models.
-        """
+        """Opens the last step. Raises ConfigError where files are missing, damaged or of two models."""
         steps = sorted(path for path in folder.glob("iter_*") if path.is_dir())
         folder = steps[-1] if steps else folder
         places = sorted(path.parent.name for path in folder.glob(f"mp_rank_*/{FILE}"))

@@ -8,9 +8,7 @@ from experiments.vlm.world.shards import write_shard
 
 
 def main(name: str, seed: str, folder: str, *shards: str) -> None:
-    """Draw shards (their numbers) of a world's split into the folder, until the process that asked has
-    ended.
-    """
+    """Draw shards of a world's split into the folder, until the process that asked has ended."""
     parent = os.getppid()
     for shard in shards:
         if os.getppid() != parent:

@@ -1,5 +1,4 @@
-"""Sizes of published decoders, as rows. Imports no torch, so that a configuration is checked before anything
-heavy loads.
+"""Sizes of published decoders, as rows. Imports no torch, so that jobs are checked before it loads.
 
 Sources: each model's config.json on the Hugging Face hub. A choice of a run (attention backend, dtype,
 compile) is an option of the job, never a row here.

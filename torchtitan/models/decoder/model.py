@@ -118,8 +118,7 @@ class LMHead(nn.Linear):
 
 
 class Decoder(nn.Module):
-    """Embedding, layers, norm and output layer. A pipeline stage holds some of them; what it lacks is None
-    and is passed through.
+    """Embedding, layers, norm and output layer. What a pipeline stage lacks is None, and passed through.
 
     Layers are numbered in a dictionary so that a stage's weights keep the names they have in the whole model.
     """

@@ -22,8 +22,7 @@ from torchtitan.tools.disk import free
 def write_checkpoint(
     source: FolderSource, fresh: Mapping[str, Tensor], model: Mapping[str, Any], folder: Path
 ) -> None:
-    """Write a checkpoint into `folder`, which is there and empty. `fresh`: weights that no folder has;
-    `model`: its sizes.
+    """Write a checkpoint into `folder`. `fresh`: weights that no folder has; `model`: its sizes.
 
     What is stored as it lies in a file is mapped rather than read, so memory holds one tensor at a time.
     Raises CheckpointError where the disk does not take it.

@@ -1,5 +1,4 @@
-"""Short answers against those of people: exact, by edit distance of characters or words, within 5 %, or as
-VQA counts votes.
+"""Short answers against those of people: exact, by edit distance, within 5 %, or as VQA counts votes.
 
 All give percent, the best over the references of a sample, and take text as it was generated.
 """

@@ -87,9 +87,7 @@ def _read_object(path: Path) -> ConfigFile | None:
 
 
 def as_processed(encoder: EncoderConfig, folder: Path) -> EncoderConfig:
-    """The tower with colours and kernel as the folder's image processor has them. Raises ConfigError for what
-    we have not.
-    """
+    """The tower with the colours and kernel of the folder's image processor. Raises ConfigError."""
     file = read_image_processor(folder)
     if file is None:
         return encoder

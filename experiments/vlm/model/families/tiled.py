@@ -1,6 +1,4 @@
-"""What the LLaVAs whose images are cut into tiles have in common, in words of their files. Imports no
-torch.
-"""
+"""What the LLaVAs whose images are cut into tiles have in common, in their words. Imports no torch."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -56,9 +56,7 @@ def _columns_to_kernel(rows: "Tensor", patch_size: int) -> "Tensor":
 
 
 def widths(file: ConfigFile, dim: int, layers: int, heads: int, mlp_dim: int) -> tuple[int, int, int, int]:
-    """Width, layers, heads and width of the MLP, by the keys that all families share; given are the defaults
-    of the class.
-    """
+    """Width, layers, heads and MLP width, by the keys that families share; given: defaults of the class."""
     file.refuse_all_but("num_channels", 3)
     dim, heads = file.size("hidden_size", dim), file.size("num_attention_heads", heads)
     require(dim % heads == 0, f"{file.where}: {heads} heads do not divide hidden_size = {dim}")
