@@ -154,18 +154,14 @@ class ChatTemplate:
         spans = []
         for number, message in enumerate(messages):
             if message["role"] == "assistant":
-                probing = [
-                    *messages[:number],
-                    {**message, "content": self._plain(PROBE)},
-                    *messages[number + 1 :],
-                ]
+                probe = {**message, "content": self._plain(PROBE)}
+                probing = [*messages[:number], probe, *messages[number + 1 :]]
                 start, end = _difference(rendered, self._render(probing))
                 following = re.compile(f" ?(?:{self._control.pattern})").match(rendered, end)
                 spans.append((start, following.end() if following else end))
         for start, end in reversed(spans):
-            rendered = (
-                f"{rendered[:start]}{GENERATION_START}{rendered[start:end]}{GENERATION_END}{rendered[end:]}"
-            )
+            answer = f"{GENERATION_START}{rendered[start:end]}{GENERATION_END}"
+            rendered = f"{rendered[:start]}{answer}{rendered[end:]}"
         return rendered
 
     def _shows(self, content: Any) -> bool:

@@ -4,7 +4,8 @@ blanked    every image is mid-grey, at its own size
 shuffled   a sample gets the images of another sample of its shard, at their own sizes
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -32,23 +33,23 @@ def grey(height: int, width: int) -> np.ndarray:
 
 def blanked(document: Document, shard: Shard, record: int) -> Document:
     """The document with every image painted mid-grey."""
-    parts = [
-        replace(part, locator=Painted(grey)) if isinstance(part, Image) else part for part in document.parts
-    ]
-    return replace(document, parts=parts)
+    return _with_images(document, (replace(image, locator=Painted(grey)) for image in _images(document)))
 
 
 def shuffled(document: Document, shard: Shard, record: int) -> Document:
     """Its images are, in turn, those of a record half a shard away, or of the next one that has any."""
-    if not any(isinstance(part, Image) for part in document.parts):
+    if not _images(document):
         return document
     images = _images_of_another(shard, record)
-    if not images:
-        return blanked(document, shard, record)
-    dealt = iter(range(len(document.parts)))
-    parts = [
-        images[next(dealt) % len(images)] if isinstance(part, Image) else part for part in document.parts
-    ]
+    return _with_images(document, itertools.cycle(images)) if images else blanked(document, shard, record)
+
+
+def _images(document: Document) -> list[Image]:
+    return [part for part in document.parts if isinstance(part, Image)]
+
+
+def _with_images(document: Document, images: Iterator[Image]) -> Document:
+    parts = [next(images) if isinstance(part, Image) else part for part in document.parts]
     return replace(document, parts=parts)
 
 
@@ -62,8 +63,7 @@ def _images_of_another(shard: Shard, record: int) -> list[Image]:
             document, _ = guarded(shard.read, other)
         except Rejected:
             continue
-        images = [part for part in document.parts if isinstance(part, Image)]
-        if images:
+        if images := _images(document):
             return images
     return []
 

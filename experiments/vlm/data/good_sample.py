@@ -127,11 +127,9 @@ def complaint(name: str, shards: int, found: list[Reject], hint: str = "") -> st
     mend = f"{hint or 'correct it'}, or take it out of the mixture"
     if not reasons:
         return f"source {name}: no record in its {shards:,} shards; {mend}"
-    tried = (
-        f"the {samples:,} samples that were tried is good"
-        if samples
-        else f"its {shards:,} shards can be read"
-    )
+    tried = f"its {shards:,} shards can be read"
+    if samples:
+        tried = f"the {samples:,} samples that were tried is good"
     counted = ", ".join(f"{reason} {count:,}" for reason, count in reasons)
     example = next(reject for reject in found if reject.reason == reasons[0][0])
     place = f"shard {example.shard}" + (f", sample {example.key}" if example.key else "")

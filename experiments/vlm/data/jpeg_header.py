@@ -49,8 +49,7 @@ def _frame_size(data: bytes, body: int, length: int) -> tuple[int, int] | None:
         return None
     bits, colours = data[body], data[body + 5]
     height, width = data[body + 1] << 8 | data[body + 2], data[body + 3] << 8 | data[body + 4]
-    most = PILImage.MAX_IMAGE_PIXELS
-    usual = bits == 8 and colours in (1, 3) and length == 6 + 3 * colours
-    return (
-        (height, width) if usual and height * width > 0 and (most is None or height * width <= most) else None
-    )
+    pixels, most = height * width, PILImage.MAX_IMAGE_PIXELS
+    is_usual = bits == 8 and colours in (1, 3) and length == 6 + 3 * colours
+    is_allowed = pixels > 0 and (most is None or pixels <= most)
+    return (height, width) if is_usual and is_allowed else None

@@ -135,21 +135,16 @@ class LookAhead(Generic[Payload]):
         self.plans += 1
         if not self.entries:
             return []
-        row = _Row(self.entries, self.splitter, self.by_tokens, self._quota())
+        entries, row = self.entries, _Row(self.entries, self.splitter, self.by_tokens, self._quota())
         row.choose()
         row.fill()
         ends = sorted(row.ends.items())
         placed = place(row.images, self.budget)
         assert placed is not None, "a row was planned that its images do not fit"
         places = iter(placed)
-        taken = [
-            Taken(self.entries[i], end, [next(places) for _ in self.entries[i].images(end)])
-            for i, end in ends
-        ]
-        rests = [
-            replace(self.entries[i], start=end) for i, end in ends if end < self.entries[i].outline.length
-        ]
-        self.entries = [entry for i, entry in enumerate(self.entries) if i not in row.ends] + rests
+        taken = [Taken(entries[i], end, [next(places) for _ in entries[i].images(end)]) for i, end in ends]
+        rests = [replace(entries[i], start=end) for i, end in ends if end < entries[i].outline.length]
+        self.entries = [entry for i, entry in enumerate(entries) if i not in row.ends] + rests
         return taken
 
     def _quota(self) -> np.ndarray:

@@ -55,9 +55,8 @@ class Tally:
     def _add_rejects(
         self, source: str, kind: str, reason: str, count: int, examples: list[dict[str, str]]
     ) -> None:
-        entry = (
-            self.of(source)["rejected"].setdefault(kind, {}).setdefault(reason, {"count": 0, "examples": []})
-        )
+        reasons = self.of(source)["rejected"].setdefault(kind, {})
+        entry = reasons.setdefault(reason, {"count": 0, "examples": []})
         entry["count"] += count
         entry["examples"] = (entry["examples"] + examples)[:EXAMPLES]
 

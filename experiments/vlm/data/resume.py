@@ -17,7 +17,6 @@ from experiments.vlm.data.setup import Setup, order_facts, with_deals
 from experiments.vlm.data.slot_state import SlotState
 from experiments.vlm.data.sources.listing import Continued, go_on, to_text
 from experiments.vlm.data.sources.order import Deal
-from experiments.vlm.data.sources.shard_cache import OpenShard
 from experiments.vlm.data.storage.outages import Retry
 from torchtitan.config.errors import ConfigError
 
@@ -31,16 +30,13 @@ def from_checkpoint(entries: Entries, setup: Setup, slots: range, reads: bool, r
 
     `slots`: of this rank, which looks into their shards if it `reads`.
     """
-    deals, data = setup.settings.deals, setup.data
+    deals, join = setup.settings.deals, setup.data.join_new_shards
     furthest = _furthest({slot: entry["slot"] for slot, entry in entries.items()}, deals, ranks)
-    continued = ranks.from_first(lambda: _listed_then(entries, deals, furthest, data.join_new_shards))
+    continued = ranks.from_first(lambda: _listed_then(entries, deals, furthest, join))
     then = with_deals(setup, continued.then)
     changes = continued.changes + changes_of(entries, slots, order_facts(then))
     looked_at = slots if reads and not changes else range(0)
-    retry = Retry(data.storage_timeout_s)
-    changes += ranks.wait_together(
-        lambda: changed_shards(entries, looked_at, continued.then, then.open_shard, retry)
-    )
+    changes += ranks.wait_together(lambda: changed_shards(entries, looked_at, then))
     of_all = dict.fromkeys(change for of_rank in ranks.from_all(changes) for change in of_rank)
     return replace(continued, changes=list(of_all))
 
@@ -83,25 +79,21 @@ def changes_of(entries: Entries, slots: Iterable[int], facts: dict[str, Any]) ->
     return []
 
 
-def changed_shards(
-    entries: Entries,
-    slots: Iterable[int],
-    deals: Sequence[Deal],
-    open_shard: OpenShard,
-    retry: Retry,
-) -> list[str]:
+def changed_shards(entries: Entries, slots: Iterable[int], setup: Setup) -> list[str]:
     """Shards in hand that hold other records than when the slots read them. One that cannot be opened is not
     among them: its records are rejected when they are read. Raises StorageError where the storage stays away.
     """
+    retry = Retry(setup.data.storage_timeout_s)
 
     def look(item: tuple[tuple[int, int], tuple[int, int]]) -> str:
         (source, number), before = item
-        path = deals[source].shards[number]
+        deal = setup.settings.deals[source]
+        path = deal.shards[number]
         try:
-            now = retry.call(f"shard {path}", lambda: _content(open_shard(source, path)))
+            now = retry.call(f"shard {path}", lambda: _content(setup.open_shard(source, path)))
         except Rejected:
             return ""
-        return "" if now == before else _rewritten(deals[source].name, path, before[0], now[0])
+        return "" if now == before else _rewritten(deal.name, path, before[0], now[0])
 
     held: dict[tuple[int, int], tuple[int, int]] = {}
     for slot in slots:

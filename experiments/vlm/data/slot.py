@@ -171,9 +171,7 @@ class Slot:
         # A source that gave nothing good is asked again: it may have been mended.
         self.mixture.seek(state["mixture"], [reader.ended for reader in self.readers])
         self.records = [self._records(reader) for reader in self.readers]
-        self.look_ahead.entries = [
-            entry for entry in map(self._reread, state["waiting"]) if entry is not None
-        ]
+        self.look_ahead.entries = list(filter(None, map(self._reread, state["waiting"])))
 
     def _records(self, reader: SourceReader) -> Iterator[tuple[Reference, ReadDocument]]:
         return reader.records(self._reject, self.check_source)
@@ -242,7 +240,5 @@ class Slot:
             self.tally.count(name, "truncated")
 
     def _origin(self, reference: Reference, record: ReadDocument) -> Origin:
-        document = record.document
-        return Origin(
-            self.settings.deals[reference.source].name, record.shard, document.key, document.caption
-        )
+        document, source = record.document, self.settings.deals[reference.source].name
+        return Origin(source, record.shard, document.key, document.caption)

@@ -154,9 +154,8 @@ class Splitter:
         self, outline: Outline, start: int, tokens: int, patches: int, in_slot: tuple[int, ...] = ()
     ) -> int:
         first = outline.image_at(start)
-        allowed = (
-            int(np.searchsorted(outline.patches_before, outline.patches_before[first] + patches, "right")) - 1
-        )
+        most = outline.patches_before[first] + patches
+        allowed = int(np.searchsorted(outline.patches_before, most, "right")) - 1
         if self.budget.patch_rows > 1:
             while (
                 allowed > first and place([*in_slot, *outline.of_views(first, allowed)], self.budget) is None

@@ -65,12 +65,8 @@ def write_report(job: PrepareJob) -> None:
         tally = Tally(read_json(job.folder.done(number)))
         shards += bool(tally.of(job.plan.format)["counts"].get("samples"))
         total.add(tally)
-    about = {
-        "format": job.plan.format,
-        "shards": shards,
-        "options": job.plan.options,
-        "inputs": job.plan.inputs,
-    }
+    plan = job.plan
+    about = {"format": plan.format, "shards": shards, "options": plan.options, "inputs": plan.inputs}
     write_json(job.folder.report, {**about, "sources": total.sources})
     for leftover in ("urls", "content", "journal", "images", "inputs"):
         remove(job.folder.state / leftover)

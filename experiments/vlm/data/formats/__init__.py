@@ -82,9 +82,8 @@ def format_of(record: Record) -> str | None:
 def parse_sample(record: Record) -> Draft:
     """A sample of a tar in the WebDataset convention, whatever it is: a caption where nothing else fits."""
     formats = (RECORD_FORMATS[name] for name in ("llava", "messages", "finevision", "mmc4", "obelics"))
-    return next((format for format in formats if format.fits(record)), RECORD_FORMATS["captions"]).parse(
-        record
-    )
+    fitting = next((format for format in formats if format.fits(record)), RECORD_FORMATS["captions"])
+    return fitting.parse(record)
 
 
 RECORD_FORMATS = {

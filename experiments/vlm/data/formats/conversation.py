@@ -52,10 +52,8 @@ def place_images(
     if images and markers > len(images):
         raise Rejected("image_missing", counts)
     lost = [Rejected("image_unplaced", counts, image=image.position) for image in images[markers:]]
-    values = iter(images)
-    return [
-        Turn(role, _split(text, values) if images and role in roles else [text]) for role, text in turns
-    ], lost
+    values, roles = iter(images), roles if images else set()
+    return [Turn(role, _split(text, values) if role in roles else [text]) for role, text in turns], lost
 
 
 def _ask_first(turns: Sequence[tuple[str, str]], count: int) -> list[tuple[str, str]]:

@@ -21,9 +21,8 @@ def parse(record: Mapping[str, Any]) -> Draft:
     conversations = record.get("conversations")
     if not isinstance(conversations, list):
         raise Rejected("wrong_shape", f"conversations is a {type(conversations).__name__}, not a list")
-    turns, rejects = place_images(
-        [_turn(row, number) for number, row in enumerate(conversations)], images_of(record)
-    )
+    said = [_turn(row, number) for number, row in enumerate(conversations)]
+    turns, rejects = place_images(said, images_of(record))
     return make_draft(turns, rejects)
 
 

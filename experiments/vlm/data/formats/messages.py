@@ -36,16 +36,13 @@ def parse(record: Mapping[str, Any]) -> Draft:
         )
         return make_draft(turns, rejects)
     found = _Images(images_of(record))
-    return make_draft(
-        [_turn(message, number, found) for number, message in enumerate(messages)], found.unused()
-    )
+    turns = [_turn(message, number, found) for number, message in enumerate(messages)]
+    return make_draft(turns, found.unused())
 
 
 def _turn(message: dict[str, Any], number: int, images: "_Images") -> Turn:
-    place = "messages", number, "content"
-    return Turn(
-        message["role"], [images.part(item, (*place, index)) for index, item in enumerate(_items(message))]
-    )
+    place, items = ("messages", number, "content"), enumerate(_items(message))
+    return Turn(message["role"], [images.part(item, (*place, index)) for index, item in items])
 
 
 def _items(message: dict[str, Any]) -> list[dict[str, Any]]:

@@ -25,11 +25,9 @@ from experiments.vlm.data.storage.remote import is_file, open_file
 
 def folder_of(record_file: str) -> str:
     """Where the paths of a record file begin."""
-    return (
-        record_file.rpartition("/")[0]
-        if "://" in record_file
-        else os.path.dirname(os.path.abspath(record_file))
-    )
+    if "://" in record_file:
+        return record_file.rpartition("/")[0]
+    return os.path.dirname(os.path.abspath(record_file))
 
 
 class ImageFolder:

@@ -47,12 +47,9 @@ class Header(NamedTuple):
 
     def member(self) -> Member | None:
         """None where it is no part of a sample: a folder, a link, a hidden file, a name without a dot."""
-        match = NAME.match(self.name.removeprefix("./")) if self.kind in REGULAR else None
-        return (
-            Member(match[1], match[2].lower(), self.name.removeprefix("./"), self.offset, self.size)
-            if match
-            else None
-        )
+        name = self.name.removeprefix("./")
+        match = NAME.match(name) if self.kind in REGULAR else None
+        return Member(match[1], match[2].lower(), name, self.offset, self.size) if match else None
 
 
 class Headers:

@@ -6,7 +6,7 @@ takes longer than reading one.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -15,6 +15,8 @@ from experiments.vlm.data.formats.shard import Shard
 from experiments.vlm.data.rejects import Reject, Rejected
 from experiments.vlm.data.sources.order import Deal, Unit
 from experiments.vlm.data.sources.shard_cache import ShardCache
+
+T = TypeVar("T")
 
 
 class Reference(NamedTuple):
@@ -115,16 +117,23 @@ class SourceReader:
 
     def read(self, reference: Reference) -> ReadDocument:
         """Raises Rejected."""
-        unit = self.deal.unit(self.slot, reference.unit)
-        assert unit is not None
-        path = self.deal.shards[unit.shard]
-        return self.cache.use(self.source, path, lambda shard: self._read(shard, path, reference.record))
+        unit = self._unit(reference.unit)
+        document, lost = self._use(unit, lambda shard: self._read(shard, reference.record))
+        return ReadDocument(document, self.deal.shards[unit.shard], lost)
 
-    def _read(self, shard: Shard, path: str, number: int) -> ReadDocument:
+    def _read(self, shard: Shard, number: int) -> tuple[Document, list[Rejected]]:
         document, lost = shard.read(number)
-        if self.control is not None:
-            document = self.control(document, shard, number)
-        return ReadDocument(document, path, lost)
+        return self.control(document, shard, number) if self.control else document, lost
+
+    def _use(self, unit: Unit, work: Callable[[Shard], T]) -> T:
+        """What `work` makes of the unit's shard. Raises Rejected."""
+        return self.cache.use(self.source, self.deal.shards[unit.shard], work)
+
+    def _unit(self, number: int) -> Unit:
+        """One that this slot has begun."""
+        unit = self.deal.unit(self.slot, number)
+        assert unit is not None
+        return unit
 
     def hold(self, waiting: Sequence[int]) -> None:
         """Learn what each unit in hand holds. `waiting`: the unit of each record that was read and not
@@ -162,11 +171,9 @@ class SourceReader:
 
     def _look(self, number: int) -> HeldUnit:
         """Into the slot's unit of that number."""
-        unit = self.deal.unit(self.slot, number)
-        assert unit is not None
+        unit = self._unit(number)
         try:
-            path = self.deal.shards[unit.shard]
-            content = self.cache.use(self.source, path, lambda shard: (len(shard), shard.checksum))
+            content = self._use(unit, lambda shard: (len(shard), shard.checksum))
         except Rejected:
             return HeldUnit(unit.shard, 1, None)
         return HeldUnit(unit.shard, max(1, len(unit.records(content[0]))), content)
@@ -176,8 +183,7 @@ class SourceReader:
         if self._order is None or self._order[0] != self.unit:
             first = self.place == 0 and unit.part == 0  # report what is wrong with a shard once an epoch
             try:
-                path = self.deal.shards[unit.shard]
-                wrong, records = self.cache.use(self.source, path, lambda shard: (shard.rejects, len(shard)))
+                wrong, records = self._use(unit, lambda shard: (shard.rejects, len(shard)))
                 order = self.deal.order(unit, records)
             except Rejected as rejected:
                 wrong, order = [rejected], np.empty(0, np.int64)
@@ -189,17 +195,13 @@ class SourceReader:
 
     def make_reject(self, reference: Reference, rejected: Rejected) -> Reject:
         """The reject of a record, under its key where the shard still knows it."""
-        unit = self.deal.unit(self.slot, reference.unit)
-        assert unit is not None
+        unit = self._unit(reference.unit)
         try:
-            key = self.cache.use(
-                self.source, self.deal.shards[unit.shard], lambda shard: shard.key(reference.record)
-            )
+            key = self._use(unit, lambda shard: shard.key(reference.record))
         except Rejected:
             key = f"record {reference.record}"
         return self._make_reject(unit, rejected, key, image=None)
 
     def _make_reject(self, unit: Unit, rejected: Rejected, key: str, image: int | None) -> Reject:
-        return Reject(
-            self.deal.name, self.deal.shards[unit.shard], key, rejected.reason, rejected.detail, image
-        )
+        path = self.deal.shards[unit.shard]
+        return Reject(self.deal.name, path, key, rejected.reason, rejected.detail, image)
