@@ -101,7 +101,7 @@ def build(job: JobConfig, spec: TrainSpec, device: torch.device) -> Run:
         save_config(job, folder, state.step)
     to_rank = to_rank_of(job, spec, mesh)
     counts = spec.counts(job)
-    percentages = (*counts.capacity, "right", "exact", *spec.scoring.groups)
+    shares = ("right", "exact", *spec.scoring.groups)
     return Run(
         job=job,
         spec=spec,
@@ -121,7 +121,7 @@ def build(job: JobConfig, spec: TrainSpec, device: torch.device) -> Run:
         ),
         tasks=tasks,
         meter=MetricsMeter(device, world_size, counts),
-        reporter=Reporter(job, percentages, state.step, dist.get_rank(), world_size),
+        reporter=Reporter(job, tuple(counts.capacity), shares, state.step, dist.get_rank(), world_size),
         profiler=Profiler(job.profiling, job.job.dump_folder, dist.get_rank(), state.step),
     )
 

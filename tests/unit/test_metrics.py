@@ -1,5 +1,7 @@
 """The printed line, occupancy, and the history that curves are drawn from."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -73,7 +75,7 @@ def test_the_loss_of_a_source_is_that_of_a_token_of_all_steps_since_the_last_lin
 def open_reporter(folder, first_step: int = 0) -> Reporter:
     job = JobConfig()
     job.job.dump_folder = str(folder)
-    return Reporter(job, ("right",), first_step, rank=0, world_size=1)
+    return Reporter(job, ("tokens",), ("right",), first_step, rank=0, world_size=1)
 
 
 def test_no_chart_is_of_zeros_alone_and_one_that_began_goes_on(tmp_path):
@@ -88,15 +90,28 @@ def test_no_chart_is_of_zeros_alone_and_one_that_began_goes_on(tmp_path):
     ]
 
 
+def test_the_history_has_zeros_of_held_out_figures_and_no_chart_shows_them(tmp_path, figures):
+    reporter, charts = open_reporter(tmp_path), []
+    reporter.sinks.append(SimpleNamespace(write=lambda step, values: charts.append((step, dict(values)))))
+    reporter.validate(1, {"right": 0.0, "exact": 0.0, "thin": None})
+    reporter.validate(2, {"right": 5.0, "exact": 0.0, "thin": None})
+    kept = [
+        {"step": step, "validate/right": right, "validate/exact": 0.0} for step, right in ((1, 0.0), (2, 5.0))
+    ]
+    assert read_history(tmp_path) == kept and charts == [(1, {}), (2, {"validate/right": 5.0})]
+    draw_curves(tmp_path, (), ())
+    assert drawn(figures[0]) == {"held-out tokens right, %": {"all": [[1, 0.0], [2, 5.0]]}}
+
+
 def test_validation_names_each_of_several_sources(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(metrics.logger, "propagate", True)
     with caplog.at_level("INFO"):
         open_reporter(tmp_path).validate(7, {"loss": 1.5, "right": 50.0, "loss/a": 1.0, "right/a": 60.0})
-        open_reporter(tmp_path).validate(8, {"loss": 1.5, "loss/a": 1.0, "loss/b/c": 2.0})
+        open_reporter(tmp_path).validate(8, {"loss": 1.5, "loss/a": 1.0, "tokens/a": 76.0, "loss/b/c": 2.0})
     assert caplog.messages == [
         "validate step: 7 loss: 1.50000 right: 50.0%",
         "validate step: 8 loss: 1.50000",
-        "validate a step: 8 loss: 1.00000",
+        "validate a step: 8 loss: 1.00000 tokens: 76",
         "validate b/c step: 8 loss: 2.00000",
     ]
 

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from torchtitan.components.run_record import RunRecord
 from torchtitan.sweep.members import Member, names
 from torchtitan.sweep.panels import BEST
 from torchtitan.sweep.picture import draw
-from torchtitan.sweep.results import Result, Results
+from torchtitan.sweep.results import Result, Results, table
 from torchtitan.sweep.space import Range, Space, combinations
 from torchtitan.sweep.status import Status
 
@@ -140,6 +141,13 @@ def test_a_line_goes_through_the_means_of_seeds(sketch):
     (panel,) = sketch("an option with seeds").subfigs[1].axes
     (line,) = panel.lines
     assert line.get_xydata().tolist() == [[5e-4, 2], [4e-3, 5], [3e-2, 8]]
+
+
+def test_seeds_of_which_one_has_diverged_have_a_mean_that_is_no_number():
+    results = results_of(Space(RATES, [], {}, 0, 0, 2), "validate/loss")
+    results.runs[0].record.history[-1]["validate/loss"] = math.nan
+    means = [line.split()[-2:] for line in table(results).split("\n\n")[1].splitlines()]
+    assert means == [["mean", "deviation"], ["nan", "-"], ["3.5", "0.70711"], ["5.5", "0.70711"]]
 
 
 def test_draws_have_no_lines_and_the_colour_of_their_run(sketch):

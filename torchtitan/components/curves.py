@@ -32,7 +32,8 @@ def draw_curves(folder: Path, occupancy: Sequence[str], groups: Sequence[str]) -
     from matplotlib import pyplot
 
     run = read_run(folder)
-    panels = [panel for panel in panels_of(run.keys, occupancy, groups) if panel.series]
+    known = [key for key in run.keys if run.values(key)[1].any()]
+    panels = [panel for panel in panels_of(known, occupancy, groups) if panel.series]
     rows, columns = _grid(max(1, len(panels)))
     size = WIDTH * columns, HEIGHT * rows
     figure, axes = pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from torchtitan.components.sinks import Exhibit, open_sinks, read_history
+from torchtitan.components.sinks import Exhibit, History, open_sinks, read_history
 from torchtitan.config.job import JobConfig
 from torchtitan.distributed.collectives import sum_over_ranks
 from torchtitan.tools.hardware import peak_flops, peak_memory_gib
@@ -129,7 +129,7 @@ class SourceLosses:
 def format_line(
     step: int,
     values: Values,
-    percentages: tuple[str, ...] = (),
+    percentages: Sequence[str] = (),
     colours: bool = False,
     other: str = "{:.1f}",
 ) -> str:
@@ -153,22 +153,30 @@ class Reporter:
     """Console and sinks of one rank.
 
     All ranks hold the global numbers; those of LOG_RANK print, the first of them writes. A number is written
-    once it has been other than zero, so that no chart has only zeros.
+    once it has been other than zero, so that no chart has only zeros; but the history has the zeros of
+    held-out figures, which are results.
     """
 
     def __init__(
-        self, job: JobConfig, percentages: tuple[str, ...], first_step: int, rank: int, world_size: int
+        self,
+        job: JobConfig,
+        occupancy: Sequence[str],
+        shares: Sequence[str],
+        first_step: int,
+        rank: int,
+        world_size: int,
     ):
+        """Percentages are `occupancy` in the lines of training, and `shares` in those of validation."""
         self.writes = rank == min(log_ranks(world_size))
-        self.percentages = percentages
+        self.occupancy, self.shares = occupancy, shares
         self.colours = sys.stdout.isatty() and not job.metrics.disable_color_printing
         self.sinks = open_sinks(job, first_step) if self.writes else []
         history = read_history(Path(job.job.dump_folder)) if self.writes else []
-        self.charts = {name for record in history for name in record}
+        self.charts = {name for record in history for name, value in record.items() if value != 0}
 
     def train(self, step: int, values: Values, unprinted: Values) -> None:
         """A line and a record. `unprinted`: for the sinks alone."""
-        self._print("", step, values)
+        logger.info(format_line(step, values, self.occupancy, self.colours))
         self.keep("", step, values | unprinted)
 
     def validate(self, step: int, values: Values) -> None:
@@ -179,7 +187,8 @@ class Reporter:
             of_source[source][name] = value
         for source, own in of_source.items():
             if not source or len(of_source) > 2:
-                self._print(f"validate {source} " if source else "validate ", step, own)
+                line = format_line(step, own, self.shares, self.colours, "{:.0f}")
+                logger.info(f"validate {source} {line}" if source else f"validate {line}")
         self.keep("validate/", step, values)
 
     def tasks(self, step: int, values: Values, exhibits: Sequence[Exhibit]) -> None:
@@ -190,15 +199,13 @@ class Reporter:
         for sink in self.sinks:
             sink.show(step, [replace(exhibit, name=f"validate/{exhibit.name}") for exhibit in exhibits])
 
-    def _print(self, word: str, step: int, values: Values) -> None:
-        logger.info(word + format_line(step, values, self.percentages, self.colours))
-
     def keep(self, prefix: str, step: int, values: Values) -> None:
         """A record in every sink, each name after `prefix`, and no line."""
         known = {prefix + name: value for name, value in values.items() if value is not None}
         self.charts |= {name for name, value in known.items() if value != 0}
+        charted = {name: value for name, value in known.items() if name in self.charts}
         for sink in self.sinks:
-            sink.write(step, {name: value for name, value in known.items() if name in self.charts})
+            sink.write(step, known if prefix and isinstance(sink, History) else charted)
 
     def close(self) -> None:
         """Closes the sinks, so that nothing written is lost."""

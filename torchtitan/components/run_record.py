@@ -13,6 +13,7 @@ from torchtitan.components.saved_config import read_config
 from torchtitan.components.sinks import read_history
 
 Axis = Literal["steps", "tokens", "hours"]
+LOWER_IS_BETTER = {"loss", "nll", "perplexity", "grad_norm", "step_s", "data_wait", "memory"}
 HELD_OUT = "validate/"
 HELD_OUT_LOSS = HELD_OUT + "loss"
 # Keys of metrics.jsonl that place a record on an axis, and what makes the axis' unit of it.
@@ -81,8 +82,10 @@ def read_run(folder: Path) -> RunRecord:
 
 
 def lower_is_better(key: str) -> bool:
-    """Whether a figure of this name is better lower: losses and their parts, norms, and what a step takes."""
-    return any(word in key for word in ("loss", "nll", "perplexity", "norm", "step_s", "wait", "memory"))
+    """Whether a figure of this name is better lower: losses, the norm of the gradient, and what a step takes;
+    the name of a source or task, which may come last, says nothing.
+    """
+    return not LOWER_IS_BETTER.isdisjoint(key.split("/")[:2])
 
 
 def is_better(key: str, value: float, than: float) -> bool:

@@ -1,5 +1,6 @@
 """Where the numbers of a run are kept: metrics.jsonl; on request TensorBoard and Weights & Biases."""
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -65,11 +66,9 @@ def read_history(folder: Path) -> list[dict[str, float]]:
     path = folder / HISTORY
     records = []
     for line in path.read_bytes().splitlines() if path.exists() else []:
-        try:
+        with contextlib.suppress(ValueError):  # no JSON, or no UTF-8
             records.append(json.loads(line))
-        except ValueError:  # no JSON, or no UTF-8
-            continue
-    return records
+    return [record for record in records if isinstance(record, dict) and "step" in record]
 
 
 class TensorBoard:

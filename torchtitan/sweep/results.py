@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -112,9 +113,11 @@ def _seeds(results: Results, by_seed: dict[tuple[tuple[str, str], ...], list[flo
     keys = [short for key, short in results.keys.items() if key != SEED]
     rows = [["", *keys, "seeds", f"{results.metric} mean", "deviation"]]
     for place, (settings, values) in enumerate(by_seed.items()):
-        deviation = statistics.stdev(values) if len(values) > 1 else None
+        mean = means[place]
+        # a run that has diverged has no number
+        deviate = mean is not None and math.isfinite(mean) and len(values) > 1
         row = ["*" if place == best else "", *(value for _, value in settings), str(len(values))]
-        rows.append([*row, figure(means[place]), figure(deviation)])
+        rows.append([*row, figure(mean), figure(statistics.stdev(values) if deviate else None)])
     return columns(rows)
 
 
