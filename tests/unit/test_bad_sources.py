@@ -232,6 +232,20 @@ MESSAGES = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant",
             'set format = \'captions\' and columns = {image = "bild", text = "description"}',
         ),
         (
+            "captions",
+            "a.jsonl",
+            jsonl({"image": "a.jpg", "question": "What is it?", "answer": "A cat."}),
+            "columns = {image = ..., text = ...}",
+        ),
+        (
+            "captions",
+            "a.jsonl",
+            jsonl({"images": ["a.jpg"], "caption": "A cat."}),
+            "columns = {image = ..., text = ...}",
+        ),
+        ("text", "a.jsonl", jsonl({"file_name": "a.jpg", "caption": "A cat."}), "set format = 'captions'"),
+        ("captions", "a.csv", b"image,caption\na.jpg,A cat.\n", "CSV is not read"),
+        (
             "llava",
             "a.jsonl",
             jsonl({"image": "a.jpg", "conversations": MESSAGES["messages"]}),
@@ -256,7 +270,7 @@ def test_a_source_of_another_format_is_told_which_would_fit(tmp_path, format, na
     folder.mkdir()
     (folder / name).write_bytes(content)
     job = make_job(folder, tmp_path / "out")
-    job.data.sources = [Source(format=format, path=str(folder))]
+    job.data.sources = [Source(format=format, path=str(folder / name))]
     with pytest.raises(DataError) as error:
         Loader(job, Characters())
     message = str(error.value)

@@ -91,7 +91,7 @@ RECORD_FORMATS = {
     "messages": Format(messages.IMAGES, messages.TEXTS, messages.parse, having("messages")),
     "finevision": Format(finevision.IMAGES, finevision.TEXTS, finevision.parse, finevision.fits),
     "mmc4": Format(mmc4.IMAGES, mmc4.TEXTS, mmc4.parse, having("text_list", "image_info")),
-    "obelics": Format(obelics.IMAGES, obelics.TEXTS, obelics.parse, having("texts", "images")),
+    "obelics": Format(obelics.IMAGES, obelics.TEXTS, obelics.parse, having("texts")),
     "captions": Format(captions.IMAGES, captions.TEXTS, captions.parse, captions.fits),
     "text": Format((), text.TEXTS, text.parse, having("text", "content"), (".tar", ".txt", *RECORD_FILES)),
 }

@@ -20,7 +20,7 @@ from experiments.vlm.data.formats.image_values import (
 )
 from experiments.vlm.data.rejects import Rejected
 
-NAMED = ("url", "URL", "image_url", "image", "image_path", "path")
+NAMED = ("url", "URL", "image_url", "image", "image_path", "path", "file_name")
 IMAGES = (*IMAGE_EXTENSIONS, *NAMED)  # fields called like an image file come first
 TEXTS = ("caption", "text", "TEXT", "txt", "alt_text", "alt")
 NUMBER = re.compile(r"[0-9]{1,9}$", re.ASCII)

@@ -37,7 +37,8 @@ def hint(records: Sequence[Record], source: Source) -> str:
         return f"{unknown}: {_setting(turns[0], image, turns[1])}"
     if any(map(format_of, records)):
         return ""
-    if image and (text := _text_column(records)):
+    one_image = image and not isinstance(records[0][image], list)
+    if image and one_image and (text := _text_column(records)):
         return f"{unknown}: {_setting('captions', image, text)}"
     return f"{unknown}: say which are meant with columns = {{image = ..., text = ...}}, or add a format"
 
@@ -112,11 +113,13 @@ def _is_image(value: Any) -> bool:
 
 
 def _text_column(records: Sequence[Record]) -> str | None:
-    """The column of texts that is called like a caption, else the one with the longest texts."""
+    """The column of texts that is called like a caption, of several the one with the longest texts; else the
+    only one.
+    """
     sizes = {
         name: sum(len(record[name]) for record in records)
         for name in records[0]
         if all(isinstance(r.get(name), str) and not _is_image(r[name]) for r in records)
     }
     likely = [name for name in sizes if any(word in name.lower() for word in CAPTION_WORDS)]
-    return max(likely or sizes, key=lambda name: sizes[name], default=None)
+    return max(likely, key=sizes.__getitem__) if likely else next(iter(sizes)) if len(sizes) == 1 else None

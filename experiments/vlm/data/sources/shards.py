@@ -142,6 +142,8 @@ def open_copied(path: str, data: Data, open_local: Callable[[ShardFile], Shard])
 
 def format_hint(path: str, source: Source, data: Data) -> str:
     """What a source should say for a shard's records to fit (hint.py); empty where that cannot be said."""
+    if path.endswith(".csv"):
+        return "CSV is not read, since a text may run over lines there: save it as parquet, JSONL or TSV"
     copy: Held | None = None
     try:
         copy = hold_copy(path, file_cache(data))
