@@ -13,7 +13,7 @@ is imported by the call that needs it.
 """
 
 from collections.abc import Sequence
-from copy import deepcopy
+from dataclasses import is_dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,6 +26,7 @@ from torchtitan.components.checkpoint_folder import complete_steps
 from torchtitan.config.errors import require
 from torchtitan.config.layout import resolve_batch
 from torchtitan.config.parse import parse
+from torchtitan.config.table import from_table
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -35,21 +36,22 @@ if TYPE_CHECKING:
     from experiments.vlm.model.vlm import VLM
 
 
-def load_job(source: str, *options: str) -> VLMJobConfig:
+def load_job(source: str | Path, *options: str | float) -> VLMJobConfig:
     """`source`: a TOML file, the name of a job that comes with the package, the folder of a run, or a Hugging
     Face folder. `options`: as on the command line, "--training.seq_len", "256".
 
     What is changed in it later is checked where it is used. Raises ConfigError.
     """
+    source, given = str(source), list(map(str, options))
     if (Path(source) / "config.json").is_file():
-        job = _parse(options)
-        use_hf_folder(job, source, options)
+        job = _parse(given)
+        use_hf_folder(job, source, given)
     elif Path(source).is_dir():
         argv = with_saved(["--job.dump_folder", source])
         require(len(argv) > 2, f"{source}: no run (config.toml) and no Hugging Face folder (config.json)")
-        job = _parse([*argv, *options])
+        job = _parse([*argv, *given])
     else:
-        job = _parse(["--job.config_file", source, *options])
+        job = _parse(["--job.config_file", source, *given])
     check_estimated(job)
     return job
 
@@ -61,11 +63,22 @@ def _parse(argv: Sequence[str]) -> VLMJobConfig:
 
 
 def _for_one_process(job: VLMJobConfig) -> VLMJobConfig:
-    """A copy: the layout of its run does not change what is read and computed."""
+    """A copy: the layout of its run does not change what is read and computed.
+
+    Raises ConfigError for what was changed in it as no option allows, be it the name or the type.
+    """
+    job = from_table(type(job), _tables(job))
     check_estimated(job)
-    job = deepcopy(job)
     job.parallelism = VLMParallelism()
     return job
+
+
+def _tables(value: Any) -> Any:
+    """Options as TOML has them: what is None by default is not there."""
+    if is_dataclass(value):
+        fields = vars(value).items()
+        return {k: _tables(v) for k, v in fields if v is not None or getattr(type(value), k, v) is not None}
+    return list(map(_tables, value)) if isinstance(value, list) else value
 
 
 def open_loader(job: VLMJobConfig, split: Literal["train", "validation"] = "train") -> "Loader":
@@ -74,6 +87,7 @@ def open_loader(job: VLMJobConfig, split: Literal["train", "validation"] = "trai
 
     Nothing is written to the job's dump folder; `close` ends its worker processes. Raises UserError.
     """
+    require(split in ("train", "validation"), f"split = {split!r}: must be train or validation")
     job = _for_one_process(job)
     check_sources(job)
     job.training.global_batch_size = resolve_batch(job, 1).global_

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -105,3 +106,22 @@ def test_what_cannot_be_is_told_in_a_line(run, tmp_path):
     job.data.patches_per_row = 13
     with pytest.raises(ConfigError, match="data.patches_per_row = 13"):
         open_loader(job)
+    with pytest.raises(ConfigError, match="split = 'test': must be train or validation"):
+        open_loader(load_job("vlm_debug"), split="test")
+
+
+@pytest.mark.parametrize(
+    "field, value, told",
+    [
+        ("seqlen", 256, "training.seqlen is not a known option; did you mean training.seq_len?"),
+        ("seq_len", "256", "training.seq_len = '256': expected a whole number"),
+        ("seq_len", None, "training.seq_len = None: expected a whole number"),
+    ],
+)
+def test_a_field_that_no_option_allows_is_told_in_a_line(field, value, told):
+    job = load_job(Path("train_configs/vlm_debug.toml"), "--training.seq_len", 256)
+    assert job.training.seq_len == 256
+    setattr(job.training, field, value)
+    with pytest.raises(ConfigError) as error:
+        open_loader(job)
+    assert str(error.value) == told
