@@ -13,6 +13,7 @@ from experiments.commands.compare_runs import OCCUPANCY
 from experiments.vlm.data.batch_metrics import BATCH_METRICS
 from tests.samples import write_jsonl
 from torchtitan.compare.charts import MOST_POINTS, charts, group_of
+from torchtitan.compare.page import options_table
 from torchtitan.compare.runs import Named, differing, read_runs, short_names
 from torchtitan.components.run_record import RunRecord, is_better, lower_is_better, place_of_best, read_run
 from torchtitan.config.errors import ConfigError
@@ -155,9 +156,18 @@ def test_figures_stand_in_groups(key, group):
 def test_an_option_that_one_run_lacks_differs(tmp_path):
     with_it, without = (
         RunRecord(tmp_path, {"lora": {"rank": 4}, "a": {"b": 1}}, []),
-        RunRecord(tmp_path, {}, []),
+        RunRecord(tmp_path, {"a": {"b": 1}}, []),
     )
-    assert differing([with_it, without]) == {"lora.rank": [4, None], "a.b": [1, None]}
+    assert differing([with_it, without]) == {"lora.rank": [4, None]}
+
+
+def test_options_that_nobody_knows_are_called_so_and_make_no_difference(tmp_path):
+    unknown, *known = (
+        RunRecord(tmp_path, config, []) for config in ({}, {"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}})
+    )
+    assert differing([unknown, *known]) == {"a.c": [None, 2, 3]} and differing([unknown, known[0]]) == {}
+    page = options_table([Named(f"{n}", run) for n, run in enumerate([unknown, *known])])
+    assert Page(page).rows == [["option", "0", "1", "2"], ["a.c", "not known", "2", "3"]]
 
 
 def test_a_folder_of_runs_is_all_of_them_each_once(two, tmp_path):

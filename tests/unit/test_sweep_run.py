@@ -4,6 +4,7 @@ import contextlib
 import csv
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -253,12 +254,14 @@ def test_an_array_of_slurm_runs_what_is_not_finished(tmp_path, monkeypatch):
     assert sweep.main([*asked, "--index", "1"]) == 0
     monkeypatch.setenv("NGPU", "1")
     assert (
-        sweep.main([*asked, "--slurm", "--at_once", "2", "--slurm_options", "time=1:00", "partition=gpu"])
+        sweep.main([*asked, "--slurm", "--at_once", "2", "--slurm_options", "time=1:00", "comment=two words"])
         == 0
     )
     script = out / "sweep.sbatch"
-    header = [line for line in script.read_text().splitlines() if line.startswith("#SBATCH ")]
-    assert {"#SBATCH --array=0,2%2", "#SBATCH --time=1:00", "#SBATCH --partition=gpu"} <= set(header)
+    lines = [line for line in script.read_text().splitlines() if line.startswith("#SBATCH ")]
+    header = [word for line in lines for word in shlex.split(line.removeprefix("#SBATCH "))]
+    assert {"--array=0,2%2", "--time=1:00", "--comment=two words", "--job-name=a b"} <= set(header)
+    assert f"--output={out}/slurm/%a.log" in header and all(word.startswith("--") for word in header)
     job.unlink()  # the array reads a copy
     monkeypatch.chdir("/")
     # The stand-in trainer, in the process that the script becomes.

@@ -62,6 +62,7 @@ def test_zipped_lists_go_together_and_cross_with_the_rest():
         ("checkpoint.enable=true,false", [True, False]),
         ("activation_checkpoint.selective_ac_option=op,2", ["op", "2"]),
         ("lr_scheduler.decay_ratio=0.5,1", [0.5, 1.0]),
+        ("lr_scheduler.decay_ratio=.5,1", [0.5, 1.0]),
         ("training.dataset_path=a b.tar,c", ["a b.tar", "c"]),
     ],
 )
@@ -105,7 +106,7 @@ def test_draws_differ_and_a_table_says_the_same_as_the_command_line():
         ({}, {}, "nothing to sweep: give --sweep"),
         ({}, {"sweep": ["optimizer.lr"]}, "--sweep optimizer.lr: expected KEY=VALUES"),
         ({}, {"sweep": ["training.lr=1"]}, "training.lr: no such option; did you mean --optimizer.lr?"),
-        ({}, {"sweep": ["optimizer.lr=1e-3,x"]}, "sweep: optimizer.lr = '1e-3': expected a number"),
+        ({}, {"sweep": ["optimizer.lr=1e-3,x"]}, "sweep: optimizer.lr = 'x': expected a number"),
         ({}, {"sweep": ["optimizer.lr=1e-3,0.001"]}, "optimizer.lr = 0.001: is there twice"),
         ({}, {"sweep": ["optimizer.lr=1", "optimizer.lr=2"]}, "--sweep optimizer.lr: is given twice"),
         ({}, {"sweep": ["job.dump_folder=a,b"]}, "job.dump_folder: each run has its own"),

@@ -25,6 +25,12 @@ def test_main_prints_one_line_and_gives_its_exit_code(capsys, monkeypatch):
     assert capsys.readouterr().err == "error: training.steps = 0: must be >= 1\n"
 
 
+def test_what_a_command_does_not_take_is_told_in_a_line_without_the_frame_around_it(capsys):
+    assert commands.main(["compare", "-v", "a"]) == USER_ERROR
+    told = "error: Unrecognized options: -v, a; For full helptext, run torchtitan-vlm compare --help\n"
+    assert capsys.readouterr().err == told
+
+
 def test_the_check_knows_the_number_of_processes():
     assert checked_job([*DATA, *CP2, *TP2], 4).parallelism.tensor_parallel_degree == 2
     with pytest.raises(ConfigError):

@@ -47,7 +47,9 @@ def options_table(runs: Sequence[Named]) -> str:
     note = f"<p class=facts>{alike} options are the same in all.</p>"
     if not found:
         return note
-    return _table(["option", *_heads(runs)], [[key, *map(_value, row)] for key, row in found.items()]) + note
+    has_options = [bool(run.record.config) for run in runs]
+    rows = [[key, *map(_value, row, has_options)] for key, row in found.items()]
+    return _table(["option", *_heads(runs)], rows) + note
 
 
 def summary(runs: Sequence[Named], occupancy: Collection[str]) -> str:
@@ -100,9 +102,10 @@ def _colour(number: int) -> str:
     return COLOURS[number % len(COLOURS)]
 
 
-def _value(value: Any) -> str:
+def _value(value: Any, is_known: bool) -> str:
     shown = str(value).lower() if isinstance(value, bool) else str(value)
-    return '<span class="facts">not set</span>' if value is None else html.escape(shown)
+    absent = f'<span class="facts">not {"set" if is_known else "known"}</span>'
+    return absent if value is None else html.escape(shown)
 
 
 def _figure(value: float | None) -> str:

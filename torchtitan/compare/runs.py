@@ -52,11 +52,14 @@ def options_of(run: RunRecord) -> dict[str, Any]:
 
 
 def differing(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:
-    """Option -> its value in each run (None: not set), of those that are not the same in all."""
+    """Option -> its value in each run (None: not set), of those that are not the same in all whose options
+    are known.
+    """
+    known = [n for n, run in enumerate(runs) if run.config]
     tables = [options_of(run) for run in runs]
     keys = dict.fromkeys(key for table in tables for key in table)
     found = {key: [table.get(key) for table in tables] for key in keys}
-    return {key: values for key, values in found.items() if any(value != values[0] for value in values)}
+    return {key: row for key, row in found.items() if any(row[n] != row[known[0]] for n in known)}
 
 
 def sources_of(run: RunRecord) -> set[str]:

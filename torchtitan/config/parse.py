@@ -260,7 +260,9 @@ def _complaint(text: str, groups: Iterable[Sequence[str]], known: Mapping[str, A
     for group in reversed(list(groups)):
         if (name := _name(group)) in named and name in known:
             return f"{name} = {' '.join(group[1:])}: expected {expected(known[name])}"
-    return " ".join(re.sub(r"[-─]{4,}|[│╭╮╰╯]", " ", text).split())
+    rows = [re.sub(r"[-─]{4,}|[│╭╮╰╯]", " ", line).strip() for line in text.splitlines()]
+    title, _, said = "\n".join(rows).strip().partition("\n")  # where a rule was is an empty row
+    return "; ".join(" ".join(part.split()) for part in (said.strip() or title).split("\n\n"))
 
 
 def _spellings(known: Mapping[str, Any]) -> dict[str, str]:

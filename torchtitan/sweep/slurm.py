@@ -32,7 +32,7 @@ def write_array(
         f"--array={ranges(indices)}{throttle}",
         "--nodes=1",
         "--ntasks=1",
-        f"--output={shlex.quote(str((out / LOGS).resolve() / '%a.log'))}",
+        f"--output={(out / LOGS).resolve() / '%a.log'}",
         "--open-mode=append",
         f"--signal=B:TERM@{BEFORE_THE_END_S}",
         *lines,
@@ -47,7 +47,8 @@ def write_array(
         f'exec {shlex.join([sys.executable, "-m", *command])} --index "$SLURM_ARRAY_TASK_ID"',
     ]
     script = out / SCRIPT
-    header = ["#!/usr/bin/env bash", *(f"#SBATCH {line}" for line in asked)]
+    # sbatch splits a line at spaces, as a shell does.
+    header = ["#!/usr/bin/env bash", *(f"#SBATCH {shlex.quote(line)}" for line in asked)]
     write_whole(script, "\n".join([*header, "", *body]) + "\n")
     script.chmod(0o755)
     return script

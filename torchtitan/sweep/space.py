@@ -3,6 +3,7 @@
 Values are what the job's options take. Those of a command line are read once their option's type is known.
 """
 
+import contextlib
 import itertools
 import math
 import random
@@ -148,7 +149,16 @@ def _read(key: str, text: str, hint: Any) -> list[Any]:
     try:
         return [convert(value, hint, key) for value in tomllib.loads(f"values = [{text}]")["values"]]
     except (tomllib.TOMLDecodeError, ConfigError):
-        return [convert(part.strip(), hint, f"sweep: {key}") for part in text.split(",")]
+        return [_read_one(f"sweep: {key}", part.strip(), hint) for part in text.split(",")]
+
+
+def _read_one(key: str, text: str, hint: Any) -> Any:
+    with contextlib.suppress(tomllib.TOMLDecodeError, ConfigError):
+        return convert(tomllib.loads(f"value = {text}")["value"], hint, key)
+    if float in (hint, *get_args(hint)):
+        with contextlib.suppress(ValueError):  # TOML knows no .5
+            return convert(float(text), hint, key)
+    return convert(text, hint, key)
 
 
 def _each_once(key: str, values: list[Any]) -> list[Any]:
