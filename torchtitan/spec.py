@@ -65,9 +65,8 @@ class TrainSpec:
     build_loader: Callable[..., Loader]
     # (job, tokenizer, rank, ranks): validation.tasks, whose records these ranks share; None: there are none
     open_tasks: Callable[[Any, Any, int, int], Tasks | None]
-    missing_data: Callable[
-        [Any], list[str]
-    ]  # (job): a line for each path of data that is not on this machine
+    # (job): a line for each path of data that is not on this machine
+    missing_data: Callable[[Any], list[str]]
     # (host tensors, mesh, job): the share of this rank of a CP group
     shard_batch: Callable[[Tensors, Mesh, Any], Tensors]
     # weighted sum over what this rank has of a batch, then what each source (Counts.sources) has of it;

@@ -61,20 +61,20 @@ def plan_of(config: VLMConfig, job: VLMJobConfig) -> ImagePlan:
     limits = data.image_limit("min"), data.image_limit("max")
     least, most = (count * pixels[unit] for _, count, unit in limits)
     return ImagePlan(
-        encoder.patch_size,
-        config.projector.merge_size,
-        -(-least // patch),
-        most // patch // merged * merged,
-        resize,
-        encoder.extra_cells,
-        encoder.feature_extra,
-        encoder.image_size,
-        encoder.resample,
-        tuple(int(255 * mean) for mean in encoder.mean),
-        family_of(config).marked,
-        config.projector.newline,
-        config.tiles,
-        (least, most),
+        patch_size=encoder.patch_size,
+        merge_size=config.projector.merge_size,
+        min_patches=-(-least // patch),
+        max_patches=most // patch // merged * merged,
+        resize=resize,
+        extra=encoder.extra_cells,
+        extra_tokens=encoder.feature_extra,
+        image_size=encoder.image_size,
+        resample=encoder.resample,
+        fill=tuple(int(255 * mean) for mean in encoder.mean),
+        marked=family_of(config).marked,
+        newline=config.projector.newline,
+        cut=config.tiles,
+        pixels=(least, most),
     )
 
 

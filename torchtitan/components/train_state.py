@@ -44,9 +44,7 @@ class TrainState:
     loader: Loader
     aliases: dict[str, str]  # parameter -> the name it is stored under (tied weights)
     global_batch_size: int
-    model_config: Any = (
-        None  # a dataclass of the experiment, stored so that no file of the start is needed later
-    )
+    model_config: Any = None  # of the experiment; stored, so that no file of the start is needed later
     step: int = 0
     tokens: int = 0  # seen so far
     wall_s: float = 0.0  # seconds that this took, validation and checkpoints included

@@ -1,23 +1,6 @@
-"""The tree of errors, and the base of it that every room shares. Imports no torch.
+"""What the user can mend, in one line `error: ...`, and how to say it. Imports no torch.
 
-    Exception
-      UserError          the user can mend it: one line `error: ...`, exit code 2, no traceback
-        ConfigError      an option is wrong, or a file or folder that one names
-          Damaged        a complete checkpoint that cannot be read (components/checkpoint_folder.py)
-        CheckpointError  a checkpoint was not written: no space, no permission
-        DataError        the data cannot carry the run: too much of it is bad, or nothing good is left
-        StorageError     where the data lie does not answer for too long, or is full
-      Rejected         a sample, image or shard is not used: counted by reason, logged, skipped
-                       (experiments/vlm/data/rejects.py)
-        Failed         an address was not fetched, and whether to try again (vlm/data/storage/client.py)
-      StopAsked        a signal came while the storage was away: the trainer saves and ends (tools/signals.py)
-      Stopped          somebody asked for a stop: unwinds to where work is saved (vlm/data/storage/client.py)
-      RuntimeError
-        Crashed        the working process of `prepare` died: one line, exit code 1; the same command goes on
-                       (vlm/prepare/start.py)
-
-A UserError ends a run. Rejected, Failed and Stopped never reach the user: the code that works on samples,
-addresses or shards catches them. Everything else is a mistake of ours and keeps its traceback.
+docs/architecture.md has the tree of all errors, and who catches them.
 """
 
 import difflib

@@ -296,6 +296,7 @@ class JobConfig:
     debug: Debug = field(default_factory=Debug)
 
     def use_single_source(self, given: Collection[str]) -> None:
-        """Called when training.dataset or its path came on the command line, with the names of all options
-        `given` there:
-        it takes the place of any list of training data."""
+        """training.dataset, or its path, came on the command line: it takes the place of any list of data.
+
+        `given`: the names of all options that came there.
+        """

@@ -243,8 +243,8 @@ def check_spelling(group: Sequence[str], known: Mapping[str, Any]) -> None:
 
 
 def closest(name: str, known: Iterable[str]) -> str:
-    """The end of an error message: the same field in another section first (training.lr: optimizer.lr), then
-    the closest spelling.
+    """The end of an error message: the field in another section (training.lr: optimizer.lr), or what is
+    spelt most like it.
     """
     options = list(known)
     same_field = [option for option in options if option.rpartition(".")[2] == name.rpartition(".")[2]]

@@ -83,9 +83,10 @@ def peak_memory(
     in_flight: Sequence[tuple[int, ...]] = ((1,),),
     batch: float = 0,
 ) -> Memory:
-    """`stages`: the units of each that this rank holds. `in_flight`: how many microbatches of each can be
-    between forward
-    and backward at one time. `batch`: bytes of input that stay on the device."""
+    """`stages`: the units of each that this rank holds. `batch`: bytes of input that stay on the device.
+
+    `in_flight`: how many microbatches of each stage can be between forward and backward at one time.
+    """
     kept, gradients = max(_loads(stages, storage, in_flight), key=sum)
     return max(_moments(stages, storage, kept, gradients, batch), key=lambda moment: moment.total)
 
@@ -174,9 +175,10 @@ def traffic(units: Sequence[Unit], storage: Storage) -> dict[str, float]:
 
 
 def in_flight(schedule: str, rank: int, ranks: int, microbatches: int) -> list[tuple[int, ...]]:
-    """For each moment of a pipeline's schedule, how many microbatches of each of a rank's stages are between
-    forward and the end of
-    backward. Interleaved schedules are those of two stages a rank."""
+    """At each moment of a schedule: how many microbatches of each stage of a rank wait for their backward.
+
+    Interleaved schedules are those of two stages a rank.
+    """
     if ranks == 1 or schedule in ("GPipe", "1F1B"):
         return [
             (1 if ranks == 1 else microbatches if schedule == "GPipe" else min(microbatches, ranks - rank),)

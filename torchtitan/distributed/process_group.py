@@ -104,9 +104,11 @@ def stragglers() -> str:
 
 
 def who_is_stuck(patience_s: float = 5.0) -> str:
-    """For the message of a rank that lost the others. Ranks that only waited give up at about the same time
-    and say so here;
-    one that hangs, in its loader or on its device, or was killed, says nothing."""
+    """For the message of a rank that lost the others.
+
+    Ranks that only waited give up at about the same time and say so here; one that hangs, in its loader or
+    on its device, or was killed, says nothing.
+    """
     store, ranks = dist.distributed_c10d._get_default_store(), range(dist.get_world_size())
     note_failure("waited")
     end = time.monotonic() + patience_s

@@ -103,9 +103,11 @@ def rows(split: bool = True) -> ParallelStyle:
 
 
 def overlap_with_products(mesh: DeviceMesh) -> None:
-    """Asynchronous tensor parallel: in compiled blocks, gathers and scatters are cut into pieces that travel
-    while matrix products of
-    other pieces run (Wang et al., 2022). For GPUs that can read each other's memory."""
+    """Asynchronous tensor parallel, in compiled blocks, for GPUs that can read each other's memory.
+
+    Gathers and scatters are cut into pieces, which travel while matrix products of others run (Wang et al.,
+    2022).
+    """
     torch._inductor.config._micro_pipeline_tp = True
     enable_symm_mem_for_group(mesh.get_group().group_name)
 

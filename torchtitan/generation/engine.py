@@ -80,9 +80,7 @@ class Answer:
     request: Request
     text: AnswerText
     ids: list[int] = field(default_factory=list)  # without the token that ended it
-    logprobs: list[float] = field(
-        default_factory=list
-    )  # natural, of each id, by the model's own distribution
+    logprobs: list[float] = field(default_factory=list)  # natural, of each id, by the model itself
     ended: Literal["", "stop", "length"] = ""
     cancelled: bool = False  # nobody waits for it any more: it ends with its next token
 

@@ -205,8 +205,9 @@ def add_up(losses: Sequence[Tensor]) -> Tensor:
 def token_scores(
     h_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, chunk: int, group: dist.ProcessGroup | None = None
 ) -> Tensor:
-    """float32 [T, 2]: negative log-likelihood of each label and whether it is the most likely token
-    (the first of several that are equally likely); 0 where there is none."""
+    """float32 [T, 2]: negative log-likelihood of each label, and whether it is the most likely token (the
+    first of several that are equally likely); 0 where there is none.
+    """
     scores = []
     for start in range(0, h_TD.shape[0], chunk):
         part = slice(start, start + chunk)

@@ -94,9 +94,7 @@ def _compiled_flex():
 
 
 def flex(q_BQHE: Tensor, k_BKGE: Tensor, v_BKGE: Tensor, mask: BlockMask) -> Tensor:
-    """Inside a compiled block flex_attention is traced with it; outside it is compiled by itself on GPU,
-    since eager
-    FlexAttention holds all scores."""
+    """Traced with a compiled block; outside one compiled by itself on GPU, as eager it holds all scores."""
     q, k, v = (x.transpose(1, 2) for x in (q_BQHE, k_BKGE, v_BKGE))
     alone = q.is_cuda and not torch.compiler.is_compiling()
     attend = _compiled_flex() if alone else flex_attention

@@ -42,9 +42,7 @@ class Questions:
     """The records of one file, read one by one. Raises ConfigError where it cannot be opened."""
 
     def __init__(self, path: str, data: Data, documents: bool = False, control: str = ""):
-        """`documents`: the records are whole documents to be read, without a question. `control`: one of
-        CONTROLS, or none.
-        """
+        """`documents`: the records are whole documents, without a question. `control`: one of CONTROLS."""
         self.path = _only_file(path, data)
         self.documents = documents
         self.control = control

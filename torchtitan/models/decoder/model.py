@@ -169,9 +169,11 @@ class Decoder(nn.Module):
 
 
 def initial_weight(name: str, config: DecoderConfig) -> Fill:
-    """Embedding and output rows N(0, 1 / dim), so that tied or not the first logits are of order 1; matrices
-    N(0, 1 / fan in),
-    those that write to the residual stream divided by sqrt(2 * layers) (GPT-2); norms 1; biases 0."""
+    """Embedding and output rows N(0, 1 / dim), so that tied or not the first logits are of order 1.
+
+    Matrices N(0, 1 / fan in), those that write to the residual stream divided by sqrt(2 * layers) (GPT-2);
+    norms 1; biases 0.
+    """
     if name.endswith("bias"):
         return constant(0.0)
     if "norm" in name:

@@ -40,8 +40,7 @@ METRICS: dict[str, Callable[..., Score]] = {
     "mmmu_open": mmmu_open,
 }
 
-TOKENIZED = frozenset(
-    {"bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider", "meteor"}
-)  # take `tokenize`d text
+# They take `tokenize`d text.
+TOKENIZED = frozenset({"bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider", "meteor"})
 
 __all__ = ["METRICS", "TOKENIZED", "Interval", "Score", "bootstrap_interval", "tokenize"]

@@ -47,9 +47,7 @@ def tower_folder(file: ConfigFile) -> Path | None:
 
 
 def tower_weights(folder: Path) -> Path:
-    """The folder itself where the tower was trained, else the one that is named. Raises ConfigError where
-    there is none.
-    """
+    """The folder itself where the tower was trained, else the one it names. Raises ConfigError without."""
     if any(name.startswith(INSIDE) for name in read_tensors(folder)):
         return folder
     file = read_config(folder)

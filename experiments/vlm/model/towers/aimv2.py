@@ -83,8 +83,7 @@ TOWER = Tower(
     LEFT_OVER,
     inside=("aimv2",),
     sizes={
-        "aimv2-L": EncoderConfig(
-            1024, 24, 8, 2816, 14, 16, 1e-5, 224, **KIND, **PLAIN, positions="waves"
-        ),  # apple/aimv2-large-patch14-native
+        # apple/aimv2-large-patch14-native
+        "aimv2-L": EncoderConfig(1024, 24, 8, 2816, 14, 16, 1e-5, 224, **KIND, **PLAIN, positions="waves"),
     },
 )

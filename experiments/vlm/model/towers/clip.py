@@ -65,8 +65,7 @@ TOWER = Tower(
     LEFT_OVER,
     inside=("clip",),
     sizes={
-        "clip-L": EncoderConfig(
-            1024, 24, 16, 4096, 14, 24, 1e-5, 336, **KIND, activation="quick_gelu"
-        ),  # openai/clip-vit-large-patch14-336
+        # openai/clip-vit-large-patch14-336
+        "clip-L": EncoderConfig(1024, 24, 16, 4096, 14, 24, 1e-5, 336, **KIND, activation="quick_gelu"),
     },
 )
