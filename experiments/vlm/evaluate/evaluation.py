@@ -68,7 +68,6 @@ class Evaluation:
             for number, line in tqdm(answered, total=len(mine), unit="record", disable=None):
                 self.part.add(number, 0, line)
             dist.barrier()
-            self.part = AnswerFile(self.part.path, self.part.writes, samples=1)
         lines = self._all_lines()
         if lines and all("error" in line for line in lines):
             dist.barrier()  # all ranks have read them
