@@ -77,6 +77,20 @@ def test_a_path_that_cannot_be_is_told_and_the_conversation_goes_on(path):
             chat().command(f"{command} {path}")
 
 
+def test_no_picture_is_read_from_a_device_and_no_file_but_a_conversation_is_written_over(tmp_path):
+    talk = chat()
+    for path in ("/dev/zero", tmp_path):
+        with pytest.raises(UserError, match=f"/image {path}: is no file"):
+            talk.command(f"/image {path}")
+    (tmp_path / "a.png").write_bytes(picture(9, 20).data)
+    with pytest.raises(UserError, match="a.png: is a file that is no conversation"):
+        talk.command(f"/save {tmp_path}/a.png")
+    assert (tmp_path / "a.png").read_bytes() == picture(9, 20).data
+    for turns in ([], [("user", ["Who?"]), ("assistant", ["."])]):
+        talk.turns = turns
+        assert talk.command(f"/save {tmp_path}/said.json").startswith(f"{len(turns)} messages")
+
+
 def test_what_was_typed_in_another_encoding_can_be_saved(tmp_path):
     talk = chat()
     talk.turns = [("user", ["caf\udce9, 日本"]), ("assistant", ["."])]

@@ -15,6 +15,7 @@ from torchtitan.config.errors import UserError
 from torchtitan.generation.engine import Request
 from torchtitan.tools.signals import handled
 
+SAVED = b'{\n "messages": ['  # how a saved conversation begins
 HELP = """/image PATH   a picture for the next turn; several are shown in their order
 /undo         forget the pictures that wait, or else the last turn and its answer
 /save PATH    the conversation as JSON: messages, pictures by their paths
@@ -88,9 +89,12 @@ class Chat:
             {"role": role, "content": [_item(part) for part in content]} for role, content in self.turns
         ]
         text = json.dumps({"messages": messages}, ensure_ascii=False, indent=1)
+        file = Path(os.path.expanduser(path))
         try:
+            if file.is_file() and not file.read_bytes().startswith(SAVED):
+                raise UserError(f"/save {path}: is a file that is no conversation; give another name")
             # What was no text when it was typed is left as its JSON escape.
-            Path(os.path.expanduser(path)).write_bytes(text.encode(errors="backslashreplace"))
+            file.write_bytes(text.encode(errors="backslashreplace"))
         except (OSError, ValueError) as error:
             raise UserError(f"/save {path}: {getattr(error, 'strerror', None) or error}") from None
         return f"{len(messages)} messages in {path}"

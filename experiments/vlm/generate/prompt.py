@@ -221,8 +221,11 @@ class Prompter:
 
 def read_picture(path: str, option: str) -> Picture:
     """The picture of a file that `option` names. Raises UserError."""
+    file = Path(os.path.expanduser(path))
     try:
-        return Picture(Path(os.path.expanduser(path)).read_bytes(), path)
+        if file.exists() and not file.is_file():  # a pipe may never end
+            raise UserError(f"{option} {path}: is no file")
+        return Picture(file.read_bytes(), path)
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise UserError(f"{option} {path}: {getattr(error, 'strerror', None) or error}") from None
 
