@@ -12,7 +12,7 @@ import tyro
 from experiments.__main__ import load_spec
 from experiments.commands.job_options import parse_command
 from experiments.vlm.config import VLMJobConfig
-from experiments.vlm.processor import spoken_template
+from experiments.vlm.processor import folder_template, spoken_template
 from experiments.vlm.saved_model import use_checkpoint, use_hf_folder, with_saved
 from torchtitan.config.errors import require
 from torchtitan.generation.options import Sampling
@@ -70,11 +70,7 @@ def template_of(options: ModelOptions, job: VLMJobConfig) -> str:
     """What load_chat_template takes; empty: the model knows no conversations."""
     if options.chat_template:
         return "" if options.chat_template == "none" else options.chat_template
-    if options.hf:
-        names = ("chat_template.jinja", "tokenizer_config.json")
-        found = [path for name in names if (path := Path(options.hf) / name).is_file()]
-        return str(found[0]) if found else ""
-    return spoken_template(job)
+    return folder_template(Path(options.hf)) if options.hf else spoken_template(job)
 
 
 def open_model(

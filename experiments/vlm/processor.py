@@ -20,7 +20,9 @@ from torchtitan.components.tokenizer import Tokenizer, load_tokenizer
 from torchtitan.components.tokenizer_files import write_json, write_tokenizer
 from torchtitan.tools.logging import warn_once
 
-SPOKEN = ("llava", "messages")  # formats that hold conversations alone
+SPOKEN = ("llava", "messages", "finevision", "the_cauldron")  # formats that hold conversations alone
+# before a template that only says where images stand
+UNSPOKEN = "{# This model was trained without conversations. #}"
 # For a template that shows no images: turns each content into the form that it takes, images in their places.
 FLATTEN = """{% set flat = namespace(messages=[]) -%}
 {%- for message in messages -%}
@@ -45,6 +47,7 @@ def write_language(job: VLMJobConfig, folder: Path) -> None:
     }
     write_tokenizer(job.model.tokenizer_path, folder, named)
     source = template_source(template, tokenizer)
+    source = source if spoken_template(job) else UNSPOKEN + source
     (folder / "chat_template.jinja").write_text(source, encoding="utf-8")
     write_json(folder / "generation_config.json", generation_config(template, tokenizer))
 
@@ -110,6 +113,14 @@ def spoken_template(job: VLMJobConfig) -> str:
     """
     spoken = (source.chat_template for source in job.training_sources() if source.format in SPOKEN)
     return next(spoken, "")
+
+
+def folder_template(folder: Path) -> str:
+    """What load_chat_template takes of a Hugging Face folder; empty: its model knows no conversations."""
+    names = ("chat_template.jinja", "tokenizer_config.json")
+    file = next((path for name in names if (path := folder / name).is_file()), None)
+    unspoken = file is None or file.read_bytes().startswith(UNSPOKEN.encode())
+    return "" if unspoken else str(file)
 
 
 def template_source(template: ChatTemplate, tokenizer: Tokenizer) -> str:

@@ -173,12 +173,14 @@ def test_what_cannot_be_answered_is_one_line(run, capsys, options, told):
 
 
 def test_an_exported_folder_answers_as_its_checkpoint_does(run, tmp_path, capsys):
-    """Its processor says how large images may be: the job's own 64 patches, and not the default."""
+    """Its processor says how large images may be: the job's own 64 patches, and not the default; and its
+    template that there were no conversations.
+    """
     folder = str(tmp_path / "hf")
     assert main(["to_hf", "--job.dump_folder", str(run), "--checkpoint", "step-2", "--out", folder]) == 0
     (run / "large.jpg").write_bytes(jpeg(400, 300))
     images = ["--image", str(run / "a.jpg"), "--image", str(run / "large.jpg")]
-    asked = ["--chat_template", "none", "--max_tokens", "12", "--prompt", "and", *images]
+    asked = ["--max_tokens", "12", "--prompt", "and", *images]
     capsys.readouterr()
     assert main(["generate", "--job.dump_folder", str(run), *asked]) == 0
     expected = capsys.readouterr().out
