@@ -26,9 +26,9 @@ class Stages:
         setup = make_setup(job, load_tokenizer(tokenizer), "train", 1)
         self.cache = ShardCache(setup.open_shard, 64, Retry(setup.data.storage_timeout_s))
         check_source = GoodSampleSearch(setup, self.cache).require
-        self.slot = Slot(0, setup.settings, setup.tokenizer, self.cache, check_source)
-        self.collator = Collator(self.cache, setup.settings.plan, setup.tokenizer.pad_id)
-        shape = shape_of(setup.settings, 1)
+        self.slot = Slot(0, setup, self.cache, check_source)
+        self.collator = Collator(self.cache, setup.plan, setup.tokenizer.pad_id)
+        shape = shape_of(setup, 1)
         self.views = slot_views(Buffers(shape, 1).arrays[0], 0, self.data.patch_rows)
         self.seconds: dict[str, float] = defaultdict(float)
         for _ in range(4):  # until the look-ahead is full

@@ -116,7 +116,7 @@ def measure(data: Path, slots: int, latency_s: float, steps: int, scale: float) 
         setup = make_setup(job_of(data, folder, slots), load_tokenizer(TOKENIZER), "train", slots)
         began = time.perf_counter()
         cache = ShardCache(setup.open_shard, 3 * slots, Retry(600))
-        readers = [SourceReader(0, setup.settings.deals[0], slot, cache) for slot in range(slots)]
+        readers = [SourceReader(0, setup.deals[0], slot, cache) for slot in range(slots)]
         for reader in readers:
             reader.open_ahead(0)
         records = [reader.records(_refuse, _refuse) for reader in readers]

@@ -105,7 +105,7 @@ def show_batch(loader: "Loader", batch: "Batch", slots: int = 1) -> "Image":
     from experiments.vlm.view.picture import draw_slots
     from experiments.vlm.view.slot_view import read_slot
 
-    tokenizer, merge = loader.setup.tokenizer, loader.setup.settings.plan.merge_size
+    tokenizer, merge = loader.setup.tokenizer, loader.setup.plan.merge_size
     rows = range(min(slots, loader.shape.slots))
     views = [read_slot(batch, row, 0, row, loader.shape, merge, tokenizer) for row in rows]
     picture = BytesIO()

@@ -21,7 +21,7 @@ def steps_of_two(folder: Path) -> tuple[list[list[str]], str]:
         if len(steps) == 2 and dist.get_rank() == 0:
             write_shard(folder / "data", 7, "jsonl")
     loader.close()
-    return steps, str([deal.shards for deal in loader.setup.settings.deals])
+    return steps, str([deal.shards for deal in loader.setup.deals])
 
 
 def test_all_ranks_let_a_shard_in_together(pool, tmp_path):

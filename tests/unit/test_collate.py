@@ -112,7 +112,7 @@ def test_every_document_comes_with_its_own_text_and_images(data, tmp_path, rows,
                 assert grid[cells].tolist() == behind and not pixels[cells].any()
     assert len(found) == 102
     for (source, shard, key), (tokens, images) in found.items():
-        number = [deal.name for deal in setup.settings.deals].index(source)
+        number = [deal.name for deal in setup.deals].index(source)
         opened = setup.open_shard(number, shard)
         record = [opened.key(index) for index in range(len(opened))].index(key)
         document, _ = opened.read(record)
@@ -125,7 +125,7 @@ def test_every_document_comes_with_its_own_text_and_images(data, tmp_path, rows,
         expected = [part for part in document.parts if hasattr(part, "locator")]
         assert len(expected) == len(images)
         for image, (pixels, grid) in zip(expected, images, strict=True):
-            h, w = setup.settings.plan.grid(image.height, image.width)
+            h, w = setup.plan.grid(image.height, image.width)
             patches, coordinates = patchify(decode(opened.load(image), h * 16, w * 16), 16, 2)
             np.testing.assert_array_equal(pixels, patches)
             np.testing.assert_array_equal(grid, coordinates)

@@ -39,9 +39,7 @@ def test_a_slot_is_read_back(data, tmp_path, rows):
         slot = read_slot(step.batches[0], row, 1, row, loader.shape, 2, Characters())
         sizes = [size for sample in slot.samples for size in sample.image_sizes]
         by_token = sorted(slot.images, key=lambda image: image.tokens)
-        assert [loader.setup.settings.plan.grid(*size) for size in sizes] == [
-            (image.h, image.w) for image in by_token
-        ]
+        assert [loader.setup.plan.grid(*size) for size in sizes] == [(image.h, image.w) for image in by_token]
         for image in slot.images:
             start, end = image.tokens
             assert (slot.kinds[start:end] == Kind.IMAGE).all() and (

@@ -54,7 +54,7 @@ def start(folder: Path, rank: int) -> dict:
         told = str(error)
     for loader in loaders:
         loader.close()
-    shards = [loader.setup.settings.deals[0].shards for loader in loaders]
+    shards = [loader.setup.deals[0].shards for loader in loaders]
     return {"listed": listed, "shards": shards, "told": told}
 
 

@@ -84,9 +84,7 @@ def test_the_first_shards_of_all_slots_are_opened_at_one_time(tmp_path, monkeypa
     monkeypatch.setattr(producer_module, "ShardCache", lambda _, *rest: ShardCache(open_shard, *rest))
     producer = Producer(setup, range(6), {})
     for slot in producer.slots:
-        producer.cache.use(
-            0, setup.settings.deals[0].shards[slot.readers[0].deal.unit(slot.number, 0).shard], len
-        )
+        producer.cache.use(0, setup.deals[0].shards[slot.readers[0].deal.unit(slot.number, 0).shard], len)
     producer.close()
 
 
@@ -100,11 +98,11 @@ def test_where_a_run_goes_on_the_shards_of_samples_that_wait_are_opened_at_one_t
     cache = ShardCache(setup.open_shard, 1, Retry(0))
     cache.ahead = lambda source, path: asked.append((source, path))  # type: ignore[method-assign]
     for number, state in states.items():
-        slot = Slot(number, setup.settings, Characters(), cache, lambda source: None)
+        slot = Slot(number, setup, cache, lambda source: None)
         slot.open_ahead(state["plan"])
         places = [(source, unit) for source, unit, *_ in state["plan"]["waiting"]]
         places += [(source, unit) for source, (unit, *_) in enumerate(state["plan"]["readers"])]
-        deals = setup.settings.deals
+        deals = setup.deals
         shards = {(source, deals[source].shards[deals[source].unit(number, n).shard]) for source, n in places}
         assert len(shards) > 3 and set(asked) == shards
         asked.clear()

@@ -72,11 +72,10 @@ def read_documents(setup: Setup, limit: int, deadline: Deadline | None = None, s
     """The sizes of the first `limit` documents of the mixture, as one slot would read them; fewer where the
     time is over, but one.
     """
-    deals = tuple(replace(deal, slots=1) for deal in setup.settings.deals)
-    settings = replace(setup.settings, deals=deals, budget=Budget(UNLIMITED, 1, UNLIMITED))
+    deals = tuple(replace(deal, slots=1) for deal in setup.deals)
+    setup = replace(setup, deals=deals, budget=Budget(UNLIMITED, 1, UNLIMITED))
     cache = ShardCache(setup.open_shard, 64, Retry(setup.data.storage_timeout_s))
-    search = GoodSampleSearch(replace(setup, settings=settings), cache)
-    slot = Slot(0, settings, setup.tokenizer, cache, search.require)
+    slot = Slot(0, setup, cache, GoodSampleSearch(setup, cache).require)
     documents: list[SizedDocument] = []
     sources: list[int] = []
     for entry in iter(slot.draw, None):
@@ -85,7 +84,7 @@ def read_documents(setup: Setup, limit: int, deadline: Deadline | None = None, s
         say(f"reading: {len(documents):,} of up to {limit:,} documents")
         if len(documents) == limit or (deadline and not deadline.left_s()):
             break
-    return Stream(documents, sources, settings.weights, settings.weight_by == "tokens")
+    return Stream(documents, sources, setup.weights, slot.by_tokens)
 
 
 def sizes_of(sample: Sample) -> SizedDocument:

@@ -5,6 +5,7 @@ PLAN: what the next row of a slot holds, a SlotPlan (`Slot.plan`)
     formats/     record -> document: texts and references to images (document)
     chat_template  turns -> texts, with markers and loss (built_in_templates, or a file: jinja_template)
     image_plan   size of an image -> its views in patches, and its tokens (image_layout); tiles: of several
+    setup        from a job to what all slots have in common
     sample       document -> token ids, targets, sizes of images in patches
     split        where a document that is longer than a slot may be cut
     lookahead    what waits; which documents or pieces share the next row
@@ -15,7 +16,7 @@ FILL: a SlotPlan becomes one slot's part of a batch (`Collator.start`)
     collate      decode -> patches -> row: pixels, tokens, labels, indices, padding
     batch_metrics  what a batch counts of itself: a new metric is a row there
 RUN: who plans and fills; the steps are the same whichever process does (`next(Loader)`)
-    producer     the slots of one process; setup makes what they need from a job
+    producer     the slots of one process
     workers      processes, each with a producer, that write into shared_memory
     prefetch     steps with or without workers, as nodes of torchdata, which pin them for a GPU
     ranks        what the ranks of a job know together: the list of shards

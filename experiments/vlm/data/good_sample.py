@@ -32,7 +32,7 @@ class GoodSampleSearch:
     """Looks into the sources of a run for good samples; not thread-safe."""
 
     def __init__(self, setup: Setup, cache: ShardCache):
-        self.setup, self.settings = setup, setup.settings
+        self.setup = setup
         self.cache = cache
 
     def require(self, source: int, first: int = 0) -> None:
@@ -46,14 +46,14 @@ class GoodSampleSearch:
             unreached += reject.reason == "image_fetch"
             if unreached == UNREACHED:
                 break
-        deal = self.settings.deals[source]
+        deal = self.setup.deals[source]
         shard = next((reject.shard for reject in found if reject.kind == "samples"), None)
         hint = self.setup.hint(source, shard) if shard else ""
         raise DataError(complaint(deal.name, len(deal.shards), found, hint))
 
     def _tried(self, source: int, first: int) -> Iterator[Reject | None]:
         """What is wrong with each record and shard that is tried; None for a good record."""
-        deal, looked_into = self.settings.deals[source], 0
+        deal, looked_into = self.setup.deals[source], 0
         for number in dict.fromkeys([first, *spread(len(deal.shards), UNREADABLE)]):
             path = deal.shards[number]
             try:
@@ -79,10 +79,10 @@ class GoodSampleSearch:
 
     def _use(self, document: Document, shard: Shard) -> None:
         """Raises Rejected."""
-        settings = self.settings
-        if settings.long == "drop":
-            splitter = Splitter(settings.budget, settings.plan.merge_size)
-            if not splitter.holds(make_sample(document, self.setup.tokenizer, settings.plan).outline):
+        setup = self.setup
+        if setup.data.long_documents == "drop":
+            splitter = Splitter(setup.budget, setup.plan.merge_size)
+            if not splitter.holds(make_sample(document, setup.tokenizer, setup.plan).outline):
                 raise Rejected("too_long")
         for image in document.parts if document.caption else ():
             if isinstance(image, Image):
@@ -90,7 +90,7 @@ class GoodSampleSearch:
 
     def _decode(self, image: Image, shard: Shard) -> None:
         """Raises Rejected."""
-        plan = self.settings.plan
+        plan = self.setup.plan
         guarded(lambda: decode_views(shard.load(image), plan.layout(image.height, image.width), plan))
 
 
@@ -102,7 +102,7 @@ def require_good_samples(setups: Iterable[Setup], slot: int) -> None:
     for setup in setups:
         cache = ShardCache(setup.open_shard, 1, Retry(setup.data.storage_timeout_s))
         search = GoodSampleSearch(setup, cache)
-        for source, deal in enumerate(setup.settings.deals):
+        for source, deal in enumerate(setup.deals):
             unit = deal.unit(slot, 0)
             search.require(source, unit.shard if unit else 0)
 

@@ -30,7 +30,7 @@ from experiments.vlm.data.ranks import Ranks, shards_of
 from experiments.vlm.data.reject_log import RejectLog
 from experiments.vlm.data.report import Tally, check_bad_fraction, rejected_line, report, tally_of
 from experiments.vlm.data.resume import from_checkpoint, refuse, with_new_shards
-from experiments.vlm.data.setup import Setup, Split, make_setup, order_facts, shape_of, with_deals
+from experiments.vlm.data.setup import Setup, Split, make_setup, order_facts, shape_of
 from experiments.vlm.data.slot_state import SlotState, read_states, save_states, slot_key
 from experiments.vlm.data.sources.listing import to_text
 from experiments.vlm.data.sources.shards import needs_copy
@@ -115,14 +115,14 @@ class Loader:
         self.slots = range(rank * total // ranks, (rank + 1) * total // ranks)
         self.ranks = Ranks(together=agree is not None)
         self._use(make_setup(job, tokenizer, split, total, control, shards_of(job, split, self.ranks)))
-        self.shape = shape_of(self.setup.settings, local)
-        self.may_end = all(deal.epochs is not None for deal in self.setup.settings.deals)
+        self.shape = shape_of(self.setup, local)
+        self.may_end = all(deal.epochs is not None for deal in self.setup.deals)
         self.agree = agree or partial(agree_alone, ranks)
         self.still_waiting = partial(self.agree, None)
         self.group = ReadOnce(group, job, self.shape) if group else None
         self.reads = self.group is None or self.group.leads
         if split == "train":
-            if any(needs_copy(deal.shards[0]) for deal in self.setup.settings.deals):
+            if any(needs_copy(deal.shards[0]) for deal in self.setup.deals):
                 self.ranks.wait_together(file_cache(job.data).require_usable)
             setups = [self.setup]
             if job.validation.enable:
@@ -207,19 +207,19 @@ class Loader:
             return
         for line in continued.joined:
             logger.info(line)
-        self._use(with_deals(self.setup, continued.now))
+        self._use(replace(self.setup, deals=continued.now))
         self.states = {slot: entries[slot]["slot"] for slot in self.slots}
 
     def _use(self, setup: Setup) -> None:
         self.setup = setup
         self.facts = order_facts(setup) if self.split == "train" else {}
-        self.shards = to_text(setup.settings.deals) if self.split == "train" and self.slots.start == 0 else ""
-        paths = [shard for deal in setup.settings.deals for shard in deal.shards]
+        self.shards = to_text(setup.deals) if self.split == "train" and self.slots.start == 0 else ""
+        paths = [shard for deal in setup.deals for shard in deal.shards]
         self.shared_shards = len(set(paths)) < len(paths)
 
     def _let_new_shards_join(self) -> None:
         """Go on as if the run had ended here: what is read ahead of the trainer is read again."""
-        deals = self.setup.settings.deals
+        deals = self.setup.deals
         continued = with_new_shards(self.job, deals, self.states, self.ranks)
         if continued.changes:
             logger.warning(f"no new shards join: {'; '.join(continued.changes)}")
@@ -228,7 +228,7 @@ class Loader:
             logger.info(line)
         if continued.now != deals:
             self.close()
-            self._use(with_deals(self.setup, continued.now))
+            self._use(replace(self.setup, deals=continued.now))
 
     def slot_keys(self) -> list[str]:
         """The keys of `state_dict` that this rank's slots have: "slot_000017" for slot 17."""
@@ -252,7 +252,7 @@ class Loader:
     @property
     def names(self) -> list[str]:
         """The sources, in the order of the configuration."""
-        return [deal.name for deal in self.setup.settings.deals]
+        return [deal.name for deal in self.setup.deals]
 
     def _start(self) -> Supply:
         data, slots = self.job.data, len(self.slots)
@@ -280,7 +280,7 @@ class Loader:
         if not self.warned_of_addresses and any(reject.reason == "image_fetch" for reject in rejects):
             self.warned_of_addresses = True
             logger.warning(about_failures(self.job.data))
-        allowed = self.setup.settings.max_bad_fraction
+        allowed = self.setup.max_bad_fraction
         if rejects and allowed < 1:
             total = Tally()
             for step in steps:
@@ -289,7 +289,7 @@ class Loader:
 
     def _deals_again(self, steps: list[SlotStep]) -> bool:
         """Whether another rank may have met the same: in a later epoch, or as two sources share a shard."""
-        deals = self.setup.settings.deals
+        deals = self.setup.deals
         return self.shared_shards or any(
             deal.epoch(step.filled.slot, reader[0]) > 0
             for step in steps

@@ -37,17 +37,16 @@ class Producer:
 
     def __init__(self, setup: Setup, slots: Sequence[int], states: dict[int, SlotState]):
         """`states`: of slots that go on; the others start anew."""
-        settings = setup.settings
         self.cache = ShardCache(
             setup.open_shard,
-            3 * len(slots) * len(settings.deals) + SPARE_SHARDS,
+            3 * len(slots) * len(setup.deals) + SPARE_SHARDS,
             Retry(setup.data.storage_timeout_s),
         )
         threads = setup.data.decode_threads
         self.pool = ThreadPoolExecutor(threads, "decode") if threads > 1 else None
-        self.collator = Collator(self.cache, settings.plan, setup.tokenizer.pad_id, self.pool)
+        self.collator = Collator(self.cache, setup.plan, setup.tokenizer.pad_id, self.pool)
         check_source = GoodSampleSearch(setup, self.cache).require
-        self.slots = [Slot(number, settings, setup.tokenizer, self.cache, check_source) for number in slots]
+        self.slots = [Slot(number, setup, self.cache, check_source) for number in slots]
         self.tallies = {number: Tally() for number in slots}  # of what was delivered
         for slot in self.slots:  # all of them at one time
             slot.open_ahead(states[slot.number]["plan"] if slot.number in states else None)

@@ -47,28 +47,18 @@ def shards_of(job: VLMJobConfig, split: Split, ranks: Ranks) -> list[Shards]:
         _listed[id(job)] = {}
         weakref.finalize(job, _listed.pop, id(job), None)
     if split not in _listed[id(job)]:
-        _listed[id(job)][split] = _list_for_all(job, split, ranks)
+        _listed[id(job)][split] = list_for_all(job, split, ranks)
     return _listed[id(job)][split]
 
 
-def list_again(job: VLMJobConfig, ranks: Ranks) -> list[Shards]:
-    """The shards of training as they are now, the same on all ranks; errors as `shards_of`."""
-    return _list_for_all(job, "train", ranks)
-
-
-def _list_for_all(job: VLMJobConfig, split: Split, ranks: Ranks) -> list[Shards]:
-    """By rank 0; but what is embedded is drawn, and so listed, on each machine."""
+def list_for_all(job: VLMJobConfig, split: Split, ranks: Ranks) -> list[Shards]:
+    """The shards as they are now, the same on all ranks. Raises ConfigError."""
+    # By rank 0; but what is embedded is drawn, and so listed, on each machine.
     sources = sources_of(job, split)
-    elsewhere = [not source.path.startswith(EMBEDDED) for source in sources]
     of_first = ranks.from_first(
-        lambda: [
-            _list(source, job, split) if far else () for source, far in zip(sources, elsewhere, strict=True)
-        ]
+        lambda: [() if source.path.startswith(EMBEDDED) else _list(source, job, split) for source in sources]
     )
-    return [
-        shards if far else _list(source, job, split)
-        for source, shards, far in zip(sources, of_first, elsewhere, strict=True)
-    ]
+    return [shards or _list(source, job, split) for source, shards in zip(sources, of_first, strict=True)]
 
 
 def _list(source: Source, job: VLMJobConfig, split: Split) -> Shards:

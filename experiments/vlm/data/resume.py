@@ -11,9 +11,9 @@ from typing import Any
 
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.data.formats.shard import Shard
-from experiments.vlm.data.ranks import Ranks, list_again
+from experiments.vlm.data.ranks import Ranks, list_for_all
 from experiments.vlm.data.rejects import Rejected
-from experiments.vlm.data.setup import Setup, order_facts, with_deals
+from experiments.vlm.data.setup import Setup, order_facts
 from experiments.vlm.data.slot_state import SlotState
 from experiments.vlm.data.sources.listing import Continued, go_on, to_text
 from experiments.vlm.data.sources.order import Deal
@@ -30,10 +30,10 @@ def from_checkpoint(entries: Entries, setup: Setup, slots: range, reads: bool, r
 
     `slots`: of this rank, which looks into their shards if it `reads`.
     """
-    deals, join = setup.settings.deals, setup.data.join_new_shards
+    deals, join = setup.deals, setup.data.join_new_shards
     furthest = _furthest({slot: entry["slot"] for slot, entry in entries.items()}, deals, ranks)
     continued = ranks.from_first(lambda: _listed_then(entries, deals, furthest, join))
-    then = with_deals(setup, continued.then)
+    then = replace(setup, deals=continued.then)
     changes = continued.changes + changes_of(entries, slots, order_facts(then))
     looked_at = slots if reads and not changes else range(0)
     changes += ranks.wait_together(lambda: changed_shards(entries, looked_at, then))
@@ -45,7 +45,7 @@ def with_new_shards(
     job: VLMJobConfig, deals: tuple[Deal, ...], states: Mapping[int, SlotState], ranks: Ranks
 ) -> Continued:
     """The deals of a run that goes on, with the shards there are now. `states`: of all slots of this rank."""
-    listed = list_again(job, ranks)
+    listed = list_for_all(job, "train", ranks)
     if all(set(shards) <= set(deal.shards) for shards, deal in zip(listed, deals, strict=True)):
         return Continued(deals, deals, [], [])
     now = [replace(deal, shards=shards, joins=()) for deal, shards in zip(deals, listed, strict=True)]
@@ -87,7 +87,7 @@ def changed_shards(entries: Entries, slots: Iterable[int], setup: Setup) -> list
 
     def look(item: tuple[tuple[int, int], tuple[int, int]]) -> str:
         (source, number), before = item
-        deal = setup.settings.deals[source]
+        deal = setup.deals[source]
         path = deal.shards[number]
         try:
             now = retry.call(f"shard {path}", lambda: _content(setup.open_shard(source, path)))

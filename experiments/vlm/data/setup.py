@@ -11,8 +11,8 @@ from experiments.vlm.batch import BatchShape
 from experiments.vlm.config import Data, Source, VLMJobConfig
 from experiments.vlm.data.chat_template import load_chat_template
 from experiments.vlm.data.formats.shard import Shard
+from experiments.vlm.data.image_plan import ImagePlan
 from experiments.vlm.data.packing import Budget
-from experiments.vlm.data.slot import SlotSettings
 from experiments.vlm.data.sources.energon import Split
 from experiments.vlm.data.sources.order import Deal
 from experiments.vlm.data.sources.shards import format_hint, list_shards, open_shard
@@ -48,10 +48,20 @@ FREE_OF_SOURCE = {
 class Setup:
     """All that a process needs to run slots. Picklable."""
 
-    settings: SlotSettings
-    tokenizer: Tokenizer
     sources: list[Source]
+    deals: tuple[Deal, ...]  # of each source
     data: Data
+    budget: Budget
+    plan: ImagePlan
+    tokenizer: Tokenizer
+    seed: int
+    max_bad_fraction: float
+    control: str | None  # a key of CONTROLS
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Of each source."""
+        return tuple(source.weight for source in self.sources)
 
     def open_shard(self, source: int, path: str) -> Shard:
         """A shard of a source. Raises what `shards.open_shard` does."""
@@ -77,34 +87,24 @@ def make_setup(
     shards: Sequence[Shards] = (),
 ) -> Setup:
     """`slots`: G. `shards`: of each source, if they are listed. Raises ConfigError as `make_deal`."""
-    data, sources, plan = job.data, sources_of(job, split), image_plan(job)
-    held_out = split == "validation"
-    settings = SlotSettings(
-        deals=tuple(
-            make_deal(source, job, slots, held_out, listed)
-            for source, listed in zip(sources, shards or [()] * len(sources), strict=True)
-        ),
-        weights=tuple(source.weight for source in sources),
-        weight_by=data.weight_by,
+    data, sources, held_out = job.data, sources_of(job, split), split == "validation"
+    listed = zip(sources, shards or [()] * len(sources), strict=True)
+    return Setup(
+        sources=sources,
+        deals=tuple(make_deal(source, job, slots, held_out, own) for source, own in listed),
+        data=data,
         budget=Budget(job.training.seq_len, data.patch_rows, data.patches_per_row),
-        plan=plan,
-        long=data.long_documents,
-        buffer=data.packing_buffer_size,
+        plan=image_plan(job),
+        tokenizer=tokenizer,
         seed=job.debug.seed,
-        control=control,
         max_bad_fraction=1.0 if held_out else data.max_bad_fraction,
+        control=control,
     )
-    return Setup(settings, tokenizer, sources, data)
 
 
-def with_deals(setup: Setup, deals: Sequence[Deal]) -> Setup:
-    """The setup with other deals of the same sources."""
-    return replace(setup, settings=replace(setup.settings, deals=tuple(deals)))
-
-
-def shape_of(settings: SlotSettings, slots: int) -> BatchShape:
+def shape_of(setup: Setup, slots: int) -> BatchShape:
     """The sizes of a batch of so many slots."""
-    budget, plan = settings.budget, settings.plan
+    budget, plan = setup.budget, setup.plan
     rows = budget.seq_len, budget.patch_rows, budget.patches_per_row
     return BatchShape(slots, *rows, plan.patch_size, plan.mixes)
 
@@ -134,18 +134,18 @@ def passes(source: Source, job: VLMJobConfig) -> int | None:
 
 def order_facts(setup: Setup) -> dict[str, Any]:
     """What the order of the samples depends on, by option: each of [data] and of sources that is not free."""
-    settings, data = setup.settings, setup.data
+    data, plan = setup.data, setup.plan
     facts: dict[str, Any] = {
-        "training.global_batch_size": settings.deals[0].slots,
-        "training.seq_len": settings.budget.seq_len,
-        "debug.seed": settings.seed,
+        "training.global_batch_size": setup.deals[0].slots,
+        "training.seq_len": setup.budget.seq_len,
+        "debug.seed": setup.seed,
         "model.tokenizer_path": tokenizer_print(setup.tokenizer),
     }
     facts |= {f"data.{name}": value for name, value in vars(data).items() if name not in FREE_OF_DATA}
-    plan = settings.plan  # the model's, where the options leave them open
+    # the model's, where the options leave them open
     facts |= {"data.patch_size": plan.patch_size, "data.spatial_merge_size": plan.merge_size}
     facts["data.resize"] = plan.resize
-    for deal, source in zip(settings.deals, setup.sources, strict=True):
+    for deal, source in zip(setup.deals, setup.sources, strict=True):
         key = f"data.sources[{deal.name}]"
         facts |= {
             f"{key}.{name}": value for name, value in vars(source).items() if name not in FREE_OF_SOURCE

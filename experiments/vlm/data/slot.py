@@ -9,37 +9,18 @@ on they do), counts. A resumed slot reads again only what was waiting.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from experiments.vlm.data.controls import CONTROLS
-from experiments.vlm.data.image_plan import ImagePlan
 from experiments.vlm.data.lookahead import LookAhead, Place, Queued, Taken
-from experiments.vlm.data.packing import Budget
 from experiments.vlm.data.rejects import Reject, Rejected
 from experiments.vlm.data.report import Tally, check_bad_fraction
 from experiments.vlm.data.sample import PlannedImage, Sample, make_sample
+from experiments.vlm.data.setup import Setup
 from experiments.vlm.data.sources.mixture import Mixture
-from experiments.vlm.data.sources.order import Deal
 from experiments.vlm.data.sources.reader import ReadDocument, Reference, SourceReader
 from experiments.vlm.data.sources.shard_cache import ShardCache
 from experiments.vlm.data.split import Splitter
-from torchtitan.components.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True)
-class SlotSettings:
-    """What all slots of a run have in common. Picklable."""
-
-    deals: tuple[Deal, ...]
-    weights: tuple[float, ...]
-    weight_by: Literal["samples", "tokens"]
-    budget: Budget
-    plan: ImagePlan
-    long: Literal["split", "truncate", "drop"]
-    buffer: int
-    seed: int
-    control: str | None = None  # a key of CONTROLS
-    max_bad_fraction: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -92,29 +73,22 @@ class SlotPlan:
 class Slot:
     """One slot of the global batch: what it has read, what waits, what it plans next."""
 
-    def __init__(
-        self,
-        number: int,
-        settings: SlotSettings,
-        tokenizer: Tokenizer,
-        cache: ShardCache,
-        check_source: Callable[[int], None],
-    ):
+    def __init__(self, number: int, setup: Setup, cache: ShardCache, check_source: Callable[[int], None]):
         """`check_source`: called when a source gave none for long; raises DataError where it has none."""
         self.number = number
         self.check_source = check_source
-        self.settings = settings
-        self.tokenizer = tokenizer
-        typical = settings.budget.seq_len / 4 if settings.weight_by == "tokens" else 1.0
-        self.mixture = Mixture(settings.weights, settings.seed, number, typical)
-        control = CONTROLS[settings.control] if settings.control else None
+        self.setup = setup
+        self.by_tokens = setup.data.weight_by == "tokens"
+        typical = setup.budget.seq_len / 4 if self.by_tokens else 1.0
+        self.mixture = Mixture(setup.weights, setup.seed, number, typical)
+        control = CONTROLS[setup.control] if setup.control else None
         self.readers = [
-            SourceReader(source, deal, number, cache, control) for source, deal in enumerate(settings.deals)
+            SourceReader(source, deal, number, cache, control) for source, deal in enumerate(setup.deals)
         ]
         self.records = [self._records(reader) for reader in self.readers]
-        self.splitter = Splitter(settings.budget, settings.plan.merge_size)
+        self.splitter = Splitter(setup.budget, setup.plan.merge_size)
         self.look_ahead: LookAhead[Drawn] = LookAhead(
-            self.splitter, settings.buffer, self.mixture, settings.weight_by == "tokens"
+            self.splitter, setup.data.packing_buffer_size, self.mixture, self.by_tokens
         )
         self.tally = Tally()
         self.rejects: list[Reject] = []
@@ -179,7 +153,7 @@ class Slot:
     def _reject(self, reject: Reject) -> None:
         self.tally.reject(reject)
         self.rejects.append(reject)
-        check_bad_fraction(self.tally, self.settings.max_bad_fraction)
+        check_bad_fraction(self.tally, self.setup.max_bad_fraction)
 
     def _reread(self, waited: list[int]) -> Queued[Drawn] | None:
         reference = Reference(*waited)
@@ -204,16 +178,17 @@ class Slot:
             self._count(source, record, entry)
             if entry is not None:
                 self.readers[source].empty_units = 0
-                self.mixture.give(source, entry.length if self.settings.weight_by == "tokens" else 1)
+                self.mixture.give(source, entry.length if self.by_tokens else 1)
                 return entry
         return None
 
     def _queued(self, reference: Reference, record: ReadDocument) -> Queued[Drawn] | None:
         """The document from reference.offset on; None if it is dropped for its length."""
-        sample = make_sample(record.document, self.tokenizer, self.settings.plan)
-        too_long = self.settings.long != "split" and not self.splitter.holds(sample.outline)
+        sample = make_sample(record.document, self.setup.tokenizer, self.setup.plan)
+        long = self.setup.data.long_documents
+        too_long = long != "split" and not self.splitter.holds(sample.outline)
         if too_long:
-            if self.settings.long == "drop":
+            if long == "drop":
                 return None
             sample = sample.piece(0, self.splitter.longest(sample.outline))
         drawn = Drawn(reference._replace(offset=0), self._origin(reference, record), sample, too_long)
@@ -231,7 +206,7 @@ class Slot:
         )
 
     def _count(self, source: int, record: ReadDocument, entry: Queued[Drawn] | None) -> None:
-        name = self.settings.deals[source].name
+        name = self.setup.deals[source].name
         if entry is None:
             self._reject(Reject(name, record.shard, record.document.key, "too_long"))
             return
@@ -240,5 +215,5 @@ class Slot:
             self.tally.count(name, "truncated")
 
     def _origin(self, reference: Reference, record: ReadDocument) -> Origin:
-        document, source = record.document, self.settings.deals[reference.source].name
+        document, source = record.document, self.setup.deals[reference.source].name
         return Origin(source, record.shard, document.key, document.caption)

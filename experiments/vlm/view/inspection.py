@@ -52,7 +52,7 @@ def inspect(job: VLMJobConfig, tokenizer: Tokenizer, steps: int, shown: int, out
     Any of them may be empty: then it is not written.
     """
     loader = Loader(job, tokenizer)
-    shape, merge = loader.shape, loader.setup.settings.plan.merge_size
+    shape, merge = loader.shape, loader.setup.plan.merge_size
     seen, views = Seen(0, 0, Counter(), 0, 0, Counter()), list[SlotView]()
     with ExitStack() as stack:
         stack.callback(loader.close)
@@ -94,7 +94,7 @@ def _count(seen: Seen, counts: dict[str, int]) -> None:
 
 def _write_report(views: list[SlotView], loader: Loader, tokenizer: Tokenizer, facts: str, out: str) -> None:
     title = f"Packed batches of {loader.job.job.config_file or 'the job'}"
-    merge = loader.setup.settings.plan.merge_size
+    merge = loader.setup.plan.merge_size
     if Path(out).suffix == ".png":
         draw_slots(views, loader.shape, tokenizer, f"{title}\n{facts}", out)
     else:
