@@ -142,7 +142,7 @@ class FromWorkers(ForwardNode):
         self.parts: list[dict[int, list[int]]] = [{} for _ in range(len(slots) // shape.slots)]
         for number in range(workers):
             places = range(number, len(slots), workers)
-            own = slots[number::workers]
+            own = list(slots[number::workers])
             assigned = Assignment(own, places, {slot: states[slot] for slot in own if slot in states})
             self.workers.append(Worker(number, setup, self.buffers, assigned))
             for place in places:

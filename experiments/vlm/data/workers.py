@@ -38,7 +38,7 @@ GRACE_S = 5.0  # for a worker to end by itself
 class Assignment:
     """What one worker runs. `places[i]`: which of the rank's slots that is; forward f has f * B and on."""
 
-    slots: Sequence[int]
+    slots: list[int]
     places: Sequence[int]
     states: dict[int, SlotState]
 
