@@ -34,7 +34,7 @@ from itertools import product
 import numpy as np
 
 from benchmarks.photos import make_jpegs
-from experiments.vlm.costs.packing_advice import Data, advise
+from experiments.vlm.costs.packing_advice import Data, Deadline, Trials, search
 from experiments.vlm.costs.packing_simulation import Prices, SizedDocument, Stream
 from experiments.vlm.data.image import decode, probe
 from experiments.vlm.data.image_plan import ImagePlan
@@ -153,7 +153,8 @@ def measure(rows: int, seq_lens: list[int], buffers: list[int]) -> Iterator[dict
     for kind, seq_len, buffer in product(KINDS, seq_lens, buffers):
         largest = min(PLAN.max_patches, seq_len // 2)
         stream = draw(kind, rows * seq_len, buffer + BEYOND, largest)
-        seen = advise(Data(stream, PRICES, PLAN.merge_size, largest), seq_len, 1, buffer)
+        trials = Trials(Data(stream, PRICES, PLAN.merge_size, largest), Deadline(math.inf))
+        (seen,) = search(trials, [seq_len], [1], [buffer])
         yield {
             "data": kind,
             "seq_len": seq_len,

@@ -163,7 +163,7 @@ def find_space(
         lengths = promising(costs, job.data.patches_per_row, merge, machine.on_gpu)
     if not job.job.dry_run:
         write_whole(file, json.dumps(lengths) + "\n")
-    return Space(job, ranks, lengths, planner, machine.on_gpu), own.flops / ranks
+    return Space(planner, lengths, machine.on_gpu), own.flops / ranks
 
 
 def costs_of_lengths(job: VLMJobConfig, tokenizer: Tokenizer, seconds: float) -> dict[int, float]:

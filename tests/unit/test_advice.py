@@ -20,7 +20,6 @@ from experiments.vlm.costs.packing_advice import (
     Data,
     Deadline,
     Trials,
-    advise,
     best_of,
     next_lengths,
     read_documents,
@@ -156,11 +155,9 @@ def test_few_rows_tell_what_many_do_though_what_waits_still_changes(length):
 def test_a_dear_encoder_asks_for_a_shorter_row_than_a_cheap_one(monkeypatch):
     stream, found = everything_tried(captions_and_chats)
     monkeypatch.setattr(packing_advice, "simulate", lambda s, case, m: found[case])
-    lengths = [
-        advise(Data(stream, Prices(1.0, price), 6, 144), 128, 1, 16).budget.patches_per_row
-        for price in (5.0, 0.02)
-    ]
-    assert lengths[0] < lengths[1]
+    trials = [Trials(Data(stream, Prices(1.0, price), 6, 144), Deadline(math.inf)) for price in (5.0, 0.02)]
+    (dear,), (cheap,) = (search(each, [128], [1], [16]) for each in trials)
+    assert dear.budget.patches_per_row < cheap.budget.patches_per_row
 
 
 @pytest.mark.parametrize("best", [64, 1000, 3000, 50_000])

@@ -117,7 +117,7 @@ def small(**changes) -> VLMJobConfig:
 def space_of(job: VLMJobConfig, gib: float, lengths=(512, 128)) -> Space:
     planner = Planner(job, 1, VOCAB, True, gib)
     planner.of_job()
-    return Space(job, 1, lengths, planner, on_gpu=False)
+    return Space(planner, lengths, on_gpu=False)
 
 
 @pytest.fixture(autouse=True)

@@ -54,16 +54,10 @@ class Mesh:
         return self.rank("pp") == self.rank("cp") == self.rank("tp") == 0
 
 
-def build_mesh(degrees: Degrees, device: torch.device, ranks: list[int] | None = None) -> Mesh:
-    """Called by all ranks alike.
-
-    `ranks`: only these of the world (tests of small layouts); the others get no place in it.
-    """
+def build_mesh(degrees: Degrees, device: torch.device) -> Mesh:
+    """Called by all ranks alike."""
     sizes = tuple(getattr(degrees, name) for name in DIMS)
-    if ranks is None:
-        world = init_device_mesh(device.type, sizes, mesh_dim_names=DIMS)
-    else:
-        world = DeviceMesh(device.type, torch.tensor(ranks).reshape(sizes), mesh_dim_names=DIMS)
+    world = init_device_mesh(device.type, sizes, mesh_dim_names=DIMS)
     return Mesh(
         degrees=degrees,
         device=device,

@@ -32,15 +32,11 @@ def plain_name(name: str) -> str:
 
 @torch.no_grad()
 def initialise(
-    model: nn.Module,
-    rule: Callable[[str], Fill],
-    seed: int,
-    prefix: str = "",
-    without: Collection[str] = (),
+    model: nn.Module, rule: Callable[[str], Fill], seed: int, without: Collection[str] = ()
 ) -> None:
     """Fill all parameters but `without` by the `rule` for their names; tied ones once, under the first."""
     for name, parameter in model.named_parameters():
-        name = prefix + plain_name(name)
+        name = plain_name(name)
         if name in without:
             continue
         generator = Generator(parameter.device).manual_seed(seed * 1_000_003 + zlib.crc32(name.encode()))

@@ -15,7 +15,6 @@ import multiprocessing
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import closing
 from dataclasses import replace
 from itertools import product, zip_longest
 from typing import NamedTuple
@@ -238,10 +237,3 @@ def next_lengths(costs: dict[int, float], length: Callable[[float], int]) -> lis
     ]
     new = ([each for each in found if each not in costs] for found in (beyond, between))
     return next(filter(None, new), [])
-
-
-def advise(data: Data, seq_len: int, rows: int, buffer: int) -> Occupancy:
-    """The L at which a useful token costs least for this S, number of rows and look-ahead."""
-    with closing(Trials(data, Deadline(math.inf))) as trials:
-        (found,) = search(trials, [seq_len], [rows], [buffer])
-    return found

@@ -59,8 +59,8 @@ class Planner:
     """What candidates need of a device, and the most that may be planned for: `limit_gib`."""
 
     def __init__(self, job: VLMJobConfig, ranks: int, vocab_size: int, on_gpu: bool, limit_gib: float):
-        self.job, self.limit_gib, self._ranks = job, limit_gib, ranks
-        self._sizes = degrees(job.parallelism, ranks)
+        self.job, self.ranks, self.limit_gib = job, ranks, limit_gib
+        self.sizes = degrees(job.parallelism, ranks)
         self._shares = Shares(job, vocab_size, on_gpu)
         self._peaks: dict[Candidate, float] = {}
         self._least: dict[tuple[Candidate, float], Candidate] = {}  # and the limit that it is within
@@ -75,7 +75,7 @@ class Planner:
         """Estimated, of a rank. Raises ConfigError where it cannot run."""
         if candidate not in self._peaks:
             job = with_values(self.job, candidate)
-            check_vlm(job, self._ranks)
+            check_vlm(job, self.ranks)
             self._estimate(job, candidate)
         return self._peaks[candidate]
 
@@ -101,7 +101,7 @@ class Planner:
         job = with_values(self.job, candidate)
         job.activation_checkpoint = VLMActivationCheckpoint(memory_budget_gib=gib)
         try:
-            check_vlm(job, self._ranks)
+            check_vlm(job, self.ranks)
             return values(self._estimate(job).job)
         except ConfigError:  # not even with the most
             job.activation_checkpoint = VLMActivationCheckpoint(mode="full", encoder_mode="full")
@@ -109,7 +109,7 @@ class Planner:
 
     def _estimate(self, job: VLMJobConfig, candidate: Candidate | None = None) -> Estimate:
         """The estimate; keeps its peak as that of `candidate`, else of the job as fitted to its budget."""
-        found = estimate_with(self._shares, job, self._sizes)
+        found = estimate_with(self._shares, job, self.sizes)
         self._peaks[candidate or values(found.job)] = found.memory.total / GIB
         return found
 
@@ -125,15 +125,15 @@ class Planner:
 class Space:
     """The changes that are tried, those that may gain most first. `lengths`: L, the best first."""
 
-    def __init__(self, job: VLMJobConfig, ranks: int, lengths: Iterable[int], planner: Planner, on_gpu: bool):
-        self.job, self.planner, self.own = job, planner, values(job)
-        sizes, batch = degrees(job.parallelism, ranks), resolve_batch(job, ranks)
+    def __init__(self, planner: Planner, lengths: Iterable[int], on_gpu: bool):
+        self.planner, self.job, sizes = planner, planner.job, planner.sizes
+        self.own, batch = values(self.job), resolve_batch(self.job, planner.ranks)
         self._lengths, self._step = list(lengths), batch.global_
         slots = batch.global_ // sizes.dp
         self._slots = [count for count in range(1, slots + 1) if slots % count == 0]
-        piped = job.parallelism.pipeline_parallel_microbatch_size if sizes.pp > 1 else 0
+        piped = self.job.parallelism.pipeline_parallel_microbatch_size if sizes.pp > 1 else 0
         self._piped, self._cp = piped, sizes.cp
-        backend, device = job.model.attention_backend, "cuda" if on_gpu else "cpu"
+        backend, device = self.job.model.attention_backend, "cuda" if on_gpu else "cpu"
         # On a CPU FlexAttention has no backward, so there is no choice.
         self._backends = [name for name in BACKENDS if on_gpu and name != resolve_backend(backend, device)]
         self.changes = [self.recomputation, self.length, self.slots, self.chunk, self.backend]
