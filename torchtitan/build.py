@@ -34,6 +34,7 @@ from torchtitan.config.layout import BatchSizes, degrees, resolve_batch
 from torchtitan.distributed.collectives import agree_on_data, any_rank, wait_together
 from torchtitan.distributed.mesh import Mesh, build_mesh
 from torchtitan.distributed.slot_group import slot_group
+from torchtitan.layers.lora import scale_of
 from torchtitan.loaded_model import give_weights, parallelize
 from torchtitan.spec import TrainSpec
 from torchtitan.tools.logging import logger
@@ -93,8 +94,17 @@ def build(job: JobConfig, spec: TrainSpec, device: torch.device) -> Run:
     rates_on = device if job.compile.cuda_graphs else None
     optimizers = Optimizers(parts, job.optimizer, setting_of, model.ADAMW_ONLY, rates_on)
     schedule = Schedule(optimizers, job.training.steps, job.lr_scheduler)
-    tied, config = model.tied_names(), spec.model_config(job)
-    state = TrainState(parts, optimizers, schedule, loader, tied, sizes.global_, config)
+    state = TrainState(
+        parts,
+        optimizers,
+        schedule,
+        loader,
+        model.tied_names(),
+        sizes.global_,
+        spec.model_config(job),
+        scale_of(model),
+        mesh["pp"].get_group(),
+    )
     checkpointer = Checkpointer(job.checkpoint, folder / job.checkpoint.folder, state)
     checkpointer.load()
     if dist.get_rank() == 0:

@@ -52,7 +52,7 @@ def _model_and_source(
     model = spec.build_model(dataclasses.replace(job, float8=Float8()), tokenizer)
     shapes = shapes_of(model)
     if checkpoint:
-        require_scale(checkpoint, scale_of([model]))
+        require_scale(checkpoint, scale_of(model))
         return model, CheckpointSource(checkpoint, shapes)
     return model, spec.initial_weights(job, shapes)
 

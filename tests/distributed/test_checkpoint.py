@@ -12,7 +12,7 @@ from tests.distributed.table import LORA, Comparison, layout
 from tests.reference.small_run import CPU, SMALL, job_of, whole
 from torchtitan.build import build
 from torchtitan.components import checkpoint
-from torchtitan.config.errors import CheckpointError
+from torchtitan.config.errors import CheckpointError, ConfigError
 from torchtitan.train import Trainer
 
 STEPS, SAVED = 5, 2
@@ -22,11 +22,16 @@ TIED = {"model": "small-qwen3-tied"}
 FSDP_TP = layout("fsdp2.tp2", 4, tp=2)
 PP_CP = layout("cp2.pp2", 4, cp=2, pp=2)
 ONE = layout("one", 1)
+ADAPTED = {"lora": 4, "adapted": ["decoder"]}  # of which a stage with the encoder alone has nothing
 PAIRS = [
-    (layout("fsdp2, lora", 2, **LORA), layout("pp2, lora", 2, pp=2, **LORA)),
+    (
+        layout("pp2, encoder stage, lora", 2, pp=2, encoder_stage=True, **ADAPTED),
+        layout("pp2, split by hand, lora", 2, pp=2, split=[2], **ADAPTED),
+    ),
 ]
 FURTHER = [
     (layout("fsdp2", 2), ONE),
+    (layout("fsdp2.tp2, lora", 4, tp=2, **LORA), layout("cp2.pp2, lora", 4, cp=2, pp=2, **LORA)),
     (FSDP_TP, PP_CP),
     (
         layout("pp2, ZBVZeroBubble, tied", 2, pp=2, schedule="ZBVZeroBubble", **TIED),
@@ -73,6 +78,16 @@ def go_on(pool: Pool, folder: Path, before: Layout, after: Layout) -> Measured:
     return found
 
 
+def ask_for_other_adapters(changes: dict, folder: str) -> list[str]:
+    """Why a run cannot go on with them, as this rank says it."""
+    errors = []
+    for other in ({"lora.alpha": 64.0}, {"lora.patterns": ["encoder", "decoder"]}):
+        with pytest.raises(ConfigError) as refused:
+            build(job_of(changes | other | {"checkpoint.enable": True}, folder), SMALL, CPU)
+        errors.append(str(refused.value))
+    return errors
+
+
 def assert_goes_on(found: Measured, straight: Measured) -> None:
     assert len(found.losses) == STEPS - SAVED
     assert found.losses == pytest.approx(straight.losses[SAVED:], rel=TOLERANCE)
@@ -82,6 +97,8 @@ def assert_goes_on(found: Measured, straight: Measured) -> None:
 @pytest.mark.parametrize(("before", "after"), PAIRS, ids=lambda each: each.name)
 def test_a_run_goes_on_under_another_layout(pool, straight, tmp_path, before, after):
     assert_goes_on(go_on(pool, tmp_path, before, after), straight.reference(before))
+    one, other = pool.run(before.ranks, ask_for_other_adapters, before.changes, str(tmp_path))
+    assert one == other and "give lora.alpha as it was" in one[0] and "has no model.encoder" in one[1]
 
 
 @pytest.mark.slow

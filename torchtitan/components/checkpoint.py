@@ -31,7 +31,6 @@ from torchtitan.config.check import NOT_LOADED
 from torchtitan.config.errors import CheckpointError, ConfigError
 from torchtitan.config.job import Checkpoint
 from torchtitan.distributed.collectives import from_first_rank
-from torchtitan.layers.lora import scale_of
 from torchtitan.tools.disk import free
 from torchtitan.tools.logging import logger
 
@@ -149,7 +148,7 @@ class Checkpointer:
     def _read(self, path: Path, without: set[str], own: bool = True) -> None:
         record, sizes = read_record(path), stored_sizes(path)
         filled = self.state.to_fill(sizes, without, own)
-        require_scale(path, scale_of(self.state.parts))
+        require_scale(path, self.state.adapter_scale)
         with reading(path):
             dcp.load(filled, checkpoint_id=str(path))
         self.state.restore(filled, record, without)

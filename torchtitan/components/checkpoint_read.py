@@ -3,7 +3,7 @@
 import contextlib
 import math
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,17 +51,13 @@ def stored_sizes(path: Path) -> dict[str, tuple[int, ...]]:
     return {name: tensor.shape for name, tensor in stored_tensors(path).items()}
 
 
-def require_adapters(wanted: Collection[str], stored: Collection[str]) -> None:
-    """Raises ConfigError for an adapter that is in the checkpoint and not in the model. `wanted`: names of
-    the whole model, of which a rank of a pipeline holds a part.
+def require_sizes(wanted: Sizes, stored: Sizes) -> None:
+    """Raises ConfigError for a tensor that is not in the checkpoint, or there with another shape, and for
+    adapters that are there and not wanted.
     """
     for name in stored:
         if name.startswith(PREFIX) and is_adapters(name) and name not in wanted:
             raise ConfigError(f"the checkpoint has an adapter {name}: give the [lora] that it was made with")
-
-
-def require_sizes(wanted: Sizes, stored: Sizes) -> None:
-    """Raises ConfigError for a tensor that is not in the checkpoint, or there with another shape."""
     for name, shape in wanted.items():
         if name not in stored:
             frozen = (

@@ -10,6 +10,7 @@ Names do not depend on the layout, and a slot's position is stored under the slo
 number of ranks. Options (learning rates, weight decay) are not stored: those of the job hold.
 """
 
+from collections import ChainMap
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -22,14 +23,14 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
 )
 
-from torchtitan.components.checkpoint_read import PREFIX, Sizes, require_adapters, require_sizes
+from torchtitan.components.checkpoint_read import PREFIX, Sizes, require_sizes
 from torchtitan.components.loader import Loader, State
 from torchtitan.components.lr_scheduler import Schedule
 from torchtitan.components.optimizer import Optimizers
 from torchtitan.components.weights import named_weights, stored_name
 from torchtitan.config.errors import ConfigError
 from torchtitan.distributed.collectives import from_all_ranks
-from torchtitan.layers.lora import is_adapters, scale_of
+from torchtitan.layers.lora import is_adapters
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
@@ -44,7 +45,9 @@ class TrainState:
     loader: Loader
     aliases: dict[str, str]  # parameter -> the name it is stored under (tied weights)
     global_batch_size: int
-    model_config: Any = None  # of the experiment; stored, so that no file of the start is needed later
+    model_config: Any  # of the experiment; stored, so that no file of the start is needed later
+    adapter_scale: float | None  # of the whole model's adapters, see scale_of
+    stages: Any  # the ranks that hold the other stages of a pipeline
     step: int = 0
     tokens: int = 0  # seen so far
     wall_s: float = 0.0  # seconds that this took, validation and checkpoints included
@@ -60,8 +63,8 @@ class TrainState:
             "lr_scheduler": self.schedule.state_dict(),
             "global_batch_size": self.global_batch_size,
             "model_only": model_only,
-            **({"lora_scale": scale} if (scale := scale_of(self.parts)) else {}),
-            **({"model": as_record(self.model_config)} if self.model_config else {}),
+            **({"lora_scale": self.adapter_scale} if self.adapter_scale else {}),
+            "model": as_record(self.model_config),
         }
 
     def model(self) -> dict[str, Tensor]:
@@ -110,11 +113,12 @@ class TrainState:
         the rest. A checkpoint that is not the run's `own` may hold the base alone; adapters are then new.
         """
         weights = self.model()
-        require_adapters(set().union(*from_all_ranks(list(filter(is_adapters, weights)))), stored)
         if not own and not any(map(is_adapters, stored)):
             weights = {name: weight for name, weight in weights.items() if not is_adapters(name)}
         live = weights | ({} if "optimizer" in without else self.optimizer())
-        require_sizes({name: tuple(tensor.shape) for name, tensor in live.items()}, stored)
+        sizes = {name: tuple(tensor.shape) for name, tensor in live.items()}
+        # Compared whole, so that all stages of a pipeline raise, or none.
+        require_sizes(dict(ChainMap(*from_all_ranks(sizes, self.stages))), stored)
         names = [] if "data" in without else ["data." + key for key in self.loader.slot_keys()]
         _check_position(names, stored)
         if "train_state" not in without:

@@ -9,14 +9,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-from torchtitan.components.checkpoint_read import (
-    PREFIX,
-    Sizes,
-    reading,
-    require_adapters,
-    require_sizes,
-    stored_sizes,
-)
+from torchtitan.components.checkpoint_read import PREFIX, Sizes, reading, require_sizes, stored_sizes
 from torchtitan.tools.logging import logger
 
 
@@ -41,9 +34,7 @@ class CheckpointSource:
         """Raises ConfigError where the checkpoint is of another model, or damaged."""
         self.path = path
         self.names: Collection[str] = set(shapes)
-        wanted, stored = {PREFIX + name: shape for name, shape in shapes.items()}, stored_sizes(path)
-        require_adapters(wanted, stored)
-        require_sizes(wanted, stored)
+        require_sizes({PREFIX + name: shape for name, shape in shapes.items()}, stored_sizes(path))
 
     def read(self, weights: Mapping[str, Tensor]) -> None:
         """Raises Damaged."""
@@ -87,7 +78,9 @@ def to_empty(parts: list[nn.Module], device: torch.device | str) -> None:
 def fill(
     parts: list[nn.Module], tied: Mapping[str, str], seed: int, source: WeightSource | None = None
 ) -> None:
-    """Give values to parts that have storage: those of `source`, for the rest initial ones from `seed`."""
+    """Give values to parts that have storage: those of `source`, and initial ones from `seed` for the
+    rest.
+    """
     for part in parts:
         part.init_weights(seed, without=source.names if source else ())  # type: ignore[operator]
     if source:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -83,10 +83,12 @@ def from_first_rank(decide: Callable[[], T]) -> T:
     return answer[0]
 
 
-def from_all_ranks(value: T) -> list[T]:
-    """The values of all ranks, in the order of the ranks. For small ones: each gets all of them."""
-    values: list = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+def from_all_ranks(value: T, group: Any = None) -> list[T]:
+    """The values of all ranks, or of those of a group, in their order. For small ones: each gets all of
+    them.
+    """
+    values: list = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group)
     return values
 
 

@@ -8,7 +8,6 @@ B by its columns' outputs or A by its rows' inputs, and the other is whole: the 
 map's own result, so nothing more is sent for it.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -82,10 +81,9 @@ def is_adapters(name: str) -> bool:
     return INFIX in name
 
 
-def scale_of(parts: Iterable[nn.Module]) -> float | None:
+def scale_of(model: nn.Module) -> float | None:
     """What the updates of adapters are multiplied by; None where there are none."""
-    modules = (module for part in parts for module in part.modules())
-    return next((module.scale for module in modules if isinstance(module, Adapter)), None)
+    return next((module.scale for module in model.modules() if isinstance(module, Adapter)), None)
 
 
 def names_of(weight: str) -> tuple[str, str]:
