@@ -215,6 +215,17 @@ def test_a_record_that_knows_no_answer_is_named_before_any_is_asked(tmp_path, ta
     assert not list((tmp_path / "out").glob("*.part.jsonl"))
 
 
+def test_an_accuracy_that_can_only_be_zero_is_told(tmp_path, caplog):
+    caplog.set_level("INFO", "torchtitan")
+    alone = [{"question": "a?", "answers": ["b"]}]
+    for records, told in ((alone, 1), ([*alone, {"question": "a?", "answers": ["b", "c"]}], 0)):
+        caplog.clear()
+        write_jsonl(tmp_path / "asked.jsonl", records)
+        (tmp_path / str(told)).mkdir()
+        run(tmp_path / str(told), str(tmp_path / "asked.jsonl"), ["vqa"])
+        assert sum("where each record has one it is 0" in line for line in caplog.messages) == told
+
+
 def test_a_file_without_records_is_one_error(tmp_path):
     (tmp_path / "asked.jsonl").touch()
     with pytest.raises(ConfigError, match="asked.jsonl: holds no record"):

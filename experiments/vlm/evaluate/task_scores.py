@@ -10,6 +10,12 @@ from experiments.vlm.evaluate.metrics import METRICS, TOKENIZED, Score, bootstra
 from experiments.vlm.evaluate.metrics.score import counted_score, mean_score
 from experiments.vlm.evaluate.tasks import Line, Question, Task, metric_arguments, right_choice
 from torchtitan.config.errors import UserError
+from torchtitan.tools.logging import warn_once
+
+ONE_VOTE = (
+    "vqa_accuracy takes the answers of several people: where each record has one it is 0, whatever is said; "
+    "the tasks exact_match and anls take one"
+)
 
 
 def score(task: Task, questions: list[Question], lines: list[Line]) -> tuple[dict[str, Score], list[str]]:
@@ -36,6 +42,8 @@ def score(task: Task, questions: list[Question], lines: list[Line]) -> tuple[dic
 
 def _metric(metric: str, questions: list[Question], predictions: list[str]) -> Score:
     right, options = metric_arguments(metric, questions)
+    if metric == "vqa_accuracy" and all(len(answers) == 1 for answers in right):
+        warn_once(ONE_VOTE)
     if metric in TOKENIZED:
         return METRICS[metric](tokenize(predictions), tokenize(right), **options)
     return METRICS[metric](predictions, right, **options)
