@@ -115,6 +115,17 @@ def test_the_same_draws_whoever_is_beside():
     assert all(drawn(engine(2), [number]) == {number: together[number]} for number in range(5))
 
 
+@pytest.mark.parametrize("template", ["vicuna_v1", "chatml", "llama3"])
+def test_what_was_said_is_the_beginning_of_the_next_prompt(template):
+    """Vicuna's model writes the space that its template has before an answer."""
+    make, lead = prompter(template=template), " " if template == "vicuna_v1" else ""
+    turns = [("user", ["Who?"])]
+    read = [*make.conversation(turns).ids, *TOKENIZER.encode(f"{lead}A cat.")]
+    for answer in (f"{lead}A cat.", "A cat."):
+        following = make.conversation([*turns, ("assistant", [answer]), ("user", ["And?"])])
+        assert following.ids[: len(read)] == read
+
+
 def test_a_prompt_is_the_beginning_of_the_finished_document():
     make, image = prompter(), picture(12, 20)
     turns = [("user", ["one ", image, " two"])]

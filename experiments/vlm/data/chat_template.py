@@ -81,6 +81,7 @@ class ChatTemplate:
         control = (*file.control, *OWN_SPELLINGS)
         self.markup = self._find_markup(_pattern(control))
         self._control = _pattern((*control, *([self.markup] if self.markup else [])))
+        self.lead = self._find_lead()
 
     def speak(self, draft: Draft) -> Draft:
         """The draft of a conversation with its parts; another as it is. Raises Rejected as `render` does."""
@@ -175,6 +176,19 @@ class ChatTemplate:
     def _probe(self, content: Any) -> str:
         answer = "A" if isinstance(content, str) else [{"type": "text", "text": "A"}]
         return self._render([{"role": "user", "content": content}, {"role": "assistant", "content": answer}])
+
+    def _find_lead(self) -> str:
+        """The space that the template writes between a prompt and its answer, which the model writes itself
+        where the prompt ends before it: Vicuna's. Empty in most.
+        """
+        asked = {"role": "user", "content": self._plain("A")}
+        try:
+            prompt = self._render([asked], prompt=True)
+            whole = self._render([asked, {"role": "assistant", "content": self._plain(PROBE)}])
+        except Exception:  # a template may fail in any way
+            return ""
+        lead = whole.replace(GENERATION_START, "").partition(PROBE)[0].removeprefix(prompt)
+        return lead if lead.isspace() else ""
 
     def _find_markup(self, control: re.Pattern[str]) -> str:
         """What the template writes for an image, from its first control token to its last: our own marks of

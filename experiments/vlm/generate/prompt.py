@@ -120,6 +120,8 @@ class Prompter:
     def conversation(self, turns: Turns) -> Prompt:
         """The prompt of a conversation in which the assistant is to speak next."""
         said, pictures = _numbered(turns)
+        lead = self.template.lead if self.template else ""
+        said = [_without_lead(turn, lead) if turn.role == "assistant" else turn for turn in said]
         return self._prompt(self._render(said, prompt=True), pictures, conversation=True)
 
     def answered(self, turns: Turns, answer: str) -> Prompt:
@@ -239,6 +241,12 @@ def _numbered(turns: Turns) -> tuple[list[Turn], list[Picture]]:
         for role, content in turns
     ]
     return said, pictures
+
+
+def _without_lead(turn: Turn, lead: str) -> Turn:
+    """An answer as training data have it, where the model wrote what the template writes before it too."""
+    first, *others = turn.content or [""]
+    return replace(turn, content=[first.removeprefix(lead), *others]) if isinstance(first, str) else turn
 
 
 def _identity(sample: Sample, pictures: Sequence[Picture]) -> list[int]:
