@@ -34,6 +34,16 @@ def jpeg(height: int = 40, width: int = 60, seed: int = 0) -> bytes:
     return encoded(noise(height, width, seed=seed))
 
 
+def llava(*turns: tuple, **fields) -> dict:
+    """A record of LLaVA; `turns`: (speaker, text)."""
+    return {"conversations": [{"from": who, "value": text} for who, text in turns], **fields}
+
+
+def messages(*turns: tuple, **fields) -> dict:
+    """A record of messages; `turns`: (role, content)."""
+    return {"messages": [{"role": who, "content": content} for who, content in turns], **fields}
+
+
 def write_jsonl(path: Path, records: Iterable[dict]) -> Path:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path

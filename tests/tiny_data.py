@@ -58,6 +58,16 @@ class Characters:
         return 262 if spelling == "<|turn|>" else None
 
 
+@dataclass
+class Stumbling(Characters):
+    """Fails on a text that the data has: a mistake of ours, not of the data."""
+
+    def encode(self, text: str) -> list[int]:
+        if "document 1-007" in text:
+            raise ZeroDivisionError("in the tokenizer")
+        return super().encode(text)
+
+
 def sentence(random: np.random.Generator, least: int, most: int) -> str:
     return " ".join(random.choice(WORDS, int(random.integers(least, most + 1))))
 

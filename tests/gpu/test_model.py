@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from experiments.vlm.model.vlm import VLM
 from tests.reference.attention import allowed_pairs, dense_attention
 from tests.reference.batches import Document, Sizes, build_batch, draw_picture, words
-from tests.reference.models import LLAMA, QWEN3, small_vlm
+from tests.reference.models import LLAMA, QWEN3, loss_and_gradients, small_vlm
 from torchtitan.layers.attention import InnerAttention, prepare_mask
 from torchtitan.layers.masks import Mask
 
@@ -113,15 +113,6 @@ def slots(kind: int) -> list[list[Document]]:
 
 def batch_on_gpu(kind: int) -> dict[str, torch.Tensor]:
     return {name: tensor.cuda() for name, tensor in build_batch(slots(kind), SIZES).items()}
-
-
-def loss_and_gradients(
-    model: VLM, batch: dict[str, torch.Tensor]
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    model.zero_grad()
-    loss = model(**batch)
-    loss.sum().backward()
-    return loss.detach(), {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
 def assert_close(ours: tuple, expected: tuple, tolerance: float) -> None:

@@ -56,6 +56,15 @@ def processed(requests: list[tuple[str, dict]], scratch: Path) -> list[dict[str,
     return found
 
 
+def asked(content: list[str | Path]) -> list[dict]:
+    """A user's message, with the files of images in their places."""
+    items = [
+        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "path": str(part)}
+        for part in content
+    ]
+    return [{"role": "user", "content": items}]
+
+
 def main(torchvision: str, asked: str, answer: str) -> None:
     sys.path.insert(0, torchvision)
     import torch

@@ -54,6 +54,15 @@ def small_vlm(
     return model
 
 
+def loss_and_gradients(
+    model: VLM, batch: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    loss = model(**batch)
+    loss.sum().backward()
+    return loss.detach(), {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
 def hf_text_config(config: DecoderConfig):
     """LlamaConfig, Qwen2Config or Qwen3Config of the same sizes."""
     from transformers import LlamaConfig, Qwen2Config, Qwen3Config

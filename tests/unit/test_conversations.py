@@ -12,7 +12,7 @@ from experiments.vlm.data.loader import Loader
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.setup import make_deal
 from experiments.vlm.data.sources.shards import open_shard
-from tests.samples import jpeg, write_tar
+from tests.samples import jpeg, llava, messages, write_tar
 from tests.tiny_data import Characters
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.parse import parse
@@ -51,10 +51,6 @@ def spoken(parts) -> str:
         .replace("\n", " ")
         .strip()
     )
-
-
-def llava(*turns, **fields):
-    return {"conversations": [{"from": who, "value": text} for who, text in turns], **fields}
 
 
 @pytest.mark.parametrize(
@@ -131,10 +127,6 @@ def test_bad_llava_records(read, record, reason):
     with pytest.raises(Rejected) as error:
         read(record, "llava")
     assert error.value.reason == reason
-
-
-def messages(*turns, **fields):
-    return {"messages": [{"role": who, "content": content} for who, content in turns], **fields}
 
 
 def text(said):

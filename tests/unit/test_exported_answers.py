@@ -56,14 +56,6 @@ def prompts(images: dict[str, Path]) -> list[list[str | Path]]:
     return [["What is 2 + 2?"], [images["exact"], "What is it?"], ["Between ", *several]]
 
 
-def asked(content: list[str | Path]) -> list[dict]:
-    items = [
-        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "path": str(part)}
-        for part in content
-    ]
-    return [{"role": "user", "content": items}]
-
-
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory):
     """Decoder -> (our model, our prompts, what transformers made of the exported folder)."""
@@ -84,7 +76,10 @@ def opened(tmp_path_factory):
         assert main(["to_hf", *job, "--out", str(exported)]) == 0
         ours[name] = load(job_of(path=folder)), prompter(tokenizer, template)
         options = {"add_generation_prompt": True, "answer": TOKENS}
-        requests += [(str(exported), {"messages": asked(content), **options}) for content in prompts(images)]
+        requests += [
+            (str(exported), {"messages": hf_processor.asked(content), **options})
+            for content in prompts(images)
+        ]
     answers = iter(hf_processor.processed(requests, at))
     return {
         name: (model, make, [(ask(make, content), next(answers)) for content in prompts(images)])

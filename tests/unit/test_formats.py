@@ -9,14 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments.vlm.config import Data, Source
 from experiments.vlm.data.document import Draft, Text
 from experiments.vlm.data.formats import FORMATS, RECORD_FORMATS, format_of
 from experiments.vlm.data.formats.image_values import plain_value
 from experiments.vlm.data.formats.record_shard import ImageFolder
 from experiments.vlm.data.rejects import Rejected
-from experiments.vlm.data.sources.shards import open_shard
 from tests.samples import jpeg, write_jsonl
+from tests.unit.test_record_formats import open_records
 
 TELLING = [
     "<image>",
@@ -106,10 +105,6 @@ def test_a_record_tells_its_kind(record, kind):
     assert format_of(record) == kind
 
 
-def open_file(path, format: str):
-    return open_shard(str(path), Source(format=format), Data(cache_folder=str(path.parent / "cache")))
-
-
 @pytest.mark.parametrize(
     ("name", "lines"), [("x.jsonl", None), ("x.tsv", "image\tcaption\n"), ("x.tsv", "caption\timage\n")]
 )
@@ -127,7 +122,7 @@ def test_captions_stand_in_record_files_too(tmp_path, name, lines):
         (tmp_path / name).write_text(
             lines + "".join("\t".join(record[c] for c in columns) + "\n" for record in records)
         )
-    shard = open_file(tmp_path / name, "captions")
+    shard = open_records(tmp_path / name, "captions")
     document, lost = shard.read(0)
     assert (len(shard), document.parts[1], document.caption, lost) == (3, Text("Ä cat."), True, [])
     assert shard.load(document.parts[0]) == jpeg(20, 30)
@@ -141,7 +136,7 @@ def test_a_tsv_without_a_header_is_known_by_its_addresses(tmp_path):
     (tmp_path / "x.tsv").write_bytes(
         b"A cat.\thttp://10.0.0.1/a\r\nA dog.\thttp://10.0.0.1/b\tc\ncaf\xe9\thttp://10.0.0.1/d\n"
     )
-    shard = open_file(tmp_path / "x.tsv", "captions")
+    shard = open_records(tmp_path / "x.tsv", "captions")
     reasons = []
     for index in range(len(shard)):
         with pytest.raises(Rejected) as error:
@@ -157,7 +152,7 @@ def test_loading_an_image_looks_for_no_other_file(tmp_path, monkeypatch):
     (tmp_path / "x.jsonl").write_text(json.dumps({"text_list": ["Birds."], "image_info": entries}))
     for i in range(3):
         (tmp_path / f"{i}.jpg").write_bytes(jpeg(20 + i, 30))
-    shard, looked_for = open_file(tmp_path / "x.jsonl", "mmc4"), []
+    shard, looked_for = open_records(tmp_path / "x.jsonl", "mmc4"), []
     images = shard.read(0)[0].parts[:3]
     has = ImageFolder.has
     monkeypatch.setattr(ImageFolder, "has", lambda self, name: looked_for.append(name) or has(self, name))

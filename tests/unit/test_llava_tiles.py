@@ -277,7 +277,10 @@ def test_a_onevision_folder_of_ours_answers_in_transformers_as_here(tmp_path):
     command("to_hf", *job, "--out", tmp_path / "exported")
     contents = [["What is 2 + 2?"], [images[0], "What is it?"], ["Between ", *images, "?"]]
     options = {"add_generation_prompt": True, "answer": 12}
-    asked = [(str(tmp_path / "exported"), {"messages": talk(content), **options}) for content in contents]
+    asked = [
+        (str(tmp_path / "exported"), {"messages": hf_processor.asked(content), **options})
+        for content in contents
+    ]
     answers = hf_processor.processed(asked, tmp_path)
     ours = load_job(str(tmp_path / "exported"), "--training.mixed_precision_param", "float32")
     template = str(tmp_path / "exported" / "chat_template.jinja")
@@ -288,14 +291,6 @@ def test_a_onevision_folder_of_ours_answers_in_transformers_as_here(tmp_path):
         assert prompt.ids == answer["ids"].tolist()
         (ended,) = [e for e in answering.engine.answer([Request(0, prompt, max_tokens=12)]) if e.answer.ended]
         assert ended.answer.ids == answer["answer"].tolist()[: len(ended.answer.ids)] and ended.answer.ids
-
-
-def talk(content: list) -> list[dict]:
-    items = [
-        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "path": str(part)}
-        for part in content
-    ]
-    return [{"role": "user", "content": items}]
 
 
 @pytest.mark.parametrize("kind", KINDS)

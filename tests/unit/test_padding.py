@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from experiments.vlm.model.vlm import VLM
 from tests.reference.batches import Sizes, build_batch, example_slots, words
-from tests.reference.models import small_vlm
+from tests.reference.models import loss_and_gradients, small_vlm
 
 TIGHT = Sizes(seq_len=56, patches_per_row=80)
 ROOMY = {
@@ -14,15 +13,6 @@ ROOMY = {
     "more rows": Sizes(seq_len=56, patches_per_row=80, patch_rows=3),
     "all": Sizes(seq_len=130, patches_per_row=132, patch_rows=2),
 }
-
-
-def loss_and_gradients(
-    model: VLM, batch: dict[str, torch.Tensor]
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    model.zero_grad()
-    loss = model(**batch)
-    loss.sum().backward()
-    return loss.detach(), {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
 @pytest.mark.parametrize("more", ROOMY)

@@ -9,7 +9,7 @@ import pytest
 from experiments.vlm.config import Source
 from experiments.vlm.data.loader import Loader
 from tests.faults.prepared import rejects, run
-from tests.samples import jpeg
+from tests.samples import jpeg, llava, messages
 from tests.tiny_data import Characters, make_job
 
 GOOD = jpeg(40, 60)
@@ -29,14 +29,6 @@ BAD_IMAGES = [
 # training tells fewer reasons apart
 COARSER = {"private_address": "image_address", "bad_url": "image_address"}
 NO_RECORDS = [b'{"texts": ["one"', b'{"text": "caf\xe9"}', b"[1]", b"17", b"{}", b"[" * 100_000]
-
-
-def said(*turns: tuple, **fields) -> dict:
-    return {"conversations": [{"from": who, "value": text} for who, text in turns], **fields}
-
-
-def messages(*turns: tuple, **fields) -> dict:
-    return {"messages": [{"role": who, "content": content} for who, content in turns], **fields}
 
 
 def asked(*turns: tuple, **fields) -> dict:
@@ -87,18 +79,21 @@ RECORDS = {
         ),
     ],
     "llava": [
-        *(said(ASKED, ANSWER, image=image) for image in SPELLINGS + BAD_IMAGES),
+        *(llava(ASKED, ANSWER, image=image) for image in SPELLINGS + BAD_IMAGES),
         *(
-            said(ASKED, ANSWER, image=image)
+            llava(ASKED, ANSWER, image=image)
             for image in ["", None, [], ["1.jpg", "2.jpg"], ["1.jpg", "gone.jpg"]]
         ),
-        said(("human", "<image> or <image>?"), ANSWER, image=["2.jpg", "1.jpg"]),
-        said(("human", "<image> or <image>?"), ANSWER, image="1.jpg"),
-        said(("human", "What?"), ANSWER, image="1.jpg"),
-        said(("human", "Draw."), ("gpt", "<image>"), image="1.jpg", id=7),
-        said(("system", "Be brief."), ("gpt", "Hi."), image="1.jpg"),
-        said(ASKED, ANSWER, jpg="1.jpg"),
-        *(said(turn, ANSWER) for turn in [("stranger", "Hi"), ("human", 5), (["human"], "Hi"), (None, None)]),
+        llava(("human", "<image> or <image>?"), ANSWER, image=["2.jpg", "1.jpg"]),
+        llava(("human", "<image> or <image>?"), ANSWER, image="1.jpg"),
+        llava(("human", "What?"), ANSWER, image="1.jpg"),
+        llava(("human", "Draw."), ("gpt", "<image>"), image="1.jpg", id=7),
+        llava(("system", "Be brief."), ("gpt", "Hi."), image="1.jpg"),
+        llava(ASKED, ANSWER, jpg="1.jpg"),
+        *(
+            llava(turn, ANSWER)
+            for turn in [("stranger", "Hi"), ("human", 5), (["human"], "Hi"), (None, None)]
+        ),
         *(
             {"conversations": turns, "image": "1.jpg"}
             for turns in ["Hi", [], ["Hi"], [{"from": "human", "value": "Hi"}]]

@@ -10,18 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pyarrow.parquet as pq
 import pytest
 
-from experiments.vlm.config import Data, Source
 from experiments.vlm.data.document import Image
 from experiments.vlm.data.formats import json_index, record_files, row_groups
 from experiments.vlm.data.formats.lru_cache import LRUCache
 from experiments.vlm.data.rejects import Rejected
-from experiments.vlm.data.sources.shards import open_shard
 from tests.samples import jpeg
-from tests.unit.test_record_formats import RECORDS, damage_row_group, write_parquet
-
-
-def open_records(path, format="obelics"):
-    return open_shard(str(path), Source(format=format), Data(cache_folder=str(path.parent / "cache")))
+from tests.unit.test_record_formats import RECORDS, damage_row_group, open_records, write_parquet
 
 
 @pytest.fixture

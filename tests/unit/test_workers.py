@@ -5,13 +5,12 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 
 import pytest
 
 from experiments.vlm.data.loader import Loader
 from experiments.vlm.data.workers import Worker
-from tests.tiny_data import Characters, make_job, write_all
+from tests.tiny_data import Characters, Stumbling, make_job, write_all
 
 TRAINER = """
 import sys, time
@@ -34,16 +33,6 @@ if __name__ == "__main__":
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return write_all(tmp_path_factory.mktemp("data"))
-
-
-@dataclass
-class Stumbling(Characters):
-    """Fails on a text that the data has: a mistake of ours, not of the data."""
-
-    def encode(self, text: str) -> list[int]:
-        if "document 1-007" in text:
-            raise ZeroDivisionError("in the tokenizer")
-        return super().encode(text)
 
 
 def wait_for_end(pids: list[int]) -> None:

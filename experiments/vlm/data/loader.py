@@ -235,7 +235,7 @@ class Loader:
         return [slot_key(slot) for slot in self.slots]
 
     def report(self) -> dict[str, Any]:
-        """What became of the samples of this rank's slots so far; `merge_reports` adds up all ranks."""
+        """What became of the samples of this rank's slots so far; data_report.py adds up all ranks."""
         return report(self.states.values())
 
     @staticmethod
