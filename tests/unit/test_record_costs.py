@@ -3,6 +3,7 @@ process, slot or image that asks.
 """
 
 import base64
+import errno
 import json
 import random
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from experiments.vlm.data.document import Image
 from experiments.vlm.data.formats import json_index, record_files, row_groups
 from experiments.vlm.data.formats.lru_cache import LRUCache
 from experiments.vlm.data.rejects import Rejected
+from experiments.vlm.data.storage.file_cache import FileCache
 from tests.samples import jpeg
 from tests.unit.test_record_formats import RECORDS, damage_row_group, open_records, write_parquet
 
@@ -40,6 +42,20 @@ def test_a_row_group_of_a_large_file_is_decoded_once_by_whoever_opens_it(tmp_pat
             assert shard.load(shard.read(index)[0].parts[1]) == jpeg(20 + index, 30)
         shard.close()
     assert sorted(decoded) == [0, 1, 2]
+
+
+def test_a_cache_without_room_is_told_once_and_costs_no_second_decoding(tmp_path, decoded, monkeypatch):
+    def no_room(self, size=0, copy=None):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    told = []
+    monkeypatch.setattr(FileCache, "make_room", no_room)
+    monkeypatch.setattr(row_groups.logger, "warning", told.append)
+    write_parquet(tmp_path / "x.parquet", RECORDS)
+    shard = open_records(tmp_path / "x.parquet")
+    assert [shard.read(index)[0].key for index in (0, 3, 1)] == ["0", "3", "1"]
+    assert decoded == [0, 1, 0]
+    assert len(told) == 1 and "No space left on device" in told[0] and str(tmp_path / "cache") in told[0]
 
 
 def test_threads_that_want_one_row_group_at_a_time_decode_it_once(tmp_path, decoded, monkeypatch):

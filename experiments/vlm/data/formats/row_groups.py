@@ -20,7 +20,8 @@ from experiments.vlm.data.formats.lru_cache import LRUCache
 from experiments.vlm.data.formats.tables import Numbers, record_of
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.storage.file_cache import FileCache, origin_of
-from experiments.vlm.data.storage.outages import is_away
+from experiments.vlm.data.storage.outages import is_away, one_line
+from torchtitan.tools.logging import logger
 
 ROW_GROUP_BYTES = 256 << 20
 
@@ -59,27 +60,28 @@ class ParquetRecords:
         return record_of(_kept.get((self._number, group), lambda: self._read(group)), row)
 
     def _read(self, group: int) -> tuple[pa.Table, int]:
-        table = self._copied(group) if self._is_large or group in self._decoded else None
-        table = self._decode(group) if table is None else table
+        is_copied = self._is_large or group in self._decoded
+        table = self._copied(group) if is_copied else self._decode(group)
         return table, table.nbytes
 
-    def _copied(self, group: int) -> pa.Table | None:
-        """From the cache; None where that is full, or had to throw it out in between."""
+    def _copied(self, group: int) -> pa.Table:
+        """From the cache; decoded, and a warning, where nothing can be kept there."""
+        decoded: list[pa.Table] = []
+
+        def write(copy: Path) -> None:
+            decoded[:] = decoded or [self._decode(group)]
+            self._cache.make_room(decoded[0].nbytes)
+            with pa.OSFile(str(copy), "wb") as file, pa.ipc.new_file(file, decoded[0].schema) as writer:
+                writer.write_table(decoded[0])
+
         try:
-            copy = self._cache.hold(
-                f"{self._origin} {group}", lambda copy: self._write(copy, group), ".arrow"
-            )
+            copy = self._cache.hold(f"{self._origin} {group}", write, ".arrow")
             table = pa.ipc.open_file(pa.memory_map(str(copy.path))).read_all()
             weakref.finalize(table, copy.close)
-            return table
-        except OSError:
-            return None
-
-    def _write(self, copy: Path, group: int) -> None:
-        table = self._decode(group)
-        self._cache.make_room(table.nbytes)
-        with pa.OSFile(str(copy), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
-            writer.write_table(table)
+        except OSError as error:
+            table = decoded[0] if decoded else self._decode(group)
+            _warn_once(self._cache.folder, error)
+        return table
 
     def _decode(self, group: int) -> pa.Table:
         self._decoded.add(group)
@@ -93,6 +95,16 @@ class ParquetRecords:
                     raise
                 self._damaged[group] = f"row group {group}: {error}"
                 raise Rejected("shard_unreadable", self._damaged[group]) from error
+
+
+def _warn_once(folder: Path, why: OSError) -> None:
+    if folder not in _warned:
+        _warned.add(folder)
+        why_not = f"no row groups can be kept there ({one_line(why)})"
+        logger.warning(f"{folder}: {why_not}: each is decoded whenever it is read")
+
+
+_warned: set[Path] = set()  # folders of this process
 
 
 _kept: LRUCache[pa.Table] = LRUCache(ROW_GROUP_BYTES)

@@ -128,8 +128,9 @@ class FileCache:
             if over > 0 and not self._warned:
                 self._warned = True
                 logger.warning(
-                    f"data.cache_gb = {self.limit_bytes / 1e9:g} is {over / 1e9:.3g} GB less than the shards "
-                    f"take that are read at one time: {self.folder} exceeds it"
+                    f"{self.folder} is {over / 1e9:.3g} GB too small for the shards that are read at one "
+                    f"time: data.cache_gb = {self.limit_bytes / 1e9:g}, and "
+                    f"{shutil.disk_usage(self.folder).free / 1e9:.3g} GB are free on its disk"
                 )
             if copy is not None:
                 with copy.open("ab") as file:
