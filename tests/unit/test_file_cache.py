@@ -206,11 +206,13 @@ def test_free_space_is_looked_at_where_shards_are_copied(tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize("why", ["Not a directory", "No locks available"])
-def test_a_folder_where_no_copies_can_be_kept_is_refused_at_the_start(tmp_path, monkeypatch, why):
-    """What is wrong with it would else be taken for an outage of the shards, and waited for."""
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "A cat"}\n'))
+@pytest.mark.parametrize("name", ["packed.jsonl.gz", "addresses.jsonl"])
+def test_a_folder_where_no_copies_can_be_kept_is_refused_at_the_start(tmp_path, monkeypatch, why, name):
+    """It would else be taken for an outage of the shards, and waited for, or for damage to them."""
+    record = b'{"texts": ["A cat", null], "images": [null, "http://127.0.0.1:9/1.jpg"]}\n'
+    (tmp_path / name).write_bytes(gzip.compress(record) if name.endswith(".gz") else record)
     job = make_job(tmp_path, tmp_path / "out", cache_folder=str(tmp_path / "cache"))
-    job.data.sources = [Source(name="texts", format="text", path=str(tmp_path / "a.jsonl.gz"))]
+    job.data.sources = [Source(name="documents", format="obelics", path=str(tmp_path / name))]
     if why == "Not a directory":
         (tmp_path / "cache").touch()
     else:

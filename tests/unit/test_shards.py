@@ -210,6 +210,13 @@ def test_a_zip_of_one_file_is_that_file(tmp_path, data):
     assert len(open_shard(found, Source(format="text"), data)) == 3
 
 
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".zst", ".zip"])
+def test_a_packed_file_without_bytes_is_no_shard_without_records(tmp_path, data, suffix):
+    (tmp_path / f"x.jsonl{suffix}").touch()
+    with pytest.raises(Rejected, match="it has no bytes"):
+        open_shard(str(tmp_path / f"x.jsonl{suffix}"), Source(format="text"), data)
+
+
 def test_a_zip_of_several_files_or_cut_short_is_told(tmp_path, data):
     paths = [zipped(tmp_path / "several.jsonl.zip", a=lines(1), b=lines(2)), tmp_path / "cut.jsonl.zip"]
     paths[1].write_bytes(paths[0].read_bytes()[:-30])

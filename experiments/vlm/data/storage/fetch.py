@@ -41,14 +41,20 @@ class Fetcher:
         self.failures = FileCache(cache.folder / "failed", FAILED_BYTES)
         # reason and detail; the exceptions would keep their frames
         self._failed: dict[str, tuple[str, str]] = {}
+        self._is_usable = False  # the cache, as far as it was asked
         self._pool: ThreadPoolExecutor | None = None
         self._running: asyncio.AbstractEventLoop | None = None
         self._lock = threading.Lock()
 
     def fetch(self, url: str) -> bytes:
-        """The bytes behind an address, from the cache if they are there. Raises Rejected."""
+        """The bytes behind an address, from the cache if they are there. Raises Rejected, and ConfigError
+        where nothing can be kept there.
+        """
         if url in self._failed:
             raise Rejected(*self._failed[url])
+        if not self._is_usable:
+            self.cache.require_usable()
+            self._is_usable = True
         try:
             return self.cache.get(url, lambda path: self._write(url, path), ".image").read_bytes()
         except Rejected as rejected:

@@ -9,6 +9,7 @@ import bz2
 import gzip
 import io
 import math
+import os
 import shutil
 import zipfile
 import zlib
@@ -85,6 +86,8 @@ def unpack(path: str, target: io.BufferedRandom, suffix: str) -> str:
     target: an empty file to write. suffix: of its name. What it holds decides, since a client may have
     unpacked it on the way.
     """
+    if not os.path.getsize(path):
+        raise OSError("it has no bytes")
     packing = packing_of(path) or (None if _is_plain(path) else PACKINGS[suffix])
     if packing is None:
         with open(path, "rb") as plain:
