@@ -16,10 +16,12 @@ from experiments.vlm.data.chat_template import ChatTemplate, ends_of, load_chat_
 from experiments.vlm.model.families import family_of
 from experiments.vlm.model.families.family import Family, read_image_processor
 from experiments.vlm.model_config import model_config, plan_of
-from torchtitan.components.tokenizer import Tokenizer, load_tokenizer
+from torchtitan.components.tokenizer import Tokenizer, load_tokenizer, read_json
 from torchtitan.components.tokenizer_files import write_json, write_tokenizer
+from torchtitan.config.errors import require
 from torchtitan.tools.logging import warn_once
 
+GENERATION = "generation_config.json"
 SPOKEN = ("llava", "messages", "finevision", "the_cauldron")  # formats that hold conversations alone
 # before a template that only says where images stand
 UNSPOKEN = "{# This model was trained without conversations. #}"
@@ -49,7 +51,7 @@ def write_language(job: VLMJobConfig, folder: Path) -> None:
     source = template_source(template, tokenizer)
     source = source if spoken_template(job) else UNSPOKEN + source
     (folder / "chat_template.jinja").write_text(source, encoding="utf-8")
-    write_json(folder / "generation_config.json", generation_config(template, tokenizer))
+    write_json(folder / GENERATION, generation_config(template, tokenizer))
 
 
 def write_processor(job: VLMJobConfig, folder: Path, family: Family | None = None) -> None:
@@ -95,6 +97,17 @@ def generation_config(template: ChatTemplate, tokenizer: Tokenizer) -> dict[str,
     """Where generation begins, and what it ends with."""
     bos = {} if tokenizer.bos_id is None else {"bos_token_id": tokenizer.bos_id}
     return bos | {"eos_token_id": ends_of(tokenizer, template), "pad_token_id": tokenizer.pad_id}
+
+
+def folder_ends(folder: Path) -> frozenset[int]:
+    """Ids that a Hugging Face folder's generation config ends an answer with; none where it says nothing.
+    Raises ConfigError.
+    """
+    path = folder / GENERATION
+    ends = read_json(path, {}).get("eos_token_id")
+    listed = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    require(all(type(id) is int for id in listed), f"{path}: eos_token_id = {ends!r}: expected ids")
+    return frozenset(listed)
 
 
 def template_of(job: VLMJobConfig) -> str:

@@ -184,8 +184,13 @@ def test_an_exported_folder_answers_as_its_checkpoint_does(run, tmp_path, capsys
     capsys.readouterr()
     assert main(["generate", "--job.dump_folder", str(run), *asked]) == 0
     expected = capsys.readouterr().out
-    assert main(["generate", "--hf", folder, "--training.seq_len", "256", *asked]) == 0
+    asked = ["generate", "--hf", folder, "--training.seq_len", "256", *asked]
+    assert main(asked) == 0
     assert capsys.readouterr().out == expected
+    # A published folder may name more ends than its tokenizer and template do.
+    (tmp_path / "hf" / "generation_config.json").write_text(json.dumps({"eos_token_id": [*range(1024)]}))
+    assert main([*asked, "--chat_template", "chatml"]) == 0
+    assert capsys.readouterr().out == "\n"
 
 
 def test_an_evaluation_tells_its_scores(run, capsys):

@@ -12,6 +12,7 @@ from experiments.vlm.generate.forward import WHOLE, CachedVLM, Share
 from experiments.vlm.generate.layout import agreement, attach_cache, check_layout, parallelize_for_answers
 from experiments.vlm.generate.prompt import Prompter
 from experiments.vlm.model_config import image_plan
+from experiments.vlm.processor import folder_ends
 from torchtitan.components.tokenizer import Tokenizer
 from torchtitan.config.layout import degrees
 from torchtitan.distributed.mesh import Mesh, build_mesh
@@ -52,11 +53,15 @@ def open_answering(
     check_layout(sizes)
     tokenizer = spec.load_tokenizer(job)
     prompter = prompter_of(job, tokenizer, chat_template, places)
+    published = checkpoint is None and bool(chat_template)
+    ends = folder_ends(Path(job.checkpoint.initial_load_path)) if published else frozenset()
     mesh = build_mesh(sizes, open_process_group(job.comm, Path(job.job.dump_folder)))
     spec = replace(spec, parallelize=parallelize_for_answers)
     model: Any = open_model(job, spec, mesh, tokenizer, checkpoint).parts[0]
     cache = attach_cache(model, mesh, job, sequences, places)
-    return answering_of(model, cache, prompter, mesh, reuse=reuse)
+    answering = answering_of(model, cache, prompter, mesh, reuse=reuse)
+    answering.engine.ends |= ends
+    return answering
 
 
 def prompter_of(
