@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from matplotlib import pyplot
 from matplotlib.figure import FigureBase
@@ -15,7 +16,7 @@ from matplotlib.text import Text
 
 from torchtitan.components.run_record import RunRecord
 from torchtitan.sweep.members import Member, names
-from torchtitan.sweep.panels import BEST
+from torchtitan.sweep.panels import BEST, draw_panel, lines_of
 from torchtitan.sweep.picture import draw
 from torchtitan.sweep.results import Result, Results, table
 from torchtitan.sweep.space import Range, Space, combinations
@@ -148,6 +149,10 @@ def test_seeds_of_which_one_has_diverged_have_a_mean_that_is_no_number():
     results.runs[0].record.history[-1]["validate/loss"] = math.nan
     means = [line.split()[-2:] for line in table(results).split("\n\n")[1].splitlines()]
     assert means == [["mean", "deviation"], ["nan", "-"], ["3.5", "0.70711"], ["5.5", "0.70711"]]
+    (axis, _), panel = results.axes, pyplot.figure().subplots()
+    draw_panel(panel, results, axis, lines_of(results, results.runs, axis), {}, width=9)
+    assert np.isnan(panel.lines[0].get_ydata()).tolist() == [True, False, False]
+    pyplot.close(panel.figure)
 
 
 def test_draws_have_no_lines_and_the_colour_of_their_run(sketch):

@@ -61,7 +61,7 @@ def lines_of(results: Results, drawn: Sequence[Result], axis: Axis) -> list[Line
 def draw_panel(
     panel: Any, results: Results, axis: Axis, lines: Sequence[Line], colours: dict[str, Any], width: float
 ) -> None:
-    """Each line goes through the means of its runs' last figures.
+    """Each line goes through the means of its runs' last figures, and has a gap where one is no number.
 
     Where no line has two places, as in draws, a run has its colour of `colours`. width: inches.
     """
@@ -70,8 +70,8 @@ def draw_panel(
     for number, (label, runs) in enumerate(lines):
         colour = f"C{number}" if len(lines) <= NAMED else "C0"
         at = [places[_values(run, axis)] for run in runs]
-        last = _finite(runs, at, lambda record: record.last(results.metric))
-        best = _finite(runs, at, lambda record: (record.best(results.metric) or [None])[0])
+        last = _known(runs, at, lambda record: record.last(results.metric))
+        best = _known(runs, at, lambda record: (record.best(results.metric) or [None])[0])
         means = [(x, np.mean([y for _, x_, y in last if x_ == x])) for x in sorted({x for _, x, _ in last})]
         if means:
             panel.plot(*zip(*means, strict=True), color=colour, linewidth=1.2, label=label)
@@ -122,15 +122,15 @@ def _brief(text: str) -> str:
     return text if len(text) <= LONGEST else f"\u2026{text[1 - LONGEST :]}"
 
 
-def _finite(
+def _known(
     runs: Sequence[Result], at: Sequence[float], value_of: Callable[[RunRecord], float | None]
 ) -> list[tuple[str, float, float]]:
-    """Name, place and value of the runs whose value is a number."""
+    """Name, place and value of the runs that have one."""
     values = [value_of(run.record) for run in runs]
     return [
         (run.member.name, x, value)
         for run, x, value in zip(runs, at, values, strict=True)
-        if value is not None and math.isfinite(value)
+        if value is not None
     ]
 
 
