@@ -145,7 +145,7 @@ def test_curves_are_those_of_the_history(tmp_path, figures):
         1, {"loss": 3.0, "tokens": 99.0, "grad_norm": 2.0, "tps": 50.0, "loss/a": 4.0, "loss/b": 2.0}
     )
     history.write(2, {"loss": 2.0, "tokens": 98.0, "loss/a": 3.0} | rates)
-    held_out = {"loss": 2.5, "right": 60.0, "exact": 40.0, "thin": 30.0, "loss/a": 2.0, "loss/c": 3.0}
+    held_out = {"loss": 2.5, "right": 60.0, "exact": 40.0, "thin": 30.0, "loss/a": 2.0, "loss/c$_$": 3.0}
     history.write(2, {f"validate/{name}": value for name, value in held_out.items()})
     assert draw_curves(tmp_path, ("tokens",), ("thin",)).is_file()
     assert drawn(figures[0]) == {
@@ -154,7 +154,7 @@ def test_curves_are_those_of_the_history(tmp_path, figures):
             "a": [[1, 4.0], [2, 3.0]],
             "b": [[1, 2.0]],
             "a, held out": [[2, 2.0]],
-            "c, held out": [[2, 3.0]],
+            r"c\$_\$, held out": [[2, 3.0]],
         },
         "held-out tokens right, %": {"all": [[2, 60.0]]},
         "held-out documents exact, %": {"all": [[2, 40.0]], "thin": [[2, 30.0]]},

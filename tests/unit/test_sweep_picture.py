@@ -30,7 +30,7 @@ PLANS = {
     "data.patches_per_row": [768, 1080, 1080, 1792],
     "training.seq_len": [512, 592, 592, 792],
 }
-PATHS = [f"/datasets/{'a-long-folder/' * 4}tokenizer-{letter}" for letter in "abcdef"]
+PATHS = [f"/datasets/{'a-long-folder/' * 4}tokenizer-{letter}" for letter in (*"abcde", "$_$")]
 NOTHING = Space({}, [], {}, 0, 0, 0)
 SWEEPS = {
     "a grid": replace(NOTHING, grid={"optimizer.name": ["AdamW", "Muon"]} | RATES),

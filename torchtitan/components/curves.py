@@ -90,7 +90,7 @@ def _draw(axis, panel: Panel, run: RunRecord) -> None:
         axis.plot(
             steps,
             values,
-            label=label,
+            label=label.replace("$", r"\$"),  # else matplotlib reads mathematics
             color=colours.setdefault(label.removesuffix(ALSO_HELD_OUT), f"C{len(colours)}"),
             linestyle="--" if name.startswith(HELD_OUT) else "-",
             marker="o" if len(steps) < 50 else None,

@@ -119,7 +119,8 @@ def _values(run: Result, keys: Sequence[str]) -> Values:
 
 
 def _brief(text: str) -> str:
-    return text if len(text) <= LONGEST else f"\u2026{text[1 - LONGEST :]}"
+    brief = text if len(text) <= LONGEST else f"\u2026{text[1 - LONGEST :]}"
+    return brief.replace("$", r"\$")  # else matplotlib reads mathematics
 
 
 def _known(
