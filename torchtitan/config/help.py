@@ -9,13 +9,14 @@ from torchtitan.config.errors import ConfigError, did_you_mean
 from torchtitan.config.job import JobConfig
 
 FLAGS = ("-h", "--help")
+TRAINER = "torchtitan-vlm train"
 
 
 @dataclasses.dataclass(frozen=True)
 class Guide:
     """What help says besides the options and their comments."""
 
-    usage: str = "python -m experiments"  # how the command is called
+    usage: str = TRAINER  # how the command is called
     about: str = ""  # what it does, and what it reads besides options
     # section -> a line on what its options choose from, where that is not in their types
     choices: Callable[[], Mapping[str, str]] = dict

@@ -18,7 +18,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 import tyro
 
 from torchtitan.config.errors import ConfigError, did_you_mean
-from torchtitan.config.help import FLAGS, PLAIN, Guide, help_page
+from torchtitan.config.help import FLAGS, PLAIN, TRAINER, Guide, help_page
 from torchtitan.config.job import JobConfig, Model
 from torchtitan.config.shipped import shipped_job, shipped_jobs
 from torchtitan.config.table import expected, from_table, to_table
@@ -26,7 +26,6 @@ from torchtitan.config.table import expected, from_table, to_table
 Options = TypeVar("Options")
 # Where the options of this run come from is no option of a file: a file that names another would be a chain.
 COMMAND_LINE_ONLY = "job.config_file"
-TRAINER = "torchtitan-vlm train"
 SWEEP = "sweep"  # the table of a file that asks for many runs: torchtitan/sweep
 SINGLE_SOURCE = ("training.dataset", "training.dataset_path")
 
