@@ -14,6 +14,7 @@ import tyro
 
 from experiments.vlm.model_config import parts_in
 from torchtitan.config.errors import ConfigError
+from torchtitan.config.parse import run_tyro
 from torchtitan.tools.hub import TOKENIZERS, What, download, repository
 
 PROG = "torchtitan-vlm download"
@@ -33,7 +34,7 @@ class Options:
 
 def main(argv: Sequence[str]) -> int:
     """The command. Raises UserError."""
-    options = tyro.cli(Options, args=argv, prog=PROG, description=__doc__, use_underscores=True)
+    options = run_tyro(Options, argv, None, PROG, __doc__)
     repo = repository(options.name)
     folder = Path(options.out or f"assets/{repo.rpartition('/')[2]}")
     found = download(repo, options.what, folder, options.token, options.revision)

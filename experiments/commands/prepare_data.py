@@ -10,11 +10,10 @@ Stopped or killed, the same command goes on and fetches nothing twice. docs/prep
 import contextlib
 from collections.abc import Sequence
 
-import tyro
-
 from experiments.vlm.prepare.options import Options
 from experiments.vlm.prepare.progress import ConsoleProgress
 from experiments.vlm.prepare.start import Crashed, prepare
+from torchtitan.config.parse import run_tyro
 from torchtitan.tools.error_line import report_error
 from torchtitan.tools.signals import resumable
 
@@ -25,10 +24,7 @@ def main(argv: Sequence[str]) -> int:
     """The command. Raises ConfigError."""
     try:
         with contextlib.closing(ConsoleProgress()) as progress, resumable():
-            flat = (tyro.conf.OmitArgPrefixes,)
-            options = tyro.cli(
-                Options, args=argv, prog=PROG, description=__doc__, config=flat, use_underscores=True
-            )
+            options = run_tyro(Options, argv, None, PROG, __doc__)
             report = prepare(options, progress)
     except Crashed as error:
         report_error(error)

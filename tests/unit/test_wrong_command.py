@@ -25,10 +25,21 @@ def test_main_prints_one_line_and_gives_its_exit_code(capsys, monkeypatch):
     assert capsys.readouterr().err == "error: training.steps = 0: must be >= 1\n"
 
 
-def test_what_a_command_does_not_take_is_told_in_a_line_without_the_frame_around_it(capsys):
-    assert commands.main(["compare", "-v", "a"]) == USER_ERROR
-    told = "error: Unrecognized options: -v, a; For full helptext, run torchtitan-vlm compare --help\n"
-    assert capsys.readouterr().err == told
+@pytest.mark.parametrize(
+    "given, told",
+    [
+        (
+            ["compare", "-v", "a"],
+            "Unrecognized options: -v, a; For full helptext, run torchtitan-vlm compare",
+        ),
+        (["prepare", "--out", "x"], "Missing from torchtitan-vlm prepare: --input STR"),
+        (["download", "a/b", "--whet", "c"], "Unrecognized options: --whet, c; Perhaps you meant: --what"),
+    ],
+)
+def test_what_a_command_does_not_take_is_told_in_a_line_without_a_frame(given, told, capsys):
+    assert commands.main(given) == USER_ERROR
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {told}") and said.count("\n") == 1
 
 
 def test_the_check_knows_the_number_of_processes():
