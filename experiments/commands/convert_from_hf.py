@@ -17,8 +17,8 @@ from experiments.vlm.model.towers import INSIDE, TOWERS
 from torchtitan.components.tokenizer import load_tokenizer
 from torchtitan.config.errors import require
 from torchtitan.models.decoder.hf_config import FAMILIES
-from torchtitan.tools.disk import whole_folder
-from torchtitan.tools.hub import command_for
+from torchtitan.tools.disk import new_folder, whole_folder
+from torchtitan.tools.hub import get_it
 from torchtitan.tools.logging import init_logger
 
 READ = f"""model_type of config.json:
@@ -54,14 +54,12 @@ def main(argv: Sequence[str]) -> int:
     c.initial_load_decoder_path = options.decoder
     named = options.hf or options.encoder or options.decoder
     require(bool(named), "--hf is missing: which folder is to be read?")
-    require(bool(options.out), "--out is missing: which folder is to be written?")
-    out = Path(options.out)
-    require(not out.exists(), f"--out = {out}: is there already; give another folder, or delete it")
+    out = new_folder(options.out)
     for name in ("hf", "encoder", "decoder"):
         folder = getattr(options, name)
         missing = f"--{name} = {folder}: no such folder (looked from {Path.cwd()})"
-        require(not folder or Path(folder).is_dir(), f"{missing}; get it with `{command_for(Path(folder))}`")
-    with whole_folder(out, "--out") as half:
+        require(not folder or Path(folder).is_dir(), f"{missing}; {get_it(Path(folder))}")
+    with whole_folder(out) as half:
         from experiments.vlm.weights.initial_weights import as_checkpoint
 
         tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else None

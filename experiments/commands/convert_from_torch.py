@@ -17,7 +17,7 @@ from pathlib import Path
 from experiments.commands.job_options import parse_command
 from torchtitan.config.check import check_options
 from torchtitan.config.errors import require
-from torchtitan.tools.disk import whole_folder
+from torchtitan.tools.disk import new_folder, whole_folder
 from torchtitan.tools.logging import init_logger
 
 
@@ -38,13 +38,11 @@ def main(argv: Sequence[str]) -> int:
     init_logger()
     options, _ = parse_command(argv, Options, __doc__)
     require(bool(options.torch), "--torch is missing: which folder is to be read?")
-    require(bool(options.out), "--out is missing: which folder is to be written?")
     above = ("encoder_head_dim", "decoder_head_dim", "rope_theta", "shard_gb")
     check_options(options, dict.fromkeys(above, "> 0"))
-    source, out = Path(options.torch).expanduser(), Path(options.out)
+    source, out = Path(options.torch).expanduser(), new_folder(options.out)
     require(source.is_dir(), f"--torch = {source}: no such folder (looked from {Path.cwd()})")
-    require(not out.exists(), f"--out = {out}: is there already; give another folder, or delete it")
-    with whole_folder(out, "--out") as half:
+    with whole_folder(out) as half:
         print(write(source, half, options))
     print(f"train from it: --checkpoint.initial_load_in_hf --checkpoint.initial_load_path {out}")
     return 0

@@ -21,7 +21,7 @@ from experiments.vlm.saved_model import use_checkpoint, with_saved
 from torchtitan.config.check import check_options
 from torchtitan.config.errors import require
 from torchtitan.models.decoder.hf_config import FAMILIES
-from torchtitan.tools.disk import whole_folder
+from torchtitan.tools.disk import new_folder, whole_folder
 from torchtitan.tools.logging import init_logger
 
 WRITTEN = f"""all       Lfm2VlForConditionalGeneration, LlavaForConditionalGeneration (with --layout original
@@ -56,13 +56,11 @@ def main(argv: Sequence[str]) -> int:
     if options.list:
         print(WRITTEN)
         return 0
-    require(bool(options.out), "--out is missing: which folder is to be written?")
     check_options(options, {"shard_gb": "> 0"})
-    out = Path(options.out)
-    require(not out.exists(), f"--out = {out}: is there already; give another folder, or delete it")
+    out = new_folder(options.out)
     check_layout(options, out)
     checkpoint = use_checkpoint(job, options.checkpoint)
-    with whole_folder(out, "--out") as half:
+    with whole_folder(out) as half:
         write(job, checkpoint, half, options)
     alone = options.adapters == "only"
     print(f"{out}: {'adapters' if alone else options.part} of {checkpoint}")

@@ -79,11 +79,11 @@ def test_a_full_disk_is_told_with_what_is_free(tmp_path):
     told = disk.describe(OSError(errno.ENOSPC, "No space left on device"), tmp_path / "not" / "there")
     assert re.fullmatch(r"No space left on device; \d+\.\d [MG]iB free", told)
     full = r"--out = .*out: not written \(No space left on device; \d+\.\d [MG]iB free\): make room"
-    with pytest.raises(ConfigError, match=full), disk.whole_folder(tmp_path / "out", "--out") as half:
+    with pytest.raises(ConfigError, match=full), disk.whole_folder(tmp_path / "out") as half:
         (half / "begun").write_text("and no more")
         raise OSError(errno.ENOSPC, "No space left on device")
     assert not any(tmp_path.iterdir())
-    with disk.whole_folder(tmp_path / "out", "--out") as half:
+    with disk.whole_folder(tmp_path / "out") as half:
         (half / "done").touch()
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["done"]
 

@@ -1,4 +1,4 @@
-"""Whether a folder can be written to, what to say when a disk is full, and names that count up."""
+"""Folders and files that are written whole, what to say when a disk is full, and names that count up."""
 
 import contextlib
 import errno
@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from torchtitan.config.errors import ConfigError
+from torchtitan.config.errors import ConfigError, require
 
 
 def require_writable(folder: Path, key: str) -> None:
@@ -23,14 +23,21 @@ def require_writable(folder: Path, key: str) -> None:
         raise ConfigError(f"{wrong}; give another folder, or mend this one") from None
 
 
-@contextlib.contextmanager
-def whole_folder(out: Path, key: str) -> Iterator[Path]:
-    """A folder to write into, which becomes `out` at the end: half of one never bears that name.
+def new_folder(out: str) -> Path:
+    """The folder of --out, which is not there yet. Raises ConfigError."""
+    require(bool(out), "--out is missing: which folder is to be written?")
+    require(not Path(out).exists(), f"--out = {out}: is there already; give another folder, or delete it")
+    return Path(out)
 
-    Raises ConfigError that names the option `key` where there is no room, or no permission.
+
+@contextlib.contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes --out at the end: half of one never bears that name.
+
+    Raises ConfigError where there is no room, or no permission.
     """
     parent = out.absolute().parent
-    require_writable(parent, key)
+    require_writable(parent, "--out")
     with tempfile.TemporaryDirectory(prefix=out.name + ".", dir=parent) as folder:
         half = Path(folder) / "half"
         half.mkdir()
@@ -40,7 +47,7 @@ def whole_folder(out: Path, key: str) -> Iterator[Path]:
         except OSError as error:
             if not is_full(error):
                 raise
-            raise ConfigError(f"{key} = {out}: not written ({describe(error, parent)}): make room") from None
+            raise ConfigError(f"--out = {out}: not written ({describe(error, parent)}): make room") from None
 
 
 def write_whole(path: Path, text: str) -> None:
