@@ -8,7 +8,6 @@ parallel degree. The second has *.bin and other files, which come along as they 
 weights_only: one that holds more than tensors is refused, since it could run code.
 """
 
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from pathlib import Path
 from experiments.commands.job_options import parse_command
 from torchtitan.config.check import check_options
 from torchtitan.config.errors import require
-from torchtitan.tools.disk import new_folder, whole_folder
+from torchtitan.tools.disk import new_folder, whole_folder, write_json
 from torchtitan.tools.logging import init_logger
 
 
@@ -59,7 +58,7 @@ def write(source: Path, folder: Path, options: Options) -> str:
         heads = megatron.Heads(options.encoder_head_dim, options.decoder_head_dim)
         read = megatron.read(source, heads, options.rope_theta)
         tensors, held = read.tensors, f"{', '.join(read.parts)} of Megatron"
-        (folder / CONFIG).write_text(json.dumps(read.config, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / CONFIG, read.config)
     else:
         tensors, others = read_pickles(source)
         held = f"{len(others)} other files"

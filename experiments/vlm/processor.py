@@ -17,8 +17,9 @@ from experiments.vlm.model.families import family_of
 from experiments.vlm.model.families.family import Family, read_image_processor
 from experiments.vlm.model_config import model_config, plan_of
 from torchtitan.components.tokenizer import Tokenizer, load_tokenizer, read_json
-from torchtitan.components.tokenizer_files import write_json, write_tokenizer
+from torchtitan.components.tokenizer_files import write_tokenizer
 from torchtitan.config.errors import require
+from torchtitan.tools.disk import write_json
 from torchtitan.tools.logging import warn_once
 
 GENERATION = "generation_config.json"

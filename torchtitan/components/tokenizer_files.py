@@ -12,7 +12,6 @@ Ids stay what the job trained on: reserved tokens that were given a role bear it
 name get one, since readers number added tokens without gaps.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from torchtitan.components.tokenizer import (
     read_ranks,
 )
 from torchtitan.config.shipped import shipped
+from torchtitan.tools.disk import write_json
 
 KEPT = ("model_max_length", "unk_token")  # keys of a tokenizer_config.json; the others are about its class
 
@@ -135,8 +135,3 @@ def _begin_with(bos_id: int, tokenizer: Tokenizer) -> dict[str, Any]:
 def _special(id: int, spelling: str) -> dict[str, Any]:
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {"id": id, "content": spelling, **flags, "special": True}
-
-
-def write_json(file: Path, content: Any) -> None:
-    """Write JSON with line breaks, for people."""
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

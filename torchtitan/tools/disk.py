@@ -2,11 +2,13 @@
 
 import contextlib
 import errno
+import json
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from torchtitan.config.errors import ConfigError, require
 
@@ -56,6 +58,11 @@ def write_whole(path: Path, text: str) -> None:
     # Half a pair of code units, which JSON may hold, is written as JSON escapes it.
     unfinished.write_text(text, encoding="utf-8", errors="backslashreplace")
     unfinished.replace(path)
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Write JSON as Hugging Face folders have it."""
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def next_number(folder: Path) -> int:

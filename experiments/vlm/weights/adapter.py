@@ -31,6 +31,7 @@ from torchtitan.models.hf.match import Source
 from torchtitan.models.hf.safetensors_file import StoredTensor, read_header
 from torchtitan.models.hf.writing import TensorToWrite, write_file
 from torchtitan.models.weight_names import Row, Transform, write
+from torchtitan.tools.disk import write_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 OF_PEFT = "base_model.model."
@@ -108,7 +109,7 @@ def write_adapter(
         "lora_dropout": options.dropout,
         "target_modules": modules,
     }
-    (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / CONFIG, settings)
     return whole
 
 

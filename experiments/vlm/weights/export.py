@@ -3,7 +3,6 @@
 Stock transformers opens it without custom code.
 """
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +29,7 @@ from torchtitan.models.decoder import hf_config as decoder
 from torchtitan.models.hf.config_file import CONFIG
 from torchtitan.models.hf.export import Export
 from torchtitan.models.hf.writing import SHARD_GB
+from torchtitan.tools.disk import write_json
 from torchtitan.tools.logging import warn_once
 
 ExportPart = Literal["all", "encoder", "decoder"]
@@ -79,7 +79,7 @@ def export(
         require(values.get(llava_original.TOWER, "") is not None, unnamed)
         name = str(made.dtype).removeprefix("torch.")
         values |= {"dtype": name, "torch_dtype": name}  # both spellings, for older releases
-        (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / CONFIG, values)
     made.write(folder, shard_gb, rank, ranks)
     return made
 
