@@ -37,7 +37,8 @@ from torchtitan.tools.signals import resumable
 class Options(ModelOptions, AnswerOptions):
     """What is asked."""
 
-    prompt: str = ""  # after the images; with a chat template it is what the user says
+    # after the images, or with them where it says <image>; with a chat template it is what the user says
+    prompt: str = ""
     # a file; may be given several times
     image: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
     input: str = ""  # a JSONL file of prompts
@@ -68,12 +69,13 @@ def answer_prompt(options: Options, job: VLMJobConfig) -> None:
     """Answer one prompt, to standard output. Raises UserError. Imports torch, as the next does."""
     from experiments.vlm.generate.answer_file import answer_one
     from experiments.vlm.generate.prompt import read_picture
+    from experiments.vlm.generate.record import content_of
     from torchtitan.distributed.process_group import close_process_group
 
-    pictures = [read_picture(path, "--image") for path in options.image]
+    content = content_of(options.prompt, [read_picture(path, "--image") for path in options.image])
     answering = open_model(options, job, 1, options.max_tokens)
     try:
-        answer_one(answering, [*pictures, *filter(None, [options.prompt])], options.ask)
+        answer_one(answering, content, options.ask)
     finally:
         close_process_group()
 

@@ -8,8 +8,10 @@ import torch
 from PIL import Image
 
 from experiments.vlm.batch import BatchShape
+from experiments.vlm.config import Data
 from experiments.vlm.data.chat_template import load_chat_template
 from experiments.vlm.data.document import Document, Picture, Text, Turn
+from experiments.vlm.data.formats.record_shard import ImageValues
 from experiments.vlm.data.image import ImagePlan
 from experiments.vlm.data.packing import Budget
 from experiments.vlm.data.sample import make_sample
@@ -17,6 +19,7 @@ from experiments.vlm.data.tiles import TilesConfig
 from experiments.vlm.generate.forward import CachedVLM
 from experiments.vlm.generate.layout import check_layout
 from experiments.vlm.generate.prompt import Prompt, Prompter
+from experiments.vlm.generate.record import content_of, prompt_of
 from experiments.vlm.model.config import ProjectorConfig, VLMConfig
 from experiments.vlm.model.vlm import VLM
 from tests.reference.small_run import DECODERS, ENCODER
@@ -113,6 +116,21 @@ def test_the_same_draws_whoever_is_beside():
 
     together = drawn(engine(4), [0, 1, 2, 3, 4])
     assert all(drawn(engine(2), [number]) == {number: together[number]} for number in range(5))
+
+
+@pytest.mark.parametrize("text", ["", "and", "an <image> and <image>"])
+def test_a_line_of_a_file_asks_as_the_command_does_where_there_are_no_conversations(tmp_path, text):
+    make, shown = prompter(template=None), [picture(9, 30, 1), picture(16, 16, 2)]
+    for number, image in enumerate(shown):
+        (tmp_path / f"{number}.png").write_bytes(image.data)
+    record = {"prompt": text, "images": ["0.png", "1.png"]}
+    line = prompt_of(record, ImageValues(str(tmp_path), Data()), make)
+    assert line.identity == make.prompt([("user", content_of(text, shown))]).identity
+    if text:
+        words = ["an ", *shown[:1], " and ", *shown[1:]] if "<image>" in text else [*shown, "and"]
+        assert content_of(text, shown) == words
+    with pytest.raises(UserError, match="1 times <image>, 2 images"):
+        content_of("<image>", shown)
 
 
 @pytest.mark.parametrize("template", ["vicuna_v1", "chatml", "llama3"])

@@ -5,11 +5,12 @@
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.vlm.data.document import Draft, ImageValue, Picture
 from experiments.vlm.data.formats import messages
+from experiments.vlm.data.formats.conversation import MARKER, images_of
 from experiments.vlm.data.formats.record_shard import ImageValues
 from experiments.vlm.data.rejects import Rejected, meaning
 from experiments.vlm.generate.prompt import Prompt, Prompter, Turns
@@ -23,16 +24,33 @@ LIKE_IMAGES = re.compile(
 
 def prompt_of(record: Mapping[str, Any], images: ImageValues, prompter: Prompter) -> Prompt:
     """Raises UserError that says what is wrong with the record, or names the image."""
-    return prompter.prompt(turns_of(record, images))
+    return prompter.prompt(turns_of(record, images, prompter.template is not None))
 
 
-def turns_of(record: Mapping[str, Any], images: ImageValues) -> Turns:
-    """(role, texts and pictures) of each message. Raises UserError."""
+def content_of(text: str, pictures: Sequence[Picture]) -> list[str | Picture]:
+    """A text with pictures where it says `<image>`, else before it. Raises UserError."""
+    first, *others = text.split(MARKER) if pictures else [text]
+    if not others:
+        return [*pictures, *filter(None, [text])]
+    if len(others) != len(pictures):
+        raise UserError(f"{len(others)} times {MARKER}, {len(pictures)} images: give as many")
+    placed = [part for pair in zip(pictures, others, strict=True) for part in pair]
+    return [part for part in (first, *placed) if part]
+
+
+def turns_of(record: Mapping[str, Any], images: ImageValues, breaks: bool = True) -> Turns:
+    """(role, texts and pictures) of each message. Raises UserError.
+
+    breaks: an image that no text places has a line break behind it, as in conversations; not so in documents.
+    """
     asked = record.get("messages")
     if asked is None:
         if "prompt" not in record and (elsewhere := [name for name in NOT_READ if record.get(name)]):
             raise UserError(f"{elsewhere[0]} is not read: what is asked stands in prompt or messages")
-        asked = [{"role": "user", "content": record.get("prompt", "")}]
+        text = record.get("prompt", "")
+        if not breaks and isinstance(text, str) and MARKER not in text:
+            text = MARKER * len(images_of(record)) + text
+        asked = [{"role": "user", "content": text}]
     elif not isinstance(asked, list) or not asked:
         raise UserError("messages is no list of messages")
     # Training data end with an answer; here one is added, and taken off again.
