@@ -12,6 +12,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from torchtitan.config.job import JobConfig
 from torchtitan.config.parse import (
     SWEEP,
     config_file,
+    given_options,
     option_types,
     parse_over,
     run_script,
@@ -116,7 +118,11 @@ def find_members(
     out = Path(options.out or base.job.dump_folder)
     a_run = f"{out} is the folder of a run itself; give another --out"
     require(not (out / NEWEST).exists(), a_run)
-    assignments = combinations(space, option_types(type(base), base), base.debug.seed)
+    known = option_types(type(base), base)
+    swept = {*space.grid, *space.random, *chain(*space.zipped)}
+    for key in swept & given_options(split_options(rest), known):
+        raise ConfigError(f"--{key}: is swept too; keep one of the two")
+    assignments = combinations(space, known, base.debug.seed)
     last = len(assignments) - 1
     require(options.index <= last, f"--index = {options.index}: the runs are 0 to {last}")
     return members(assignments, out, parse, options.index), out

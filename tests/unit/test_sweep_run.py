@@ -137,6 +137,8 @@ def test_a_combination_that_cannot_run_is_told_before_the_first_starts(tmp_path)
         ConfigError, match=r"run 0 \(patches_per_row=975\): data.patches_per_row = 975 is not a"
     ):
         run(out, "--sweep", "data.patches_per_row=975,976")
+    with pytest.raises(ConfigError, match="--optimizer.lr: is swept too; keep one of the two"):
+        run(out, "--sweep", "optimizer.lr=1,2", "--optimizer.lr=5")
     assert not out.exists()
 
 

@@ -51,6 +51,8 @@ def test_zipped_lists_go_together_and_cross_with_the_rest():
     assert swept(table, seeds=2) == swept(
         zip=["training.seq_len=512,1024 data.patches_per_row=976,1952"], seeds=2
     )
+    spaced = swept(zip=['training.freeze=["encoder", "projector"],[] optimizer.lr=1,2'])
+    assert spaced[0] == {"training.freeze": ["encoder", "projector"], "optimizer.lr": 1.0}
     pairs = [(s["training.seq_len"], s["data.patches_per_row"]) for s in swept(table, seeds=2)]
     assert pairs == [(512, 976), (512, 976), (1024, 1952), (1024, 1952)]
 

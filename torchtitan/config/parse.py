@@ -76,8 +76,7 @@ def parse_over(
     if page := help_page(groups, job, file or "", guide):
         run_tyro(page.sections, FLAGS[:1], page.default, guide.usage, page.text)
     job = run_tyro(type(job), argv, job, guide.usage)
-    spellings = _spellings(known)
-    given = {spellings[name] for group in groups if (name := _name(group)) in spellings}
+    given = given_options(groups, known)
     if not given.isdisjoint(SINGLE_SOURCE):
         job.use_single_source(given)
     return job
@@ -213,6 +212,12 @@ def split_options(argv: Sequence[str]) -> list[list[str]]:
         else:
             groups.append([token])
     return groups
+
+
+def given_options(groups: Iterable[Sequence[str]], known: Mapping[str, Any]) -> set[str]:
+    """Which of the known options stand among what `split_options` gives, however they are spelled."""
+    spellings = _spellings(known)
+    return {spellings[name] for group in groups if (name := _name(group)) in spellings}
 
 
 def last_value(groups: Iterable[Sequence[str]], option: str) -> str | None:

@@ -17,6 +17,7 @@
 Imports no torch.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any
@@ -29,6 +30,7 @@ from torchtitan.config.parse import SWEEP
 from torchtitan.config.table import from_table
 from torchtitan.sweep.space import Space, Text, flat, range_of_text
 
+BETWEEN_KEYS = re.compile(r"\s+(?=[\w.]+=)")  # values may have spaces
 TABLES = ("grid", "zip", "random")
 LIMITS = {"seeds": ">= 0", "draws": ">= 0", "at_once": ">= 0", "index": "-1 or >= 0"}
 
@@ -91,7 +93,7 @@ def space_of(table: Mapping[str, Any], options: Options) -> Space:
     zips = table.get("zip", [])
     zips = [zips] if isinstance(zips, dict) else zips
     grid = flat(table.get("grid", {}), "sweep.grid") | dict(_pairs(options.sweep, "sweep"))
-    asked = [dict(_pairs(text.split(), "zip")) for text in options.zip]
+    asked = [dict(_pairs(BETWEEN_KEYS.split(text.strip()), "zip")) for text in options.zip]
     named = {key for one in asked for key in one}  # the command line wins
     zipped = [one for one in (flat(one, "sweep.zip") for one in zips) if not named & one.keys()] + asked
     random = flat(table.get("random", {}), "sweep.random") | {
