@@ -4,6 +4,7 @@ import functools
 import itertools
 import math
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from itertools import product
@@ -179,8 +180,23 @@ def test_where_the_time_is_over_the_answer_is_from_what_was_tried(data, tmp_path
     stream = read_documents(setup, limit=1000, deadline=deadline.share(0.5))
     assert 1 <= len(stream.documents) < 10
     trials = Trials(Data(stream, Prices(1.0, 0.3), 2, 64), Deadline(3.0, clock=itertools.count().__next__))
-    seen = search(trials, [128, 256], [1], [16])
-    assert seen and len(trials.seen) < 8
+    seen = search(trials, [128, 256], [1], [16, 64])
+    assert seen and len(trials.seen) < 8 and {each.buffer for each in seen} == {16}
+
+
+def test_where_the_time_is_over_no_process_has_taken_more_than_it_tries(monkeypatch):
+    taken: list[Case] = []
+
+    class Pool(ThreadPoolExecutor):
+        def submit(self, call, case):
+            taken.append(case)
+            return super().submit(simulate, data.stream, case, data.merge)
+
+    monkeypatch.setattr(packing_advice, "start_pool", lambda processes, data: Pool(processes))
+    data = Data(Stream([[(20, 0), (27, 100)]], [0]), Prices(1.0, 0.3), 2, 100)
+    with closing(Trials(data, Deadline(0.0), 2)) as trials:
+        assert not trials.run([Case(Budget(256, 1, length), 16) for length in range(100, 140, 4)])
+    assert len(taken) == 2 and len(trials.seen) == 1
 
 
 def test_the_job_as_it_is_is_tried_however_little_time_there_is_and_whoever_ends_first():

@@ -14,9 +14,9 @@ import math
 import multiprocessing
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import replace
-from itertools import product, zip_longest
+from itertools import islice, product, zip_longest
 from typing import NamedTuple
 
 from experiments.vlm.costs.packing_simulation import (
@@ -121,6 +121,7 @@ class Trials:
         self.deadline = deadline
         self.say = say
         self.seen: dict[Case, Occupancy] = {}
+        self.processes = processes
         self.pool = start_pool(processes, data) if processes > 1 else None
 
     def run(self, cases: Iterable[Case]) -> bool:
@@ -140,13 +141,14 @@ class Trials:
         if self.pool is None:
             yield from (simulate(self.data.stream, case, self.data.merge) for case in cases)
             return
-        futures = [self.pool.submit(simulate_kept, case) for case in cases]
-        try:
-            for future in as_completed(futures):
+        # As many as are tried at once: one that a process has taken is tried to its end, time or not.
+        left, pool = iter(cases), self.pool
+        running = {pool.submit(simulate_kept, case) for case in islice(left, self.processes)}
+        while running:
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
                 yield future.result()
-        finally:
-            for future in futures:
-                future.cancel()
+                running |= {pool.submit(simulate_kept, case) for case in islice(left, 1)}
 
     def of(self, case: Case) -> dict[int, float]:
         """L -> cost, of what differs from `case` in L alone."""
@@ -201,7 +203,8 @@ def search(
         if (costs := trials.of(kind))
     ]
     best = [case._replace(buffer=buffer) for case in best for buffer in buffers]
-    trials.run(best)
+    if trials.deadline.left_s():
+        trials.run(best)
     return [trials.seen[case] for case in dict.fromkeys([*first, *best]) if case in trials.seen]
 
 
