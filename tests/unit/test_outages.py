@@ -2,6 +2,7 @@
 
 import errno
 import gzip
+import threading
 import zlib
 from pathlib import Path
 
@@ -169,6 +170,32 @@ def test_a_shard_whose_file_went_stale_is_opened_anew(time):
     cache = ShardCache(lambda source, path: Opened(store), 2, Retry(600))
     assert [cache.use(0, "a.tar", lambda shard, i=i: shard.read(i)) for i in range(5)] == [0, 1, 2, 3, 4]
     assert store.opened == 1 + 3 + 1 and len(time.pauses) == 4
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_shards_that_are_kept_open_give_way_where_a_process_may_open_no_more_files(time, ahead):
+    store, lock = [], threading.Lock()
+
+    class File(list):
+        rejects, checksum = (), 0
+
+        def __init__(self, path):
+            with lock:
+                if len(store) == 5:
+                    raise OSError(errno.EMFILE, "Too many open files")
+                store.append(path)
+            self.append(path)
+
+        def close(self):
+            with lock:
+                store.remove(self[0])
+
+    cache, paths = ShardCache(lambda source, path: File(path), 100, Retry(600)), [*"abcdefghijklmnopqrst"]
+    for path in paths if ahead else ():
+        cache.ahead(0, path)
+    assert [cache.use(0, path, list) for path in paths * 2] == [[path] for path in paths * 2]
+    assert time.now - 1000 < 200, "nobody waits for what only the others could give"
+    cache.close()
 
 
 def test_a_thread_that_waits_ends_when_nobody_waits_any_more():

@@ -1,9 +1,12 @@
-"""Folders and files that are written whole, what to say when a disk is full, and names that count up."""
+"""Folders and files that are written whole, what to say when a disk is full, names that count up, and how
+many files may be open.
+"""
 
 import contextlib
 import errno
 import json
 import re
+import resource
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -69,6 +72,13 @@ def next_number(folder: Path) -> int:
     """One more than the largest number that a name in `folder` begins with; 1 where there is none."""
     numbers = [int(match[0]) for path in folder.glob("*") if (match := re.match(r"\d+", path.name))]
     return max(numbers, default=0) + 1
+
+
+def allow_open_files() -> None:
+    """Let this process open as many files as it may ask for: shells allow 1,024 unless they are told."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError):  # macOS says that there is no limit, and has one
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def is_full(error: BaseException) -> bool:

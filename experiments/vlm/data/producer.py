@@ -18,6 +18,7 @@ from experiments.vlm.data.slot import Slot, SlotPlan
 from experiments.vlm.data.slot_state import SlotState
 from experiments.vlm.data.sources.shard_cache import ShardCache
 from experiments.vlm.data.storage.outages import Retry
+from torchtitan.tools.disk import allow_open_files
 
 SPARE_SHARDS = 32  # kept open besides three of each source for every slot: read, next, and still waited for
 
@@ -37,6 +38,7 @@ class Producer:
 
     def __init__(self, setup: Setup, slots: Sequence[int], states: dict[int, SlotState]):
         """`states`: of slots that go on; the others start anew."""
+        allow_open_files()
         self.cache = ShardCache(
             setup.open_shard,
             3 * len(slots) * len(setup.deals) + SPARE_SHARDS,

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import resource
 import signal
 import sys
 import threading
@@ -21,7 +20,7 @@ from experiments.vlm.prepare.progress import JsonProgress, StageProgress
 from experiments.vlm.prepare.runner import STAGES, run
 from experiments.vlm.prepare.shard_plan import PrepareJob
 from experiments.vlm.prepare.stop import Stop
-from torchtitan.tools.disk import is_full, no_room
+from torchtitan.tools.disk import allow_open_files, is_full, no_room
 from torchtitan.tools.lock import take_lock
 
 
@@ -64,8 +63,7 @@ def stop_at_end_of_input(stop: Stop) -> None:
 
 def prepare_process() -> None:
     """Allow many connections; one thread an image."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    allow_open_files()
     torch.set_num_threads(1)
 
 

@@ -68,7 +68,8 @@ class ShardCache:
             try:
                 return guarded(work, lease.shard)
             except OSError as error:
-                self._forget((source, path), error)  # what was open may stay broken once the storage is back
+                self._forget((source, path))  # what was open may stay broken once the storage is back
+                self._make_way(error)
                 raise
 
         return self.retry.call(path, attempt)
@@ -103,7 +104,7 @@ class ShardCache:
     def _leased(self, key: Key) -> Lease:
         future, is_new = self._future(key)
         if is_new:
-            self._open(key, future, partial(guarded, self.open_shard, *key))
+            self._open(key, future, partial(self._opened, *key))
         try:
             return future.result()
         except Rejected as rejected:  # remembered: each is given one of its own, or tracebacks would grow
@@ -114,23 +115,33 @@ class ShardCache:
     def _unhurried(self, source: int, path: str) -> Shard:
         token = no_hurry.set(True)
         try:
-            return self.retry.call(path, partial(guarded, self.open_shard, source, path))
+            return self.retry.call(path, partial(self._opened, source, path))
         finally:
             no_hurry.reset(token)
+
+    def _opened(self, source: int, path: str) -> Shard:
+        try:
+            return guarded(self.open_shard, source, path)
+        except OSError as error:
+            self._make_way(error)
+            raise
 
     def _open(self, key: Key, future: "Future[Lease]", attempt: Callable[[], Shard]) -> None:
         try:
             future.set_result(Lease(attempt()))
         except BaseException as error:
             if not isinstance(error, Rejected):
-                self._forget(key, error)  # away, or asked to end: nothing to remember
+                self._forget(key)  # away, or asked to end: nothing to remember
             future.set_exception(error)
 
-    def _forget(self, key: Key, error: BaseException) -> None:
+    def _forget(self, key: Key) -> None:
         with self.lock:
             self.kept.pop(key, None)
-            if getattr(error, "errno", None) in TOO_MANY_OPEN:
-                self.kept.clear()
+
+    def _make_way(self, error: OSError) -> None:
+        """Let all go that are open, where these are too many files: the next try may open one."""
+        while error.errno in TOO_MANY_OPEN and self.let_go():
+            pass
 
 
 def guarded(call: Callable, *args):
