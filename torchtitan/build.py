@@ -50,9 +50,6 @@ class Run:
     mesh: Mesh
     sizes: BatchSizes
     forward_backward: ForwardBackward
-    optimizers: Optimizers
-    schedule: Schedule
-    loader: Loader
     to_rank: Callable[[Batch], Tensors]
     flops: Callable[[Batch], int]
     counts: Counts
@@ -67,7 +64,7 @@ class Run:
 
 def build(job: JobConfig, spec: TrainSpec, device: torch.device) -> Run:
     """What is cheap and may be wrong is built first, what a checkpoint fills before it is loaded."""
-    folder, world_size = Path(job.job.dump_folder), dist.get_world_size()
+    world_size = dist.get_world_size()
     require_device(job.float8, device)
     _seed_generators(job)
     resolve_options(job)
@@ -79,8 +76,7 @@ def build(job: JobConfig, spec: TrainSpec, device: torch.device) -> Run:
     tasks = wait_together(lambda: spec.open_tasks(job, tokenizer, *share))
     model = spec.build_model(job, tokenizer)
     choose_trained(model, job.training)
-    token_rows = rows_of(job.training.trainable_tokens, tokenizer)
-    setting_of = settings(model, job.optimizer, token_rows)
+    setting_of = settings(model, job.optimizer, rows_of(job.training.trainable_tokens, tokenizer))
     source = None if own_checkpoint(job) else spec.initial_weights(job, shapes_of(model))
     flops = spec.flops(job, model)
     log_sizes(model, spec, sizes)
@@ -93,24 +89,19 @@ def build(job: JobConfig, spec: TrainSpec, device: torch.device) -> Run:
     parts = forward_backward.parts
     rates_on = device if job.compile.cuda_graphs else None
     optimizers = Optimizers(parts, job.optimizer, setting_of, model.ADAMW_ONLY, rates_on)
-    schedule = Schedule(optimizers, job.training.steps, job.lr_scheduler)
     state = TrainState(
-        parts,
-        optimizers,
-        schedule,
-        loader,
-        model.tied_names(),
-        sizes.global_,
-        spec.model_config(job),
-        scale_of(model),
-        mesh["pp"].get_group(),
+        parts=parts,
+        optimizers=optimizers,
+        schedule=Schedule(optimizers, job.training.steps, job.lr_scheduler),
+        loader=loader,
+        aliases=model.tied_names(),
+        global_batch_size=sizes.global_,
+        model_config=spec.model_config(job),
+        adapter_scale=scale_of(model),
+        stages=mesh["pp"].get_group(),
     )
-    checkpointer = Checkpointer(job.checkpoint, folder / job.checkpoint.folder, state)
-    checkpointer.load()
-    if dist.get_rank() == 0:
-        save_config(job, folder, state.step)
-    to_rank = to_rank_of(job, spec, mesh)
-    counts = spec.counts(job)
+    checkpointer = load_checkpoint(job, state)
+    to_rank, counts = to_rank_of(job, spec, mesh), spec.counts(job)
     shares = ("right", "exact", *spec.scoring.groups)
     return Run(
         job=job,
@@ -118,9 +109,6 @@ def build(job: JobConfig, spec: TrainSpec, device: torch.device) -> Run:
         mesh=mesh,
         sizes=sizes,
         forward_backward=forward_backward,
-        optimizers=optimizers,
-        schedule=schedule,
-        loader=loader,
         to_rank=to_rank,
         flops=flops,
         counts=counts,
@@ -134,6 +122,16 @@ def build(job: JobConfig, spec: TrainSpec, device: torch.device) -> Run:
         reporter=Reporter(job, tuple(counts.capacity), shares, state.step, dist.get_rank(), world_size),
         profiler=Profiler(job.profiling, job.job.dump_folder, dist.get_rank(), state.step),
     )
+
+
+def load_checkpoint(job: JobConfig, state: TrainState) -> Checkpointer:
+    """Make `state` that of the checkpoint that the run goes on from, if any, and save the job."""
+    folder = Path(job.job.dump_folder)
+    checkpointer = Checkpointer(job.checkpoint, folder / job.checkpoint.folder, state)
+    checkpointer.load()
+    if dist.get_rank() == 0:
+        save_config(job, folder, state.step)
+    return checkpointer
 
 
 def _seed_generators(job: JobConfig) -> None:

@@ -57,7 +57,7 @@ class Trainer:
         copies = {id(parameter) for parameter in run.forward_backward.copies()}
         self.source_losses = SourceLosses(run.mesh.device, run.counts)
         self.norm_parameters = [
-            parameter for parameter in run.optimizers.parameters if id(parameter) not in copies
+            parameter for parameter in run.state.optimizers.parameters if id(parameter) not in copies
         ]
         self.take_step: OptimizerStep = self.optimizer_step
         if run.job.compile.cuda_graphs:
@@ -67,13 +67,13 @@ class Trainer:
         self.failed_data: UserError | None = None  # or for this, of the data or of where they lie
         self.garbage = GarbageCollection(run.job.training.gc_freq)
         self.progress = Progress(run.job.training.steps, run.state.step, run.reporter.writes)
-        self.batches = iter(run.loader)
+        self.batches = iter(run.state.loader)
         self.first_step = run.state.step + 1
         self.began = time.perf_counter() - run.state.wall_s
         self.logged_step = run.state.step
         self.data_report: dict[str, Any] | None = None  # rank 0: of all ranks, at the last checkpoint or end
         if not run.state.data:
-            run.state.data = run.loader.state_dict()
+            run.state.data = run.state.loader.state_dict()
 
     def train(self) -> None:
         """Train until the last step, the end of the data or a signal; then evaluate and save.
@@ -109,7 +109,7 @@ class Trainer:
 
         # Everyone divides by the same number: the tokens that carry loss in the whole global step.
         scale = 1 / max(1.0, total[self.run.counts.loss_weight])
-        self.run.schedule.advance()
+        self.state.schedule.advance()
         losses, self.grad_norm = self.take_step(map(self.run.to_rank, step.once()), scale)
         self.loss = losses[0] * scale
         self.source_losses.add(losses[1:])
@@ -136,7 +136,7 @@ class Trainer:
 
     def update(self) -> Tensor:
         """Clip and step. Returns the global gradient norm before clipping."""
-        optimizers = self.run.optimizers
+        optimizers = self.state.optimizers
         optimizers.drop_frozen_rows()
         norm = global_norm(self.norm_parameters, self.run.mesh)
         if self.job.training.max_norm > 0:
@@ -190,7 +190,7 @@ class Trainer:
         loss = sum_over_ranks(self.loss) / self.run.mesh.degrees.tp
         values: Values = {"loss": loss.item(), "grad_norm": self.grad_norm.item()}
         printed, tallies = self.run.meter.read()
-        factor = self.run.schedule.factor
+        factor = self.state.schedule.factor
         tallies |= {name: peak * factor for name, peak in peak_rates(self.job.optimizer).items()}
         tallies |= self.epochs.metrics() | self.source_losses.read(tallies, self.run.mesh.degrees.tp)
         tallies |= {"tokens_seen": self.state.tokens, "wall_s": self.wall_s}
@@ -211,12 +211,12 @@ class Trainer:
     def report_data(self) -> None:
         """Write data_report.json. Called by all ranks."""
         self.data_report = write_data_report(
-            self.folder, self.run.loader.report() if self.run.mesh.leads else None
+            self.folder, self.state.loader.report() if self.run.mesh.leads else None
         )
 
     def log_rejected(self) -> None:
         """Log which data were not used, from the last report, where this rank has one."""
-        if self.data_report is not None and (line := self.run.loader.summary(self.data_report)):
+        if self.data_report is not None and (line := self.state.loader.summary(self.data_report)):
             logger.info(line)
 
     def finish(self) -> None:
@@ -282,7 +282,7 @@ class Trainer:
         self.progress.close()
         self.run.profiler.close()
         self.run.reporter.close()
-        self.run.loader.close()
+        self.state.loader.close()
 
 
 def main(job: JobConfig, spec: TrainSpec) -> int:

@@ -63,12 +63,12 @@ def measured_peak(changes: dict) -> int:
     with tempfile.TemporaryDirectory() as folder:
         run = build(job_of(changes, folder), SMALL, CPU)
         for _ in range(2):
-            first, *more = next(run.loader).batches
+            first, *more = next(run.state.loader).batches
             feed = run.to_rank(first)
             memory = LiveMemory()
             state = [
                 value
-                for optimizer in run.optimizers
+                for optimizer in run.state.optimizers
                 for values in optimizer.state.values()
                 for value in values.values()
             ]
@@ -77,9 +77,9 @@ def measured_peak(changes: dict) -> int:
                 run.forward_backward(feed, 1e-3, not more)
                 for number, batch in enumerate(more, 1):
                     run.forward_backward(run.to_rank(batch), 1e-3, number == len(more))
-                for optimizer in run.optimizers:
+                for optimizer in run.state.optimizers:
                     optimizer.step()
-                run.optimizers.zero_grad()
+                run.state.optimizers.zero_grad()
         dist.barrier()
         return memory.peak
 
@@ -88,11 +88,11 @@ def measured_traffic(changes: dict) -> float:
     """Bytes that this rank sends in a step."""
     with tempfile.TemporaryDirectory() as folder:
         run = build(job_of(changes, folder), SMALL, CPU)
-        batches = next(run.loader).batches
+        batches = next(run.state.loader).batches
         with SentBytes() as sent:
             for number, batch in enumerate(batches, 1):
                 run.forward_backward(run.to_rank(batch), 1e-3, number == len(batches))
-            run.optimizers.step()
+            run.state.optimizers.step()
         dist.barrier()
         return sent.total
 

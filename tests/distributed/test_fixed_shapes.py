@@ -51,7 +51,7 @@ def trapped(changes: dict[str, Any]) -> int:
     """Operations of a forward and backward; raises where one would wait for a device."""
     with tempfile.TemporaryDirectory() as folder:
         run = build(job_of(changes, folder), SMALL, CPU)
-        feed = run.to_rank(next(run.loader).batches[0])
+        feed = run.to_rank(next(run.state.loader).batches[0])
         run.forward_backward(feed, 1.0, True)  # what is set up on first use may wait
         with LayoutTrap() as trap:
             run.forward_backward(feed, 1.0, True)

@@ -17,14 +17,14 @@ def norm_of_mixed_gradients(folder: str) -> tuple[float, float]:
     run = build(job_of({}, folder), SMALL, CPU)
     torch.manual_seed(0)
     total = 0.0
-    for parameter in run.optimizers.parameters:
+    for parameter in run.state.optimizers.parameters:
         full = torch.randn(parameter.shape)
         total += float(full.double().square().sum())
         assert isinstance(parameter, DTensor)
         parameter.grad = DTensor.from_local(full, parameter.device_mesh).redistribute(
             placements=parameter.placements
         )
-    return float(grad_norm.global_norm(run.optimizers.parameters, run.mesh)), total**0.5
+    return float(grad_norm.global_norm(run.state.optimizers.parameters, run.mesh)), total**0.5
 
 
 def test_norm_over_several_meshes_is_that_of_the_whole_gradients(pool, tmp_path):

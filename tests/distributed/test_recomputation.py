@@ -36,7 +36,7 @@ def count(mode: str, method: str) -> Counter:
     }
     with tempfile.TemporaryDirectory() as folder:
         run = build(job_of(changes, folder), SMALL, CPU)
-        batch = next(run.loader).batches[0]
+        batch = next(run.state.loader).batches[0]
         with Count() as counted:
             run.forward_backward(run.to_rank(batch), 1.0, True)
         return counted.calls

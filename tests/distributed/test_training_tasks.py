@@ -46,7 +46,7 @@ def trained(changes: dict[str, Any], folder: Path, tasks: list[str]) -> list[Ten
     (model,) = trainer.run.forward_backward.parts
     assert all(module.training for module in model.modules())
     trainer.close()
-    weights = [parameter.detach() for parameter in trainer.run.optimizers.parameters]
+    weights = [parameter.detach() for parameter in trainer.run.state.optimizers.parameters]
     found += [weight.to_local() if isinstance(weight, DTensor) else weight for weight in weights]
     return [*found, torch.get_rng_state()]
 

@@ -84,9 +84,9 @@ def peak_of_a_step(job: VLMJobConfig, folder: Path) -> int:
         for step in range(3):
             if step == 2:  # by then the optimizer has its state, and kernels are tuned
                 torch.cuda.reset_peak_memory_stats()
-            run.forward_backward(run.to_rank(next(run.loader).batches[0]), 1e-4, True)
-            run.optimizers.step()
-            run.optimizers.zero_grad()
+            run.forward_backward(run.to_rank(next(run.state.loader).batches[0]), 1e-4, True)
+            run.state.optimizers.step()
+            run.state.optimizers.zero_grad()
         return torch.cuda.max_memory_allocated() - before
     finally:
         close_process_group()

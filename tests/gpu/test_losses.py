@@ -84,7 +84,7 @@ def gradients_of(changes: dict[str, Any], folder: Path) -> dict[str, torch.Tenso
     trainer = trainer_of(changes, folder)
     try:
         run = trainer.run
-        (batch,) = next(run.loader).batches
+        (batch,) = next(run.state.loader).batches
         run.forward_backward(run.to_rank(batch), 1 / 100, True)
         (model,) = run.forward_backward.parts
         return {
@@ -130,7 +130,7 @@ def test_each_gradient_is_that_of_float32_within_the_rounding_of_bfloat16(way, e
 def test_slots_of_text_and_of_images_in_turn_compile_nothing_and_never_wait(way, tmp_path):
     changes = WAYS[way] | {"training.local_batch_size": 1, "training.global_batch_size": 1}
     trainer = trainer_of(changes, tmp_path)
-    loader, kinds = trainer.run.loader, [0, 3, 1, 2]  # every fourth slot is text alone
+    loader, kinds = trainer.run.state.loader, [0, 3, 1, 2]  # every fourth slot is text alone
     try:
         for _ in range(6):  # graphs are recorded by then
             trainer.train_step()

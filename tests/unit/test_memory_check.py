@@ -22,12 +22,15 @@ ALONE = Degrees(1, 1, 1, 1, 1)
 def bytes_after_a_step(job, folder) -> int:
     """Bytes of parameters, gradients and optimizer state."""
     run = build(job, SMALL, open_process_group(job.comm, folder))
-    run.forward_backward(run.to_rank(next(run.loader).batches[0]), 1.0, True)
-    run.optimizers.step()
+    run.forward_backward(run.to_rank(next(run.state.loader).batches[0]), 1.0, True)
+    run.state.optimizers.step()
     parameters = [parameter for part in run.forward_backward.parts for parameter in part.parameters()]
     held = [*parameters, *(parameter.grad for parameter in parameters if parameter.grad is not None)]
     states = [
-        value for optimizer in run.optimizers for of in optimizer.state.values() for value in of.values()
+        value
+        for optimizer in run.state.optimizers
+        for of in optimizer.state.values()
+        for value in of.values()
     ]
     # no counters of steps
     held += [value for value in states if isinstance(value, torch.Tensor) and value.ndim]
