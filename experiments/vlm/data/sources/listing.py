@@ -42,35 +42,33 @@ def go_on(deals: Sequence[Deal], text: str, furthest: Sequence[int], join: bool)
     slot has begun, n * G + s for unit n of slot s; wanted where new shards may `join`.
     """
     saved = json.loads(zlib.decompress(base64.b85decode(text)))
-    continued = Continued((), (), [], [])
+    then: list[Deal] = []
+    now: list[Deal] = []
+    changes: list[str] = []
+    joined: list[str] = []
     names = [deal.name for deal in deals]
     if names != list(saved) and sorted(names) == sorted(saved):  # a slot knows them by their places
-        continued.changes.append(
-            f"the sources were {', '.join(saved)} and are {', '.join(names)}: their order"
-        )
+        changes.append(f"the sources were {', '.join(saved)} and are {', '.join(names)}: their order")
     for source, deal in enumerate(deals):
         shards, joins = saved.get(deal.name, (deal.shards, deal.joins))
-        then, changes = _as_it_was(deal, shards, joins)
-        new = sorted(set(deal.shards) - set(then.shards))
-        now = then
-        if not changes and new and join and not furthest:
-            changes = [f"source {deal.name}: whether new shards can join, the states of all slots say"]
-        elif not changes and new and join:
-            now, line = _joined(then, new, furthest[source])
-            continued.joined.append(line)
-        elif not changes and new:
-            then = now = replace(deal, joins=then.joins)
-            changes = [
+        old, wrong = _as_it_was(deal, shards, joins)
+        further = old
+        new = [] if wrong else sorted(set(deal.shards) - set(old.shards))
+        if new and not join:
+            old = further = replace(deal, joins=old.joins)
+            changes.append(
                 f"source {deal.name} has {_named(new)} more; data.join_new_shards lets new shards in with "
                 "the next epoch"
-            ]
-        continued = replace(
-            continued,
-            then=(*continued.then, then),
-            now=(*continued.now, now),
-            changes=continued.changes + changes,
-        )
-    return continued
+            )
+        elif new and not furthest:
+            changes.append(f"source {deal.name}: whether new shards can join, the states of all slots say")
+        elif new:
+            further, line = _joined(old, new, furthest[source])
+            joined.append(line)
+        then.append(old)
+        now.append(further)
+        changes += wrong
+    return Continued(tuple(then), tuple(now), changes, joined)
 
 
 def _as_it_was(deal: Deal, shards: Sequence[str], joins: Sequence[Sequence[int]]) -> tuple[Deal, list[str]]:
