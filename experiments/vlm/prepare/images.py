@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image as PILImage
 
 from experiments.vlm.data.document import ImageValue
-from experiments.vlm.data.formats.image_values import is_address, name_of
+from experiments.vlm.data.formats.image_values import is_address, name_of, plain_value
 from experiments.vlm.data.formats.record_shard import ImageFolder
 from experiments.vlm.data.image import decode, probe, shrunk
 from experiments.vlm.data.rejects import Rejected
@@ -133,7 +133,13 @@ def start_works(
 
 def bring(image: ImageValue, journal: Journal, folder: ImageFolder, options: Options) -> FinishedImage:
     """Read and finish an image, in a thread of the pool. Raises Rejected, and StorageError of folders."""
-    data = retry.call(name_of(image.value), lambda: folder.load(image.value, journal.read))
+    value = plain_value(image.value)
+    if isinstance(value, memoryview):
+        data = bytes(value)
+    elif is_address(value):
+        data = journal.read(value)
+    else:
+        data = retry.call(value, lambda: folder.read(value))
     return finish_image(data, options)
 
 

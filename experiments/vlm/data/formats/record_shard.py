@@ -77,13 +77,6 @@ class ImageFolder:
                 raise
             raise Rejected("image_missing", str(error)) from error
 
-    def load(self, value: Any, fetch: Callable[[str], bytes]) -> bytes:
-        """An image's bytes, out of whatever its record holds; `fetch`: of an address. Raises as `read`."""
-        plain = plain_value(value)
-        if isinstance(plain, memoryview):
-            return bytes(plain)
-        return fetch(plain) if is_address(plain) else self.read(plain)
-
 
 def _download(path: str) -> bytes:
     with remote():
@@ -136,7 +129,10 @@ class ImageValues:
 
     def load(self, value: Any) -> bytes:
         """The image's bytes. Raises Rejected."""
-        return self.folder.load(value, self.fetcher.fetch)
+        plain = plain_value(value)
+        if isinstance(plain, memoryview):
+            return bytes(plain)
+        return self.fetcher.fetch(plain) if is_address(plain) else self.folder.read(plain)
 
 
 class RecordShard:
