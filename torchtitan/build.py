@@ -31,7 +31,7 @@ from torchtitan.components.weights import shapes_of
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.job import JobConfig
 from torchtitan.config.layout import BatchSizes, degrees, resolve_batch
-from torchtitan.distributed.collectives import agree_on_data, any_rank, wait_together
+from torchtitan.distributed.collectives import agree_on_data, any_rank, from_first_rank, wait_together
 from torchtitan.distributed.mesh import Mesh, build_mesh
 from torchtitan.distributed.slot_group import slot_group
 from torchtitan.layers.lora import scale_of
@@ -209,13 +209,12 @@ def require_one_job(job: JobConfig) -> None:
     The dump folder may differ. Raises ConfigError on every rank.
     """
     ours = {name: fields for name, fields in dataclasses.asdict(job).items() if name != "job"}
-    first = [ours]
-    dist.broadcast_object_list(first)
+    first = from_first_rank(lambda: ours)
     other = [
         f"{section}.{name}"
         for section, fields in ours.items()
         for name in fields
-        if fields[name] != first[0][section][name]
+        if fields[name] != first[section][name]
     ]
     if any_rank(bool(other)):
         differs = (

@@ -101,9 +101,7 @@ def generation_config(template: ChatTemplate, tokenizer: Tokenizer) -> dict[str,
 
 
 def folder_ends(folder: Path) -> frozenset[int]:
-    """Ids that a Hugging Face folder's generation config ends an answer with; none where it says nothing.
-    Raises ConfigError.
-    """
+    """Ids that end an answer, by a folder's generation config; none without one. Raises ConfigError."""
     path = folder / GENERATION
     ends = read_json(path, {}).get("eos_token_id")
     listed = [] if ends is None else ends if isinstance(ends, list) else [ends]

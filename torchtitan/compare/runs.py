@@ -52,9 +52,7 @@ def options_of(run: RunRecord) -> dict[str, Any]:
 
 
 def differing(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:
-    """Option -> its value in each run (None: not set), of those that are not the same in all whose options
-    are known.
-    """
+    """Option -> its value in each run (None: not set), where those whose options are known differ."""
     known = [n for n, run in enumerate(runs) if run.config]
     tables = [options_of(run) for run in runs]
     keys = dict.fromkeys(key for table in tables for key in table)

@@ -78,9 +78,7 @@ def to_empty(parts: list[nn.Module], device: torch.device | str) -> None:
 def fill(
     parts: list[nn.Module], tied: Mapping[str, str], seed: int, source: WeightSource | None = None
 ) -> None:
-    """Give values to parts that have storage: those of `source`, and initial ones from `seed` for the
-    rest.
-    """
+    """Give values to parts that have storage: those of `source`, the rest initial ones from `seed`."""
     for part in parts:
         part.init_weights(seed, without=source.names if source else ())  # type: ignore[operator]
     if source:

@@ -84,9 +84,7 @@ def from_first_rank(decide: Callable[[], T]) -> T:
 
 
 def from_all_ranks(value: T, group: Any = None) -> list[T]:
-    """The values of all ranks, or of those of a group, in their order. For small ones: each gets all of
-    them.
-    """
+    """The values of all ranks, or of those of a group, in their order, on each of them. For small ones."""
     values: list = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group)
     return values

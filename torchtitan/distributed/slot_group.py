@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from torchtitan.distributed.collectives import from_all_ranks
 from torchtitan.distributed.mesh import Mesh
 
 T = TypeVar("T")
@@ -39,9 +40,7 @@ class SlotGroup:
 
     def from_all(self, value: T) -> list[T]:
         """The values of all ranks of the group, in the order of `ranks`. Plain data."""
-        values: list[Any] = [None] * len(self.ranks)
-        dist.all_gather_object(values, value, self.group)
-        return values
+        return from_all_ranks(value, self.group)
 
     def copy_from_leader(self, tensors: Sequence[Tensor]) -> None:
         """Fill the other ranks' tensors with the leader's."""

@@ -84,8 +84,7 @@ class Evaluation:
 def write_results(
     path: Path, name: str, asking: Asking, lines: list[Line], page_limit: int
 ) -> dict[str, Any]:
-    """Write lines of all records with their scores to `path`, and the page next to it. Returns what a summary
-    says of them.
+    """Write all lines with their scores to `path`, and the page next to it. Returns what a summary says.
 
     Raises UserError where they cannot be scored.
     """

@@ -129,9 +129,7 @@ def as_line(answer: Answer) -> dict[str, Any]:
 
 
 def read_records(path: Path) -> list[NumberedRecord]:
-    """(number, id, record) of each line. Raises ConfigError for a line that is no record, or an id that is
-    none or there twice.
-    """
+    """(number, id, record) of each line. Raises ConfigError for one that is no record, and for a bad id."""
     records: list[NumberedRecord] = []
     seen: set[Any] = set()
     for place, record in _lines(path):
