@@ -82,13 +82,15 @@ def answer_prompt(options: Options, job: VLMJobConfig) -> None:
 
 def answer_records(options: Options, job: VLMJobConfig) -> None:
     """Answer the prompts of --input, to --out. Raises UserError."""
+    import torch.distributed as dist
+
     from experiments.vlm.data.formats.record_shard import ImageValues, folder_of
     from experiments.vlm.generate.answer_file import AnswerFile, answer_file
     from torchtitan.distributed.process_group import close_process_group
 
     answering = open_model(options, job, options.sequences, options.max_tokens)
     try:
-        keep_options(options, job, answering.mesh.leads)
+        keep_options(options, job, dist.get_rank() == 0)
         out = AnswerFile(Path(options.out), answering.mesh.leads, options.samples)
         images = ImageValues(folder_of(options.input), job.data)
         answer_file(answering, Path(options.input), out, images, options.ask)

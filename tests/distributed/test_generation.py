@@ -1,5 +1,7 @@
 """Ranks that share a model answer as one process does, each its own prompts, however many it has."""
 
+import contextlib
+import io
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from experiments.vlm.batch import BatchShape
 from experiments.vlm.config import Data
 from experiments.vlm.evaluate.evaluation import Evaluation, evaluate
 from experiments.vlm.evaluate.tasks import TASKS
+from experiments.vlm.generate.answer_file import answer_one
 from experiments.vlm.generate.answering import Answering
 from experiments.vlm.generate.forward import CachedVLM
 from experiments.vlm.generate.layout import agreement, attach_cache, parallelize_for_answers
@@ -42,8 +45,13 @@ def answering_on_rank(changes: dict, decoder: str) -> Answering:
 
 
 def answers_on_rank(changes: dict, decoder: str) -> dict[int, tuple[list[int], list[float]]]:
-    """Prompt i is answered by data rank i mod data ranks, so that some have more than others."""
+    """Prompt i is answered by data rank i mod data ranks, so that some have more than others. One that is
+    asked alone is answered by all, and written by the first.
+    """
     answering = answering_on_rank(changes, decoder)
+    with contextlib.redirect_stdout(io.StringIO()) as written:
+        answer_one(answering, ["once upon"], lambda number, prompt: Request(number, prompt, max_tokens=3))
+    assert (written.getvalue() != "") == (dist.get_rank() == 0)
     data = answering.mesh.data
     mine = list(enumerate(prompts()))[data.get_local_rank() :: data.size()]
     requests = [Request(number, prompt, max_tokens=3 + number) for number, prompt in mine]

@@ -27,13 +27,16 @@ BEGINNING = b'{"id": '  # of a line
 
 
 def answer_one(answering: Answering, content: list[str | Picture], ask: Ask) -> None:
-    """Write the answer to standard output as it comes. Raises UserError."""
-    prompt = answering.prompter.prompt([("user", content)])
+    """Write the answer to standard output as it comes, on the first of the ranks, which all compute it.
+    Raises UserError.
+    """
+    prompt, writes = answering.prompter.prompt([("user", content)]), dist.get_rank() == 0
     for event in answering.engine.answer([ask(0, prompt)]):
-        if answering.mesh.leads:
+        if writes:
             sys.stdout.write(event.text)
             sys.stdout.flush()
-    sys.stdout.write("\n")
+    if writes:
+        sys.stdout.write("\n")
 
 
 class AnswerFile:
