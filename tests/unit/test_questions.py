@@ -84,6 +84,12 @@ def test_a_record_that_would_be_asked_without_a_part_of_it_is_one_error(tmp_path
             turns_of(asked, ImageValues(str(tmp_path), Data()))
 
 
+def test_a_conversation_that_has_its_answer_asks_nothing():
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    with pytest.raises(UserError, match="the last of messages is the assistant's"):
+        turns_of({"messages": turns}, ImageValues("/", Data()))
+
+
 def test_the_perplexity_of_a_text_is_read_and_that_of_a_conversation_refused(tmp_path):
     (question,) = read(tmp_path, [{"text": "just words"}], documents=True)
     assert question.content == ["just words"]

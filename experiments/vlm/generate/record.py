@@ -53,6 +53,8 @@ def turns_of(record: Mapping[str, Any], images: ImageValues, breaks: bool = True
         asked = [{"role": "user", "content": text}]
     elif not isinstance(asked, list) or not asked:
         raise UserError("messages is no list of messages")
+    elif isinstance(asked[-1], dict) and asked[-1].get("role") == "assistant":
+        raise UserError("the last of messages is the assistant's: it has to be one that asks")
     # Training data end with an answer; here one is added, and taken off again.
     whole = {**record, "messages": [*asked, {"role": "assistant", "content": ""}]}
     try:
