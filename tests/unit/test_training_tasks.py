@@ -231,6 +231,12 @@ def test_a_model_is_given_back_as_it_was_and_the_cache_is_freed(monkeypatch):
     assert after == before and all(module.training for module in model.modules())
 
 
+def test_a_cache_for_which_there_is_no_memory_is_one_error():
+    mesh = SimpleNamespace(degrees=SimpleNamespace(tp=1), device=torch.device("cpu"))
+    with pytest.raises(UserError, match="no memory for 2 answers at one time of 1,000,000,000,000 tokens"):
+        layout.attach_cache(vlm(), mesh, VLMJobConfig(), 2, 10**12)
+
+
 def test_questions_are_turns_where_the_run_trains_conversations(tmp_path):
     job = job_with(tmp_path, f"vqa={write(tmp_path, 'jsonl')}")
     asked = {}

@@ -14,7 +14,7 @@ from experiments.vlm.model.vlm import VLM
 from experiments.vlm.parallelism.encoder_parallel import sharing_mesh
 from experiments.vlm.parallelism.parallelize import apply_fsdp
 from experiments.vlm.parallelism.sharing import sharers
-from torchtitan.config.errors import require
+from torchtitan.config.errors import UserError, require
 from torchtitan.config.layout import Degrees
 from torchtitan.distributed.compile import apply_compile, not_compiled
 from torchtitan.distributed.fsdp import Sharding, free_gathered
@@ -53,11 +53,21 @@ def parallelize_for_answers(model: VLM, mesh: Mesh, job: VLMJobConfig) -> None:
 
 
 def attach_cache(model: VLM, mesh: Mesh, job: VLMJobConfig, sequences: int, places: int) -> KVCache:
-    """A cache in the precision of training's activations; a rank holds the heads that it computes."""
+    """A cache in the precision of training's activations; a rank holds the heads that it computes.
+
+    Raises UserError where there is no room for it.
+    """
     decoder, cache = model.config.decoder, KVCache(sequences, places, mesh.device)
     dtype = getattr(torch, job.training.mixed_precision_param)
     kv_heads = decoder.kv_heads // mesh.degrees.tp
-    cache.attach(model.decoder.layers.values(), kv_heads, decoder.head_dim, dtype)
+    try:
+        cache.attach(model.decoder.layers.values(), kv_heads, decoder.head_dim, dtype)
+    except RuntimeError as error:
+        why = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"no memory for {sequences} answers at one time of {places:,} tokens with their prompts: ask for "
+            f"fewer (--sequences, validation.task_sequences) or shorter ones ({why})"
+        ) from None
     return cache
 
 
