@@ -12,7 +12,7 @@ Handler = Callable[[int, FrameType | None], object]
 
 
 class StopAsked(Exception):
-    """A signal came while ranks waited for their storage: the run ends before the step they waited for."""
+    """A signal came while ranks wait for their storage or evaluate: the trainer stops that, and saves."""
 
 
 class Ended(KeyboardInterrupt):
