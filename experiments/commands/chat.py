@@ -12,7 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from experiments.commands.answering import AnswerOptions, ModelOptions, any_terminal, model_job, open_model
+from experiments.commands.model_options import (
+    AnswerOptions,
+    ModelOptions,
+    any_terminal,
+    model_job,
+    open_model,
+)
 from torchtitan.config.check import check_options
 from torchtitan.config.errors import UserError, require
 from torchtitan.tools.logging import init_logger

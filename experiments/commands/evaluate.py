@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from experiments.commands.answering import ModelOptions, model_job, open_model, template_of
+from experiments.commands.model_options import ModelOptions, chosen_template, model_job, open_model
 from experiments.vlm.check import check_path
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.evaluate import tasks
@@ -73,7 +73,7 @@ def answer(options: Options, job: VLMJobConfig, asked: list[tasks.TaskFile]) -> 
 
     out, most = Path(options.out), max(tasks.TASKS[name].max_tokens for _, name, _ in asked)
     answering = open_model(options, job, options.sequences, most)
-    template = template_of(options, job) or None
+    template = chosen_template(options, job) or None
     about: dict[str, Any] = {"model": job.checkpoint.initial_load_path, "chat_template": template}
     about |= {"options": read_with(job)} | versions()
     controls = ("", *(CONTROLS if options.controls else ()))

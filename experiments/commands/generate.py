@@ -20,7 +20,13 @@ from typing import Annotated, Any
 
 import tyro
 
-from experiments.commands.answering import AnswerOptions, ModelOptions, any_terminal, model_job, open_model
+from experiments.commands.model_options import (
+    AnswerOptions,
+    ModelOptions,
+    any_terminal,
+    model_job,
+    open_model,
+)
 from experiments.vlm.check import check_output
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.saved_model import read_with, use_checkpoint

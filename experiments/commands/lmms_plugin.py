@@ -18,7 +18,7 @@ from lmms_eval.api.instance import GenerationResult
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 
-from experiments.commands.answering import ModelOptions, model_job, open_model
+from experiments.commands.model_options import ModelOptions, model_job, open_model
 from experiments.vlm.data.formats.record_shard import ImageValues
 from experiments.vlm.evaluate.lmms_requests import LmmsRequests
 from torchtitan.config.errors import require

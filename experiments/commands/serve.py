@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.commands.answering import ModelOptions, model_job, open_model
+from experiments.commands.model_options import ModelOptions, model_job, open_model
 from torchtitan.config.check import check_options
 from torchtitan.config.errors import UserError, require
 from torchtitan.tools.logging import init_logger, logger

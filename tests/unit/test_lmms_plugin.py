@@ -241,7 +241,7 @@ def plugin(monkeypatch):
         module.opened_with.append(how)
         return answering()
 
-    monkeypatch.setattr("experiments.commands.answering.use_checkpoint", lambda job, name: None)
+    monkeypatch.setattr("experiments.commands.model_options.use_checkpoint", lambda job, name: None)
     monkeypatch.setattr("experiments.vlm.generate.answering.open_answering", opened)
     yield module
     del sys.modules["experiments.commands.lmms_plugin"]

@@ -66,7 +66,7 @@ def model_job(
     return options, job
 
 
-def template_of(options: ModelOptions, job: VLMJobConfig) -> str:
+def chosen_template(options: ModelOptions, job: VLMJobConfig) -> str:
     """What load_chat_template takes; empty: the model knows no conversations."""
     if options.chat_template:
         return "" if options.chat_template == "none" else options.chat_template
@@ -85,5 +85,5 @@ def open_model(
 
     checkpoint = None if options.hf else use_checkpoint(job, options.checkpoint)
     places = job.training.seq_len + most_tokens
-    spec, template = load_spec(job.model.name), template_of(options, job)
+    spec, template = load_spec(job.model.name), chosen_template(options, job)
     return open_answering(job, spec, checkpoint, template, sequences, places, reuse=reuse)
