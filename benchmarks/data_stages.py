@@ -10,7 +10,6 @@ from benchmarks.turns import Counts
 from experiments.vlm.config import VLMJobConfig
 from experiments.vlm.data import image as image_module
 from experiments.vlm.data.collate import Collator
-from experiments.vlm.data.good_sample import GoodSampleSearch
 from experiments.vlm.data.image import decode, probe, write_patches
 from experiments.vlm.data.setup import make_setup, shape_of
 from experiments.vlm.data.shared_memory import Buffers, slot_views
@@ -25,8 +24,7 @@ class Stages:
         self.images, self.data = images, job.data
         setup = make_setup(job, load_tokenizer(tokenizer), "train", 1)
         self.cache = ShardCache(setup.open_shard, 64, Retry(setup.data.storage_timeout_s))
-        check_source = GoodSampleSearch(setup, self.cache).require
-        self.slot = Slot(0, setup, self.cache, check_source)
+        self.slot = Slot(0, setup, self.cache)
         self.collator = Collator(self.cache, setup.plan, setup.tokenizer.pad_id)
         shape = shape_of(setup, 1)
         self.views = slot_views(Buffers(shape, 1).arrays[0], 0, self.data.patch_rows)

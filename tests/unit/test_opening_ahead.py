@@ -98,7 +98,7 @@ def test_where_a_run_goes_on_the_shards_of_samples_that_wait_are_opened_at_one_t
     cache = ShardCache(setup.open_shard, 1, Retry(0))
     cache.ahead = lambda source, path: asked.append((source, path))  # type: ignore[method-assign]
     for number, state in states.items():
-        slot = Slot(number, setup, cache, lambda source: None)
+        slot = Slot(number, setup, cache)
         slot.open_ahead(state["plan"])
         places = [(source, unit) for source, unit, *_ in state["plan"]["waiting"]]
         places += [(source, unit) for source, (unit, *_) in enumerate(state["plan"]["readers"])]

@@ -29,7 +29,6 @@ from experiments.vlm.costs.packing_simulation import (
     simulate,
     simulate_kept,
 )
-from experiments.vlm.data.good_sample import GoodSampleSearch
 from experiments.vlm.data.packing import Budget
 from experiments.vlm.data.sample import Sample
 from experiments.vlm.data.setup import Setup
@@ -74,7 +73,7 @@ def read_documents(setup: Setup, limit: int, deadline: Deadline | None = None, s
     deals = tuple(replace(deal, slots=1) for deal in setup.deals)
     setup = replace(setup, deals=deals, budget=Budget(UNLIMITED, 1, UNLIMITED))
     cache = ShardCache(setup.open_shard, 64, Retry(setup.data.storage_timeout_s))
-    slot = Slot(0, setup, cache, GoodSampleSearch(setup, cache).require)
+    slot = Slot(0, setup, cache)
     documents: list[SizedDocument] = []
     sources: list[int] = []
     for entry in iter(slot.draw, None):

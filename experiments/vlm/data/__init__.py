@@ -10,8 +10,8 @@ PLAN: what the next row of a slot holds, a SlotPlan (`Slot.plan`)
     split        where a document that is longer than a slot may be cut
     lookahead    what waits; which documents or pieces share the next row
     packing      the search for those, on integers
-    slot         all of that for one slot, and the state to resume it from
     good_sample  a source that gives a slot nothing is an error: its records tried as a slot would
+    slot         all of that for one slot, and the state to resume it from
 FILL: a SlotPlan becomes one slot's part of a batch (`Collator.start`)
     collate      decode -> patches -> row: pixels, tokens, labels, indices, padding
     batch_metrics  what a batch counts of itself: a new metric is a row there

@@ -28,70 +28,62 @@ UNREADABLE = 64  # shards tried, where none can be opened
 UNREACHED = 64  # records whose address does not answer: each may take data.url_timeout_s
 
 
-class GoodSampleSearch:
-    """Looks into the sources of a run for good samples; not thread-safe."""
+def require_good_sample(setup: Setup, cache: ShardCache, source: int, first: int = 0) -> None:
+    """Raises DataError where the source has no good sample. `first`: the shard to begin with."""
+    found: list[Reject] = []
+    unreached = 0
+    for reject in _tried(setup, cache, source, first):
+        if reject is None:
+            return
+        found.append(reject)
+        unreached += reject.reason == "image_fetch"
+        if unreached == UNREACHED:
+            break
+    deal = setup.deals[source]
+    shard = next((reject.shard for reject in found if reject.kind == "samples"), None)
+    hint = setup.hint(source, shard) if shard else ""
+    raise DataError(complaint(deal.name, len(deal.shards), found, hint))
 
-    def __init__(self, setup: Setup, cache: ShardCache):
-        self.setup = setup
-        self.cache = cache
 
-    def require(self, source: int, first: int = 0) -> None:
-        """Raises DataError where the source has no good sample. `first`: the shard to begin with."""
-        found: list[Reject] = []
-        unreached = 0
-        for reject in self._tried(source, first):
-            if reject is None:
-                return
-            found.append(reject)
-            unreached += reject.reason == "image_fetch"
-            if unreached == UNREACHED:
-                break
-        deal = self.setup.deals[source]
-        shard = next((reject.shard for reject in found if reject.kind == "samples"), None)
-        hint = self.setup.hint(source, shard) if shard else ""
-        raise DataError(complaint(deal.name, len(deal.shards), found, hint))
-
-    def _tried(self, source: int, first: int) -> Iterator[Reject | None]:
-        """What is wrong with each record and shard that is tried; None for a good record."""
-        deal, looked_into = self.setup.deals[source], 0
-        for number in dict.fromkeys([first, *spread(len(deal.shards), UNREADABLE)]):
-            path = deal.shards[number]
-            try:
-                rejects, records = self.cache.use(source, path, lambda shard: (shard.rejects, len(shard)))
-            except Rejected as rejected:
-                yield Reject(deal.name, path, "", rejected.reason, rejected.detail)
-                continue
-            for wrong in rejects:
-                yield Reject(deal.name, path, "", wrong.reason, wrong.detail)
-            for record in spread(records, RECORDS // min(SHARDS, len(deal.shards))):
-                yield self.cache.use(source, path, partial(self._try, deal.name, path, record))
-            looked_into += 1
-            if looked_into == SHARDS:
-                return
-
-    def _try(self, name: str, path: str, record: int, shard: Shard) -> Reject | None:
+def _tried(setup: Setup, cache: ShardCache, source: int, first: int) -> Iterator[Reject | None]:
+    """What is wrong with each record and shard that is tried; None for a good record."""
+    deal, looked_into = setup.deals[source], 0
+    for number in dict.fromkeys([first, *spread(len(deal.shards), UNREADABLE)]):
+        path = deal.shards[number]
         try:
-            document, _ = guarded(shard.read, record)
-            self._use(document, shard)
+            rejects, records = cache.use(source, path, lambda shard: (shard.rejects, len(shard)))
         except Rejected as rejected:
-            return Reject(name, path, key_of(shard, record), rejected.reason, rejected.detail)
-        return None
+            yield Reject(deal.name, path, "", rejected.reason, rejected.detail)
+            continue
+        for wrong in rejects:
+            yield Reject(deal.name, path, "", wrong.reason, wrong.detail)
+        for record in spread(records, RECORDS // min(SHARDS, len(deal.shards))):
+            yield cache.use(source, path, partial(_try, setup, deal.name, path, record))
+        looked_into += 1
+        if looked_into == SHARDS:
+            return
 
-    def _use(self, document: Document, shard: Shard) -> None:
-        """Raises Rejected."""
-        setup = self.setup
-        if setup.data.long_documents == "drop":
-            splitter = Splitter(setup.budget, setup.plan.merge_size)
-            if not splitter.holds(make_sample(document, setup.tokenizer, setup.plan).outline):
-                raise Rejected("too_long")
-        for image in document.parts if document.caption else ():
-            if isinstance(image, Image):
-                self._decode(image, shard)
 
-    def _decode(self, image: Image, shard: Shard) -> None:
-        """Raises Rejected."""
-        plan = self.setup.plan
-        guarded(lambda: decode_views(shard.load(image), plan.layout(image.height, image.width), plan))
+def _try(setup: Setup, name: str, path: str, record: int, shard: Shard) -> Reject | None:
+    try:
+        document, _ = guarded(shard.read, record)
+        _use(setup, document, shard)
+    except Rejected as rejected:
+        return Reject(name, path, key_of(shard, record), rejected.reason, rejected.detail)
+    return None
+
+
+def _use(setup: Setup, document: Document, shard: Shard) -> None:
+    """Raises Rejected."""
+    plan = setup.plan
+    if setup.data.long_documents == "drop":
+        splitter = Splitter(setup.budget, plan.merge_size)
+        if not splitter.holds(make_sample(document, setup.tokenizer, plan).outline):
+            raise Rejected("too_long")
+    images = [part for part in document.parts if isinstance(part, Image)] if document.caption else []
+    for image in images:
+        layout = plan.layout(image.height, image.width)
+        guarded(decode_views, guarded(shard.load, image), layout, plan)
 
 
 def require_good_samples(setups: Iterable[Setup], slot: int) -> None:
@@ -101,10 +93,9 @@ def require_good_samples(setups: Iterable[Setup], slot: int) -> None:
     """
     for setup in setups:
         cache = ShardCache(setup.open_shard, 1, Retry(setup.data.storage_timeout_s))
-        search = GoodSampleSearch(setup, cache)
         for source, deal in enumerate(setup.deals):
             unit = deal.unit(slot, 0)
-            search.require(source, unit.shard if unit else 0)
+            require_good_sample(setup, cache, source, unit.shard if unit else 0)
 
 
 def spread(count: int, most: int) -> list[int]:

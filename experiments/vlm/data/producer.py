@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from experiments.vlm.data.batch_metrics import Views
 from experiments.vlm.data.collate import Collator, FilledSlot
-from experiments.vlm.data.good_sample import GoodSampleSearch
 from experiments.vlm.data.rejects import Reject
 from experiments.vlm.data.report import Tally
 from experiments.vlm.data.setup import Setup
@@ -47,8 +46,7 @@ class Producer:
         threads = setup.data.decode_threads
         self.pool = ThreadPoolExecutor(threads, "decode") if threads > 1 else None
         self.collator = Collator(self.cache, setup.plan, setup.tokenizer.pad_id, self.pool)
-        check_source = GoodSampleSearch(setup, self.cache).require
-        self.slots = [Slot(number, setup, self.cache, check_source) for number in slots]
+        self.slots = [Slot(number, setup, self.cache) for number in slots]
         self.tallies = {number: Tally() for number in slots}  # of what was delivered
         for slot in self.slots:  # all of them at one time
             slot.open_ahead(states[slot.number]["plan"] if slot.number in states else None)

@@ -7,11 +7,13 @@ State: the readers' positions, what the mixture gave, references to those that w
 on they do), counts. A resumed slot reads again only what was waiting.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from experiments.vlm.data.controls import CONTROLS
+from experiments.vlm.data.good_sample import require_good_sample
 from experiments.vlm.data.lookahead import LookAhead, Place, Queued, Taken
 from experiments.vlm.data.rejects import Reject, Rejected
 from experiments.vlm.data.report import Tally, check_bad_fraction
@@ -73,10 +75,9 @@ class SlotPlan:
 class Slot:
     """One slot of the global batch: what it has read, what waits, what it plans next."""
 
-    def __init__(self, number: int, setup: Setup, cache: ShardCache, check_source: Callable[[int], None]):
-        """`check_source`: called when a source gave none for long; raises DataError where it has none."""
+    def __init__(self, number: int, setup: Setup, cache: ShardCache):
         self.number = number
-        self.check_source = check_source
+        self.check_source = partial(require_good_sample, setup, cache)
         self.setup = setup
         self.by_tokens = setup.data.weight_by == "tokens"
         typical = setup.budget.seq_len / 4 if self.by_tokens else 1.0
