@@ -17,6 +17,7 @@ from experiments.commands import evaluate as evaluate_command
 from experiments.commands.evaluate import Options, asked_tasks, table
 from experiments.vlm.config import Data
 from experiments.vlm.data.document import Picture
+from experiments.vlm.evaluate.asking import Asking
 from experiments.vlm.evaluate.evaluation import Evaluation, evaluate
 from experiments.vlm.evaluate.questions import Questions
 from experiments.vlm.evaluate.tasks import TASKS
@@ -120,6 +121,16 @@ def test_choices_are_weighed_as_by_brute_force(tmp_path):
     assert told["accuracy"]["value"] == pytest.approx(100 * sum(right) / 5)
     assert told["accuracy_by_token"]["value"] == pytest.approx(100 * sum(by_token) / 5)
     assert "95 % interval" in table(summary) and (tmp_path / "out" / "multiple_choice.html").is_file()
+
+
+def test_a_choice_follows_a_space_where_the_model_knows_no_conversations(tmp_path):
+    questions = Questions(write(tmp_path, "jsonl"), Data(cache_folder=str(tmp_path / "cache")))
+    make, question = prompter(template=None), questions.read(0)
+    asked = Asking(TASKS["multiple_choice"], questions, make)
+    ((_, line),) = asked.lines(Answering(engine(1), make, OneRank()), [0])
+    begin = len(make.beginning(question.content).ids)
+    wholes = [make.beginning([*question.content, f" {choice}"]) for choice in question.choices]
+    assert line["logprobs"] == pytest.approx([sum(brute(whole, begin)) for whole in wholes], abs=1e-3)
 
 
 def test_a_run_that_was_cut_gives_the_same_files(tmp_path):

@@ -56,7 +56,7 @@ class Asking:
             if self.task.way == "read":
                 return [self.prompter.document(question.content)]
             turns = self._turns(question)
-            choices = question.choices if self.task.way == "choose" else []
+            choices = self._continuations(question) if self.task.way == "choose" else []
             answered = [self.prompter.answered(turns, choice) for choice in choices]
             return [self.prompter.prompt(turns), *answered]
 
@@ -82,6 +82,11 @@ class Asking:
 
     def _turns(self, question: Question) -> Turns:
         return [("user", self.task.content(question, self.prompter.template is not None))]
+
+    def _continuations(self, question: Question) -> list[str]:
+        """Its choices; in a document, which has no turns, a space comes before them."""
+        space = "" if self.prompter.template else " "
+        return [space + choice for choice in question.choices]
 
     @contextmanager
     def _asking(self, question: Question) -> Iterator[None]:
@@ -133,7 +138,7 @@ class Asking:
     def _weigh(self, reader: Reader, number: int) -> Line:
         question = self.question(number)
         with self._asking(question):
-            found = reader.choices(self._turns(question), question.choices)
+            found = reader.choices(self._turns(question), self._continuations(question))
         logprobs = [round(choice.logprob, DIGITS) for choice in found]
         return {"logprobs": logprobs, "tokens": [choice.tokens for choice in found]}
 
