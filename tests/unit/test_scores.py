@@ -110,11 +110,20 @@ def test_word_accuracy_counts_the_fewest_edits_over_all_words():
         ([None], [["a"]], "anls: sample 0 has None where a text should be"),
         ([], [], "anls: no predictions"),
         ("a", "a", "anls: give a list of predictions"),
+        ({"7": ["a"]}, {"7": ["a"]}, "anls: give a list of predictions .* not a table"),
+        (["a"], [None], "anls: sample 0 has None where references should be"),
+        (["a"], [{"caption": "a"}], "anls: sample 0 has {'caption': 'a'} where references should be"),
     ],
 )
 def test_samples_that_do_not_fit_are_one_clear_error(predictions, references, wrong):
     with pytest.raises(UserError, match=wrong):
         METRICS["anls"](predictions, references)
+
+
+@pytest.mark.parametrize("texts", [[None], {"7": ["a"]}, [["a", b"b"]]], ids=str)
+def test_what_is_no_text_has_no_tokens(texts):
+    with pytest.raises(UserError, match="tokenize: .* where a text or a list of texts should be"):
+        tokenize(texts)
 
 
 def test_letter_case_counts_where_asked():

@@ -9,10 +9,11 @@ Unusual, and kept: brackets stay, as `-lrb-`, since PUNCTUATION has them in capi
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 
 from experiments.vlm.evaluate.metrics.ptb_rules import SHAPE, rules
+from torchtitan.config.errors import UserError
 
 PUNCTUATION = {*"'`.?!,:;-", "''", "``", "--", "...", "-LRB-", "-RRB-", "-LCB-", "-RCB-"}
 
@@ -64,7 +65,8 @@ def tokenize(texts: Texts) -> Texts:
 
     texts: a sentence, or lists of sentences, nested or not; the result has the same structure. Give all the
     sentences that the published scorer would see at once: it reads them as the lines of one text, and a few
-    rules look into the next line (a final "D." keeps its period unless a word like "The" follows).
+    rules look into the next line (a final "D." keeps its period unless a word like "The" follows). Raises
+    UserError for what is no text.
     """
     return _like(texts, iter(_lines("\n".join(" ".join(sentence.splitlines()) for sentence in _flat(texts)))))
 
@@ -72,6 +74,8 @@ def tokenize(texts: Texts) -> Texts:
 def _flat(texts: Texts) -> Iterator[str]:
     if isinstance(texts, str):
         yield texts
+    elif isinstance(texts, Mapping | bytes) or not isinstance(texts, Iterable):
+        raise UserError(f"tokenize: {texts!r} where a text or a list of texts should be")
     else:
         for part in texts:
             yield from _flat(part)

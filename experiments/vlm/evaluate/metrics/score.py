@@ -1,6 +1,6 @@
 """What a metric returns, how it takes its samples, and how sure its figure is."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,8 +33,10 @@ def counted_score(counts: np.ndarray, of_counts: Callable[[np.ndarray], np.ndarr
 
 def pairs(metric: str, predictions: Sequence[str], references: References) -> Iterator[tuple[str, list[str]]]:
     """Each prediction with the list of its references. Raises UserError where they do not belong together."""
-    if isinstance(predictions, str) or isinstance(references, str):
-        raise UserError(f"{metric}: give a list of predictions and a list of references, not one text")
+    for given in (predictions, references):
+        if isinstance(given, str | Mapping):
+            what = "one text" if isinstance(given, str) else "a table"
+            raise UserError(f"{metric}: give a list of predictions and a list of references, not {what}")
     if len(predictions) != len(references):
         raise UserError(
             f"{metric}: {len(predictions)} predictions, but references of {len(references)} samples"
@@ -42,6 +44,8 @@ def pairs(metric: str, predictions: Sequence[str], references: References) -> It
     if not len(predictions):
         raise UserError(f"{metric}: no predictions to score")
     for number, (prediction, texts) in enumerate(zip(predictions, references, strict=True)):
+        if isinstance(texts, Mapping) or not isinstance(texts, Iterable):
+            raise UserError(f"{metric}: sample {number} has {texts!r} where references should be")
         texts = [texts] if isinstance(texts, str) else list(texts)
         if not texts:
             raise UserError(f"{metric}: sample {number} has no reference; leave it out or give it one")
