@@ -128,11 +128,22 @@ def spoken_template(job: VLMJobConfig) -> str:
 
 
 def folder_template(folder: Path) -> str:
-    """What load_chat_template takes of a Hugging Face folder; empty: its model knows no conversations."""
-    names = ("chat_template.jinja", "tokenizer_config.json")
-    file = next((path for name in names if (path := folder / name).is_file()), None)
-    unspoken = file is None or file.read_bytes().startswith(UNSPOKEN.encode())
-    return "" if unspoken else str(file)
+    """What load_chat_template takes of a Hugging Face folder; empty: its model knows no conversations.
+
+    Raises ConfigError where the folder does not say.
+    """
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return "" if file.read_bytes().startswith(UNSPOKEN.encode()) else str(file)
+    file = folder / "tokenizer_config.json"
+    if not file.is_file():
+        return ""
+    require(
+        "chat_template" in read_json(file, {}),
+        f"{folder}: has no chat template; say with --chat_template how its model is asked (none: it goes on "
+        "from what it is given)",
+    )
+    return str(file)
 
 
 def template_source(template: ChatTemplate, tokenizer: Tokenizer) -> str:

@@ -191,6 +191,9 @@ def test_an_exported_folder_answers_as_its_checkpoint_does(run, tmp_path, capsys
     (tmp_path / "hf" / "generation_config.json").write_text(json.dumps({"eos_token_id": [*range(1024)]}))
     assert main([*asked, "--chat_template", "chatml"]) == 0
     assert capsys.readouterr().out == "\n"
+    (tmp_path / "hf" / "chat_template.jinja").unlink()
+    assert main(asked) == 2
+    assert "has no chat template; say with --chat_template" in capsys.readouterr().err
 
 
 def test_an_evaluation_tells_its_scores(run, capsys):
