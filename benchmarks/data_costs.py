@@ -217,6 +217,7 @@ def peak(names: str, folder: Path) -> Figures:
 def ring(options: argparse.Namespace, folder: Path) -> Figures:
     from experiments.vlm.config import Source, VLMJobConfig
     from experiments.vlm.data.loader import Loader
+    from experiments.vlm.data.prefetch import FromWorkers
     from torchtitan.components.tokenizer import load_tokenizer
 
     lines = "".join(json.dumps({"text": f"{number} " * 40}) + "\n" for number in range(2000))
@@ -228,9 +229,9 @@ def ring(options: argparse.Namespace, folder: Path) -> Figures:
     job.training.seq_len, job.training.local_batch_size, job.training.global_batch_size = 128, 1, 32
     loader = Loader(job, load_tokenizer("assets/tokenizer"))
     step = next(loader)
-    supply = loader.supply
-    node = getattr(supply, "forwards", None) or supply.steps
-    held = sum(array.nbytes for arrays in node.buffers.arrays for array in arrays.values())
+    assert loader.supply is not None and isinstance(loader.supply.forwards, FromWorkers)
+    buffers = loader.supply.forwards.buffers
+    held = sum(array.nbytes for arrays in buffers.arrays for array in arrays.values())
     loader.close()
     return {"slots": held / sum(tensor.nbytes for tensor in step.batches[0].tensors.values())}
 

@@ -90,7 +90,7 @@ def read_photos(folder: Path) -> list[Photo]:
 
 
 def bare(photo: Photo) -> object:
-    return image_module._decode_jpeg(photo.data, photo.size, photo.target, PLAN.resample)
+    return image_module._decode_fast(photo.data, photo.size, photo.target, PLAN.resample)
 
 
 def interpolate(photo: Photo) -> object:
@@ -154,7 +154,8 @@ class Ours:
         )
 
     def workers(self) -> list[int]:
-        return [worker.process.pid for worker in getattr(self.loader.supply.forwards, "workers", [])]
+        forwards = self.loader.supply.forwards if self.loader.supply else None
+        return [worker.process.pid for worker in getattr(forwards, "workers", [])]
 
 
 class Processor:

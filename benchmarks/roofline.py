@@ -272,16 +272,16 @@ def draw(rows: Sequence[Row], seen: dict[str, float], peak: float, bandwidth: fl
             ha="center",
         )
     roof.set(xlabel="FLOP a byte", ylabel="TFLOP/s", title="The roof, and what is under it")
-    height = 0.4 if seen else 0.8
-    for seconds, label, shift in (
+    bar = 0.4 if seen else 0.8
+    for times, label, shift in (
         ({row.kind: row.seconds for row in rows}, "expected", 0),
         (seen, "seen", 1),
     ):
-        if seconds:
-            taken = [1000 * seconds.get(row.kind, 0.0) for row in rows]
-            bars.barh([place + height * shift for place in range(len(rows))], taken, height, label=label)
+        if times:
+            taken = [1000 * times.get(row.kind, 0.0) for row in rows]
+            bars.barh([place + bar * shift for place in range(len(rows))], taken, bar, label=label)
     bars.set_yticks(
-        [place + height * 0.5 * bool(seen) for place in range(len(rows))], [row.kind for row in rows]
+        [place + bar * 0.5 * bool(seen) for place in range(len(rows))], [row.kind for row in rows]
     )
     bars.invert_yaxis()
     bars.set(xlabel="ms a step", title="A step, by kind of kernel")

@@ -7,6 +7,7 @@ What happens on the host alone is not seen.
 
 import time
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ class Stopwatch:
     `first`: where its backward pass ends; of text alone "embeddings".
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, first: str = "encoder"):
+    def __init__(self, model: Any, device: torch.device, first: str = "encoder"):
         self.device, self.first = device, first
         self.events: list[tuple[str, torch.cuda.Event | float]] = []
         model.encoder.register_forward_pre_hook(lambda *_: self.ends("copy"))
@@ -84,9 +85,9 @@ class Stopwatch:
         """Seconds of each part of the step since `start`. Waits for the device."""
         found = dict.fromkeys(PARTS, 0.0)
         for (_, before), (part, event) in zip(self.events, self.events[1:], strict=False):
-            if isinstance(event, float):
-                found[part] += event - before
-            else:
+            if isinstance(before, torch.cuda.Event) and isinstance(event, torch.cuda.Event):
                 event.synchronize()
                 found[part] += before.elapsed_time(event) / 1000
+            elif isinstance(before, float) and isinstance(event, float):
+                found[part] += event - before
         return found
