@@ -263,7 +263,8 @@ def _complaint(text: str, groups: Iterable[Sequence[str]], known: Mapping[str, A
     named = {name.replace("-", "_") for name in re.findall(r"--([\w.-]+)", text)}
     for group in reversed(list(groups)):
         if (name := _name(group)) in named and name in known:
-            return f"{name} = {' '.join(group[1:])}: expected {expected(known[name])}"
+            given = f"{name} = {' '.join(group[1:])}" if group[1:] else f"{name}, without a value"
+            return f"{given}: expected {expected(known[name])}"
     rows = [re.sub(r"[-─]{4,}|[│╭╮╰╯]", " ", line).strip() for line in text.splitlines()]
     title, _, said = "\n".join(rows).strip().partition("\n")  # where a rule was is an empty row
     return "; ".join(" ".join(part.split()) for part in (said.strip() or title).split("\n\n"))
