@@ -248,6 +248,14 @@ def test_a_record_file_that_ends_early_gives_its_whole_records(tmp_path, name):
     ]
 
 
+def test_what_stands_behind_the_end_of_a_json_list_is_told(tmp_path):
+    one = json.dumps([{"texts": ["a"], "images": [None]}] * 2)
+    for text, rejects in ((one + "\n \n", []), (f"{one}\n{one}\n", ["shard_damaged"])):
+        (tmp_path / "x.json").write_text(text)
+        shard = open_records(tmp_path / "x.json")
+        assert len(shard) == 2 and [reject.reason for reject in shard.rejects] == rejects
+
+
 @pytest.mark.parametrize("name", ["x.parquet", "x.arrow"])
 def test_a_table_is_known_by_its_name_where_its_first_bytes_are_gone(tmp_path, name):
     (tmp_path / name).touch()

@@ -17,7 +17,7 @@ from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.storage.file_cache import FileCache, origin_of
 
 SCAN_BYTES = 1 << 22
-VERSION = "pieces 1"  # of what is kept: another number where the same file would give other pieces
+VERSION = "pieces 2"  # of what is kept: another number where the same file would give other pieces
 SHORT = 16  # bytes: only a shorter line is looked into, since a longer blank one would be no JSON anyway
 IS_SPACE = np.isin(np.arange(256), list(b" \t\n\r\v\f"))
 
@@ -137,8 +137,11 @@ def find_items(file: int) -> Spans:
         starts.append(position)
         ends.append(end)
         position = _skip(text, end)
-    closed = text[position : position + 1] == "]"
-    tail = None if closed else Rejected("shard_truncated", f"after {len(starts)} records: {why}")
+    tail, whole = None, f"after {len(starts)} records"
+    if text[position : position + 1] != "]":
+        tail = Rejected("shard_truncated", f"{whole}: {why}")
+    elif _skip(text, position + 1) < len(text):
+        tail = Rejected("shard_damaged", f"{whole}: more stands behind the end of the list")
     return Spans(file, np.stack([np.array(starts, np.int64), np.array(ends, np.int64)], 1), tail)
 
 
