@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from experiments.vlm.check import check_vlm, choices
 from experiments.vlm.config import VLMJobConfig
-from torchtitan.config.errors import UserError
+from torchtitan.config.errors import HangingRead, UserError
 from torchtitan.config.help import FLAGS, Guide
 from torchtitan.config.job import JobConfig
 from torchtitan.config.parse import parse, to_toml
@@ -100,7 +100,11 @@ def in_one_line(run: Callable[[], int]) -> int:
     try:
         return run()
     except (UserError, OSError) as error:
-        return reported(error)
+        code = reported(error)
+        if isinstance(error, HangingRead):
+            sys.stdout.flush()
+            os._exit(code)
+        return code
     except KeyboardInterrupt:
         report_line("interrupted at once: what was done since the last checkpoint is lost")
         return INTERRUPTED

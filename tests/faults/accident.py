@@ -11,6 +11,7 @@ it all do.
 import os
 import signal
 import sys
+import threading
 
 import torch
 
@@ -18,7 +19,7 @@ from experiments.__main__ import in_one_line
 from experiments.vlm.config import VLMJobConfig
 from tests.reference.small_run import SMALL
 from torchtitan import train
-from torchtitan.config.errors import StorageError
+from torchtitan.config.errors import HangingRead
 from torchtitan.config.parse import parse
 from torchtitan.evaluator import Evaluator
 from torchtitan.tools.logging import init_logger
@@ -40,7 +41,8 @@ class Trainer(train.Trainer):
             for number in numbers if now and os.environ.get("ACCIDENT_RANK", rank) == rank else ():
                 os.kill(os.getpid(), number)
         if os.environ.get("AWAY_AFTER") == str(self.state.step):
-            raise StorageError("a.tar: away")
+            threading.Thread(target=threading.Event().wait).start()  # a read that nobody can end
+            raise HangingRead("a.tar: away")
         if os.environ.get("WAIT_AFTER") == str(self.state.step):
             raise StopAsked
         assert os.environ.get("FAIL_AFTER") != str(self.state.step), "an accident"

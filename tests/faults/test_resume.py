@@ -65,6 +65,7 @@ def test_a_signal_saves_sets_the_exit_code_and_the_run_goes_on(straight, tmp_pat
 
 
 def test_a_run_whose_data_are_away_saves_and_ends_with_one_line_and_the_run_goes_on(straight, tmp_path):
+    """Also where a thread of it reads for ever."""
     assert runs.train(tmp_path, AWAY_AFTER="3") == 2, runs.log(tmp_path)
     assert runs.checkpoints(tmp_path) == ["step-2", "step-3"]
     line = "error: a.tar: away; stopped after step 3; the same command goes on from its checkpoint"

@@ -27,6 +27,10 @@ class StorageError(UserError):
     """Where the data lie does not answer, or has no room left. One line: what, why, what to do."""
 
 
+class HangingRead(StorageError):
+    """A read does not return. Nobody can end its thread, so the process ends without waiting for it."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The end of an error message: the closest known word, or all of them where none is close."""
     known = list(known)

@@ -28,7 +28,7 @@ from experiments.vlm.data.setup import Setup
 from experiments.vlm.data.shared_memory import Arrays, Buffers, slot_views
 from experiments.vlm.data.slot_state import SlotState
 from experiments.vlm.data.workers import Assignment, Worker, close_all
-from torchtitan.config.errors import StorageError
+from torchtitan.config.errors import HangingRead
 from torchtitan.distributed.collectives import STILL_WAITING_S
 
 COPIED = 2  # forwards that hold where they are copied at once: the one that is copied, and the one before it
@@ -215,7 +215,7 @@ class Supply:
             self.node = Prefetcher(pinned, ready, snapshot_frequency=0)
 
     def next(self) -> Filled:
-        """Raises what reading raised, RuntimeError for a lost worker, StorageError where a read hangs."""
+        """Raises what reading raised, RuntimeError for a lost worker, HangingRead."""
         given = self._pull()
         if isinstance(given, Exception):
             raise given
@@ -232,7 +232,7 @@ class Supply:
         while not wait([pulled], STILL_WAITING_S).done:
             if time.monotonic() - began > self.longest_s:
                 self.hangs = True
-                raise StorageError(
+                raise HangingRead(
                     f"no data for {self.longest_s:.0f} s, and no error either: a read hangs, or takes longer "
                     "than data.storage_timeout_s and comm.train_timeout_seconds allow together"
                 )
