@@ -354,9 +354,10 @@ def test_text_of_json_lines(tmp_path, name):
     assert (reason(shard, 1), reason(shard, 2)) == ("wrong_shape", "empty_document")
 
 
-def test_text_of_plain_files_is_a_document_a_line(tmp_path):
-    (tmp_path / "x.txt").write_bytes(b"one\r\n\n  \ntwo\ncaf\xe9\nthree")
-    shard = open_records(tmp_path / "x.txt", "text")
+@pytest.mark.parametrize("name, head", [("x.txt", b""), ("X.TXT", b""), ("X.TSV", b"text\n")])
+def test_text_of_plain_files_is_a_document_a_line(tmp_path, name, head):
+    (tmp_path / name).write_bytes(head + b"one\r\n\n  \ntwo\ncaf\xe9\nthree")
+    shard = open_records(tmp_path / name, "text")
     assert [shard.read(index)[0].parts for index in (0, 1, 3)] == [
         [Text("one")],
         [Text("two")],

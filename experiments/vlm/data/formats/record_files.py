@@ -53,13 +53,14 @@ def open_records(path: str, columns: tuple[str, ...] | None, cache: FileCache) -
     """
     with open(path, "rb") as file:
         head = file.read(64)
-    if head.startswith(b"PAR1") or path.endswith(".parquet"):
+    suffix = os.path.splitext(path)[1].lower()
+    if head.startswith(b"PAR1") or suffix == ".parquet":
         return ParquetRecords(path, columns, cache)
-    if head.startswith((b"ARROW1", b"\xff\xff\xff\xff")) or path.endswith((".arrow", ".feather")):
+    if head.startswith((b"ARROW1", b"\xff\xff\xff\xff")) or suffix in (".arrow", ".feather"):
         return ArrowRecords(path, columns)
-    if path.endswith(".tsv"):
+    if suffix == ".tsv":
         return tsv_records(path, cache)
-    if path.endswith(".txt") and (columns is None or "txt" in columns):
+    if suffix == ".txt" and (columns is None or "txt" in columns):
         return LineRecords(path, lambda line: {"txt": decode_utf8(line).rstrip("\r")}, cache)
     return json_records(path, cache)
 

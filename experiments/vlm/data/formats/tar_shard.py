@@ -128,7 +128,7 @@ def _locator(image: ImageValue, index: int) -> tuple[int, ...]:
 def is_tar(path: str) -> bool:
     """By its name or its content. Raises OSError."""
     with open(path, "rb") as file:
-        return path.endswith(".tar") or file.read(512)[257:262] == b"ustar"
+        return path.lower().endswith(".tar") or file.read(512)[257:262] == b"ustar"
 
 
 def _find(members: list[Member], kind: str) -> Member | None:
