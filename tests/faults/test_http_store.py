@@ -133,7 +133,7 @@ def test_an_address_may_have_a_query(tmp_path, name):
     assert [shard.read(number)[0].parts[0].text for number in range(len(shard))] == ["A cat"]
 
 
-def test_a_glob_over_http_means_the_files_of_the_index_page(tmp_path):
+def test_a_glob_or_folder_over_http_means_the_files_of_the_index_page(tmp_path):
     (tmp_path / "a" / "deep").mkdir(parents=True)
     for name in ("1.tar", "2.tar", "notes.txt", "deep/3.tar"):
         (tmp_path / "a" / name).write_bytes(b"x")
@@ -143,5 +143,7 @@ def test_a_glob_over_http_means_the_files_of_the_index_page(tmp_path):
         root = f"http://127.0.0.1:{serving.server_address[1]}/a"
         assert match_files(f"{root}/*.tar", (".tar",)) == [f"{root}/1.tar", f"{root}/2.tar"]
         assert match_files(f"{root}/**/3.*", (".tar",)) == [f"{root}/deep/3.tar"]
+        in_folder = match_files(f"{root}/", (".tar",), "train")
+        assert sorted(in_folder) == [f"{root}/{name}.tar" for name in ("1", "2", "deep/3")]
         assert remote.is_file(f"{root}/1.tar") and not remote.is_file(f"{root}/none.tar")
         serving.shutdown()

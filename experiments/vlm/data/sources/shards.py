@@ -214,7 +214,7 @@ def _match_remote(pattern: str, suffixes: tuple[str, ...], split: Split | None) 
         system, path = file_system(pattern)
         if glob.has_magic(path.replace("?", "") if is_http(path) else path):
             return [system.unstrip_protocol(file) for file in remote_glob(system, path)]
-        if is_http(path) or Remote(system).kind(path) != FOLDER:
+        if not (path.endswith("/") if is_http(path) else Remote(system).kind(path) == FOLDER):
             return [pattern]
         files = _of_folder(
             [system.unstrip_protocol(file) for file in remote_files(system, path)],
