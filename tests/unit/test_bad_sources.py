@@ -243,6 +243,12 @@ MESSAGES = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant",
             jsonl({"images": ["a.jpg"], "caption": "A cat."}),
             "columns = {image = ..., text = ...}",
         ),
+        (
+            "llava",
+            "a.jsonl",
+            jsonl({"img": "a.jpg", "text": "A cat."}),
+            'set format = \'captions\' and columns = {image = "img", text = "text"}',
+        ),
         ("text", "a.jsonl", jsonl({"file_name": "a.jpg", "caption": "A cat."}), "set format = 'captions'"),
         ("captions", "a.csv", b"image,caption\na.jpg,A cat.\n", "CSV is not read"),
         (

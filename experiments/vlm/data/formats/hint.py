@@ -26,16 +26,17 @@ def hint(records: Sequence[Record], source: Source) -> str:
         return f"its records have no column {absent[0]}, but {_fields(records[0])}: correct columns"
     if any(vars(source.columns).values()) and any(_fits(record, source) for record in records):
         return ""  # what is wrong lies in its images
-    fits = Counter(format for record in records if (format := _fitting(record)))
+    image = _image_column(records) if records else None
+    unfit = ("text",) if image else ()  # it would leave the images out
+    fits = Counter(name for record in records if (name := _fitting(record)) and name not in unfit)
     if fits and FORMATS[best := fits.most_common(1)[0][0]] is not FORMATS[source.format]:
         return f"its records are of format {best}, not {source.format}: set format = '{best}'"
     if fits or not records:
         return ""
     unknown = f"no format knows its records, whose fields are {_fields(records[0])}"
-    image = _image_column(records)
     if turns := next(filter(None, map(_turns_column, records)), None):
         return f"{unknown}: {_setting(turns[0], image, turns[1])}"
-    if any(map(format_of, records)):
+    if any(format_of(record) not in (None, *unfit) for record in records):
         return ""
     one_image = image and not isinstance(records[0][image], list)
     if image and one_image and (text := _text_column(records)):
