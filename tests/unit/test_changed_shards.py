@@ -13,7 +13,7 @@ from experiments.vlm.data.loader import Loader
 from experiments.vlm.data.sources.shards import open_shard
 from tests.samples import jpeg, write_tar
 from tests.tiny_data import Characters, make_job
-from torchtitan.config.errors import ConfigError
+from torchtitan.config.errors import ConfigError, DataError
 
 RECORDS = 12
 SAME = jpeg(32, 48)  # of one size, so that the order of samples changes no offset
@@ -107,6 +107,27 @@ def test_a_shard_that_is_written_anew_is_refused_by_name_or_changes_nothing(tmp_
     assert refused >= 2, "the shards of both slots are in hand"
     after, _, _ = run(job, 1000, state)
     assert before + after == Counter(name for names in shards for name in names), "as it was, it goes on"
+
+
+@pytest.mark.parametrize("kind", ["tar", "jsonl"])
+def test_a_shard_that_is_written_anew_while_it_is_read_ends_the_run_once_it_is_opened_again(tmp_path, kind):
+    folder, refused = tmp_path / "data", 0
+    shards = [write_shard(folder, number, kind) for number in range(4)]
+    for number, names in enumerate(shards):
+        loader = Loader(job_of(folder, tmp_path / "out", kind, epochs=1), Characters())
+        came = Counter(name for _ in range(3) for name in names_in(next(loader)))
+        write_shard(folder, number, kind, names[::-1])
+        loader.supply.forwards.producer.cache.kept.clear()  # as where many others were opened meanwhile
+        try:
+            came.update(name for step in loader for name in names_in(step))
+        except DataError as error:
+            assert re.search(rf"shard-{number}\.{kind} has been written anew .*: it holds other", str(error))
+            refused += 1
+        else:
+            assert came == Counter(name for names in shards for name in names)
+        loader.close()
+        write_shard(folder, number, kind)
+    assert refused >= 2, "the shards of both slots are in hand"
 
 
 def test_a_part_of_a_shard_that_another_slot_has_read_counts_too(tmp_path):

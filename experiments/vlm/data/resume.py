@@ -17,6 +17,7 @@ from experiments.vlm.data.setup import Setup, order_facts
 from experiments.vlm.data.slot_state import SlotState
 from experiments.vlm.data.sources.listing import Continued, go_on, to_text
 from experiments.vlm.data.sources.order import Deal
+from experiments.vlm.data.sources.shard_cache import difference
 from experiments.vlm.data.storage.outages import Retry
 from torchtitan.config.errors import ConfigError
 
@@ -93,7 +94,8 @@ def changed_shards(entries: Entries, slots: Iterable[int], setup: Setup) -> list
             now = retry.call(f"shard {path}", lambda: _content(setup.open_shard(source, path)))
         except Rejected:
             return ""
-        return "" if now == before else _rewritten(deal.name, path, before[0], now[0])
+        anew = f"shard {path} of source {deal.name} has been written anew"
+        return "" if now == before else f"{anew}: {difference(before, now)}"
 
     held: dict[tuple[int, int], tuple[int, int]] = {}
     for slot in slots:
@@ -107,11 +109,6 @@ def _content(shard: Shard) -> tuple[int, int]:
     content = len(shard), shard.checksum
     shard.close()
     return content
-
-
-def _rewritten(source: str, path: str, before: int, now: int) -> str:
-    held = f"held {before:,} records and holds {now:,}" if now != before else "holds other records"
-    return f"shard {path} of source {source} has been written anew: it {held}"
 
 
 def refuse(changes: Sequence[str]) -> ConfigError:

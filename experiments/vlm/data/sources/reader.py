@@ -150,6 +150,8 @@ class SourceReader:
             needed.add(number)
             number -= 1
         self._held = {number: self._held.get(number) or self._look(number) for number in needed}
+        contents = {self.deal.shards[shard]: content for shard, content in self.contents().items()}
+        self.cache.in_hand[self.slot, self.source] = contents
 
     def contents(self) -> dict[int, tuple[int, int]]:
         """Records and checksum of the shards in hand, by index. What a run that goes on relies on."""

@@ -20,11 +20,12 @@ from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.storage.client import Stopped
 from experiments.vlm.data.storage.file_cache import NoRoom, holders, no_hurry
 from experiments.vlm.data.storage.outages import Retry, is_away
-from torchtitan.config.errors import UserError
+from torchtitan.config.errors import DataError, UserError
 from torchtitan.tools.logging import logger
 
 T = TypeVar("T")
 Key = tuple[int, str]  # source, path
+Content = tuple[int, int]  # records of a shard and Shard.checksum
 # (source, path); raises Rejected, and OSError of a storage that is away
 OpenShard = Callable[[int, str], Shard]
 OPENERS = 32  # threads that open shards ahead: nearly all of their time they wait for the storage
@@ -55,12 +56,15 @@ class ShardCache:
         self.kept: OrderedDict[Key, Future[Lease]] = OrderedDict()
         self.lock = threading.Lock()
         self.openers = ThreadPoolExecutor(OPENERS, "open")
+        # (slot, source) -> by path what the shards held whose records that slot relies on
+        self.in_hand: dict[tuple[int, int], dict[str, Content]] = {}
         holders.add(self)
 
     def use(self, source: int, path: str, work: Callable[[Shard], T]) -> T:
         """What `work` makes of the opened shard; again from opening it on while its storage is away.
 
-        Raises Rejected and what `work` raises, StorageError.
+        Raises Rejected and what `work` raises, StorageError, and DataError for a shard `in_hand` that holds
+        something else now.
         """
 
         def attempt() -> T:
@@ -121,10 +125,16 @@ class ShardCache:
 
     def _opened(self, source: int, path: str) -> Shard:
         try:
-            return guarded(self.open_shard, source, path)
+            shard = guarded(self.open_shard, source, path)
         except OSError as error:
             self._make_way(error)
             raise
+        for (_, of), contents in list(self.in_hand.items()):
+            before = contents.get(path) if of == source else None
+            if before and before != (now := (len(shard), shard.checksum)):
+                wrong = f"shard {path} has been written anew while it was read: {difference(before, now)}"
+                raise DataError(f"{wrong}; change it back")
+        return shard
 
     def _open(self, key: Key, future: "Future[Lease]", attempt: Callable[[], Shard]) -> None:
         try:
@@ -142,6 +152,13 @@ class ShardCache:
         """Let all go that are open, where these are too many files: the next try may open one."""
         while error.errno in TOO_MANY_OPEN and self.let_go():
             pass
+
+
+def difference(before: Content, now: Content) -> str:
+    """Between what a shard held and holds, in words."""
+    if before[0] == now[0]:
+        return "it holds other records"
+    return f"it held {before[0]:,} records and holds {now[0]:,}"
 
 
 def guarded(call: Callable, *args):
