@@ -25,7 +25,7 @@ from tests.unit.test_evaluate import write
 from tests.unit.test_generate import TOKENIZER, picture, vlm
 from tests.unit.test_generate_command import SMALL
 from torchtitan import train as training
-from torchtitan.components import sinks
+from torchtitan.components import dump_folder, sinks
 from torchtitan.components.dump_folder import begin, go_back
 from torchtitan.components.sinks import read_history
 from torchtitan.config.errors import ConfigError, UserError
@@ -262,6 +262,19 @@ def test_answers_of_a_run_that_begins_anew_or_goes_back_are_set_aside(tmp_path):
     shutil.rmtree(tmp_path / "checkpoint")
     assert begin(job) and not (tmp_path / "tasks").exists()
     assert (tmp_path / "previous" / "2" / "tasks" / "step-2" / "file").exists()
+
+
+def test_tasks_of_the_last_step_that_were_cut_off_are_left_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(dump_folder, "read_record", lambda own: {"model_only": False})
+    job, own, answers = VLMJobConfig(), tmp_path / "checkpoint" / "step-4", tmp_path / "tasks" / "step-4"
+    job.job.dump_folder, job.validation.enable = str(tmp_path), False
+    assert not dump_folder.lacks_its_last_figures(job, own, 4)
+    job.validation.tasks = ["vqa=asked.jsonl"]
+    answers.mkdir(parents=True)
+    (answers / "vqa.jsonl").touch()
+    assert dump_folder.lacks_its_last_figures(job, own, 4)
+    (answers / "summary.json").touch()
+    assert not dump_folder.lacks_its_last_figures(job, own, 4)
 
 
 def test_the_time_of_tasks_is_no_training(monkeypatch):

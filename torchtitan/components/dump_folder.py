@@ -8,6 +8,7 @@ fresh        no checkpoint to go on from: the files of the run before move to pr
 
 import shutil
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torchtitan.components.run_record import HELD_OUT
 from torchtitan.components.saved_config import LAUNCHES, NEWEST, Change, changes, learnt, read_config
 from torchtitan.components.sinks import HISTORY, WANDB_ID, read_history
 from torchtitan.components.tokenizer import find_file
-from torchtitan.components.validation import TASKS_FOLDER
+from torchtitan.components.validation import TASKS_FOLDER, TASKS_SUMMARY
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.job import JobConfig
 from torchtitan.distributed.process_group import TRACES
@@ -93,8 +94,11 @@ def lacks_its_last_figures(job: JobConfig, own: Path, step: int) -> bool:
         record["step"] == step and any(key.startswith(HELD_OUT) for key in record)
         for record in read_history(folder)
     )
+    asked = bool(asdict(job.validation).get("tasks"))  # an option of the experiment, where it has tasks
+    answered = (folder / TASKS_FOLDER / f"step-{step}" / TASKS_SUMMARY).is_file()
+    wanted = (job.validation.enable and not there) or (asked and not answered)
     # A run cannot resume from weights alone (Checkpointer.load): `evaluate` looks at those.
-    missing = job.validation.enable and not there and not read_record(own)["model_only"]
+    missing = wanted and not read_record(own)["model_only"]
     if missing:
         logger.info(f"{folder} has no held-out figures of step {step}: they are taken now")
     return missing

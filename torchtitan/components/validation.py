@@ -22,6 +22,7 @@ from torchtitan.tools.signals import StopAsked, stop_asked
 
 SUMS = ("nll", "right", "labels", "tokens", "exact", "documents")  # what is added up for each source
 TASKS_FOLDER = "tasks"  # below the dump folder: step-N of each time that tasks ran
+TASKS_SUMMARY = "summary.json"  # in there, the last that is written
 
 
 class Tasks(Protocol):
@@ -30,8 +31,8 @@ class Tasks(Protocol):
     def run(self, parts: Sequence[nn.Module], mesh: Mesh, step: int) -> tuple[Values, Sequence[Exhibit]]:
         """TASK/METRIC -> figure, and exhibits for people, on all ranks, which call it together.
 
-        `parts`: of the model, afterwards as before. Files go to TASKS_FOLDER. Raises StopAsked on all ranks
-        where a signal came on one of them.
+        `parts`: of the model, afterwards as before. Files go to TASKS_FOLDER, TASKS_SUMMARY last. Raises
+        StopAsked on all ranks where a signal came on one of them.
         """
         ...
 

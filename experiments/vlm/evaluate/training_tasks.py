@@ -24,7 +24,7 @@ from experiments.vlm.processor import spoken_template
 from torchtitan.components.metrics import Values
 from torchtitan.components.sinks import Exhibit
 from torchtitan.components.tokenizer import Tokenizer
-from torchtitan.components.validation import TASKS_FOLDER
+from torchtitan.components.validation import TASKS_FOLDER, TASKS_SUMMARY
 from torchtitan.config.errors import require
 from torchtitan.distributed.collectives import from_all_ranks, from_first_rank
 from torchtitan.distributed.mesh import Mesh
@@ -116,7 +116,7 @@ class TrainingTasks:
             self._warn(
                 f"validation.tasks: {label} leaves out: {reason}" for reason in summaries[label]["left_out"]
             )
-        write_whole(folder / "summary.json", json.dumps({"step": step, "tasks": summaries}, indent=1) + "\n")
+        write_whole(folder / TASKS_SUMMARY, json.dumps({"step": step, "tasks": summaries}, indent=1) + "\n")
         return values, exhibits
 
     def _warn(self, lines: Iterable[str]) -> None:
