@@ -358,8 +358,9 @@ def test_of_a_data_set_of_the_hub_the_train_split_is_taken(data, monkeypatch):
     monkeypatch.setattr(shards, "file_system", lambda path: (Hub(files), path))
     assert list_shards("hf://datasets/M/D", "obelics", data) == ["hf://datasets/M/D/data/train-0.parquet"]
     assert len(list_shards("hf://datasets/M/D/data", "obelics", data)) == 3
-    monkeypatch.setattr(shards, "file_system", lambda path: (Hub(files[:1]), path))
-    assert list_shards("hf://datasets/M/D", "obelics", data) == ["hf://datasets/M/D/data/test-0.parquet"]
+    for others in (files[:1], ["datasets/M/D/animals/0.parquet", "datasets/M/D/constraints/0.parquet"]):
+        monkeypatch.setattr(shards, "file_system", lambda path, others=others: (Hub(others), path))
+        assert list_shards("hf://datasets/M/D", "obelics", data) == [f"hf://{file}" for file in others]
 
 
 def test_text_is_not_a_place_for_images(tmp_path, data):

@@ -15,6 +15,7 @@ shard can seek.
 
 import glob
 import os
+import re
 import shutil
 import weakref
 from collections import Counter
@@ -58,6 +59,7 @@ from experiments.vlm.world import ensure
 from torchtitan.config.errors import ConfigError
 
 HUB = "hf://datasets/"
+TRAIN = re.compile("(?<![a-z])train(ing)?(?![a-z])")  # as `datasets` knows the split by names of its files
 # that a wrong path leads to, or a client that is not installed; all else the storage may mend
 MISTAKES = (FileNotFoundError, NotADirectoryError, ImportError, ValueError, TypeError, NotImplementedError)
 EMBEDDED = "embedded:"
@@ -229,11 +231,8 @@ def _match_remote(pattern: str, suffixes: tuple[str, ...], split: Split | None) 
     except Exception as error:  # clients of remote systems raise kinds of their own
         raise Away(_unlisted(pattern, error)) from error
     is_whole_data_set = pattern.startswith(HUB) and pattern.removeprefix(HUB).count("/") == 1
-    return (
-        [file for file in files if "train" in file.removeprefix(pattern)] or files
-        if is_whole_data_set
-        else files
-    )
+    of_train = [file for file in files if TRAIN.search(file.removeprefix(pattern).lower())]
+    return of_train if is_whole_data_set and of_train else files
 
 
 def _unlisted(pattern: str, error: Exception) -> str:
