@@ -62,7 +62,7 @@ def open_records(path: str, columns: tuple[str, ...] | None, cache: FileCache) -
         return tsv_records(path, cache)
     if suffix == ".txt" and (columns is None or "txt" in columns):
         return LineRecords(path, lambda line: {"txt": decode_utf8(line).rstrip("\r")}, cache)
-    return json_records(path, cache)
+    return LineRecords(path, parse_object, cache, "json", find_objects)
 
 
 class LineRecords:
@@ -110,15 +110,9 @@ _parsed: LRUCache[dict[str, Any]] = LRUCache(PARSED_BYTES)
 _numbers = itertools.count()  # of opened files
 
 
-def json_records(path: str, cache: FileCache) -> Records:
-    """A JSON object a line, or a list of objects."""
-    return LineRecords(
-        path,
-        parse_object,
-        cache,
-        "json",
-        lambda file: find_items(file) if begins_list(file) else find_lines(file),
-    )
+def find_objects(file: int) -> Spans:
+    """JSON objects: one a line, or a list of them."""
+    return find_items(file) if begins_list(file) else find_lines(file)
 
 
 def tsv_records(path: str, cache: FileCache) -> Records:
@@ -126,9 +120,8 @@ def tsv_records(path: str, cache: FileCache) -> Records:
     with open(path, "rb") as file:
         line = file.readline()
     names = line.decode("utf-8-sig", "replace").rstrip("\r\n").split("\t")
-    address = next(
-        (i for i, name in enumerate(names) if name.lower().startswith(("http://", "https://"))), None
-    )
+    found = (i for i, name in enumerate(names) if name.lower().startswith(("http://", "https://")))
+    address = next(found, None)
     if address is not None:
         names = UNNAMED_COLUMNS[address] if len(names) == 2 else [str(i) for i in range(len(names))]
 

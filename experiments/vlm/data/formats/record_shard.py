@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from stat import S_ISREG
-from typing import Any
+from typing import Any, TypeVar
 
 from experiments.vlm.config import Data
 from experiments.vlm.data.document import Document, Draft, Image, ImageValue, finish
@@ -21,6 +21,8 @@ from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.storage.fetch import make_fetcher
 from experiments.vlm.data.storage.outages import Away, is_away, remote, retried
 from experiments.vlm.data.storage.remote import is_file, open_file
+
+T = TypeVar("T")
 
 
 def folder_of(record_file: str) -> str:
@@ -70,12 +72,17 @@ class ImageFolder:
     def read(self, value: str) -> bytes:
         """Raises Rejected, and OSError where the storage does not answer."""
         path = self.path(value)
-        try:
-            return retried(path, lambda: _download(path) if self.remote else Path(path).read_bytes())
-        except (OSError, ValueError) as error:
-            if is_away(error):
-                raise
-            raise Rejected("image_missing", str(error)) from error
+        return _found(path, lambda: _download(path) if self.remote else Path(path).read_bytes())
+
+
+def _found(path: str, read: Callable[[], T]) -> T:
+    """What `read` makes of a file. Raises Rejected, and OSError where the storage does not answer."""
+    try:
+        return retried(path, read)
+    except (OSError, ValueError) as error:
+        if is_away(error):
+            raise
+        raise Rejected("image_missing", str(error)) from error
 
 
 def _download(path: str) -> bytes:
@@ -120,12 +127,7 @@ class ImageValues:
                     lambda count: os.pread(file.fileno(), count, 0), os.fstat(file.fileno()).st_size
                 )
 
-        try:
-            return retried(path, look)
-        except (OSError, ValueError) as error:
-            if is_away(error):
-                raise
-            raise Rejected("image_missing", str(error)) from error
+        return _found(path, look)
 
     def load(self, value: Any) -> bytes:
         """The image's bytes. Raises Rejected."""
