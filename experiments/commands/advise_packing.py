@@ -136,12 +136,11 @@ def main(argv: Sequence[str]) -> int:
         require(min(values, default=1) >= 1, f"--{key} {' '.join(map(str, values))}: must be 1 or more")
     require(options.seconds >= 0, f"--seconds {options.seconds}: must be 0 or more")
     plan = image_plan(job)
-    seq_lens = options.seq_lens or [job.training.seq_len // 2, job.training.seq_len, job.training.seq_len * 2]
-    seq_lens = [length for length in seq_lens if length >= plan.most_tokens]
-    require(
-        bool(seq_lens),
-        f"--seq_lens: none holds the largest image, of {plan.max_patches} patches",
-    )
+    least, given = plan.most_tokens, options.seq_lens
+    too_short = f"--seq_lens {' '.join(map(str, given))}: the largest image, of {plan.max_patches} patches,"
+    require(min(given, default=least) >= least, f"{too_short} needs {least} tokens")
+    wished = given or [job.training.seq_len // 2, job.training.seq_len, job.training.seq_len * 2]
+    seq_lens = [length for length in wished if length >= least]
     deadline = Deadline(options.seconds or math.inf)
     say = Progress(deadline)
     tokenizer = load_tokenizer(job.model.tokenizer_path)
