@@ -203,6 +203,8 @@ def test_the_page_has_a_name_that_a_browser_opens(two, capsys):
 def test_which_of_two_figures_is_better():
     assert lower_is_better("validate/loss") and not lower_is_better("validate/exact")
     assert lower_is_better("step_s") and not lower_is_better("validate/exact/timelines")
+    assert lower_is_better("validate/perplexity-books/perplexity")
+    assert not lower_is_better("validate/caption-loss/cider")
     assert lower_is_better("blanked/loss/a") and not lower_is_better("validate/right/normal memory")
     assert is_better("loss", 1, than=2) and is_better("validate/exact", 2, than=1)
     assert is_better("loss", 9, than=float("nan")) and not is_better("loss", float("nan"), than=9)

@@ -83,9 +83,10 @@ def read_run(folder: Path) -> RunRecord:
 
 def lower_is_better(key: str) -> bool:
     """Whether a figure of this name is better lower: losses, the norm of the gradient, and what a step takes;
-    the name of a source or task, which may come last, says nothing.
+    the name of a source, which may come last, says nothing, nor that of a task's file (TASK-FILE).
     """
-    return not LOWER_IS_BETTER.isdisjoint(key.split("/")[:2])
+    names = (name.partition("-")[0] for name in key.split("/")[:2])
+    return not LOWER_IS_BETTER.isdisjoint(names)
 
 
 def is_better(key: str, value: float, than: float) -> bool:
