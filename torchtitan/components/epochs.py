@@ -44,7 +44,7 @@ class Epochs:
         self.resumed = False
 
     def log(self) -> None:
-        """A line for each source that began anew, if often in many steps, or ended since the last call."""
+        """A line for each source that began anew, however often, or ended since the last call."""
         for source, (epoch, step) in self.began.items():
             logger.info(f"source {source}: epoch {epoch} began in step {step}")
             self.logged[source] = epoch

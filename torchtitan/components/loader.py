@@ -37,7 +37,7 @@ class Step(Protocol):
 
     @property
     def batches(self) -> Sequence[Batch]:
-        """The microbatches of each forward, as many on every rank. They hold until the next step."""
+        """A microbatch for each forward, in order, as many on every rank. They hold until the next step."""
         ...
 
     def once(self) -> Iterator[Batch]:
@@ -82,7 +82,7 @@ class Loader(Protocol):
         ...
 
     def summary(self, report: Mapping[str, Any]) -> str:
-        """What a report, merged or not, says was not used, in a line for people; empty: nothing."""
+        """What a report, merged or not, says was not used, in a line for people; empty where all was."""
         ...
 
     def close(self) -> None:

@@ -56,7 +56,7 @@ def sent_for_updates(
     tp: int,
     itemsize: int,
 ) -> float:
-    """Bytes that a rank sends in a step to update these parameters, counted whole, of `shards` ranks.
+    """Bytes that a rank sends in a step to update these parameters, which FSDP divides over `shards`.
 
     `tp`: ranks of tensor parallel that hold the rest of each. `itemsize`: bytes of an element of an update.
     """

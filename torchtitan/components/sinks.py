@@ -142,7 +142,7 @@ class WandB:
 
 
 def open_sinks(job: JobConfig, first_step: int) -> list[Sink]:
-    """The sinks that the job asks for; makes the dump folder. Raises ConfigError for wandb."""
+    """The sinks that the job asks for; makes its folder. Raises ConfigError where wandb does not open."""
     folder = Path(job.job.dump_folder)
     folder.mkdir(parents=True, exist_ok=True)
     sinks: list[Sink] = [History(folder, first_step)]

@@ -47,7 +47,7 @@ class TrainState:
     global_batch_size: int
     model_config: Any  # of the experiment; stored, so that no file of the start is needed later
     adapter_scale: float | None  # of the whole model's adapters, see scale_of
-    stages: Any  # the ranks that hold the other stages of a pipeline
+    stages: dist.ProcessGroup  # the ranks of a pipeline, this one among them; alone where there is none
     step: int = 0
     tokens: int = 0  # seen so far
     wall_s: float = 0.0  # seconds that this took, validation and checkpoints included

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -83,7 +83,7 @@ def from_first_rank(decide: Callable[[], T]) -> T:
     return answer[0]
 
 
-def from_all_ranks(value: T, group: Any = None) -> list[T]:
+def from_all_ranks(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     """The values of all ranks, or of those of a group, in their order, on each of them. For small ones."""
     values: list = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group)

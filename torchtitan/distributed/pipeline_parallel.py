@@ -157,7 +157,7 @@ class Pipeline:
 
     @torch.no_grad()
     def _sum_tied(self) -> None:
-        """Add up what the first and last stage found for the weight of both, where one is and trains."""
+        """Add up what the first and last stage found for the weight of both, if there is one that trains."""
         ends = [
             part
             for part, here in ((0, self._has_first), (-1, self._has_last))
