@@ -64,7 +64,7 @@ def test_a_further_control_is_a_row_that_paints_as_it_likes(job, monkeypatch):
 
 
 def test_the_trainer_names_no_control_and_no_count_of_the_experiment():
-    names = {*CONTROLS, "images", "patches", "document_ids", "loss_tokens", "pixel_values"}
+    names = {*CONTROLS, "images", "patches", "loss_tokens", "pixel_values"}
     for file in (
         "train",
         "build",
