@@ -191,7 +191,7 @@ def _recorded(checkpoint: Path | None) -> VLMConfig | None:
 
 
 def _with_patches(config: VLMConfig, job: VLMJobConfig, merges: bool) -> VLMConfig:
-    """`merges`: its projector has weights for its merge_size; else the job chooses it, and tiles newlines."""
+    """`merges`: its projector has weights for its merge_size; else the job chooses that and a newline."""
     data, patch, merge = job.data, config.encoder.patch_size, config.projector.merge_size
     asked = data.spatial_merge_size
     require(

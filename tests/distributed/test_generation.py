@@ -23,9 +23,11 @@ from tests.unit.test_generate import BUDGET, CPU, PLAN, TOKENIZER, prompter, pro
 from tests.unit.test_generate import answers as answers_alone
 from tests.unit.test_generate import engine as engine_alone
 from torchtitan.components.weights import fill, to_empty
+from torchtitan.config.errors import UserError
 from torchtitan.config.layout import degrees
 from torchtitan.distributed.mesh import build_mesh
 from torchtitan.generation.engine import Engine, Request
+from torchtitan.generation.kv_cache import KVCache
 
 
 def answering_on_rank(changes: dict, decoder: str) -> Answering:
@@ -77,6 +79,19 @@ def test_ranks_answer_as_one_process_does(pool, ranks, changes, decoder):
             assert ids == expected[number].ids[: 3 + number]
             assert logprobs == pytest.approx(expected[number].logprobs[: 3 + number], abs=1e-4)
     assert found.keys() == set(range(5))
+
+
+def without_memory_on_one() -> None:
+    """Of two ranks, the second."""
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 1:
+            patch.setattr(KVCache, "attach", lambda *_: torch.zeros(1 << 60))
+        with pytest.raises(UserError, match="no memory for 2 answers at one time of 420 tokens"):
+            answering_on_rank({}, "llama")
+
+
+def test_all_ranks_say_that_one_has_no_memory_for_answers(pool):
+    pool.run(2, without_memory_on_one)
 
 
 def evaluated_on_rank(changes: dict, path: str, folder: str) -> dict:

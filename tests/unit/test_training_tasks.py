@@ -29,8 +29,9 @@ from torchtitan.components import dump_folder, sinks
 from torchtitan.components.dump_folder import begin, go_back
 from torchtitan.components.sinks import read_history
 from torchtitan.config.errors import ConfigError, UserError
-from torchtitan.config.job import JobConfig
+from torchtitan.config.job import Comm, JobConfig
 from torchtitan.distributed.compile import apply_compile
+from torchtitan.distributed.process_group import close_process_group, open_process_group
 
 HELD_OUT = ["--validation.enable", "--validation.steps", "1", "--metrics.log_freq", "1"]
 
@@ -207,7 +208,14 @@ def test_a_record_that_is_wrong_ends_the_run_in_one_line_before_the_model_is_bui
     assert "parameters:" not in told.out + told.err
 
 
-def test_a_model_is_given_back_as_it_was_and_the_cache_is_freed(monkeypatch):
+@pytest.fixture
+def one_process(tmp_path):
+    open_process_group(Comm(), tmp_path)
+    yield
+    close_process_group()
+
+
+def test_a_model_is_given_back_as_it_was_and_the_cache_is_freed(monkeypatch, one_process):
     monkeypatch.setattr(layout, "free_gathered", lambda model: None)
     model = vlm().train()
     apply_compile(model.decoder.layers)
@@ -231,7 +239,7 @@ def test_a_model_is_given_back_as_it_was_and_the_cache_is_freed(monkeypatch):
     assert after == before and all(module.training for module in model.modules())
 
 
-def test_a_cache_for_which_there_is_no_memory_is_one_error():
+def test_a_cache_for_which_there_is_no_memory_is_one_error(one_process):
     mesh = SimpleNamespace(degrees=SimpleNamespace(tp=1), device=torch.device("cpu"))
     with pytest.raises(UserError, match="no memory for 2 answers at one time of 1,000,000,000,000 tokens"):
         layout.attach_cache(vlm(), mesh, VLMJobConfig(), 2, 10**12)

@@ -16,6 +16,7 @@ from experiments.vlm.parallelism.parallelize import apply_fsdp
 from experiments.vlm.parallelism.sharing import sharers
 from torchtitan.config.errors import UserError, require
 from torchtitan.config.layout import Degrees
+from torchtitan.distributed.collectives import agree_on_data
 from torchtitan.distributed.compile import apply_compile, not_compiled
 from torchtitan.distributed.fsdp import Sharding, free_gathered
 from torchtitan.distributed.mesh import Mesh
@@ -55,19 +56,20 @@ def parallelize_for_answers(model: VLM, mesh: Mesh, job: VLMJobConfig) -> None:
 def attach_cache(model: VLM, mesh: Mesh, job: VLMJobConfig, sequences: int, places: int) -> KVCache:
     """A cache in the precision of training's activations; a rank holds the heads that it computes.
 
-    Raises UserError where there is no room for it.
+    Raises UserError on all ranks where one has no room for it.
     """
     decoder, cache = model.config.decoder, KVCache(sequences, places, mesh.device)
     dtype = getattr(torch, job.training.mixed_precision_param)
-    kv_heads = decoder.kv_heads // mesh.degrees.tp
+    kv_heads, failed = decoder.kv_heads // mesh.degrees.tp, None
     try:
         cache.attach(model.decoder.layers.values(), kv_heads, decoder.head_dim, dtype)
     except RuntimeError as error:
         why = " ".join(str(error).split())[:200]
-        raise UserError(
+        failed = UserError(
             f"no memory for {sequences} answers at one time of {places:,} tokens with their prompts: ask for "
             f"fewer (--sequences, validation.task_sequences) or shorter ones ({why})"
-        ) from None
+        )
+    agree_on_data(True, failed)
     return cache
 
 
@@ -81,9 +83,9 @@ def lent(model: VLM, mesh: Mesh, job: VLMJobConfig, sequences: int, places: int)
     assert model.encoder is not None
     attentions: list[Any] = [block.attention for block in model.decoder.layers.values()]
     own = [attention.inner for attention in attentions]
-    cache = attach_cache(model, mesh, job, sequences, places)
-    model.eval()
     try:
+        cache = attach_cache(model, mesh, job, sequences, places)
+        model.eval()
         with not_compiled(model.encoder.layers), not_compiled(model.decoder.layers):
             yield cache
     finally:
