@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torchtitan.components.run_record import HELD_OUT, RunRecord, read_run
+from torchtitan.components.sinks import charted
 
 CURVES = "curves.png"
 COLUMNS = (3, 4)
@@ -32,7 +33,8 @@ def draw_curves(folder: Path, occupancy: Sequence[str], groups: Sequence[str]) -
     from matplotlib import pyplot
 
     run = read_run(folder)
-    known = [key for key in run.keys if run.values(key)[1].any()]
+    shown = charted(run.history)
+    known = [key for key in run.keys if key in shown]
     panels = [panel for panel in panels_of(known, occupancy, groups) if panel.series]
     rows, columns = _grid(max(1, len(panels)))
     size = WIDTH * columns, HEIGHT * rows

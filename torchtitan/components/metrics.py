@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from torchtitan.components.sinks import Exhibit, History, open_sinks, read_history
+from torchtitan.components.sinks import Exhibit, History, charted, open_sinks, read_history
 from torchtitan.config.job import JobConfig
 from torchtitan.distributed.collectives import sum_over_ranks
 from torchtitan.tools.hardware import peak_flops, peak_memory_gib
@@ -172,7 +172,7 @@ class Reporter:
         self.colours = sys.stdout.isatty() and not job.metrics.disable_color_printing
         self.sinks = open_sinks(job, first_step) if self.writes else []
         history = read_history(Path(job.job.dump_folder)) if self.writes else []
-        self.charts = {name for record in history for name, value in record.items() if value != 0}
+        self.charts = charted(history)
 
     def train(self, step: int, values: Values, unprinted: Values) -> None:
         """A line and a record. `unprinted`: for the sinks alone."""
@@ -202,10 +202,10 @@ class Reporter:
     def keep(self, prefix: str, step: int, values: Values) -> None:
         """A record in every sink, each name after `prefix`, and no line."""
         known = {prefix + name: value for name, value in values.items() if value is not None}
-        self.charts |= {name for name, value in known.items() if value != 0}
-        charted = {name: value for name, value in known.items() if name in self.charts}
+        self.charts |= charted([known])
+        shown = {name: value for name, value in known.items() if name in self.charts}
         for sink in self.sinks:
-            sink.write(step, known if prefix and isinstance(sink, History) else charted)
+            sink.write(step, known if prefix and isinstance(sink, History) else shown)
 
     def close(self) -> None:
         """Closes the sinks, so that nothing written is lost."""

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,7 +29,7 @@ class Exhibit:
 
 
 class Sink(Protocol):
-    """Takes the numbers of a step. `values`: name -> number, the same names in every sink."""
+    """Takes the numbers of a step. `values`: name -> number, in all sinks under the same names."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Keeps the numbers of one step."""
@@ -69,6 +69,11 @@ def read_history(folder: Path) -> list[dict[str, float]]:
         with contextlib.suppress(ValueError):  # no JSON, or no UTF-8
             records.append(json.loads(line))
     return [record for record in records if isinstance(record, dict) and "step" in record]
+
+
+def charted(history: Iterable[Mapping[str, float]]) -> set[str]:
+    """Names of the figures that were ever other than zero: no chart is of zeros alone."""
+    return {name for record in history for name, value in record.items() if value != 0}
 
 
 class TensorBoard:
