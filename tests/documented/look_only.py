@@ -7,10 +7,7 @@ import sys
 import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NoReturn
-
-import tyro
 
 WITHOUT_OPTIONS = ("lock_versions.py",)
 OURS = ("experiments", "torchtitan", "benchmarks")
@@ -21,14 +18,15 @@ FOREIGN = ("docker", "sbatch", "srun", "torchrun", "lmms_eval", "mkdocs", "jupyt
 def install() -> None:
     """In this process, which is about to run a program of ours."""
     import experiments.__main__ as trainer
+    from experiments.commands import compare_runs, download_hf_assets, prepare_data
     from torchtitan.config import parse
     from torchtitan.sweep.run import Sweeper
 
     trainer.ready_job = lambda argv, world_size: _job(argv)  # of the launcher
     Sweeper.run = _then_end(lambda sweeper: None)  # every run's options were checked
     parse.parse_script = _then_end(parse.parse_script)
-    parse.tyro = SimpleNamespace(cli=tyro.cli, conf=tyro.conf)
-    tyro.cli = _then_end(tyro.cli)
+    for command in (compare_runs, download_hf_assets, prepare_data):
+        command.run_tyro = _then_end(command.run_tyro)
     argparse.ArgumentParser.parse_args = _then_end(argparse.ArgumentParser.parse_args)
 
 
