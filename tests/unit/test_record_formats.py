@@ -1,6 +1,7 @@
 """OBELICS and text from every kind of record file, and what is wrong with them."""
 
 import base64
+import io
 import json
 import os
 import struct
@@ -9,10 +10,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image as PILImage
 
 from experiments.vlm.config import Data, Source
 from experiments.vlm.data.document import Image, Text
 from experiments.vlm.data.formats import row_groups
+from experiments.vlm.data.formats.image_values import plain_value
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.sources.shards import open_shard
 from tests.samples import jpeg, write_jsonl, write_tar
@@ -228,11 +231,21 @@ def test_paths_below_the_folder_of_the_records_are_read_however_they_are_written
     assert [shard.load(part) for part in document.parts] == [jpeg(20, 30)] * 6 and not lost
 
 
-def test_an_image_may_be_written_into_its_address(tmp_path):
-    shard = open_lines(
-        tmp_path, {"texts": [None], "images": ["data:image/jpeg;base64," + base64.b64encode(jpeg()).decode()]}
-    )
+@pytest.mark.parametrize("before", ["data:image/jpeg;base64,", ""])
+def test_an_image_may_be_written_in_place_of_its_address(tmp_path, before):
+    images = [before + base64.b64encode(jpeg()).decode()]
+    shard = open_lines(tmp_path, {"texts": [None], "images": images})
     assert shard.load(shard.read(0)[0].parts[0]) == jpeg()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF"])
+def test_base64_of_an_image_is_told_from_a_path(kind):
+    file = io.BytesIO()
+    PILImage.new("RGB", (9, 7)).save(file, kind)
+    text = base64.b64encode(file.getvalue()).decode()
+    assert plain_value(text) == file.getvalue() and plain_value(text[:4] + ".jpg") == text[:4] + ".jpg"
+    with pytest.raises(Rejected, match="base64"):
+        plain_value(text[:-1] + "!")
 
 
 @pytest.mark.parametrize("name", ["x.json", "x.arrow"])
@@ -254,6 +267,22 @@ def test_what_stands_behind_the_end_of_a_json_list_is_told(tmp_path):
         (tmp_path / "x.json").write_text(text)
         shard = open_records(tmp_path / "x.json")
         assert len(shard) == 2 and [reject.reason for reject in shard.rejects] == rejects
+
+
+def test_what_stands_behind_the_end_of_an_arrow_stream_is_told(tmp_path):
+    write_stream(tmp_path / "x.arrow", RECORDS)
+    one = (tmp_path / "x.arrow").read_bytes()
+    (tmp_path / "x.arrow").write_bytes(one * 2)
+    shard = open_records(tmp_path / "x.arrow")
+    assert len(shard) == len(RECORDS) and [reject.reason for reject in shard.rejects] == ["shard_damaged"]
+
+
+def test_an_arrow_file_with_two_columns_of_one_name_is_unreadable(tmp_path):
+    table = pa.table([["a"], ["b"]], ["texts", "texts"])
+    with pa.ipc.new_stream(tmp_path / "x.arrow", table.schema) as writer:
+        writer.write_table(table)
+    with pytest.raises(Rejected, match="two columns of one name"):
+        open_records(tmp_path / "x.arrow")
 
 
 @pytest.mark.parametrize("name", ["x.parquet", "x.arrow"])

@@ -5,6 +5,7 @@ b"..."                                  the bytes (in JSON: base64)
 {"url": "...", "path": "..."}           an address; a path next to it says where the image once was
 "images/1.jpg"                          a path below the record file's folder
 "https://..." or "data:image/..."       an address, or the bytes themselves
+"/9j/4AAQ..."                           the bytes as base64: of JPEG, PNG, WebP or GIF, known by how it begins
 {"image_name": "1.jpg", "raw_url": "https://..."}    an entry of MMC4: the file where there is one below that
                                         folder, else the address; or the bytes, {"image_base64": "..."}
 
@@ -24,6 +25,7 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "
 IMAGE_ITEMS = ("image", "image_url")  # types of items
 HELD_UNDER = ("image", "image_url", "url", "path", "bytes", "base64")
 BASE64 = ("bytes", "base64", "image_base64")  # fields whose text is base64
+BASE64_BEGINS = ("/9j/", "iVBORw0KGgo", "UklGR", "R0lGOD")  # a file of that name would have an extension
 FIELDS = ("bytes", "url", "path", "base64", "image_base64", "raw_url", "image_name")  # the first that is set
 
 
@@ -82,6 +84,8 @@ def plain_value(value: Any) -> memoryview | str:
         return memoryview(value)
     if isinstance(value, str) and value.startswith("data:"):
         return _from_base64(value.partition(",")[2])
+    if isinstance(value, str) and value.startswith(BASE64_BEGINS) and "." not in value:
+        return _from_base64(value)
     if isinstance(value, str) and value:
         return value
     raise Rejected("image_missing", f"neither bytes, path nor address: {type(value).__name__}")

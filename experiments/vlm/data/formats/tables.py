@@ -6,7 +6,7 @@ import functools
 import os
 import weakref
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -55,6 +55,10 @@ class ArrowRecords:
             if is_away(error) or not self._batches:
                 raise
             self.tail = Rejected("shard_truncated", f"after {len(self._batches)} record batches: {error}")
+        except Rejected as rejected:
+            self.tail = rejected
+        except KeyError as error:
+            raise Rejected("shard_unreadable", f"two columns of one name: {error}") from error
         self._numbers = Numbers([batch.num_rows for batch in self._batches])
         self.checksum = self._numbers.checksum
 
@@ -133,10 +137,16 @@ def _holds_bytes(kind: pa.DataType) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
-def _batches(source: pa.NativeFile) -> Any:
+def _batches(source: pa.NativeFile) -> Iterator[pa.RecordBatch]:
     try:
         reader = pa.ipc.open_file(source)
         return (reader.get_batch(i) for i in range(reader.num_record_batches))
     except pa.ArrowInvalid:
         source.seek(0)
-        return pa.ipc.open_stream(source)
+        return _of_stream(source)
+
+
+def _of_stream(source: pa.NativeFile) -> Iterator[pa.RecordBatch]:
+    yield from pa.ipc.open_stream(source)
+    if left := source.size() - source.tell():
+        raise Rejected("shard_damaged", f"its stream ends {left} bytes before the file: are two in it?")
