@@ -136,11 +136,11 @@ def main(argv: Sequence[str]) -> int:
         require(min(values, default=1) >= 1, f"--{key} {' '.join(map(str, values))}: must be 1 or more")
     require(options.seconds >= 0, f"--seconds {options.seconds}: must be 0 or more")
     plan = image_plan(job)
-    least, given = plan.most_tokens, options.seq_lens
-    too_short = f"--seq_lens {' '.join(map(str, given))}: the largest image, of {plan.max_patches} patches,"
-    require(min(given, default=least) >= least, f"{too_short} needs {least} tokens")
-    wished = given or [job.training.seq_len // 2, job.training.seq_len, job.training.seq_len * 2]
-    seq_lens = [length for length in wished if length >= least]
+    least, own = plan.most_tokens, job.training.seq_len
+    seq_lens = options.seq_lens or [length for length in (own // 2, own, own * 2) if length >= least]
+    given = " ".join(map(str, options.seq_lens)) or "is missing"
+    too_short = f"--seq_lens {given}: the largest image, of {plan.max_patches} patches, needs {least} tokens"
+    require(min(seq_lens, default=0) >= least, too_short)
     deadline = Deadline(options.seconds or math.inf)
     say = Progress(deadline)
     tokenizer = load_tokenizer(job.model.tokenizer_path)

@@ -262,6 +262,7 @@ def test_the_command_prints_lines_for_the_toml_and_tells_how_far_it_is(data, tmp
     [
         ("advise", ["--buffers", "16", "0"], "--buffers 16 0"),
         ("advise", ["--seq_lens", "4096", "8"], "--seq_lens 4096 8"),
+        ("advise", ["--training.seq_len", "8"], "--seq_lens is missing"),
         ("advise", ["--samples", "0"], "--samples 0"),
         ("advise", ["--seconds", "-1"], "--seconds -1.0"),
         ("advise", ["--out", "nowhere/advice.png"], "--out = nowhere/advice.png"),
