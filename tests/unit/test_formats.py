@@ -1,5 +1,7 @@
 """The table of formats: pure functions of whatever a record may hold, in every file of records."""
 
+import base64
+import io
 import json
 import subprocess
 import sys
@@ -8,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image as PILImage
 
 from experiments.vlm.data.document import Draft, Text
 from experiments.vlm.data.formats import FORMATS, RECORD_FORMATS, format_of
@@ -87,6 +90,16 @@ def test_whatever_stands_for_an_image_it_is_bytes_a_string_or_rejected(value):
         assert isinstance(plain_value(value), memoryview | str)
     except Rejected as rejected:
         assert rejected.reason in ("image_missing", "image_undecodable")
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF"])
+def test_base64_of_an_image_is_told_from_a_path(kind):
+    file = io.BytesIO()
+    PILImage.new("RGB", (9, 7)).save(file, kind)
+    text = base64.b64encode(file.getvalue()).decode()
+    assert plain_value(text) == file.getvalue() and plain_value(text[:4] + ".jpg") == text[:4] + ".jpg"
+    with pytest.raises(Rejected, match="base64"):
+        plain_value(text[:-1] + "!")
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """OBELICS and text from every kind of record file, and what is wrong with them."""
 
 import base64
-import io
 import json
 import os
 import struct
@@ -10,12 +9,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image as PILImage
 
 from experiments.vlm.config import Data, Source
 from experiments.vlm.data.document import Image, Text
 from experiments.vlm.data.formats import row_groups
-from experiments.vlm.data.formats.image_values import plain_value
 from experiments.vlm.data.rejects import Rejected
 from experiments.vlm.data.sources.shards import open_shard
 from tests.samples import jpeg, write_jsonl, write_tar
@@ -236,16 +233,6 @@ def test_an_image_may_be_written_in_place_of_its_address(tmp_path, before):
     images = [before + base64.b64encode(jpeg()).decode()]
     shard = open_lines(tmp_path, {"texts": [None], "images": images})
     assert shard.load(shard.read(0)[0].parts[0]) == jpeg()
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF"])
-def test_base64_of_an_image_is_told_from_a_path(kind):
-    file = io.BytesIO()
-    PILImage.new("RGB", (9, 7)).save(file, kind)
-    text = base64.b64encode(file.getvalue()).decode()
-    assert plain_value(text) == file.getvalue() and plain_value(text[:4] + ".jpg") == text[:4] + ".jpg"
-    with pytest.raises(Rejected, match="base64"):
-        plain_value(text[:-1] + "!")
 
 
 @pytest.mark.parametrize("name", ["x.json", "x.arrow"])
