@@ -20,6 +20,7 @@ from experiments.vlm.data.loader import Loader
 from experiments.vlm.data.sources.shard_cache import ShardCache
 from experiments.vlm.data.sources.shards import open_shard
 from experiments.vlm.data.storage import file_cache as file_cache_module
+from experiments.vlm.data.storage.fetch import Fetcher
 from experiments.vlm.data.storage.file_cache import FileCache, NoRoom, file_cache, no_hurry
 from experiments.vlm.data.storage.outages import Retry
 from tests.tiny_data import Characters, make_job
@@ -184,11 +185,11 @@ def test_little_room_is_told_at_the_start(tmp_path, monkeypatch):
     fill(monkeypatch, tmp_path, 1000)
     told = []
     monkeypatch.setattr(file_cache_module, "warn_once", told.append)
-    FileCache(tmp_path, 10**9).require_usable()
+    FileCache(tmp_path, 10**9).warn_if_small()
     assert told == [
         f"data.cache_gb = 1, but {tmp_path} has room for 0.0041 GB: that is what copies will take at most"
     ]
-    FileCache(tmp_path, 10**6).require_usable()
+    FileCache(tmp_path, 10**6).warn_if_small()
     assert len(told) == 1
 
 
@@ -200,9 +201,16 @@ def test_free_space_is_looked_at_where_shards_are_copied(tmp_path, monkeypatch, 
     job = make_job(tmp_path, tmp_path / "out")
     job.data.sources = [Source(name="texts", format="text", path=str(tmp_path / "data"))]
     told = []
-    monkeypatch.setattr(FileCache, "require_usable", lambda self: told.append(self.folder))
+    monkeypatch.setattr(FileCache, "warn_if_small", lambda self: told.append(self.folder))
     Loader(job, Characters()).close()
     assert len(told) == asked
+
+
+def test_an_address_is_looked_up_without_a_look_at_all_that_is_kept(tmp_path, monkeypatch):
+    cache = FileCache(tmp_path, 10**9)
+    cache.get("http://a.test/1.jpg", lambda path: path.write_bytes(b"image"), ".image")
+    monkeypatch.delattr(FileCache, "_kept")
+    assert Fetcher(cache, timeout_s=1, allow_private=False).fetch("http://a.test/1.jpg") == b"image"
 
 
 @pytest.mark.parametrize("why", ["Not a directory", "No locks available"])

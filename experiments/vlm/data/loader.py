@@ -123,7 +123,7 @@ class Loader:
         self.reads = self.group is None or self.group.leads
         if split == "train":
             if any(needs_copy(deal.shards[0]) for deal in self.setup.deals):
-                self.ranks.wait_together(file_cache(job.data).require_usable)
+                self.ranks.wait_together(file_cache(job.data).warn_if_small)
             setups = [self.setup]
             if job.validation.enable:
                 shards = shards_of(job, "validation", self.ranks)

@@ -141,16 +141,17 @@ class FileCache:
         return io.BufferedRandom(_Growing(copy, self))
 
     def require_usable(self) -> None:
-        """Warn, once, where the disk has less room than the cache may take.
-
-        Raises ConfigError where no copies can be kept in the folder.
-        """
+        """Raises ConfigError where no copies can be kept in the folder."""
         try:
             with wait_for_lock(self.folder / "locks" / "room"):
                 pass
         except OSError as error:
             wrong = f"files cannot be written and locked there ({error.strerror})"
             raise ConfigError(f"data.cache_folder = {self.folder}: {wrong}; give another folder") from None
+
+    def warn_if_small(self) -> None:
+        """Warn, once, where the disk has less room than the cache may take. Raises as `require_usable`."""
+        self.require_usable()
         held, free = sum(kept.bytes for kept in self._kept()), shutil.disk_usage(self.folder).free
         if held + free < self.limit_bytes:
             warn_once(
