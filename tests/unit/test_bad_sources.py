@@ -250,7 +250,7 @@ MESSAGES = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant",
             'set format = \'captions\' and columns = {image = "img", text = "text"}',
         ),
         ("text", "a.jsonl", jsonl({"file_name": "a.jpg", "caption": "A cat."}), "set format = 'captions'"),
-        ("captions", "a.csv", b"image,caption\na.jpg,A cat.\n", "CSV is not read"),
+        ("captions", "a.CSV", b"image,caption\na.jpg,A cat.\n", "CSV is not read"),
         (
             "llava",
             "a.jsonl",

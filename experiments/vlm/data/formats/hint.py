@@ -38,8 +38,7 @@ def hint(records: Sequence[Record], source: Source) -> str:
         return f"{unknown}: {_setting(turns[0], image, turns[1])}"
     if any(format_of(record) not in (None, *unfit) for record in records):
         return ""
-    one_image = image and not isinstance(records[0][image], list)
-    if image and one_image and (text := _text_column(records)):
+    if image and not isinstance(records[0][image], list) and (text := _text_column(records)):
         return f"{unknown}: {_setting('captions', image, text)}"
     return f"{unknown}: say which are meant with columns = {{image = ..., text = ...}}, or add a format"
 
@@ -123,4 +122,6 @@ def _text_column(records: Sequence[Record]) -> str | None:
         if all(isinstance(r.get(name), str) and not _is_image(r[name]) for r in records)
     }
     likely = [name for name in sizes if any(word in name.lower() for word in CAPTION_WORDS)]
-    return max(likely, key=sizes.__getitem__) if likely else next(iter(sizes)) if len(sizes) == 1 else None
+    if likely:
+        return max(likely, key=sizes.__getitem__)
+    return next(iter(sizes)) if len(sizes) == 1 else None

@@ -144,7 +144,7 @@ def open_copied(path: str, data: Data, open_local: Callable[[ShardFile], Shard])
 
 def format_hint(path: str, source: Source, data: Data) -> str:
     """What a source should say for a shard's records to fit (hint.py); empty where that cannot be said."""
-    if path.endswith(".csv"):
+    if suffix_of(path) == ".csv":
         return "CSV is not read, since a text may run over lines there: save it as parquet, JSONL or TSV"
     copy: Held | None = None
     try:
