@@ -46,27 +46,12 @@ from experiments.vlm.data import image as image_module
 from experiments.vlm.data.image import probe
 from experiments.vlm.data.image_plan import ImagePlan
 from experiments.vlm.data.loader import Loader, Step
+from tests.tiny_data import WORDS
 from torchtitan.components.tokenizer import load_tokenizer
 
 PLAN = ImagePlan()
 SEQ_LEN, SLOTS, SHARDS, BATCH = 4096, 2, 4, 8
 QUIET = 0.1  # cores
-WORDS = [
-    "red",
-    "green",
-    "blue",
-    "square",
-    "circle",
-    "left",
-    "right",
-    "above",
-    "below",
-    "small",
-    "large",
-    "one",
-    "two",
-    "three",
-]
 TOKENIZER = str(Path(__file__).parent.parent / "assets/tokenizer")
 
 

@@ -11,7 +11,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from experiments.vlm.model.vlm import VLM
-from tests.reference.attention import allowed_pairs, dense_attention
+from tests.reference.attention import allowed_pairs, dense_attention, packed
 from tests.reference.batches import Document, Sizes, build_batch, draw_picture, words
 from tests.reference.models import LLAMA, QWEN3, loss_and_gradients, small_vlm
 from torchtitan.layers.attention import InnerAttention, prepare_mask
@@ -34,25 +34,14 @@ def _exact_float32():
     torch.set_float32_matmul_precision(before)
 
 
-def packed(lengths: list[list[int]], total: int) -> torch.Tensor:
-    """int32 [B, total] on the GPU: documents of these lengths one after the other, then padding."""
-    segments = torch.full((len(lengths), total), -1, dtype=torch.int32)
-    for b, row in enumerate(lengths):
-        names = torch.arange(len(row), dtype=torch.int32).repeat_interleave(
-            torch.tensor(row, dtype=torch.long)
-        )
-        segments[b, : len(names)] = names
-    return segments.cuda()
-
-
 def masks() -> dict[str, Mask]:
-    segments = packed([[130, 1, 160, 99], [300]], 420)
+    segments = packed([[130, 1, 160, 99], [300]], 420).cuda()
     order = torch.randperm(420, generator=torch.Generator().manual_seed(0)).cuda()
     rows = torch.arange(420, dtype=torch.int32, device="cuda").expand(2, -1)
     return {
         "images": Mask(segments, causal=False),
         "documents": Mask(segments, causal=True),
-        "a multiple of the block": Mask(packed([[200, 312], [512]], 512), causal=True),
+        "a multiple of the block": Mask(packed([[200, 312], [512]], 512).cuda(), causal=True),
         "nothing but padding": Mask(torch.full_like(segments, -1), causal=True),
         "some of the queries": Mask(segments[:, order[:200]], True, segments, rows[:, order[:200]], rows),
     }

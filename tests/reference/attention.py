@@ -39,3 +39,14 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | np.ndarra
     total = weights.sum(-1, keepdim=True)
     weights = weights / torch.where(total > 0, total, 1.0)
     return torch.einsum("bhqk,bkhe->bqhe", weights, v).to(q.dtype)
+
+
+def packed(lengths: list[list[int]], total: int) -> Tensor:
+    """int32 [B, total]: segments of these lengths one after the other, then padding."""
+    segments = torch.full((len(lengths), total), -1, dtype=torch.int32)
+    for b, row in enumerate(lengths):
+        names = torch.arange(len(row), dtype=torch.int32).repeat_interleave(
+            torch.tensor(row, dtype=torch.long)
+        )
+        segments[b, : len(names)] = names
+    return segments

@@ -1,9 +1,10 @@
 """Small models with random weights for tests, and their Hugging Face counterparts' configurations."""
 
 import dataclasses
+from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from experiments.vlm.model.config import EncoderConfig, ProjectorConfig, VLMConfig
 from experiments.vlm.model.vlm import VLM
@@ -52,6 +53,17 @@ def small_vlm(
     model = VLM(config, decoder.vocab_size, backend, loss_chunk)
     randomise(model, seed)
     return model
+
+
+def require_gradients_of(theirs: nn.Module, gradients: Mapping[str, Tensor]) -> None:
+    """That these are the gradients of the other model, by its names."""
+    expected = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    assert gradients.keys() == expected.keys()
+    largest = max(gradient.abs().max() for gradient in expected.values())
+    for name, gradient in expected.items():
+        # The true gradient of a key's bias is 0: compare it with the others, not with its own noise.
+        most = 1e-3 * max(gradient.abs().max(), 1e-3 * largest)
+        assert (gradients[name] - gradient).abs().max() < most, name
 
 
 def loss_and_gradients(

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import BlockMask
 
-from tests.reference.attention import allowed_pairs, dense_attention
+from tests.reference.attention import allowed_pairs, dense_attention, packed
 from torchtitan.layers.attention import InnerAttention, prepare_mask
 from torchtitan.layers.flex import BLOCK, block_mask
 from torchtitan.layers.masks import Mask
@@ -72,16 +72,6 @@ def test_every_allowed_pair_is_in_a_block_and_whole_blocks_are_wholly_allowed(ma
     # The backward walks the same blocks by columns.
     assert listed(blocks.q_num_blocks, blocks.q_indices) == flipped(partly)
     assert listed(blocks.full_q_num_blocks, blocks.full_q_indices) == flipped(whole)
-
-
-def packed(lengths: list[list[int]], total: int) -> torch.Tensor:
-    segments = torch.full((len(lengths), total), -1, dtype=torch.int32)
-    for b, row in enumerate(lengths):
-        names = torch.arange(len(row), dtype=torch.int32).repeat_interleave(
-            torch.tensor(row, dtype=torch.long)
-        )
-        segments[b, : len(names)] = names
-    return segments
 
 
 def test_long_segments_make_whole_blocks_and_far_blocks_are_left_out():
