@@ -29,8 +29,8 @@ def test_main_prints_one_line_and_gives_its_exit_code(capsys, monkeypatch):
     "given, told",
     [
         (
-            ["compare", "-v", "a"],
-            "Unrecognized options: -v, a; For full helptext, run torchtitan-vlm compare",
+            ["compare", "--verbose", "a"],
+            "Unrecognized options: --verbose, a; For full helptext, run torchtitan-vlm compare",
         ),
         (["inspect", "--out"], "out, without a value: expected a text"),
         (["prepare", "--out", "x"], "Missing from torchtitan-vlm prepare: --input STR"),
