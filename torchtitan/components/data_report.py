@@ -34,5 +34,10 @@ def write_data_report(folder: Path, own: Mapping[str, Any] | None) -> dict[str, 
     if dist.get_rank() != 0:
         return None
     whole: dict[str, Any] = merge([report for report in reports if report is not None])
-    write_whole(folder / REPORT, json.dumps(whole, indent=1, sort_keys=True))
+    save_report(folder, whole)
     return whole
+
+
+def save_report(folder: Path, report: Mapping[str, Any]) -> None:
+    """Write the report of one loader, or one merged, into the folder of a run."""
+    write_whole(folder / REPORT, json.dumps(report, indent=1, sort_keys=True))

@@ -1,6 +1,5 @@
 """Reads steps of a job's training data, and writes the report and the keys."""
 
-import json
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from experiments.vlm.view.keys import lines
 from experiments.vlm.view.page import make_page
 from experiments.vlm.view.picture import draw_slots
 from experiments.vlm.view.slot_view import SlotView, read_slot
-from torchtitan.components.data_report import REPORT
+from torchtitan.components.data_report import save_report
 from torchtitan.components.tokenizer import Tokenizer
 
 
@@ -71,17 +70,14 @@ def inspect(job: VLMJobConfig, tokenizer: Tokenizer, steps: int, shown: int, out
                 seen.slots += shape.slots
             seen.steps = number
         if job.job.dump_folder:
-            _write_data_report(Path(job.job.dump_folder), loader)
+            folder = Path(job.job.dump_folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            save_report(folder, loader.report())
     seen.tokens = seen.slots * shape.seq_len
     seen.patches = seen.slots * shape.patch_rows * shape.patches_per_row
     if out:
         _write_report(views, loader, tokenizer, str(seen), out)
     return seen
-
-
-def _write_data_report(folder: Path, loader: Loader) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / REPORT).write_text(json.dumps(loader.report(), indent=1, sort_keys=True))
 
 
 def _count(seen: Seen, counts: dict[str, int]) -> None:

@@ -80,7 +80,7 @@ class ParquetRecords:
             weakref.finalize(table, copy.close)
         except OSError as error:
             table = decoded[0] if decoded else self._decode(group)
-            _warn_once(self._cache.folder, error)
+            _warn_of_folder(self._cache.folder, error)
         return table
 
     def _decode(self, group: int) -> pa.Table:
@@ -97,7 +97,7 @@ class ParquetRecords:
                 raise Rejected("shard_unreadable", self._damaged[group]) from error
 
 
-def _warn_once(folder: Path, why: OSError) -> None:
+def _warn_of_folder(folder: Path, why: OSError) -> None:
     if folder not in _warned:
         _warned.add(folder)
         why_not = f"no row groups can be kept there ({one_line(why)})"
